@@ -1,0 +1,303 @@
+"""Every setting of laser_fast: typed, validated in one place, read from YAML, overridden from the command line.
+
+The sections are frozen pydantic models, so a configuration that exists is valid: an unknown key, a value out of range or two
+settings that contradict each other are refused when the file is read, with the name of the key and the nearest known one.
+Modules never receive these objects; builders unpack them.
+"""
+
+import difflib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+_PACKAGE_SCHEME = "package:"
+
+
+class Settings(BaseModel):
+    """Base of all sections: immutable, and a key that is not a field is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RecommenderConfig(Settings):
+    """SASRec, the frozen ID-based recommender (Kang & McAuley, 2018), and its training."""
+
+    width: PositiveInt = 64
+    """Width `D_id` of the item embeddings and of the states."""
+    num_layers: PositiveInt = 2
+    num_heads: PositiveInt = 1
+    dropout: Fraction = 0.3
+    max_length: PositiveInt = 50
+    """Newest history items that are read; older ones are dropped."""
+    batch_size: PositiveInt = 256
+    """Users in a batch; each brings its whole training sequence."""
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    epochs: PositiveInt = 100
+    patience: PositiveInt = 10
+    """Epochs without a better validation NDCG@10 before training stops."""
+
+
+class LanguageModelConfig(Settings):
+    """The frozen language model."""
+
+    path: str
+    """Folder with a Hugging Face model and tokenizer, or `package:NAME/FOLDER` for one that ships inside a Python package."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the frozen weights. "auto": bfloat16 on a GPU, float32 on a CPU."""
+
+
+class PromptConfig(Settings):
+    """How histories and items become text."""
+
+    user_template: str = "Interaction history, newest first: {history}"
+    item_template: str = "{title}"
+    """Over the text fields of the item table."""
+    separator: str = "; "
+    newest_first: bool = True
+    max_items: PositiveInt = 10
+    max_item_tokens: PositiveInt = 32
+    max_tokens: PositiveInt = 256
+    """Item tokens of one history; the oldest items are dropped first."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "PromptConfig":
+        if self.user_template.count("{history}") != 1:
+            raise ValueError(f"user_template must contain {{history}} once, got {self.user_template!r}")
+        return self
+
+
+class MFormerConfig(Settings):
+    """M-Former: router, query experts and one shared querying transformer (algorithm: Laser, section 3.2)."""
+
+    width: PositiveInt = 768
+    num_layers: PositiveInt = 12
+    num_heads: PositiveInt = 12
+    cross_attention_freq: PositiveInt = 2
+    """Cross-attention to the history in every so-many-th layer, the first included."""
+    num_experts: PositiveInt = 8
+    top_k: PositiveInt = 2
+    num_queries: PositiveInt = 32
+    """Query tokens per expert, which is also the number of prefix tokens."""
+    weighting: Literal["softmax", "renormalize"] = "softmax"
+    dropout: Fraction = 0.1
+    max_history: PositiveInt = 10
+    """Newest history items whose states are read."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "MFormerConfig":
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k must be at most num_experts, got {self.top_k} and {self.num_experts}")
+        if self.width % self.num_heads:
+            raise ValueError(f"width must be a multiple of num_heads, got {self.width} and {self.num_heads}")
+        return self
+
+
+class BiTuningConfig(Settings):
+    """Trainable virtual tokens around the text, and how the embedding is read out."""
+
+    prefix: Literal["mformer", "shared", "none"] = "mformer"
+    """Who writes the prefix: M-Former per user, one learned matrix for everybody, nobody."""
+    num_suffix_tokens: PositiveInt = 1
+    readout: Literal["suffix", "mean"] = "suffix"
+    """"suffix": last hidden state at the suffix (the paper); "mean": mean over the text and the suffix, for encoders
+    that were trained with mean pooling."""
+    head: Literal["none", "linear"] = "linear"
+    """"linear" is trained and starts as the identity."""
+    dropout: Fraction = 0.1
+    """On the read-out, before the head."""
+
+
+class ObjectiveConfig(Settings):
+    """Losses of both stages."""
+
+    temperature: PositiveFloat = 0.05
+    balance_weight: Annotated[float, Field(ge=0.0)] = 0.01
+    """Weight `alpha` of the load-balancing loss."""
+    item_gradient: Literal["positives", "none"] = "positives"
+    """Phase A: whether the positives of a batch are encoded with gradient."""
+    contrastive_temperature: PositiveFloat = 0.07
+    """Initial value of the learned temperature of stage 1."""
+    label_smoothing: Fraction = 0.1
+
+
+class OptimizerConfig(Settings):
+    """AdamW with linear warm-up and cosine decay."""
+
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    warmup_fraction: Fraction = 0.05
+    max_grad_norm: PositiveFloat = 1.0
+
+
+class StageConfig(Settings):
+    """How long one stage or phase runs."""
+
+    epochs: Annotated[int, Field(ge=0)]
+    """0 skips it."""
+    rows_per_epoch: PositiveInt | None = None
+    """Training rows drawn for an epoch; None: all of them."""
+    patience: PositiveInt = 3
+    """Epochs without a better validation NDCG@10 before it stops."""
+
+
+class TrainingConfig(Settings):
+    """The schedule: stage 1 (contrastive pre-training of M-Former), then stage 2 in its phases A and B."""
+
+    seed: int = 0
+    batch_size: PositiveInt = 64
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    pretrain: StageConfig = StageConfig(epochs=0)
+    phase_a: StageConfig = StageConfig(epochs=10)
+    phase_b: StageConfig = StageConfig(epochs=3)
+    pretrain_optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+class EvaluationConfig(Settings):
+    """Full ranking over the whole catalogue."""
+
+    cutoffs: tuple[PositiveInt, ...] = (1, 5, 10, 20)
+    batch_size: PositiveInt = 128
+
+
+class LaserConfig(Settings):
+    """Everything one training run depends on."""
+
+    data: str
+    """Folder written by `laser-fast prepare`."""
+    recommender: str | None = None
+    """Folder written by `laser-fast recommender train`; needed when `bituning.prefix` is "mformer"."""
+    output: str
+    """The run directory; must not exist yet."""
+    lm: LanguageModelConfig
+    prompt: PromptConfig = PromptConfig()
+    mformer: MFormerConfig = MFormerConfig()
+    bituning: BiTuningConfig = BiTuningConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    training: TrainingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> "LaserConfig":
+        if self.bituning.prefix == "mformer" and self.recommender is None:
+            raise ValueError('recommender must be set when bituning.prefix is "mformer", got None')
+        if self.bituning.prefix != "mformer" and self.training.pretrain.epochs:
+            raise ValueError(
+                'training.pretrain.epochs must be 0 when bituning.prefix is not "mformer" (stage 1 trains M-Former), '
+                f"got {self.training.pretrain.epochs}"
+            )
+        return self
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+def build_config(kind: type[AnySettings], values: Mapping[str, Any]) -> AnySettings:
+    """Validate `values` into `kind`.
+
+    Raises:
+        ValueError: for every unknown key (with the nearest known one) and every value that breaks a rule, in one message.
+    """
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        problems = [_describe(kind, problem) for problem in error.errors()]
+    raise ValueError("configuration: " + "; ".join(problems))
+
+
+def load_config(kind: type[AnySettings], path: str | Path, overrides: Sequence[str] = ()) -> AnySettings:
+    """Read a YAML file and apply `overrides` of the form `section.key=value` (the value is read as YAML).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: broken YAML, a malformed override, an unknown key, a value out of range.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"load_config: {path} must be YAML, got {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"load_config: {path} must hold keys and values, got a {type(values).__name__}")
+    for override in overrides:
+        _apply_override(values, override)
+    return build_config(kind, values)
+
+
+def dump_config(config: Settings) -> str:
+    """The effective configuration as YAML, defaults included; `load_config` reads it back to an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def resolve_path(location: str | Path) -> Path:
+    """A file-system path, or `package:NAME/INNER` for a file inside an installed package, which is found but not imported.
+
+    Raises:
+        FileNotFoundError: the package is not installed or has no such file; or the path does not exist.
+    """
+    text = str(location)
+    if not text.startswith(_PACKAGE_SCHEME):
+        path = Path(text).expanduser()
+        if not path.exists():
+            raise FileNotFoundError(f"resolve_path: the path must exist, got {text!r}")
+        return path
+    name, _, inner = text.removeprefix(_PACKAGE_SCHEME).partition("/")
+    if not name.isidentifier():
+        raise ValueError(f"resolve_path: the package must be a top-level module name, got {name!r} in {text!r}")
+    spec = importlib.util.find_spec(name)  # of a top-level name: looks it up, runs nothing of it
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(f"resolve_path: package {name!r} must be installed, got none; try `pip install {name}`")
+    for root in spec.submodule_search_locations:
+        if (candidate := Path(root) / inner).exists():
+            return candidate
+    raise FileNotFoundError(f"resolve_path: package {name!r} must contain {inner!r}, got nothing there")
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(f"load_config: an override must read section.key=value, got {override!r}")
+    *sections, last = key.strip().split(".")
+    target = values
+    for section in sections:
+        inner = target.get(section)
+        if inner is None:
+            inner = target[section] = {}
+        if not isinstance(inner, dict):
+            raise ValueError(f"load_config: {section!r} in override {override!r} must be a section, got {inner!r}")
+        target = inner
+    target[last] = yaml.safe_load(text)
+
+
+def _describe(kind: type[Settings], problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    name = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, _known_keys(kind), n=1, cutoff=0.5)
+        near = near or difflib.get_close_matches(location[-1], [key.split(".")[-1] for key in _known_keys(kind)], n=1)
+        return f"unknown key {name!r}" + (f", did you mean {near[0]!r}?" if near else "")
+    if problem["type"] == "missing":
+        return f"key {name!r} must be set, got nothing"
+    where = f"{name}: " if name else ""
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":  # our own checks, which print the values themselves
+        return f"{where}{message}"
+    return f"{where}{message}, got {problem['input']!r}"
+
+
+def _known_keys(kind: type[Settings], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in kind.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+            keys += _known_keys(field.annotation, f"{prefix}{name}.")
+    return keys
