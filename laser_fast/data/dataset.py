@@ -1,0 +1,334 @@
+"""A prepared data set in memory and on disk: item table, one chronological sequence per user, manifest.
+
+On disk a data set is a folder of files with fixed names: `items.parquet`, `users.parquet`, `offsets.npy`,
+`item_index.npy`, `timestamps.npy` (memory-mapped on loading) and `manifest.json`. Nothing is pickled, and no id ever
+becomes a file name.
+"""
+
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from laser_fast.data.items import ID_COLUMN, ItemTable, first_duplicate, update_with_strings
+from laser_fast.data.manifest import Manifest
+from laser_fast.data.sequences import PackedSequences
+
+MANIFEST_FILE = "manifest.json"
+ITEMS_FILE = "items.parquet"
+USERS_FILE = "users.parquet"
+ARRAY_FILES = ("offsets.npy", "item_index.npy", "timestamps.npy")
+DATA_FILES = (ITEMS_FILE, USERS_FILE, *ARRAY_FILES)
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceDataset:
+    """Users' chronological item sequences over one catalogue.
+
+    Args:
+        items: the catalogue, I items; items that occur in no sequence are allowed.
+        user_ids: U distinct external user ids.
+        offsets: [U+1], int64; user u owns events `offsets[u]` to `offsets[u + 1]`.
+        item_index: [n], int32, item of every event, oldest first within a user, the tie rule applied.
+        timestamps: [n], int64 or float64, never falling within a user.
+        manifest: how the data set was made.
+
+    Raises:
+        TypeError: an array has another dtype.
+        ValueError: offsets, indices, ids or timestamps break the rules above.
+    """
+
+    items: ItemTable
+    user_ids: list[str]
+    offsets: np.ndarray
+    item_index: np.ndarray
+    timestamps: np.ndarray
+    manifest: Manifest
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        if (
+            len(self.offsets) != len(self.user_ids) + 1
+            or self.offsets[0] != 0
+            or self.offsets[-1] != len(self.item_index)
+            or (np.diff(self.offsets) < 0).any()
+        ):
+            raise ValueError(
+                f"SequenceDataset: offsets must rise from 0 to {len(self.item_index)} in {len(self.user_ids)} steps, "
+                f"got {len(self.offsets) - 1} steps to {self.offsets[-1] if len(self.offsets) else None}"
+            )
+        if len(self.timestamps) != len(self.item_index):
+            raise ValueError(
+                f"SequenceDataset: timestamps must have one entry per event ({len(self.item_index)}), "
+                f"got {len(self.timestamps)}"
+            )
+        if (repeated := first_duplicate(self.user_ids)) is not None:
+            raise ValueError(f"SequenceDataset: user ids must be distinct, got {repeated!r} twice")
+        if len(self.item_index):
+            lowest, highest = int(self.item_index.min()), int(self.item_index.max())
+            if lowest < 0 or highest >= len(self.items):
+                raise ValueError(
+                    f"SequenceDataset: item_index must lie in 0..{len(self.items) - 1}, "
+                    f"got {lowest if lowest < 0 else highest}"
+                )
+        self._check_times()
+
+    def _check_types(self) -> None:
+        dtypes = [self.offsets.dtype, self.item_index.dtype, self.timestamps.dtype]
+        if [str(dtype) for dtype in dtypes[:2]] != ["int64", "int32"] or str(dtypes[2]) not in ("int64", "float64"):
+            raise TypeError(
+                "SequenceDataset: offsets must be int64, item_index int32 and timestamps int64 or float64, "
+                f"got {', '.join(map(str, dtypes))}"
+            )
+        shapes = (self.offsets.ndim, self.item_index.ndim, self.timestamps.ndim)
+        if shapes != (1, 1, 1):
+            raise ValueError(f"SequenceDataset: all arrays must be 1-D, got {shapes} dimensions")
+
+    def _check_times(self) -> None:
+        if not np.isfinite(self.timestamps).all():
+            raise ValueError("SequenceDataset: timestamps must be finite, got NaN or infinity")
+        falls = self.timestamps[1:] < self.timestamps[:-1]
+        boundaries = self.offsets[1:-1]
+        boundaries = boundaries[(boundaries > 0) & (boundaries < len(self.timestamps))]
+        falls[boundaries - 1] = False
+        if falls.any():
+            event = int(np.flatnonzero(falls)[0]) + 1
+            user = self.user_ids[int(np.searchsorted(self.offsets, event, side="right")) - 1]
+            raise ValueError(f"SequenceDataset: timestamps must not fall within a user, got a fall for user {user!r}")
+
+    @classmethod
+    def from_lists(
+        cls,
+        sequences: Sequence[Sequence[int]],
+        items: ItemTable | None = None,
+        user_ids: Sequence[str] | None = None,
+    ) -> "SequenceDataset":
+        """A data set in memory from chronological lists of item indices; timestamps count 0, 1, 2, ... per user.
+
+        Without `items` the catalogue is "0", "1", ... up to the largest index, without `user_ids` users likewise.
+        """
+        packed = PackedSequences.from_lists(sequences)
+        if items is None:
+            items = ItemTable([str(index) for index in range(int(packed.items.max(initial=-1)) + 1)])
+        if len(packed.items) and not 0 <= packed.items.min() <= packed.items.max() < len(items):
+            worst = packed.items.min() if packed.items.min() < 0 else packed.items.max()
+            raise ValueError(f"SequenceDataset.from_lists: items must lie in 0..{len(items) - 1}, got {worst}")
+        offsets = packed.cu_seqlens.astype(np.int64)
+        times = np.arange(len(packed.items), dtype=np.int64) - np.repeat(offsets[:-1], packed.lengths)
+        users = [str(user) for user in range(len(packed))] if user_ids is None else list(user_ids)
+        manifest = Manifest(format="memory", tie_rule="file-order")
+        return cls(items, users, offsets, packed.items.astype(np.int32), times, manifest)
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str], *, verify: bool = True) -> "SequenceDataset":
+        """Open a prepared folder; the arrays are memory-mapped.
+
+        Args:
+            directory: what `write_dataset` or `prepare` wrote.
+            verify: compare every file with the SHA-256 in the manifest (reads each file once).
+
+        Raises:
+            FileNotFoundError: the folder or one of its files is missing.
+            ValueError: a file is not the one the manifest describes, or its content breaks a rule.
+        """
+        return _load(Path(directory), verify)
+
+    @property
+    def num_users(self) -> int:
+        return len(self.user_ids)
+
+    @property
+    def num_items(self) -> int:
+        return len(self.items)
+
+    def sequence(self, user: int) -> np.ndarray:
+        """Items of one user, oldest first, int32 (a view)."""
+        if not 0 <= user < self.num_users:
+            raise ValueError(f"SequenceDataset.sequence: user must lie in 0..{self.num_users - 1}, got {user}")
+        return self.item_index[self.offsets[user] : self.offsets[user + 1]]
+
+    def hash(self) -> str:
+        """SHA-256 of the content: items with texts, users, sequences and times. Independent of the files' layout."""
+        digest = hashlib.sha256()
+        update_with_strings(digest, self.items.ids)
+        for name in sorted(self.items.fields):
+            update_with_strings(digest, [name])
+            update_with_strings(digest, self.items.fields[name])
+        update_with_strings(digest, self.user_ids)
+        digest.update(np.ascontiguousarray(self.offsets, dtype="<i8").data)
+        digest.update(np.ascontiguousarray(self.item_index, dtype="<i4").data)
+        kind = "<f8" if self.timestamps.dtype == np.float64 else "<i8"
+        digest.update(kind.encode() + np.ascontiguousarray(self.timestamps, dtype=kind).tobytes())
+        return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _read_table(path: Path, columns: Sequence[str] | None) -> dict[str, list[str]]:
+    try:
+        table = pq.read_table(path, memory_map=True)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"SequenceDataset.load: {path.name} must be a Parquet file, got {error}") from error
+    if ID_COLUMN not in table.column_names or (columns is not None and table.column_names != list(columns)):
+        raise ValueError(f"SequenceDataset.load: {path.name} must have a column 'id', got {table.column_names}")
+    for name in table.column_names:
+        if not (pa.types.is_string(table[name].type) or pa.types.is_large_string(table[name].type)):
+            raise ValueError(f"SequenceDataset.load: {path.name} must hold text, got {table[name].type} in {name!r}")
+    return {name: table[name].to_pylist() for name in table.column_names}
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a prepared folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no manifest of this version, or names other files than a data set has.
+    """
+    path = directory / MANIFEST_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"read_manifest: a data set needs {MANIFEST_FILE}, got none in {directory}; run `laser-fast prepare` first"
+        )
+    manifest = Manifest.from_json(path.read_text(encoding="utf-8"))
+    if set(manifest.files) != set(DATA_FILES):
+        raise ValueError(f"read_manifest: files must be {sorted(DATA_FILES)}, got {sorted(manifest.files)}")
+    return manifest
+
+
+def _load(directory: Path, verify: bool) -> SequenceDataset:
+    manifest = read_manifest(directory)
+    for name in DATA_FILES:
+        path = directory / name
+        if not path.is_file():
+            raise FileNotFoundError(f"SequenceDataset.load: a data set needs {name}, got none in {directory}")
+        if verify and (actual := file_sha256(path)) != manifest.files[name]:
+            raise ValueError(
+                f"SequenceDataset.load: {name} must have SHA-256 {manifest.files[name]}, got {actual}; "
+                "prepare the data set again"
+            )
+    columns = _read_table(directory / ITEMS_FILE, None)
+    users = _read_table(directory / USERS_FILE, [ID_COLUMN])
+    offsets, item_index, timestamps = (
+        np.load(directory / name, mmap_mode="r", allow_pickle=False) for name in ARRAY_FILES
+    )
+    return SequenceDataset(
+        items=ItemTable(columns.pop(ID_COLUMN), columns),
+        user_ids=users[ID_COLUMN],
+        offsets=np.asarray(offsets),
+        item_index=np.asarray(item_index),
+        timestamps=np.asarray(timestamps),
+        manifest=manifest,
+    )
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_target(directory: Path, overwrite: bool) -> None:
+    """Refuse a target that holds something: `overwrite` replaces a data set, never any other folder.
+
+    Raises:
+        FileExistsError: the target is a file, a folder that is no data set, or a data set without `overwrite`.
+    """
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise FileExistsError(f"write_dataset: the target must be a folder, got the file {directory}")
+    if not any(directory.iterdir()):
+        return
+    if not (directory / MANIFEST_FILE).is_file():
+        raise FileExistsError(f"write_dataset: the target must be empty or a data set, got other files in {directory}")
+    if not overwrite:
+        raise FileExistsError(f"write_dataset: the target must be empty, got a data set in {directory}; use overwrite")
+
+
+@contextmanager
+def _folder_beside(directory: Path) -> Iterator[Path]:
+    """A new folder beside `directory` that takes its place when the block ends well and vanishes when it does not."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    token = secrets.token_hex(6)
+    partial = directory.with_name(f".{directory.name}.{token}.partial")
+    partial.mkdir()
+    try:
+        yield partial
+        if directory.exists() and any(directory.iterdir()):
+            # a folder cannot be swapped in one step: the old one waits under a hidden name until the new one stands
+            old = directory.with_name(f".{directory.name}.{token}.old")
+            directory.rename(old)
+            try:
+                partial.rename(directory)
+            except BaseException:
+                old.rename(directory)
+                raise
+            shutil.rmtree(old)
+        else:
+            partial.rename(directory)
+        _sync(directory.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def write_dataset(
+    directory: str | os.PathLike[str], dataset: SequenceDataset, *, overwrite: bool = False
+) -> SequenceDataset:
+    """Write a data set atomically: everything goes to a folder beside the target, which is then renamed.
+
+    Args:
+        directory: the target, missing or empty unless `overwrite` replaces a data set; parents are created.
+        dataset: what to write; `counts`, `files` and `dataset_hash` of its manifest are filled in.
+        overwrite: replace a data set that is already there.
+
+    Returns:
+        The data set as loaded from the target.
+
+    Raises:
+        FileExistsError: see `check_target`.
+    """
+    target = Path(directory).resolve()
+    check_target(target, overwrite)
+    with _folder_beside(target) as partial:
+        columns = {ID_COLUMN: dataset.items.ids, **dataset.items.fields}
+        pq.write_table(
+            pa.table({name: pa.array(column, pa.large_string()) for name, column in columns.items()}),
+            partial / ITEMS_FILE,
+        )
+        pq.write_table(pa.table({ID_COLUMN: pa.array(dataset.user_ids, pa.large_string())}), partial / USERS_FILE)
+        arrays = (dataset.offsets, dataset.item_index, dataset.timestamps)
+        for name, array in zip(ARRAY_FILES, arrays, strict=True):
+            np.save(partial / name, array, allow_pickle=False)
+        manifest = replace(
+            dataset.manifest,
+            counts={
+                **dataset.manifest.counts,
+                "users": dataset.num_users,
+                "items": dataset.num_items,
+                "interactions": len(dataset.item_index),
+            },
+            files={name: file_sha256(partial / name) for name in DATA_FILES},
+            dataset_hash=dataset.hash(),
+        )
+        (partial / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+        for name in (*DATA_FILES, MANIFEST_FILE):
+            _sync(partial / name)
+    return SequenceDataset.load(target, verify=False)

@@ -1,0 +1,142 @@
+"""Leave-one-out split and the training rows made from its training part."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from laser_fast.data.dataset import SequenceDataset
+from laser_fast.data.items import update_with_strings
+from laser_fast.data.sequences import (
+    EvaluationRows,
+    PackedSequences,
+    cu_seqlens_of,
+    row_indices,
+    segment_positions,
+)
+
+MIN_EVENTS = 3  # one event to train on, one validation target, one test target
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Training sequences and held-out rows of one data set.
+
+    Args:
+        train: U sequences, one per user of the data set, without the held-out events.
+        train_users: [U], int64, user index of each training sequence.
+        valid: rows whose target is the second last event.
+        test: rows whose target is the last event; the history holds the validation item.
+        rule: the split and the tie rule in words, to be printed with every result.
+        hash: SHA-256 over the item map, the users' sequences and the rule. Models trained on a split store it.
+    """
+
+    train: PackedSequences
+    train_users: np.ndarray
+    valid: EvaluationRows
+    test: EvaluationRows
+    rule: str
+    hash: str
+
+
+def _split_hash(dataset: SequenceDataset, rule: str) -> str:
+    digest = hashlib.sha256()
+    update_with_strings(digest, [rule])
+    update_with_strings(digest, dataset.items.ids)
+    update_with_strings(digest, dataset.user_ids)
+    # explicit little-endian copies: the hash must not depend on the machine
+    digest.update(np.ascontiguousarray(dataset.offsets, dtype="<i8").data)
+    digest.update(np.ascontiguousarray(dataset.item_index, dtype="<i4").data)
+    return digest.hexdigest()
+
+
+def _prefixes(dataset: SequenceDataset, users: np.ndarray, lengths: np.ndarray) -> PackedSequences:
+    positions = segment_positions(dataset.offsets[users], lengths)
+    return PackedSequences(dataset.item_index[positions].astype(np.int64), cu_seqlens_of(lengths))
+
+
+def leave_one_out(dataset: SequenceDataset) -> Split:
+    """Last event of every user = test target, second last = validation target, the rest = training part.
+
+    Users with fewer than 3 events only train. The users' clocks are not aligned: training events of one user may
+    lie after the test event of another, as usual with this protocol.
+
+    Raises:
+        ValueError: the data set has too many events for int32 offsets.
+    """
+    lengths = np.diff(dataset.offsets)
+    everyone = np.arange(dataset.num_users, dtype=np.int64)
+    held_out = everyone[lengths >= MIN_EVENTS]
+    train_lengths = np.where(lengths >= MIN_EVENTS, lengths - 2, lengths)
+
+    def rows(events_before: np.ndarray) -> EvaluationRows:
+        targets = dataset.item_index[dataset.offsets[held_out] + events_before].astype(np.int64)
+        return EvaluationRows(held_out, _prefixes(dataset, held_out, events_before), targets)
+
+    rule = f"leave-one-out, ties by {dataset.manifest.tie_rule}"
+    return Split(
+        train=_prefixes(dataset, everyone, train_lengths),
+        train_users=everyone,
+        valid=rows(lengths[held_out] - 2),
+        test=rows(lengths[held_out] - 1),
+        rule=rule,
+        hash=_split_hash(dataset, rule),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingRows:
+    """Every position after the first of every training sequence as (history, target).
+
+    Only two integers per row are held: histories are cut out of the packed sequences by `select`, so memory grows
+    with the events and not with events times history length.
+
+    Args:
+        train: the sequences the rows are cut from.
+        users: [R], int64, sequence of each row.
+        positions: [R], int64, position of each row's target in `train.items`.
+        max_history: histories keep this many newest items.
+    """
+
+    train: PackedSequences
+    users: np.ndarray
+    positions: np.ndarray
+    max_history: int
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    @property
+    def targets(self) -> np.ndarray:
+        """Target of every row, int64 [R]."""
+        targets: np.ndarray = self.train.items[self.positions]
+        return targets
+
+    @property
+    def histories(self) -> PackedSequences:
+        """All histories at once: events x history length items; prefer `select` on batches."""
+        return self.select(np.arange(len(self))).histories
+
+    def select(self, rows: np.ndarray | Sequence[int]) -> EvaluationRows:
+        """The rows `rows` (indices, repeats allowed, or a boolean mask) with their histories cut out."""
+        index = row_indices(rows, len(self), "TrainingRows.select")
+        users, positions = self.users[index], self.positions[index]
+        lengths = np.minimum(positions - self.train.cu_seqlens[users], self.max_history)
+        histories = self.train.items[segment_positions(positions - lengths, lengths)]
+        return EvaluationRows(users, PackedSequences(histories, cu_seqlens_of(lengths)), self.train.items[positions])
+
+
+def training_rows(train: PackedSequences, max_history: int) -> TrainingRows:
+    """Rows in the order of the sequences, then of time; `rows.users` counts sequences of `train`.
+
+    Raises:
+        ValueError: `max_history` is smaller than 1.
+    """
+    if max_history < 1:
+        raise ValueError(f"training_rows: max_history must be at least 1, got {max_history}")
+    lengths = train.lengths
+    has_target = np.ones(len(train.items), dtype=bool)
+    has_target[train.cu_seqlens[:-1][lengths > 0]] = False
+    users = np.repeat(np.arange(len(train), dtype=np.int64), lengths)
+    return TrainingRows(train, users[has_target], np.flatnonzero(has_target).astype(np.int64), max_history)
