@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers: device code only, no autograd and no choice of backend."""

@@ -1,0 +1,35 @@
+"""Operations on tensors: each a custom op with a torch reference, a fake, autograd and one public, checked function."""
+
+from laser_fast.ops.dispatch import (
+    combine_queries,
+    combine_queries_reference,
+    dispatch_queries,
+    dispatch_queries_reference,
+)
+from laser_fast.ops.routing import Routing, route_experts, route_experts_reference
+from laser_fast.ops.segments import (
+    check_cu_seqlens,
+    cu_seqlens_from_lengths,
+    segment_ids,
+    segment_lengths,
+    segment_mean,
+    segment_sum,
+    validate_cu_seqlens,
+)
+
+__all__ = [
+    "Routing",
+    "check_cu_seqlens",
+    "combine_queries",
+    "combine_queries_reference",
+    "cu_seqlens_from_lengths",
+    "dispatch_queries",
+    "dispatch_queries_reference",
+    "route_experts",
+    "route_experts_reference",
+    "segment_ids",
+    "segment_lengths",
+    "segment_mean",
+    "segment_sum",
+    "validate_cu_seqlens",
+]

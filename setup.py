@@ -1,0 +1,182 @@
+"""Builds csrc/ into laser_fast/_native: with nvcc for CUDA and CPU, with a C++ compiler alone for CPU, with neither not at all.
+
+Needs no torch: the library speaks the apache-tvm-ffi ABI and serves every Python and torch version. Environment:
+LASER_FAST_BUILD = auto (default: the best that works) | cuda | cpu (that or fail) | none; CUDA_HOME; CXX;
+TORCH_CUDA_ARCH_LIST (e.g. "8.0;9.0+PTX"); MAX_JOBS (default: one job per 4 GiB of free memory, at most one per core).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+LIBRARY = "laser_fast_native.so"
+SOURCES = {"cpu": ["prefix_kv.cpp"], "cuda": ["prefix_kv.cpp", "prefix_kv.cu"]}
+DEFAULT_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "12.0+PTX")  # nvcc older than 12.8 does not know 12.0; see cuda_targets
+
+
+def find_nvcc() -> str | None:
+    """The nvcc of CUDA_HOME where that is set, else the one on PATH."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
+
+
+def find_cxx() -> str | None:
+    """The compiler of CXX where that is set, else the first of the usual names on PATH."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def cuda_targets(nvcc: str) -> list[str]:
+    """`-gencode` options for TORCH_CUDA_ARCH_LIST, or for our own list as far as this nvcc knows it; the newest gets PTX."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if not wanted:
+        listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+        known = set(re.findall(r"compute_(\d+)", listed))
+        wanted = [arch for arch in DEFAULT_ARCHITECTURES if arch.removesuffix("+PTX").replace(".", "") in known]
+        wanted[-1] = wanted[-1].removesuffix("+PTX") + "+PTX"
+    options = []
+    for arch in wanted:
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
+        if match is None:
+            raise ValueError(f"TORCH_CUDA_ARCH_LIST: each entry must look like 8.0, 9.0a or 12.0+PTX, got {arch!r}")
+        number = "".join(match.group(1, 2, 3))
+        options.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if match.group(4):
+            options.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return options
+
+
+def max_jobs() -> int:
+    """MAX_JOBS, or as many compilers as cores and free memory (4 GiB each) allow."""
+    if os.environ.get("MAX_JOBS"):
+        return max(1, int(os.environ["MAX_JOBS"]))
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(os.cpu_count() or 1, free // (4 << 30)))
+
+
+def tvm_ffi_copy() -> Path:
+    """A copy of tvm_ffi's headers and library under build/: every isolated build has them elsewhere, and ninja would start anew."""
+    installed = importlib.metadata.distribution("apache-tvm-ffi")
+    copy = ROOT / "build" / "native" / f"tvm_ffi-{installed.version}"
+    if not copy.exists():
+        part = copy.with_suffix(f".{os.getpid()}")
+        for folder in ("include", "lib"):
+            shutil.copytree(Path(str(installed.locate_file("tvm_ffi"))) / folder, part / folder)
+        part.rename(copy)
+    return copy
+
+
+def ninja_escape(text: object) -> str:
+    return str(text).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def write_ninja(level: str, folder: Path, cxx: str, nvcc: str | None) -> None:
+    """Write build.ninja, unless it is there already with the same text (ninja then rebuilds only what changed)."""
+    ffi = tvm_ffi_copy()
+    flags = f"-O3 -std=c++17 -isystem '{ffi / 'include'}'"
+    link = f"'-L{ffi / 'lib'}' -ltvm_ffi"
+    objects = [f"{source}.o" for source in SOURCES[level]]
+    lines = [
+        "ninja_required_version = 1.5",
+        f"rule cxx\n  command = '{cxx}' -MMD -MF $out.d {flags} -fPIC -fvisibility=hidden -Wall -Wextra -c $in -o $out",
+        "  depfile = $out.d\n  deps = gcc",
+    ]
+    if level == "cuda":
+        nvcc_flags = f"{flags} -ccbin '{cxx}' -Xcompiler -fPIC,-fvisibility=hidden {' '.join(cuda_targets(str(nvcc)))}"
+        lines += [f"rule nvcc\n  command = '{nvcc}' -MD -MF $out.d {nvcc_flags} -c $in -o $out\n  depfile = $out.d\n  deps = gcc"]
+        lines += [f"rule link\n  command = '{nvcc}' -shared -ccbin '{cxx}' $in -o $out {link}"]  # the CUDA runtime is linked statically
+    else:
+        lines += [f"rule link\n  command = '{cxx}' -shared $in -o $out {link}"]
+    for source, target in zip(SOURCES[level], objects):
+        rule = "nvcc" if source.endswith(".cu") else "cxx"
+        lines.append(f"build {target}: {rule} {ninja_escape(ROOT / 'csrc' / source)}")
+    lines.append(f"build {LIBRARY}: link {' '.join(objects)}\ndefault {LIBRARY}\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    file, text = folder / "build.ninja", "\n".join(lines)
+    if not file.exists() or file.read_text() != text:
+        file.write_text(text)
+
+
+def compile_library(folder: Path) -> tuple[Path | None, dict[str, Any]]:
+    """Build the best library this machine can, or the one that LASER_FAST_BUILD demands.
+
+    Returns the library (None: pure Python) and what `laser-fast doctor` shows about it.
+    Raises RuntimeError where a demanded library cannot be built.
+    """
+    demanded = os.environ.get("LASER_FAST_BUILD", "auto")
+    if demanded not in ("auto", "none", "cpu", "cuda"):
+        raise RuntimeError(f"LASER_FAST_BUILD: must be auto, none, cpu or cuda, got {demanded!r}")
+    if demanded == "none":
+        return None, {"level": "none", "reason": "LASER_FAST_BUILD=none"}
+    cxx, nvcc, reasons = find_cxx(), find_nvcc(), []
+    for level in ("cuda", "cpu") if demanded == "auto" else (demanded,):
+        if cxx is None:
+            reasons = ["no C++ compiler found when it was installed"]
+        elif level == "cuda" and nvcc is None:
+            reasons.append("no nvcc found (PATH, CUDA_HOME) when it was installed")
+        else:
+            try:
+                write_ninja(level, folder / level, cxx, nvcc)
+                # as a module: the script is not on PATH in every build environment
+                command = [sys.executable, "-m", "ninja", "-C", str(folder / level), "-j", str(max_jobs())]
+                subprocess.run(command, check=True)
+            except (subprocess.CalledProcessError, OSError, ValueError) as error:
+                reasons.append(f"the {level} build failed ({error})")
+                print(f"laser-fast: WARNING: {reasons[-1]}; its messages are above", file=sys.stderr)
+            else:
+                return folder / level / LIBRARY, {"level": level, "reason": "; ".join(reasons)}
+    if demanded != "auto":
+        raise RuntimeError(f"LASER_FAST_BUILD={demanded}: {'; '.join(reasons)}")
+    return None, {"level": "none", "reason": "; ".join(reasons)}
+
+
+class BuildNative(build_ext):
+    """Puts the library and build.json (what was built and why) into laser_fast/_native of the wheel or of the source tree."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path("laser_fast", "_native", LIBRARY))
+
+    def build_extension(self, ext: Extension) -> None:
+        library, facts = compile_library(ROOT / "build" / "native")
+        target = Path(self.build_lib, "laser_fast", "_native", LIBRARY)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)  # unlink first: overwriting a library that a running process has mapped would crash it
+        if library is not None:
+            shutil.copyfile(library, target)
+        facts["apache-tvm-ffi"] = importlib.metadata.version("apache-tvm-ffi")
+        target.with_name("build.json").write_text(json.dumps(facts, indent=1) + "\n")
+        print(f"laser-fast: compiled library: {facts['level']}" + (f" ({facts['reason']})" if facts["reason"] else ""))
+
+    def copy_extensions_to_source(self) -> None:
+        """An editable install finds both files in the source tree; what an earlier install left there goes."""
+        kept = ROOT / "laser_fast" / "_native"
+        shutil.rmtree(kept, ignore_errors=True)
+        shutil.copytree(Path(self.build_lib, "laser_fast", "_native"), kept)
+
+
+class PlatformWheel(bdist_wheel):
+    """The library needs no particular Python: py3-none-<platform>, or py3-none-any where there is no library."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        built = Path(self.bdist_dir, "laser_fast", "_native", LIBRARY).exists()
+        return "py3", "none", super().get_tag()[2] if built else "any"
+
+
+setup(
+    packages=[*find_packages(include=["laser_fast", "laser_fast.*"]), "laser_fast.kernels"],
+    ext_modules=[Extension("laser_fast_native", sources=[], optional=True)],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
+)
