@@ -1,0 +1,74 @@
+"""Full ranking: every row's target against the whole catalogue, a chunk of rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from laser_fast.evaluation.metrics import RankingMetrics, target_ranks
+from laser_fast.models.recommender import Scorer
+
+if TYPE_CHECKING:
+    from laser_fast.data import EvaluationRows
+
+
+def row_batches(
+    rows: EvaluationRows, batch_size: int, device: torch.device | str = "cpu"
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Rows in order as tensors: (items [N] int64, cu_seqlens [B+1] int32, targets [B] int64) for each chunk.
+
+    Raises:
+        ValueError: `batch_size` below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"row_batches: batch_size must be at least 1, got {batch_size}")
+    for start in range(0, len(rows), batch_size):
+        chunk = rows.select(np.arange(start, min(start + batch_size, len(rows))))
+        # torch.tensor copies, so the arrays may be read-only memory maps
+        yield (
+            torch.tensor(chunk.histories.items, dtype=torch.int64, device=device),
+            torch.tensor(chunk.histories.cu_seqlens, dtype=torch.int32, device=device),
+            torch.tensor(chunk.targets, dtype=torch.int64, device=device),
+        )
+
+
+@torch.no_grad()
+def evaluate(
+    scorer: Scorer,
+    rows: EvaluationRows,
+    *,
+    batch_size: int = 256,
+    progress: bool = False,
+    device: torch.device | str = "cpu",
+) -> RankingMetrics:
+    """Rank each row's target among all items of the catalogue; items of the history are not filtered.
+
+    Args:
+        scorer: gives [b, I] scores for b packed histories.
+        rows: B histories with one target each.
+        batch_size: rows scored at a time; bounds memory at about `2 * batch_size * I` scores.
+        progress: show a bar that counts rows.
+        device: where the histories are put before `scorer.score`.
+
+    Returns:
+        HR, NDCG and MRR with intervals; `.ranks` keeps the rank of each row, in the order of `rows`.
+
+    Raises:
+        ValueError: the scorer returns NaN or a wrong shape.
+    """
+    ranks = []
+    with tqdm(total=len(rows), desc="evaluate", unit="row", disable=not progress) as bar:
+        for items, cu_seqlens, targets in row_batches(rows, batch_size, device):
+            scores = scorer.score(items, cu_seqlens)
+            if scores.shape != (len(targets), scorer.num_items):
+                raise ValueError(
+                    f"evaluate: score must return shape {(len(targets), scorer.num_items)}, got {tuple(scores.shape)}"
+                )
+            ranks.append(target_ranks(scores, targets).cpu())
+            bar.update(len(targets))
+    return RankingMetrics.from_ranks(torch.cat(ranks) if ranks else torch.empty(0, dtype=torch.int64))

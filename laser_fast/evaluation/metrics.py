@@ -1,0 +1,195 @@
+"""Ranks of targets and what is reported about them: HR@K, NDCG@K, MRR with standard errors and 95% intervals."""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_Z95 = 1.959963984540054  # half width of a 95% normal interval, in standard errors
+_METRIC = re.compile(r"(HR|NDCG)@([1-9][0-9]*)|MRR")
+
+
+def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
+    """rank_b = 1 + |{i : score_bi > score_b,target}| + |{i != target : score_bi = score_b,target}| (pessimistic).
+
+    An item tied with the target counts as ranked before it, so a constant scorer gets the last rank, not the first.
+
+    Args:
+        scores: [B, I] any float dtype, higher is better; -inf is allowed (excluded items), NaN is not.
+        targets: [B] int64, the item to be found in each row.
+
+    Returns:
+        [B] int64 in 1..I, on the device of `scores`.
+
+    Raises:
+        TypeError: `targets` is not int64.
+        ValueError: shapes do not fit, a target outside 0..I-1, or a NaN score.
+    """
+    if targets.dtype != torch.int64:
+        raise TypeError(f"target_ranks: targets must be int64, got {targets.dtype}")
+    if scores.dim() != 2 or targets.dim() != 1 or scores.shape[0] != targets.shape[0]:
+        raise ValueError(
+            "target_ranks: scores and targets must have shapes [B, I] and [B], "
+            f"got {tuple(scores.shape)} and {tuple(targets.shape)}"
+        )
+    num_items = scores.shape[1]
+    if targets.numel() == 0:
+        return torch.empty(0, dtype=torch.int64, device=scores.device)
+    if int(targets.min()) < 0 or int(targets.max()) >= num_items:
+        value = int(targets[(targets < 0) | (targets >= num_items)][0])
+        raise ValueError(f"target_ranks: targets must be in 0..{num_items - 1}, got {value}")
+    not_a_number = torch.isnan(scores)
+    if bool(not_a_number.any()):
+        row, item = (int(x) for x in not_a_number.nonzero()[0])
+        raise ValueError(f"target_ranks: scores must not be NaN, got NaN in row {row} for item {item}")
+    # the target itself satisfies >=, which supplies the leading 1
+    return (scores >= scores.gather(1, targets.to(scores.device)[:, None])).sum(dim=1)
+
+
+def rank_values(ranks: Tensor, metric: str) -> Tensor:
+    """Value of one metric for each row: HR@K = [rank <= K], NDCG@K = [rank <= K] / log2(1 + rank), MRR = 1 / rank.
+
+    Args:
+        ranks: [B] int64, each >= 1.
+        metric: "HR@K", "NDCG@K" (K >= 1) or "MRR".
+
+    Returns:
+        [B] float64.
+
+    Raises:
+        ValueError: an unknown metric, or a rank below 1.
+    """
+    match = _METRIC.fullmatch(metric)
+    if match is None:
+        raise ValueError(f'rank_values: metric must be "HR@K", "NDCG@K" or "MRR", got {metric!r}')
+    if ranks.numel() and int(ranks.min()) < 1:
+        raise ValueError(f"rank_values: ranks must be at least 1, got {int(ranks.min())}")
+    exact = ranks.double()
+    if metric == "MRR":
+        return exact.reciprocal()
+    hit = (ranks <= int(match[2])).double()
+    return hit if match[1] == "HR" else hit / torch.log2(1.0 + exact)
+
+
+@dataclass(frozen=True)
+class MetricValue:
+    """Mean over rows; NaN where it is not defined (no rows; for the errors, fewer than two)."""
+
+    mean: float
+    standard_error: float
+
+    @property
+    def ci95(self) -> float:
+        """Half width of the 95% normal interval around the mean."""
+        return _Z95 * self.standard_error
+
+    @classmethod
+    def from_values(cls, values: Tensor) -> "MetricValue":
+        """Mean and standard error (sample deviation / sqrt(B)) of `values` [B]."""
+        count = values.numel()
+        exact = values.double()
+        mean = exact.mean().item() if count else math.nan
+        return cls(mean, exact.std().item() / math.sqrt(count) if count > 1 else math.nan)
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Plain numbers; what is not defined is None (JSON has no NaN)."""
+        numbers = {"mean": self.mean, "standard_error": self.standard_error, "ci95": self.ci95}
+        return {name: None if math.isnan(number) else number for name, number in numbers.items()}
+
+    def __str__(self) -> str:
+        return "-" if math.isnan(self.mean) else f"{self.mean:.4f} +- {self.ci95:.4f}"
+
+
+@dataclass(frozen=True)
+class RankingMetrics:
+    """HR@K, NDCG@K and MRR of one system on one set of rows, by name: `metrics["NDCG@10"].mean`.
+
+    Attributes:
+        values: metric name -> value. Names of sampled rankings end in `|sampled<C>`, so that they cannot be mistaken
+            for rankings of the whole catalogue.
+        ranks: [B] int64 on the CPU, the rank of each row's target: what paired comparisons need.
+    """
+
+    values: Mapping[str, MetricValue]
+    ranks: Tensor = field(repr=False, compare=False)
+
+    @classmethod
+    def from_ranks(
+        cls, ranks: Tensor, ks: Sequence[int] = (1, 5, 10, 20), *, sampled_candidates: int | None = None
+    ) -> "RankingMetrics":
+        """Metrics of the ranks of B targets.
+
+        Args:
+            ranks: [B] int64, each >= 1; B may be 0, then every value is NaN.
+            ks: cut-offs of HR and NDCG.
+            sampled_candidates: number of candidates of each ranking where that is not the whole catalogue.
+
+        Raises:
+            ValueError: a cut-off or a rank below 1.
+        """
+        if any(k < 1 for k in ks):
+            raise ValueError(f"RankingMetrics.from_ranks: ks must be at least 1, got {tuple(ks)}")
+        names = [f"HR@{k}" for k in ks] + [f"NDCG@{k}" for k in ks] + ["MRR"]
+        suffix = "" if sampled_candidates is None else f"|sampled{sampled_candidates}"
+        values = {name + suffix: MetricValue.from_values(rank_values(ranks, name)) for name in names}
+        return cls(values, ranks.detach().cpu())
+
+    def __getitem__(self, name: str) -> MetricValue:
+        if name not in self.values:
+            raise KeyError(f"RankingMetrics: no metric {name!r}, got {', '.join(self.values)}")
+        return self.values[name]
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return self.ranks.numel()
+
+    def to_dict(self) -> dict[str, Any]:
+        """`{"rows": B, "metrics": {name: {"mean", "standard_error", "ci95"}}}`; without the ranks."""
+        return {"rows": len(self), "metrics": {name: value.to_dict() for name, value in self.values.items()}}
+
+    def to_json(self, *, indent: int | None = None) -> str:
+        """`to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
+
+
+def paired_difference(ranks_a: Tensor, ranks_b: Tensor, metric: str = "NDCG@10") -> MetricValue:
+    """Mean of metric(a) - metric(b) over the same rows, with the standard error of that difference.
+
+    Args:
+        ranks_a: [B] int64, ranks by system a.
+        ranks_b: [B] int64, ranks of the same targets by system b.
+        metric: "HR@K", "NDCG@K" or "MRR".
+
+    Raises:
+        ValueError: different numbers of rows, or an unknown metric.
+    """
+    if ranks_a.shape != ranks_b.shape:
+        raise ValueError(
+            "paired_difference: both systems must have ranked the same rows, "
+            f"got {tuple(ranks_a.shape)} and {tuple(ranks_b.shape)} ranks"
+        )
+    return MetricValue.from_values(rank_values(ranks_a, metric) - rank_values(ranks_b, metric))
+
+
+def table(rows: Mapping[str, RankingMetrics], metrics: Sequence[str] | None = None) -> str:
+    """Aligned text table: a line per system, a column per metric, each `mean +- half width of the 95% interval`.
+
+    Args:
+        rows: system name -> metrics.
+        metrics: columns in order; default: every metric of the first system.
+
+    Returns:
+        Lines without a newline at the end; "" for no systems.
+    """
+    if not rows:
+        return ""
+    columns = list(metrics) if metrics is not None else list(next(iter(rows.values())).values)
+    cells = [["", *columns], *([name, *(str(result[column]) for column in columns)] for name, result in rows.items())]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(columns) + 1)]
+    aligned = ([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in cells)
+    return "\n".join("  ".join(line).rstrip() for line in aligned)

@@ -1,0 +1,310 @@
+"""Laser: a frozen language model as a sequential recommender, with M-Former's prefix and a trained suffix around the text."""
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from laser_fast.data.batches import BatchBuilder, PackedBatch
+from laser_fast.data.sequences import PackedSequences
+from laser_fast.models.calibration import CalibratedScorer
+from laser_fast.models.recommender import Scorer, SequentialRecommender, check_histories
+from laser_fast.nn.bituning import BiTuning
+from laser_fast.nn.frozen import FrozenModule
+from laser_fast.nn.frozen_lm import FrozenLM
+from laser_fast.nn.mformer import MFormer
+from laser_fast.ops import Routing, catalog_cross_entropy
+
+
+@dataclass(frozen=True)
+class LaserOutput:
+    """What a training forward gives.
+
+    Attributes:
+        loss: float32 [], cross-entropy + alpha * balance loss.
+        cross_entropy: float32 [].
+        balance_loss: float32 []; 0 without M-Former.
+        load: float32 [E], share of the items' choices each expert got; None without M-Former.
+    """
+
+    loss: Tensor
+    cross_entropy: Tensor
+    balance_loss: Tensor
+    load: Tensor | None
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """One recommended item: its external id and its score (higher is better)."""
+
+    item_id: str
+    score: float
+
+
+class FrozenRecommender(FrozenModule):
+    """An ID-based recommender that is read and not trained."""
+
+    def __init__(self, recommender: SequentialRecommender) -> None:
+        super().__init__()
+        self.recommender = recommender
+        self.freeze()
+
+    @torch.no_grad()
+    def states(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """[N], [B+1] -> float32 [N, D_id], without gradient."""
+        return self.recommender.states(items, cu_seqlens)
+
+
+class LaserModel(nn.Module):
+    """The recommender of the paper; both sides, users and items, go through the same frozen language model.
+
+    `state_dict` holds what is trained and nothing of the frozen models. It is a `Scorer`: `score` is the cosine of user and
+    item embeddings over the temperature.
+
+    Args:
+        lm: the frozen language model.
+        builder: texts, prompts and catalogue; turns histories into packed batches.
+        item_ids: external ids in index order.
+        bituning: suffix, shared prefix and read-out.
+        mformer: writes the prefix; None = the shared prefix of `bituning`, or none.
+        recommender: whose states M-Former reads; needed with `mformer`.
+        head: "linear" (trained, starts as the identity, one for both sides) or "none".
+        temperature: tau.
+        balance_weight: alpha.
+        dropout: on the read-out.
+    """
+
+    item_matrix: Tensor
+
+    def __init__(
+        self,
+        lm: FrozenLM,
+        builder: BatchBuilder,
+        item_ids: Sequence[str],
+        bituning: BiTuning,
+        *,
+        mformer: MFormer | None = None,
+        recommender: SequentialRecommender | None = None,
+        head: str = "linear",
+        temperature: float = 0.05,
+        balance_weight: float = 0.01,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if len(item_ids) != builder.num_items:
+            raise ValueError(
+                f"LaserModel: item_ids must name the {builder.num_items} items of the catalogue, got {len(item_ids)}"
+            )
+        if mformer is not None and recommender is None:
+            raise ValueError("LaserModel: recommender must be given with mformer (it reads its states), got None")
+        if recommender is not None and recommender.num_items != builder.num_items:
+            raise ValueError(
+                f"LaserModel: the recommender must know the {builder.num_items} items of the catalogue, "
+                f"got {recommender.num_items}"
+            )
+        self.lm = lm
+        self.builder = builder
+        self.bituning = bituning
+        self.mformer = mformer
+        self.recommender = None if recommender is None else FrozenRecommender(recommender)
+        self.head: nn.Linear | None = None
+        if head == "linear":
+            self.head = nn.Linear(lm.hidden_size, lm.hidden_size)
+            nn.init.eye_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+        elif head != "none":
+            raise ValueError(f'LaserModel: head must be "linear" or "none", got {head!r}')
+        self.temperature = temperature
+        self.balance_weight = balance_weight
+        self.dropout = dropout
+        self.item_ids = list(item_ids)
+        self.index_of_item = {item_id: index for index, item_id in enumerate(self.item_ids)}
+        self.calibration: CalibratedScorer | None = None
+        self.register_buffer("item_matrix", torch.empty(0, lm.hidden_size), persistent=False)
+
+    @property
+    def num_items(self) -> int:
+        """Size of the catalogue I."""
+        return self.builder.num_items
+
+    @property
+    def device(self) -> torch.device:
+        """Where the trained parameters live."""
+        return self.bituning.suffix_tokens.device
+
+    def encode(self, batch: PackedBatch) -> tuple[Tensor, Routing | None]:
+        """Embeddings of the sequences of a batch, users or items, with gradient: float32 [B, d], and the routing."""
+        prefix, routing = self.bituning.shared_prefix(len(batch)), None
+        if self.mformer is not None:
+            assert self.recommender is not None
+            written = self.mformer(self.recommender.states(batch.items, batch.cu_seqlens), batch.cu_seqlens)
+            prefix, routing = written.prefix, written.routing
+        packed = self.bituning.assemble(prefix, self.lm.embed(batch.input_ids), batch.token_cu_seqlens)
+        embedding = self.bituning.read_out(self.lm(packed.inputs_embeds, packed.cu_seqlens), packed)
+        embedding = F.dropout(embedding, self.dropout, self.training)
+        return (embedding if self.head is None else self.head(embedding)), routing
+
+    def forward(self, batch: PackedBatch) -> LaserOutput:
+        """Training loss of a batch of users against the whole item matrix.
+
+        The matrix is a constant, but for the rows of `batch.positives`, which are encoded here with gradient.
+
+        Raises:
+            ValueError: a batch without targets.
+            RuntimeError: no item matrix yet (`refresh_items`).
+        """
+        if batch.targets is None:
+            raise ValueError("LaserModel: the batch must have targets, got None; build it with training_batch")
+        users, routing = self.encode(batch)
+        items = self._items()
+        if batch.positives is not None:
+            assert batch.positive_items is not None
+            encoded, _ = self.encode(batch.positives)
+            items = items.index_copy(0, batch.positive_items, encoded.to(items.dtype))
+        cross_entropy = catalog_cross_entropy(users, items, batch.targets, temperature=self.temperature)
+        if routing is None:
+            return LaserOutput(cross_entropy, cross_entropy.detach(), torch.zeros_like(cross_entropy), None)
+        loss = cross_entropy + self.balance_weight * routing.balance_loss
+        return LaserOutput(loss, cross_entropy.detach(), routing.balance_loss.detach(), routing.load.detach())
+
+    @torch.inference_mode()
+    def encode_users(self, histories: PackedSequences, *, batch_size: int = 128) -> Tensor:
+        """Embeddings of users from their histories: float32 [B, d], on the model's device, without gradient."""
+        rows = [
+            self._encode_now(
+                self.builder.histories(histories.select(np.arange(start, min(start + batch_size, len(histories)))))
+            )
+            for start in range(0, len(histories), batch_size)
+        ]
+        return torch.cat(rows) if rows else torch.empty(0, self.lm.hidden_size, device=self.device)
+
+    @torch.inference_mode()
+    def encode_items(
+        self, indices: Sequence[int] | None = None, *, batch_size: int = 256, progress: bool = False
+    ) -> Tensor:
+        """Embeddings of items, the whole catalogue by default: float32 [n, d], without gradient."""
+        wanted = np.arange(self.num_items) if indices is None else np.asarray(indices, dtype=np.int64)
+        starts = tqdm(
+            range(0, len(wanted), batch_size), desc="encode items", unit="batch", disable=not progress, leave=False
+        )
+        rows = [self._encode_now(self.builder.items(wanted[start : start + batch_size])) for start in starts]
+        return torch.cat(rows) if rows else torch.empty(0, self.lm.hidden_size, device=self.device)
+
+    def refresh_items(self, *, batch_size: int = 256, progress: bool = False) -> Tensor:
+        """Encode the catalogue with the current parameters and keep it as the item matrix V: float32 [I, d]."""
+        self.item_matrix = self.encode_items(batch_size=batch_size, progress=progress).clone()  # leave inference mode
+        return self.item_matrix
+
+    @torch.no_grad()
+    def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Cosine of each user with each item over the temperature: float32 [B, I]; nothing is filtered.
+
+        Args:
+            items: int64 [N], histories, oldest first.
+            cu_seqlens: int32 [B+1].
+        """
+        check_histories("LaserModel.score", items, cu_seqlens, self.num_items)
+        users = self.encode_users(PackedSequences(items.cpu().numpy(), cu_seqlens.cpu().numpy()))
+        return F.normalize(users, dim=-1) @ F.normalize(self._items(), dim=-1).T / self.temperature
+
+    def recommend(
+        self,
+        histories: Sequence[Sequence[str]],
+        k: int = 10,
+        *,
+        exclude_seen: bool = False,
+        exclude: Iterable[str] = (),
+        allow: Iterable[str] | None = None,
+    ) -> list[list[Recommendation]]:
+        """The k best items for each history of external item ids, oldest first; nobody needs to be a known user.
+
+        Scores are calibrated where the model carries a calibration, else cosine over temperature. Ids that are not in the
+        catalogue are dropped with one warning; an empty history is served from the prompt alone.
+
+        Args:
+            histories: B lists of external ids.
+            k: items wanted; the list is shorter when fewer are left.
+            exclude_seen: leave out the items of the history.
+            exclude: ids nobody gets.
+            allow: the only ids anybody gets; None = all.
+
+        Returns:
+            B lists of `Recommendation`, best first, ties by item index.
+
+        Raises:
+            TypeError: a history that is a string instead of a list of strings.
+            ValueError: k below 1, or an id of `exclude` or `allow` that is not in the catalogue.
+        """
+        if k < 1:
+            raise ValueError(f"recommend: k must be at least 1, got {k}")
+        packed = self._pack_histories(histories)
+        scores = self._score_for_serving(packed)
+        blocked = torch.zeros(self.num_items, dtype=torch.bool)
+        blocked[self._indices("exclude", exclude)] = True
+        if allow is not None:
+            allowed = torch.zeros_like(blocked)
+            allowed[self._indices("allow", allow)] = True
+            blocked |= ~allowed
+        scores = scores.masked_fill(blocked.to(scores.device), -torch.inf)
+        if exclude_seen:
+            rows = torch.from_numpy(np.repeat(np.arange(len(packed)), packed.lengths)).to(scores.device)
+            scores[rows, torch.from_numpy(packed.items).to(scores.device)] = -torch.inf
+        order = scores.sort(dim=1, descending=True, stable=True)
+        return [
+            [
+                Recommendation(self.item_ids[index], value)
+                for value, index in zip(values[:k].tolist(), indices[:k].tolist(), strict=True)
+                if value != -torch.inf
+            ]
+            for values, indices in zip(order.values, order.indices, strict=True)
+        ]
+
+    def _score_for_serving(self, histories: PackedSequences) -> Tensor:
+        scorer: Scorer = self if self.calibration is None else self.calibration
+        items = torch.from_numpy(histories.items).to(self.device)
+        return scorer.score(items, torch.from_numpy(histories.cu_seqlens).to(self.device))
+
+    def _pack_histories(self, histories: Sequence[Sequence[str]]) -> PackedSequences:
+        unknown: list[str] = []
+        rows = []
+        for history in histories:
+            if isinstance(history, str):
+                raise TypeError(f"recommend: a history must be a list of item ids, got the string {history!r}")
+            rows.append([self.index_of_item[item] for item in history if item in self.index_of_item])
+            unknown += [item for item in history if item not in self.index_of_item]
+        if unknown:
+            warnings.warn(
+                f"recommend: {len(unknown)} ids are not in the catalogue and were dropped, the first is {unknown[0]!r}",
+                stacklevel=3,
+            )
+        return PackedSequences.from_lists(rows)
+
+    def _indices(self, argument: str, ids: Iterable[str]) -> Tensor:
+        indices = []
+        for item_id in ids:
+            if item_id not in self.index_of_item:
+                raise ValueError(f"recommend: {argument} must name items of the catalogue, got {item_id!r}")
+            indices.append(self.index_of_item[item_id])
+        return torch.tensor(indices, dtype=torch.int64)
+
+    def _encode_now(self, batch: PackedBatch) -> Tensor:
+        """Encode in evaluation mode, whatever the mode now."""
+        was_training = self.training
+        self.eval()
+        try:
+            return self.encode(batch.to(self.device))[0]
+        finally:
+            self.train(was_training)
+
+    def _items(self) -> Tensor:
+        if self.item_matrix.shape[0] != self.num_items:
+            raise RuntimeError(
+                f"LaserModel: the item matrix must hold {self.num_items} items, got {self.item_matrix.shape[0]}; "
+                "call refresh_items() first"
+            )
+        return self.item_matrix

@@ -1,0 +1,100 @@
+"""What an ID-based recommender must be able to do, so that evaluation, fusion and Laser can take any of them."""
+
+from typing import Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Anything that gives every catalogue item a score for every history."""
+
+    num_items: int
+
+    def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Score of every item for every history; higher is better, nothing is filtered.
+
+        Args:
+            items: [N] int64, packed histories, oldest first, values 0..num_items-1.
+            cu_seqlens: [B+1] int32, where each history starts and ends; a history may be empty.
+
+        Returns:
+            [B, num_items] float32, finite.
+        """
+        ...
+
+
+@runtime_checkable
+class SequentialRecommender(Scorer, Protocol):
+    """A scorer that also has a state after every item of a history."""
+
+    state_size: int
+    split_hash: str | None
+
+    def states(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """State after each item, from that item and the older ones of the same history only.
+
+        Args:
+            items: [N] int64, packed histories, oldest first.
+            cu_seqlens: [B+1] int32.
+
+        Returns:
+            [N, state_size] float32.
+        """
+        ...
+
+
+def check_histories(function: str, items: Tensor, cu_seqlens: Tensor, num_items: int) -> None:
+    """Check packed histories before anything is looked up with them.
+
+    Args:
+        function: name of the public function, the first word of every message.
+        items: [N] int64.
+        cu_seqlens: [B+1] int32.
+        num_items: size of the catalogue.
+
+    Raises:
+        TypeError: `items` is not int64 or `cu_seqlens` not int32.
+        ValueError: wrong number of dimensions, an item outside 0..num_items-1, or offsets that do not run from 0 to N.
+    """
+    if items.dtype != torch.int64:
+        raise TypeError(f"{function}: items must be int64, got {items.dtype}")
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"{function}: cu_seqlens must be int32, got {cu_seqlens.dtype}")
+    if items.dim() != 1:
+        raise ValueError(f"{function}: items must have one dimension, got shape {tuple(items.shape)}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
+        raise ValueError(f"{function}: cu_seqlens must have shape [B+1], got shape {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.device != items.device:
+        raise ValueError(
+            f"{function}: items and cu_seqlens must share a device, got {items.device} and {cu_seqlens.device}"
+        )
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or last != items.numel():
+        raise ValueError(f"{function}: cu_seqlens must run from 0 to {items.numel()}, got {first} to {last}")
+    if bool((cu_seqlens.diff() < 0).any()):
+        raise ValueError(f"{function}: cu_seqlens must not decrease, got {cu_seqlens.tolist()[:8]}...")
+    if items.numel() and (int(items.min()) < 0 or int(items.max()) >= num_items):
+        value = int(items[(items < 0) | (items >= num_items)][0])
+        raise ValueError(f"{function}: items must be in 0..{num_items - 1}, got {value}; drop unknown items first")
+
+
+def newest_items(items: Tensor, cu_seqlens: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
+    """The last `max_length` items of each packed history.
+
+    Args:
+        items: [N] int64.
+        cu_seqlens: [B+1] int32.
+        max_length: items kept of each history.
+
+    Returns:
+        (items [M] int64, cu_seqlens [B+1] int32), M <= N.
+    """
+    lengths = cu_seqlens.diff()
+    # distance to the end of its own history, 1 for the newest item
+    ends = torch.repeat_interleave(cu_seqlens[1:], lengths, output_size=items.numel())
+    keep = ends - torch.arange(items.numel(), device=items.device) <= max_length
+    kept = F.pad(lengths.clamp_max(max_length).cumsum(0), (1, 0)).to(torch.int32)
+    return items[keep], kept

@@ -1,0 +1,155 @@
+"""SASRec (Kang and McAuley 2018, arXiv:1808.09781) on packed histories, with tied item embeddings."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from laser_fast.models.recommender import check_histories, newest_items
+from laser_fast.nn.attention import AttentionPlan, varlen_attention
+
+
+class _Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)): one pre-norm transformer layer over packed sequences."""
+
+    def __init__(self, width: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.attention_norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, hidden: Tensor, cu_seqlens: Tensor, plan: AttentionPlan) -> Tensor:
+        """[N, width] -> [N, width], causal inside each sequence of `cu_seqlens`."""
+        query, key, value = self.qkv(self.attention_norm(hidden)).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
+        probability = self.dropout if self.training else 0.0
+        attended = varlen_attention(query, key, value, cu_seqlens, causal=True, dropout=probability, plan=plan)
+        hidden = hidden + F.dropout(self.out(attended.flatten(1)), self.dropout, self.training)
+        return hidden + F.dropout(self.down(F.gelu(self.up(self.mlp_norm(hidden)))), self.dropout, self.training)
+
+
+class SASRec(nn.Module):
+    """Next-item logits `norm(transformer(e_item + p_position)) @ E^T`; satisfies `SequentialRecommender`.
+
+    Positions are counted from the first item given, so a state depends on nothing but its own history: not on the batch,
+    not on padding (there is none), not on younger items.
+
+    Attributes:
+        num_items: I, size of the catalogue.
+        state_size: width of the states and of the item embeddings.
+        max_length: longest history, in items.
+        split_hash: hash of the split whose training part it was fitted on; None before training.
+    """
+
+    def __init__(
+        self,
+        num_items: int,
+        *,
+        width: int = 64,
+        num_layers: int = 2,
+        num_heads: int = 1,
+        max_length: int = 50,
+        dropout: float = 0.3,
+    ) -> None:
+        """Random weights (normal, deviation 0.02) from torch's global generator.
+
+        Raises:
+            ValueError: a size below 1, or `width` not a multiple of `num_heads`.
+        """
+        super().__init__()
+        for name, size in {"num_items": num_items, "num_heads": num_heads, "max_length": max_length}.items():
+            if size < 1:
+                raise ValueError(f"SASRec: {name} must be at least 1, got {size}")
+        if width < 1 or width % num_heads:
+            raise ValueError(f"SASRec: width must be a multiple of num_heads, got {width} and {num_heads}")
+        self.num_items = num_items
+        self.state_size = width
+        self.max_length = max_length
+        self.dropout = dropout
+        self.split_hash: str | None = None
+        self.item_embedding = nn.Embedding(num_items, width)
+        self.position_embedding = nn.Embedding(max_length, width)
+        self.blocks = nn.ModuleList(_Block(width, num_heads, dropout) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(width)
+        for parameter in self.parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """States [N, width] float32 in the module's mode (with dropout while training), with gradients.
+
+        Args:
+            items: [N] int64, packed histories, oldest first, each at most `max_length` long.
+            cu_seqlens: [B+1] int32.
+        """
+        starts = cu_seqlens[:-1].long()
+        positions = torch.arange(items.numel(), device=items.device)
+        positions = positions - torch.repeat_interleave(starts, cu_seqlens.long().diff(), output_size=items.numel())
+        hidden = self.item_embedding(items) + self.position_embedding(positions)
+        hidden = F.dropout(hidden, self.dropout, self.training)
+        plan = AttentionPlan.build(cu_seqlens, causal=True)
+        for block in self.blocks:
+            hidden = block(hidden, cu_seqlens, plan)
+        normed: Tensor = self.norm(hidden)
+        return normed
+
+    def logits(self, states: Tensor) -> Tensor:
+        """[N, width] -> [N, I]: inner products with every item embedding."""
+        return states @ self.item_embedding.weight.T
+
+    def states(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """State after each item, without dropout or gradient whatever the module's mode.
+
+        Args:
+            items: [N] int64, packed histories, oldest first, each at most `max_length` long.
+            cu_seqlens: [B+1] int32; histories may be empty.
+
+        Returns:
+            [N, state_size] float32.
+
+        Raises:
+            TypeError, ValueError: see `check_histories`; ValueError also for a history longer than `max_length`.
+        """
+        check_histories("SASRec.states", items, cu_seqlens, self.num_items)
+        longest = int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
+        if longest > self.max_length:
+            raise ValueError(
+                f"SASRec.states: histories must have at most {self.max_length} items, got {longest}; "
+                "keep the newest ones"
+            )
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                states: Tensor = self(items, cu_seqlens)
+                return states
+        finally:
+            self.train(was_training)
+
+    def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Next-item logits from the newest `max_length` items of each history; an empty history scores 0 everywhere.
+
+        Args:
+            items: [N] int64, packed histories, oldest first, of any length.
+            cu_seqlens: [B+1] int32; histories may be empty.
+
+        Returns:
+            [B, num_items] float32.
+
+        Raises:
+            TypeError, ValueError: see `check_histories`.
+        """
+        check_histories("SASRec.score", items, cu_seqlens, self.num_items)
+        items, cu_seqlens = newest_items(items, cu_seqlens, self.max_length)
+        states = self.states(items, cu_seqlens)
+        last = states.new_zeros(cu_seqlens.numel() - 1, self.state_size)
+        filled = cu_seqlens.diff() > 0
+        last[filled] = states[cu_seqlens[1:][filled].long() - 1]
+        with torch.no_grad():
+            return self.logits(last)

@@ -1,0 +1,1 @@
+"""Training: the ID recommender, the stages of Laser, checkpoints."""
