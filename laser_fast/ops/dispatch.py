@@ -1,0 +1,175 @@
+"""Query tokens to users and back: `U[b k + j] = T[e_b[j]]` and `P[b] = sum_j w_b[j] Y[b k + j]`.
+
+Memory-bound: dispatch reads E slabs [Q, D] and writes B k of them, combine reads B k and writes B. Both are free of
+loops over users or experts, deterministic, and add up in float32 (float64 stays float64), whatever autocast says.
+Source: Laser (Zhang et al., arXiv:2409.01605), M-Former.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laser_fast.ops.arguments import check_dimensions, check_dtype, check_floating, check_one_device
+from laser_fast.ops.precision import autocast_off, wide_dtype
+
+
+def dispatch_queries_reference(queries: Tensor, expert: Tensor) -> Tensor:
+    """`dispatch_queries` in plain differentiable PyTorch, on any device; arguments are trusted."""
+    return queries.index_select(0, expert.reshape(-1))
+
+
+@torch.library.custom_op("laser_fast::dispatch_queries", mutates_args=())
+def _dispatch_queries(queries: Tensor, expert: Tensor) -> Tensor:
+    return dispatch_queries_reference(queries, expert).contiguous()
+
+
+@_dispatch_queries.register_fake
+def _(queries: Tensor, expert: Tensor) -> Tensor:
+    return queries.new_empty((expert.shape[0] * expert.shape[1], *queries.shape[1:]))
+
+
+@torch.library.custom_op("laser_fast::dispatch_queries_backward", mutates_args=())
+def _dispatch_queries_backward(grad: Tensor, expert: Tensor, num_experts: int) -> Tensor:
+    # a product with the one-hot choice: one pass over grad in a fixed order, where index_add would use atomics on a GPU
+    wide = wide_dtype(grad)
+    one_hot = torch.arange(num_experts, device=expert.device).unsqueeze(1) == expert.reshape(1, -1)
+    with autocast_off(grad.device):
+        total = one_hot.to(wide) @ grad.reshape(grad.shape[0], grad.shape[1] * grad.shape[2]).to(wide)
+    return total.view(num_experts, *grad.shape[1:]).to(grad.dtype)
+
+
+@_dispatch_queries_backward.register_fake
+def _(grad: Tensor, expert: Tensor, num_experts: int) -> Tensor:
+    return grad.new_empty((num_experts, *grad.shape[1:]))
+
+
+def _save_expert(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    queries, expert = inputs
+    ctx.save_for_backward(expert)
+    ctx.num_experts = queries.shape[0]
+
+
+def _backward_dispatch(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+    (expert,) = ctx.saved_tensors
+    return _dispatch_queries_backward(grad, expert, ctx.num_experts), None
+
+
+_dispatch_queries.register_autograd(_backward_dispatch, setup_context=_save_expert)
+
+
+def dispatch_queries(queries: Tensor, expert: Tensor) -> Tensor:
+    """Query tokens of every chosen expert: `result[b k + j] = queries[expert[b, j]]`.
+
+    Backward keeps only `expert` and sums the gradients of one expert in float32, deterministically.
+
+    Args:
+        queries: [E, Q, D], floating point, any strides.
+        expert: int32 [B, k], values 0 to E - 1 (not checked on a GPU).
+
+    Returns:
+        [B k, Q, D], dtype of `queries`, contiguous.
+
+    Raises:
+        TypeError: A dtype does not fit.
+        ValueError: A shape or device does not fit.
+    """
+    name = "dispatch_queries"
+    check_floating(name, queries=queries)
+    check_dtype(name, torch.int32, expert=expert)
+    check_dimensions(name, 3, queries=queries)
+    check_dimensions(name, 2, expert=expert)
+    check_one_device(name, queries=queries, expert=expert)
+    dispatched: Tensor = _dispatch_queries(queries, expert)
+    return dispatched
+
+
+def combine_queries_reference(outputs: Tensor, weight: Tensor) -> Tensor:
+    """`combine_queries` in plain differentiable PyTorch, on any device; arguments are trusted."""
+    num_users, top_k = weight.shape
+    _, num_queries, width = outputs.shape
+    wide = wide_dtype(outputs, weight)
+    slabs = outputs.reshape(num_users, top_k, num_queries * width).to(wide)
+    with autocast_off(outputs.device):
+        total = torch.bmm(weight.to(wide).unsqueeze(1), slabs)
+    return total.view(num_users, num_queries, width).to(outputs.dtype)
+
+
+@torch.library.custom_op("laser_fast::combine_queries", mutates_args=())
+def _combine_queries(outputs: Tensor, weight: Tensor) -> Tensor:
+    return combine_queries_reference(outputs, weight)
+
+
+@_combine_queries.register_fake
+def _(outputs: Tensor, weight: Tensor) -> Tensor:
+    return outputs.new_empty((weight.shape[0], *outputs.shape[1:]))
+
+
+@torch.library.custom_op("laser_fast::combine_queries_backward", mutates_args=())
+def _combine_queries_backward(
+    grad: Tensor, outputs: Tensor, weight: Tensor, needs_outputs: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor]:
+    wide = wide_dtype(outputs, weight)
+    num_users, top_k = weight.shape
+    grad_outputs, grad_weight = outputs.new_empty(0), weight.new_empty(0)
+    wide_grad = grad.unsqueeze(1).to(wide)
+    if needs_outputs:
+        spread = weight.to(wide).view(num_users, top_k, 1, 1) * wide_grad
+        grad_outputs = spread.to(outputs.dtype).view(outputs.shape)
+    if needs_weight:
+        slabs = outputs.reshape(num_users, top_k, *outputs.shape[1:]).to(wide)
+        grad_weight = (slabs * wide_grad).sum(dim=(2, 3)).to(weight.dtype)
+    return grad_outputs, grad_weight
+
+
+@_combine_queries_backward.register_fake
+def _(grad: Tensor, outputs: Tensor, weight: Tensor, needs_outputs: bool, needs_weight: bool) -> tuple[Tensor, Tensor]:
+    return (
+        outputs.new_empty(outputs.shape if needs_outputs else (0,)),
+        weight.new_empty(weight.shape if needs_weight else (0,)),
+    )
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_combine(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    needs_outputs, needs_weight = ctx.needs_input_grad
+    grad_outputs, grad_weight = _combine_queries_backward(grad, *ctx.saved_tensors, needs_outputs, needs_weight)
+    return grad_outputs if needs_outputs else None, grad_weight if needs_weight else None
+
+
+_combine_queries.register_autograd(_backward_combine, setup_context=_save_inputs)
+
+
+def combine_queries(outputs: Tensor, weight: Tensor) -> Tensor:
+    """Weighted sum of the chosen experts' outputs: `result[b] = sum_j weight[b, j] outputs[b k + j]`.
+
+    Adds up in float32 and rounds once. Backward keeps both inputs.
+
+    Args:
+        outputs: [B k, Q, D], floating point, any strides.
+        weight: [B, k], floating point (float32 from `route_experts`).
+
+    Returns:
+        [B, Q, D], dtype of `outputs`, contiguous.
+
+    Raises:
+        TypeError: A dtype does not fit.
+        ValueError: A shape or device does not fit.
+    """
+    name = "combine_queries"
+    check_floating(name, outputs=outputs, weight=weight)
+    check_dimensions(name, 3, outputs=outputs)
+    check_dimensions(name, 2, weight=weight)
+    check_one_device(name, outputs=outputs, weight=weight)
+    if outputs.shape[0] != weight.numel():
+        raise ValueError(
+            f"{name}: outputs must have one slab per entry of weight, "
+            f"got {outputs.shape[0]} slabs and weight {tuple(weight.shape)}"
+        )
+    combined: Tensor = _combine_queries(outputs, weight)
+    return combined
