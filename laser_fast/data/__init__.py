@@ -6,19 +6,33 @@ Arrays here are numpy; nothing in this room knows a model.
 from laser_fast.data.dataset import SequenceDataset, write_dataset
 from laser_fast.data.items import ItemTable
 from laser_fast.data.manifest import Manifest, SourceFile
+from laser_fast.data.prepare import PrepareRequest, describe, prepare
+from laser_fast.data.prepare_arguments import add_prepare_arguments, request_from_arguments
+from laser_fast.data.readers import InteractionColumns
 from laser_fast.data.sequences import EvaluationRows, PackedSequences
 from laser_fast.data.split import Split, TrainingRows, leave_one_out, training_rows
+from laser_fast.data.text import ItemText, clean_text
+from laser_fast.data.titles import normalize_title
 
 __all__ = [
     "EvaluationRows",
+    "InteractionColumns",
     "ItemTable",
+    "ItemText",
     "Manifest",
     "PackedSequences",
+    "PrepareRequest",
     "SequenceDataset",
     "SourceFile",
     "Split",
     "TrainingRows",
+    "add_prepare_arguments",
+    "clean_text",
+    "describe",
     "leave_one_out",
+    "normalize_title",
+    "prepare",
+    "request_from_arguments",
     "training_rows",
     "write_dataset",
 ]

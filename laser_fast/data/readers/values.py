@@ -1,0 +1,76 @@
+"""One value of a row: an external id, a number or a text, or an error that names file, line, column and value."""
+
+import math
+from typing import Any
+
+from laser_fast.data.readers.rows import Row
+
+_INT64_MAX = 2**63 - 1
+
+
+def _is_encodable(text: str) -> bool:
+    """Whether `text` is valid Unicode: JSON escapes can spell half a surrogate pair, which no file can hold."""
+    if text.isascii():
+        return True
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def parse_id(row: Row, column: str, value: Any) -> str:
+    """An external id as a string: text or a whole number, not empty, not NaN.
+
+    Raises:
+        ValueError: the value is none of these.
+    """
+    if isinstance(value, str):
+        text = value.strip()
+        if text and text.lower() != "nan" and _is_encodable(text):
+            return text
+    elif isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise row.error("an id must be text or a whole number", column, value)
+
+
+def parse_number(row: Row, column: str, value: Any) -> int | float:
+    """A finite number; whole numbers stay exact.
+
+    Raises:
+        ValueError: not a number, not finite, or a whole number beyond int64.
+    """
+    number: int | float | None = None
+    if isinstance(value, str) and "_" not in value:
+        try:
+            number = int(value)
+        except ValueError:
+            try:
+                number = float(value)
+            except ValueError:
+                number = None
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        number = value
+    if number is None or not math.isfinite(number):
+        raise row.error("the value must be a finite number", column, value)
+    if isinstance(number, int) and abs(number) > _INT64_MAX:
+        raise row.error("a whole number must fit into 64 bits", column, value)
+    return number
+
+
+def parse_text(row: Row, column: str, value: Any) -> str:
+    """A text: strings as they are, None and NaN as "", numbers written out, lists joined by commas.
+
+    Raises:
+        ValueError: the value is a JSON object, or a string that is not valid Unicode.
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, list):
+        return ", ".join(text for entry in value if (text := parse_text(row, column, entry)))
+    if isinstance(value, dict):
+        raise row.error("a text must be a string, a number or a list", column, value)
+    text = str(value)
+    if not _is_encodable(text):
+        raise row.error("a text must be valid Unicode", column, value)
+    return text
