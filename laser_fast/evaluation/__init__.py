@@ -1,5 +1,6 @@
 """Evaluation: ranks over the whole catalogue, metrics with confidence intervals, paired comparisons."""
 
+from laser_fast.evaluation.calibration import fit_calibration
 from laser_fast.evaluation.evaluate import evaluate, row_batches
 from laser_fast.evaluation.metrics import (
     MetricValue,
@@ -14,6 +15,7 @@ __all__ = [
     "MetricValue",
     "RankingMetrics",
     "evaluate",
+    "fit_calibration",
     "paired_difference",
     "rank_values",
     "row_batches",

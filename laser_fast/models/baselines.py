@@ -1,4 +1,4 @@
-"""Counting baselines: Popularity, a first-order Markov chain, item nearest neighbours; each a `Scorer` fitted in one pass.
+"""Counting baselines: Popularity, a first-order Markov chain, item nearest neighbours; each a `Scorer`.
 
 They live on the CPU; `score` takes histories from any device and answers there. Tables are sparse, so memory grows with
 the number of distinct item pairs seen together, not with the square of the catalogue.
@@ -192,7 +192,8 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     with warnings.catch_warnings():
         # torch announces once that the format it uses inside is in beta; nothing for the caller to act on
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        return torch.sparse.mm(left, right).coalesce()
+        product: Tensor = torch.sparse.mm(left, right).coalesce()
+        return product
 
 
 def _strongest(rows: Tensor, columns: Tensor, values: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor]:

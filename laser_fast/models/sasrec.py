@@ -34,8 +34,8 @@ class _Block(nn.Module):
 class SASRec(nn.Module):
     """Next-item logits `norm(transformer(e_item + p_position)) @ E^T`; satisfies `SequentialRecommender`.
 
-    Positions are counted from the first item given, so a state depends on nothing but its own history: not on the batch,
-    not on padding (there is none), not on younger items.
+    Positions are counted from the first item given, so a state depends on nothing but its own history: not on the
+    batch, not on padding (there is none), not on younger items.
 
     Attributes:
         num_items: I, size of the catalogue.

@@ -1,0 +1,129 @@
+"""Several scorers fused into one, with terms for repeats and popularity: a few scalars on top of frozen scores."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from laser_fast.models.recommender import Scorer, check_histories
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The scalars of a `CalibratedScorer`; what is saved with a model.
+
+    Attributes:
+        weights: component name -> factor of its score.
+        standardize: components that are z-scored per history over the catalogue before they are weighted.
+        history_bias: added to every item of the history (once, however often it occurs there).
+        last_bias: added to the last item of the history, on top of `history_bias`.
+        popularity_weight: factor of log(1 + count).
+    """
+
+    weights: Mapping[str, float]
+    standardize: tuple[str, ...] = ()
+    history_bias: float = 0.0
+    last_bias: float = 0.0
+    popularity_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.standardize if name not in self.weights]
+        if unknown:
+            raise ValueError(
+                f"Calibration: standardize must name components, got {unknown}; known: {list(self.weights)}"
+            )
+
+    def to_json(self) -> str:
+        """JSON text that `from_json` reads back to an equal object."""
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Calibration":
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: not JSON, or an unknown or missing key.
+        """
+        values = json.loads(text)
+        try:
+            return cls(**{**values, "standardize": tuple(values.get("standardize", ()))})
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"Calibration.from_json: keys must be those of to_json, got {text[:200]!r}") from error
+
+
+class CalibratedScorer:
+    """score = sum_c w_c f_c + b_hist [i in history] + b_last [i is last] + p log(1 + count_i).
+
+    f_c is a component's score, z-scored over the catalogue for each history where `standardize` names it (0 where all
+    its scores are equal). An empty history has neither repeat term. Satisfies `Scorer`.
+    """
+
+    def __init__(self, components: Mapping[str, Scorer], calibration: Calibration, counts: Tensor) -> None:
+        """
+        Args:
+            components: name -> scorer, all over one catalogue.
+            calibration: the scalars; its weights name exactly these components.
+            counts: [I], events of each item in the training part.
+
+        Raises:
+            ValueError: names differ, no component, or catalogues of different size.
+        """
+        if not components or set(components) != set(calibration.weights):
+            raise ValueError(
+                "CalibratedScorer: components must be those with a weight, "
+                f"got {sorted(components)} and {sorted(calibration.weights)}"
+            )
+        sizes = {name: scorer.num_items for name, scorer in components.items()}
+        if set(sizes.values()) != {counts.numel()}:
+            raise ValueError(
+                f"CalibratedScorer: components and counts must share a catalogue, got {sizes} and {counts.numel()}"
+            )
+        self.components = dict(components)
+        self.calibration = calibration
+        self.log_counts = torch.log1p(counts.float())
+        self.num_items = counts.numel()
+
+    def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """See `Scorer.score`; the result is on the device of `items`."""
+        check_histories("CalibratedScorer.score", items, cu_seqlens, self.num_items)
+        settings = self.calibration
+        fused = (
+            (settings.popularity_weight * self.log_counts.to(items.device)).expand(cu_seqlens.numel() - 1, -1).clone()
+        )
+        for name, component in self.components.items():
+            if settings.weights[name]:
+                scores = component.score(items, cu_seqlens).to(items.device)
+                fused += settings.weights[name] * (standard_scores(scores) if name in settings.standardize else scores)
+        seen, last = repeat_positions(items, cu_seqlens, self.num_items)
+        fused.view(-1)[seen] += settings.history_bias
+        fused.view(-1)[last] += settings.last_bias
+        return fused
+
+
+def standard_scores(scores: Tensor) -> Tensor:
+    """(score - mean) / deviation of each row of [B, I]; rows of equal scores become 0."""
+    centred = scores.float() - scores.float().mean(dim=1, keepdim=True)
+    deviation = centred.square().mean(dim=1, keepdim=True).sqrt()
+    # rounding leaves a constant row with a deviation of about eps times its level
+    level = scores.float().abs().amax(dim=1, keepdim=True)
+    return torch.where(deviation > 1e-6 * level, centred / deviation.clamp_min(1e-30), 0.0)
+
+
+def repeat_positions(items: Tensor, cu_seqlens: Tensor, num_items: int) -> tuple[Tensor, Tensor]:
+    """Where the history items stand in flattened [B, num_items] scores.
+
+    Args:
+        items: [N] int64, packed histories.
+        cu_seqlens: [B+1] int32.
+        num_items: I.
+
+    Returns:
+        (seen, last), int64: places b * I + i of all distinct history items, and of the last items where there is one.
+    """
+    lengths = cu_seqlens.long().diff()
+    row = torch.repeat_interleave(lengths, output_size=items.numel())
+    places = row * num_items + items
+    filled = lengths > 0
+    return torch.unique(places), places[cu_seqlens[1:].long()[filled] - 1]
