@@ -1,5 +1,7 @@
 """Operations on tensors: each a custom op with a torch reference, a fake, autograd and one public, checked function."""
 
+from laser_fast.ops.catalog_cross_entropy import catalog_cross_entropy, catalog_cross_entropy_reference
+from laser_fast.ops.catalog_topk import ItemLists, catalog_topk, catalog_topk_reference
 from laser_fast.ops.dispatch import (
     combine_queries,
     combine_queries_reference,
@@ -18,7 +20,12 @@ from laser_fast.ops.segments import (
 )
 
 __all__ = [
+    "ItemLists",
     "Routing",
+    "catalog_cross_entropy",
+    "catalog_cross_entropy_reference",
+    "catalog_topk",
+    "catalog_topk_reference",
     "check_cu_seqlens",
     "combine_queries",
     "combine_queries_reference",
