@@ -13,6 +13,14 @@ from laser_fast.data.sequences import EvaluationRows, PackedSequences
 from laser_fast.data.split import Split, TrainingRows, leave_one_out, training_rows
 from laser_fast.data.text import ItemText, clean_text
 from laser_fast.data.titles import normalize_title
+from laser_fast.data.tokens import (
+    PromptLayout,
+    TokenizedTexts,
+    history_tokens,
+    item_tokens,
+    prompt_layout,
+    tokenize_texts,
+)
 
 __all__ = [
     "EvaluationRows",
@@ -22,17 +30,23 @@ __all__ = [
     "Manifest",
     "PackedSequences",
     "PrepareRequest",
+    "PromptLayout",
     "SequenceDataset",
     "SourceFile",
     "Split",
+    "TokenizedTexts",
     "TrainingRows",
     "add_prepare_arguments",
     "clean_text",
     "describe",
+    "history_tokens",
+    "item_tokens",
     "leave_one_out",
     "normalize_title",
     "prepare",
+    "prompt_layout",
     "request_from_arguments",
+    "tokenize_texts",
     "training_rows",
     "write_dataset",
 ]

@@ -262,8 +262,8 @@ def describe(dataset: SequenceDataset) -> str:
     lines = [
         f"{sources}: {counts['users']:,} users, {counts['items']:,} items "
         f"({counts['items_in_sequences']:,} in sequences), {counts['interactions']:,} interactions",
-        f"ties by {dataset.manifest.tie_rule}: {counts['tied_interactions']:,} interactions share their time with another "
-        f"of the same user, the last two of {counts['users_with_last_two_tied']:,} users tie",
+        f"ties by {dataset.manifest.tie_rule}: {counts['tied_interactions']:,} interactions share their time with "
+        f"another of the same user, the last two of {counts['users_with_last_two_tied']:,} users tie",
     ]
     if dropped := [f"{count:,} {name[8:]}" for name, count in counts.items() if name.startswith("dropped_") and count]:
         lines.append(f"left out: {', '.join(dropped)}")

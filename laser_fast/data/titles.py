@@ -10,7 +10,7 @@ import re
 # "I" and "As" are left out because titles end in them more often than in an Italian or Portuguese article
 _ARTICLES = (
     "The", "A", "An",
-    "Le", "La", "Les", "L'", "L’", "Un", "Une", "Des",
+    "Le", "La", "Les", "L'", "L\u2019", "Un", "Une", "Des",
     "Il", "Lo", "Gli", "Uno", "Una",
     "El", "Los", "Las", "Unos", "Unas",
     "Der", "Die", "Das", "Den", "Dem", "Ein", "Eine",
@@ -30,7 +30,7 @@ def _article_first(phrase: str) -> str:
     if match is None:
         return phrase.strip()
     article, rest = match["article"], match["rest"]
-    return article + rest if article.endswith(("'", "’")) else f"{article} {rest}"
+    return article + rest if article.endswith(("'", "\u2019")) else f"{article} {rest}"
 
 
 def normalize_title(title: str, year: str = "") -> str:

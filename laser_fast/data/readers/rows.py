@@ -41,12 +41,17 @@ def _suffix(path: Path) -> str:
     return suffix
 
 
+def _opened(path: Path) -> BinaryIO:
+    if path.name.lower().endswith(".gz"):
+        return cast(BinaryIO, gzip.open(path, "rb"))
+    return path.open("rb")
+
+
 def _lines(path: Path) -> Iterator[str]:
     """Decoded lines with their line ends; a byte order mark is dropped."""
     number = 0
     try:
-        opened = gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
-        with cast(BinaryIO, opened) as stream:
+        with _opened(path) as stream:
             for number, raw in enumerate(stream, start=1):
                 yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:

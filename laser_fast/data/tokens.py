@@ -1,0 +1,260 @@
+"""Token sequences of histories and items, packed, put together from texts that were tokenised once.
+
+Every item text is tokenised on its own before training; a batch of prompts is then a gather of integers: no text is
+touched and no Python loop runs over users or items.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from laser_fast.data.sequences import PackedSequences, cu_seqlens_of, segment_positions
+
+Tokenizer = Callable[..., Any]  # a Hugging Face tokenizer, or whatever returns {"input_ids": ...} as it does
+_PLACEHOLDERS = ("{history}", "{text}")
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedTexts:
+    """Tokens of I texts, one after another.
+
+    Args:
+        input_ids: [n], int32.
+        offsets: [I+1], int64; text i is `input_ids[offsets[i]:offsets[i + 1]]`.
+    """
+
+    input_ids: np.ndarray
+    offsets: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.input_ids.dtype != np.int32 or self.offsets.dtype != np.int64:
+            raise TypeError(
+                "TokenizedTexts: input_ids must be int32 and offsets int64, "
+                f"got {self.input_ids.dtype} and {self.offsets.dtype}"
+            )
+        if not self.offsets.size or self.offsets[0] != 0 or self.offsets[-1] != len(self.input_ids):
+            raise ValueError(f"TokenizedTexts: offsets must run from 0 to {len(self.input_ids)}, got {self.offsets}")
+        if (np.diff(self.offsets) < 0).any():
+            raise ValueError("TokenizedTexts: offsets must not fall, got a fall")
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def check_indices(self, indices: np.ndarray) -> None:
+        """Raise ValueError unless every index names a text."""
+        if indices.size and (indices.min() < 0 or indices.max() >= len(self)):
+            worst = indices.min() if indices.min() < 0 else indices.max()
+            raise ValueError(f"TokenizedTexts: item indices must lie in 0..{len(self) - 1}, got {worst}")
+
+    def gather(self, indices: np.ndarray | Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """The texts `indices` one after another: input_ids int64 [T] and cu_seqlens int32 [len(indices)+1].
+
+        Raises:
+            ValueError: an index is out of range.
+        """
+        rows = np.asarray(indices, dtype=np.int64)
+        self.check_indices(rows)
+        starts = self.offsets[rows]
+        lengths = self.offsets[rows + 1] - starts
+        return self.input_ids[segment_positions(starts, lengths)].astype(np.int64), cu_seqlens_of(lengths)
+
+
+def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+
+def tokenize_texts(
+    texts: Sequence[str], tokenizer: Tokenizer, max_tokens: int | None = None, *, batch_size: int = 1024
+) -> TokenizedTexts:
+    """Tokens of every text without special tokens, the first `max_tokens` of each.
+
+    Args:
+        texts: I texts; "" has no tokens.
+        tokenizer: a Hugging Face tokenizer.
+        max_tokens: longest text in tokens, None for no limit.
+        batch_size: texts handed to the tokenizer at once.
+
+    Raises:
+        ValueError: `max_tokens` is smaller than 1.
+    """
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"tokenize_texts: max_tokens must be at least 1, got {max_tokens}")
+    # the tokenizer cuts, not we: it warns about texts longer than the model otherwise
+    limit = {} if max_tokens is None else {"truncation": True, "max_length": max_tokens}
+    pieces: list[np.ndarray] = []
+    lengths = np.zeros(len(texts), dtype=np.int64)
+    filled = [index for index, text in enumerate(texts) if text]
+    for start in range(0, len(filled), batch_size):
+        rows = filled[start : start + batch_size]
+        encoded = tokenizer([texts[row] for row in rows], add_special_tokens=False, **limit)["input_ids"]
+        lengths[rows] = [len(ids) for ids in encoded]
+        pieces += [np.asarray(ids, dtype=np.int32) for ids in encoded]
+    offsets = np.zeros(len(texts) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return TokenizedTexts(np.concatenate([np.zeros(0, dtype=np.int32), *pieces]), offsets)
+
+
+@dataclass(frozen=True)
+class PromptLayout:
+    """What stands around and between the item texts of a prompt.
+
+    Args:
+        left: token ids before the items: the tokenizer's special tokens, then the instruction.
+        right: token ids after the items: the closing words, then the tokenizer's special tokens.
+        separator: token ids between two items.
+        newest_first: the newest item stands first; False: last.
+        max_items: at most this many newest items.
+        max_tokens: at most this many tokens between `left` and `right`, separators included; the oldest items are
+            left out first, and a newest item that is longer is cut.
+
+    Raises:
+        ValueError: `max_items` or `max_tokens` is smaller than 1.
+    """
+
+    left: list[int]
+    right: list[int]
+    separator: list[int]
+    newest_first: bool = True
+    max_items: int = 10
+    max_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        if self.max_items < 1 or self.max_tokens < 1:
+            raise ValueError(
+                f"PromptLayout: max_items and max_tokens must be at least 1, got {self.max_items} and {self.max_tokens}"
+            )
+
+
+def special_tokens(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Token ids the tokenizer sets before and after a single text; both empty if it has none.
+
+    Found by comparing a word's tokens with and without them, so it holds for any tokenizer.
+
+    Raises:
+        ValueError: the word's tokens are not found between the special ones.
+    """
+    probe = "films"
+    bare = _ids(tokenizer, probe)
+    whole = list(tokenizer(probe)["input_ids"])
+    for start in range(len(whole) - len(bare) + 1):
+        if bare and whole[start : start + len(bare)] == bare:
+            return whole[:start], whole[start + len(bare) :]
+    raise ValueError(
+        f"special_tokens: a text's tokens must stand unchanged between the special tokens, got {whole} for {bare}"
+    )
+
+
+def prompt_layout(
+    template: str,
+    tokenizer: Tokenizer,
+    *,
+    separator: str = "; ",
+    newest_first: bool = True,
+    max_items: int = 10,
+    max_tokens: int = 256,
+) -> PromptLayout:
+    """The layout of a prompt template such as "Films watched, newest first: {history}".
+
+    The words before, between and after the items are tokenised on their own, as the items are.
+
+    Args:
+        template: words around one `{history}` (or `{text}`, for a single item).
+        tokenizer: a Hugging Face tokenizer.
+        separator: text between two items.
+        newest_first, max_items, max_tokens: see `PromptLayout`.
+
+    Raises:
+        ValueError: the template does not have exactly one placeholder, or a limit is smaller than 1.
+    """
+    found = [name for name in _PLACEHOLDERS if name in template]
+    if len(found) != 1 or template.count(found[0]) != 1:
+        raise ValueError(f"prompt_layout: the template must have one {' or '.join(_PLACEHOLDERS)}, got {template!r}")
+    before, after = template.split(found[0])
+    left, right = special_tokens(tokenizer)
+    return PromptLayout(
+        left=left + _ids(tokenizer, before),
+        right=_ids(tokenizer, after) + right,
+        separator=_ids(tokenizer, separator),
+        newest_first=newest_first,
+        max_items=max_items,
+        max_tokens=max_tokens,
+    )
+
+
+def _newest_that_fit(
+    histories: PackedSequences, texts: TokenizedTexts, layout: PromptLayout
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Items that enter the prompts, per user newest first: start and length of each text, and items per user [B].
+
+    Items without any token are passed over.
+    """
+    recent = histories.truncate_left(layout.max_items)
+    users = np.repeat(np.arange(len(recent), dtype=np.int64), recent.lengths)
+    # mirrored inside every user: newest first
+    items = recent.items[recent.cu_seqlens[:-1][users] + recent.cu_seqlens[1:][users] - 1 - np.arange(len(users))]
+    starts = texts.offsets[items]
+    lengths = texts.offsets[items + 1] - starts
+    told = lengths > 0
+    users, starts, lengths = users[told], starts[told], lengths[told]
+    counts = np.bincount(users, minlength=len(recent))
+    firsts = np.cumsum(counts) - counts
+    # tokens up to and including each item, with one separator before every item but the newest
+    running = np.cumsum(lengths + len(layout.separator))
+    before_user = (running - lengths - len(layout.separator))[firsts[users]]
+    spent = running - before_user - len(layout.separator)
+    newest = np.zeros(len(users), dtype=bool)
+    newest[firsts[counts > 0]] = True
+    lengths = np.where(newest, np.minimum(lengths, layout.max_tokens), lengths)
+    fits = newest | (spent <= layout.max_tokens)
+    return starts[fits], lengths[fits], np.bincount(users[fits], minlength=len(recent))
+
+
+def history_tokens(
+    histories: PackedSequences, texts: TokenizedTexts, layout: PromptLayout
+) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts of B histories, packed: `left`, the item texts with separators between them, `right`.
+
+    Args:
+        histories: B histories over the I items of `texts`, oldest first; an empty one gives `left + right`.
+        texts: tokens of every item; items without tokens are passed over.
+        layout: what surrounds the items, and the limits.
+
+    Returns:
+        input_ids int64 [T] and cu_seqlens int32 [B+1].
+
+    Raises:
+        ValueError: an item index is out of range.
+    """
+    texts.check_indices(histories.items)
+    starts, lengths, counts = _newest_that_fit(histories, texts, layout)
+    users = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
+    firsts = np.cumsum(counts) - counts
+    if not layout.newest_first:
+        mirrored = firsts[users] + counts[users] - 1 - (np.arange(len(users)) - firsts[users])
+        starts, lengths = starts[mirrored], lengths[mirrored]
+    separated = np.ones(len(users), dtype=bool)
+    separated[firsts[counts > 0]] = False  # no separator before a user's first item
+    widths = lengths + separated * len(layout.separator)
+    middle = np.zeros(len(counts), dtype=np.int64)
+    np.add.at(middle, users, widths)
+    cu_seqlens = cu_seqlens_of(middle + len(layout.left) + len(layout.right))
+    input_ids = np.empty(int(cu_seqlens[-1]), dtype=np.int64)
+    # every item's place: its user's start, the words on the left, and what its user's earlier items took
+    taken = np.cumsum(widths) - widths
+    places = cu_seqlens[:-1][users] + len(layout.left) + taken - taken[firsts[users]]
+    input_ids[cu_seqlens[:-1, None] + np.arange(len(layout.left))] = layout.left
+    input_ids[cu_seqlens[1:, None] - len(layout.right) + np.arange(len(layout.right))] = layout.right
+    input_ids[places[separated, None] + np.arange(len(layout.separator))] = layout.separator
+    texts_at = segment_positions(places + widths - lengths, lengths)
+    input_ids[texts_at] = texts.input_ids[segment_positions(starts, lengths)]
+    return input_ids, cu_seqlens
+
+
+def item_tokens(
+    indices: np.ndarray | Sequence[int], texts: TokenizedTexts, layout: PromptLayout
+) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts of single items, packed: as `history_tokens` of histories of one item each."""
+    items = np.asarray(indices, dtype=np.int64)
+    return history_tokens(PackedSequences(items, cu_seqlens_of(np.ones(len(items), dtype=np.int64))), texts, layout)
