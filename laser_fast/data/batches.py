@@ -1,0 +1,107 @@
+"""Batches of a training or scoring step: item ids for the recommender and tokens for the language model, both packed."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from laser_fast.data.sequences import EvaluationRows, PackedSequences, cu_seqlens_of
+from laser_fast.data.tokens import PromptLayout, TokenizedTexts, history_tokens
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """B sequences, as the recommender and as the language model read them.
+
+    Attributes:
+        items: int64 [N], history items (oldest first) whose states M-Former reads.
+        cu_seqlens: int32 [B+1] over them.
+        input_ids: int64 [T], prompts around the texts.
+        token_cu_seqlens: int32 [B+1] over them.
+        targets: int64 [B], or None where nothing is to be predicted.
+        positives: the distinct targets as sequences of their own, when they are to be encoded with gradient.
+        positive_items: int64 [P], which items those are.
+    """
+
+    items: Tensor
+    cu_seqlens: Tensor
+    input_ids: Tensor
+    token_cu_seqlens: Tensor
+    targets: Tensor | None = None
+    positives: "PackedBatch | None" = None
+    positive_items: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.cu_seqlens.shape[0] - 1
+
+    def to(self, device: torch.device | str) -> "PackedBatch":
+        """The same batch on another device."""
+        moved = {name: value.to(device) if value is not None else None for name, value in vars(self).items()}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True, eq=False)
+class BatchBuilder:
+    """Turns histories and items into packed batches; everything that can be done once was done before.
+
+    Args:
+        texts: tokens of every catalogue item.
+        user_layout: prompt around a history.
+        item_layout: prompt around a single item.
+        known_items: bool [I], items the ID-based recommender was trained on; the states of others mean nothing and are left out.
+        max_history: newest items whose states M-Former reads.
+    """
+
+    texts: TokenizedTexts
+    user_layout: PromptLayout
+    item_layout: PromptLayout
+    known_items: np.ndarray
+    max_history: int
+
+    @property
+    def num_items(self) -> int:
+        """Size of the catalogue I."""
+        return len(self.known_items)
+
+    def histories(self, histories: PackedSequences, targets: np.ndarray | None = None) -> PackedBatch:
+        """Batch of users, from their histories (oldest first)."""
+        batch = self._build(histories, self.user_layout)
+        return batch if targets is None else replace(batch, targets=torch.from_numpy(targets.astype(np.int64)))
+
+    def items(self, indices: np.ndarray) -> PackedBatch:
+        """Batch of items, each a sequence of one."""
+        indices = np.asarray(indices, dtype=np.int64)
+        ones = PackedSequences(indices, cu_seqlens_of(np.ones(len(indices), dtype=np.int64)))
+        return self._build(ones, self.item_layout)
+
+    def training_batch(self, rows: EvaluationRows, *, with_positives: bool) -> PackedBatch:
+        """Batch of users with their targets, and the distinct targets as items where they get a gradient."""
+        batch = self.histories(rows.histories, rows.targets)
+        if not with_positives:
+            return batch
+        distinct = np.unique(rows.targets)
+        return replace(batch, positives=self.items(distinct), positive_items=torch.from_numpy(distinct))
+
+    def item_batches(self, batch_size: int) -> Iterator[PackedBatch]:
+        """The whole catalogue in index order."""
+        for start in range(0, self.num_items, batch_size):
+            yield self.items(np.arange(start, min(start + batch_size, self.num_items)))
+
+    def _build(self, sequences: PackedSequences, layout: PromptLayout) -> PackedBatch:
+        input_ids, token_cu_seqlens = history_tokens(sequences, self.texts, layout)
+        seen = self._known(sequences).truncate_left(self.max_history)
+        return PackedBatch(
+            torch.from_numpy(seen.items),
+            torch.from_numpy(seen.cu_seqlens),
+            torch.from_numpy(input_ids),
+            torch.from_numpy(token_cu_seqlens),
+        )
+
+    def _known(self, sequences: PackedSequences) -> PackedSequences:
+        known = self.known_items[sequences.items]
+        if known.all():
+            return sequences
+        before = np.concatenate([[0], np.cumsum(known)])
+        return PackedSequences(sequences.items[known], before[sequences.cu_seqlens].astype(np.int32))

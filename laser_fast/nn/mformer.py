@@ -1,0 +1,115 @@
+"""M-Former (Laser, section 3.2): a mixture of query experts that reads a frozen recommender's states and writes the prefix.
+
+    X = H W_in + b_in                     states of the packed history                 [N, D]
+    e_b, w_b, g_b = route(X)              k experts per user, from pooled item routing
+    Y = QFormer(T[e_b] ; X)               one batch of B*k groups of queries           [B*k, Q, D]
+    P_b = sum_j w_b[j] Y_{b,j}            combined queries                             [B, Q, D]
+    prefix_b = P_b W_llm + b_llm          virtual tokens of the language model         [B, Q, D_llm]
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from laser_fast.nn.qformer import QFormer, initialize_like_bert
+from laser_fast.ops.dispatch import combine_queries, dispatch_queries
+from laser_fast.ops.routing import Routing, route_experts
+
+
+@dataclass(frozen=True)
+class MFormerOutput:
+    """What M-Former says about a batch of users.
+
+    Attributes:
+        prefix: [B, Q, D_llm].
+        queries: [B, Q, D], before the projection to the language model.
+        routing: experts, weights, pooled probabilities, load and balance loss (`laser_fast.ops.Routing`).
+    """
+
+    prefix: Tensor
+    queries: Tensor
+    routing: Routing
+
+
+class Router(nn.Module):
+    """`z_i = W_r x_i + c` per history item; a user's k experts are chosen from the mean of the items' softmax."""
+
+    def __init__(self, width: int, num_experts: int, top_k: int, *, weighting: str = "softmax") -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.weighting = weighting
+        self.weight = nn.Parameter(torch.randn(num_experts, width) * width**-0.5)
+        self.bias = nn.Parameter(torch.zeros(num_experts))
+
+    def forward(self, states: Tensor, cu_seqlens: Tensor) -> Routing:
+        """states [N, D], cu_seqlens int32 [B+1] -> `Routing`."""
+        return route_experts(states, self.weight, self.bias, cu_seqlens, self.top_k, weighting=self.weighting)
+
+
+class MFormer(nn.Module):
+    """Router, query experts and one querying transformer that serves all of them.
+
+    Args:
+        state_size: `D_id`, width of the recommender's states.
+        lm_width: `D_llm`.
+        width: D.
+        num_queries: Q, query tokens per expert and prefix tokens.
+        num_experts, top_k: E and k; E = 1 is the single-expert ablation.
+        prefix_rms: scale of the prefix at the start (that of the language model's token embeddings).
+    """
+
+    def __init__(
+        self,
+        state_size: int,
+        lm_width: int,
+        *,
+        width: int = 768,
+        num_layers: int = 12,
+        num_heads: int = 12,
+        cross_attention_freq: int = 2,
+        num_experts: int = 8,
+        top_k: int = 2,
+        num_queries: int = 32,
+        weighting: str = "softmax",
+        dropout: float = 0.1,
+        prefix_rms: float = 0.02,
+    ) -> None:
+        super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"MFormer: top_k must be from 1 to num_experts = {num_experts}, got {top_k}")
+        self.state_size = state_size
+        self.state_projection = nn.Linear(state_size, width)
+        self.router = Router(width, num_experts, top_k, weighting=weighting)
+        self.query_experts = nn.Parameter(torch.randn(num_experts, num_queries, width))
+        self.qformer = QFormer(
+            width, num_layers, num_heads, cross_attention_freq=cross_attention_freq, dropout=dropout
+        )
+        self.lm_projection = nn.Linear(width, lm_width)
+        initialize_like_bert(self.lm_projection)
+        # the combined queries are averages of layer-normalised rows, so their entries are of order 1
+        nn.init.normal_(self.lm_projection.weight, std=prefix_rms * width**-0.5)
+
+    @property
+    def num_queries(self) -> int:
+        """Q, which is also the number of prefix tokens."""
+        return self.query_experts.shape[1]
+
+    def forward(self, states: Tensor, cu_seqlens: Tensor) -> MFormerOutput:
+        """Write the prefix of every user of a batch.
+
+        Args:
+            states: [N, D_id], packed states of the frozen recommender, one per history item.
+            cu_seqlens: int32 [B+1]; empty histories are allowed (their queries read nothing).
+
+        Raises:
+            ValueError: states of another width.
+        """
+        if states.dim() != 2 or states.shape[1] != self.state_size:
+            raise ValueError(f"MFormer: states must be [N, {self.state_size}], got {tuple(states.shape)}")
+        projected = self.state_projection(states)
+        routing = self.router(projected, cu_seqlens)
+        dispatched = dispatch_queries(self.query_experts, routing.expert)
+        outputs = self.qformer(dispatched, projected, cu_seqlens)
+        queries = combine_queries(outputs, routing.weight)
+        return MFormerOutput(self.lm_projection(queries), queries, routing)

@@ -1,0 +1,136 @@
+"""From a configuration and files to modules: the only place that unpacks the one into the other."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from laser_fast.config import LanguageModelConfig, LaserConfig, MFormerConfig, resolve_path
+from laser_fast.data import ItemText, SequenceDataset, Split, leave_one_out, prompt_layout, tokenize_texts
+from laser_fast.data.batches import BatchBuilder
+from laser_fast.models.laser import LaserModel
+from laser_fast.models.recommender import SequentialRecommender
+from laser_fast.nn.bituning import BiTuning
+from laser_fast.nn.frozen_lm import FrozenLM
+from laser_fast.nn.mformer import MFormer
+from laser_fast.training.recommender import load_recommender
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a model is built on, read from the files a configuration names."""
+
+    dataset: SequenceDataset
+    split: Split
+    recommender: SequentialRecommender | None
+
+
+def load_inputs(config: LaserConfig) -> Inputs:
+    """Read the data set and the recommender, and make sure that the recommender was trained on this very split.
+
+    Raises:
+        FileNotFoundError: a folder is missing.
+        ValueError: the recommender was trained on another split or catalogue.
+    """
+    dataset = SequenceDataset.load(resolve_path(config.data))
+    split = leave_one_out(dataset)
+    recommender = None
+    if config.recommender is not None:
+        recommender = load_recommender(resolve_path(config.recommender), expected_split_hash=split.hash)
+    return Inputs(dataset, split, recommender)
+
+
+def load_language_model(config: LanguageModelConfig) -> "tuple[PreTrainedModel, Any]":
+    """Read model and tokenizer from a local folder; nothing is downloaded and no code of the folder is run.
+
+    Raises:
+        FileNotFoundError: no such folder or package.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    folder: Path = resolve_path(config.path)
+    dtype = getattr(torch, config.dtype) if config.dtype != "auto" else _default_dtype()
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=dtype)
+    return model, tokenizer
+
+
+def build_laser(config: LaserConfig, inputs: Inputs, model: "PreTrainedModel", tokenizer: Any) -> LaserModel:
+    """Assemble a new `LaserModel`; its trained parameters are initialised from torch's global generator."""
+    lm = FrozenLM(model)
+    bituning = BiTuning(
+        lm.hidden_size,
+        num_suffix_tokens=config.bituning.num_suffix_tokens,
+        num_shared_prefix_tokens=config.mformer.num_queries if config.bituning.prefix == "shared" else 0,
+        readout=config.bituning.readout,
+        embedding_rms=lm.embedding_rms,
+    )
+    uses_mformer = config.bituning.prefix == "mformer"
+    mformer = None
+    if uses_mformer:
+        assert inputs.recommender is not None  # the configuration demands it
+        mformer = build_mformer(config.mformer, inputs.recommender.state_size, lm)
+    return LaserModel(
+        lm,
+        _build_batches(config, inputs, tokenizer),
+        inputs.dataset.items.ids,
+        bituning,
+        mformer=mformer,
+        recommender=inputs.recommender if uses_mformer else None,
+        head=config.bituning.head,
+        temperature=config.objective.temperature,
+        balance_weight=config.objective.balance_weight,
+        dropout=config.bituning.dropout,
+    )
+
+
+def build_mformer(config: MFormerConfig, state_size: int, lm: FrozenLM) -> MFormer:
+    """M-Former for these states and this language model."""
+    return MFormer(
+        state_size,
+        lm.hidden_size,
+        width=config.width,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        cross_attention_freq=config.cross_attention_freq,
+        num_experts=config.num_experts,
+        top_k=config.top_k,
+        num_queries=config.num_queries,
+        weighting=config.weighting,
+        dropout=config.dropout,
+        prefix_rms=lm.embedding_rms,
+    )
+
+
+def training_counts(split: Split, num_items: int) -> np.ndarray:
+    """How often each item occurs in the training part: int64 [I]."""
+    counts: np.ndarray = np.bincount(split.train.items, minlength=num_items)
+    return counts
+
+
+def _build_batches(config: LaserConfig, inputs: Inputs, tokenizer: Any) -> BatchBuilder:
+    prompt = config.prompt
+    texts = ItemText(prompt.item_template).render(inputs.dataset.items)
+    shared = {
+        "separator": prompt.separator,
+        "newest_first": prompt.newest_first,
+        "max_items": prompt.max_items,
+        "max_tokens": prompt.max_tokens,
+    }
+    return BatchBuilder(
+        tokenize_texts(texts, tokenizer, prompt.max_item_tokens),
+        prompt_layout(prompt.user_template, tokenizer, **shared),
+        prompt_layout("{history}", tokenizer, **shared),
+        known_items=training_counts(inputs.split, inputs.dataset.num_items) > 0,
+        max_history=config.mformer.max_history,
+    )
+
+
+def _default_dtype() -> torch.dtype:
+    # few CPUs multiply bfloat16 natively; on one that does not it is ten times slower than float32
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32

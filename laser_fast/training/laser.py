@@ -1,0 +1,199 @@
+"""Training Laser: stage 1 (M-Former alone), then stage 2 in two phases, the best checkpoint kept (algorithm of Laser, 3.3).
+
+    phase A   the item matrix V is encoded anew at the start of each epoch; users are trained against all of it
+    phase B   V stays as it was at the best epoch of phase A; only the user side goes on
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from laser_fast.config import LaserConfig
+from laser_fast.data import TrainingRows, training_rows
+from laser_fast.data.batches import PackedBatch
+from laser_fast.evaluation import evaluate
+from laser_fast.models.laser import LaserModel
+from laser_fast.nn.pretraining import ContrastiveHeads
+from laser_fast.training.build import Inputs, build_laser, load_inputs, load_language_model
+from laser_fast.training.checkpoint import load_weights, save_laser
+from laser_fast.training.loop import EarlyStopping, RowSampler, StageTrainer
+from laser_fast.training.run_directory import RunDirectory
+
+MAIN_METRIC = "ndcg@10"
+
+
+@dataclass
+class _Run:
+    """What the stages of one run share."""
+
+    config: LaserConfig
+    inputs: Inputs
+    model: LaserModel
+    rows: TrainingRows
+    directory: RunDirectory
+    accelerator: Accelerator
+    progress: bool
+
+
+def train_laser(config: LaserConfig, *, progress: bool = True) -> tuple[LaserModel, Inputs]:
+    """Train by the configuration and leave the best model in `config.output`.
+
+    Returns:
+        The best model, in evaluation mode with its item matrix, and the data it was built on.
+
+    Raises:
+        FileExistsError: `config.output` holds something.
+        FileNotFoundError, ValueError: the data, the recommender or the language model are missing or do not fit.
+        FloatingPointError: the loss is not finite.
+    """
+    set_seed(config.training.seed)
+    inputs = load_inputs(config)
+    language_model, tokenizer = load_language_model(config.lm)
+    precision = config.training.mixed_precision
+    accelerator = Accelerator(mixed_precision=precision)
+    model = build_laser(config, inputs, language_model, tokenizer).to(accelerator.device)
+    directory = RunDirectory(config.output, config)
+    rows = training_rows(inputs.split.train, max(config.prompt.max_items, config.mformer.max_history))
+    run = _Run(config, inputs, model, rows, directory, accelerator, progress)
+    if config.training.pretrain.epochs:
+        _pretrain(run)
+    phase_a = _phase(run, "phase_a", None)
+    _phase(run, "phase_b", phase_a)
+    load_weights(model, directory.checkpoint)
+    return model.eval(), inputs
+
+
+def _pretrain(run: _Run) -> None:
+    """Stage 1: contrastive loss between M-Former's queries and the text of the same history, plus the balance loss."""
+    config, model = run.config, run.model
+    mformer, recommender = model.mformer, model.recommender
+    assert mformer is not None and recommender is not None  # the configuration demands them
+    heads = ContrastiveHeads(
+        mformer.qformer,
+        config.mformer.width,
+        model.lm.hidden_size,
+        max_tokens=_longest_text(run),
+        temperature=config.objective.contrastive_temperature,
+        label_smoothing=config.objective.label_smoothing,
+    ).to(run.accelerator.device)
+
+    def loss_function(batch: PackedBatch) -> dict[str, Tensor]:
+        written = mformer(recommender.states(batch.items, batch.cu_seqlens), batch.cu_seqlens)
+        contrastive = heads(written.queries, model.lm.embed(batch.input_ids).float(), batch.token_cu_seqlens)
+        balance = written.routing.balance_loss
+        loss = contrastive + config.objective.balance_weight * balance
+        return {"loss": loss, "contrastive": contrastive, "balance": balance, "load": written.routing.load}
+
+    stage = config.training.pretrain
+    sampler = RowSampler(len(run.rows), stage.rows_per_epoch, config.training.seed)
+    num_batches = sampler.num_batches(config.training.batch_size)
+    modules = nn.ModuleList([mformer, heads])
+    trainer = StageTrainer(run.accelerator, modules, config.training.pretrain_optimizer, stage.epochs * num_batches)
+    stopping = EarlyStopping(stage.patience)
+    for epoch in range(stage.epochs):
+        batches = _batches(run, sampler, epoch, with_positives=False)
+        title = f"stage 1, epoch {epoch + 1}"
+        values = trainer.run_epoch(batches, num_batches, loss_function, title=title, progress=run.progress)
+        validation = _validation_loss(run, modules, loss_function)
+        run.directory.log(stage="pretrain", epoch=epoch, validation_contrastive=validation, **values)
+        stopping.improved(-validation, epoch)
+        if stopping.stop:
+            break
+
+
+def _phase(run: _Run, name: str, carried: EarlyStopping | None) -> EarlyStopping:
+    """One phase of stage 2; phase B starts from the best of phase A and must beat it to be kept."""
+    config, model = run.config, run.model
+    frozen_items = carried is not None
+    stage = config.training.phase_b if frozen_items else config.training.phase_a
+    stopping = EarlyStopping(stage.patience, -1.0 if carried is None else carried.best)
+    if frozen_items:
+        load_weights(model, run.directory.checkpoint)
+    else:
+        _refresh(run)
+        _validate(run, stopping, name, -1)  # the untrained model is the first candidate
+    with_positives = not frozen_items and config.objective.item_gradient == "positives"
+    sampler = RowSampler(len(run.rows), stage.rows_per_epoch, config.training.seed + 1 + frozen_items)
+    num_batches = sampler.num_batches(config.training.batch_size)
+    trainer = StageTrainer(run.accelerator, model, config.training.optimizer, stage.epochs * num_batches)
+    for epoch in range(stage.epochs):
+        batches = _batches(run, sampler, epoch, with_positives=with_positives)
+        title = f"stage 2 {name.replace('_', ' ')}, epoch {epoch + 1}"
+        values = trainer.run_epoch(batches, num_batches, _training_loss(model), title=title, progress=run.progress)
+        if not frozen_items:
+            _refresh(run)
+        _validate(run, stopping, name, epoch, **values)
+        if stopping.stop:
+            break
+    return stopping
+
+
+def _training_loss(model: LaserModel) -> Any:
+    def loss_function(batch: PackedBatch) -> dict[str, Tensor]:
+        output = model(batch)
+        values = {"loss": output.loss, "cross_entropy": output.cross_entropy, "balance": output.balance_loss}
+        return values if output.load is None else values | {"load": output.load}
+
+    return loss_function
+
+
+def _refresh(run: _Run) -> None:
+    run.model.refresh_items(batch_size=2 * run.config.evaluation.batch_size, progress=run.progress)
+
+
+def _validate(run: _Run, stopping: EarlyStopping, phase: str, epoch: int, **values: Any) -> None:
+    """Rank the whole catalogue for all validation users; keep the model when it is the best so far."""
+    run.model.eval()
+    metrics = evaluate(
+        run.model, run.inputs.split.valid, batch_size=run.config.evaluation.batch_size, device=run.accelerator.device
+    )
+    value = metrics[MAIN_METRIC].mean
+    improved = stopping.improved(value, epoch)
+    run.directory.log(stage=phase, epoch=epoch, best=improved, **{f"validation_{MAIN_METRIC}": value}, **values)
+    if run.progress:
+        shown = "".join(f", {key} {values[key]:.3f}" for key in ("cross_entropy", "balance") if key in values)
+        print(f"{phase} epoch {epoch + 1}: validation NDCG@10 {value:.4f}{' (best)' if improved else ''}{shown}", flush=True)
+    if improved:
+        save_laser(
+            run.model,
+            run.config,
+            run.inputs.split.hash,
+            run.directory.checkpoint,
+            stage=phase,
+            epoch=epoch,
+            validation={MAIN_METRIC: value},
+        )
+
+
+@torch.no_grad()
+def _validation_loss(run: _Run, modules: nn.Module, loss_function: Any) -> float:
+    modules.eval()
+    valid, size = run.inputs.split.valid, run.config.training.batch_size
+    losses = []
+    for start in range(0, len(valid), size):
+        chunk = valid.select(range(start, min(start + size, len(valid))))
+        batch = run.model.builder.histories(chunk.histories).to(run.accelerator.device)
+        losses.append(float(loss_function(batch)["contrastive"]) * len(chunk))
+    return sum(losses) / max(1, len(valid))
+
+
+def _batches(run: _Run, sampler: RowSampler, epoch: int, *, with_positives: bool) -> Iterator[PackedBatch]:
+    for rows in sampler.batches(epoch, run.config.training.batch_size):
+        yield run.model.builder.training_batch(run.rows.select(rows), with_positives=with_positives)
+
+
+def _longest_text(run: _Run) -> int:
+    layout = run.model.builder.user_layout
+    separators = len(layout.separator) * run.config.prompt.max_items
+    return len(layout.left) + len(layout.right) + run.config.prompt.max_tokens + separators
+
+
+def output_checkpoint(config: LaserConfig) -> Path:
+    """Where the best model of a run lies."""
+    return Path(config.output) / "checkpoint"

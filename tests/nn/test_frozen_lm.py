@@ -1,0 +1,131 @@
+"""The packed language model against Hugging Face's own padded forward, with random weights large enough for errors to show."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModel, BertConfig, Gemma2Config, LlamaConfig, PreTrainedModel, Qwen3Config, T5Config
+
+from laser_fast.nn.frozen_lm import FrozenLM
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES, num_key_value_heads=2, max_position_embeddings=64),
+    "qwen3": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=16, max_position_embeddings=64),
+    "bert": BertConfig(**SIZES, max_position_embeddings=64),
+}
+
+
+def random_model(config: object, implementation: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModel.from_config(copy.deepcopy(config), attn_implementation=implementation).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:  # default initialisation is so small that attention hardly matters
+                parameter.mul_(5.0)
+    return model
+
+
+def packed_inputs(lengths: list[int], width: int = 32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    embeds = torch.randn(sum(lengths), width, generator=generator)
+    return embeds, torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def padded_hidden(model: PreTrainedModel, embeds: Tensor, lengths: list[int]) -> Tensor:
+    """Right-padded batch through the unchanged model, the real positions packed again."""
+    rows = torch.nn.utils.rnn.pad_sequence(list(embeds.split(lengths)), batch_first=True)
+    mask = torch.arange(rows.shape[1]) < torch.tensor(lengths)[:, None]
+    hidden = model(inputs_embeds=rows, attention_mask=mask.long()).last_hidden_state
+    return hidden[mask]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_equals_padded_forward_and_gradient(name: str) -> None:
+    lengths = [7, 1, 23, 18]
+    embeds, cu_seqlens = packed_inputs(lengths)
+    embeds.requires_grad_()
+    lm = FrozenLM(random_model(CONFIGS[name], "eager"))
+    reference = random_model(CONFIGS[name], "eager")
+    packed = lm(embeds, cu_seqlens)
+    padded = padded_hidden(reference, embeds, lengths)
+    torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-5)
+    probe = torch.randn(packed.shape, generator=torch.Generator().manual_seed(1))
+    (packed_gradient,) = torch.autograd.grad((packed * probe).sum(), embeds)
+    (padded_gradient,) = torch.autograd.grad((padded * probe).sum(), embeds)
+    scale = padded_gradient.abs().max()
+    torch.testing.assert_close(packed_gradient / scale, padded_gradient / scale, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_sequence_does_not_see_its_neighbours(name: str) -> None:
+    embeds, cu_seqlens = packed_inputs([5, 9, 4])
+    lm = FrozenLM(random_model(CONFIGS[name], "eager"))
+    changed = embeds.clone()
+    changed[:5] = changed[:5].flip(1)  # not a shift, which a layer norm would take out
+    changed[14:] = changed[14:].flip(1)
+    before, after = lm(embeds, cu_seqlens), lm(changed, cu_seqlens)
+    torch.testing.assert_close(before[5:14], after[5:14], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(before[:5], after[:5], atol=1e-2)
+
+
+def test_direction_of_attention_is_read_from_the_model() -> None:
+    assert FrozenLM(random_model(CONFIGS["llama"], "eager")).causal
+    assert not FrozenLM(random_model(CONFIGS["bert"], "eager")).causal
+
+
+def test_no_weight_gets_a_gradient_and_dropout_stays_off() -> None:
+    embeds, cu_seqlens = packed_inputs([6, 3])
+    lm = FrozenLM(random_model(CONFIGS["bert"], "eager")).train()
+    hidden = lm(embeds.requires_grad_(), cu_seqlens)
+    hidden.sum().backward()
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in lm.parameters())
+    assert torch.equal(hidden, lm(embeds, cu_seqlens))
+
+
+def test_frozen_weights_stay_out_of_the_state() -> None:
+    lm = FrozenLM(random_model(CONFIGS["llama"], "eager"))
+    model = torch.nn.ModuleDict({"lm": lm, "head": torch.nn.Linear(2, 2)})
+    assert set(model.state_dict()) == {"head.weight", "head.bias"}
+    model.load_state_dict(model.state_dict())
+    with pytest.raises(RuntimeError, match="head.bias"):
+        model.load_state_dict({"head.weight": torch.zeros(2, 2)})
+
+
+def test_empty_sequences_and_empty_batches() -> None:
+    lm = FrozenLM(random_model(CONFIGS["bert"], "eager"))
+    embeds, _ = packed_inputs([4])
+    alone = lm(embeds, torch.tensor([0, 4], dtype=torch.int32))
+    torch.testing.assert_close(lm(embeds, torch.tensor([0, 0, 4, 4], dtype=torch.int32)), alone)
+    assert lm(embeds[:0], torch.tensor([0], dtype=torch.int32)).shape == (0, 32)
+
+
+def test_what_cannot_run_is_refused_by_name() -> None:
+    lm = FrozenLM(random_model(CONFIGS["bert"], "eager"))
+    embeds, cu_seqlens = packed_inputs([65])
+    with pytest.raises(ValueError, match="at most 64 tokens with its prefix and suffix, got 65; lower prompt.max_tokens"):
+        lm(embeds, cu_seqlens)
+    with pytest.raises(ValueError, match=r"inputs_embeds must be \[T, 32\], got \(65, 16\)"):
+        lm(embeds[:, :16], cu_seqlens)
+    with pytest.raises(ValueError, match="must be an encoder or a decoder, got the encoder-decoder"):
+        FrozenLM(AutoModel.from_config(T5Config(vocab_size=20, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)))
+    capped = Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8, attn_logit_softcapping=50.0)
+    embeds, cu_seqlens = packed_inputs([3])
+    with pytest.raises(ValueError, match="must not use soft-capped scores, got softcap=50.0"):
+        FrozenLM(AutoModel.from_config(capped))(embeds, cu_seqlens)
+
+
+def test_calling_the_model_past_the_wrapper_is_refused() -> None:
+    lm = FrozenLM(random_model(CONFIGS["llama"], "eager"))
+    with pytest.raises(RuntimeError, match="must be called through FrozenLM, got a direct call"):
+        lm.model(input_ids=torch.zeros(1, 3, dtype=torch.long))
+
+
+def test_embeddings_are_the_models_own() -> None:
+    model = random_model(CONFIGS["llama"], "eager")
+    lm = FrozenLM(model)
+    ids = torch.tensor([4, 60, 0])
+    assert torch.equal(lm.embed(ids), F.embedding(ids, model.get_input_embeddings().weight))
+    assert lm.embedding_rms == pytest.approx(float(model.get_input_embeddings().weight.square().mean().sqrt()), rel=1e-5)

@@ -1,0 +1,110 @@
+"""M-Former against a loop over users and experts, its invariances, and where its gradients go."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from laser_fast.nn.mformer import MFormer
+from laser_fast.nn.qformer import QFormer
+
+LENGTHS = [4, 0, 1, 9]
+
+
+def make(**options: object) -> MFormer:
+    torch.manual_seed(0)
+    sizes = {"width": 16, "num_layers": 3, "num_heads": 2, "num_experts": 4, "top_k": 2, "num_queries": 3, "dropout": 0.0}
+    model = MFormer(6, 10, **(sizes | options)).double()  # type: ignore[arg-type]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layers" in name and parameter.dim() > 1:
+                parameter.mul_(10.0)  # at the initial scale cross-attention would hardly matter
+    return model
+
+
+def batch(lengths: list[int] = LENGTHS) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    states = torch.randn(sum(lengths), 6, generator=generator, dtype=torch.float64)
+    return states, torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def test_equals_one_user_and_one_expert_at_a_time() -> None:
+    model = make()
+    states, cu_seqlens = batch()
+    output = model(states, cu_seqlens)
+    for user, length in enumerate(LENGTHS):
+        own = states[cu_seqlens[user] : cu_seqlens[user + 1]]
+        projected = model.state_projection(own)
+        alone = torch.tensor([0, length], dtype=torch.int32)
+        combined = torch.zeros(3, 16, dtype=torch.float64)
+        for choice in range(2):
+            expert = int(output.routing.expert[user, choice])
+            answer = model.qformer(model.query_experts[expert][None], projected, alone)[0]
+            combined = combined + output.routing.weight[user, choice] * answer
+        torch.testing.assert_close(output.queries[user], combined, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(output.prefix[user], model.lm_projection(combined), rtol=1e-6, atol=1e-7)
+
+
+def test_the_history_matters_and_only_the_own_one() -> None:
+    model = make()
+    states, cu_seqlens = batch()
+    changed = states.clone()
+    changed[5:] += 1.0  # the last user's
+    before, after = model(states, cu_seqlens), model(changed, cu_seqlens)
+    torch.testing.assert_close(before.prefix[:3], after.prefix[:3])
+    assert (before.prefix[3] - after.prefix[3]).abs().max() > 1e-3 * before.prefix[3].abs().max()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_experts": 1, "top_k": 1}, {"top_k": 4}, {"top_k": 1}, {"weighting": "renormalize"}],
+    ids=["single expert", "k = E", "k = 1", "renormalize"],
+)
+def test_configurations_run_forward_and_backward(options: dict[str, object]) -> None:
+    model = make(**options)
+    states, cu_seqlens = batch()
+    output = model(states, cu_seqlens)
+    (output.prefix.square().sum() + output.routing.balance_loss).backward()
+    assert output.prefix.shape == (4, 3, 10)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and bool(torch.isfinite(parameter.grad).all()), name
+
+
+def test_gradients_reach_the_router_through_the_weights() -> None:
+    model = make()
+    states, cu_seqlens = batch()
+    model(states, cu_seqlens).prefix.square().sum().backward()
+    assert model.router.weight.grad is not None
+    assert float(model.router.weight.grad.abs().max()) > 0
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0]], ids=["no user", "one empty", "two empty"])
+def test_nothing_to_read(lengths: list[int]) -> None:
+    model = make()
+    states, cu_seqlens = batch(lengths)
+    output = model(states, cu_seqlens)
+    output.prefix.sum().backward()
+    assert output.prefix.shape == (len(lengths), 3, 10)
+    assert bool(torch.isfinite(output.prefix).all())
+    assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None)
+
+
+def test_cross_attention_sits_in_every_second_layer() -> None:
+    layers = QFormer(8, 5, 2, cross_attention_freq=2).layers
+    assert [layer.cross_attention is not None for layer in layers] == [True, False, True, False, True]
+
+
+def test_the_prefix_starts_at_the_scale_of_token_embeddings() -> None:
+    torch.manual_seed(0)
+    model = MFormer(6, 64, width=64, num_layers=2, num_heads=4, num_queries=8, dropout=0.0, prefix_rms=0.05)
+    states, cu_seqlens = batch()
+    rms = model(states.float(), cu_seqlens).prefix.square().mean().sqrt().item()
+    assert 0.02 < rms < 0.08  # combining two answers with weights near one half shrinks it somewhat
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="top_k must be from 1 to num_experts = 4, got 5"):
+        make(top_k=5)
+    with pytest.raises(ValueError, match=r"states must be \[N, 6\], got \(2, 5\)"):
+        make()(torch.zeros(2, 5), torch.tensor([0, 2], dtype=torch.int32))
+    with pytest.raises(ValueError, match="width must be a multiple of num_heads, got 16 and 3"):
+        make(num_heads=3)
