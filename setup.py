@@ -1,4 +1,4 @@
-"""Builds csrc/ into laser_fast/_native: with nvcc for CUDA and CPU, with a C++ compiler alone for CPU, with neither not at all.
+"""Builds csrc/ into laser_fast/_native: with nvcc for CUDA and CPU, with a C++ compiler alone for CPU, else not at all.
 
 Needs no torch: the library speaks the apache-tvm-ffi ABI and serves every Python and torch version. Environment:
 LASER_FAST_BUILD = auto (default: the best that works) | cuda | cpu (that or fail) | none; CUDA_HOME; CXX;
@@ -24,7 +24,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 LIBRARY = "laser_fast_native.so"
 SOURCES = {"cpu": ["prefix_kv.cpp"], "cuda": ["prefix_kv.cpp", "prefix_kv.cu"]}
-DEFAULT_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "12.0+PTX")  # nvcc older than 12.8 does not know 12.0; see cuda_targets
+DEFAULT_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "12.0+PTX")  # nvcc before 12.8 does not know 12.0
 
 
 def find_nvcc() -> str | None:
@@ -40,7 +40,7 @@ def find_cxx() -> str | None:
 
 
 def cuda_targets(nvcc: str) -> list[str]:
-    """`-gencode` options for TORCH_CUDA_ARCH_LIST, or for our own list as far as this nvcc knows it; the newest gets PTX."""
+    """`-gencode` options for TORCH_CUDA_ARCH_LIST, or our list as far as this nvcc knows it, the newest with PTX."""
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     if not wanted:
         listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
@@ -68,7 +68,7 @@ def max_jobs() -> int:
 
 
 def tvm_ffi_copy() -> Path:
-    """A copy of tvm_ffi's headers and library under build/: every isolated build has them elsewhere, and ninja would start anew."""
+    """A copy of tvm_ffi under build/: every isolated build has it elsewhere, so ninja would compile anew each time."""
     installed = importlib.metadata.distribution("apache-tvm-ffi")
     copy = ROOT / "build" / "native" / f"tvm_ffi-{installed.version}"
     if not copy.exists():
@@ -96,11 +96,14 @@ def write_ninja(level: str, folder: Path, cxx: str, nvcc: str | None) -> None:
     ]
     if level == "cuda":
         nvcc_flags = f"{flags} -ccbin '{cxx}' -Xcompiler -fPIC,-fvisibility=hidden {' '.join(cuda_targets(str(nvcc)))}"
-        lines += [f"rule nvcc\n  command = '{nvcc}' -MD -MF $out.d {nvcc_flags} -c $in -o $out\n  depfile = $out.d\n  deps = gcc"]
-        lines += [f"rule link\n  command = '{nvcc}' -shared -ccbin '{cxx}' $in -o $out {link}"]  # the CUDA runtime is linked statically
+        lines.append(f"rule nvcc\n  command = '{nvcc}' -MD -MF $out.d {nvcc_flags} -c $in -o $out")
+        lines.append("  depfile = $out.d\n  deps = gcc")
+        lines.append(
+            f"rule link\n  command = '{nvcc}' -shared -ccbin '{cxx}' $in -o $out {link}"
+        )  # with a static cudart
     else:
         lines += [f"rule link\n  command = '{cxx}' -shared $in -o $out {link}"]
-    for source, target in zip(SOURCES[level], objects):
+    for source, target in zip(SOURCES[level], objects, strict=True):
         rule = "nvcc" if source.endswith(".cu") else "cxx"
         lines.append(f"build {target}: {rule} {ninja_escape(ROOT / 'csrc' / source)}")
     lines.append(f"build {LIBRARY}: link {' '.join(objects)}\ndefault {LIBRARY}\n")
@@ -144,7 +147,7 @@ def compile_library(folder: Path) -> tuple[Path | None, dict[str, Any]]:
 
 
 class BuildNative(build_ext):
-    """Puts the library and build.json (what was built and why) into laser_fast/_native of the wheel or of the source tree."""
+    """Puts the library and build.json (what was built and why) into laser_fast/_native of the wheel or source tree."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path("laser_fast", "_native", LIBRARY))
@@ -153,7 +156,7 @@ class BuildNative(build_ext):
         library, facts = compile_library(ROOT / "build" / "native")
         target = Path(self.build_lib, "laser_fast", "_native", LIBRARY)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)  # unlink first: overwriting a library that a running process has mapped would crash it
+        target.unlink(missing_ok=True)  # overwriting a library that a running process has mapped would crash it
         if library is not None:
             shutil.copyfile(library, target)
         facts["apache-tvm-ffi"] = importlib.metadata.version("apache-tvm-ffi")

@@ -68,7 +68,7 @@ LASER_FAST_HOST_DEVICE PrefixSource source_of_output_row(const PrefixLayout& lay
   if (position < 0) return {false, -1};
   if (position < layout.prefix_length) return {true, prefix_row(layout, sequence, position)};
   const int64_t text_row = output_row - (sequence + 1) * layout.prefix_length;
-  return {false, text_row < layout.num_text_rows ? text_row : -1};
+  return {false, text_row >= 0 && text_row < layout.num_text_rows ? text_row : -1};
 }
 
 }  // namespace laser_fast

@@ -8,6 +8,7 @@ from laser_fast.ops.dispatch import (
     dispatch_queries,
     dispatch_queries_reference,
 )
+from laser_fast.ops.prefix_kv import inject_prefix_kv, inject_prefix_kv_reference
 from laser_fast.ops.routing import Routing, route_experts, route_experts_reference
 from laser_fast.ops.segments import (
     check_cu_seqlens,
@@ -32,6 +33,8 @@ __all__ = [
     "cu_seqlens_from_lengths",
     "dispatch_queries",
     "dispatch_queries_reference",
+    "inject_prefix_kv",
+    "inject_prefix_kv_reference",
     "route_experts",
     "route_experts_reference",
     "segment_ids",
