@@ -42,6 +42,8 @@ class SASRec(nn.Module):
         state_size: width of the states and of the item embeddings.
         max_length: longest history, in items.
         split_hash: hash of the split whose training part it was fitted on; None before training.
+        item_map_hash: hash of the item table whose indices it knows, where that was recorded.
+        settings: the arguments it was built with.
     """
 
     def __init__(
@@ -70,6 +72,15 @@ class SASRec(nn.Module):
         self.max_length = max_length
         self.dropout = dropout
         self.split_hash: str | None = None
+        self.item_map_hash: str | None = None
+        self.settings: dict[str, int | float] = {
+            "num_items": num_items,
+            "width": width,
+            "num_layers": num_layers,
+            "num_heads": num_heads,
+            "max_length": max_length,
+            "dropout": dropout,
+        }
         self.item_embedding = nn.Embedding(num_items, width)
         self.position_embedding = nn.Embedding(max_length, width)
         self.blocks = nn.ModuleList(_Block(width, num_heads, dropout) for _ in range(num_layers))

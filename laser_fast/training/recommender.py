@@ -1,0 +1,269 @@
+"""Training SASRec on the training part of a split, and its checkpoint: safetensors and JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from laser_fast.config import RecommenderConfig
+from laser_fast.data import PackedSequences, Split
+from laser_fast.evaluation import evaluate
+from laser_fast.models.sasrec import SASRec
+from laser_fast.training.run_directory import (
+    RunDirectory,
+    describe_environment,
+    replace_directory,
+    whole_directory,
+    write_json,
+)
+
+_FORMAT = 1
+_KIND = "sasrec"
+_WEIGHTS_FILE = "model.safetensors"
+_SETTINGS_FILE = "recommender.json"
+_WARMUP_STEPS = 50
+_MAX_GRAD_NORM = 5.0
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """Pieces of the training sequences; inputs are all events of a piece but the last, targets all but the first."""
+
+    starts: np.ndarray  # int64 [W], first event of each piece in `items`
+    lengths: np.ndarray  # int64 [W], events of each piece, 2..max_length+1
+    items: np.ndarray  # int64 [N]
+
+    @classmethod
+    def cut(cls, train: PackedSequences, max_length: int) -> _Windows:
+        """Cut from the newest end: the oldest piece is the short one. Each event but a first is a target once."""
+        starts, lengths = [], []
+        for first, end in zip(train.cu_seqlens[:-1].tolist(), train.cu_seqlens[1:].tolist(), strict=True):
+            while end - first > 1:
+                start = max(first, end - max_length - 1)
+                starts.append(start)
+                lengths.append(end - start)
+                end = start + 1
+        return cls(np.array(starts, dtype=np.int64), np.array(lengths, dtype=np.int64), train.items)
+
+    def batch(self, rows: np.ndarray, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
+        """(items [N] int64, cu_seqlens [B+1] int32, targets [N] int64) of the pieces `rows`."""
+        counts = self.lengths[rows] - 1
+        ends = np.cumsum(counts)
+        places = np.arange(ends[-1]) + np.repeat(self.starts[rows] - (ends - counts), counts)
+        return (
+            torch.from_numpy(self.items[places]).to(device),
+            torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)).to(device),
+            torch.from_numpy(self.items[places + 1]).to(device),
+        )
+
+
+def train_sasrec(
+    split: Split,
+    num_items: int,
+    config: RecommenderConfig,
+    *,
+    seed: int,
+    item_map_hash: str | None = None,
+    run_dir: str | Path | None = None,
+    progress: bool = True,
+    device: torch.device | str = "cpu",
+) -> SASRec:
+    """Minimise the mean cross-entropy of the next item over the whole catalogue, at every position of `split.train`.
+
+    After each epoch all validation rows are ranked; the weights with the best NDCG@10 are kept, and training stops
+    after `config.patience` epochs without a better one. The same seed gives the same weights on a CPU with as many
+    threads. The global random state is left as it was.
+
+    Args:
+        split: its training part is learned, its validation rows decide when to stop; its test rows are not touched.
+        num_items: I, size of the catalogue.
+        config: sizes and schedule.
+        seed: of the initial weights, the order of the batches and dropout.
+        item_map_hash: hash of the item table, recorded in the checkpoint.
+        run_dir: a new folder for configuration, environment, `metrics.jsonl` and, at the end, the checkpoint.
+        progress: show a bar that counts epochs.
+        device: where to train.
+
+    Returns:
+        The model with its best weights, in eval mode, `split_hash` set.
+
+    Raises:
+        ValueError: no training sequence has two events.
+        FloatingPointError: the loss is not finite; names the step.
+        FileExistsError: `run_dir` exists and is not empty.
+    """
+    windows = _Windows.cut(split.train, config.max_length)
+    if not len(windows.starts):
+        raise ValueError("train_sasrec: a training sequence must have two events, got none that long")
+    run = RunDirectory(run_dir, config) if run_dir is not None else None
+    cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed)
+        model = SASRec(
+            num_items,
+            width=config.width,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            max_length=config.max_length,
+            dropout=config.dropout,
+        ).to(device)
+        _fit(model, windows, split, config, run, progress)
+    model.split_hash = split.hash
+    model.item_map_hash = item_map_hash
+    model.eval()
+    if run is not None:
+        save_recommender(model, run.checkpoint)
+    return model
+
+
+def _fit(
+    model: SASRec, windows: _Windows, split: Split, config: RecommenderConfig, run: RunDirectory | None, progress: bool
+) -> None:
+    """Train `model` in place and leave it with its best weights."""
+    device = model.item_embedding.weight.device
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / _WARMUP_STEPS))
+    best_quality, best_epoch, best_weights = -math.inf, -1, _copy(model)
+    with tqdm(total=config.epochs, desc="SASRec", unit="epoch", disable=not progress) as bar:
+        for epoch in range(config.epochs):
+            loss = _train_epoch(model, windows, config.batch_size, optimizer, warmup)
+            metrics = evaluate(model, split.valid, device=device) if len(split.valid) else None
+            quality = metrics["NDCG@10"].mean if metrics is not None else -loss
+            if run is not None:
+                run.log(epoch=epoch, loss=loss, **({"valid": metrics.to_dict()["metrics"]} if metrics else {}))
+            if quality > best_quality:
+                best_quality, best_epoch, best_weights = quality, epoch, _copy(model)
+            bar.set_postfix_str(f"loss {loss:.3f}, best NDCG@10 {best_quality:.4f} in epoch {best_epoch}")
+            bar.update()
+            if epoch - best_epoch >= config.patience:
+                break
+    model.load_state_dict(best_weights)
+
+
+def _train_epoch(
+    model: SASRec,
+    windows: _Windows,
+    batch_size: int,
+    optimizer: torch.optim.Optimizer,
+    warmup: torch.optim.lr_scheduler.LambdaLR,
+) -> float:
+    """One pass in random order; the mean loss over all targets."""
+    model.train()
+    total, count = 0.0, 0
+    order = torch.randperm(len(windows.starts)).numpy()
+    for start in range(0, len(order), batch_size):
+        items, cu_seqlens, targets = windows.batch(
+            order[start : start + batch_size], model.item_embedding.weight.device
+        )
+        loss = F.cross_entropy(model.logits(model(items, cu_seqlens)), targets)
+        if not math.isfinite(value := loss.item()):
+            raise FloatingPointError(
+                f"train_sasrec: the loss must be finite, got {value} at step {warmup.last_epoch}; lower learning_rate"
+            )
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRAD_NORM)
+        optimizer.step()
+        warmup.step()
+        total += value * targets.numel()
+        count += targets.numel()
+    return total / count
+
+
+def _copy(model: SASRec) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def save_recommender(model: SASRec, directory: str | Path) -> None:
+    """Write weights and settings to `directory`, which is replaced as a whole: a reader never sees half of it."""
+    settings = {
+        "format": _FORMAT,
+        "kind": _KIND,
+        "model": model.settings,
+        "split_hash": model.split_hash,
+        "item_map_hash": model.item_map_hash,
+        "environment": describe_environment(),
+    }
+    with replace_directory(Path(directory)) as folder:
+        weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
+        save_file(weights, folder / _WEIGHTS_FILE)
+        write_json(folder / _SETTINGS_FILE, settings)
+
+
+def load_recommender(
+    directory: str | Path,
+    *,
+    expected_split_hash: str | None = None,
+    expected_item_map_hash: str | None = None,
+) -> SASRec:
+    """Read what `save_recommender` wrote, or the checkpoint inside a run directory; on the CPU, in eval mode.
+
+    Args:
+        directory: the folder of the checkpoint, or the run directory around it.
+        expected_split_hash: refuse a model that was fitted on another split.
+        expected_item_map_hash: refuse a model of another catalogue.
+
+    Raises:
+        FileNotFoundError: no checkpoint there.
+        ValueError: another kind of file, foreign or missing weights, or another split or catalogue than expected.
+    """
+    folder = Path(directory)
+    if not (folder / _SETTINGS_FILE).is_file():
+        inner = folder / "checkpoint"
+        folder = whole_directory(inner if inner.is_dir() else folder)
+    if not (folder / _SETTINGS_FILE).is_file():
+        raise FileNotFoundError(f"load_recommender: the folder must hold {_SETTINGS_FILE}, got {str(directory)!r}")
+    settings = json.loads((folder / _SETTINGS_FILE).read_text(encoding="utf-8"))
+    if settings.get("kind") != _KIND or settings.get("format") != _FORMAT:
+        raise ValueError(
+            f"load_recommender: the checkpoint must be {_KIND!r} in format {_FORMAT}, "
+            f"got {settings.get('kind')!r} in format {settings.get('format')!r}"
+        )
+    for what, expected in {"split_hash": expected_split_hash, "item_map_hash": expected_item_map_hash}.items():
+        if expected is not None and settings[what] != expected:
+            raise ValueError(
+                f"load_recommender: {what} must be {expected}, got {settings[what]}; "
+                "train the recommender on this very data set"
+            )
+    model = _build(settings["model"])
+    _load_weights(model, folder / _WEIGHTS_FILE)
+    model.split_hash = settings["split_hash"]
+    model.item_map_hash = settings["item_map_hash"]
+    return model.eval()
+
+
+def _build(settings: dict[str, Any]) -> SASRec:
+    with torch.random.fork_rng(devices=[]):  # the random weights are overwritten at once
+        return SASRec(settings["num_items"], **{name: value for name, value in settings.items() if name != "num_items"})
+
+
+def _load_weights(model: SASRec, path: Path) -> None:
+    """Copy the weights of a file into `model` after comparing names and shapes."""
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"load_recommender: {path.name} must be a safetensors file, got {error}") from error
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"load_recommender: {path.name} must hold the weights of {_KIND}, "
+            f"got missing {missing}, unexpected {unexpected}"
+        )
+    for name, tensor in own.items():
+        if weights[name].shape != tensor.shape:
+            raise ValueError(
+                f"load_recommender: {name} must have shape {tuple(tensor.shape)}, got {tuple(weights[name].shape)}"
+            )
+    model.load_state_dict(weights)
