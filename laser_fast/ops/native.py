@@ -13,7 +13,7 @@ from typing import Any
 
 _FOLDER = Path(__file__).resolve().parents[1] / "_native"
 _LIBRARY = "laser_fast_native.so"
-_REMEDY = "install a C++ compiler (and nvcc for CUDA), then reinstall laser-fast; `pip install -v` shows the build"
+REMEDY = "install a C++ compiler (and nvcc for CUDA), then reinstall laser-fast; `pip install -v` shows the build"
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,7 @@ def load_native_from(folder: Path) -> NativeLibrary:
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         versions = f"built with apache-tvm-ffi {facts.get('apache-tvm-ffi', 'unknown')}, found {_installed_version()}"
         reason = f"{library.name} does not load ({versions}): {error}"
-        warnings.warn(
-            f"laser_fast: {reason}; the torch reference runs instead; {_REMEDY}", RuntimeWarning, stacklevel=2
-        )
+        warnings.warn(f"laser_fast: {reason}; the torch reference runs instead; {REMEDY}", RuntimeWarning, stacklevel=2)
         return NativeLibrary("none", reason, None)
     return NativeLibrary(facts.get("level", "cpu"), facts.get("reason", ""), module)
 
@@ -87,4 +85,4 @@ def cuda_absence(device_index: int) -> str:
 def warn_fallback(operation: str, reason: str) -> None:
     """Say once per process that an operation runs as its torch reference on a GPU, why, and what to do."""
     message = f"{operation}: the torch reference runs in place of the compiled kernel: {reason}"
-    warnings.warn(f"{message}; {_REMEDY}; `laser-fast doctor` lists what runs", RuntimeWarning, stacklevel=4)
+    warnings.warn(f"{message}; {REMEDY}; `laser-fast doctor` lists what runs", RuntimeWarning, stacklevel=4)

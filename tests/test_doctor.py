@@ -1,0 +1,131 @@
+"""The report of `laser-fast doctor`: complete, honest about what is missing, and never an exception."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from laser_fast import doctor
+from laser_fast.ops import native
+
+
+def report(name: str) -> doctor.Component:
+    (found,) = [component for component in doctor.diagnose() if component.name == name]
+    return found
+
+
+def pretend_version(monkeypatch: pytest.MonkeyPatch, distribution: str, version: str | None) -> None:
+    real = metadata.version
+
+    def fake(name: str) -> str:
+        if name != distribution:
+            return real(name)
+        if version is None:
+            raise metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(metadata, "version", fake)
+
+
+def test_every_component_and_operation_has_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.print_report() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(doctor.diagnose())
+    for name in (
+        "torch",
+        "CUDA device",
+        "Triton",
+        "compiled library",
+        "transformers",
+        "bitsandbytes",
+        "flash attention",
+    ):
+        assert sum(f"  {name}  " in line for line in lines) == 1, name
+    assert all(line.startswith(("on ", "off ")) for line in lines)
+
+
+def test_every_operation_of_the_library_is_listed() -> None:
+    import laser_fast.ops
+
+    references = {name.removesuffix("_reference") for name in laser_fast.ops.__all__ if name.endswith("_reference")}
+    listed = {c.name.removeprefix("op ") for c in doctor.diagnose() if c.name.startswith("op ") and c.on}
+    assert listed == references
+
+
+def test_json_holds_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.print_report(json_output=True) == 0
+    parsed: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert parsed["version"] == metadata.version("laser-fast")
+    assert [c["name"] for c in parsed["components"]] == [c.name for c in doctor.diagnose()]
+    assert set(parsed["components"][0]) == {"name", "version", "on", "reason", "remedy", "required"}
+
+
+def test_what_is_off_says_why() -> None:
+    assert all(component.reason for component in doctor.diagnose() if not component.on)
+
+
+def test_unsafe_transformers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_version(monkeypatch, "transformers", "5.2.9")
+    assert report("transformers").reason.startswith("UNSAFE")
+    assert "pip install -U transformers" in report("transformers").remedy
+    pretend_version(monkeypatch, "transformers", "5.10.0")  # as a string it would sort before 5.3.0
+    assert "UNSAFE" not in report("transformers").reason
+    assert "outside what laser-fast needs" in report("transformers").reason
+
+
+def test_missing_required_component_fails_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretend_version(monkeypatch, "transformers", None)
+    assert not report("transformers").on
+    assert doctor.print_report() == 1
+    assert "-> pip install transformers" in capsys.readouterr().out
+
+
+def test_missing_bitsandbytes_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_version(monkeypatch, "bitsandbytes", None)
+    assert not report("bitsandbytes").on
+    assert 'pip install "laser-fast[4bit]"' in report("bitsandbytes").remedy
+
+
+def test_missing_library_is_reported_with_reason_and_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = native.NativeLibrary("none", "no C++ compiler found when it was installed", None)
+    monkeypatch.setattr(native, "load_native", lambda: absent)
+    assert not report("compiled library").on
+    assert report("compiled library").reason == absent.reason
+    assert report("op inject_prefix_kv").version == "torch reference"
+    assert absent.reason in report("op inject_prefix_kv").reason
+
+
+def test_library_in_use_is_reported() -> None:
+    if native.load_native().module is None:
+        pytest.skip(f"no compiled library: {native.load_native().reason}")
+    assert report("compiled library").on
+    wanted = "compiled CUDA" if torch.cuda.is_available() else "compiled CPU"
+    assert report("op inject_prefix_kv").version == wanted
+
+
+def test_missing_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert (report("Triton").on, report("Triton").reason) == (False, "not installed")
+
+
+def test_a_probe_that_fails_becomes_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> bool:
+        raise RuntimeError("driver mismatch")
+
+    monkeypatch.setattr(torch.cuda, "is_available", broken)
+    assert not report("CUDA device").on
+    assert report("CUDA device").reason == "RuntimeError: driver mismatch"
+
+
+def test_looking_changes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    doctor.diagnose()
+    assert list(tmp_path.iterdir()) == []
