@@ -3,7 +3,7 @@
     loss_b = log sum_i exp(s_bi) - s_b,target(b),     s_bi = cos(u_b, v_i) / temperature   (or u_b . v_i / temperature)
 
 Forward walks over chunks of items with a running log-sum-exp; backward computes each chunk's scores again.
-Compute-bound: 2 B I d FLOPs forward, 4 to 6 B I d backward; memory O(B d + chunk), next to O(I d) for the items' gradient if wanted.
+Compute-bound: 2 B I d FLOPs forward, 4 to 6 B I d backward. Memory O(B d + chunk), and O(I d) for the items' gradient.
 Source: the chunked form of Cut Cross-Entropy (Wijmans et al., arXiv:2411.09009), with nothing filtered: exact.
 """
 
