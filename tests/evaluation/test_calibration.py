@@ -1,0 +1,123 @@
+"""The coordinate search finds what was planted, and nothing where nothing is."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from laser_fast.data import EvaluationRows, PackedSequences
+from laser_fast.evaluation import evaluate, fit_calibration
+from laser_fast.models import CalibratedScorer
+
+_NUM_ITEMS = 40
+
+
+class _Table:
+    """Fixed random scores for each last item."""
+
+    num_items = _NUM_ITEMS
+
+    def __init__(self, table: Tensor) -> None:
+        self.table = table
+
+    def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return self.table[items[cu_seqlens[1:].long() - 1]].clone()
+
+
+def _noise(seed: int) -> Tensor:
+    return torch.randn(_NUM_ITEMS, _NUM_ITEMS, generator=torch.Generator().manual_seed(seed))
+
+
+def _rows(targets_of: Tensor, count: int = 200) -> EvaluationRows:
+    """Histories of two items; the target is drawn for the last one from the row of `targets_of` by its largest entry."""
+    histories = np.random.default_rng(0).integers(0, _NUM_ITEMS, (count, 2))
+    targets = targets_of[torch.from_numpy(histories[:, 1])].argmax(dim=1).numpy()
+    return EvaluationRows(np.arange(count), PackedSequences.from_lists(histories.tolist()), targets)
+
+
+def _quality(scorer: CalibratedScorer | _Table, rows: EvaluationRows) -> float:
+    return evaluate(scorer, rows)["NDCG@10"].mean
+
+
+def test_two_halves_of_the_truth_are_fused() -> None:
+    first, second = _noise(1), _noise(2)
+    rows = _rows(first + second)
+    fitted = fit_calibration({"a": _Table(first), "b": _Table(100 * second)}, rows, torch.ones(_NUM_ITEMS))
+    assert _quality(fitted, rows) > 0.95
+    assert _quality(_Table(first), rows) < 0.8
+    weights = fitted.calibration.weights
+    assert weights["b"] / weights["a"] == pytest.approx(0.01, rel=0.5)
+
+
+def test_standardised_components_are_fused_by_their_z_scores() -> None:
+    first, second = _noise(1), _noise(2)
+    scale = 10 ** torch.linspace(-3, 3, _NUM_ITEMS)[:, None]  # every history has a scale of its own
+    rows = _rows(first + second)
+    components = {"a": _Table(first), "b": _Table(scale * second + 7 * scale)}
+    fitted = fit_calibration(components, rows, torch.ones(_NUM_ITEMS), standardize=["b"])
+    assert fitted.calibration.standardize == ("b",)
+    assert _quality(fitted, rows) > 0.95
+
+
+def test_repeats_are_pushed_down() -> None:
+    scores = _noise(3)
+    truth = scores.clone()
+    scores.fill_diagonal_(50.0)  # every item is its own best neighbour and never the answer
+    truth.fill_diagonal_(-50.0)
+    rows = _rows(truth)
+    fitted = fit_calibration({"a": _Table(scores)}, rows, torch.ones(_NUM_ITEMS))
+    assert _quality(_Table(scores), rows) < 0.7
+    assert _quality(fitted, rows) > 0.9
+    assert fitted.calibration.history_bias + fitted.calibration.last_bias < -40
+
+
+def test_a_planted_popularity_is_found() -> None:
+    counts = torch.arange(_NUM_ITEMS) ** 2
+    scores = _noise(4)
+    rows = _rows(scores + 0.5 * torch.log1p(counts))
+    fitted = fit_calibration({"a": _Table(scores)}, rows, counts)
+    assert fitted.calibration.popularity_weight == pytest.approx(0.5, rel=0.5)
+    assert _quality(fitted, rows) > _quality(_Table(scores), rows) + 0.1
+
+
+def test_terms_without_use_stay_at_zero() -> None:
+    scores = _noise(5)
+    rows = _rows(scores)
+    fitted = fit_calibration({"a": _Table(scores), "noise": _Table(_noise(6))}, rows, torch.arange(_NUM_ITEMS))
+    calibration = fitted.calibration
+    assert calibration.weights["noise"] == 0
+    assert (calibration.history_bias, calibration.last_bias, calibration.popularity_weight) == (0, 0, 0)
+
+
+def test_the_fit_is_deterministic_and_does_not_depend_on_chunks() -> None:
+    first, second = _noise(1), _noise(2)
+    rows, counts = _rows(first + second), torch.ones(_NUM_ITEMS)
+    components = {"a": _Table(first), "b": _Table(second)}
+    fits = [fit_calibration(components, rows, counts, batch_size=size).calibration for size in (7, 7, 200)]
+    assert fits[0] == fits[1] == fits[2]
+
+
+def test_many_rows_are_thinned_out_evenly() -> None:
+    seen: list[int] = []
+
+    class Counting(_Table):
+        def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
+            seen.append(cu_seqlens.numel() - 1)
+            return super().score(items, cu_seqlens)
+
+    scores = _noise(5)
+    fit_calibration({"a": Counting(scores)}, _rows(scores), torch.ones(_NUM_ITEMS), max_scores=50 * _NUM_ITEMS)
+    assert sum(seen) == 50
+
+
+def test_what_cannot_be_fitted_is_refused() -> None:
+    scores = _noise(5)
+    rows, counts = _rows(scores), torch.ones(_NUM_ITEMS)
+    with pytest.raises(ValueError, match="rows must not be empty, got 0 rows"):
+        fit_calibration({"a": _Table(scores)}, rows.select([]), counts)
+    with pytest.raises(ValueError, match=r"components must not be called like a term, got \['last_bias'\]"):
+        fit_calibration({"last_bias": _Table(scores)}, rows, counts)
+    with pytest.raises(ValueError, match="got NaN from component 'a'"):
+        fit_calibration({"a": _Table(scores * float("nan"))}, rows, counts)
+    with pytest.raises(ValueError, match="components must be those with a weight"):
+        fit_calibration({}, rows, counts)
