@@ -29,7 +29,7 @@ def _noise(seed: int) -> Tensor:
 
 
 def _rows(targets_of: Tensor, count: int = 200) -> EvaluationRows:
-    """Histories of two items; the target is drawn for the last one from the row of `targets_of` by its largest entry."""
+    """Histories of two items; the target is the largest entry of `targets_of` in the row of the last one."""
     histories = np.random.default_rng(0).integers(0, _NUM_ITEMS, (count, 2))
     targets = targets_of[torch.from_numpy(histories[:, 1])].argmax(dim=1).numpy()
     return EvaluationRows(np.arange(count), PackedSequences.from_lists(histories.tolist()), targets)
