@@ -65,6 +65,16 @@ def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
 
+def words_carry_space(tokenizer: Tokenizer) -> bool:
+    """Whether the space before a word is part of the word's tokens (byte-level BPE: GPT-2, Llama 3, Qwen).
+
+    Texts are then tokenised with a space in front, and the words around them end without theirs, so that the pieces
+    give the tokens of the whole. WordPiece drops spaces and SentencePiece sets its own.
+    """
+    joined, first = _ids(tokenizer, "one two"), _ids(tokenizer, "one")
+    return joined == first + _ids(tokenizer, " two") and joined != first + _ids(tokenizer, "two")
+
+
 def tokenize_texts(
     texts: Sequence[str], tokenizer: Tokenizer, max_tokens: int | None = None, *, batch_size: int = 1024
 ) -> TokenizedTexts:
@@ -83,12 +93,13 @@ def tokenize_texts(
         raise ValueError(f"tokenize_texts: max_tokens must be at least 1, got {max_tokens}")
     # the tokenizer cuts, not we: it warns about texts longer than the model otherwise
     limit = {} if max_tokens is None else {"truncation": True, "max_length": max_tokens}
+    front = " " if words_carry_space(tokenizer) else ""
     pieces: list[np.ndarray] = []
     lengths = np.zeros(len(texts), dtype=np.int64)
     filled = [index for index, text in enumerate(texts) if text]
     for start in range(0, len(filled), batch_size):
         rows = filled[start : start + batch_size]
-        encoded = tokenizer([texts[row] for row in rows], add_special_tokens=False, **limit)["input_ids"]
+        encoded = tokenizer([front + texts[row] for row in rows], add_special_tokens=False, **limit)["input_ids"]
         lengths[rows] = [len(ids) for ids in encoded]
         pieces += [np.asarray(ids, dtype=np.int32) for ids in encoded]
     offsets = np.zeros(len(texts) + 1, dtype=np.int64)
@@ -157,7 +168,8 @@ def prompt_layout(
 ) -> PromptLayout:
     """The layout of a prompt template such as "Films watched, newest first: {history}".
 
-    The words before, between and after the items are tokenised on their own, as the items are.
+    The words before, between and after the items are tokenised on their own, as the items are; see
+    `words_carry_space` for the spaces between.
 
     Args:
         template: words around one `{history}` (or `{text}`, for a single item).
@@ -173,6 +185,8 @@ def prompt_layout(
         raise ValueError(f"prompt_layout: the template must have one {' or '.join(_PLACEHOLDERS)}, got {template!r}")
     before, after = template.split(found[0])
     left, right = special_tokens(tokenizer)
+    if words_carry_space(tokenizer):
+        before, separator = before.removesuffix(" "), separator.removesuffix(" ")
     return PromptLayout(
         left=left + _ids(tokenizer, before),
         right=_ids(tokenizer, after) + right,

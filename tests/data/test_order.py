@@ -1,0 +1,83 @@
+"""Order of events, tie rules and filters."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from laser_fast.data.order import chronological_order, core_mask, parse_tie_rule, tie_counts, tie_keys
+
+
+def test_order_by_user_then_time_then_position() -> None:
+    users = np.array([1, 0, 1, 0, 1, 0])
+    times = np.array([5, 9, 5, 2, 1, 2])
+    assert chronological_order(users, times, None).tolist() == [3, 5, 1, 4, 0, 2]
+
+
+def test_hash_keys_order_only_what_ties() -> None:
+    users, times = np.zeros(4, dtype=np.int64), np.array([3, 1, 1, 0])
+    keys = np.array([0, 7, 2, 9], dtype=np.uint64)
+    assert chronological_order(users, times, keys).tolist() == [3, 2, 1, 0]
+
+
+def test_equal_times_beyond_float_precision_are_not_mixed_up() -> None:
+    times = np.array([2**53 + 1, 2**53], dtype=np.int64)
+    assert chronological_order(np.zeros(2, dtype=np.int64), times, None).tolist() == [1, 0]
+
+
+def test_tie_keys_depend_on_ids_and_seed_not_on_file_order() -> None:
+    user_ids, item_ids = ["u", "v"], ["a", "b", "c"]
+    users, items = np.array([0, 0, 1, 1]), np.array([0, 1, 0, 2])
+    keys = tie_keys(user_ids, item_ids, users, items, seed=1)
+    swapped = tie_keys(user_ids[::-1], item_ids[::-1], 1 - users, 2 - items, seed=1)
+    assert keys.tolist() == swapped.tolist()
+    assert len(set(keys.tolist())) == 4
+    assert not set(keys.tolist()) & set(tie_keys(user_ids, item_ids, users, items, seed=2).tolist())
+
+
+def test_tie_keys_do_not_depend_on_the_hash_seed_of_python() -> None:
+    code = (
+        "import numpy as np; from laser_fast.data.order import tie_keys; "
+        "print(tie_keys(['u'], ['a', 'b'], np.array([0, 0]), np.array([0, 1]), 5).tolist())"
+    )
+    printed = {
+        subprocess.run(
+            [sys.executable, "-c", code], env=_environment(seed), check=True, capture_output=True, text=True
+        ).stdout
+        for seed in ("1", "2")
+    }
+    here = tie_keys(["u"], ["a", "b"], np.array([0, 0]), np.array([0, 1]), 5).tolist()
+    assert printed == {f"{here}\n"}
+
+
+def _environment(hash_seed: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
+@pytest.mark.parametrize("rule, seed", [("file-order", None), ("hash:0", 0), ("hash:17", 17)])
+def test_tie_rules(rule: str, seed: int | None) -> None:
+    assert parse_tie_rule(rule) == seed
+
+
+@pytest.mark.parametrize("rule", ["hash", "hash:", "hash:-1", "hash:x", "random", "hash:\u0663"])
+def test_other_tie_rules_are_refused(rule: str) -> None:
+    with pytest.raises(ValueError, match="must be 'file-order' or 'hash:SEED', got"):
+        parse_tie_rule(rule)
+
+
+def test_core_falls_away_repeatedly() -> None:
+    # user 2 has one event, so item 2 is left with one, so user 1 is left with one
+    users = np.array([0, 0, 1, 1, 2])
+    items = np.array([0, 0, 0, 2, 2])
+    assert core_mask(users, items, 2, 2).tolist() == [True, True, False, False, False]
+    assert core_mask(users, items, 1, 1).all()
+    assert not core_mask(users, items, 9, 1).any()
+
+
+def test_tie_counts_by_hand() -> None:
+    offsets = np.array([0, 4, 5, 5, 7])
+    times = np.array([1, 1, 2, 2, 2, 5, 5])
+    # user 0: all four tie, also the last two; user 1 has one event, equal to its neighbour's; user 3: both tie
+    assert tie_counts(offsets, times) == {"tied_interactions": 6, "users_with_last_two_tied": 2}
