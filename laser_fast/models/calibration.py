@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,9 +36,13 @@ class Calibration:
                 f"Calibration: standardize must name components, got {unknown}; known: {list(self.weights)}"
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and names, ready for JSON."""
+        return asdict(self)
+
     def to_json(self) -> str:
         """JSON text that `from_json` reads back to an equal object."""
-        return json.dumps(asdict(self), indent=2)
+        return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> "Calibration":

@@ -1,0 +1,92 @@
+"""Accuracy of the recommenders that work on item ids alone: baselines once, SASRec with several seeds.
+
+    python bench/accuracy_recommenders.py --data runs/amazon-scientific --seeds 3 \
+        --out bench/results/cpu/recommenders-amazon-scientific.json
+
+`--data` is a folder written by `laser-fast prepare`. Settings were chosen on validation rows; test rows are ranked once
+per model. With `OMP_NUM_THREADS=1` the figures are those of one thread.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from laser_fast.config import RecommenderConfig, load_config
+from laser_fast.data import SequenceDataset, Split, leave_one_out
+from laser_fast.evaluation import RankingMetrics, evaluate, fit_calibration, table
+from laser_fast.models import ItemKNN, Markov1, Popularity, SASRec, Scorer
+from laser_fast.training.recommender import train_sasrec
+from laser_fast.training.run_directory import describe_environment
+
+_COLUMNS = ("HR@1", "HR@10", "NDCG@10", "MRR")
+
+
+def figures(scorer: Scorer, split: Split) -> tuple[dict[str, Any], RankingMetrics]:
+    """Validation and test metrics of one model as plain numbers, and the test metrics themselves."""
+    valid, test = evaluate(scorer, split.valid), evaluate(scorer, split.test)
+    return {"valid": valid.to_dict()["metrics"], "test": test.to_dict()["metrics"]}, test
+
+
+def spread(runs: list[dict[str, Any]], part: str) -> dict[str, dict[str, float]]:
+    """Mean and sample deviation of every metric over the seeds."""
+    result = {}
+    for name in runs[0][part]:
+        values = [run[part][name]["mean"] for run in runs]
+        result[name] = {
+            "mean": statistics.fmean(values),
+            "deviation": statistics.stdev(values) if len(values) > 1 else 0.0,
+        }
+    return result
+
+
+def main() -> None:
+    """Train, rank, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder written by `laser-fast prepare`")
+    parser.add_argument("--seeds", type=int, default=3, help="SASRec is trained with seeds 0..SEEDS-1")
+    parser.add_argument("--config", help="YAML file with settings of SASRec; the defaults otherwise")
+    parser.add_argument("--out", required=True, help="JSON file to write")
+    arguments = parser.parse_args()
+    dataset = SequenceDataset.load(arguments.data)
+    split = leave_one_out(dataset)
+    config = load_config(RecommenderConfig, arguments.config) if arguments.config else RecommenderConfig()
+    counts = torch.bincount(torch.tensor(split.train.items), minlength=dataset.num_items)
+    systems, shown = {}, {}
+    for kind in (Popularity, Markov1, ItemKNN):
+        fitted = kind.fit(split.train.items, split.train.cu_seqlens, dataset.num_items)
+        systems[kind.__name__], shown[kind.__name__] = figures(fitted, split)
+    runs: list[dict[str, Any]] = []
+    for seed in range(arguments.seeds):
+        start = time.perf_counter()
+        model: SASRec = train_sasrec(split, dataset.num_items, config, seed=seed)
+        training_time_s = time.perf_counter() - start
+        run, shown[f"SASRec, seed {seed}"] = figures(model, split)
+        calibrated = fit_calibration({"sasrec": model}, split.valid, counts)
+        run["calibrated"], shown[f"calibrated, seed {seed}"] = figures(calibrated, split)
+        run |= {"seed": seed, "training_time_s": training_time_s, "calibration": calibrated.calibration.to_dict()}
+        runs.append(run)
+    report = {
+        "command": shlex.join(["python", *sys.argv]),
+        "environment": describe_environment(),
+        "data": {"users": dataset.num_users, "items": dataset.num_items, "events": len(dataset.item_index)},
+        "protocol": f"{split.rule}; full ranking, history items not filtered, ties against the target",
+        "split_hash": split.hash,
+        "config": config.model_dump(mode="json"),
+        "baselines": systems,
+        "sasrec": {"valid": spread(runs, "valid"), "test": spread(runs, "test"), "runs": runs},
+    }
+    out = Path(arguments.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(table(shown, _COLUMNS))
+
+
+if __name__ == "__main__":
+    main()
