@@ -165,8 +165,9 @@ class TrainingConfig(Settings):
 class EvaluationConfig(Settings):
     """Full ranking over the whole catalogue."""
 
-    cutoffs: tuple[PositiveInt, ...] = (1, 5, 10, 20)
     batch_size: PositiveInt = 128
+    calibrate: bool = True
+    """Fit the calibrated score (repeat, popularity and recommender terms) on validation; off = the cosine of the paper."""
 
 
 class LaserConfig(Settings):
@@ -228,9 +229,7 @@ def load_config(kind: type[AnySettings], path: str | Path, overrides: Sequence[s
         raise ValueError(f"load_config: {path} must be YAML, got {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"load_config: {path} must hold keys and values, got a {type(values).__name__}")
-    for override in overrides:
-        _apply_override(values, override)
-    return build_config(kind, values)
+    return build_config(kind, apply_overrides(values, overrides))
 
 
 def dump_config(config: Settings) -> str:
@@ -260,6 +259,17 @@ def resolve_path(location: str | Path) -> Path:
         if (candidate := Path(root) / inner).exists():
             return candidate
     raise FileNotFoundError(f"resolve_path: package {name!r} must contain {inner!r}, got nothing there")
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`values` with every `section.key=value` of `overrides` set in it.
+
+    Raises:
+        ValueError: an override of another form.
+    """
+    for override in overrides:
+        _apply_override(values, override)
+    return values
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

@@ -2,16 +2,23 @@
 
 from laser_fast.models.baselines import ItemKNN, Markov1, Popularity
 from laser_fast.models.calibration import CalibratedScorer, Calibration
+from laser_fast.models.laser import LaserModel, LaserOutput, Recommendation
 from laser_fast.models.recommender import Scorer, SequentialRecommender
 from laser_fast.models.sasrec import SASRec
+from laser_fast.models.zero_shot import TextSimilarity, text_vectors
 
 __all__ = [
     "CalibratedScorer",
     "Calibration",
     "ItemKNN",
+    "LaserModel",
+    "LaserOutput",
     "Markov1",
     "Popularity",
+    "Recommendation",
     "SASRec",
     "Scorer",
     "SequentialRecommender",
+    "TextSimilarity",
+    "text_vectors",
 ]

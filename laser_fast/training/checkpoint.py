@@ -8,6 +8,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from laser_fast.config import LaserConfig, build_config
-from laser_fast.evaluation.calibration import calibration_from_json
+from laser_fast.models.calibration import CalibratedScorer, Calibration
 from laser_fast.models.laser import LaserModel
+from laser_fast.models.recommender import Scorer
 from laser_fast.training.build import Inputs, build_laser, load_inputs, load_language_model, training_counts
 from laser_fast.training.run_directory import replace_directory, whole_directory, write_json
 
@@ -38,7 +40,7 @@ def save_laser(model: LaserModel, config: LaserConfig, split_hash: str, director
         "item_map_hash": item_map_hash(model.item_ids),
         "num_items": model.num_items,
         "lm": {"hidden_size": model.lm.hidden_size, "causal": model.lm.causal, "type": type(model.lm.model).__name__},
-        "calibration": None if model.calibration is None else model.calibration.to_json(),
+        "calibration": None if model.calibration is None else asdict(model.calibration.calibration),
         **facts,
     }
     with replace_directory(directory) as fresh:
@@ -96,17 +98,15 @@ def load_laser(run: str | Path, *, data: str | None = None, recommender: str | N
     model = build_laser(config, inputs, *load_language_model(config.lm)).eval()
     load_weights(model, folder)
     if description["calibration"] is not None:
-        model.calibration = calibration_from_json(
-            description["calibration"],
-            scorers_of(model, inputs),
-            torch.from_numpy(training_counts(inputs.split, model.num_items)),
-        )
+        settings = Calibration.from_json(json.dumps(description["calibration"]))
+        counts = torch.from_numpy(training_counts(inputs.split, model.num_items))
+        model.calibration = CalibratedScorer(calibration_components(model, inputs), settings, counts)
     return model, inputs, config
 
 
-def scorers_of(model: LaserModel, inputs: Inputs) -> dict[str, Any]:
-    """The scores that a calibration adds up, by name."""
-    scorers: dict[str, Any] = {"laser": model}
+def calibration_components(model: LaserModel, inputs: Inputs) -> dict[str, Scorer]:
+    """The scores that Laser's calibration adds up, by name."""
+    scorers: dict[str, Scorer] = {"laser": model}
     if inputs.recommender is not None:
         scorers["recommender"] = inputs.recommender
     return scorers

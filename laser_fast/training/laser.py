@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from laser_fast.config import LaserConfig
 from laser_fast.data import TrainingRows, training_rows
 from laser_fast.data.batches import PackedBatch
-from laser_fast.evaluation import evaluate
+from laser_fast.evaluation import evaluate, fit_calibration
 from laser_fast.models.laser import LaserModel
 from laser_fast.nn.pretraining import ContrastiveHeads
-from laser_fast.training.build import Inputs, build_laser, load_inputs, load_language_model
-from laser_fast.training.checkpoint import load_weights, save_laser
+from laser_fast.training.build import Inputs, build_laser, load_inputs, load_language_model, training_counts
+from laser_fast.training.checkpoint import calibration_components, load_weights, save_laser
 from laser_fast.training.loop import EarlyStopping, RowSampler, StageTrainer
 from laser_fast.training.run_directory import RunDirectory
 
-MAIN_METRIC = "ndcg@10"
+MAIN_METRIC = "NDCG@10"
 
 
 @dataclass
@@ -65,8 +65,11 @@ def train_laser(config: LaserConfig, *, progress: bool = True) -> tuple[LaserMod
         _pretrain(run)
     phase_a = _phase(run, "phase_a", None)
     _phase(run, "phase_b", phase_a)
-    load_weights(model, directory.checkpoint)
-    return model.eval(), inputs
+    facts = load_weights(model, directory.checkpoint)
+    model.eval()
+    if config.evaluation.calibrate:
+        _calibrate(run, {name: facts[name] for name in ("stage", "epoch", "validation")})
+    return model, inputs
 
 
 def _pretrain(run: _Run) -> None:
@@ -132,6 +135,20 @@ def _phase(run: _Run, name: str, carried: EarlyStopping | None) -> EarlyStopping
         if stopping.stop:
             break
     return stopping
+
+
+def _calibrate(run: _Run, facts: dict[str, Any]) -> None:
+    """Fit the scalars of the calibrated score on the validation rows and keep them with the checkpoint."""
+    model, inputs = run.model, run.inputs
+    model.calibration = fit_calibration(
+        calibration_components(model, inputs),
+        inputs.split.valid,
+        torch.from_numpy(training_counts(inputs.split, model.num_items)),
+        standardize=("recommender",) if inputs.recommender is not None else (),
+        device=run.accelerator.device,
+        progress=run.progress,
+    )
+    save_laser(model, run.config, inputs.split.hash, run.directory.checkpoint, **facts)
 
 
 def _training_loss(model: LaserModel) -> Any:

@@ -1,0 +1,231 @@
+"""The commands: each is a few lines over the library, and imports its room only when it runs."""
+
+import argparse
+import json
+import sys
+import textwrap
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from laser_fast import __version__
+from laser_fast.config import LaserConfig, RecommenderConfig, build_config, dump_config, load_config, resolve_path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, or 2 with one line on stderr for an input that is refused."""
+    parsed = _parser().parse_args(arguments)
+    warnings.showwarning = _print_warning
+    try:
+        return int(parsed.run(parsed) or 0)
+    except (FileNotFoundError, FileExistsError, ValueError, FloatingPointError, ImportError) as error:
+        if parsed.traceback:
+            raise
+        print(f"laser-fast: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="laser-fast", description="LLM-based sequential recommendation on one GPU.")
+    parser.add_argument("--version", action="version", version=f"laser-fast {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    prepare = commands.add_parser("prepare", help="turn interaction logs and item files into a data set")
+    _add_prepare(prepare)
+
+    recommender = commands.add_parser("recommender", help="the ID-based recommender that M-Former reads")
+    steps = recommender.add_subparsers(required=True, metavar="STEP")
+    train_recommender = steps.add_parser("train", help="train SASRec on the training part of a data set")
+    train_recommender.add_argument("data", help="folder written by prepare")
+    train_recommender.add_argument("output", help="new folder for the trained recommender")
+    train_recommender.add_argument("--config", help="YAML file with settings of SASRec")
+    train_recommender.add_argument("--seed", type=int, default=0)
+    _add_settings(train_recommender, "width=128")
+    train_recommender.set_defaults(run=_train_recommender)
+
+    train = commands.add_parser("train", help="train Laser by a configuration")
+    train.add_argument("config", help="YAML file")
+    _add_settings(train, "training.seed=1")
+    train.set_defaults(run=_train)
+
+    for name, run, text in (
+        ("evaluate", _evaluate, "rank the whole catalogue for every test user"),
+        ("compare", _compare, "Laser beside the baselines, on the test users"),
+        ("recommend", _recommend, "recommend for users of the data set, or for a history of item ids"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("model", metavar="RUN", help="run directory written by train")
+        command.add_argument("--data", help="where the data set is now, if it moved")
+        command.add_argument("--recommender", help="where the recommender is now, if it moved")
+        if name == "recommend":
+            _add_recommend(command)
+        else:
+            command.add_argument("--split", choices=("test", "valid"), default="test") if name == "evaluate" else None
+            command.add_argument("--output", help="also write the figures to this JSON file")
+        command.set_defaults(run=run)
+
+    doctor = commands.add_parser("doctor", help="what is installed, what runs, and why not")
+    doctor.add_argument("--json", action="store_true", help="machine-readable")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _add_prepare(parser: argparse.ArgumentParser) -> None:
+    from laser_fast.data.prepare_arguments import add_prepare_arguments
+
+    add_prepare_arguments(parser)
+    parser.set_defaults(run=_prepare)
+
+
+def _add_settings(parser: argparse.ArgumentParser, example: str) -> None:
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help=f"override one setting, e.g. --set {example}"
+    )
+
+
+def _add_recommend(parser: argparse.ArgumentParser) -> None:
+    who = parser.add_mutually_exclusive_group()
+    who.add_argument("--history", nargs="+", metavar="ITEM", help="item ids, oldest first; nobody needs to be a known user")
+    who.add_argument("--user", nargs="+", metavar="USER", help="users of the data set")
+    who.add_argument("--sample", type=int, default=3, metavar="N", help="N users of the data set (default: 3)")
+    parser.add_argument("-k", type=int, default=5, help="items to recommend")
+    parser.add_argument("--include-seen", action="store_true", help="items of the history may be recommended again")
+    parser.add_argument("--json", action="store_true", help="one JSON object per user")
+
+
+def _prepare(parsed: argparse.Namespace) -> None:
+    from laser_fast.data import prepare
+    from laser_fast.data.prepare_arguments import request_from_arguments
+
+    prepare(request_from_arguments(parsed))
+
+
+def _train_recommender(parsed: argparse.Namespace) -> None:
+    from laser_fast.data import SequenceDataset, leave_one_out
+    from laser_fast.evaluation import evaluate, table
+    from laser_fast.training.checkpoint import item_map_hash
+    from laser_fast.training.recommender import train_sasrec
+
+    if parsed.config is None:
+        config = build_config(RecommenderConfig, _settings(parsed.set))
+    else:
+        config = load_config(RecommenderConfig, parsed.config, parsed.set)
+    dataset = SequenceDataset.load(resolve_path(parsed.data))
+    split = leave_one_out(dataset)
+    print(dump_config(config))
+    model = train_sasrec(
+        split,
+        dataset.num_items,
+        config,
+        seed=parsed.seed,
+        item_map_hash=item_map_hash(dataset.items.ids),
+        run_dir=parsed.output,
+    )
+    print(table({"SASRec, validation": evaluate(model, split.valid)}, ("HR@10", "NDCG@10", "MRR")))
+    print(f"saved in {parsed.output}")
+
+
+def _train(parsed: argparse.Namespace) -> None:
+    from laser_fast.training.laser import train_laser
+
+    config = load_config(LaserConfig, parsed.config, parsed.set)
+    print(dump_config(config))
+    train_laser(config)
+    print(f"saved in {config.output}")
+
+
+def _evaluate(parsed: argparse.Namespace) -> None:
+    from laser_fast.evaluation import evaluate, table
+
+    model, inputs, config = _load(parsed)
+    rows = inputs.split.test if parsed.split == "test" else inputs.split.valid
+    size = config.evaluation.batch_size
+    results = {"Laser, cosine only": evaluate(model, rows, batch_size=size)}
+    if model.calibration is not None:
+        results["Laser"] = evaluate(model.calibration, rows, batch_size=size)
+    print(table(results))
+    print(f"{parsed.split} rows, full ranking, history items not filtered; {inputs.split.rule}; +- are 95% intervals over users")
+    _write_figures(parsed.output, {name: metrics.to_dict() for name, metrics in results.items()})
+
+
+def _compare(parsed: argparse.Namespace) -> None:
+    import torch
+
+    from laser_fast.evaluation.comparison import compare
+    from laser_fast.training.build import training_counts
+
+    model, inputs, config = _load(parsed)
+    counts = torch.from_numpy(training_counts(inputs.split, model.num_items))
+    comparison = compare(model, inputs.split, counts, inputs.recommender, batch_size=config.evaluation.batch_size)
+    print(comparison)
+    _write_figures(parsed.output, comparison.to_dict())
+
+
+def _recommend(parsed: argparse.Namespace) -> None:
+    from laser_fast.data import ItemText
+
+    model, inputs, config = _load(parsed)
+    dataset = inputs.dataset
+    if parsed.history is not None:
+        users, histories = ["the history given"], [parsed.history]
+    else:
+        if parsed.user is None:
+            chosen = [round(i * dataset.num_users / parsed.sample) for i in range(parsed.sample)]
+        else:
+            chosen = _user_indices(dataset.user_ids, parsed.user)
+        users = [f"user {dataset.user_ids[index]}" for index in chosen]
+        histories = [[dataset.items.ids[item] for item in dataset.sequence(index)] for index in chosen]
+    answers = model.recommend(histories, parsed.k, exclude_seen=not parsed.include_seen)
+    titles = dict(zip(dataset.items.ids, ItemText(config.prompt.item_template).render(dataset.items), strict=True))
+    for user, history, answer in zip(users, histories, answers, strict=True):
+        if parsed.json:
+            items = [{"item": r.item_id, "score": r.score, "text": titles[r.item_id]} for r in answer]
+            print(json.dumps({"user": user, "history": list(history), "recommendations": items}, ensure_ascii=False))
+            continue
+        newest = [titles.get(item, item) for item in list(history)[-5:]]
+        print(f"\n{user}, {len(history)} items, the newest last:")
+        print(textwrap.fill("; ".join(newest), 100, initial_indent="    ", subsequent_indent="    "))
+        print("  recommended:")
+        for rank, recommendation in enumerate(answer, start=1):
+            print(f"    {rank}. {titles[recommendation.item_id]}  ({recommendation.score:.2f})")
+
+
+def _doctor(parsed: argparse.Namespace) -> int:
+    from laser_fast.doctor import print_report
+
+    return print_report(parsed.json)
+
+
+def _load(parsed: argparse.Namespace) -> Any:
+    from laser_fast.training.checkpoint import load_laser
+
+    return load_laser(parsed.model, data=parsed.data, recommender=parsed.recommender)
+
+
+def _settings(overrides: Sequence[str]) -> dict[str, Any]:
+    from laser_fast.config import apply_overrides
+
+    return apply_overrides({}, overrides)
+
+
+def _user_indices(user_ids: Sequence[str], wanted: Sequence[str]) -> list[int]:
+    index = {user: position for position, user in enumerate(user_ids)}
+    for user in wanted:
+        if user not in index:
+            raise ValueError(f"recommend: --user must name users of the data set, got {user!r}")
+    return [index[user] for user in wanted]
+
+
+def _write_figures(path: str | None, figures: Any) -> None:
+    if path is None:
+        return
+    from laser_fast.training.run_directory import describe_environment, write_json
+
+    command = "laser-fast " + " ".join(sys.argv[1:])
+    write_json(Path(path), {"command": command, "environment": describe_environment(), "figures": figures})
+
+
+def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"laser-fast: warning: {message}", file=sys.stderr)

@@ -1,0 +1,81 @@
+"""Every system on one table: the same split, the same ranking of the whole catalogue, intervals beside each figure."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laser_fast.data import Split
+from laser_fast.evaluation.calibration import fit_calibration
+from laser_fast.evaluation.evaluate import evaluate
+from laser_fast.evaluation.metrics import RankingMetrics, paired_difference, table
+from laser_fast.models.baselines import ItemKNN, Markov1, Popularity
+from laser_fast.models.laser import LaserModel
+from laser_fast.models.recommender import Scorer
+from laser_fast.models.zero_shot import TextSimilarity, text_vectors
+
+_METRIC = "NDCG@10"
+_COLUMNS = ("HR@1", "HR@10", "NDCG@10", "MRR")
+_RECENCY = 0.8  # weight of an item relative to the next newer one, as in ItemKNN
+LASER = "Laser"
+ZERO_SHOT = "zero-shot LM"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Metrics of all systems on the test rows, in the order of the table."""
+
+    metrics: Mapping[str, RankingMetrics]
+    rule: str
+
+    def __str__(self) -> str:
+        lines = [table(dict(self.metrics), _COLUMNS)]
+        for other in self.metrics:
+            if other != LASER:
+                difference = paired_difference(self.metrics[LASER].ranks, self.metrics[other].ranks, _METRIC)
+                lines.append(f"{LASER} - {other}: {_METRIC} {difference.mean:+.4f} +- {difference.ci95:.4f}")
+        return "\n".join([*lines, f"full ranking, history items not filtered; {self.rule}; +- are 95% intervals over users"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Means, standard errors and intervals of every system."""
+        return {"rule": self.rule, "systems": {name: metrics.to_dict() for name, metrics in self.metrics.items()}}
+
+
+def compare(
+    model: LaserModel,
+    split: Split,
+    counts: Tensor,
+    recommender: Scorer | None = None,
+    *,
+    batch_size: int = 128,
+    progress: bool = False,
+) -> Comparison:
+    """Laser beside what needs no language model, and beside what the frozen language model does untrained.
+
+    The fusion without training adds the zero-shot scores of the last item and of the whole history and the recommender's
+    score, with the repeat and popularity terms, all scalars fitted on validation: what Laser has to beat.
+
+    Args:
+        counts: int64 [I], events of each item in the training part.
+        recommender: the ID-based recommender; None leaves its line out.
+    """
+    train_items, train_cu_seqlens = torch.tensor(split.train.items), torch.tensor(split.train.cu_seqlens)
+    vectors = text_vectors(model.lm, model.builder)
+    parts: dict[str, Scorer] = {"text_last": TextSimilarity(vectors), "text_history": TextSimilarity(vectors, _RECENCY)}
+    systems: dict[str, Scorer] = {
+        name: kind.fit(train_items, train_cu_seqlens, model.num_items)
+        for name, kind in (("Popularity", Popularity), ("Markov-1", Markov1), ("ItemKNN", ItemKNN))
+    }
+    if recommender is not None:
+        systems[type(recommender).__name__] = parts["recommender"] = recommender
+    systems[ZERO_SHOT] = parts["text_last"]
+    systems["no-training fusion"] = fit_calibration(
+        parts, split.valid, counts, standardize=tuple(parts), batch_size=batch_size, progress=progress
+    )
+    if model.calibration is not None:
+        systems[f"{LASER}, cosine only"] = model
+    systems[LASER] = model if model.calibration is None else model.calibration
+    metrics = {name: evaluate(scorer, split.test, batch_size=batch_size) for name, scorer in systems.items()}
+    return Comparison(metrics, split.rule)
