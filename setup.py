@@ -178,8 +178,9 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2] if built else "any"
 
 
-setup(
-    packages=[*find_packages(include=["laser_fast", "laser_fast.*"]), "laser_fast.kernels"],
-    ext_modules=[Extension("laser_fast_native", sources=[], optional=True)],
-    cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
-)
+if __name__ == "__main__":
+    setup(
+        packages=[*find_packages(include=["laser_fast", "laser_fast.*"]), "laser_fast.kernels"],
+        ext_modules=[Extension("laser_fast_native", sources=[], optional=True)],
+        cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
+    )
