@@ -7,7 +7,6 @@ the number of distinct item pairs seen together, not with the square of the cata
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,32 +17,6 @@ from laser_fast.models.recommender import check_histories, newest_items
 Array = Tensor | np.ndarray
 
 _ITEMS_PER_BLOCK = 4096  # items whose neighbours are found at a time
-
-
-@dataclass(frozen=True)
-class _SparseRows:
-    """Sparse [I, I] float32 matrix by rows: row i holds `columns[offsets[i]:offsets[i+1]]` and as many `values`."""
-
-    offsets: Tensor
-    columns: Tensor
-    values: Tensor
-
-    @classmethod
-    def from_pairs(cls, rows: Tensor, columns: Tensor, values: Tensor, num_items: int) -> _SparseRows:
-        """From entries sorted by row."""
-        counts = torch.bincount(rows, minlength=num_items)
-        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        return cls(offsets, columns, values.float())
-
-    def add_to(self, scores: Tensor, row: Tensor, item: Tensor, weight: Tensor) -> None:
-        """scores[row_m] += weight_m * matrix[item_m] for every m; in place, entries added in order."""
-        starts, counts = self.offsets[item], self.offsets[item + 1] - self.offsets[item]
-        total = int(counts.sum())
-        within = torch.arange(total) - torch.repeat_interleave(counts.cumsum(0) - counts, counts, output_size=total)
-        entry = torch.repeat_interleave(starts, counts, output_size=total) + within
-        flat = torch.repeat_interleave(row * scores.shape[1], counts, output_size=total) + self.columns[entry]
-        weights = torch.repeat_interleave(weight, counts, output_size=total)
-        scores.view(-1).index_add_(0, flat, weights * self.values[entry])
 
 
 class Popularity:
@@ -73,8 +46,8 @@ class Markov1:
     serves histories that are empty or end in an item nothing ever followed.
     """
 
-    def __init__(self, transitions: _SparseRows, counts: Tensor) -> None:
-        """Args: transitions: rows = the earlier item; counts: [I], events per item."""
+    def __init__(self, transitions: Tensor, counts: Tensor) -> None:
+        """Args: transitions: sparse [I, I], rows = the earlier item; counts: [I], events per item."""
         self._transitions = transitions
         self._popularity = counts.float() / (1.0 + counts.max().float())
         self.num_items = counts.numel()
@@ -86,18 +59,17 @@ class Markov1:
         sequence = torch.repeat_interleave(cu_seqlens.long().diff(), output_size=items.numel())
         together = sequence[1:] == sequence[:-1]
         pairs, times = torch.unique(items[:-1][together] * num_items + items[1:][together], return_counts=True)
-        rows, columns = pairs // num_items, pairs % num_items
-        transitions = _SparseRows.from_pairs(rows, columns, times, num_items)
+        transitions = _sparse(pairs // num_items, pairs % num_items, times.float(), (num_items, num_items))
         return cls(transitions, torch.bincount(items, minlength=num_items))
 
     def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
         """See `Scorer.score`."""
         check_histories("Markov1.score", items, cu_seqlens, self.num_items)
         device, items, cu_seqlens = items.device, items.cpu(), cu_seqlens.cpu().long()
-        scores = self._popularity.expand(cu_seqlens.numel() - 1, -1).clone()
         row = (cu_seqlens.diff() > 0).nonzero()[:, 0]
-        self._transitions.add_to(scores, row, items[cu_seqlens[1:][row] - 1], torch.ones(row.numel()))
-        return scores.to(device)
+        last = items[cu_seqlens[1:][row] - 1]
+        chosen = _sparse(row, last, torch.ones(row.numel()), (cu_seqlens.numel() - 1, self.num_items))
+        return (_product(chosen, self._transitions).to_dense() + self._popularity).to(device)
 
 
 class ItemKNN:
@@ -105,16 +77,16 @@ class ItemKNN:
 
     c_ij is the number of sequences with both items and n_i with item i (repeats inside a sequence count once); an item
     is not its own neighbour. Only the `max_neighbors` most similar items are kept of each item (ties: the lower index),
-    which bounds memory by `12 * max_neighbors` bytes per item, and only the newest `max_history` items are read. Scores
+    which bounds memory by `20 * max_neighbors` bytes per item, and only the newest `max_history` items are read. Scores
     of empty histories are 0 everywhere.
     """
 
-    def __init__(self, similar: _SparseRows, *, decay: float, max_history: int) -> None:
-        """Args: similar: rows = the history item; decay: weight ratio of a history item to the next newer one."""
+    def __init__(self, similar: Tensor, *, decay: float, max_history: int) -> None:
+        """Args: similar: sparse [I, I], rows = the history item; decay: weight ratio of an item to the next newer."""
         self._similar = similar
         self._decay = decay
         self._max_history = max_history
-        self.num_items = similar.offsets.numel() - 1
+        self.num_items = similar.shape[0]
 
     @classmethod
     def fit(
@@ -146,12 +118,13 @@ class ItemKNN:
         item, sequence = membership // max(num_sequences, 1), membership % max(num_sequences, 1)
         counts = torch.bincount(item, minlength=num_items)
         bounds = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        by_sequence = _binary(sequence, item, (num_sequences, num_items))
+        by_sequence = _sparse(sequence, item, torch.ones(item.numel()), (num_sequences, num_items))
         blocks = []
         for start in range(0, num_items, _ITEMS_PER_BLOCK):
             stop = min(start + _ITEMS_PER_BLOCK, num_items)
             part = slice(int(bounds[start]), int(bounds[stop]))
-            block = _binary(item[part] - start, sequence[part], (stop - start, num_sequences))
+            present = torch.ones(part.stop - part.start)
+            block = _sparse(item[part] - start, sequence[part], present, (stop - start, num_sequences))
             together = _product(block, by_sequence)
             rows, columns = together.indices()
             rows = rows + start
@@ -159,7 +132,8 @@ class ItemKNN:
             similarity = (together.values().double() / scale).float()
             blocks.append(_strongest(rows, columns, similarity, max_neighbors))
         rows, columns, values = (torch.cat(parts) for parts in zip(*blocks, strict=True))
-        return cls(_SparseRows.from_pairs(rows, columns, values, num_items), decay=decay, max_history=max_history)
+        similar = _sparse(rows, columns, values, (num_items, num_items))
+        return cls(similar, decay=decay, max_history=max_history)
 
     def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
         """See `Scorer.score`."""
@@ -169,9 +143,9 @@ class ItemKNN:
         lengths = cu_seqlens.long().diff()
         row = torch.repeat_interleave(lengths, output_size=items.numel())
         age = cu_seqlens[1:].long()[row] - 1 - torch.arange(items.numel())  # 0 for the newest item
-        scores = torch.zeros(lengths.numel(), self.num_items)
-        self._similar.add_to(scores, row, items, self._decay ** age.float())
-        return scores.to(device)
+        # an item that occurs twice gets the sum of its weights
+        weights = _sparse(row, items, self._decay ** age.float(), (lengths.numel(), self.num_items))
+        return _product(weights, self._similar).to_dense().to(device)
 
 
 def _tensors(function: str, items: Array, cu_seqlens: Array, num_items: int) -> tuple[Tensor, Tensor]:
@@ -181,10 +155,9 @@ def _tensors(function: str, items: Array, cu_seqlens: Array, num_items: int) -> 
     return packed
 
 
-def _binary(rows: Tensor, columns: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Sparse matrix with a 1 at each (row, column); the entries are distinct."""
-    indices = torch.stack([rows, columns])
-    return torch.sparse_coo_tensor(indices, torch.ones(rows.numel()), shape, check_invariants=True).coalesce()
+def _sparse(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Sparse float32 matrix; values of one place are added."""
+    return torch.sparse_coo_tensor(torch.stack([rows, columns]), values, shape, check_invariants=True).coalesce()
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
