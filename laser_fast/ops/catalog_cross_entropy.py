@@ -142,8 +142,10 @@ def _catalog_cross_entropy_backward(
     """Gradients of users and items for `grad` [B]; what is not needed is empty."""
     wide = peak.dtype
     scaled = _scaled_users(users, wide, temperature, normalize)
-    grad, peak = grad.unsqueeze(1), peak.unsqueeze(1)
-    share = grad / total.unsqueeze(1)
+    peak, total = peak.unsqueeze(1), total.unsqueeze(1)
+    # a user's softmax is exp(score - peak) / total: the division, and grad, scale rows of width d instead of scores
+    share = grad.unsqueeze(1) / total
+    shared = scaled * share
     grad_scaled = torch.zeros_like(scaled)
     grad_items = items.new_empty(items.shape if needs_items else (0,))
     with autocast_off(users.device):
@@ -153,18 +155,19 @@ def _catalog_cross_entropy_backward(
             scores = scaled @ chunk.T
             if normalize:
                 scores *= inverse.T
-            grad_scores = scores.sub_(peak).exp_().mul_(share)
+            grad_scores = scores.sub_(peak).exp_()
             column, inside = _locate(target, start, stop)
-            grad_scores.scatter_(1, column, grad_scores.gather(1, column) - grad.masked_fill(~inside, 0.0))
+            grad_scores.scatter_(1, column, grad_scores.gather(1, column) - total.masked_fill(~inside, 0.0))
             if normalize:
                 grad_scores *= inverse.T
             if needs_users:
                 grad_scaled.addmm_(grad_scores, chunk)
             if needs_items:
-                grad_chunk = grad_scores.T @ scaled
+                grad_chunk = grad_scores.T @ shared
                 grad_items[start:stop] = _through_norm(grad_chunk, chunk * inverse) if normalize else grad_chunk
     if not needs_users:
         return users.new_empty(0), grad_items
+    grad_scaled *= share
     if not normalize:
         return (grad_scaled / temperature).to(users.dtype), grad_items
     inverse = inverse_norms(users, wide)

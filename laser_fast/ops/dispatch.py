@@ -41,6 +41,13 @@ def _dispatch_queries_backward(grad: Tensor, expert: Tensor, num_experts: int) -
     return total.view(num_experts, *grad.shape[1:]).to(grad.dtype)
 
 
+@_dispatch_queries_backward.register_kernel("cpu")
+def _(grad: Tensor, expert: Tensor, num_experts: int) -> Tensor:
+    # here index_add adds slab after slab, in a fixed order (32 users, 3 chosen, 32 x 256: 0.1 ms, the product 0.4)
+    total = grad.new_zeros((num_experts, *grad.shape[1:]), dtype=wide_dtype(grad))
+    return total.index_add_(0, expert.reshape(-1), grad.to(total.dtype)).to(grad.dtype)
+
+
 @_dispatch_queries_backward.register_fake
 def _(grad: Tensor, expert: Tensor, num_experts: int) -> Tensor:
     return grad.new_empty((num_experts, *grad.shape[1:]))

@@ -104,7 +104,7 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """
     _check_packed("segment_sum", values, cu_seqlens)
     # unsafe=True skips the check of the offsets' content, which would wait for the device
-    return torch.segment_reduce(values.contiguous(), "sum", offsets=cu_seqlens, axis=0, unsafe=True, initial=0.0)
+    return torch.segment_reduce(values, "sum", offsets=cu_seqlens, axis=0, unsafe=True, initial=0.0)
 
 
 def segment_mean(values: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
 
 from laser_fast.ops import (
     combine_queries,
@@ -74,6 +75,21 @@ def test_gradients_of_operations_and_references_agree(shape: Shape) -> None:
         grads.append(torch.autograd.grad((result * result.detach().cos()).sum(), inputs))
     for actual, expected in zip(*grads, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_form_for_other_devices_sums_per_expert_too(
+    shape: Shape, dtype: torch.dtype, worst_row_error: RowError
+) -> None:
+    queries, expert, outputs, _ = _inputs(shape, dtype)
+    expected = torch.zeros(queries.shape, dtype=torch.float64)
+    expected.index_add_(0, expert.flatten(), outputs.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = OPDEFS["laser_fast::dispatch_queries_backward"]._init_fn(outputs, expert, shape[2])
+    assert actual.dtype == dtype
+    # one rounding to the dtype, of a sum in float32 at least
+    assert worst_row_error(actual, expected) < max(torch.finfo(dtype).eps, 1e-12) * (4 if dtype.itemsize == 4 else 1)
 
 
 def test_gradcheck() -> None:
