@@ -23,7 +23,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 LIBRARY = "laser_fast_native.so"
-SOURCES = {"cpu": ["prefix_kv.cpp"], "cuda": ["prefix_kv.cpp", "prefix_kv.cu"]}
+CPU_SOURCES = ("prefix_kv.cpp",)
+CUDA_SOURCES = ("prefix_kv.cu", "prefix_kv_cuda.cpp")  # both by nvcc, which knows where the headers of CUDA are
 DEFAULT_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "12.0+PTX")  # nvcc before 12.8 does not know 12.0
 
 
@@ -88,7 +89,8 @@ def write_ninja(level: str, folder: Path, cxx: str, nvcc: str | None) -> None:
     ffi = tvm_ffi_copy()
     flags = f"-O3 -std=c++17 -isystem '{ffi / 'include'}'"
     link = f"'-L{ffi / 'lib'}' -ltvm_ffi"
-    objects = [f"{source}.o" for source in SOURCES[level]]
+    sources = CPU_SOURCES + (CUDA_SOURCES if level == "cuda" else ())
+    objects = [f"{source}.o" for source in sources]
     lines = [
         "ninja_required_version = 1.5",
         f"rule cxx\n  command = '{cxx}' -MMD -MF $out.d {flags} -fPIC -fvisibility=hidden -Wall -Wextra -c $in -o $out",
@@ -103,8 +105,8 @@ def write_ninja(level: str, folder: Path, cxx: str, nvcc: str | None) -> None:
         )  # with a static cudart
     else:
         lines += [f"rule link\n  command = '{cxx}' -shared $in -o $out {link}"]
-    for source, target in zip(SOURCES[level], objects, strict=True):
-        rule = "nvcc" if source.endswith(".cu") else "cxx"
+    for source, target in zip(sources, objects, strict=True):
+        rule = "nvcc" if source in CUDA_SOURCES else "cxx"
         lines.append(f"build {target}: {rule} {ninja_escape(ROOT / 'csrc' / source)}")
     lines.append(f"build {LIBRARY}: link {' '.join(objects)}\ndefault {LIBRARY}\n")
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,9 @@
 // inject_prefix_kv on CUDA: one launch copies keys, values and offsets. Memory-bound: reads every input once and writes
 // every output once. One warp serves one output row of both tensors, in the widest words the addresses allow.
-#include <cuda_runtime.h>
-#include <tvm/ffi/extra/c_env_api.h>
-#include <tvm/ffi/extra/cuda/device_guard.h>
-#include <tvm/ffi/function.h>
+// No header of tvm_ffi here: nvcc reads a file once for every architecture.
+#include "prefix_kv_launch.h"
 
 #include <algorithm>
-#include <string>
-
-#include "prefix_kv_arguments.h"
 
 namespace laser_fast {
 namespace {
@@ -17,17 +12,18 @@ constexpr int kWarpSize = 32;
 constexpr int kWarpsPerBlock = 8;
 
 template <typename Word>
-__device__ __forceinline__ void copy_row(char* __restrict__ to, const char* __restrict__ from, int64_t row_bytes,
-                                         int lane) {
+__device__ __forceinline__ void copy_row(const PrefixCopy& tensor, PrefixSource source, int64_t output_row,
+                                         int64_t row_bytes, int lane) {
+  const char* base = source.from_prefix ? tensor.prefix : tensor.text;
+  const Word* __restrict__ from = reinterpret_cast<const Word*>(base + source.row * row_bytes);
+  Word* __restrict__ to = reinterpret_cast<Word*>(tensor.output + output_row * row_bytes);
   const int64_t words = row_bytes / static_cast<int64_t>(sizeof(Word));
 #pragma unroll 4
-  for (int64_t i = lane; i < words; i += kWarpSize) {
-    reinterpret_cast<Word*>(to)[i] = from == nullptr ? Word{} : reinterpret_cast<const Word*>(from)[i];
-  }
+  for (int64_t i = lane; i < words; i += kWarpSize) to[i] = source.row < 0 ? Word{} : from[i];
 }
 
-// cu_seqlens is not read back to the host, so it is not checked: malformed offsets give rows of zeros, never a stray
-// access.
+// cu_seqlens is not read back to the host, so it is not checked: malformed offsets give wrong rows, or rows of zeros
+// where they point outside, but never a stray access.
 template <typename Word>
 __global__ void __launch_bounds__(kWarpSize* kWarpsPerBlock) inject_prefix_kv_kernel(PrefixArguments arguments) {
   const PrefixLayout& layout = arguments.layout;
@@ -35,11 +31,8 @@ __global__ void __launch_bounds__(kWarpSize* kWarpsPerBlock) inject_prefix_kv_ke
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarpSize;
   if (warp < layout.num_output_rows()) {
     const PrefixSource source = source_of_output_row(layout, warp);
-    for (const PrefixCopy& tensor : {arguments.key, arguments.value}) {
-      const char* base = source.from_prefix ? tensor.prefix : tensor.text;
-      const char* from = source.row < 0 ? nullptr : base + source.row * arguments.row_bytes;
-      copy_row<Word>(tensor.output + warp * arguments.row_bytes, from, arguments.row_bytes, lane);
-    }
+    copy_row<Word>(arguments.key, source, warp, arguments.row_bytes, lane);
+    copy_row<Word>(arguments.value, source, warp, arguments.row_bytes, lane);
   }
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t b = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; b <= layout.num_sequences;
@@ -57,14 +50,11 @@ bool all_aligned(const PrefixArguments& arguments, uint64_t bytes) {
   return bits % bytes == 0;
 }
 
-void inject_prefix_kv_cuda(TensorView key, TensorView value, TensorView prefix_key, TensorView prefix_value,
-                           TensorView cu_seqlens, TensorView output_key, TensorView output_value,
-                           TensorView output_cu_seqlens) {
-  const PrefixArguments arguments = check_arguments(key, value, prefix_key, prefix_value, cu_seqlens, output_key,
-                                                    output_value, output_cu_seqlens, kDLCUDA);
-  const DLDevice device = key.device();
-  const tvm::ffi::CUDADeviceGuard guard(device.device_id);
-  const auto stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(device.device_type, device.device_id));
+__global__ void probe_kernel() {}
+
+}  // namespace
+
+cudaError_t launch_inject_prefix_kv(const PrefixArguments& arguments, cudaStream_t stream) {
   const int64_t rows = arguments.layout.num_output_rows();
   const auto blocks = static_cast<unsigned>(std::max<int64_t>(1, (rows + kWarpsPerBlock - 1) / kWarpsPerBlock));
   const unsigned threads = kWarpSize * kWarpsPerBlock;
@@ -75,28 +65,12 @@ void inject_prefix_kv_cuda(TensorView key, TensorView value, TensorView prefix_k
   } else {
     inject_prefix_kv_kernel<uint16_t><<<blocks, threads, 0, stream>>>(arguments);
   }
-  TVM_FFI_CHECK_CUDA_ERROR(cudaGetLastError());
+  return cudaGetLastError();
 }
 
-__global__ void probe_kernel() {}
-
-// Empty where this library's code runs on the device; else CUDA's own words ("no kernel image is available ...").
-tvm::ffi::String probe_cuda(int64_t device_id) {
-  int original = 0;
-  cudaError_t error = cudaGetDevice(&original);
-  if (error == cudaSuccess) error = cudaSetDevice(static_cast<int>(device_id));
-  if (error == cudaSuccess) {
-    probe_kernel<<<1, 1>>>();
-    error = cudaGetLastError();
-    if (error == cudaSuccess) error = cudaDeviceSynchronize();
-    cudaSetDevice(original);
-  }
-  cudaGetLastError();  // a refused launch must not surface in the next call of somebody else
-  return error == cudaSuccess ? "" : cudaGetErrorString(error);
+cudaError_t launch_probe() {
+  probe_kernel<<<1, 1>>>();
+  return cudaGetLastError();
 }
 
-}  // namespace
 }  // namespace laser_fast
-
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(inject_prefix_kv_cuda, laser_fast::inject_prefix_kv_cuda);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(probe_cuda, laser_fast::probe_cuda);

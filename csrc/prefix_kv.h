@@ -26,6 +26,19 @@ struct PrefixLayout {
   LASER_FAST_HOST_DEVICE int64_t num_output_rows() const { return num_text_rows + num_sequences * prefix_length; }
 };
 
+struct PrefixCopy {
+  const char* text;    // [T, Hkv, d]
+  const char* prefix;  // [B, P, Hkv, d] or [1, P, Hkv, d]
+  char* output;        // [T + B*P, Hkv, d]
+};
+
+struct PrefixArguments {
+  PrefixLayout layout;
+  PrefixCopy key, value;
+  int32_t* output_offsets;  // [B+1]
+  int64_t row_bytes;        // Hkv * d * element size
+};
+
 // Where an output row comes from. row < 0: the offsets are malformed and no row of the text belongs here.
 struct PrefixSource {
   bool from_prefix;

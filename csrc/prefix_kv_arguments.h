@@ -12,19 +12,6 @@ namespace laser_fast {
 
 using tvm::ffi::TensorView;
 
-struct PrefixCopy {
-  const char* text;    // [T, Hkv, d]
-  const char* prefix;  // [B, P, Hkv, d] or [1, P, Hkv, d]
-  char* output;        // [T + B*P, Hkv, d]
-};
-
-struct PrefixArguments {
-  PrefixLayout layout;
-  PrefixCopy key, value;
-  int32_t* output_offsets;  // [B+1]
-  int64_t row_bytes;        // Hkv * d * element size
-};
-
 template <typename T>
 T* data_of(const TensorView& tensor) {
   return reinterpret_cast<T*>(static_cast<char*>(tensor.data_ptr()) + tensor.byte_offset());

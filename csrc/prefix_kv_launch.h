@@ -1,0 +1,17 @@
+// The launchers of prefix_kv.cu; they return CUDA's error code and never throw.
+#ifndef LASER_FAST_PREFIX_KV_LAUNCH_H_
+#define LASER_FAST_PREFIX_KV_LAUNCH_H_
+
+#include <cuda_runtime.h>
+
+#include "prefix_kv.h"
+
+namespace laser_fast {
+
+// Both launch on the current device and return without waiting.
+cudaError_t launch_inject_prefix_kv(const PrefixArguments& arguments, cudaStream_t stream);
+cudaError_t launch_probe();
+
+}  // namespace laser_fast
+
+#endif  // LASER_FAST_PREFIX_KV_LAUNCH_H_
