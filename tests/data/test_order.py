@@ -1,5 +1,6 @@
 """Order of events, tie rules and filters."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -35,6 +36,25 @@ def test_tie_keys_depend_on_ids_and_seed_not_on_file_order() -> None:
     assert keys.tolist() == swapped.tolist()
     assert len(set(keys.tolist())) == 4
     assert not set(keys.tolist()) & set(tie_keys(user_ids, item_ids, users, items, seed=2).tolist())
+
+
+def test_tie_keys_equal_whole_number_arithmetic() -> None:
+    """A split must stay the same for good, so the rule is derived a second time, without numpy."""
+
+    def mix(value: int) -> int:
+        value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
+        return value ^ (value >> 31)
+
+    def hashed(text: str) -> int:
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+    seed = 2**63 - 1
+    expected = [
+        mix(mix(hashed(user) ^ mix((seed + 0x9E3779B97F4A7C15) % 2**64)) ^ mix(hashed(item)))
+        for user, item in (("u", "a"), ("v", "é"))
+    ]
+    assert tie_keys(["u", "v"], ["a", "é"], np.array([0, 1]), np.array([0, 1]), seed).tolist() == expected
 
 
 def test_tie_keys_do_not_depend_on_the_hash_seed_of_python() -> None:

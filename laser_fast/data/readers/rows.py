@@ -150,13 +150,13 @@ def read_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
             file holds no row, or is not what its name says; with the line number.
     """
     suffix = _suffix(path)
-    types = column_types(path)
+    types, name = column_types(path), path.name
     positions = _positions(path, list(types), columns)
     empty = True
     if suffix in _JSON_SUFFIXES:
         for number, value in _objects(path):
             empty = False
-            yield Row(path.name, number, [value.get(column) for column in columns])
+            yield Row(name, number, [value.get(column) for column in columns])
     else:
         rows = _split_lines(path, suffix)
         next(rows)  # the header
@@ -169,6 +169,6 @@ def read_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
                     f"{values if len(values) < 8 else values[:8]}"
                 )
             empty = False
-            yield Row(path.name, number, [values[position] for position in positions])
+            yield Row(name, number, [values[position] for position in positions])
     if empty:
         raise ValueError(f"{path.name}: the file must hold at least one row, got none below the header")

@@ -42,20 +42,25 @@ def parse_number(row: Row, column: str, value: Any) -> int | float:
     """
     number: int | float | None = None
     if isinstance(value, str) and "_" not in value:
-        try:
-            number = int(value)
-        except ValueError:
-            try:
-                number = float(value)
-            except ValueError:
-                number = None
+        number = _number_in(value)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         number = value
+    if isinstance(number, int):
+        if -_INT64_MAX <= number <= _INT64_MAX:
+            return number
+        raise row.error("a whole number must fit into 64 bits", column, value)
     if number is None or not math.isfinite(number):
         raise row.error("the value must be a finite number", column, value)
-    if isinstance(number, int) and abs(number) > _INT64_MAX:
-        raise row.error("a whole number must fit into 64 bits", column, value)
     return number
+
+
+def _number_in(text: str) -> int | float | None:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return None
 
 
 def parse_text(row: Row, column: str, value: Any) -> str:
