@@ -3,10 +3,10 @@
 import sys
 from pathlib import Path
 
-import laser_fast.kernels
 import torch
 
 import laser_fast
+import laser_fast.kernels
 from laser_fast.ops import inject_prefix_kv, native
 
 place = Path(laser_fast.__file__).resolve()
