@@ -31,7 +31,8 @@ class Manifest:
     """What `manifest.json` holds.
 
     `format`, `sources`, `filters`, `tie_rule` and `options` say how the data set was made, `counts`, `files`
-    (SHA-256 of every file written) and `dataset_hash` what it is.
+    (SHA-256 of every file written), `dataset_hash` and `split_hash` (of the leave-one-out split; "" if nobody split
+    it yet) what it is.
     """
 
     format: str
@@ -42,6 +43,7 @@ class Manifest:
     counts: dict[str, int] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     dataset_hash: str = ""
+    split_hash: str = ""
     library_version: str = field(default_factory=library_version)
     schema: int = SCHEMA
 
@@ -71,6 +73,7 @@ class Manifest:
             raise ValueError(
                 f"Manifest.from_json: schema must be {SCHEMA}, got {value.get('schema')!r}; prepare the data set again"
             )
+        value = {"split_hash": "", **value}
         names = {entry.name for entry in fields(cls)}
         if set(value) != names:
             raise ValueError(

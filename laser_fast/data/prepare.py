@@ -22,6 +22,7 @@ from laser_fast.data.order import FILE_ORDER, chronological_order, core_mask, pa
 from laser_fast.data.readers import InteractionColumns, Interactions, UnknownItems, read_interactions, read_items
 from laser_fast.data.readers.items import default_text_columns
 from laser_fast.data.readers.rows import column_types
+from laser_fast.data.split import leave_one_out_rule, split_hash
 from laser_fast.data.text import clean_text
 from laser_fast.data.titles import normalize_title
 
@@ -221,7 +222,7 @@ def _assemble(
     padded = {name: column + [""] * (len(events.item_ids) - len(column)) for name, column in fields.items()}
     counts = {"items_in_sequences": int(used.sum()), **tie_counts(offsets, timestamps)}
     counts |= {f"dropped_{reason}": count for reason, count in events.dropped.items()}
-    return SequenceDataset(
+    dataset = SequenceDataset(
         items=ItemTable(
             [events.item_ids[index] for index in kept],
             {name: [column[index] for index in kept] for name, column in padded.items()},
@@ -232,6 +233,8 @@ def _assemble(
         timestamps=timestamps,
         manifest=replace(manifest, counts=counts),
     )
+    split = split_hash(dataset, leave_one_out_rule(manifest.tie_rule))
+    return replace(dataset, manifest=replace(dataset.manifest, split_hash=split))
 
 
 def _existing(target: Path, manifest: Manifest, overwrite: bool) -> SequenceDataset | None:

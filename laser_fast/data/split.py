@@ -40,7 +40,13 @@ class Split:
     hash: str
 
 
-def _split_hash(dataset: SequenceDataset, rule: str) -> str:
+def leave_one_out_rule(tie_rule: str) -> str:
+    """The split and the tie rule in words."""
+    return f"leave-one-out, ties by {tie_rule}"
+
+
+def split_hash(dataset: SequenceDataset, rule: str) -> str:
+    """SHA-256 over the item map, the users, their sequences and the rule; texts and times are not part of it."""
     digest = hashlib.sha256()
     update_with_strings(digest, [rule])
     update_with_strings(digest, dataset.items.ids)
@@ -63,7 +69,7 @@ def leave_one_out(dataset: SequenceDataset) -> Split:
     lie after the test event of another, as usual with this protocol.
 
     Raises:
-        ValueError: the data set has too many events for int32 offsets.
+        ValueError: the data set has too many events for int32 offsets, or is not the one its manifest describes.
     """
     lengths = np.diff(dataset.offsets)
     everyone = np.arange(dataset.num_users, dtype=np.int64)
@@ -74,14 +80,20 @@ def leave_one_out(dataset: SequenceDataset) -> Split:
         targets = dataset.item_index[dataset.offsets[held_out] + events_before].astype(np.int64)
         return EvaluationRows(held_out, _prefixes(dataset, held_out, events_before), targets)
 
-    rule = f"leave-one-out, ties by {dataset.manifest.tie_rule}"
+    rule = leave_one_out_rule(dataset.manifest.tie_rule)
+    actual = split_hash(dataset, rule)
+    if dataset.manifest.split_hash not in ("", actual):
+        raise ValueError(
+            f"leave_one_out: the split must have the hash of the manifest, {dataset.manifest.split_hash}, "
+            f"got {actual}; prepare the data set again"
+        )
     return Split(
         train=_prefixes(dataset, everyone, train_lengths),
         train_users=everyone,
         valid=rows(lengths[held_out] - 2),
         test=rows(lengths[held_out] - 1),
         rule=rule,
-        hash=_split_hash(dataset, rule),
+        hash=actual,
     )
 
 

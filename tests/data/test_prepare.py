@@ -68,7 +68,10 @@ def test_tables_by_hand(request_: PrepareRequest) -> None:
 
 
 def test_manifest_says_how_it_was_made(request_: PrepareRequest) -> None:
-    manifest = prepare(request_).manifest
+    dataset = prepare(request_)
+    manifest = dataset.manifest
+    assert manifest.split_hash == leave_one_out(dataset).hash
+    assert manifest.dataset_hash == dataset.hash()
     assert [source.name for source in manifest.sources] == ["log.csv", "items.jsonl"]
     assert manifest.sources[0].bytes == len(LOG)
     assert manifest.tie_rule == "file-order"

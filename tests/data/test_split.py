@@ -51,6 +51,14 @@ def test_hash_follows_items_sequences_users_and_rule_but_not_texts(dataset: Sequ
     assert base != leave_one_out(other_rule).hash
 
 
+def test_a_split_that_is_not_the_manifests_is_refused(dataset: SequenceDataset) -> None:
+    split = leave_one_out(dataset)
+    recorded = replace(dataset, manifest=replace(dataset.manifest, split_hash=split.hash))
+    assert leave_one_out(recorded).hash == split.hash
+    with pytest.raises(ValueError, match=f"must have the hash of the manifest, {split.hash}, got"):
+        leave_one_out(replace(recorded, user_ids=list("abcde")))
+
+
 def test_training_rows_are_all_positions_after_the_first() -> None:
     train = PackedSequences.from_lists([[5, 6, 7, 8], [], [1], [2, 2]])
     rows = training_rows(train, max_history=2)
