@@ -99,7 +99,7 @@ def _prepare(parsed: argparse.Namespace) -> None:
     from laser_fast.data import prepare
     from laser_fast.data.prepare_arguments import request_from_arguments
 
-    prepare(request_from_arguments(parsed))
+    prepare(request_from_arguments(parsed), say=print)
 
 
 def _train_recommender(parsed: argparse.Namespace) -> None:
