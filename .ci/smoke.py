@@ -12,8 +12,9 @@ from laser_fast.ops import inject_prefix_kv, native
 place = Path(laser_fast.__file__).resolve()
 if not place.is_relative_to(Path(sys.prefix).resolve()):
     sys.exit(f"smoke: laser_fast must come from the wheel, got {place}")
-if not (place.parent / "py.typed").is_file():
-    sys.exit("smoke: py.typed is missing from the wheel")
+for file in ("py.typed", "presets/movielens-100k.yaml"):
+    if not (place.parent / file).is_file():
+        sys.exit(f"smoke: {file} is missing from the wheel")
 for name in laser_fast.__all__:
     getattr(laser_fast, name)
 text, prefix = torch.zeros(3, 1, 2), torch.ones(1, 1, 1, 2)
