@@ -98,11 +98,11 @@ def test_a_constant_scorer_returns_the_first_items_in_order() -> None:
 
 @pytest.mark.usefixtures("_small_chunks")
 def test_plus_and_minus_zero_tie() -> None:
-    # products of 1e-60 underflow to a zero that keeps their sign
-    users, items = torch.tensor([[1e-30]]), torch.tensor([[-1e-30], [1e-30], [-0.0], [0.0], [-1.0]])
-    scores, indices = catalog_topk(users, items, 5, normalize=False)
-    assert indices.tolist() == [[0, 1, 2, 3, 4]]
-    assert scores.tolist()[0][:4] == [0.0] * 4
+    # a cosine of -1e-50 underflows to -0
+    users, items = torch.tensor([[1.0, 0.0]]), torch.tensor([[-1e-35, 1e15], [1e-35, 1e15], [0.0, 1.0], [-1.0, 0.0]])
+    scores, indices = catalog_topk(users, items, 4)
+    assert indices.tolist() == [[0, 1, 2, 3]]
+    assert scores.tolist() == [[0.0, 0.0, 0.0, -1.0]]
 
 
 @pytest.mark.usefixtures("_small_chunks")
