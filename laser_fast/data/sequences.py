@@ -32,6 +32,11 @@ def cu_seqlens_of(lengths: np.ndarray) -> np.ndarray:
 
 
 def row_indices(rows: np.ndarray | Sequence[int], count: int, function: str) -> np.ndarray:
+    """Rows named by indices, or by a mask of `count` entries, as int64 indices from 0 to `count - 1`.
+
+    Raises:
+        ValueError: A mask of another length, or something that is neither; `function` is named in the message.
+    """
     index = np.asarray(rows)
     if index.dtype == np.bool_:
         if index.shape != (count,):
