@@ -35,7 +35,8 @@ def row_indices(rows: np.ndarray | Sequence[int], count: int, function: str) -> 
     """Rows named by indices, or by a mask of `count` entries, as int64 indices from 0 to `count - 1`.
 
     Raises:
-        ValueError: A mask of another length, or something that is neither; `function` is named in the message.
+        TypeError: Neither integers nor a mask.
+        ValueError: A mask of another length, or an index out of range; `function` is named in the message.
     """
     index = np.asarray(rows)
     if index.dtype == np.bool_:
