@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +39,8 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch on another device."""
-        moved = {name: value.to(device) if value is not None else None for name, value in vars(self).items()}
+        tensors: dict[str, Any] = {name: value for name, value in vars(self).items() if value is not None}
+        moved = {name: value.to(device) for name, value in tensors.items()}
         return replace(self, **moved)
 
 

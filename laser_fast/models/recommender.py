@@ -11,7 +11,10 @@ from torch import Tensor
 class Scorer(Protocol):
     """Anything that gives every catalogue item a score for every history."""
 
-    num_items: int
+    @property
+    def num_items(self) -> int:
+        """Size of the catalogue."""
+        ...
 
     def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Score of every item for every history; higher is better, nothing is filtered.
