@@ -87,7 +87,9 @@ def _add_settings(parser: argparse.ArgumentParser, example: str) -> None:
 
 def _add_recommend(parser: argparse.ArgumentParser) -> None:
     who = parser.add_mutually_exclusive_group()
-    who.add_argument("--history", nargs="+", metavar="ITEM", help="item ids, oldest first; nobody needs to be a known user")
+    who.add_argument(
+        "--history", nargs="+", metavar="ITEM", help="item ids, oldest first; nobody needs to be a known user"
+    )
     who.add_argument("--user", nargs="+", metavar="USER", help="users of the data set")
     who.add_argument("--sample", type=int, default=3, metavar="N", help="N users of the data set (default: 3)")
     parser.add_argument("-k", type=int, default=5, help="items to recommend")
@@ -146,7 +148,10 @@ def _evaluate(parsed: argparse.Namespace) -> None:
     if model.calibration is not None:
         results["Laser"] = evaluate(model.calibration, rows, batch_size=size)
     print(table(results))
-    print(f"{parsed.split} rows, full ranking, history items not filtered; {inputs.split.rule}; +- are 95% intervals over users")
+    print(
+        f"{parsed.split} rows, full ranking, history items not filtered; {inputs.split.rule}; "
+        "+- are 95% intervals over users"
+    )
     _write_figures(parsed.output, {name: metrics.to_dict() for name, metrics in results.items()})
 
 

@@ -1,8 +1,8 @@
 """Every setting of laser_fast: typed, validated in one place, read from YAML, overridden from the command line.
 
-The sections are frozen pydantic models, so a configuration that exists is valid: an unknown key, a value out of range or two
-settings that contradict each other are refused when the file is read, with the name of the key and the nearest known one.
-Modules never receive these objects; builders unpack them.
+The sections are frozen pydantic models, so a configuration that exists is valid: an unknown key, a value out of range
+or two settings that contradict each other are refused when the file is read, with the name of the key and the nearest
+known one. Modules never receive these objects; builders unpack them.
 """
 
 import difflib
@@ -33,16 +33,19 @@ class RecommenderConfig(Settings):
     width: PositiveInt = 64
     """Width `D_id` of the item embeddings and of the states."""
     num_layers: PositiveInt = 2
-    num_heads: PositiveInt = 1
-    dropout: Fraction = 0.3
+    num_heads: PositiveInt = 2
+    dropout: Fraction = 0.5
+    """Of the embeddings, attention weights and layer outputs."""
+    state_dropout: Fraction = 0.4
+    """Of the states before they meet the item embeddings: keeps small data sets from being learned by heart."""
     max_length: PositiveInt = 50
     """Newest history items that are read; older ones are dropped."""
-    batch_size: PositiveInt = 256
-    """Users in a batch; each brings its whole training sequence."""
+    batch_size: PositiveInt = 64
+    """Training sequences in a batch, each of up to `max_length` + 1 events; longer ones are cut into several."""
     learning_rate: PositiveFloat = 1e-3
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     epochs: PositiveInt = 100
-    patience: PositiveInt = 10
+    patience: PositiveInt = 5
     """Epochs without a better validation NDCG@10 before training stops."""
 
 
@@ -50,7 +53,7 @@ class LanguageModelConfig(Settings):
     """The frozen language model."""
 
     path: str
-    """Folder with a Hugging Face model and tokenizer, or `package:NAME/FOLDER` for one that ships inside a Python package."""
+    """Folder with a Hugging Face model and tokenizer, or `package:NAME/FOLDER` for one inside a Python package."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the frozen weights. "auto": bfloat16 on a GPU, float32 on a CPU."""
 
@@ -123,7 +126,7 @@ class ObjectiveConfig(Settings):
     balance_weight: Annotated[float, Field(ge=0.0)] = 0.01
     """Weight `alpha` of the load-balancing loss."""
     item_gradient: Literal["positives", "none"] = "positives"
-    """Phase A: whether the positives of a batch are encoded with gradient."""
+    """Phase A: whether the positives of a batch are encoded with gradient, as candidates of each other."""
     contrastive_temperature: PositiveFloat = 0.07
     """Initial value of the learned temperature of stage 1."""
     label_smoothing: Fraction = 0.1
@@ -167,7 +170,7 @@ class EvaluationConfig(Settings):
 
     batch_size: PositiveInt = 128
     calibrate: bool = True
-    """Fit the calibrated score (repeat, popularity and recommender terms) on validation; off = the cosine of the paper."""
+    """Fit the calibrated score (repeat, popularity, recommender terms) on validation; off = the cosine of the paper."""
 
 
 class LaserConfig(Settings):
@@ -206,7 +209,8 @@ def build_config(kind: type[AnySettings], values: Mapping[str, Any]) -> AnySetti
     """Validate `values` into `kind`.
 
     Raises:
-        ValueError: for every unknown key (with the nearest known one) and every value that breaks a rule, in one message.
+        ValueError: for every unknown key (with the nearest known one) and every value that breaks a rule, in one
+            message.
     """
     try:
         return kind.model_validate(dict(values))
@@ -238,7 +242,7 @@ def dump_config(config: Settings) -> str:
 
 
 def resolve_path(location: str | Path) -> Path:
-    """A file-system path, or `package:NAME/INNER` for a file inside an installed package, which is found but not imported.
+    """A file-system path, or `package:NAME/INNER` for a file inside an installed package, found, not imported.
 
     Raises:
         FileNotFoundError: the package is not installed or has no such file; or the path does not exist.

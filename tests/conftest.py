@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,81 @@ if not _HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
 import torch  # noqa: E402
+
+_WORDS = ["red", "blue", "green", "small", "large", "bolt", "nut", "drill", "saw", "glove"]
+
+
+@pytest.fixture(scope="session")
+def tiny_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random two-layer BERT with a word-level tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("lm")
+    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *_WORDS, ",", ":"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        model = BertModel(BertConfig(vocab_size=len(vocabulary), max_position_embeddings=64, **sizes))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:  # at the initial scale all texts look alike
+                    parameter.mul_(10.0)
+        model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a prepared data set: 30 users walk through 25 items, each step to the next item (25 = 5 x 5 words)."""
+    from laser_fast.data import PrepareRequest, prepare
+
+    folder = tmp_path_factory.mktemp("data")
+    items = [f"i{index},{_WORDS[index // 5]} {_WORDS[5 + index % 5]}" for index in range(25)]
+    (folder / "items.csv").write_text("\n".join(["item_id,title", *items]) + "\n", encoding="utf-8")
+    events = [f"u{user},i{(user * 3 + step) % 25},{step}" for user in range(30) for step in range(4 + user % 4)]
+    (folder / "events.csv").write_text("\n".join(["user_id,item_id,timestamp", *events]) + "\n", encoding="utf-8")
+    prepare(PrepareRequest(out=folder / "set", interactions=folder / "events.csv", items=folder / "items.csv"))
+    return folder / "set"
+
+
+@pytest.fixture(scope="session")
+def tiny_recommender(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a SASRec trained for two epochs on `tiny_data`."""
+    from laser_fast.config import RecommenderConfig
+    from laser_fast.data import SequenceDataset, leave_one_out
+    from laser_fast.training.recommender import train_sasrec
+
+    folder = tmp_path_factory.mktemp("recommender") / "sasrec"
+    dataset = SequenceDataset.load(tiny_data)
+    config = RecommenderConfig(width=8, num_layers=1, max_length=10, epochs=2)
+    train_sasrec(leave_one_out(dataset), dataset.num_items, config, seed=0, run_dir=folder, progress=False)
+    return folder
+
+
+@pytest.fixture
+def tiny_settings(tiny_lm: Path, tiny_data: Path, tiny_recommender: Path, tmp_path: Path) -> dict[str, Any]:
+    """A configuration, as a dictionary, under which Laser trains in seconds."""
+    return {
+        "data": str(tiny_data),
+        "recommender": str(tiny_recommender),
+        "output": str(tmp_path / "run"),
+        "lm": {"path": str(tiny_lm)},
+        "prompt": {"user_template": "{history}", "separator": ",", "max_items": 4},
+        "mformer": {"width": 16, "num_layers": 2, "num_heads": 2, "num_experts": 3, "num_queries": 2, "max_history": 4},
+        "training": {
+            "batch_size": 16,
+            "pretrain": {"epochs": 1},
+            "phase_a": {"epochs": 2},
+            "phase_b": {"epochs": 1},
+        },
+    }
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Batches of a training or scoring step: item ids for the recommender and tokens for the language model, both packed."""
+"""Batches of a training or scoring step: ids for the recommender and tokens for the language model, both packed."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ class PackedBatch:
         token_cu_seqlens: int32 [B+1] over them.
         targets: int64 [B], or None where nothing is to be predicted.
         positives: the distinct targets as sequences of their own, when they are to be encoded with gradient.
-        positive_items: int64 [P], which items those are.
+        positive_targets: int64 [B], which of `positives` is each user's target.
     """
 
     items: Tensor
@@ -32,7 +32,7 @@ class PackedBatch:
     token_cu_seqlens: Tensor
     targets: Tensor | None = None
     positives: "PackedBatch | None" = None
-    positive_items: Tensor | None = None
+    positive_targets: Tensor | None = None
 
     def __len__(self) -> int:
         return self.cu_seqlens.shape[0] - 1
@@ -52,7 +52,8 @@ class BatchBuilder:
         texts: tokens of every catalogue item.
         user_layout: prompt around a history.
         item_layout: prompt around a single item.
-        known_items: bool [I], items the ID-based recommender was trained on; the states of others mean nothing and are left out.
+        known_items: bool [I], items the ID-based recommender was trained on; the states of others mean nothing and
+            are left out.
         max_history: newest items whose states M-Former reads.
     """
 
@@ -83,8 +84,9 @@ class BatchBuilder:
         batch = self.histories(rows.histories, rows.targets)
         if not with_positives:
             return batch
-        distinct = np.unique(rows.targets)
-        return replace(batch, positives=self.items(distinct), positive_items=torch.from_numpy(distinct))
+        distinct, places = np.unique(rows.targets, return_inverse=True)
+        which = torch.from_numpy(places.astype(np.int64))
+        return replace(batch, positives=self.items(distinct), positive_targets=which)
 
     def item_batches(self, batch_size: int) -> Iterator[PackedBatch]:
         """The whole catalogue in index order."""

@@ -36,7 +36,9 @@ class Comparison:
             if other != LASER:
                 difference = paired_difference(self.metrics[LASER].ranks, self.metrics[other].ranks, _METRIC)
                 lines.append(f"{LASER} - {other}: {_METRIC} {difference.mean:+.4f} +- {difference.ci95:.4f}")
-        return "\n".join([*lines, f"full ranking, history items not filtered; {self.rule}; +- are 95% intervals over users"])
+        return "\n".join(
+            [*lines, f"full ranking, history items not filtered; {self.rule}; +- are 95% intervals over users"]
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Means, standard errors and intervals of every system."""
@@ -54,7 +56,8 @@ def compare(
 ) -> Comparison:
     """Laser beside what needs no language model, and beside what the frozen language model does untrained.
 
-    The fusion without training adds the zero-shot scores of the last item and of the whole history and the recommender's
+    The fusion without training adds the zero-shot scores of the last item and of the whole history and the
+    recommender's
     score, with the repeat and popularity terms, all scalars fitted on validation: what Laser has to beat.
 
     Args:

@@ -1,4 +1,4 @@
-"""Laser: a frozen language model as a sequential recommender, with M-Former's prefix and a trained suffix around the text."""
+"""Laser: a frozen language model as a sequential recommender, with M-Former's prefix and a suffix around the text."""
 
 import warnings
 from collections.abc import Iterable, Sequence
@@ -26,8 +26,8 @@ class LaserOutput:
     """What a training forward gives.
 
     Attributes:
-        loss: float32 [], cross-entropy + alpha * balance loss.
-        cross_entropy: float32 [].
+        loss: float32 [], what is minimised; see `LaserModel.forward`.
+        cross_entropy: float32 [], of the users against the item matrix.
         balance_loss: float32 []; 0 without M-Former.
         load: float32 [E], share of the items' choices each expert got; None without M-Former.
     """
@@ -63,8 +63,8 @@ class FrozenRecommender(FrozenModule):
 class LaserModel(nn.Module):
     """The recommender of the paper; both sides, users and items, go through the same frozen language model.
 
-    `state_dict` holds what is trained and nothing of the frozen models. It is a `Scorer`: `score` is the cosine of user and
-    item embeddings over the temperature.
+    `state_dict` holds what is trained and nothing of the frozen models. It is a `Scorer`: `score` is the cosine of
+    user and item embeddings over the temperature.
 
     Args:
         lm: the frozen language model.
@@ -150,9 +150,15 @@ class LaserModel(nn.Module):
         return (embedding if self.head is None else self.head(embedding)), routing
 
     def forward(self, batch: PackedBatch) -> LaserOutput:
-        """Training loss of a batch of users against the whole item matrix.
+        """Training loss of a batch of users: against the whole item matrix, and among the batch's own positives.
 
-        The matrix is a constant, but for the rows of `batch.positives`, which are encoded here with gradient.
+            loss = CE(users, V) + CE(users, positives) + alpha * L_balance
+
+        V is a constant of the epoch. The second term is there when the batch brings its positives: they are encoded
+        here with gradient and stand against each other only. (Put in the place of their rows of V they would be the
+        only
+        fresh rows among stale ones, and to tell fresh from stale is easier than to recommend: measured, training then
+        ends below where it began.)
 
         Raises:
             ValueError: a batch without targets.
@@ -161,15 +167,15 @@ class LaserModel(nn.Module):
         if batch.targets is None:
             raise ValueError("LaserModel: the batch must have targets, got None; build it with training_batch")
         users, routing = self.encode(batch)
-        items = self._items()
+        cross_entropy = catalog_cross_entropy(users, self._items(), batch.targets, temperature=self.temperature)
+        loss = cross_entropy
         if batch.positives is not None:
-            assert batch.positive_items is not None
-            encoded, _ = self.encode(batch.positives)
-            items = items.index_copy(0, batch.positive_items, encoded.to(items.dtype))
-        cross_entropy = catalog_cross_entropy(users, items, batch.targets, temperature=self.temperature)
+            assert batch.positive_targets is not None
+            positives, _ = self.encode(batch.positives)
+            loss = loss + catalog_cross_entropy(users, positives, batch.positive_targets, temperature=self.temperature)
         if routing is None:
-            return LaserOutput(cross_entropy, cross_entropy.detach(), torch.zeros_like(cross_entropy), None)
-        loss = cross_entropy + self.balance_weight * routing.balance_loss
+            return LaserOutput(loss, cross_entropy.detach(), torch.zeros_like(cross_entropy), None)
+        loss = loss + self.balance_weight * routing.balance_loss
         return LaserOutput(loss, cross_entropy.detach(), routing.balance_loss.detach(), routing.load.detach())
 
     @torch.inference_mode()
@@ -223,8 +229,8 @@ class LaserModel(nn.Module):
     ) -> list[list[Recommendation]]:
         """The k best items for each history of external item ids, oldest first; nobody needs to be a known user.
 
-        Scores are calibrated where the model carries a calibration, else cosine over temperature. Ids that are not in the
-        catalogue are dropped with one warning; an empty history is served from the prompt alone.
+        Scores are calibrated where the model carries a calibration, else cosine over temperature. Ids that are not in
+        the catalogue are dropped with one warning; an empty history is served from the prompt alone.
 
         Args:
             histories: B lists of external ids.

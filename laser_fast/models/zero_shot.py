@@ -1,4 +1,4 @@
-"""Recommending with a frozen language model and no training: items near the history in the space of its text vectors."""
+"""Recommending with a frozen language model and no training: items near the history among its text vectors."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,5 @@
-"""Modules on packed sequences: attention, Q-Former, M-Former, Bi-Tuning, the frozen language model, losses of pre-training.
+"""Modules on packed sequences: attention, Q-Former, M-Former, Bi-Tuning, the frozen language model, pre-training.
 
-Import from the files themselves: re-exported here, the frozen language model would load transformers for a plain SASRec.
+Import from the files themselves: re-exported here, the frozen language model would load transformers for a plain
+    SASRec.
 """

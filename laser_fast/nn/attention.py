@@ -1,9 +1,9 @@
 """Attention over packed sequences: `softmax(scale * Q K^T) V` within each sequence of a batch without padding.
 
-The layout is that of FlashAttention's variable-length kernels: all tokens of a batch in one tensor, `cu_seqlens` marking where
-each sequence starts. Here the portable backend: sequences are laid out in buckets of similar length and each bucket goes
-through `torch.nn.functional.scaled_dot_product_attention`. The layout depends on the lengths alone, so it is planned once a
-batch (`AttentionPlan`) and shared by all layers.
+The layout is that of FlashAttention's variable-length kernels: all tokens of a batch in one tensor, `cu_seqlens`
+marking where each sequence starts. Here the portable backend: sequences are laid out in buckets of similar length and
+each bucket goes through `torch.nn.functional.scaled_dot_product_attention`. The layout depends on the lengths alone,
+so it is planned once a batch (`AttentionPlan`) and shared by all layers.
 """
 
 from dataclasses import dataclass
@@ -48,7 +48,8 @@ class AttentionPlan:
             cu_seqlens_q: int32 [B+1], where the queries of each sequence start.
             cu_seqlens_k: the same for the keys; None = as the queries.
             causal: a query sees the keys up to its own position, aligned at the last query and the last key.
-            sliding_window: a query sees only so many of the last keys up to its own position (two-sided when not causal).
+            sliding_window: a query sees only so many of the last keys up to its own position (two-sided when not
+                causal).
         """
         device = cu_seqlens_q.device
         lengths_q = cu_seqlens_q.diff().tolist()
@@ -73,9 +74,7 @@ class AttentionPlan:
                 first_query_slot[sequence] = query_start + row * query_length
                 first_key_slot[sequence] = key_start + row * key_length
             mask, keyless = _bucket_mask(counts_q, counts_k, query_length, key_length, causal, sliding_window)
-            buckets.append(
-                _Bucket(len(members), query_start, query_length, key_start, key_length, mask, keyless)
-            )
+            buckets.append(_Bucket(len(members), query_start, query_length, key_start, key_length, mask, keyless))
             query_start += len(members) * query_length
             key_start += len(members) * key_length
         # keys of a sequence without queries have no block; they go to one spare slot that nobody reads
@@ -110,7 +109,8 @@ def varlen_attention(
     Args:
         query: [Tq, H, d], floating point.
         key, value: [Tk, H_kv, d], H a multiple of H_kv (grouped-query attention).
-        cu_seqlens_q, cu_seqlens_k: int32 [B+1]; keys as the queries when `cu_seqlens_k` is None. Empty sequences are allowed.
+        cu_seqlens_q, cu_seqlens_k: int32 [B+1]; keys as the queries when `cu_seqlens_k` is None. Empty sequences are
+            allowed.
         causal: aligned bottom-right: the last query of a sequence sees its last key.
         scale: of the scores; None = 1/sqrt(d).
         sliding_window: see `AttentionPlan.build`.
@@ -140,7 +140,9 @@ def varlen_attention(
     for bucket in plan.buckets:
         size_q, size_k = bucket.sequences * bucket.query_length, bucket.sequences * bucket.key_length
         attended = F.scaled_dot_product_attention(
-            queries[bucket.query_start : bucket.query_start + size_q].unflatten(0, (bucket.sequences, -1)).transpose(1, 2),
+            queries[bucket.query_start : bucket.query_start + size_q]
+            .unflatten(0, (bucket.sequences, -1))
+            .transpose(1, 2),
             keys[bucket.key_start : bucket.key_start + size_k].unflatten(0, (bucket.sequences, -1)).transpose(1, 2),
             values[bucket.key_start : bucket.key_start + size_k].unflatten(0, (bucket.sequences, -1)).transpose(1, 2),
             attn_mask=bucket.mask,
@@ -157,7 +159,8 @@ def varlen_attention(
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
     if query.dim() != 3 or key.dim() != 3:
         raise ValueError(
-            f"varlen_attention: query and key must be [tokens, heads, head size], got {tuple(query.shape)} and {tuple(key.shape)}"
+            "varlen_attention: query and key must be [tokens, heads, head size], "
+            f"got {tuple(query.shape)} and {tuple(key.shape)}"
         )
     if key.shape != value.shape:
         raise ValueError(
@@ -205,7 +208,9 @@ def _bucket_mask(
         mask = mask & (key_index > position - sliding_window)
         if not causal:
             mask = mask & (key_index < position + sliding_window)
-    sees_none = ~mask.any(dim=-1, keepdim=True)  # also padded queries; a softmax over nothing is NaN, so let them attend
+    sees_none = ~mask.any(
+        dim=-1, keepdim=True
+    )  # also padded queries; a softmax over nothing is NaN, so let them attend
     real = (query_index < counts_q[:, None, None]) & sees_none
     mask = (mask | sees_none)[:, None]
     return mask, real[:, None] if bool(real.any()) else None

@@ -1,7 +1,7 @@
 """Bi-Tuning (Laser, section 3.1): trainable virtual tokens before and after the text of a frozen language model.
 
-    input   = [prefix (Q) ; text ; suffix (S)]     per sequence, packed
-    readout = last hidden state at the suffix, or the mean over text and suffix
+input   = [prefix (Q) ; text ; suffix (S)]     per sequence, packed
+readout = last hidden state at the suffix, or the mean over text and suffix
 """
 
 from dataclasses import dataclass
@@ -85,13 +85,19 @@ class BiTuning(nn.Module):
         text_to = torch.arange(num_text, device=device) + of_token * shift + num_prefix
         suffix_to = (ends + sequences * shift + num_prefix)[:, None] + torch.arange(num_suffix, device=device)
         suffix = self.suffix_tokens.to(text_embeds.dtype).expand(batch_size, -1, -1).flatten(0, 1)
-        sources = [text_embeds, suffix] if prefix is None else [prefix.to(text_embeds.dtype).flatten(0, 1), text_embeds, suffix]
+        sources = (
+            [text_embeds, suffix]
+            if prefix is None
+            else [prefix.to(text_embeds.dtype).flatten(0, 1), text_embeds, suffix]
+        )
         destination = torch.cat([prefix_to.flatten(), text_to, suffix_to.flatten()])
         rows = torch.cat(sources)
         embeds = torch.zeros_like(rows).index_copy(0, destination, rows)
         steps = torch.arange(batch_size + 1, device=device, dtype=torch.int32)
         inner_cu_seqlens = cu_seqlens + steps * num_suffix
-        inner_of_token = sequences.repeat_interleave(ends - starts + num_suffix, output_size=num_text + batch_size * num_suffix)
+        inner_of_token = sequences.repeat_interleave(
+            ends - starts + num_suffix, output_size=num_text + batch_size * num_suffix
+        )
         inner = torch.arange(inner_of_token.shape[0], device=device) + (inner_of_token + 1) * num_prefix
         return BiTunedInput(embeds, cu_seqlens + steps * shift, inner, inner_cu_seqlens)
 

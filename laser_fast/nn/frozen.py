@@ -11,7 +11,8 @@ Self = TypeVar("Self", bound="FrozenModule")
 class FrozenModule(nn.Module):
     """A module whose parameters are not trained, stay in evaluation mode, and are left out of `state_dict`.
 
-    The state of a model that contains one is its trainable part alone, so an adapter's file never carries the base weights.
+    The state of a model that contains one is its trainable part alone, so an adapter's file never carries the base
+    weights.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,8 @@
 """The frozen language model on packed sequences: any Hugging Face encoder or decoder, its attention replaced by ours.
 
-The replacement goes through the interfaces transformers offers for it (`AttentionInterface`, `AttentionMaskInterface`) under
-the name "laser_varlen": all sequences of a batch run as one row `[1, T]`, and the attention of every layer reads where each
-sequence starts from a keyword argument of the forward.
+The replacement goes through the interfaces transformers offers for it (`AttentionInterface`,
+`AttentionMaskInterface`) under the name "laser_varlen": all sequences of a batch run as one row `[1, T]`, and the
+attention of every layer reads where each sequence starts from a keyword argument of the forward.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -53,14 +53,17 @@ class FrozenLM(FrozenModule):
         embedding_rms: root mean square of its token embeddings, the scale at which virtual tokens start.
 
     Raises:
-        ValueError: an encoder-decoder, a model without a table of token embeddings, or one that cannot exchange its attention.
+        ValueError: an encoder-decoder, a model without a table of token embeddings, or one that cannot exchange its
+            attention.
     """
 
     def __init__(self, model: "PreTrainedModel") -> None:
         super().__init__()
         config = model.config.get_text_config()
         if getattr(config, "is_encoder_decoder", False):
-            raise ValueError(f"FrozenLM: the model must be an encoder or a decoder, got the encoder-decoder {model.name_or_path!r}")
+            raise ValueError(
+                f"FrozenLM: the model must be an encoder or a decoder, got the encoder-decoder {model.name_or_path!r}"
+            )
         _register_attention()
         model.set_attn_implementation(ATTENTION_NAME)
         self.model = model
@@ -93,7 +96,8 @@ class FrozenLM(FrozenModule):
             [T, D_llm], in the dtype of the model.
 
         Raises:
-            ValueError: a sequence longer than `max_length`, or an attention option of the model that cannot be honoured.
+            ValueError: a sequence longer than `max_length`, or an attention option of the model that cannot be
+                honoured.
             RuntimeError: the model does not call the exchangeable attention, so its result would mix sequences.
         """
         if inputs_embeds.dim() != 2 or inputs_embeds.shape[1] != self.hidden_size:

@@ -1,10 +1,10 @@
-"""M-Former (Laser, section 3.2): a mixture of query experts that reads a frozen recommender's states and writes the prefix.
+"""M-Former (Laser, section 3.2): a mixture of query experts that reads a recommender's states and writes the prefix.
 
-    X = H W_in + b_in                     states of the packed history                 [N, D]
-    e_b, w_b, g_b = route(X)              k experts per user, from pooled item routing
-    Y = QFormer(T[e_b] ; X)               one batch of B*k groups of queries           [B*k, Q, D]
-    P_b = sum_j w_b[j] Y_{b,j}            combined queries                             [B, Q, D]
-    prefix_b = P_b W_llm + b_llm          virtual tokens of the language model         [B, Q, D_llm]
+X = H W_in + b_in                     states of the packed history                 [N, D]
+e_b, w_b, g_b = route(X)              k experts per user, from pooled item routing
+Y = QFormer(T[e_b] ; X)               one batch of B*k groups of queries           [B*k, Q, D]
+P_b = sum_j w_b[j] Y_{b,j}            combined queries                             [B, Q, D]
+prefix_b = P_b W_llm + b_llm          virtual tokens of the language model         [B, Q, D_llm]
 """
 
 from dataclasses import dataclass
@@ -82,9 +82,7 @@ class MFormer(nn.Module):
         self.state_projection = nn.Linear(state_size, width)
         self.router = Router(width, num_experts, top_k, weighting=weighting)
         self.query_experts = nn.Parameter(torch.randn(num_experts, num_queries, width))
-        self.qformer = QFormer(
-            width, num_layers, num_heads, cross_attention_freq=cross_attention_freq, dropout=dropout
-        )
+        self.qformer = QFormer(width, num_layers, num_heads, cross_attention_freq=cross_attention_freq, dropout=dropout)
         self.lm_projection = nn.Linear(width, lm_width)
         initialize_like_bert(self.lm_projection)
         # the combined queries are averages of layer-normalised rows, so their entries are of order 1

@@ -1,6 +1,7 @@
 """Stage 1: M-Former learns to say in its queries what the text of the same history says (after BLIP-2, section 3.1).
 
-No language model runs: the text goes through the querying transformer's own self-attention, with token embeddings taken from
+No language model runs: the text goes through the querying transformer's own self-attention, with token embeddings
+    taken from
 the frozen language model's table through a linear map. Of BLIP-2's three terms, the contrastive one (ITC) is here.
 """
 
@@ -17,7 +18,7 @@ _LOG_TEMPERATURE_BOUNDS = (math.log(0.01), math.log(0.5))
 
 
 class ContrastiveHeads(nn.Module):
-    """The text branch of the querying transformer and the projections into the space where queries and texts are compared.
+    """The text branch of the querying transformer and projections into the space where queries and texts are compared.
 
     Needed in stage 1 only, so it is no part of the recommender that is saved.
 

@@ -1,7 +1,7 @@
 """Querying transformer (Q-Former of BLIP-2, Li et al. 2023, section 3.1) over packed states.
 
-Layers are BERT's (normalisation after each residual), with cross-attention from the queries to a user's history in every
-`cross_attention_freq`-th layer. Queries and text share the self-attention and have feed-forwards of their own.
+Layers are BERT's (normalisation after each residual), with cross-attention from the queries to a user's history in
+every `cross_attention_freq`-th layer. Queries and text share the self-attention and have feed-forwards of their own.
 """
 
 import torch

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from laser_fast.config import LanguageModelConfig, LaserConfig, MFormerConfig, resolve_path
-from laser_fast.data import ItemText, SequenceDataset, Split, leave_one_out, prompt_layout, tokenize_texts
+from laser_fast.data import ItemText, PromptLayout, SequenceDataset, Split, leave_one_out, prompt_layout, tokenize_texts
 from laser_fast.data.batches import BatchBuilder
 from laser_fast.models.laser import LaserModel
 from laser_fast.models.recommender import SequentialRecommender
@@ -52,11 +52,18 @@ def load_language_model(config: LanguageModelConfig) -> "tuple[PreTrainedModel, 
         FileNotFoundError: no such folder or package.
     """
     from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
 
     folder: Path = resolve_path(config.path)
     dtype = getattr(torch, config.dtype) if config.dtype != "auto" else _default_dtype()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=dtype)
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # a bar for every start of every command says nothing
+    try:
+        model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=dtype)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     return model, tokenizer
 
 
@@ -116,16 +123,21 @@ def training_counts(split: Split, num_items: int) -> np.ndarray:
 def _build_batches(config: LaserConfig, inputs: Inputs, tokenizer: Any) -> BatchBuilder:
     prompt = config.prompt
     texts = ItemText(prompt.item_template).render(inputs.dataset.items)
-    shared = {
-        "separator": prompt.separator,
-        "newest_first": prompt.newest_first,
-        "max_items": prompt.max_items,
-        "max_tokens": prompt.max_tokens,
-    }
+
+    def layout(template: str) -> PromptLayout:
+        return prompt_layout(
+            template,
+            tokenizer,
+            separator=prompt.separator,
+            newest_first=prompt.newest_first,
+            max_items=prompt.max_items,
+            max_tokens=prompt.max_tokens,
+        )
+
     return BatchBuilder(
         tokenize_texts(texts, tokenizer, prompt.max_item_tokens),
-        prompt_layout(prompt.user_template, tokenizer, **shared),
-        prompt_layout("{history}", tokenizer, **shared),
+        layout(prompt.user_template),
+        layout("{history}"),  # an item is a history of one, without the words around it
         known_items=training_counts(inputs.split, inputs.dataset.num_items) > 0,
         max_history=config.mformer.max_history,
     )

@@ -1,8 +1,8 @@
 """Saving and loading a trained Laser: safetensors and JSON, written beside and renamed; no pickle.
 
-    adapter.safetensors   what was trained (`LaserModel.state_dict`)
-    items.safetensors     the item matrix V that belongs to it
-    laser.json            configuration, item-map and split hash, calibration, versions
+adapter.safetensors   what was trained (`LaserModel.state_dict`)
+items.safetensors     the item matrix V that belongs to it
+laser.json            configuration, item-map and split hash, calibration, versions
 """
 
 import hashlib
@@ -60,8 +60,8 @@ def load_weights(model: LaserModel, directory: Path) -> dict[str, Any]:
     description: dict[str, Any] = _read_json(folder / "laser.json")
     if description["item_map_hash"] != item_map_hash(model.item_ids):
         raise ValueError(
-            f"load_weights: {folder.name} must belong to this catalogue, got item map {description['item_map_hash'][:12]} "
-            f"for {description['num_items']} items instead of {item_map_hash(model.item_ids)[:12]} for {model.num_items}"
+            f"load_weights: {folder.name} must belong to this catalogue of {model.num_items} items, "
+            f"got another item map, of {description['num_items']} items"
         )
     state = _read_tensors(folder / "adapter.safetensors")
     try:
@@ -72,7 +72,9 @@ def load_weights(model: LaserModel, directory: Path) -> dict[str, Any]:
     return description
 
 
-def load_laser(run: str | Path, *, data: str | None = None, recommender: str | None = None) -> tuple[LaserModel, Inputs, LaserConfig]:
+def load_laser(
+    run: str | Path, *, data: str | None = None, recommender: str | None = None
+) -> tuple[LaserModel, Inputs, LaserConfig]:
     """Load the best model of a run, in evaluation mode, with the data and the configuration it was trained on.
 
     Args:

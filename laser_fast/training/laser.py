@@ -1,7 +1,7 @@
-"""Training Laser: stage 1 (M-Former alone), then stage 2 in two phases, the best checkpoint kept (algorithm of Laser, 3.3).
+"""Training Laser: stage 1 (M-Former alone), then stage 2 in two phases, the best checkpoint kept.
 
-    phase A   the item matrix V is encoded anew at the start of each epoch; users are trained against all of it
-    phase B   V stays as it was at the best epoch of phase A; only the user side goes on
+phase A   the item matrix V is encoded anew at the start of each epoch; users are trained against all of it
+phase B   V stays as it was at the best epoch of phase A; only the user side goes on
 """
 
 from collections.abc import Iterator
@@ -175,7 +175,10 @@ def _validate(run: _Run, stopping: EarlyStopping, phase: str, epoch: int, **valu
     run.directory.log(stage=phase, epoch=epoch, best=improved, **{f"validation_{MAIN_METRIC}": value}, **values)
     if run.progress:
         shown = "".join(f", {key} {values[key]:.3f}" for key in ("cross_entropy", "balance") if key in values)
-        print(f"{phase} epoch {epoch + 1}: validation NDCG@10 {value:.4f}{' (best)' if improved else ''}{shown}", flush=True)
+        print(
+            f"{phase} epoch {epoch + 1}: validation NDCG@10 {value:.4f}{' (best)' if improved else ''}{shown}",
+            flush=True,
+        )
     if improved:
         save_laser(
             run.model,

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from tqdm import tqdm
 
 from laser_fast.config import OptimizerConfig
 from laser_fast.data.batches import PackedBatch
+
+_SHOW_EVERY = 10  # steps; reading the loss waits for the device
 
 LossFunction = Callable[[PackedBatch], dict[str, Tensor]]
 """Gives at least "loss"; the other entries are averaged and logged."""
@@ -95,7 +98,13 @@ class StageTrainer:
         self.step = 0
 
     def run_epoch(
-        self, batches: Iterator[PackedBatch], num_batches: int, loss_function: LossFunction, *, title: str, progress: bool
+        self,
+        batches: Iterator[PackedBatch],
+        num_batches: int,
+        loss_function: LossFunction,
+        *,
+        title: str,
+        progress: bool,
     ) -> dict[str, Any]:
         """One pass: mean of everything the loss function reports, with the tokens per second.
 
@@ -104,19 +113,23 @@ class StageTrainer:
         """
         self.modules.train()
         totals: dict[str, Tensor] = {}
-        tokens = 0
+        tokens, start = 0, perf_counter()
         with tqdm(total=num_batches, desc=title, unit="step", disable=not progress, leave=False) as bar:
-            for batch in batches:
+            for done, batch in enumerate(batches, start=1):
                 values = self._train_step(batch.to(self.accelerator.device), loss_function)
                 for name, value in values.items():
                     totals[name] = totals.get(name, torch.zeros_like(value)) + value
                 tokens += batch.input_ids.shape[0]
                 bar.update()
-                if bar.n % 10 == 0 or bar.n == num_batches:
-                    bar.set_postfix(loss=f"{float(totals['loss']) / bar.n:.4f}")
-            elapsed = bar.format_dict["elapsed"]
+                if done % _SHOW_EVERY == 0:
+                    bar.set_postfix(loss=f"{float(totals['loss']) / done:.4f}")
+        elapsed = perf_counter() - start
         means = {name: (total / num_batches).tolist() for name, total in totals.items()}
-        return means | {"step": self.step, "time_s": round(elapsed, 2), "text_tokens_per_s": round(tokens / max(elapsed, 1e-9), 1)}
+        return means | {
+            "step": self.step,
+            "time_s": round(elapsed, 2),
+            "text_tokens_per_s": round(tokens / max(elapsed, 1e-9), 1),
+        }
 
     def _train_step(self, batch: PackedBatch, loss_function: LossFunction) -> dict[str, Tensor]:
         with self.accelerator.autocast():

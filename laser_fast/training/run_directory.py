@@ -1,4 +1,4 @@
-"""The folder of a run: effective configuration, environment, metrics as they come, checkpoints that are whole or absent."""
+"""The folder of a run: effective configuration, environment, metrics as they come, checkpoints whole or absent."""
 
 import importlib.metadata
 import json
@@ -15,12 +15,22 @@ from typing import Any
 
 from laser_fast.config import Settings, dump_config
 
-_PACKAGES = ("laser-fast", "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "triton", "bitsandbytes")
+_PACKAGES = (
+    "laser-fast",
+    "torch",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "tokenizers",
+    "numpy",
+    "triton",
+    "bitsandbytes",
+)
 
 
 @contextmanager
 def replace_directory(directory: Path) -> Iterator[Path]:
-    """Give a new empty folder beside `directory`; it takes the place of `directory` when the block ends without an error.
+    """Give a new empty folder beside `directory`; it replaces `directory` when the block ends without an error.
 
     A reader sees the old folder or the complete new one; an interrupted write leaves the old one, at worst under the
     name `NAME.old`, which `whole_directory` finds.
@@ -69,7 +79,9 @@ class RunDirectory:
     def __init__(self, path: str | Path, config: Settings) -> None:
         self.path = Path(path)
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise FileExistsError(f"RunDirectory: output must be a new or empty folder, got {str(path)!r}; remove it or choose another")
+            raise FileExistsError(
+                f"RunDirectory: output must be a new or empty folder, got {str(path)!r}; remove it or choose another"
+            )
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         write_json(self.path / "environment.json", describe_environment())

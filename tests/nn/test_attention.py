@@ -25,7 +25,13 @@ def cu_seqlens(lengths: list[int]) -> Tensor:
 
 
 def exact_attention(
-    query: Tensor, key: Tensor, value: Tensor, lengths_q: list[int], lengths_k: list[int], causal: bool, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths_q: list[int],
+    lengths_k: list[int],
+    causal: bool,
+    window: int | None,
 ) -> Tensor:
     """One query at a time: `softmax` over the keys it may see, 0 where it sees none."""
     groups = query.shape[1] // key.shape[1]
@@ -36,8 +42,7 @@ def exact_attention(
             seen = [
                 j
                 for j in range(length_k)
-                if (not causal or j <= position)
-                and (window is None or (position - window < j < position + window))
+                if (not causal or j <= position) and (window is None or (position - window < j < position + window))
             ]
             heads = []
             for head in range(query.shape[1]):
@@ -63,7 +68,9 @@ def test_equals_attention_of_each_sequence_alone(
         torch.randn(sum(size), count, 8, generator=generator, dtype=torch.float64, requires_grad=True)
         for size, count in ((lengths_q, heads[0]), (lengths_k, heads[1]), (lengths_k, heads[1]))
     ]
-    output = varlen_attention(*inputs, cu_seqlens(lengths_q), cu_seqlens(lengths_k), causal=causal, sliding_window=window)
+    output = varlen_attention(
+        *inputs, cu_seqlens(lengths_q), cu_seqlens(lengths_k), causal=causal, sliding_window=window
+    )
     exact = exact_attention(*inputs, lengths_q, lengths_k, causal, window)
     torch.testing.assert_close(output, exact, rtol=1e-10, atol=1e-12)
     if output.numel():

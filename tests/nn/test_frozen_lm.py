@@ -1,4 +1,4 @@
-"""The packed language model against Hugging Face's own padded forward, with random weights large enough for errors to show."""
+"""The packed language model against Hugging Face's own padded forward, with weights large enough for errors to show."""
 
 import copy
 
@@ -105,7 +105,9 @@ def test_empty_sequences_and_empty_batches() -> None:
 def test_what_cannot_run_is_refused_by_name() -> None:
     lm = FrozenLM(random_model(CONFIGS["bert"], "eager"))
     embeds, cu_seqlens = packed_inputs([65])
-    with pytest.raises(ValueError, match="at most 64 tokens with its prefix and suffix, got 65; lower prompt.max_tokens"):
+    with pytest.raises(
+        ValueError, match="at most 64 tokens with its prefix and suffix, got 65; lower prompt.max_tokens"
+    ):
         lm(embeds, cu_seqlens)
     with pytest.raises(ValueError, match=r"inputs_embeds must be \[T, 32\], got \(65, 16\)"):
         lm(embeds[:, :16], cu_seqlens)
@@ -128,4 +130,6 @@ def test_embeddings_are_the_models_own() -> None:
     lm = FrozenLM(model)
     ids = torch.tensor([4, 60, 0])
     assert torch.equal(lm.embed(ids), F.embedding(ids, model.get_input_embeddings().weight))
-    assert lm.embedding_rms == pytest.approx(float(model.get_input_embeddings().weight.square().mean().sqrt()), rel=1e-5)
+    assert lm.embedding_rms == pytest.approx(
+        float(model.get_input_embeddings().weight.square().mean().sqrt()), rel=1e-5
+    )

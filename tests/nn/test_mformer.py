@@ -12,7 +12,15 @@ LENGTHS = [4, 0, 1, 9]
 
 def make(**options: object) -> MFormer:
     torch.manual_seed(0)
-    sizes = {"width": 16, "num_layers": 3, "num_heads": 2, "num_experts": 4, "top_k": 2, "num_queries": 3, "dropout": 0.0}
+    sizes = {
+        "width": 16,
+        "num_layers": 3,
+        "num_heads": 2,
+        "num_experts": 4,
+        "top_k": 2,
+        "num_queries": 3,
+        "dropout": 0.0,
+    }
     model = MFormer(6, 10, **(sizes | options)).double()  # type: ignore[arg-type]
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,0 +1,108 @@
+"""Settings: typos are refused with a suggestion, values are checked, the file reads back to what was written."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from laser_fast.config import (
+    LaserConfig,
+    RecommenderConfig,
+    apply_overrides,
+    build_config,
+    dump_config,
+    load_config,
+    resolve_path,
+)
+
+MINIMAL: dict[str, Any] = {
+    "data": "d",
+    "recommender": "r",
+    "output": "o",
+    "lm": {"path": "lm"},
+    "training": {"phase_a": {"epochs": 2}},
+}
+
+
+def test_what_was_written_reads_back(tmp_path: Path) -> None:
+    config = build_config(LaserConfig, MINIMAL)
+    (tmp_path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    assert load_config(LaserConfig, tmp_path / "config.yaml") == config
+    assert "temperature: 0.05" in dump_config(config)  # defaults are shown
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trainig": {}}, r"unknown key 'trainig', did you mean 'training'\?"),
+        ({"mformer": {"num_expert": 2}}, r"unknown key 'mformer.num_expert', did you mean 'mformer.num_experts'\?"),
+        ({"temperature": 0.1}, r"unknown key 'temperature', did you mean '(objective\.)?temperature'\?"),
+        ({"mformer": {"num_experts": 0}}, "mformer.num_experts: .*greater than or equal to 1, got 0"),
+        ({"mformer": {"num_experts": 2, "top_k": 3}}, "mformer: top_k must be at most num_experts, got 3 and 2"),
+        ({"mformer": {"width": 10, "num_heads": 4}}, "width must be a multiple of num_heads, got 10 and 4"),
+        ({"bituning": {"prefix": "soft"}}, "bituning.prefix: .*'mformer', 'shared' or 'none', got 'soft'"),
+        ({"prompt": {"user_template": "films"}}, r"user_template must contain \{history\} once, got 'films'"),
+        ({"recommender": None}, 'recommender must be set when bituning.prefix is "mformer", got None'),
+        (
+            {"bituning": {"prefix": "none"}, "training": {"pretrain": {"epochs": 1}}},
+            "training.pretrain.epochs must be 0 .* got 1",
+        ),
+        ({"lm": {}}, "key 'lm.path' must be set, got nothing"),
+    ],
+)
+def test_bad_settings_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_config(LaserConfig, MINIMAL | changes)
+
+
+def test_all_problems_are_told_at_once() -> None:
+    with pytest.raises(ValueError, match="dropout: .*; unknown key 'widht'"):
+        build_config(RecommenderConfig, {"widht": 3, "dropout": 2.0})
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("width: 32\nepochs: 5\n", encoding="utf-8")
+    config = load_config(RecommenderConfig, path, ["epochs=7", "dropout=0.25"])
+    assert (config.width, config.epochs, config.dropout) == (32, 7, 0.25)
+    assert apply_overrides({}, ["lm.path=x", "training.pretrain.epochs=0"]) == {
+        "lm": {"path": "x"},
+        "training": {"pretrain": {"epochs": 0}},
+    }
+
+
+def test_malformed_files_and_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("width: [", encoding="utf-8")
+    with pytest.raises(ValueError, match="must be YAML"):
+        load_config(RecommenderConfig, path)
+    path.write_text("- 1", encoding="utf-8")
+    with pytest.raises(ValueError, match="must hold keys and values, got a list"):
+        load_config(RecommenderConfig, path)
+    with pytest.raises(ValueError, match="must read section.key=value, got 'epochs'"):
+        apply_overrides({}, ["epochs"])
+    with pytest.raises(ValueError, match="'lm' in override 'lm.path=x' must be a section, got 3"):
+        apply_overrides({"lm": 3}, ["lm.path=x"])
+    with pytest.raises(FileNotFoundError):
+        load_config(RecommenderConfig, tmp_path / "nowhere.yaml")
+
+
+def test_presets_are_valid() -> None:
+    folder = resolve_path("package:laser_fast/presets")
+    presets = sorted(folder.glob("*.yaml"))
+    assert presets
+    for preset in presets:
+        assert load_config(LaserConfig, preset).training.phase_a.epochs > 0
+
+
+def test_paths_inside_packages(tmp_path: Path) -> None:
+    assert resolve_path(tmp_path) == tmp_path
+    assert resolve_path("package:laser_fast/config.py").name == "config.py"
+    with pytest.raises(FileNotFoundError, match="package 'no_such_package' must be installed"):
+        resolve_path("package:no_such_package/x")
+    with pytest.raises(FileNotFoundError, match="must contain 'nothing', got nothing there"):
+        resolve_path("package:laser_fast/nothing")
+    with pytest.raises(ValueError, match="must be a top-level module name, got 'a.b'"):
+        resolve_path("package:a.b/c")
+    with pytest.raises(FileNotFoundError, match="the path must exist"):
+        resolve_path(tmp_path / "absent")
