@@ -52,11 +52,21 @@ class SASRec(nn.Module):
         *,
         width: int = 64,
         num_layers: int = 2,
-        num_heads: int = 1,
+        num_heads: int = 2,
         max_length: int = 50,
-        dropout: float = 0.3,
+        dropout: float = 0.5,
+        state_dropout: float = 0.4,
     ) -> None:
         """Random weights (normal, deviation 0.02) from torch's global generator.
+
+        Args:
+            num_items: I, size of the catalogue.
+            width: of the item embeddings and the states.
+            num_layers: transformer layers.
+            num_heads: attention heads; must divide `width`.
+            max_length: longest history, in items.
+            dropout: while training, of the embeddings, attention weights and layer outputs.
+            state_dropout: while training, of the states before they meet the item embeddings.
 
         Raises:
             ValueError: a size below 1, or `width` not a multiple of `num_heads`.
@@ -71,6 +81,7 @@ class SASRec(nn.Module):
         self.state_size = width
         self.max_length = max_length
         self.dropout = dropout
+        self.state_dropout = state_dropout
         self.split_hash: str | None = None
         self.item_map_hash: str | None = None
         self.settings: dict[str, int | float] = {
@@ -80,6 +91,7 @@ class SASRec(nn.Module):
             "num_heads": num_heads,
             "max_length": max_length,
             "dropout": dropout,
+            "state_dropout": state_dropout,
         }
         self.item_embedding = nn.Embedding(num_items, width)
         self.position_embedding = nn.Embedding(max_length, width)
@@ -107,8 +119,7 @@ class SASRec(nn.Module):
         plan = AttentionPlan.build(cu_seqlens, causal=True)
         for block in self.blocks:
             hidden = block(hidden, cu_seqlens, plan)
-        normed: Tensor = self.norm(hidden)
-        return normed
+        return F.dropout(self.norm(hidden), self.state_dropout, self.training)
 
     def logits(self, states: Tensor) -> Tensor:
         """[N, width] -> [N, I]: inner products with every item embedding."""

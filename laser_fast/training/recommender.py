@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from laser_fast.config import RecommenderConfig
@@ -34,6 +35,7 @@ _WEIGHTS_FILE = "model.safetensors"
 _SETTINGS_FILE = "recommender.json"
 _WARMUP_STEPS = 50
 _MAX_GRAD_NORM = 5.0
+_AVERAGE_DECAY = 0.99  # of the running mean of the weights, per step
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,10 @@ def train_sasrec(
 ) -> SASRec:
     """Minimise the mean cross-entropy of the next item over the whole catalogue, at every position of `split.train`.
 
-    After each epoch all validation rows are ranked; the weights with the best NDCG@10 are kept, and training stops
-    after `config.patience` epochs without a better one. The same seed gives the same weights on a CPU with as many
-    threads. The global random state is left as it was.
+    What is ranked and kept is a running mean of the weights, which is steadier than the weights of any one step. After
+    each epoch all validation rows are ranked; the mean with the best NDCG@10 is kept, and training stops after
+    `config.patience` epochs without a better one. The same seed gives the same weights on a CPU with as many threads.
+    The global random state is left as it was.
 
     Args:
         split: its training part is learned, its validation rows decide when to stop; its test rows are not touched.
@@ -117,6 +120,7 @@ def train_sasrec(
             num_heads=config.num_heads,
             max_length=config.max_length,
             dropout=config.dropout,
+            state_dropout=config.state_dropout,
         ).to(device)
         _fit(model, windows, split, config, run, progress)
     model.split_hash = split.hash
@@ -132,18 +136,23 @@ def _fit(
 ) -> None:
     """Train `model` in place and leave it with its best weights."""
     device = model.item_embedding.weight.device
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / _WARMUP_STEPS))
+    mean = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(_AVERAGE_DECAY))
+    averaged = mean.module
+    assert isinstance(averaged, SASRec)  # a copy of `model`
     best_quality, best_epoch, best_weights = -math.inf, -1, _copy(model)
     with tqdm(total=config.epochs, desc="SASRec", unit="epoch", disable=not progress) as bar:
         for epoch in range(config.epochs):
-            loss = _train_epoch(model, windows, config.batch_size, optimizer, warmup)
-            metrics = evaluate(model, split.valid, device=device) if len(split.valid) else None
+            loss = _train_epoch(model, mean, windows, config.batch_size, optimizer, warmup)
+            metrics = evaluate(averaged, split.valid, device=device) if len(split.valid) else None
             quality = metrics["NDCG@10"].mean if metrics is not None else -loss
             if run is not None:
                 run.log(epoch=epoch, loss=loss, **({"valid": metrics.to_dict()["metrics"]} if metrics else {}))
             if quality > best_quality:
-                best_quality, best_epoch, best_weights = quality, epoch, _copy(model)
+                best_quality, best_epoch, best_weights = quality, epoch, _copy(averaged)
             bar.set_postfix_str(f"loss {loss:.3f}, best NDCG@10 {best_quality:.4f} in epoch {best_epoch}")
             bar.update()
             if epoch - best_epoch >= config.patience:
@@ -153,12 +162,13 @@ def _fit(
 
 def _train_epoch(
     model: SASRec,
+    mean: AveragedModel,
     windows: _Windows,
     batch_size: int,
     optimizer: torch.optim.Optimizer,
     warmup: torch.optim.lr_scheduler.LambdaLR,
 ) -> float:
-    """One pass in random order; the mean loss over all targets."""
+    """One pass in random order, `mean` following the weights; the mean loss over all targets."""
     model.train()
     total, count = 0.0, 0
     order = torch.randperm(len(windows.starts)).numpy()
@@ -176,6 +186,7 @@ def _train_epoch(
         torch.nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRAD_NORM)
         optimizer.step()
         warmup.step()
+        mean.update_parameters(model)
         total += value * targets.numel()
         count += targets.numel()
     return total / count

@@ -16,7 +16,15 @@ from laser_fast.training.recommender import load_recommender, save_recommender, 
 
 _NUM_ITEMS = 30
 _CONFIG = RecommenderConfig(
-    width=32, num_layers=1, dropout=0.1, max_length=5, batch_size=32, learning_rate=5e-3, epochs=25, patience=25
+    width=32,
+    num_layers=1,
+    dropout=0.1,
+    state_dropout=0.1,
+    max_length=5,
+    batch_size=32,
+    learning_rate=5e-3,
+    epochs=25,
+    patience=25,
 )
 
 
