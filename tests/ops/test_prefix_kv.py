@@ -140,8 +140,11 @@ def test_gradients(backend: str, lengths: list[int], shared: bool) -> None:
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other)  # a shared prefix adds in another order than the reference
     if lengths:
-        assert torch.autograd.gradcheck(lambda *t: inject_prefix_kv(*t, cu_seqlens)[:2], leaves)
-        assert torch.autograd.gradgradcheck(lambda *t: inject_prefix_kv(*t, cu_seqlens)[:2], leaves)
+        narrow = [
+            tensor[..., :1, :2].detach().requires_grad_() for tensor in tensors
+        ]  # one check per number: few will do
+        assert torch.autograd.gradcheck(lambda *t: inject_prefix_kv(*t, cu_seqlens)[:2], narrow)
+        assert torch.autograd.gradgradcheck(lambda *t: inject_prefix_kv(*t, cu_seqlens)[:2], narrow)
 
 
 def test_the_gradient_of_a_shared_prefix_is_summed_in_float32() -> None:
