@@ -36,7 +36,7 @@ class RecommenderConfig(Settings):
     num_heads: PositiveInt = 2
     dropout: Fraction = 0.5
     """Of the embeddings, attention weights and layer outputs."""
-    state_dropout: Fraction = 0.4
+    state_dropout: Fraction = 0.2
     """Of the states before they meet the item embeddings: keeps small data sets from being learned by heart."""
     max_length: PositiveInt = 50
     """Newest history items that are read; older ones are dropped."""
@@ -45,7 +45,7 @@ class RecommenderConfig(Settings):
     learning_rate: PositiveFloat = 1e-3
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     epochs: PositiveInt = 100
-    patience: PositiveInt = 5
+    patience: PositiveInt = 8
     """Epochs without a better validation NDCG@10 before training stops."""
 
 

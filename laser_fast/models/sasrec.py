@@ -1,4 +1,4 @@
-"""SASRec (Kang and McAuley 2018, arXiv:1808.09781) on packed histories, with tied item embeddings."""
+"""SASRec (Kang and McAuley 2018, arXiv:1808.09781) on packed histories: tied item embeddings, rotary positions."""
 
 import torch
 import torch.nn.functional as F
@@ -6,6 +6,9 @@ from torch import Tensor, nn
 
 from laser_fast.models.recommender import check_histories, newest_items
 from laser_fast.nn.attention import AttentionPlan, varlen_attention
+
+# wavelengths from 6 to 600 items: histories have tens of items, not thousands of tokens
+_ROTARY_BASE = 100.0
 
 
 class _Block(nn.Module):
@@ -22,9 +25,10 @@ class _Block(nn.Module):
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
 
-    def forward(self, hidden: Tensor, cu_seqlens: Tensor, plan: AttentionPlan) -> Tensor:
-        """[N, width] -> [N, width], causal inside each sequence of `cu_seqlens`."""
+    def forward(self, hidden: Tensor, angles: Tensor, cu_seqlens: Tensor, plan: AttentionPlan) -> Tensor:
+        """[N, width] -> [N, width], causal inside each sequence of `cu_seqlens`; `angles` as of `_rotary_angles`."""
         query, key, value = self.qkv(self.attention_norm(hidden)).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
+        query, key = _rotate(query, angles), _rotate(key, angles)
         probability = self.dropout if self.training else 0.0
         attended = varlen_attention(query, key, value, cu_seqlens, causal=True, dropout=probability, plan=plan)
         hidden = hidden + F.dropout(self.out(attended.flatten(1)), self.dropout, self.training)
@@ -32,10 +36,12 @@ class _Block(nn.Module):
 
 
 class SASRec(nn.Module):
-    """Next-item logits `norm(transformer(e_item + p_position)) @ E^T`; satisfies `SequentialRecommender`.
+    """Next-item logits `norm(transformer(e_item)) @ E^T`; satisfies `SequentialRecommender`.
 
-    Positions are counted from the first item given, so a state depends on nothing but its own history: not on the
-    batch, not on padding (there is none), not on younger items.
+    Queries and keys are rotated by their positions (Su et al. 2021, arXiv:2104.09864), so attention sees how far apart
+    two items are and not where the history began. A learned embedding of the position, as in the paper, has seen each
+    late position in few histories and ranked worse on validation. A state depends on nothing but its own history: not
+    on the batch, not on padding (there is none), not on younger items.
 
     Attributes:
         num_items: I, size of the catalogue.
@@ -55,7 +61,7 @@ class SASRec(nn.Module):
         num_heads: int = 2,
         max_length: int = 50,
         dropout: float = 0.5,
-        state_dropout: float = 0.4,
+        state_dropout: float = 0.2,
     ) -> None:
         """Random weights (normal, deviation 0.02) from torch's global generator.
 
@@ -69,14 +75,14 @@ class SASRec(nn.Module):
             state_dropout: while training, of the states before they meet the item embeddings.
 
         Raises:
-            ValueError: a size below 1, or `width` not a multiple of `num_heads`.
+            ValueError: a size below 1, or `width` not an even multiple of `num_heads`.
         """
         super().__init__()
         for name, size in {"num_items": num_items, "num_heads": num_heads, "max_length": max_length}.items():
             if size < 1:
                 raise ValueError(f"SASRec: {name} must be at least 1, got {size}")
-        if width < 1 or width % num_heads:
-            raise ValueError(f"SASRec: width must be a multiple of num_heads, got {width} and {num_heads}")
+        if width < 1 or width % (2 * num_heads):
+            raise ValueError(f"SASRec: width must be an even multiple of num_heads, got {width} and {num_heads}")
         self.num_items = num_items
         self.state_size = width
         self.max_length = max_length
@@ -94,7 +100,7 @@ class SASRec(nn.Module):
             "state_dropout": state_dropout,
         }
         self.item_embedding = nn.Embedding(num_items, width)
-        self.position_embedding = nn.Embedding(max_length, width)
+        self.num_heads = num_heads
         self.blocks = nn.ModuleList(_Block(width, num_heads, dropout) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
         for parameter in self.parameters():
@@ -111,14 +117,11 @@ class SASRec(nn.Module):
             items: [N] int64, packed histories, oldest first, each at most `max_length` long.
             cu_seqlens: [B+1] int32.
         """
-        starts = cu_seqlens[:-1].long()
-        positions = torch.arange(items.numel(), device=items.device)
-        positions = positions - torch.repeat_interleave(starts, cu_seqlens.long().diff(), output_size=items.numel())
-        hidden = self.item_embedding(items) + self.position_embedding(positions)
-        hidden = F.dropout(hidden, self.dropout, self.training)
+        hidden = F.dropout(self.item_embedding(items), self.dropout, self.training)
+        angles = _rotary_angles(cu_seqlens, items.numel(), self.state_size // self.num_heads)
         plan = AttentionPlan.build(cu_seqlens, causal=True)
         for block in self.blocks:
-            hidden = block(hidden, cu_seqlens, plan)
+            hidden = block(hidden, angles, cu_seqlens, plan)
         return F.dropout(self.norm(hidden), self.state_dropout, self.training)
 
     def logits(self, states: Tensor) -> Tensor:
@@ -175,3 +178,18 @@ class SASRec(nn.Module):
         last[filled] = states[cu_seqlens[1:][filled].long() - 1]
         with torch.no_grad():
             return self.logits(last)
+
+
+def _rotary_angles(cu_seqlens: Tensor, num_items: int, head_size: int) -> Tensor:
+    """position * base^(-2i / head_size): [N, 1, head_size / 2] float32, positions counted inside each history."""
+    starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=num_items)
+    positions = torch.arange(num_items, device=cu_seqlens.device) - starts
+    steps = torch.arange(0, head_size, 2, device=cu_seqlens.device, dtype=torch.float32) / head_size
+    return (positions[:, None] * _ROTARY_BASE**-steps)[:, None]
+
+
+def _rotate(heads: Tensor, angles: Tensor) -> Tensor:
+    """Turn each pair (x_i, x_{i + d/2}) of [N, H, d] by its angle."""
+    first, second = heads.chunk(2, dim=-1)
+    cosine, sine = angles.cos(), angles.sin()
+    return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=-1)

@@ -42,12 +42,15 @@ def test_packed_equals_one_by_one() -> None:
 def test_states_equal_a_plain_transformer() -> None:
     """The same weights in a dense, masked formulation written out for one sequence."""
     model, (history,) = _model(), _histories(9)
-    hidden = model.item_embedding.weight[history] + model.position_embedding.weight[:9]
+    hidden = model.item_embedding.weight[history]
+    # a pair of coordinates as one complex number: a rotation is a product
+    turn = torch.polar(torch.ones(9, 4), torch.outer(torch.arange(9.0), 100.0 ** -(torch.arange(4) / 4)))
     for block in model.blocks:
         query, key, value = block.qkv(block.attention_norm(hidden)).chunk(3, dim=1)
         heads = []
         for head in (slice(0, 8), slice(8, 16)):
-            logits = query[:, head] @ key[:, head].T / 8**0.5
+            turned_query, turned_key = (torch.complex(*x[:, head].chunk(2, dim=1)) * turn for x in (query, key))
+            logits = (turned_query @ turned_key.conj().T).real / 8**0.5
             logits = logits.masked_fill(torch.ones(9, 9, dtype=torch.bool).triu(1), float("-inf"))
             heads.append(logits.softmax(dim=1) @ value[:, head])
         hidden = hidden + block.out(torch.cat(heads, dim=1))
@@ -132,8 +135,8 @@ def test_states_of_too_long_histories_are_refused() -> None:
 def test_sizes_are_checked() -> None:
     with pytest.raises(ValueError, match="num_items must be at least 1, got 0"):
         SASRec(0)
-    with pytest.raises(ValueError, match="width must be a multiple of num_heads, got 10 and 4"):
-        SASRec(5, width=10, num_heads=4)
+    with pytest.raises(ValueError, match="width must be an even multiple of num_heads, got 20 and 4"):
+        SASRec(5, width=20, num_heads=4)
 
 
 def test_protocol() -> None:
