@@ -1,6 +1,6 @@
 """Evaluation: ranks over the whole catalogue, metrics with confidence intervals, paired comparisons."""
 
-from laser_fast.evaluation.calibration import fit_calibration
+from laser_fast.evaluation.calibration import fit_calibration, search_calibration
 from laser_fast.evaluation.evaluate import evaluate, row_batches
 from laser_fast.evaluation.metrics import (
     MetricValue,
@@ -19,6 +19,7 @@ __all__ = [
     "paired_difference",
     "rank_values",
     "row_batches",
+    "search_calibration",
     "table",
     "target_ranks",
 ]

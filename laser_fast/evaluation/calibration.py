@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,8 +28,18 @@ _FINE = (0.7, 0.85, 1.0, 1.18, 1.4)  # the last round: factors around what was f
 _ROWS_PER_CHUNK = 64  # a chunk of scores stays in the cache while a whole grid is tried on it
 
 
-@torch.no_grad()
 def fit_calibration(
+    components: Mapping[str, Scorer],
+    rows: EvaluationRows,
+    counts: Tensor,
+    **options: Any,
+) -> CalibratedScorer:
+    """`search_calibration` without the metric it reached."""
+    return search_calibration(components, rows, counts, **options)[0]
+
+
+@torch.no_grad()
+def search_calibration(
     components: Mapping[str, Scorer],
     rows: EvaluationRows,
     counts: Tensor,
@@ -40,7 +50,7 @@ def fit_calibration(
     batch_size: int = 256,
     device: torch.device | str = "cpu",
     progress: bool = False,
-) -> CalibratedScorer:
+) -> tuple[CalibratedScorer, float]:
     """Maximise NDCG@10 on `rows` over one scalar at a time, on fixed grids; deterministic.
 
     A common factor changes no ranking, so the first component keeps weight 1 and sets the unit of the others.
@@ -56,6 +66,9 @@ def fit_calibration(
         batch_size: rows scored at a time.
         device: where the histories are put before `score`.
         progress: show a bar.
+
+    Returns:
+        The fused scorer, and its NDCG@10 on the rows that were used.
 
     Raises:
         ValueError: no rows or no component, or names that do not fit.
@@ -92,7 +105,7 @@ def fit_calibration(
         scalars[_LAST],
         scalars[_POPULARITY],
     )
-    return CalibratedScorer(components, fitted, counts)
+    return CalibratedScorer(components, fitted, counts), best
 
 
 def _coarse_grid(name: str) -> list[float]:

@@ -98,12 +98,18 @@ def load_laser(
             f"got {inputs.split.hash[:12]}"
         )
     model = build_laser(config, inputs, *load_language_model(config.lm)).eval()
-    load_weights(model, folder)
-    if description["calibration"] is not None:
-        settings = Calibration.from_json(json.dumps(description["calibration"]))
+    return restore(model, inputs, folder), inputs, config
+
+
+def restore(model: LaserModel, inputs: Inputs, directory: Path) -> LaserModel:
+    """`load_weights`, and the calibration that was saved with them; returns the model."""
+    saved = load_weights(model, directory)["calibration"]
+    model.calibration = None
+    if saved is not None:
+        settings = Calibration.from_json(json.dumps(saved))
         counts = torch.from_numpy(training_counts(inputs.split, model.num_items))
         model.calibration = CalibratedScorer(calibration_components(model, inputs), settings, counts)
-    return model, inputs, config
+    return model
 
 
 def calibration_components(model: LaserModel, inputs: Inputs) -> dict[str, Scorer]:

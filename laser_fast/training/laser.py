@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from laser_fast.config import LaserConfig
 from laser_fast.data import TrainingRows, training_rows
 from laser_fast.data.batches import PackedBatch
-from laser_fast.evaluation import evaluate, fit_calibration
+from laser_fast.evaluation import evaluate, search_calibration
+from laser_fast.models.calibration import CalibratedScorer
 from laser_fast.models.laser import LaserModel
 from laser_fast.nn.pretraining import ContrastiveHeads
 from laser_fast.training.build import Inputs, build_laser, load_inputs, load_language_model, training_counts
-from laser_fast.training.checkpoint import calibration_components, load_weights, save_laser
+from laser_fast.training.checkpoint import calibration_components, load_weights, restore, save_laser
 from laser_fast.training.loop import EarlyStopping, RowSampler, StageTrainer
 from laser_fast.training.run_directory import RunDirectory
 
@@ -65,11 +66,7 @@ def train_laser(config: LaserConfig, *, progress: bool = True) -> tuple[LaserMod
         _pretrain(run)
     phase_a = _phase(run, "phase_a", None)
     _phase(run, "phase_b", phase_a)
-    facts = load_weights(model, directory.checkpoint)
-    model.eval()
-    if config.evaluation.calibrate:
-        _calibrate(run, {name: facts[name] for name in ("stage", "epoch", "validation")})
-    return model, inputs
+    return restore(model.eval(), inputs, directory.checkpoint), inputs
 
 
 def _pretrain(run: _Run) -> None:
@@ -137,18 +134,17 @@ def _phase(run: _Run, name: str, carried: EarlyStopping | None) -> EarlyStopping
     return stopping
 
 
-def _calibrate(run: _Run, facts: dict[str, Any]) -> None:
-    """Fit the scalars of the calibrated score on the validation rows and keep them with the checkpoint."""
-    model, inputs = run.model, run.inputs
-    model.calibration = fit_calibration(
-        calibration_components(model, inputs),
+def _calibrate(run: _Run) -> tuple[CalibratedScorer, float]:
+    """Fit the scalars of the calibrated score on the validation rows; with the metric they reach there."""
+    inputs = run.inputs
+    return search_calibration(
+        calibration_components(run.model, inputs),
         inputs.split.valid,
-        torch.from_numpy(training_counts(inputs.split, model.num_items)),
+        torch.from_numpy(training_counts(inputs.split, run.model.num_items)),
         standardize=("recommender",) if inputs.recommender is not None else (),
+        batch_size=run.config.evaluation.batch_size,
         device=run.accelerator.device,
-        progress=run.progress,
     )
-    save_laser(model, run.config, inputs.split.hash, run.directory.checkpoint, **facts)
 
 
 def _training_loss(model: LaserModel) -> Any:
@@ -166,19 +162,18 @@ def _refresh(run: _Run) -> None:
 
 def _validate(run: _Run, stopping: EarlyStopping, phase: str, epoch: int, **values: Any) -> None:
     """Rank the whole catalogue for all validation users; keep the model when it is the best so far."""
-    run.model.eval()
-    metrics = evaluate(
-        run.model, run.inputs.split.valid, batch_size=run.config.evaluation.batch_size, device=run.accelerator.device
-    )
-    value = metrics[MAIN_METRIC].mean
+    model, size = run.model.eval(), run.config.evaluation.batch_size
+    if run.config.evaluation.calibrate:  # what will be served decides which epoch is the best
+        model.calibration, value = _calibrate(run)
+    else:
+        metrics = evaluate(model, run.inputs.split.valid, batch_size=size, device=run.accelerator.device)
+        value = metrics[MAIN_METRIC].mean
     improved = stopping.improved(value, epoch)
     run.directory.log(stage=phase, epoch=epoch, best=improved, **{f"validation_{MAIN_METRIC}": value}, **values)
     if run.progress:
         shown = "".join(f", {key} {values[key]:.3f}" for key in ("cross_entropy", "balance") if key in values)
-        print(
-            f"{phase} epoch {epoch + 1}: validation NDCG@10 {value:.4f}{' (best)' if improved else ''}{shown}",
-            flush=True,
-        )
+        mark = " (best)" if improved else ""
+        print(f"{phase} epoch {epoch + 1}: validation {MAIN_METRIC} {value:.4f}{mark}{shown}", flush=True)
     if improved:
         save_laser(
             run.model,
