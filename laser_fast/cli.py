@@ -107,7 +107,6 @@ def _prepare(parsed: argparse.Namespace) -> None:
 def _train_recommender(parsed: argparse.Namespace) -> None:
     from laser_fast.data import SequenceDataset, leave_one_out
     from laser_fast.evaluation import evaluate, table
-    from laser_fast.training.checkpoint import item_map_hash
     from laser_fast.training.recommender import train_sasrec
 
     if parsed.config is None:
@@ -122,7 +121,7 @@ def _train_recommender(parsed: argparse.Namespace) -> None:
         dataset.num_items,
         config,
         seed=parsed.seed,
-        item_map_hash=item_map_hash(dataset.items.ids),
+        item_map_hash=dataset.items.hash(),
         run_dir=parsed.output,
     )
     print(table({"SASRec, validation": evaluate(model, split.valid)}, ("HR@10", "NDCG@10", "MRR")))

@@ -56,6 +56,7 @@ def test_compare_lists_every_system(trained: Path, tmp_path: Path, capsys: pytes
         "ItemKNN",
         "SASRec",
         "zero-shot LM",
+        "zero-shot LM, calibrated",
         "no-training fusion",
         "Laser, cosine only",
         "Laser",

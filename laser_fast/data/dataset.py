@@ -7,10 +7,7 @@ becomes a file name.
 
 import hashlib
 import os
-import secrets
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from laser_fast.data.folders import replace_directory, whole_directory
 from laser_fast.data.items import ID_COLUMN, ItemTable, first_duplicate, update_with_strings
 from laser_fast.data.manifest import Manifest
 from laser_fast.data.sequences import PackedSequences
@@ -139,7 +137,11 @@ class SequenceDataset:
             FileNotFoundError: the folder or one of its files is missing.
             ValueError: a file is not the one the manifest describes, or its content breaks a rule.
         """
-        return _load(Path(directory), verify)
+        try:
+            folder = whole_directory(Path(directory))
+        except FileNotFoundError:
+            folder = Path(directory)  # reading its manifest fails with a message that says how to make one
+        return _load(folder, verify)
 
     @property
     def num_users(self) -> int:
@@ -236,14 +238,6 @@ def _load(directory: Path, verify: bool) -> SequenceDataset:
     )
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def check_target(directory: Path, overwrite: bool) -> None:
     """Refuse a target that holds something: `overwrite` replaces a data set, never any other folder.
 
@@ -260,33 +254,6 @@ def check_target(directory: Path, overwrite: bool) -> None:
         raise FileExistsError(f"write_dataset: the target must be empty or a data set, got other files in {directory}")
     if not overwrite:
         raise FileExistsError(f"write_dataset: the target must be empty, got a data set in {directory}; use overwrite")
-
-
-@contextmanager
-def _folder_beside(directory: Path) -> Iterator[Path]:
-    """A new folder beside `directory` that takes its place when the block ends well and vanishes when it does not."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    token = secrets.token_hex(6)
-    partial = directory.with_name(f".{directory.name}.{token}.partial")
-    partial.mkdir()
-    try:
-        yield partial
-        if directory.exists() and any(directory.iterdir()):
-            # a folder cannot be swapped in one step: the old one waits under a hidden name until the new one stands
-            old = directory.with_name(f".{directory.name}.{token}.old")
-            directory.rename(old)
-            try:
-                partial.rename(directory)
-            except BaseException:
-                old.rename(directory)
-                raise
-            shutil.rmtree(old)
-        else:
-            partial.rename(directory)
-        _sync(directory.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def write_dataset(
@@ -307,7 +274,7 @@ def write_dataset(
     """
     target = Path(directory).resolve()
     check_target(target, overwrite)
-    with _folder_beside(target) as partial:
+    with replace_directory(target) as partial:
         columns = {ID_COLUMN: dataset.items.ids, **dataset.items.fields}
         pq.write_table(
             pa.table({name: pa.array(column, pa.large_string()) for name, column in columns.items()}),
@@ -329,6 +296,4 @@ def write_dataset(
             dataset_hash=dataset.hash(),
         )
         (partial / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
-        for name in (*DATA_FILES, MANIFEST_FILE):
-            _sync(partial / name)
     return SequenceDataset.load(target, verify=False)

@@ -56,9 +56,9 @@ def compare(
 ) -> Comparison:
     """Laser beside what needs no language model, and beside what the frozen language model does untrained.
 
-    The fusion without training adds the zero-shot scores of the last item and of the whole history and the
-    recommender's
-    score, with the repeat and popularity terms, all scalars fitted on validation: what Laser has to beat.
+    The calibrated zero-shot line has the repeat and popularity terms too: on data without repeats they matter more than
+    anything else. The fusion without training adds the zero-shot scores of the last item and of the whole history and
+    the recommender's score, with the same terms, all scalars fitted on validation: what Laser has to beat.
 
     Args:
         counts: int64 [I], events of each item in the training part.
@@ -74,6 +74,9 @@ def compare(
     if recommender is not None:
         systems[type(recommender).__name__] = parts["recommender"] = recommender
     systems[ZERO_SHOT] = parts["text_last"]
+    systems[f"{ZERO_SHOT}, calibrated"] = fit_calibration(
+        {"text_last": parts["text_last"]}, split.valid, counts, batch_size=batch_size, progress=progress
+    )
     systems["no-training fusion"] = fit_calibration(
         parts, split.valid, counts, standardize=tuple(parts), batch_size=batch_size, progress=progress
     )

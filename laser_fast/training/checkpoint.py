@@ -17,11 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from laser_fast.config import LaserConfig, build_config
+from laser_fast.data.folders import replace_directory, whole_directory
+from laser_fast.data.items import update_with_strings
 from laser_fast.models.calibration import CalibratedScorer, Calibration
 from laser_fast.models.laser import LaserModel
 from laser_fast.models.recommender import Scorer
 from laser_fast.training.build import Inputs, build_laser, load_inputs, load_language_model, training_counts
-from laser_fast.training.run_directory import replace_directory, whole_directory, write_json
+from laser_fast.training.run_directory import write_json
 
 _FORMAT = 1
 
@@ -121,11 +123,9 @@ def calibration_components(model: LaserModel, inputs: Inputs) -> dict[str, Score
 
 
 def item_map_hash(item_ids: Sequence[str]) -> str:
-    """SHA-256 over the external ids in index order."""
+    """SHA-256 over the external ids in index order, the same as `ItemTable.hash`."""
     digest = hashlib.sha256()
-    for item_id in item_ids:
-        encoded = item_id.encode("utf-8")
-        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    update_with_strings(digest, item_ids)
     return digest.hexdigest()
 
 

@@ -137,7 +137,7 @@ class StageTrainer:
         loss = values["loss"]
         if not bool(torch.isfinite(loss)):
             raise FloatingPointError(
-                f"training: the loss must be finite, got {float(loss)} at step {self.step}; "
+                f"training: the loss must be finite, got {loss.item()} at step {self.step}; "
                 "lower the learning rate, or train in float32 or bf16"
             )
         self.accelerator.backward(loss)

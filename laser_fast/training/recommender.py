@@ -19,15 +19,10 @@ from tqdm import tqdm
 
 from laser_fast.config import RecommenderConfig
 from laser_fast.data import PackedSequences, Split
+from laser_fast.data.folders import replace_directory, whole_directory
 from laser_fast.evaluation import evaluate
 from laser_fast.models.sasrec import SASRec
-from laser_fast.training.run_directory import (
-    RunDirectory,
-    describe_environment,
-    replace_directory,
-    whole_directory,
-    write_json,
-)
+from laser_fast.training.run_directory import RunDirectory, describe_environment, write_json
 
 _FORMAT = 1
 _KIND = "sasrec"
@@ -35,7 +30,7 @@ _WEIGHTS_FILE = "model.safetensors"
 _SETTINGS_FILE = "recommender.json"
 _WARMUP_STEPS = 50
 _MAX_GRAD_NORM = 5.0
-_AVERAGE_DECAY = 0.99  # of the running mean of the weights, per step
+_AVERAGE_DECAY = 0.98  # of the running mean of the weights, per step
 
 
 @dataclass(frozen=True)

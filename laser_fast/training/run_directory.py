@@ -4,11 +4,8 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import subprocess
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -26,40 +23,6 @@ _PACKAGES = (
     "triton",
     "bitsandbytes",
 )
-
-
-@contextmanager
-def replace_directory(directory: Path) -> Iterator[Path]:
-    """Give a new empty folder beside `directory`; it replaces `directory` when the block ends without an error.
-
-    A reader sees the old folder or the complete new one; an interrupted write leaves the old one, at worst under the
-    name `NAME.old`, which `whole_directory` finds.
-    """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    old = directory.with_name(directory.name + ".old")
-    try:
-        yield fresh
-        if directory.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            directory.rename(old)
-        fresh.rename(directory)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-
-
-def whole_directory(directory: Path) -> Path:
-    """`directory`, or what it replaced if the process died between the two renames of `replace_directory`.
-
-    Raises:
-        FileNotFoundError: neither exists.
-    """
-    old = directory.with_name(directory.name + ".old")
-    for candidate in (directory, old):
-        if candidate.is_dir():
-            return candidate
-    raise FileNotFoundError(f"no such folder: {str(directory)!r}")
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
