@@ -15,7 +15,7 @@ from laser_fast.config import LaserConfig, RecommenderConfig, build_config, dump
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, or 2 with one line on stderr for an input that is refused."""
-    parsed = _parser().parse_args(arguments)
+    parsed = parser().parse_args(arguments)
     warnings.showwarning = _print_warning
     try:
         return int(parsed.run(parsed) or 0)
@@ -26,11 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="laser-fast", description="LLM-based sequential recommendation on one GPU.")
-    parser.add_argument("--version", action="version", version=f"laser-fast {__version__}")
-    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def parser() -> argparse.ArgumentParser:
+    """The commands and their arguments; `parse_args(...).run` is the function of the command."""
+    root = argparse.ArgumentParser(prog="laser-fast", description="LLM-based sequential recommendation on one GPU.")
+    root.add_argument("--version", action="version", version=f"laser-fast {__version__}")
+    root.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = root.add_subparsers(required=True, metavar="COMMAND")
 
     prepare = commands.add_parser("prepare", help="turn interaction logs and item files into a data set")
     _add_prepare(prepare)
@@ -69,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what is installed, what runs, and why not")
     doctor.add_argument("--json", action="store_true", help="machine-readable")
     doctor.set_defaults(run=_doctor)
-    return parser
+    return root
 
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
