@@ -40,7 +40,7 @@ class RecommenderConfig(Settings):
     """Of the states before they meet the item embeddings: keeps small data sets from being learned by heart."""
     max_length: PositiveInt = 50
     """Newest history items that are read; older ones are dropped."""
-    batch_size: PositiveInt = 64
+    batch_size: PositiveInt = 128
     """Training sequences in a batch, each of up to `max_length` + 1 events; longer ones are cut into several."""
     learning_rate: PositiveFloat = 1e-3
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
