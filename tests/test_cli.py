@@ -55,6 +55,7 @@ def test_compare_lists_every_system(trained: Path, tmp_path: Path, capsys: pytes
         "Markov-1",
         "ItemKNN",
         "SASRec",
+        "SASRec, calibrated",
         "zero-shot LM",
         "zero-shot LM, calibrated",
         "no-training fusion",

@@ -56,8 +56,8 @@ def compare(
 ) -> Comparison:
     """Laser beside what needs no language model, and beside what the frozen language model does untrained.
 
-    The calibrated zero-shot line has the repeat and popularity terms too: on data without repeats they matter more than
-    anything else. The fusion without training adds the zero-shot scores of the last item and of the whole history and
+    The calibrated lines have the repeat and popularity terms that Laser has: on data without repeats these matter more
+    than anything else. The fusion without training adds the zero-shot scores of the last item and of the whole history and
     the recommender's score, with the same terms, all scalars fitted on validation: what Laser has to beat.
 
     Args:
@@ -65,6 +65,13 @@ def compare(
         recommender: the ID-based recommender; None leaves its line out.
     """
     train_items, train_cu_seqlens = torch.tensor(split.train.items), torch.tensor(split.train.cu_seqlens)
+
+    def calibrated(components: dict[str, Scorer]) -> Scorer:
+        names = tuple(components)
+        return fit_calibration(
+            components, split.valid, counts, standardize=names, batch_size=batch_size, progress=progress
+        )
+
     vectors = text_vectors(model.lm, model.builder)
     parts: dict[str, Scorer] = {"text_last": TextSimilarity(vectors), "text_history": TextSimilarity(vectors, _RECENCY)}
     systems: dict[str, Scorer] = {
@@ -72,14 +79,12 @@ def compare(
         for name, kind in (("Popularity", Popularity), ("Markov-1", Markov1), ("ItemKNN", ItemKNN))
     }
     if recommender is not None:
-        systems[type(recommender).__name__] = parts["recommender"] = recommender
+        name = type(recommender).__name__
+        systems[name] = parts["recommender"] = recommender
+        systems[f"{name}, calibrated"] = calibrated({"recommender": recommender})
     systems[ZERO_SHOT] = parts["text_last"]
-    systems[f"{ZERO_SHOT}, calibrated"] = fit_calibration(
-        {"text_last": parts["text_last"]}, split.valid, counts, batch_size=batch_size, progress=progress
-    )
-    systems["no-training fusion"] = fit_calibration(
-        parts, split.valid, counts, standardize=tuple(parts), batch_size=batch_size, progress=progress
-    )
+    systems[f"{ZERO_SHOT}, calibrated"] = calibrated({"text_last": parts["text_last"]})
+    systems["no-training fusion"] = calibrated(parts)
     if model.calibration is not None:
         systems[f"{LASER}, cosine only"] = model
     systems[LASER] = model if model.calibration is None else model.calibration
