@@ -57,8 +57,8 @@ def compare(
     """Laser beside what needs no language model, and beside what the frozen language model does untrained.
 
     The calibrated lines have the repeat and popularity terms that Laser has: on data without repeats these matter more
-    than anything else. The fusion without training adds the zero-shot scores of the last item and of the whole history and
-    the recommender's score, with the same terms, all scalars fitted on validation: what Laser has to beat.
+    than anything else. The fusion without training adds the zero-shot scores of the last item and of the whole history
+    and the recommender's score, with the same terms, all scalars fitted on validation: what Laser has to beat.
 
     Args:
         counts: int64 [I], events of each item in the training part.
