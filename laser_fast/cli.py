@@ -16,9 +16,10 @@ from laser_fast.config import LaserConfig, RecommenderConfig, build_config, dump
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, or 2 with one line on stderr for an input that is refused."""
     parsed = parser().parse_args(arguments)
-    warnings.showwarning = _print_warning
     try:
-        return int(parsed.run(parsed) or 0)
+        with warnings.catch_warnings():
+            warnings.showwarning = _print_warning
+            return int(parsed.run(parsed) or 0)
     except (FileNotFoundError, FileExistsError, ValueError, FloatingPointError, ImportError) as error:
         if parsed.traceback:
             raise

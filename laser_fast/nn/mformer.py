@@ -88,11 +88,6 @@ class MFormer(nn.Module):
         # the combined queries are averages of layer-normalised rows, so their entries are of order 1
         nn.init.normal_(self.lm_projection.weight, std=prefix_rms * width**-0.5)
 
-    @property
-    def num_queries(self) -> int:
-        """Q, which is also the number of prefix tokens."""
-        return self.query_experts.shape[1]
-
     def forward(self, states: Tensor, cu_seqlens: Tensor) -> MFormerOutput:
         """Write the prefix of every user of a batch.
 

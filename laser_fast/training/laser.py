@@ -6,7 +6,6 @@ phase B   V stays as it was at the best epoch of phase A; only the user side goe
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -205,10 +204,4 @@ def _batches(run: _Run, sampler: RowSampler, epoch: int, *, with_positives: bool
 
 def _longest_text(run: _Run) -> int:
     layout = run.model.builder.user_layout
-    separators = len(layout.separator) * run.config.prompt.max_items
-    return len(layout.left) + len(layout.right) + run.config.prompt.max_tokens + separators
-
-
-def output_checkpoint(config: LaserConfig) -> Path:
-    """Where the best model of a run lies."""
-    return Path(config.output) / "checkpoint"
+    return len(layout.left) + layout.max_tokens + len(layout.right)

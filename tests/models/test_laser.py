@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoModel, LlamaConfig
 
 from laser_fast.config import LaserConfig, build_config
 from laser_fast.data import PackedSequences, training_rows
@@ -65,6 +66,30 @@ def test_composition_of_the_batch_does_not_matter(tiny_settings: dict[str, Any])
         torch.testing.assert_close(model.encode_users(histories.select([row]))[0], together[row], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.encode_users(histories, batch_size=3), together, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(together[0], together[1], atol=1e-3)
+
+
+def test_a_causal_language_model_serves_as_well(tiny_settings: dict[str, Any]) -> None:
+    config = build_config(LaserConfig, tiny_settings | {"bituning": {"num_suffix_tokens": 2}})
+    inputs = load_inputs(config)
+    _, tokenizer = load_language_model(config.lm)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    decoder = AutoModel.from_config(LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=1, **sizes))
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.mul_(10.0 if parameter.dim() > 1 else 1.0)
+    model = build_laser(config, inputs, decoder, tokenizer)
+    assert model.lm.causal
+    histories = PackedSequences.from_lists([[0, 1, 2], [7], [], [3, 4, 5, 6, 8, 9]])
+    together = model.encode_users(histories)
+    for row in range(4):
+        torch.testing.assert_close(model.encode_users(histories.select([row]))[0], together[row], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(together[0], together[1], atol=1e-3)
+    model.refresh_items()
+    model.train()(training_batch(model, inputs, [0, 5, 9])).loss.backward()
+    suffix, experts = model.bituning.suffix_tokens.grad, model.mformer.query_experts.grad  # type: ignore[union-attr]
+    assert suffix is not None and bool((suffix.abs().amax(dim=1) > 0).all())
+    assert experts is not None and float(experts.abs().max()) > 0
 
 
 def test_positives_get_a_gradient_through_the_item_side(tiny_settings: dict[str, Any]) -> None:

@@ -37,8 +37,13 @@ def test_bad_types_are_refused() -> None:
 
 
 def test_good_histories_pass() -> None:
-    check_histories("f", torch.tensor([0, 4]), _int32(0, 0, 2, 2), 5)
-    check_histories("f", torch.empty(0, dtype=torch.int64), _int32(0), 5)
+    for items, cu_seqlens in (
+        (torch.tensor([0, 4]), _int32(0, 0, 2, 2)),
+        (torch.empty(0, dtype=torch.int64), _int32(0)),
+    ):
+        before = items.clone()
+        check_histories("f", items, cu_seqlens, 5)  # raises nothing
+        assert torch.equal(items, before)
 
 
 def test_newest_items_are_kept() -> None:

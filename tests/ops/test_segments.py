@@ -117,8 +117,10 @@ def test_validate_names_the_broken_rule(content: list[int], message: str) -> Non
 
 
 def test_validate_accepts_what_is_right() -> None:
-    validate_cu_seqlens("f", torch.tensor([0, 0, 4, 4], dtype=torch.int32), 4)
-    validate_cu_seqlens("f", torch.tensor([0], dtype=torch.int32), 0)
+    for content, num_rows in (([0, 0, 4, 4], 4), ([0], 0)):
+        cu_seqlens = torch.tensor(content, dtype=torch.int32)
+        validate_cu_seqlens("f", cu_seqlens, num_rows)  # raises nothing
+        assert cu_seqlens.tolist() == content
 
 
 def test_arguments_are_checked() -> None:
