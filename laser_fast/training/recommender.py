@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,6 +21,7 @@ from laser_fast.data import PackedSequences, Split
 from laser_fast.data.folders import replace_directory, whole_directory
 from laser_fast.evaluation import evaluate
 from laser_fast.models.sasrec import SASRec
+from laser_fast.ops import catalog_cross_entropy
 from laser_fast.training.run_directory import RunDirectory, describe_environment, write_json
 
 _FORMAT = 1
@@ -171,7 +171,9 @@ def _train_epoch(
         items, cu_seqlens, targets = windows.batch(
             order[start : start + batch_size], model.item_embedding.weight.device
         )
-        loss = F.cross_entropy(model.logits(model(items, cu_seqlens)), targets)
+        loss = catalog_cross_entropy(
+            model(items, cu_seqlens), model.item_embedding.weight, targets, temperature=1.0, normalize=False
+        )
         if not math.isfinite(value := loss.item()):
             raise FloatingPointError(
                 f"train_sasrec: the loss must be finite, got {value} at step {warmup.last_epoch}; lower learning_rate"
