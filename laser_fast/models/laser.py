@@ -155,9 +155,9 @@ class LaserModel(nn.Module):
             loss = CE(users, V) + CE(users, positives) + alpha * L_balance
 
         V is a constant of the epoch. The second term is there when the batch brings its positives: they are encoded
-        here with gradient and stand against each other only. (Put in the place of their rows of V they would be the only
-        fresh rows among stale ones, and to tell fresh from stale is easier than to recommend: on MovieLens-100K the
-        cross-entropy over 1,682 items fell below 4 within 32 steps, to the log of the batch's 60 positives, while
+        here with gradient and stand against each other only. (Put in the place of their rows of V they would be the
+        only fresh rows among stale ones, and to tell fresh from stale is easier than to recommend: on MovieLens-100K
+        the cross-entropy over 1,682 items fell below 4 within 32 steps, to the log of the batch's 60 positives, while
         validation hardly moved.)
 
         Raises:
