@@ -14,6 +14,7 @@ from torch import Tensor
 
 from laser_fast.ops.arguments import check_dimensions, check_dtype, check_floating, check_one_device
 from laser_fast.ops.precision import autocast_off, wide_dtype
+from laser_fast.ops.triton_kernels import triton_serves
 
 
 def dispatch_queries_reference(queries: Tensor, expert: Tensor) -> Tensor:
@@ -24,6 +25,15 @@ def dispatch_queries_reference(queries: Tensor, expert: Tensor) -> Tensor:
 @torch.library.custom_op("laser_fast::dispatch_queries", mutates_args=())
 def _dispatch_queries(queries: Tensor, expert: Tensor) -> Tensor:
     return dispatch_queries_reference(queries, expert).contiguous()
+
+
+@_dispatch_queries.register_kernel("cuda")
+def _dispatch_queries_fused(queries: Tensor, expert: Tensor) -> Tensor:
+    if not triton_serves("dispatch_queries", queries):
+        return dispatch_queries_reference(queries, expert).contiguous()
+    from laser_fast.kernels.dispatch import dispatch_forward  # triton is needed only on a GPU
+
+    return dispatch_forward(queries, expert)
 
 
 @_dispatch_queries.register_fake
@@ -46,6 +56,15 @@ def _(grad: Tensor, expert: Tensor, num_experts: int) -> Tensor:
     # here index_add adds slab after slab, in a fixed order (32 users, 3 chosen, 32 x 256: 0.1 ms, the product 0.4)
     total = grad.new_zeros((num_experts, *grad.shape[1:]), dtype=wide_dtype(grad))
     return total.index_add_(0, expert.reshape(-1), grad.to(total.dtype)).to(grad.dtype)
+
+
+@_dispatch_queries_backward.register_kernel("cuda")
+def _dispatch_queries_backward_fused(grad: Tensor, expert: Tensor, num_experts: int) -> Tensor:
+    if not triton_serves("dispatch_queries", grad, num_experts=num_experts):
+        return _dispatch_queries_backward._init_fn(grad, expert, num_experts)
+    from laser_fast.kernels.dispatch import dispatch_backward
+
+    return dispatch_backward(grad, expert, num_experts)
 
 
 @_dispatch_queries_backward.register_fake
@@ -109,6 +128,15 @@ def _combine_queries(outputs: Tensor, weight: Tensor) -> Tensor:
     return combine_queries_reference(outputs, weight)
 
 
+@_combine_queries.register_kernel("cuda")
+def _combine_queries_fused(outputs: Tensor, weight: Tensor) -> Tensor:
+    if not triton_serves("combine_queries", outputs, weight):
+        return combine_queries_reference(outputs, weight)
+    from laser_fast.kernels.dispatch import combine_forward
+
+    return combine_forward(outputs, weight)
+
+
 @_combine_queries.register_fake
 def _(outputs: Tensor, weight: Tensor) -> Tensor:
     return outputs.new_empty((weight.shape[0], *outputs.shape[1:]))
@@ -129,6 +157,17 @@ def _combine_queries_backward(
         slabs = outputs.reshape(num_users, top_k, *outputs.shape[1:]).to(wide)
         grad_weight = (slabs * wide_grad).sum(dim=(2, 3)).to(weight.dtype)
     return grad_outputs, grad_weight
+
+
+@_combine_queries_backward.register_kernel("cuda")
+def _combine_queries_backward_fused(
+    grad: Tensor, outputs: Tensor, weight: Tensor, needs_outputs: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor]:
+    if not triton_serves("combine_queries", outputs, weight):
+        return _combine_queries_backward._init_fn(grad, outputs, weight, needs_outputs, needs_weight)
+    from laser_fast.kernels.dispatch import combine_backward
+
+    return combine_backward(grad, outputs, weight, needs_outputs=needs_outputs, needs_weight=needs_weight)
 
 
 @_combine_queries_backward.register_fake

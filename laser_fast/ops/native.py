@@ -82,7 +82,7 @@ def cuda_absence(device_index: int) -> str:
 
 
 @cache
-def warn_fallback(operation: str, reason: str) -> None:
+def warn_fallback(operation: str, reason: str, remedy: str = REMEDY) -> None:
     """Say once per process that an operation runs as its torch reference on a GPU, why, and what to do."""
     message = f"{operation}: the torch reference runs in place of the compiled kernel: {reason}"
-    warnings.warn(f"{message}; {REMEDY}; `laser-fast doctor` lists what runs", RuntimeWarning, stacklevel=4)
+    warnings.warn(f"{message}; {remedy}; `laser-fast doctor` lists what runs", RuntimeWarning, stacklevel=4)

@@ -22,6 +22,7 @@ from torch import Tensor
 from laser_fast.ops.arguments import check_dimensions, check_dtype, check_floating, check_one_device
 from laser_fast.ops.precision import autocast_off, wide_dtype
 from laser_fast.ops.segments import check_cu_seqlens, segment_ids, segment_lengths, segment_mean
+from laser_fast.ops.triton_kernels import triton_serves
 
 WEIGHTINGS = ("softmax", "renormalize")
 
@@ -110,6 +111,17 @@ def _route_experts(
     return routing.weight, routing.pooled, routing.balance_loss, routing.expert, routing.load, probabilities
 
 
+@_route_experts.register_kernel("cuda")
+def _route_experts_fused(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    states, weight, bias = arguments[:3]
+    if not triton_serves("route_experts", states, weight, bias, num_experts=weight.shape[0]):
+        return _route_experts._init_fn(*arguments)
+    from laser_fast.kernels.routing import route_forward  # triton is needed only on a GPU
+
+    result = route_forward(*arguments)
+    return result.weight, result.pooled, result.balance_loss, result.expert, result.load, result.probability
+
+
 @_route_experts.register_fake
 def _(
     states: Tensor,
@@ -169,6 +181,21 @@ def _route_experts_backward(
         grad_router = grad.T @ states.to(grad.dtype) if needs_router else grad.new_empty(0)
         grad_bias = grad.sum(dim=0)
     return grad_states, grad_router, grad_bias
+
+
+@_route_experts_backward.register_kernel("cuda")
+def _route_experts_backward_fused(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *grads, states, router, cu_seqlens, expert, weight, pooled, load, probabilities = arguments[:11]
+    weighting, needs_states, needs_router = arguments[11:]
+    # probabilities are float64 where any input of the forward pass was
+    if not triton_serves("route_experts", states, router, probabilities, num_experts=router.shape[0]):
+        return _route_experts_backward._init_fn(*arguments)
+    from laser_fast.kernels.routing import RoutingResult
+    from laser_fast.kernels.routing_backward import route_backward
+
+    result = RoutingResult(weight, pooled, grads[2], expert, load, probabilities)
+    needs = {"needs_states": needs_states, "needs_router": needs_router}
+    return route_backward(*grads, states, router, cu_seqlens, result, weighting, **needs)
 
 
 @_route_experts_backward.register_fake

@@ -1,0 +1,343 @@
+"""Routing of users to query experts, forward in two launches and backward in three (formulas: laser_fast.ops.routing).
+
+Memory-bound in the item states X [N, D]. Forward reads X once; everything else is E numbers an item: it writes the
+probabilities s [N, E], reads them back per user, and writes B (E + 2 k) numbers. Backward reads X once, writes dX once
+and passes E numbers an item twice. At D = 768, E = 8 and half precision X is 98 % of the forward bytes.
+
+Sums are float32 and in a fixed order: within a tile, then over the tiles of a program, then over the programs, whose
+number depends on shapes alone. No atomics, so results are bit-equal from run to run, and a user's results do not depend
+on who else is in the batch. Source: our own; Laser (Zhang et al., arXiv:2409.01605) for the mathematics.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_MIN_DOT = 16  # smallest side of a matrix product on tensor cores
+_MAX_ITEM_PROGRAMS = 1024  # 2 E partial sums each: 64 KiB to add up at E = 8, and about 8 programs per multiprocessor
+_USER_TILE = 512  # probabilities of a user per step, and per two warps
+
+
+class Tile(NamedTuple):
+    """Items and columns of X per step of a program, and how it runs."""
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, int]:
+        """As the kernels and the compiler name them."""
+        return {
+            "BLOCK_N": self.rows,
+            "BLOCK_D": self.columns,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+# By padded number of experts. Chosen from what compiles for sm_90: no spilled register, then the most bytes in flight
+# per multiprocessor (at 8 experts 24 to 160 KiB, where 14 KiB hide 600 ns at 3 TB/s). Not yet timed on a GPU.
+_FORWARD = {
+    16: Tile(64, 64, 4, 3),
+    32: Tile(16, 64, 4, 3),
+    64: Tile(32, 32, 4, 3),
+    128: Tile(16, 32, 8, 3),
+    256: Tile(16, 16, 4, 2),
+}
+_SMALL_BATCH = 16384  # items; fewer would leave multiprocessors idle at 64 rows a program
+_FORWARD_SMALL = _FORWARD | {16: Tile(16, 128, 4, 3), 64: Tile(16, 32, 4, 3)}
+
+
+def padded_experts(num_experts: int) -> int:
+    return max(_MIN_DOT, triton.next_power_of_2(num_experts))
+
+
+def _forward_options(states: Tensor, num_experts: int) -> dict[str, int]:
+    """BLOCK_E, the tile and SPLIT of the forward pass over the items."""
+    experts = padded_experts(num_experts)
+    table = _FORWARD_SMALL if states.shape[0] < _SMALL_BATCH else _FORWARD
+    return {"BLOCK_E": experts, "SPLIT": states.dtype != torch.float32, **table[experts].options()}
+
+
+def user_tile(num_experts: int) -> dict[str, int]:
+    """Rows per step, padded experts and warps of the kernels with one program per user."""
+    block_experts = triton.next_power_of_2(num_experts)
+    rows = min(max(_USER_TILE // block_experts, 4), 32)
+    return {"BLOCK_ROWS": rows, "BLOCK_E": block_experts, "num_warps": max(1, rows * block_experts // 256)}
+
+
+def rows_per_program(num_items: int, block_rows: int, max_programs: int) -> int:
+    return triton.cdiv(triton.cdiv(num_items, max_programs), block_rows) * block_rows
+
+
+@triton.jit
+def _split(values):
+    """values = high + low, where high keeps the 11 significant bits of TF32 and low has the other 13."""
+    high = (values.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    return high, values - high
+
+
+@triton.jit
+def dot(exact, values, total, SPLIT: tl.constexpr):
+    """total + exact @ values in float32. Where SPLIT, `exact` comes from half precision, which TF32 holds exactly, so
+    two TF32 products keep 22 of the 24 bits of `values` at the speed of tensor cores; else full float32 products."""
+    if SPLIT:
+        high, low = _split(values)
+        total = tl.dot(exact, low, total, input_precision="tf32")
+        total = tl.dot(exact, high, total, input_precision="tf32")
+    else:
+        total = tl.dot(exact, values, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _best(values):
+    """Index of the largest value per row of [R, E], the lower index among equals. NaN counts as largest, as in torch,
+    so that the index is always one of a real expert."""
+    return tl.argmax(tl.where(values != values, float("inf"), values), axis=1)
+
+
+@triton.jit(do_not_specialize=["num_items", "rows_per_program"])
+def _route_items_kernel(
+    states_ptr,  # [N, D], rows stride_states apart
+    router_ptr,  # [E, D]
+    bias_ptr,  # [E]
+    probability_ptr,  # [N, E] float32, out
+    partial_ptr,  # [programs, 2, E] float32, out: summed probabilities, then votes
+    num_items,
+    width,
+    stride_states,
+    rows_per_program,
+    NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    first = program * rows_per_program
+    last = tl.minimum(first + rows_per_program, num_items)
+    experts = tl.arange(0, BLOCK_E)
+    is_expert = experts < NUM_EXPERTS
+    # padding experts get logits of -inf, hence probability 0
+    bias = tl.load(bias_ptr + experts, mask=is_expert, other=float("-inf")).to(tl.float32)
+    total = tl.zeros((BLOCK_E,), dtype=tl.float32)
+    votes = tl.zeros((BLOCK_E,), dtype=tl.float32)
+    for start in range(first, last, BLOCK_N):
+        rows = start + tl.arange(0, BLOCK_N)
+        is_row = rows < last
+        logits = tl.zeros((BLOCK_N, BLOCK_E), dtype=tl.float32)
+        for column in range(0, width, BLOCK_D):
+            columns = column + tl.arange(0, BLOCK_D)
+            is_column = columns < width
+            states = tl.load(
+                states_ptr + rows[:, None] * stride_states + columns[None, :],
+                mask=is_row[:, None] & is_column[None, :],
+                other=0.0,
+            )
+            router = tl.load(
+                router_ptr + experts[None, :] * width + columns[:, None],
+                mask=is_expert[None, :] & is_column[:, None],
+                other=0.0,
+            )
+            logits = dot(states.to(tl.float32), router.to(tl.float32), logits, SPLIT)
+        logits += bias[None, :]
+        raised = tl.exp(logits - tl.max(logits, axis=1)[:, None])
+        probability = raised / tl.sum(raised, axis=1)[:, None]
+        kept = is_row[:, None] & is_expert[None, :]
+        tl.store(probability_ptr + rows[:, None] * NUM_EXPERTS + experts[None, :], probability, mask=kept)
+        total += tl.sum(tl.where(kept, probability, 0.0), axis=0)
+        remaining = tl.where(is_expert[None, :], probability, float("-inf"))
+        for _ in range(TOP_K):
+            best = _best(remaining)
+            remaining = tl.where(experts[None, :] == best[:, None], float("-inf"), remaining)
+        votes += tl.sum(tl.where(kept & (remaining == float("-inf")), 1.0, 0.0), axis=0)
+    partial = partial_ptr + program * (2 * NUM_EXPERTS) + experts
+    tl.store(partial, total, mask=is_expert)
+    tl.store(partial + NUM_EXPERTS, votes, mask=is_expert)
+
+
+@triton.jit
+def _balance(
+    partial_ptr,
+    load_ptr,
+    balance_ptr,
+    num_items,
+    num_programs,
+    NUM_EXPERTS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Load per expert and the balance loss from the partial sums; both 0 without items."""
+    experts = tl.arange(0, BLOCK_E)
+    is_expert = experts < NUM_EXPERTS
+    total = tl.zeros((BLOCK_E,), dtype=tl.float32)
+    votes = tl.zeros((BLOCK_E,), dtype=tl.float32)
+    for start in range(0, num_programs, BLOCK_ROWS):
+        programs = start + tl.arange(0, BLOCK_ROWS)
+        mask = (programs < num_programs)[:, None] & is_expert[None, :]
+        partial = partial_ptr + programs[:, None].to(tl.int64) * (2 * NUM_EXPERTS) + experts[None, :]
+        total += tl.sum(tl.load(partial, mask=mask, other=0.0), axis=0)
+        votes += tl.sum(tl.load(partial + NUM_EXPERTS, mask=mask, other=0.0), axis=0)
+    count = tl.maximum(num_items, 1).to(tl.float32)
+    load = votes / count
+    tl.store(load_ptr + experts, load, mask=is_expert)
+    tl.store(balance_ptr, tl.sum(total * load, axis=0) * (NUM_EXPERTS / count))
+
+
+@triton.jit(do_not_specialize=["num_items", "num_programs"])
+def _route_users_kernel(
+    probability_ptr,  # [N, E] float32
+    partial_ptr,  # [programs, 2, E] float32
+    cu_seqlens_ptr,  # [B + 1] int32
+    given_ptr,  # [B, k] int32: decision to keep, read where HAS_DECISION
+    expert_ptr,  # [B, k] int32, out
+    weight_ptr,  # [B, k] float32, out
+    pooled_ptr,  # [B, E] float32, out
+    load_ptr,  # [E] float32, out
+    balance_ptr,  # [] float32, out
+    num_items,
+    num_programs,
+    NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    HAS_DECISION: tl.constexpr,
+):
+    # the first program adds up the batch, so that its longer loop runs beside the users of all others
+    if tl.program_id(0) == 0:
+        _balance(partial_ptr, load_ptr, balance_ptr, num_items, num_programs, NUM_EXPERTS, BLOCK_ROWS, BLOCK_E)
+    else:
+        user = tl.program_id(0).to(tl.int64) - 1
+        experts = tl.arange(0, BLOCK_E)
+        is_expert = experts < NUM_EXPERTS
+        first = tl.load(cu_seqlens_ptr + user).to(tl.int64)
+        last = tl.load(cu_seqlens_ptr + user + 1).to(tl.int64)
+        total = tl.zeros((BLOCK_E,), dtype=tl.float32)
+        for start in range(first, last, BLOCK_ROWS):
+            rows = start + tl.arange(0, BLOCK_ROWS)
+            mask = (rows < last)[:, None] & is_expert[None, :]
+            values = tl.load(probability_ptr + rows[:, None] * NUM_EXPERTS + experts[None, :], mask=mask, other=0.0)
+            total += tl.sum(values, axis=0)
+        length = (last - first).to(tl.float32)
+        pooled = tl.where(length > 0, total / tl.maximum(length, 1.0), 1.0 / NUM_EXPERTS)
+        tl.store(pooled_ptr + user * NUM_EXPERTS + experts, pooled, mask=is_expert)
+
+        choices = tl.arange(0, BLOCK_K)
+        chosen = tl.zeros((BLOCK_K,), dtype=tl.int32)
+        value = tl.full((BLOCK_K,), float("-inf"), dtype=tl.float32)
+        remaining = tl.where(is_expert, pooled, float("-inf"))
+        for choice in range(TOP_K):
+            if HAS_DECISION:
+                best = tl.load(given_ptr + user * TOP_K + choice)
+            else:
+                best = tl.sum(_best(remaining[None, :]), axis=0)
+                remaining = tl.where(experts == best, float("-inf"), remaining)
+            chosen = tl.where(choices == choice, best, chosen)
+            found = tl.sum(tl.where(experts == best, pooled, 0.0), axis=0)
+            value = tl.where(choices == choice, found, value)
+        is_choice = choices < TOP_K
+        if SOFTMAX:
+            share = tl.exp(value - tl.max(value, axis=0))
+        else:
+            share = tl.where(is_choice, value, 0.0)
+        tl.store(expert_ptr + user * TOP_K + choices, chosen, mask=is_choice)
+        tl.store(weight_ptr + user * TOP_K + choices, share / tl.sum(share, axis=0), mask=is_choice)
+
+
+class RoutingResult(NamedTuple):
+    """Shapes and dtypes of `laser_fast.ops.Routing`, and probability [N, E] float32 for backward."""
+
+    weight: Tensor
+    pooled: Tensor
+    balance_loss: Tensor
+    expert: Tensor
+    load: Tensor
+    probability: Tensor
+
+
+def row_major(tensor: Tensor) -> Tensor:
+    """The tensor itself where its rows are contiguous, however far apart; else a copy."""
+    return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
+
+
+def route_forward(
+    states: Tensor,
+    router: Tensor,
+    bias: Tensor,
+    cu_seqlens: Tensor,
+    top_k: int,
+    weighting: str,
+    expert: Tensor | None,
+) -> RoutingResult:
+    """Launch on tensors checked by the operation; no float64, at most 256 experts (one tile holds them all). Nothing is read back.
+
+    Args:
+        states: [N, D], fp16/bf16/fp32; a copy is made only where its rows are not contiguous.
+        router: [E, D].
+        bias: [E].
+        cu_seqlens: int32 [B + 1].
+        expert: int32 [B, k] to be kept, or None.
+    """
+    (num_items, width), num_experts, num_users = states.shape, router.shape[0], cu_seqlens.shape[0] - 1
+    states, router, bias = row_major(states), router.contiguous(), bias.contiguous()
+    options = _forward_options(states, num_experts)
+    rows = rows_per_program(num_items, options["BLOCK_N"], _MAX_ITEM_PROGRAMS)
+    num_programs = triton.cdiv(num_items, rows) if num_items else 0
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return states.new_empty(shape, dtype=dtype)
+
+    partial = new(num_programs, 2, num_experts)
+    result = RoutingResult(
+        weight=new(num_users, top_k),
+        pooled=new(num_users, num_experts),
+        balance_loss=new(),
+        expert=new(num_users, top_k, dtype=torch.int32),
+        load=new(num_experts),
+        probability=new(num_items, num_experts),
+    )
+    if num_items:
+        _route_items_kernel[(num_programs,)](
+            states,
+            router,
+            bias,
+            result.probability,
+            partial,
+            num_items,
+            width,
+            states.stride(0),
+            rows,
+            NUM_EXPERTS=num_experts,
+            TOP_K=top_k,
+            **options,
+        )
+    _route_users_kernel[(num_users + 1,)](
+        result.probability,
+        partial,
+        cu_seqlens.contiguous(),
+        result.expert if expert is None else expert.contiguous(),
+        result.expert,
+        result.weight,
+        result.pooled,
+        result.load,
+        result.balance_loss,
+        num_items,
+        num_programs,
+        NUM_EXPERTS=num_experts,
+        TOP_K=top_k,
+        BLOCK_K=triton.next_power_of_2(top_k),
+        SOFTMAX=weighting == "softmax",
+        HAS_DECISION=expert is not None,
+        **user_tile(num_experts),
+    )
+    return result
