@@ -143,7 +143,10 @@ def dispatch_forward(queries: Tensor, expert: Tensor) -> Tensor:
 
 
 def dispatch_backward(grad: Tensor, expert: Tensor, num_experts: int) -> Tensor:
-    """Launch on grad [B k, Q, D], expert int32 [B, k], at most 256 experts (one tile holds them all) -> [E, Q, D], dtype of grad."""
+    """Launch on grad [B k, Q, D] and expert int32 [B, k] -> [E, Q, D], dtype of grad.
+
+    At most 256 experts: one tile holds a column block of all of them.
+    """
     grad, num_slabs, num_columns = grad.contiguous(), grad.shape[0], grad.shape[1] * grad.shape[2]
     out = grad.new_empty(num_experts, *grad.shape[1:])
     if num_columns:

@@ -55,6 +55,7 @@ _FORWARD_SMALL = _FORWARD | {16: Tile(16, 128, 4, 3), 64: Tile(16, 32, 4, 3)}
 
 
 def padded_experts(num_experts: int) -> int:
+    """Experts of a tile that enters a matrix product."""
     return max(_MIN_DOT, triton.next_power_of_2(num_experts))
 
 
@@ -73,6 +74,7 @@ def user_tile(num_experts: int) -> dict[str, int]:
 
 
 def rows_per_program(num_items: int, block_rows: int, max_programs: int) -> int:
+    """Whole tiles a program, so that at most `max_programs` serve all items."""
     return triton.cdiv(triton.cdiv(num_items, max_programs), block_rows) * block_rows
 
 
@@ -279,7 +281,9 @@ def route_forward(
     weighting: str,
     expert: Tensor | None,
 ) -> RoutingResult:
-    """Launch on tensors checked by the operation; no float64, at most 256 experts (one tile holds them all). Nothing is read back.
+    """Launch on tensors checked by the operation: no float64, at most 256 experts (one tile holds all of an item).
+
+    Nothing is read back from the device.
 
     Args:
         states: [N, D], fp16/bf16/fp32; a copy is made only where its rows are not contiguous.

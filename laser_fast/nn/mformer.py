@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from laser_fast.nn.qformer import QFormer, initialize_like_bert
-from laser_fast.ops.dispatch import combine_queries, dispatch_queries
+from laser_fast.ops.dispatch import combine_queries
 from laser_fast.ops.routing import Routing, route_experts
 
 
@@ -102,7 +102,6 @@ class MFormer(nn.Module):
             raise ValueError(f"MFormer: states must be [N, {self.state_size}], got {tuple(states.shape)}")
         projected = self.state_projection(states)
         routing = self.router(projected, cu_seqlens)
-        dispatched = dispatch_queries(self.query_experts, routing.expert)
-        outputs = self.qformer(dispatched, projected, cu_seqlens)
+        outputs = self.qformer(self.query_experts, routing.expert, projected, cu_seqlens)
         queries = combine_queries(outputs, routing.weight)
         return MFormerOutput(self.lm_projection(queries), queries, routing)

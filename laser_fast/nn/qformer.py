@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from laser_fast.nn.attention import AttentionPlan, varlen_attention
+from laser_fast.ops.dispatch import dispatch_queries
 
 _FEED_FORWARD_FACTOR = 4
 _INITIAL_STD = 0.02  # BERT's
@@ -109,11 +110,11 @@ class QFormerLayer(nn.Module):
 
 
 class QFormer(nn.Module):
-    """The querying transformer: `Y = QFormer(U ; X, cu_seqlens)` for all users and all chosen experts in one batch.
+    """The querying transformer: `Y = QFormer(T[e_b] ; X)` for all users and all chosen experts in one batch.
 
     Args:
         width: D.
-        num_layers, num_heads: depth and heads; D is a multiple of the heads.
+        num_layers, num_heads: depth, at least 1, and heads; D is a multiple of the heads.
         cross_attention_freq: cross-attention in layers 0, freq, 2*freq, ...
         dropout: on embeddings, attention probabilities and residual branches.
     """
@@ -124,6 +125,8 @@ class QFormer(nn.Module):
         super().__init__()
         if width % num_heads:
             raise ValueError(f"QFormer: width must be a multiple of num_heads, got {width} and {num_heads}")
+        if num_layers < 1:
+            raise ValueError(f"QFormer: num_layers must be at least 1, got {num_layers}")
         self.norm = nn.LayerNorm(width)
         self.dropout = dropout
         self.layers = nn.ModuleList(
@@ -132,32 +135,45 @@ class QFormer(nn.Module):
         )
         self.apply(initialize_like_bert)
 
-    def forward(self, queries: Tensor, states: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Let the queries of each user read the user's states.
+    def forward(self, queries: Tensor, expert: Tensor, states: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Let the queries of each user's experts read the user's states.
 
         Args:
-            queries: [B*k, Q, D], the k chosen experts of a user one after the other.
+            queries: [E, Q, D], the query tokens of every expert.
+            expert: int32 [B, k], the experts of each user.
             states: [N, D], packed.
             cu_seqlens: int32 [B+1] over the states.
 
         Returns:
-            [B*k, Q, D]. The k groups of a user do not see each other.
+            [B*k, Q, D], the k groups of a user one after the other. The groups do not see each other.
         """
-        groups, num_queries, _ = queries.shape
-        batch_size = cu_seqlens.shape[0] - 1
-        hidden = F.dropout(self.norm(queries), self.dropout, self.training)
-        if groups == 0:
+        batch_size, top_k = expert.shape
+        hidden = self.norm(queries)
+        # until the first cross-attention the queries depend on the expert alone, unless dropout draws a mask per user:
+        # E slabs through the first self-attention instead of B*k
+        per_expert = queries.shape[0] < expert.numel() and not (self.training and self.dropout)
+        if per_expert:
+            hidden = self._first_layer.self_attention(hidden)
+        hidden = F.dropout(dispatch_queries(hidden, expert), self.dropout, self.training)
+        if expert.numel() == 0:
             return hidden
         # the groups of a user read the same states, so they share one projection of keys and values: [B, k*Q, D]
-        boundaries = CrossBoundaries(cu_seqlens, groups // batch_size * num_queries)
+        boundaries = CrossBoundaries(cu_seqlens, top_k * queries.shape[1])
         for layer in self.layers:
             assert isinstance(layer, QFormerLayer)
-            hidden = layer.self_attention(hidden)
+            if not (per_expert and layer is self._first_layer):
+                hidden = layer.self_attention(hidden)
             if layer.cross_attention is not None:
                 by_user = hidden.view(batch_size, -1, hidden.shape[-1])
                 hidden = layer.cross_attention(by_user, states, boundaries).view(hidden.shape)
             hidden = layer.feed_forward(hidden)
         return hidden
+
+    @property
+    def _first_layer(self) -> QFormerLayer:
+        layer = self.layers[0]
+        assert isinstance(layer, QFormerLayer)
+        return layer
 
 
 def initialize_like_bert(module: nn.Module) -> None:

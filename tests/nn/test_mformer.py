@@ -46,10 +46,54 @@ def test_equals_one_user_and_one_expert_at_a_time() -> None:
         combined = torch.zeros(3, 16, dtype=torch.float64)
         for choice in range(2):
             expert = int(output.routing.expert[user, choice])
-            answer = model.qformer(model.query_experts[expert][None], projected, alone)[0]
+            only = model.query_experts[expert][None]
+            answer = model.qformer(only, torch.zeros(1, 1, dtype=torch.int32), projected, alone)[0]
             combined = combined + output.routing.weight[user, choice] * answer
         torch.testing.assert_close(output.queries[user], combined, rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(output.prefix[user], model.lm_projection(combined), rtol=1e-6, atol=1e-7)
+
+
+def expert_by_expert(model: MFormer) -> tuple[Tensor, list[tuple[str, Tensor]]]:
+    """The prefix when every user's queries pass the first self-attention on their own, and the gradients."""
+    states, cu_seqlens = batch()
+    outputs = []
+    for user in range(len(LENGTHS)):
+        own = states[cu_seqlens[user] : cu_seqlens[user + 1]]
+        outputs.append(model(own, torch.tensor([0, LENGTHS[user]], dtype=torch.int32)).prefix)
+    prefix = torch.cat(outputs)
+    prefix.square().sum().backward()
+    return prefix, [(name, parameter.grad) for name, parameter in model.named_parameters()]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_first_self_attention_runs_once_per_expert_not_per_user(training: bool) -> None:
+    model, twin = make(num_experts=3).train(training), make(num_experts=3).train(training)
+    sizes: list[int] = []
+    attention = model.qformer.layers[0].self_attention
+    attention.register_forward_hook(lambda module, given, result: sizes.append(given[0].shape[0]))
+    states, cu_seqlens = batch()
+    prefix = model(states, cu_seqlens).prefix
+    prefix.square().sum().backward()
+    assert sizes == [3]  # 8 groups of queries, 3 experts
+    expected, grads = expert_by_expert(twin)  # one user at a time has 2 groups, so nothing is shared
+    torch.testing.assert_close(prefix, expected, rtol=1e-6, atol=1e-7)
+    for (name, grad), parameter in zip(grads, model.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, grad, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_dropout_draws_a_mask_per_user() -> None:
+    model = make(num_experts=1, top_k=1, dropout=0.5, num_layers=1)
+    sizes: list[int] = []
+    attention = model.qformer.layers[0].self_attention
+    attention.register_forward_hook(lambda module, given, result: sizes.append(given[0].shape[0]))
+    states = batch([2])[0].repeat(2, 1)
+    prefix = model(states, torch.tensor([0, 2, 4], dtype=torch.int32)).prefix
+    assert sizes == [2]
+    assert not torch.allclose(prefix[0], prefix[1])
+    model.eval()
+    prefix = model(states, torch.tensor([0, 2, 4], dtype=torch.int32)).prefix
+    assert sizes == [2, 1]
+    torch.testing.assert_close(prefix[0], prefix[1])
 
 
 def test_the_history_matters_and_only_the_own_one() -> None:
@@ -116,3 +160,5 @@ def test_bad_arguments() -> None:
         make()(torch.zeros(2, 5), torch.tensor([0, 2], dtype=torch.int32))
     with pytest.raises(ValueError, match="width must be a multiple of num_heads, got 16 and 3"):
         make(num_heads=3)
+    with pytest.raises(ValueError, match="num_layers must be at least 1, got 0"):
+        make(num_layers=0)
