@@ -157,7 +157,7 @@ def _operation(name: str) -> Component:
     import torch
 
     import laser_fast.ops
-    from laser_fast.ops import native
+    from laser_fast.ops import native, triton_kernels
 
     if not hasattr(laser_fast.ops, name):
         return Component(f"op {name}", "", False, "not in this version")
@@ -171,10 +171,14 @@ def _operation(name: str) -> Component:
         return Component(f"op {name}", "torch reference", True, reason, native.REMEDY)
     # the registry of torch.library tells whether an operation has a kernel of its own for the GPU
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"laser_fast::{name}", "CUDA")
-    if gpu and has_kernel and _importable("triton"):
-        return Component(f"op {name}", "Triton", True)
-    reason = "no GPU kernel in this version" if gpu and not has_kernel else ("" if gpu else "no CUDA device")
-    return Component(f"op {name}", "torch reference", True, reason)
+    if not gpu or not has_kernel:
+        reason = "no GPU kernel in this version" if gpu else "no CUDA device"
+        return Component(f"op {name}", "torch reference", True, reason)
+    absence = triton_kernels.triton_absence(torch.cuda.current_device())
+    if absence:
+        remedy = triton_kernels.REMEDY if "not installed" in absence else ""
+        return Component(f"op {name}", "torch reference", True, absence, remedy)
+    return Component(f"op {name}", "Triton", True)
 
 
 def _safely(name: str, probe: Callable[[], Component], required: bool) -> Component:

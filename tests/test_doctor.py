@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from laser_fast import doctor
-from laser_fast.ops import native
+from laser_fast.ops import native, triton_kernels
 
 
 def report(name: str) -> doctor.Component:
@@ -114,6 +114,26 @@ def test_library_in_use_is_reported() -> None:
 def test_missing_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     assert (report("Triton").on, report("Triton").reason) == (False, "not installed")
+
+
+@pytest.mark.parametrize(
+    ("absence", "version", "remedy"),
+    [
+        ("", "Triton", ""),
+        ("triton is not installed", "torch reference", "pip install triton"),
+        ("the device is sm_75, the kernels need sm_80 or newer", "torch reference", ""),
+    ],
+)
+def test_operations_with_a_triton_kernel(
+    absence: str, version: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(triton_kernels, "triton_absence", lambda index: absence)
+    for name in ("route_experts", "dispatch_queries", "combine_queries"):
+        line = report(f"op {name}")
+        assert (line.version, line.reason, line.remedy) == (version, absence, remedy)
+    assert report("op catalog_topk").reason == "no GPU kernel in this version"
 
 
 def test_a_probe_that_fails_becomes_a_line(monkeypatch: pytest.MonkeyPatch) -> None:

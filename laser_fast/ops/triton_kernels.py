@@ -15,10 +15,17 @@ REMEDY = "pip install triton"
 _OLDEST = (8, 0)  # bfloat16 and TF32 products
 
 
+def _installed() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ValueError:  # sys.modules holds something that is no module
+        return False
+
+
 @cache
 def triton_absence(device_index: int) -> str:
     """Empty where Triton kernels run on that CUDA device, else the reason; looked up once per device and process."""
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return "triton is not installed"
     capability = torch.cuda.get_device_capability(device_index)
     if capability < _OLDEST:
