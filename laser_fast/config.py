@@ -64,6 +64,13 @@ class PromptConfig(Settings):
     user_template: str = "Interaction history, newest first: {history}"
     item_template: str = "{title}"
     """Over the text fields of the item table."""
+    item_prompt: str = "{text}"
+    """Words around the text of an item that is encoded on its own, as `user_template` has around a history."""
+    order: Literal["prefix-first", "prompt-first"] = "prefix-first"
+    """Whether the words before the items follow the prefix (the paper) or stand in front of it."""
+    reuse_instruction: bool = True
+    """With "prompt-first": compute the keys and values of those words once instead of with every sequence. Exact for
+    a causal language model; a bidirectional one needs `false`."""
     separator: str = "; "
     newest_first: bool = True
     max_items: PositiveInt = 10
@@ -75,6 +82,8 @@ class PromptConfig(Settings):
     def _check(self) -> "PromptConfig":
         if self.user_template.count("{history}") != 1:
             raise ValueError(f"user_template must contain {{history}} once, got {self.user_template!r}")
+        if self.item_prompt.count("{text}") != 1:
+            raise ValueError(f"item_prompt must contain {{text}} once, got {self.item_prompt!r}")
         return self
 
 
@@ -109,6 +118,11 @@ class BiTuningConfig(Settings):
 
     prefix: Literal["mformer", "shared", "none"] = "mformer"
     """Who writes the prefix: M-Former per user, one learned matrix for everybody, nobody."""
+    prefix_mode: Literal["embedding", "kv"] = "embedding"
+    """How it enters: as input embeddings that run through the language model (the paper), or as keys and values of
+    every layer (deep prompt tuning), which costs no token."""
+    deep_prefix_rank: PositiveInt = 64
+    """With "kv": rank of the map from prefix tokens to keys and values."""
     num_suffix_tokens: PositiveInt = 1
     readout: Literal["suffix", "mean"] = "suffix"
     """"suffix": last hidden state at the suffix (the paper); "mean": mean over the text and the suffix, for encoders
@@ -194,6 +208,14 @@ class LaserConfig(Settings):
     def _check(self) -> "LaserConfig":
         if self.bituning.prefix == "mformer" and self.recommender is None:
             raise ValueError('recommender must be set when bituning.prefix is "mformer", got None')
+        if self.bituning.prefix == "none" and self.bituning.prefix_mode == "kv":
+            raise ValueError('bituning.prefix_mode must be "embedding" when bituning.prefix is "none", got "kv"')
+        behind_instruction = self.bituning.prefix_mode == "kv" and self.prompt.order == "prompt-first"
+        if behind_instruction and not self.prompt.reuse_instruction:
+            raise ValueError(
+                'prompt.reuse_instruction must be true with prompt.order "prompt-first" and bituning.prefix_mode '
+                '"kv" (the prefix follows the instruction\'s keys and values), got false'
+            )
         if self.bituning.prefix != "mformer" and self.training.pretrain.epochs:
             raise ValueError(
                 'training.pretrain.epochs must be 0 when bituning.prefix is not "mformer" (stage 1 trains M-Former), '

@@ -21,6 +21,8 @@ class PackedBatch:
         cu_seqlens: int32 [B+1] over them.
         input_ids: int64 [T], prompts around the texts.
         token_cu_seqlens: int32 [B+1] over them.
+        instruction: tokens that every sequence begins with, in front of the prefix and not repeated in
+            `input_ids`; None where the prompts begin with the prefix.
         targets: int64 [B], or None where nothing is to be predicted.
         positives: the distinct targets as sequences of their own, when they are to be encoded with gradient.
         positive_targets: int64 [B], which of `positives` is each user's target.
@@ -30,6 +32,7 @@ class PackedBatch:
     cu_seqlens: Tensor
     input_ids: Tensor
     token_cu_seqlens: Tensor
+    instruction: tuple[int, ...] | None = None
     targets: Tensor | None = None
     positives: "PackedBatch | None" = None
     positive_targets: Tensor | None = None
@@ -39,9 +42,10 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch on another device."""
-        tensors: dict[str, Any] = {name: value for name, value in vars(self).items() if value is not None}
-        moved = {name: value.to(device) for name, value in tensors.items()}
-        return replace(self, **moved)
+        movable: dict[str, Any] = {
+            name: value for name, value in vars(self).items() if isinstance(value, Tensor | PackedBatch)
+        }
+        return replace(self, **{name: value.to(device) for name, value in movable.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +59,7 @@ class BatchBuilder:
         known_items: bool [I], items the ID-based recommender was trained on; the states of others mean nothing and
             are left out.
         max_history: newest items whose states M-Former reads.
+        prompt_first: the words before the items stand in front of the prefix, as the batch's `instruction`.
     """
 
     texts: TokenizedTexts
@@ -62,6 +67,7 @@ class BatchBuilder:
     item_layout: PromptLayout
     known_items: np.ndarray
     max_history: int
+    prompt_first: bool = False
 
     @property
     def num_items(self) -> int:
@@ -94,13 +100,15 @@ class BatchBuilder:
             yield self.items(np.arange(start, min(start + batch_size, self.num_items)))
 
     def _build(self, sequences: PackedSequences, layout: PromptLayout) -> PackedBatch:
-        input_ids, token_cu_seqlens = history_tokens(sequences, self.texts, layout)
+        inner = replace(layout, left=[]) if self.prompt_first else layout
+        input_ids, token_cu_seqlens = history_tokens(sequences, self.texts, inner)
         seen = self._known(sequences).truncate_left(self.max_history)
         return PackedBatch(
             torch.from_numpy(seen.items),
             torch.from_numpy(seen.cu_seqlens),
             torch.from_numpy(input_ids),
             torch.from_numpy(token_cu_seqlens),
+            tuple(layout.left) if self.prompt_first else None,
         )
 
     def _known(self, sequences: PackedSequences) -> PackedSequences:

@@ -13,11 +13,12 @@ from tqdm import tqdm
 from laser_fast.data.batches import BatchBuilder, PackedBatch
 from laser_fast.data.sequences import PackedSequences
 from laser_fast.models.calibration import CalibratedScorer
-from laser_fast.models.recommender import Scorer, SequentialRecommender, check_histories
+from laser_fast.models.kept_prefixes import KeptPrefixes
+from laser_fast.models.recommender import FrozenRecommender, Scorer, SequentialRecommender, check_histories
 from laser_fast.nn.bituning import BiTuning
-from laser_fast.nn.frozen import FrozenModule
 from laser_fast.nn.frozen_lm import FrozenLM
 from laser_fast.nn.mformer import MFormer
+from laser_fast.nn.prefix_kv import DeepPrefix, KeyValuePrefix
 from laser_fast.ops import Routing, catalog_cross_entropy
 
 
@@ -46,20 +47,6 @@ class Recommendation:
     score: float
 
 
-class FrozenRecommender(FrozenModule):
-    """An ID-based recommender that is read and not trained."""
-
-    def __init__(self, recommender: SequentialRecommender) -> None:
-        super().__init__()
-        self.recommender = recommender
-        self.freeze()
-
-    @torch.no_grad()
-    def states(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """[N], [B+1] -> float32 [N, D_id], without gradient."""
-        return self.recommender.states(items, cu_seqlens)
-
-
 class LaserModel(nn.Module):
     """The recommender of the paper; both sides, users and items, go through the same frozen language model.
 
@@ -72,6 +59,10 @@ class LaserModel(nn.Module):
         item_ids: external ids in index order.
         bituning: suffix, shared prefix and read-out.
         mformer: writes the prefix; None = the shared prefix of `bituning`, or none.
+        deep_prefix: makes keys and values of every layer from the prefix (`prefix_mode="kv"`); None = the prefix enters
+            as input embeddings.
+        reuse_instruction: where a batch has an instruction in front of its prefix, compute its keys and values once
+            and inject them; needs a causal language model.
         recommender: whose states M-Former reads; needed with `mformer`.
         head: "linear" (trained, starts as the identity, one for both sides) or "none".
         temperature: tau.
@@ -90,6 +81,8 @@ class LaserModel(nn.Module):
         *,
         mformer: MFormer | None = None,
         recommender: SequentialRecommender | None = None,
+        deep_prefix: DeepPrefix | None = None,
+        reuse_instruction: bool = False,
         head: str = "linear",
         temperature: float = 0.05,
         balance_weight: float = 0.01,
@@ -107,10 +100,19 @@ class LaserModel(nn.Module):
                 f"LaserModel: the recommender must know the {builder.num_items} items of the catalogue, "
                 f"got {recommender.num_items}"
             )
+        if reuse_instruction and not lm.causal:
+            raise ValueError(
+                "LaserModel: reuse_instruction must be false for a bidirectional language model, whose instruction "
+                "would otherwise not see the text behind it, got true"
+            )
         self.lm = lm
         self.builder = builder
         self.bituning = bituning
         self.mformer = mformer
+        self.deep_prefix = deep_prefix
+        self.reuse_instruction = reuse_instruction
+        self.kept_prefixes: KeptPrefixes | None = None
+        self._instructions: dict[tuple[int, ...], KeyValuePrefix] = {}
         self.recommender = None if recommender is None else FrozenRecommender(recommender)
         self.head: nn.Linear | None = None
         if head == "linear":
@@ -139,15 +141,65 @@ class LaserModel(nn.Module):
 
     def encode(self, batch: PackedBatch) -> tuple[Tensor, Routing | None]:
         """Embeddings of the sequences of a batch, users or items, with gradient: float32 [B, d], and the routing."""
-        prefix, routing = self.bituning.shared_prefix(len(batch)), None
+        return self._encode_behind(batch, *self.write_prefix(batch))
+
+    def _encode_behind(
+        self, batch: PackedBatch, prefix: Tensor | None, injected: KeyValuePrefix | None, routing: Routing | None
+    ) -> tuple[Tensor, Routing | None]:
+        packed = self.bituning.assemble(prefix, self.lm.embed(batch.input_ids), batch.token_cu_seqlens)
+        hidden = self.lm(packed.inputs_embeds, packed.cu_seqlens, injected)
+        embedding = F.dropout(self.bituning.read_out(hidden, packed), self.dropout, self.training)
+        return (embedding if self.head is None else self.head(embedding)), routing
+
+    def write_prefix(self, batch: PackedBatch) -> tuple[Tensor | None, KeyValuePrefix | None, Routing | None]:
+        """What stands in front of the text: input embeddings [B, Q, D_llm], keys and values, and the routing."""
+        tokens, routing = self.bituning.shared_prefix(1 if self.deep_prefix is not None else len(batch)), None
         if self.mformer is not None:
             assert self.recommender is not None
             written = self.mformer(self.recommender.states(batch.items, batch.cu_seqlens), batch.cu_seqlens)
-            prefix, routing = written.prefix, written.routing
-        packed = self.bituning.assemble(prefix, self.lm.embed(batch.input_ids), batch.token_cu_seqlens)
-        embedding = self.bituning.read_out(self.lm(packed.inputs_embeds, packed.cu_seqlens), packed)
-        embedding = F.dropout(embedding, self.dropout, self.training)
-        return (embedding if self.head is None else self.head(embedding)), routing
+            tokens, routing = written.queries if self.deep_prefix is not None else written.prefix, written.routing
+        injected = None
+        if self.deep_prefix is not None:
+            assert tokens is not None
+            injected, tokens = self.deep_prefix(tokens), None
+        if not batch.instruction:
+            return tokens, injected, routing
+        if self.reuse_instruction:
+            instruction = self._instruction(batch.instruction)
+            return tokens, instruction if injected is None else instruction.then(injected), routing
+        if injected is not None:
+            raise ValueError(
+                "LaserModel: reuse_instruction must be true where an instruction stands before a deep prefix, got false"
+            )
+        words = self._embed_words(batch.instruction).expand(len(batch), -1, -1)
+        return words if tokens is None else torch.cat([words, tokens.to(words.dtype)], dim=1), None, routing
+
+    @torch.no_grad()
+    def _instruction(self, input_ids: tuple[int, ...]) -> KeyValuePrefix:
+        """Keys and values of the instruction, computed once: nothing in front of it is trained."""
+        known = self._instructions.get(input_ids)
+        if known is None or known.keys[0].device != self.device:
+            with torch.inference_mode(False):  # the result outlives this call and may enter a training step
+                known = self.lm.key_values(self._embed_words(input_ids))
+            self._instructions[input_ids] = known
+        return known
+
+    def _embed_words(self, input_ids: tuple[int, ...]) -> Tensor:
+        return self.lm.embed(torch.tensor(input_ids, device=self.device))[None]
+
+    def keep_prefixes(self, capacity: int) -> None:
+        """Serve users who come back unchanged without M-Former and the model's pass over their prefix.
+
+        Their prefixes go into `kept_prefixes` (see `KeptPrefixes`), which `encode_users`, `score` and `recommend` use.
+
+        Args:
+            capacity: users kept; 0 stops it.
+
+        Raises:
+            ValueError: a negative capacity, no prefix at all, or input embeddings as prefix of a bidirectional language
+                model.
+        """
+        self.kept_prefixes = KeptPrefixes(self, capacity) if capacity else None
 
     def forward(self, batch: PackedBatch) -> LaserOutput:
         """Training loss of a batch of users: against the whole item matrix, and among the batch's own positives.
@@ -183,7 +235,8 @@ class LaserModel(nn.Module):
         """Embeddings of users from their histories: float32 [B, d], on the model's device, without gradient."""
         rows = [
             self._encode_now(
-                self.builder.histories(histories.select(np.arange(start, min(start + batch_size, len(histories)))))
+                self.builder.histories(histories.select(np.arange(start, min(start + batch_size, len(histories))))),
+                self.kept_prefixes,
             )
             for start in range(0, len(histories), batch_size)
         ]
@@ -298,12 +351,15 @@ class LaserModel(nn.Module):
             indices.append(self.index_of_item[item_id])
         return torch.tensor(indices, dtype=torch.int64)
 
-    def _encode_now(self, batch: PackedBatch) -> Tensor:
+    def _encode_now(self, batch: PackedBatch, kept: KeptPrefixes | None = None) -> Tensor:
         """Encode in evaluation mode, whatever the mode now."""
         was_training = self.training
         self.eval()
         try:
-            return self.encode(batch.to(self.device))[0]
+            batch = batch.to(self.device)
+            if kept is None or not len(batch):
+                return self.encode(batch)[0]
+            return self._encode_behind(batch, None, kept.of(batch), None)[0]
         finally:
             self.train(was_training)
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from laser_fast.nn.frozen import FrozenModule
+
 
 @runtime_checkable
 class Scorer(Protocol):
@@ -101,3 +103,17 @@ def newest_items(items: Tensor, cu_seqlens: Tensor, max_length: int) -> tuple[Te
     keep = ends - torch.arange(items.numel(), device=items.device) <= max_length
     kept = F.pad(lengths.clamp_max(max_length).cumsum(0), (1, 0)).to(torch.int32)
     return items[keep], kept
+
+
+class FrozenRecommender(FrozenModule):
+    """An ID-based recommender that is read and not trained."""
+
+    def __init__(self, recommender: SequentialRecommender) -> None:
+        super().__init__()
+        self.recommender = recommender
+        self.freeze()
+
+    @torch.no_grad()
+    def states(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """[N], [B+1] -> float32 [N, D_id], without gradient."""
+        return self.recommender.states(items, cu_seqlens)

@@ -8,15 +8,19 @@ attention of every layer reads where each sequence starts from a keyword argumen
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from laser_fast.nn.attention import AttentionPlan, varlen_attention
 from laser_fast.nn.frozen import FrozenModule
+from laser_fast.nn.prefix_kv import KeyValuePrefix, LayerShape
+from laser_fast.ops.prefix_kv import inject_prefix_kv
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ATTENTION_NAME = "laser_varlen"
+
+_PROBE_TOKENS = 16  # from whose keys and values the scale of either is read
 
 # options of an attention that change its result and that the packed attention does not have (transformers' names)
 _REFUSED_OPTIONS = {
@@ -28,18 +32,52 @@ _REFUSED_OPTIONS = {
 
 
 class PackedLayout:
-    """Where the sequences of one packed batch start, and the attention plans made for them so far."""
+    """Where the sequences of one packed batch start, what is injected in front of them, and the attention plans.
 
-    def __init__(self, cu_seqlens: Tensor) -> None:
+    Attributes:
+        cu_seqlens: int32 [B+1] over the queries; cu_seqlens_k over the keys, the prefix counted.
+        layer_of: index of every attention module in the order of its first call, kept from batch to batch.
+        read: keys and values [T, H_kv, d] of every layer as the model made them, where `keep` asks for them.
+    """
+
+    def __init__(
+        self, cu_seqlens: Tensor, layer_of: dict[nn.Module, int], prefix: KeyValuePrefix | None, *, keep: bool = False
+    ) -> None:
         self.cu_seqlens = cu_seqlens
-        self.num_attention_calls = 0
+        self.layer_of = layer_of
+        self.read: dict[int, tuple[Tensor, Tensor]] = {}
+        self._prefix = prefix
+        self._keep = keep
         self._plans: dict[tuple[bool, int | None], AttentionPlan] = {}
+        self.num_attention_calls = 0
+        self.cu_seqlens_k = cu_seqlens
+        if prefix is not None:
+            steps = torch.arange(cu_seqlens.shape[0], device=cu_seqlens.device, dtype=torch.int32)
+            self.cu_seqlens_k = cu_seqlens + steps * prefix.length
+
+    def positions(self, num_tokens: int) -> Tensor:
+        """Position of every token in its sequence, the prefix counted: int64 [T]."""
+        lengths = self.cu_seqlens.diff().long()
+        first = self.cu_seqlens[:-1].long() - (0 if self._prefix is None else self._prefix.length)
+        of_token = first.repeat_interleave(lengths, output_size=num_tokens)
+        return torch.arange(num_tokens, device=of_token.device) - of_token
+
+    def keys_and_values(self, module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """What the queries of this layer see: [T, H_kv, d] with the prefix in front of every sequence."""
+        layer = self.layer_of.setdefault(module, len(self.layer_of))
+        if self._keep:
+            self.read[layer] = (key, value)
+        if self._prefix is None:
+            return key, value
+        return inject_prefix_kv(key, value, *self._prefix.of_layer(layer, key.dtype), self.cu_seqlens)[:2]
 
     def plan(self, causal: bool, sliding_window: int | None) -> AttentionPlan:
         """The plan for this kind of mask, made at its first use and shared by all layers."""
         kind = (causal, sliding_window)
         if kind not in self._plans:
-            self._plans[kind] = AttentionPlan.build(self.cu_seqlens, causal=causal, sliding_window=sliding_window)
+            self._plans[kind] = AttentionPlan.build(
+                self.cu_seqlens, self.cu_seqlens_k, causal=causal, sliding_window=sliding_window
+            )
         return self._plans[kind]
 
 
@@ -70,6 +108,8 @@ class FrozenLM(FrozenModule):
         self.hidden_size: int = config.hidden_size
         self.causal = any(getattr(module, "is_causal", False) is True for module in model.modules())
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
+        self._layer_of: dict[nn.Module, int] = {}
+        self._layers: list[LayerShape] | None = None
         self.freeze()
         table = model.get_input_embeddings().weight
         self.embedding_rms = float(table[:: max(1, table.shape[0] // 4096)].float().square().mean().sqrt())
@@ -85,21 +125,62 @@ class FrozenLM(FrozenModule):
             embedded: Tensor = self.model.get_input_embeddings()(input_ids)
         return embedded
 
-    def forward(self, inputs_embeds: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Last hidden states of packed sequences; gradients reach `inputs_embeds` and no weight.
+    @property
+    def layers(self) -> list[LayerShape]:
+        """Keys and values of every attention layer, from one forward of a few random embeddings (once)."""
+        if self._layers is None:
+            generator = torch.Generator().manual_seed(0)
+            probe = torch.randn(_PROBE_TOKENS, self.hidden_size, generator=generator) * self.embedding_rms
+            device = self.model.get_input_embeddings().weight.device
+            found = self.key_values(probe.to(device)[None])
+            self._layers = [
+                LayerShape(key.shape[2], key.shape[3], _root_mean_square(key), _root_mean_square(value))
+                for key, value in zip(found.keys, found.values, strict=True)
+            ]
+        return self._layers
+
+    def forward(self, inputs_embeds: Tensor, cu_seqlens: Tensor, prefix: KeyValuePrefix | None = None) -> Tensor:
+        """Last hidden states of packed sequences; gradients reach `inputs_embeds` and `prefix` and no weight.
 
         Args:
             inputs_embeds: [T, D_llm].
-            cu_seqlens: int32 [B+1]. Positions count from 0 in every sequence.
+            cu_seqlens: int32 [B+1].
+            prefix: keys and values in front of every sequence. Positions count from its length P (0 without one) in
+                every sequence.
 
         Returns:
             [T, D_llm], in the dtype of the model.
 
         Raises:
-            ValueError: a sequence longer than `max_length`, or an attention option of the model that cannot be
-                honoured.
+            ValueError: a sequence longer than `max_length`, a prefix that does not fit, or an attention option of the
+                model that cannot be honoured.
             RuntimeError: the model does not call the exchangeable attention, so its result would mix sequences.
         """
+        if prefix is not None:
+            _check_prefix(prefix, self.layers, cu_seqlens.shape[0] - 1)
+        return self._run(inputs_embeds, PackedLayout(cu_seqlens, self._layer_of, prefix))
+
+    def key_values(self, inputs_embeds: Tensor, prefix: KeyValuePrefix | None = None) -> KeyValuePrefix:
+        """Keys and values of B sequences of one length, to be injected in front of what follows them.
+
+        In a causal model what follows is then computed as if the sequences stood there; a bidirectional one would have
+        let them see it, so there the two differ. Gradients reach `inputs_embeds` (use `torch.no_grad` for constants).
+
+        Args:
+            inputs_embeds: [B, P, D_llm].
+            prefix: what stands in front of them already; not part of the result.
+        """
+        batch_size, length = inputs_embeds.shape[:2]
+        steps = torch.arange(batch_size + 1, device=inputs_embeds.device, dtype=torch.int32)
+        layout = PackedLayout(steps * length, self._layer_of, prefix, keep=True)
+        self._run(inputs_embeds.flatten(0, 1), layout)
+        ordered = [layout.read[layer] for layer in range(len(layout.read))]
+        return KeyValuePrefix(
+            tuple(key.unflatten(0, (batch_size, length)) for key, _ in ordered),
+            tuple(value.unflatten(0, (batch_size, length)) for _, value in ordered),
+        )
+
+    def _run(self, inputs_embeds: Tensor, layout: PackedLayout) -> Tensor:
         if inputs_embeds.dim() != 2 or inputs_embeds.shape[1] != self.hidden_size:
             raise ValueError(
                 f"FrozenLM: inputs_embeds must be [T, {self.hidden_size}], got {tuple(inputs_embeds.shape)}"
@@ -107,18 +188,18 @@ class FrozenLM(FrozenModule):
         inputs_embeds = inputs_embeds.to(self.dtype)
         if inputs_embeds.shape[0] == 0:
             return inputs_embeds
-        lengths = cu_seqlens.diff().long()
-        if self.max_length is not None and int(longest := lengths.max()) > self.max_length:
+        longest = int(layout.cu_seqlens_k.diff().max()) if self.max_length is not None else 0
+        if self.max_length is not None and longest > self.max_length:
             raise ValueError(
                 f"FrozenLM: a sequence must have at most {self.max_length} tokens with its prefix and suffix, "
-                f"got {int(longest)}; lower prompt.max_tokens or prompt.max_items"
+                f"got {longest}; lower prompt.max_tokens or prompt.max_items"
             )
-        starts = cu_seqlens[:-1].long().repeat_interleave(lengths, output_size=inputs_embeds.shape[0])
-        positions = torch.arange(inputs_embeds.shape[0], device=inputs_embeds.device) - starts
-        layout = PackedLayout(cu_seqlens)
         options: dict[str, Any] = {"use_cache": False} if self.causal else {}
         output = self.model(
-            inputs_embeds=inputs_embeds[None], position_ids=positions[None], laser_layout=layout, **options
+            inputs_embeds=inputs_embeds[None],
+            position_ids=layout.positions(inputs_embeds.shape[0])[None],
+            laser_layout=layout,
+            **options,
         )
         if layout.num_attention_calls == 0:
             raise RuntimeError(
@@ -127,6 +208,23 @@ class FrozenLM(FrozenModule):
             )
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
+
+
+def _root_mean_square(tensor: Tensor) -> float:
+    return float(tensor.float().square().mean().sqrt())
+
+
+def _check_prefix(prefix: KeyValuePrefix, layers: list[LayerShape], batch_size: int) -> None:
+    if len(prefix.keys) != len(layers):
+        raise ValueError(f"FrozenLM: prefix must have {len(layers)} layers, got {len(prefix.keys)}")
+    if prefix.batch_size not in (1, batch_size):
+        raise ValueError(f"FrozenLM: prefix must be shared or one for each of {batch_size}, got {prefix.batch_size}")
+    for layer, (key, shape) in enumerate(zip(prefix.keys, layers, strict=True)):
+        if tuple(key.shape[2:]) != (shape.num_heads, shape.head_size):
+            raise ValueError(
+                f"FrozenLM: prefix of layer {layer} must have {shape.num_heads} heads of {shape.head_size}, "
+                f"got {tuple(key.shape[2:])}"
+            )
 
 
 def _register_attention() -> None:
@@ -164,11 +262,13 @@ def _packed_attention(
             raise ValueError(f"FrozenLM: {type(module).__name__} must not use {meaning}, got {name}={options[name]!r}")
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
     laser_layout.num_attention_calls += 1
+    keys, values = laser_layout.keys_and_values(module, key[0].transpose(0, 1), value[0].transpose(0, 1))
     output = varlen_attention(
         query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        keys,
+        values,
         laser_layout.cu_seqlens,
+        laser_layout.cu_seqlens_k,
         causal=causal,
         scale=scaling,
         dropout=dropout,

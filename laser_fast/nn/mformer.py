@@ -22,12 +22,12 @@ class MFormerOutput:
     """What M-Former says about a batch of users.
 
     Attributes:
-        prefix: [B, Q, D_llm].
-        queries: [B, Q, D], before the projection to the language model.
+        prefix: [B, Q, D_llm]; None where M-Former has no projection to the language model.
+        queries: [B, Q, D], before that projection.
         routing: experts, weights, pooled probabilities, load and balance loss (`laser_fast.ops.Routing`).
     """
 
-    prefix: Tensor
+    prefix: Tensor | None
     queries: Tensor
     routing: Routing
 
@@ -52,7 +52,7 @@ class MFormer(nn.Module):
 
     Args:
         state_size: `D_id`, width of the recommender's states.
-        lm_width: `D_llm`.
+        lm_width: `D_llm`; None = no projection to it, for a prefix that is made of `queries` otherwise.
         width: D.
         num_queries: Q, query tokens per expert and prefix tokens.
         num_experts, top_k: E and k; E = 1 is the single-expert ablation.
@@ -62,7 +62,7 @@ class MFormer(nn.Module):
     def __init__(
         self,
         state_size: int,
-        lm_width: int,
+        lm_width: int | None,
         *,
         width: int = 768,
         num_layers: int = 12,
@@ -83,10 +83,12 @@ class MFormer(nn.Module):
         self.router = Router(width, num_experts, top_k, weighting=weighting)
         self.query_experts = nn.Parameter(torch.randn(num_experts, num_queries, width))
         self.qformer = QFormer(width, num_layers, num_heads, cross_attention_freq=cross_attention_freq, dropout=dropout)
-        self.lm_projection = nn.Linear(width, lm_width)
-        initialize_like_bert(self.lm_projection)
-        # the combined queries are averages of layer-normalised rows, so their entries are of order 1
-        nn.init.normal_(self.lm_projection.weight, std=prefix_rms * width**-0.5)
+        self.lm_projection: nn.Linear | None = None
+        if lm_width is not None:
+            self.lm_projection = nn.Linear(width, lm_width)
+            initialize_like_bert(self.lm_projection)
+            # the combined queries are averages of layer-normalised rows, so their entries are of order 1
+            nn.init.normal_(self.lm_projection.weight, std=prefix_rms * width**-0.5)
 
     def forward(self, states: Tensor, cu_seqlens: Tensor) -> MFormerOutput:
         """Write the prefix of every user of a batch.
@@ -104,4 +106,5 @@ class MFormer(nn.Module):
         routing = self.router(projected, cu_seqlens)
         outputs = self.qformer(self.query_experts, routing.expert, projected, cu_seqlens)
         queries = combine_queries(outputs, routing.weight)
-        return MFormerOutput(self.lm_projection(queries), queries, routing)
+        prefix = None if self.lm_projection is None else self.lm_projection(queries)
+        return MFormerOutput(prefix, queries, routing)

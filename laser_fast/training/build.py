@@ -15,6 +15,7 @@ from laser_fast.models.recommender import SequentialRecommender
 from laser_fast.nn.bituning import BiTuning
 from laser_fast.nn.frozen_lm import FrozenLM
 from laser_fast.nn.mformer import MFormer
+from laser_fast.nn.prefix_kv import DeepPrefix
 from laser_fast.training.recommender import load_recommender
 
 if TYPE_CHECKING:
@@ -77,11 +78,16 @@ def build_laser(config: LaserConfig, inputs: Inputs, model: "PreTrainedModel", t
         readout=config.bituning.readout,
         embedding_rms=lm.embedding_rms,
     )
+    deep = config.bituning.prefix_mode == "kv"
     uses_mformer = config.bituning.prefix == "mformer"
     mformer = None
     if uses_mformer:
         assert inputs.recommender is not None  # the configuration demands it
-        mformer = build_mformer(config.mformer, inputs.recommender.state_size, lm)
+        mformer = build_mformer(config.mformer, inputs.recommender.state_size, lm, project=not deep)
+    deep_prefix = None
+    if deep:
+        width, rms = (config.mformer.width, 1.0) if uses_mformer else (lm.hidden_size, lm.embedding_rms)
+        deep_prefix = DeepPrefix(width, lm.layers, rank=config.bituning.deep_prefix_rank, token_rms=rms)
     return LaserModel(
         lm,
         _build_batches(config, inputs, tokenizer),
@@ -89,6 +95,8 @@ def build_laser(config: LaserConfig, inputs: Inputs, model: "PreTrainedModel", t
         bituning,
         mformer=mformer,
         recommender=inputs.recommender if uses_mformer else None,
+        deep_prefix=deep_prefix,
+        reuse_instruction=config.prompt.order == "prompt-first" and config.prompt.reuse_instruction,
         head=config.bituning.head,
         temperature=config.objective.temperature,
         balance_weight=config.objective.balance_weight,
@@ -96,11 +104,11 @@ def build_laser(config: LaserConfig, inputs: Inputs, model: "PreTrainedModel", t
     )
 
 
-def build_mformer(config: MFormerConfig, state_size: int, lm: FrozenLM) -> MFormer:
-    """M-Former for these states and this language model."""
+def build_mformer(config: MFormerConfig, state_size: int, lm: FrozenLM, *, project: bool = True) -> MFormer:
+    """M-Former for these states and this language model; `project` adds the map to its input embeddings."""
     return MFormer(
         state_size,
-        lm.hidden_size,
+        lm.hidden_size if project else None,
         width=config.width,
         num_layers=config.num_layers,
         num_heads=config.num_heads,
@@ -137,9 +145,10 @@ def _build_batches(config: LaserConfig, inputs: Inputs, tokenizer: Any) -> Batch
     return BatchBuilder(
         tokenize_texts(texts, tokenizer, prompt.max_item_tokens),
         layout(prompt.user_template),
-        layout("{history}"),  # an item is a history of one, without the words around it
+        layout(prompt.item_prompt),  # an item is a history of one, with words of its own around it
         known_items=training_counts(inputs.split, inputs.dataset.num_items) > 0,
         max_history=config.mformer.max_history,
+        prompt_first=prompt.order == "prompt-first",
     )
 
 

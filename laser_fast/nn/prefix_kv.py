@@ -1,0 +1,113 @@
+"""Keys and values that stand in front of every packed sequence, in every attention layer of the language model.
+
+Two things become such a prefix: text that is the same for everybody (its keys and values are computed once and
+injected, instead of running the text through the model with every sequence), and a deep prefix, whose keys and values
+are written straight by M-Former or learned (Li and Liang, arXiv:2101.00190; Liu et al., arXiv:2110.07602).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Keys and values of one attention layer: heads H_kv, head size d, and the root mean square of either."""
+
+    num_heads: int
+    head_size: int
+    key_rms: float
+    value_rms: float
+
+    @property
+    def width(self) -> int:
+        """H_kv d."""
+        return self.num_heads * self.head_size
+
+
+@dataclass(frozen=True)
+class KeyValuePrefix:
+    """P keys and values per sequence and layer, rotated as the model rotates keys where it does.
+
+    Attributes:
+        keys: per layer [B, P, H_kv, d] (one per sequence) or [1, P, H_kv, d] (shared), or with `slots` a pool of them.
+        values: as `keys`.
+        slots: int32 [B], the row of the pool that belongs to each sequence; None = no pool.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    slots: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not self.keys or len(self.keys) != len(self.values):
+            raise ValueError(
+                "KeyValuePrefix: keys and values must be given for the same layers, at least one, "
+                f"got {len(self.keys)} and {len(self.values)}"
+            )
+
+    @property
+    def length(self) -> int:
+        """P."""
+        return self.keys[0].shape[1]
+
+    @property
+    def batch_size(self) -> int:
+        """B, or 1 where all sequences share it."""
+        return self.keys[0].shape[0] if self.slots is None else self.slots.shape[0]
+
+    def of_layer(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values [B or 1, P, H_kv, d] of one layer."""
+        key, value = self.keys[layer].to(dtype), self.values[layer].to(dtype)
+        return (key, value) if self.slots is None else (key[self.slots], value[self.slots])
+
+    def then(self, following: "KeyValuePrefix") -> "KeyValuePrefix":
+        """This prefix with another behind it; of two batch sizes the one that is not 1. Not for pools."""
+        return KeyValuePrefix(
+            tuple(_behind(one, other) for one, other in zip(self.keys, following.keys, strict=True)),
+            tuple(_behind(one, other) for one, other in zip(self.values, following.values, strict=True)),
+        )
+
+
+def _behind(one: Tensor, other: Tensor) -> Tensor:
+    size = max(one.shape[0], other.shape[0])
+    return torch.cat([one.expand(size, *one.shape[1:]), other.expand(size, *other.shape[1:])], dim=1)
+
+
+class DeepPrefix(nn.Module):
+    """Keys and values of every layer from the prefix tokens: `[K_l; V_l] = W_l (W_down p + b_down) + b_l`, low rank.
+
+    (D + 1) r + (r + 1) sum_l 2 H_kv d parameters: 4.3 million for 32 layers of 8 heads of 128 at D = 768, r = 64.
+    Keys are not rotated: a prefix has no order of its own, and the text behind it counts its positions from P.
+
+    Args:
+        width: D of the prefix tokens.
+        layers: what the language model's attention layers take.
+        rank: r.
+        token_rms: root mean square of the tokens at the start.
+    """
+
+    def __init__(self, width: int, layers: list[LayerShape], *, rank: int = 64, token_rms: float = 1.0) -> None:
+        super().__init__()
+        if not layers:
+            raise ValueError("DeepPrefix: layers must name at least one attention layer, got none")
+        self.layers = layers
+        self.down = nn.Linear(width, rank)
+        self.up = nn.Linear(rank, sum(2 * layer.width for layer in layers))
+        nn.init.normal_(self.down.weight, std=width**-0.5 / token_rms)
+        nn.init.zeros_(self.down.bias)
+        nn.init.zeros_(self.up.bias)
+        with torch.no_grad():  # tokens start as keys and values of the model's own size
+            for rows, layer in zip(self.up.weight.split([2 * layer.width for layer in layers]), layers, strict=True):
+                rows[: layer.width].normal_(std=layer.key_rms * rank**-0.5)
+                rows[layer.width :].normal_(std=layer.value_rms * rank**-0.5)
+
+    def forward(self, tokens: Tensor) -> KeyValuePrefix:
+        """[B, P, D] (or [1, P, D], shared) -> keys and values of every layer, in the dtype of `tokens`."""
+        written = self.up(self.down(tokens)).split([2 * layer.width for layer in self.layers], dim=-1)
+        halves = [
+            both.unflatten(-1, (2, layer.num_heads, layer.head_size)).unbind(2)
+            for both, layer in zip(written, self.layers, strict=True)
+        ]
+        return KeyValuePrefix(tuple(key for key, _ in halves), tuple(value for _, value in halves))

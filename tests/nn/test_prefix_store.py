@@ -1,0 +1,87 @@
+"""The pool of prefixes: what is kept, what is evicted, and that nothing stale is ever served."""
+
+from collections.abc import Hashable
+
+import pytest
+import torch
+
+from laser_fast.nn.prefix_kv import KeyValuePrefix
+from laser_fast.nn.prefix_store import PrefixStore
+
+LAYERS = 2
+
+
+class Writer:
+    """Writes a prefix that says which name and which version it was made for, and remembers what was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[str]] = []
+        self.version = 0
+
+    def fetch(self, store: PrefixStore, names: list[str]) -> list[float]:
+        def write(positions: list[int]) -> KeyValuePrefix:
+            self.asked.append([names[position] for position in positions])
+            marks = torch.tensor([ord(names[position]) + 1000.0 * self.version for position in positions])
+            rows = marks.view(-1, 1, 1, 1).expand(-1, 3, 2, 4)
+            return KeyValuePrefix((rows, rows + 0.25), (rows + 0.5, rows + 0.75))
+
+        versions: Hashable = ("weights", self.version)
+        got = store.fetch(names, versions, write)
+        for layer in range(LAYERS):
+            key, value = got.of_layer(layer, torch.float32)
+            assert key.shape == value.shape == (len(names), 3, 2, 4)
+            torch.testing.assert_close(key + 0.5, value)
+        assert got.batch_size == len(names) and got.length == 3
+        return [float(mark) for mark in got.of_layer(0, torch.float32)[0][:, 0, 0, 0]]
+
+
+def marks(names: str, version: int = 0) -> list[float]:
+    return [ord(name) + 1000.0 * version for name in names]
+
+
+def test_each_name_is_written_once_and_served_in_order() -> None:
+    store, writer = PrefixStore(4), Writer()
+    assert writer.fetch(store, list("abab")) == marks("abab")
+    assert writer.fetch(store, list("bca")) == marks("bca")
+    assert writer.asked == [["a", "b"], ["c"]]
+    assert (len(store), store.hits, store.misses) == (3, 4, 3)
+
+
+def test_the_longest_unused_goes_first_and_never_one_of_the_batch() -> None:
+    store, writer = PrefixStore(3), Writer()
+    for names in ("abc", "a", "d", "acd", "be"):
+        assert writer.fetch(store, list(names)) == marks(names)
+    # d took the slot of b, b and e those of a and c
+    assert writer.asked == [["a", "b", "c"], ["d"], ["b", "e"]]
+    assert writer.fetch(store, list("d")) == marks("d")
+    assert len(writer.asked) == 3
+
+
+def test_another_version_of_the_weights_empties_it() -> None:
+    store, writer = PrefixStore(4), Writer()
+    writer.fetch(store, list("ab"))
+    writer.version = 1
+    assert writer.fetch(store, list("ba")) == marks("ba", version=1)
+    assert writer.asked == [["a", "b"], ["b", "a"]]
+
+
+def test_a_batch_larger_than_the_pool_is_written_and_not_kept() -> None:
+    store, writer = PrefixStore(2), Writer()
+    writer.fetch(store, list("a"))
+    assert writer.fetch(store, list("cbdc")) == marks("cbdc")
+    assert writer.fetch(store, list("a")) == marks("a")
+    assert writer.asked == [["a"], ["c", "b", "d", "c"]]
+
+
+def test_memory_is_bounded_by_the_capacity() -> None:
+    store, writer = PrefixStore(5), Writer()
+    assert store.num_bytes == 0
+    for start in range(0, 50, 5):
+        writer.fetch(store, [chr(65 + start + i) for i in range(5)])
+    assert len(store) == 5
+    assert store.num_bytes == 5 * 2 * LAYERS * 3 * 2 * 4 * 4
+
+
+def test_capacity_is_checked() -> None:
+    with pytest.raises(ValueError, match="capacity must be at least 1, got 0"):
+        PrefixStore(0)
