@@ -149,8 +149,19 @@ def _bitsandbytes() -> Component:
 
 
 def _flash_attention() -> Component:
-    reason = "packed attention runs on torch's scaled_dot_product_attention, one call per bucket of lengths"
-    return Component("flash attention", "", False, reason)
+    import torch
+
+    from laser_fast.nn.attention_flash import AttentionKind, choose_fast
+
+    name = "flash attention"
+    chosen, _ = choose_fast(AttentionKind(causal=True, scale=1.0), grouped=True)
+    fallback = "packed attention runs on torch's scaled_dot_product_attention, one call per bucket of lengths"
+    if not torch.cuda.is_available():
+        return Component(name, "", False, f"no CUDA device; {fallback}")
+    if chosen == "buckets":
+        return Component(name, "", False, f"this torch has none; {fallback}", "pip install -U torch")
+    version = _version("flash-attn") if chosen == "flash-attn" else torch.__version__
+    return Component(name, version or "", True, f"{chosen}, in half precision")
 
 
 def _operation(name: str) -> Component:

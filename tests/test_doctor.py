@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from laser_fast import doctor
+from laser_fast.nn import attention_flash
 from laser_fast.ops import native, triton_kernels
 
 
@@ -134,6 +135,23 @@ def test_operations_with_a_triton_kernel(
         line = report(f"op {name}")
         assert (line.version, line.reason, line.remedy) == (version, absence, remedy)
     assert report("op catalog_topk").reason == "no GPU kernel in this version"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "on", "reason"),
+    [
+        ("flash-attn", True, "flash-attn, in half precision"),
+        ("torch varlen", True, "torch varlen, in half precision"),
+        ("buckets", False, "this torch has none; packed attention runs on torch's scaled_dot_product_attention"),
+    ],
+)
+def test_the_attention_that_runs(chosen: str, on: bool, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_flash, "choose_fast", lambda kind, grouped: (chosen, None))
+    assert not report("flash attention").on or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    line = report("flash attention")
+    assert line.on == on
+    assert line.reason.startswith(reason)
 
 
 def test_a_probe_that_fails_becomes_a_line(monkeypatch: pytest.MonkeyPatch) -> None:

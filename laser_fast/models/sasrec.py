@@ -119,7 +119,7 @@ class SASRec(nn.Module):
         """
         hidden = F.dropout(self.item_embedding(items), self.dropout, self.training)
         angles = _rotary_angles(cu_seqlens, items.numel(), self.state_size // self.num_heads)
-        plan = AttentionPlan.build(cu_seqlens, causal=True)
+        plan = AttentionPlan(cu_seqlens, causal=True)
         for block in self.blocks:
             hidden = block(hidden, angles, cu_seqlens, plan)
         return F.dropout(self.norm(hidden), self.state_dropout, self.training)

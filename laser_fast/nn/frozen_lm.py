@@ -24,8 +24,6 @@ _PROBE_TOKENS = 16  # from whose keys and values the scale of either is read
 
 # options of an attention that change its result and that the packed attention does not have (transformers' names)
 _REFUSED_OPTIONS = {
-    "softcap": "soft-capped scores",
-    "s_aux": "attention sinks",
     "position_bias": "a position bias",
     "head_mask": "a head mask",
 }
@@ -75,7 +73,7 @@ class PackedLayout:
         """The plan for this kind of mask, made at its first use and shared by all layers."""
         kind = (causal, sliding_window)
         if kind not in self._plans:
-            self._plans[kind] = AttentionPlan.build(
+            self._plans[kind] = AttentionPlan(
                 self.cu_seqlens, self.cu_seqlens_k, causal=causal, sliding_window=sliding_window
             )
         return self._plans[kind]
@@ -251,6 +249,8 @@ def _packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
@@ -272,6 +272,8 @@ def _packed_attention(
         causal=causal,
         scale=scaling,
         dropout=dropout,
+        softcap=softcap,
+        sinks=s_aux,
         plan=laser_layout.plan(causal, sliding_window),
     )
     return output[None], None

@@ -61,7 +61,7 @@ class ContrastiveHeads(nn.Module):
         position = torch.arange(token_embeds.shape[0], device=token_embeds.device)
         position = position - starts.repeat_interleave(lengths, output_size=token_embeds.shape[0])
         hidden = self.norm(self.token_projection(token_embeds) + self.positions.index_select(0, position))
-        plan = AttentionPlan.build(cu_seqlens, causal=False)
+        plan = AttentionPlan(cu_seqlens, causal=False)
         for layer, feed_forward in zip(self._qformer[0].layers, self.feed_forwards, strict=True):
             assert isinstance(layer, QFormerLayer)
             hidden = feed_forward(layer.self_attention.forward_packed(hidden, cu_seqlens, plan))

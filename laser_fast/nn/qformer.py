@@ -79,7 +79,7 @@ class CrossBoundaries:
         self.states = cu_seqlens
         steps = torch.arange(cu_seqlens.shape[0], device=cu_seqlens.device, dtype=torch.int32)
         self.queries = steps * rows_per_user
-        self.plan = AttentionPlan.build(self.queries, cu_seqlens, causal=False)
+        self.plan = AttentionPlan(self.queries, cu_seqlens, causal=False)
 
 
 class FeedForward(nn.Module):

@@ -57,7 +57,7 @@ def losses(model: LaserModel, inputs: Inputs, steps: int = 4) -> list[float]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        found.append(float(loss))
+        found.append(float(loss.detach()))
     return found
 
 

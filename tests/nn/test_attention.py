@@ -32,6 +32,8 @@ def exact_attention(
     lengths_k: list[int],
     causal: bool,
     window: int | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """One query at a time: `softmax` over the keys it may see, 0 where it sees none."""
     groups = query.shape[1] // key.shape[1]
@@ -49,6 +51,11 @@ def exact_attention(
                 keys = key[[start_k + j for j in seen], head // groups]
                 values = value[[start_k + j for j in seen], head // groups]
                 scores = keys @ query[start_q + i, head] / math.sqrt(query.shape[2])
+                if softcap is not None:
+                    scores = softcap * torch.tanh(scores / softcap)
+                if sinks is not None:
+                    scores = torch.cat([scores, sinks[head, None]])
+                    values = torch.cat([values, torch.zeros_like(query[:1, 0])])
                 heads.append(scores.softmax(0) @ values if seen else torch.zeros_like(query[0, 0]))
             rows.append(torch.stack(heads))
         start_q, start_k = start_q + length_q, start_k + length_k
@@ -81,10 +88,33 @@ def test_equals_attention_of_each_sequence_alone(
             torch.testing.assert_close(gradient, exact_gradient, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("with_sinks", [False, True], ids=["no sinks", "sinks"])
+@pytest.mark.parametrize("softcap", [None, 0.7], ids=["no cap", "cap"])
+@pytest.mark.parametrize("lengths", [LENGTHS["mixed"], LENGTHS["longer keys"], LENGTHS["longer queries"]])
+def test_soft_caps_and_sinks(lengths: tuple[list[int], list[int]], softcap: float | None, with_sinks: bool) -> None:
+    lengths_q, lengths_k = lengths
+    generator = torch.Generator().manual_seed(2)
+    inputs = [
+        torch.randn(sum(size), count, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+        for size, count in ((lengths_q, 4), (lengths_k, 2), (lengths_k, 2))
+    ]
+    sinks = torch.randn(4, generator=generator, dtype=torch.float64).requires_grad_() if with_sinks else None
+    options = {"softcap": softcap, "sinks": sinks}
+    bounds = cu_seqlens(lengths_q), cu_seqlens(lengths_k)
+    output = varlen_attention(*inputs, *bounds, causal=True, sliding_window=3, **options)
+    exact = exact_attention(*inputs, lengths_q, lengths_k, True, 3, **options)
+    torch.testing.assert_close(output, exact, rtol=1e-10, atol=1e-12)
+    leaves = inputs + ([sinks] if sinks is not None else [])
+    probe = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+    grads = [torch.autograd.grad((result * probe).sum(), leaves) for result in (output, exact)]
+    for gradient, exact_gradient in zip(*grads, strict=True):
+        torch.testing.assert_close(gradient, exact_gradient, rtol=1e-9, atol=1e-12)
+
+
 def test_a_plan_serves_every_layer_of_a_batch() -> None:
     generator = torch.Generator().manual_seed(1)
     boundaries = cu_seqlens([3, 20, 7])
-    plan = AttentionPlan.build(boundaries, causal=True)
+    plan = AttentionPlan(boundaries, causal=True)
     for _ in range(2):
         tokens = torch.randn(30, 2, 4, generator=generator)
         planned = varlen_attention(tokens, tokens, tokens, boundaries, causal=True, plan=plan)

@@ -6,15 +6,37 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModel, BertConfig, Gemma2Config, LlamaConfig, PreTrainedModel, Qwen3Config, T5Config
+from transformers import (
+    AttentionInterface,
+    AutoModel,
+    BertConfig,
+    Gemma2Config,
+    GptOssConfig,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    T5Config,
+)
 
-from laser_fast.nn.frozen_lm import FrozenLM
+from laser_fast.nn.frozen_lm import ATTENTION_NAME, FrozenLM, PackedLayout
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61}
 CONFIGS = {
     "llama": LlamaConfig(**SIZES, num_key_value_heads=2, max_position_embeddings=64),
     "qwen3": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=16, max_position_embeddings=64),
     "bert": BertConfig(**SIZES, max_position_embeddings=64),
+    "gemma2": Gemma2Config(  # soft-capped scores, every second layer with a sliding window, a scale of its own
+        **SIZES,
+        num_key_value_heads=2,
+        head_dim=8,
+        attn_logit_softcapping=2.0,
+        sliding_window=5,
+        query_pre_attn_scalar=3,
+        max_position_embeddings=64,
+    ),
+    "gpt-oss": GptOssConfig(  # attention sinks
+        **SIZES, num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=5
+    ),
 }
 
 
@@ -113,10 +135,15 @@ def test_what_cannot_run_is_refused_by_name() -> None:
         lm(embeds[:, :16], cu_seqlens)
     with pytest.raises(ValueError, match="must be an encoder or a decoder, got the encoder-decoder"):
         FrozenLM(AutoModel.from_config(T5Config(vocab_size=20, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)))
-    capped = Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8, attn_logit_softcapping=50.0)
-    embeds, cu_seqlens = packed_inputs([3])
-    with pytest.raises(ValueError, match="must not use soft-capped scores, got softcap=50.0"):
-        FrozenLM(AutoModel.from_config(capped))(embeds, cu_seqlens)
+
+
+def test_an_option_nobody_has_is_refused_by_name() -> None:
+    lm = FrozenLM(random_model(CONFIGS["llama"], "eager"))
+    attention = AttentionInterface()[ATTENTION_NAME]
+    tokens = torch.zeros(1, 2, 3, 8)
+    layout = PackedLayout(torch.tensor([0, 3], dtype=torch.int32), {}, None)
+    with pytest.raises(ValueError, match="must not use a head mask, got head_mask=1"):
+        attention(lm.model, tokens, tokens, tokens, None, laser_layout=layout, head_mask=1)
 
 
 def test_calling_the_model_past_the_wrapper_is_refused() -> None:
