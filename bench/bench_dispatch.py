@@ -1,75 +1,106 @@
-"""Dispatch and combine against loops over users and against plain indexing and einsum."""
+"""Dispatch and combine against the Laser authors' form and against indexing and products, eager and compiled."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import pytest
 import torch
-from baselines.dispatch_loop import combine_einsum, combine_loop, dispatch_indexing, dispatch_loop
-from torch import Tensor
+from baselines.dispatch_loop import combine_loop, dispatch_loop
+from baselines.dispatch_packed import (
+    combine_einsum,
+    combine_sum,
+    dispatch_index_select,
+    dispatch_indexing,
+    dispatch_one_hot,
+)
+from forms import PASSES, CompareForms, CompileForms, Form
+from torch import Tensor, nn
+from workloads import DISPATCH, Case, Workload
 
 from laser_fast.ops import combine_queries, dispatch_queries
 
-from .conftest import PASSES, one_pass
+_SAFE_SPEEDUP = 5  # of a dispatch over the loop, forward, with the demo's query tokens; 15 to 25 were measured
 
 
-class Workload(NamedTuple):
-    users: int
-    top_k: int
-    experts: int
-    queries: int
-    width: int
+def dispatch_bytes(shape: Workload, name: str) -> int:
+    """Forward reads E slabs and writes B k of them; backward the other way round."""
+    slab = shape.queries * shape.width * shape.dtype.itemsize
+    return slab * (shape.users * shape.top_k + shape.experts) * (2 if name == "forward+backward" else 1)
 
 
-WORKLOADS = {"cpu": Workload(32, 3, 8, 32, 256), "cuda": Workload(2048, 3, 8, 32, 768)}
+def combine_bytes(shape: Workload, name: str) -> int:
+    """Forward reads k slabs a user and writes one; backward reads these k + 1 and writes k."""
+    slab = shape.queries * shape.width * shape.dtype.itemsize
+    forward, backward = shape.users * (shape.top_k + 1), shape.users * (2 * shape.top_k + 1)
+    return slab * {"forward": forward, "backward": backward}.get(name, forward + backward)
 
 
-def _inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Workload]:
-    shape = WORKLOADS[device.type]
+def random_choice(shape: Workload, generator: torch.Generator) -> Tensor:
+    """int32 [B, k], distinct for a user."""
+    scores = torch.rand(shape.users, shape.experts, generator=generator)
+    return scores.argsort(dim=1)[:, : shape.top_k].int().to(shape.device)
+
+
+def loop_table(queries: Tensor) -> nn.ParameterList:
+    """[E, Q, D] as the authors keep it: E parameters [1, Q, D]."""
+    return nn.ParameterList([nn.Parameter(slab.detach().clone()) for slab in queries.split(1)])
+
+
+def dispatch_forms(shape: Workload) -> tuple[Form, dict[str, Form], dict[str, Form]]:
+    """The candidate, the forms timed as they are, and the forms worth compiling."""
     generator = torch.Generator().manual_seed(0)
     queries = torch.randn(shape.experts, shape.queries, shape.width, generator=generator)
-    expert = torch.rand(shape.users, shape.experts, generator=generator).argsort(dim=1)[:, : shape.top_k].int()
+    inputs = [queries.to(shape.device, shape.dtype).requires_grad_()]
+    expert = random_choice(shape, generator)
+    table, long_expert = loop_table(inputs[0]), expert.long()
+
+    def loop_of_tensor(queries: Tensor) -> Tensor:
+        return torch.stack(dispatch_loop(queries.split(1), long_expert), dim=1).flatten(0, 1)
+
+    def of(function: Callable[[Tensor, Tensor], Tensor]) -> Form:
+        return Form(lambda given: function(given, expert), inputs)
+
+    loop = Form(lambda *_: dispatch_loop(table, long_expert), list(table), captured=False, comparable=loop_of_tensor)
+    strongest = {"indexing": of(dispatch_indexing), "one_hot": of(dispatch_one_hot)}
+    return of(dispatch_queries), {"loop": loop, "index_select": of(dispatch_index_select)}, strongest
+
+
+def combine_forms(shape: Workload) -> tuple[Form, dict[str, Form], dict[str, Form]]:
+    """The candidate, the forms timed as they are, and the forms worth compiling."""
+    generator = torch.Generator().manual_seed(0)
     outputs = torch.randn(shape.users * shape.top_k, shape.queries, shape.width, generator=generator)
-    weight = torch.rand(shape.users, shape.top_k, generator=generator)
-    return queries.to(device), expert.to(device), outputs.to(device), weight.to(device), shape
-
-
-@pytest.mark.parametrize("name", PASSES)
-def test_dispatch_queries(name: str, device: torch.device, compare: Callable[..., None]) -> None:
-    queries, expert, _, _, shape = _inputs(device)
-    rows = expert.tolist()
-    functions: dict[str, Callable[..., Tensor]] = {
-        "candidate": lambda given: dispatch_queries(given, expert),
-        "loop": lambda given: dispatch_loop(given, rows),
-        "indexing": lambda given: dispatch_indexing(given, expert),
-    }
-    queries.requires_grad_()
-    for function in functions.values():
-        assert torch.equal(function(queries), dispatch_queries(queries, expert))
-    runs = {key: one_pass(name, function, [queries]) for key, function in functions.items()}
-    slab_bytes = queries[0].numel() * queries.element_size()
-    moved = slab_bytes * (expert.numel() + shape.experts) * (2 if name == "forward+backward" else 1)
-    compare(runs.pop("candidate"), runs, moved_bytes=moved, shape=str(shape))
-
-
-@pytest.mark.parametrize("name", PASSES)
-def test_combine_queries(name: str, device: torch.device, compare: Callable[..., None]) -> None:
-    _, _, outputs, weight, shape = _inputs(device)
-    functions: dict[str, Callable[..., Tensor]] = {
-        "candidate": combine_queries,
-        "loop": combine_loop,
-        "einsum": combine_einsum,
-    }
+    weight = torch.rand(shape.users, shape.top_k, generator=generator).softmax(dim=1)
+    outputs, weight = outputs.to(shape.device, shape.dtype), weight.to(shape.device)
     inputs = [outputs.requires_grad_(), weight.requires_grad_()]
-    for function in functions.values():
-        torch.testing.assert_close(function(*inputs), combine_queries(*inputs), rtol=1e-5, atol=1e-5)
-    runs = {key: one_pass(name, function, inputs) for key, function in functions.items()}
-    slab_bytes = outputs[0].numel() * outputs.element_size()
-    slabs = {
-        "forward": shape.users * (shape.top_k + 1),
-        "backward": shape.users * (2 * shape.top_k + 1),
-        "forward+backward": shape.users * (3 * shape.top_k + 2),
-    }[name]
-    compare(runs.pop("candidate"), runs, moved_bytes=slab_bytes * slabs, shape=str(shape))
+    by_user = outputs.detach().view(shape.users, shape.top_k, shape.queries, shape.width)
+    groups = [group.contiguous().requires_grad_() for group in by_user.unbind(1)]
+
+    def loop(*given: Tensor) -> Tensor:
+        return combine_loop(given[:-1], given[-1])
+
+    def loop_of_packed(outputs: Tensor, weight: Tensor) -> Tensor:
+        return combine_loop(outputs.view(by_user.shape).unbind(1), weight)
+
+    # this loop is over the k choices and reads nothing back, so a graph can hold it
+    others = {"loop": Form(loop, [*groups, weight], comparable=loop_of_packed)}
+    strongest = {"einsum": Form(combine_einsum, inputs), "sum": Form(combine_sum, inputs)}
+    return Form(combine_queries, inputs), others, strongest
+
+
+@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("case", DISPATCH, ids=str, indirect=True)
+def test_dispatch_queries(case: Case, name: str, compiled: CompileForms, compare_forms: CompareForms) -> None:
+    candidate, others, strongest = dispatch_forms(case.workload)
+    moved = dispatch_bytes(case.workload, name)
+    speedups = compare_forms(case, name, candidate, others | compiled(strongest), moved_bytes=moved)
+    if (case.name, name) == ("cpu-demo", "forward"):
+        assert speedups["loop"] > _SAFE_SPEEDUP
+
+
+@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("case", DISPATCH, ids=str, indirect=True)
+def test_combine_queries(case: Case, name: str, compiled: CompileForms, compare_forms: CompareForms) -> None:
+    candidate, others, strongest = combine_forms(case.workload)
+    moved = combine_bytes(case.workload, name)
+    compare_forms(case, name, candidate, others | compiled(strongest), moved_bytes=moved)

@@ -1,71 +1,77 @@
-"""Routing: `route_experts` against a loop over users and against packed plain PyTorch."""
+"""Routing: `route_experts` against the Laser authors' form and against packed plain PyTorch, eager and compiled."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import pytest
 import torch
-from baselines.routing_loop import routing_loop, routing_packed
+from baselines.routing_loop import routing_loop
+from baselines.routing_packed import mean_index_add, mean_segment_reduce, routing_rounds, routing_topk
+from forms import PASSES, CompareForms, CompileForms, Form, relative_error
 from torch import Tensor
+from workloads import ROUTING, Case, Workload
 
 from laser_fast.ops import cu_seqlens_from_lengths, route_experts
 
-from .conftest import PASSES, one_pass
+
+def routing_bytes(shape: Workload, name: str) -> int:
+    """States read in each pass, their gradient written in backward; E float32 probabilities an item kept between."""
+    states = shape.users * shape.items * shape.width * shape.dtype.itemsize
+    probabilities = shape.users * shape.items * shape.experts * 4
+    passes = {"forward": states + probabilities, "backward": 2 * states + probabilities}
+    return passes.get(name, sum(passes.values()))
 
 
-class Workload(NamedTuple):
-    users: int
-    mean_length: int
-    width: int
-    experts: int
-    top_k: int
+def routing_forms(shape: Workload) -> tuple[Form, dict[str, Form], dict[str, Form]]:
+    """The candidate, the forms timed as they are, and the forms worth compiling."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(shape.users * shape.items, shape.width, generator=generator)
+    weight = torch.randn(shape.experts, shape.width, generator=generator) / shape.width**0.5
+    states, weight = states.to(shape.device, shape.dtype), weight.to(shape.device)
+    inputs = [tensor.requires_grad_() for tensor in (states, weight, torch.zeros_like(weight[:, 0]))]
+    cu_seqlens = cu_seqlens_from_lengths(torch.full((shape.users,), shape.items)).to(shape.device)
+    mask = torch.ones(shape.users, shape.items, dtype=torch.long, device=shape.device)
+    padded = [states.detach().view(*mask.shape, -1).requires_grad_(), *inputs[1:]]
+
+    def candidate(*given: Tensor) -> tuple[Tensor, ...]:
+        routing = route_experts(*given, cu_seqlens, shape.top_k)
+        return routing.weight, routing.pooled, routing.balance_loss, routing.expert
+
+    def loop(*given: Tensor) -> tuple[Tensor, ...]:
+        return routing_loop(*given, mask, shape.top_k)
+
+    def loop_of_packed(states: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        return loop(states.view(*mask.shape, -1), *rest)
+
+    def topk_one_hot(*given: Tensor) -> tuple[Tensor, ...]:
+        return routing_topk(*given, cu_seqlens, shape.top_k)
+
+    def rounds(mean: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+        return lambda *given: routing_rounds(*given, cu_seqlens, shape.top_k, mean)
+
+    loop_form = Form(loop, padded, captured=False, comparable=loop_of_packed)
+    others = {"loop": loop_form, "topk_one_hot": Form(topk_one_hot, inputs)}
+    strongest = {
+        "index_add": Form(rounds(mean_index_add), inputs),
+        "segment_reduce": Form(rounds(mean_segment_reduce), inputs),
+    }
+    return Form(candidate, inputs), others, strongest
 
 
-# the Laser authors' router (768 wide, 8 experts, 3 chosen); the CPU's is that of the demo
-WORKLOADS = {
-    "cpu": [Workload(64, 20, 256, 8, 3)],
-    "cuda": [Workload(256, 20, 768, 8, 3), Workload(8192, 50, 768, 8, 3)],
-}
-
-
-def _objective(result: tuple[Tensor, ...]) -> Tensor:
-    _, weight, pooled, balance_loss = result
-    return (weight * weight).sum() + (pooled * pooled).sum() + balance_loss
+def assert_choices(candidate: Form, forms: dict[str, Form]) -> None:
+    """Every form chooses as well, by the scores of the chosen experts: two alike within rounding may change places."""
+    _, pooled, _, chosen = candidate.function(*candidate.inputs)
+    expected = pooled.gather(1, chosen.long())
+    for name, form in forms.items():
+        expert = (form.comparable or form.function)(*candidate.inputs)[3]
+        assert relative_error(pooled.gather(1, expert.long()), expected) < 1e-5, f"{name} chooses others"
 
 
 @pytest.mark.parametrize("name", PASSES)
-@pytest.mark.parametrize("index", range(2))
-def test_route_experts(index: int, name: str, device: torch.device, compare: Callable[..., None]) -> None:
-    if index >= len(WORKLOADS[device.type]):
-        pytest.skip(f"{device.type} has {len(WORKLOADS[device.type])} workload")
-    shape = WORKLOADS[device.type][index]
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, 2 * shape.mean_length, (shape.users,), generator=generator)
-    cu_seqlens = cu_seqlens_from_lengths(lengths).to(device)
-    num_items = int(lengths.sum())
-    states = torch.randn(num_items, shape.width, generator=generator).to(device)
-    weight = (torch.randn(shape.experts, shape.width, generator=generator) / shape.width**0.5).to(device)
-    inputs = [tensor.requires_grad_() for tensor in (states, weight, torch.zeros(shape.experts, device=device))]
-
-    def candidate(*given: Any) -> tuple[Tensor, ...]:
-        return route_experts(*given, cu_seqlens, shape.top_k)[:4]
-
-    def loop(*given: Any) -> tuple[Tensor, ...]:
-        return routing_loop(*given, lengths.tolist(), shape.top_k)
-
-    def packed(*given: Any) -> tuple[Tensor, ...]:
-        return routing_packed(*given, cu_seqlens, shape.top_k)
-
-    functions = {
-        form.__name__: (lambda *given, form=form: _objective(form(*given))) for form in (candidate, loop, packed)
-    }
-    expected = candidate(*inputs)
-    for form in (loop, packed):
-        for actual, exact in zip(form(*inputs), expected, strict=True):
-            torch.testing.assert_close(actual, exact, rtol=1e-4, atol=1e-5, check_dtype=False)
-    runs = {key: one_pass(name, function, inputs) for key, function in functions.items()}
-    state_bytes = states.numel() * states.element_size()
-    times_moved = {"forward": 1, "backward": 2, "forward+backward": 3}[name]
-    compare(runs.pop("candidate"), runs, moved_bytes=times_moved * state_bytes, shape=str(shape))
+@pytest.mark.parametrize("case", ROUTING, ids=str, indirect=True)
+def test_route_experts(case: Case, name: str, compiled: CompileForms, compare_forms: CompareForms) -> None:
+    candidate, others, strongest = routing_forms(case.workload)
+    baselines = others | compiled(strongest)
+    assert_choices(candidate, baselines)
+    compare_forms(case, name, candidate, baselines, moved_bytes=routing_bytes(case.workload, name))

@@ -1,60 +1,69 @@
-"""How every benchmark measures: candidate and baseline in turn, against a device copy of the same run."""
+"""How every benchmark measures: candidate and baselines in turn, against a device copy of the same run."""
 
 from __future__ import annotations
 
+import ctypes
+import importlib.metadata
 import platform
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from statistics import median
-from time import perf_counter
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).parent))  # so that `baselines` can be imported; the library stays the installed one
+sys.path.append(
+    str(Path(__file__).parent)
+)  # so that the files beside can be imported; the library stays the installed one
 
-Run = Callable[[], object]
+from forms import PASSES, CompareForms, CompileForms, Form, assert_agreement, compile_forms, fresh_leaves, one_pass
+from timing import Captured, Clock, Run, clock_of, interleaved_medians, wall_clock
+from workloads import Case
 
-PASSES = ("forward", "backward", "forward+backward")
+__all__ = ["PASSES", "one_pass"]  # bench_catalog reads them here
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+_NO_COMPILATION = "compiled forms are timed on a GPU only"
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
     """Benchmarks are named after their operation, bench_x.py, and are no part of the test suite."""
-    if file_path.match("bench_*.py"):
+    if file_path.match("bench_*.py") and not parent.session.isinitpath(file_path):  # named ones pytest takes itself
         return pytest.Module.from_parent(parent, path=file_path)
     return None
 
 
-def paired_medians(candidate: Run, baseline: Run, synchronize: Run, rounds: int = 30) -> tuple[float, float]:
-    """Median seconds of each, measured alternately after one warm-up, so that clocks and heat hit both."""
-    candidate(), baseline()
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(rounds):
-        for run, seconds in zip((candidate, baseline), times, strict=True):
-            synchronize()
-            start = perf_counter()
-            run()
-            synchronize()
-            seconds.append(perf_counter() - start)
-    return median(times[0]), median(times[1])
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
+    """A file that can be published: how it was made, and nothing about whose machine it was."""
+    machine, commit = output_json["machine_info"], output_json["commit_info"]
+    cpu = {key: machine["cpu"].get(key) for key in ("brand_raw", "count", "arch")}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "pytest-benchmark")}
+    output_json["machine_info"] = {"system": machine["system"], "machine": machine["machine"], "cpu": cpu}
+    output_json["machine_info"]["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    output_json["commit_info"] = {key: commit.get(key) for key in ("id", "time", "dirty")}
+    output_json["versions"] = {"python": platform.python_version(), **versions}
+    arguments = [re.sub(r"(^|=)/\S*/", r"\1", word) for word in config.invocation_params.args]
+    output_json["command"] = " ".join(["pytest", *arguments])
+    output_json["threads"] = torch.get_num_threads()
+    for benchmark in output_json["benchmarks"]:
+        benchmark["stats"].pop("data", None)
+        benchmark.pop("params")  # `param` names them
 
 
-def one_pass(name: str, function: Callable[..., Tensor], inputs: list[Tensor]) -> Run:
-    """The forward pass of `function`, its backward pass alone, or both, for inputs that require gradients."""
-    if name == "forward":
-        return lambda: function(*inputs)
-    output = function(*inputs)
-    grad = torch.ones_like(output)
-    if name == "backward":
-        return lambda: torch.autograd.grad(output, inputs, grad, retain_graph=True)
-    return lambda: torch.autograd.grad(function(*inputs), inputs, grad)
+@pytest.fixture(scope="session", autouse=True)
+def _recycled_memory() -> None:
+    """Freed memory stays with the process, as it does on a GPU; otherwise glibc hands blocks over 32 MB back.
 
-
-def _synchronize(device: torch.device) -> Run:
-    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    A result of 75 MB (dispatch at the authors' size) would cost 18,000 page faults, 50 ms on the machine of
+    bench/results/cpu, unless the form that ran before happened to leave a hole of that size.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 @pytest.fixture(scope="session")
@@ -71,41 +80,99 @@ def copy_gb_per_s(device: torch.device) -> float:
     def copy() -> Tensor:
         return target.copy_(source)
 
-    seconds, _ = paired_medians(copy, copy, _synchronize(device), rounds=5)
+    seconds = interleaved_medians({"copy": copy}, _plain_clock(device), budget_s=0.1)["copy"]
     return 2 * source.numel() * source.element_size() / seconds / 1e9
 
 
-Compare = Callable[..., None]
+def _plain_clock(device: torch.device) -> Clock:
+    return wall_clock(torch.cuda.synchronize) if device.type == "cuda" else wall_clock()
+
+
+def _peak_memory_bytes(run: Run) -> int:
+    """On top of what is there before."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return torch.cuda.max_memory_allocated() - before
+
+
+Speedups = dict[str, float]
+Compare = Callable[..., Speedups]
 
 
 @pytest.fixture
 def compare(benchmark: Any, device: torch.device, copy_gb_per_s: float) -> Compare:
-    """Time a candidate against named baselines; the figures go into `benchmark.extra_info`."""
+    """Time a candidate against named baselines; the figures go into `benchmark.extra_info`, the speedups come back."""
 
-    def run(candidate: Run, baselines: dict[str, Run], *, moved_bytes: int, **facts: object) -> None:
-        rounds, synchronize = (30 if device.type == "cuda" else 3), _synchronize(device)
-        seconds = []
-        for name, baseline in baselines.items():
-            ours, theirs = paired_medians(candidate, baseline, synchronize, rounds)
-            seconds.append(ours)
-            benchmark.extra_info[f"speedup_over_{name}"] = round(theirs / ours, 3)
-        bandwidth = moved_bytes / median(seconds) / 1e9
+    def run(
+        candidate: Run,
+        baselines: Mapping[str, Run],
+        *,
+        moved_bytes: int,
+        clock: Clock | None = None,
+        **facts: object,
+    ) -> Speedups:
+        clock = clock or _plain_clock(device)
+        seconds = interleaved_medians({"candidate": candidate, **baselines}, clock, budget_s=1.0)
+        speedups = {name: seconds[name] / seconds["candidate"] for name in baselines}
+        bandwidth = moved_bytes / seconds["candidate"] / 1e9
         benchmark.extra_info.update(
             facts,
+            **{f"speedup_over_{name}": round(speedup, 3) for name, speedup in speedups.items()},
+            median_us={name: round(1e6 * value, 1) for name, value in seconds.items()},
             moved_bytes=moved_bytes,
             bandwidth_gb_per_s=round(bandwidth, 2),
+            copy_gb_per_s=round(copy_gb_per_s, 2),
             roofline_fraction=round(bandwidth / copy_gb_per_s, 3),
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         )
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            candidate()
-            benchmark.extra_info["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-
-        def timed() -> None:
-            candidate()
-            synchronize()
-
-        benchmark.pedantic(timed, rounds=rounds, warmup_rounds=1)
+        if device.type == "cuda" and facts.get("mode", "plain") == "plain":  # a graph allocates nothing when replayed
+            benchmark.extra_info["peak_memory_bytes"] = _peak_memory_bytes(candidate)
+        plain = _plain_clock(device)
+        benchmark.pedantic(lambda: plain(candidate), rounds=5, warmup_rounds=1)
+        return speedups
 
     return run
+
+
+@pytest.fixture
+def compare_forms(compare: Compare, device: torch.device) -> CompareForms:
+    """Time one pass of forms of an operation in the mode of a case, after all of them have proven equal."""
+
+    def run(case: Case, name: str, candidate: Form, baselines: Mapping[str, Form], **facts: Any) -> Speedups:
+        assert_agreement(candidate, baselines)
+        left_out = {"compiled": _NO_COMPILATION} if device.type == "cpu" else {}
+        runs = {}
+        for key, form in {"candidate": candidate, **baselines}.items():
+            if case.mode == "plain":
+                runs[key] = one_pass(name, form.function, form.inputs)
+            elif form.captured:
+                runs[key] = Captured(lambda form=form: one_pass(name, form.function, fresh_leaves(form.inputs)))
+            else:
+                left_out[key] = "reads back to the host, which no CUDA graph can hold"
+        return compare(
+            runs.pop("candidate"),
+            runs,
+            clock=clock_of(case.mode, device),
+            mode=case.mode,
+            left_out=left_out,
+            shape={**case.workload._asdict(), "dtype": str(case.workload.dtype)},
+            **facts,
+        )
+
+    return run
+
+
+@pytest.fixture
+def compiled(device: torch.device) -> CompileForms:
+    """Adds the compiled form of every form, on a GPU."""
+    return lambda forms: forms if device.type == "cpu" else forms | compile_forms(forms)
+
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest, device: torch.device) -> Case:
+    """The case a benchmark is parametrised with (indirectly), skipped where its device is not there."""
+    wanted = request.param.workload.device
+    if wanted != device.type:
+        pytest.skip("needs a CUDA device, and torch sees none" if wanted == "cuda" else "a workload for the CPU")
+    return request.param

@@ -1,32 +1,32 @@
-"""Dispatch and combine as loops over users and choices, and as plain indexing and einsum."""
+"""Dispatch and combine in the form of the Laser authors: a loop over choices and users, and a loop over choices."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
-def dispatch_loop(queries: Tensor, expert: list[list[int]]) -> Tensor:
-    """A list of query matrices, picked one by one."""
-    slabs = queries.unbind(0)
-    return torch.stack([slabs[index] for row in expert for index in row])
+def dispatch_loop(queries: nn.ParameterList, expert: Tensor) -> list[Tensor]:
+    """A list of [1, Q, D], one per expert, picked one by one with a number on the device -> k times [B, Q, D].
+
+    Their code keeps the k groups apart, as here.
+    """
+    num_users, top_k = expert.shape
+    dispatched = []
+    for choice in range(top_k):
+        picked = []
+        for user in range(num_users):
+            index = expert[user, choice]
+            picked.append(queries[index])
+        dispatched.append(torch.cat(picked, dim=0))
+    return dispatched
 
 
-def dispatch_indexing(queries: Tensor, expert: Tensor) -> Tensor:
-    return queries[expert.flatten().long()]
-
-
-def combine_loop(outputs: Tensor, weight: Tensor) -> Tensor:
-    """One choice of one user at a time."""
-    num_users, top_k = weight.shape
-    combined = []
-    for user in range(num_users):
-        total = torch.zeros_like(outputs[0])
-        for choice in range(top_k):
-            total = total + weight[user, choice] * outputs[user * top_k + choice]
-        combined.append(total)
-    return torch.stack(combined)
-
-
-def combine_einsum(outputs: Tensor, weight: Tensor) -> Tensor:
-    return torch.einsum("bk,bkqd->bqd", weight, outputs.view(*weight.shape, *outputs.shape[1:]))
+def combine_loop(outputs: Sequence[Tensor], weight: Tensor) -> Tensor:
+    """k times [B, Q, D] and [B, k] -> [B, Q, D], one choice after the other, in the dtype of the outputs."""
+    total = torch.zeros_like(outputs[0])
+    for choice, output in enumerate(outputs):
+        total += weight[:, choice, None, None] * output
+    return total

@@ -1,0 +1,55 @@
+"""What is measured: shapes of the Laser authors' M-Former and of the demo, and in which modes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Workload(NamedTuple):
+    """A batch: every user has `items` items, so that a padded batch has no padding.
+
+    The state of an item and a query token are `width` wide; an expert has `queries` tokens.
+    """
+
+    device: str
+    users: int
+    items: int
+    width: int
+    queries: int
+    dtype: torch.dtype
+    experts: int = 8
+    top_k: int = 3
+
+
+class Case(NamedTuple):
+    """A workload and how it is run: plain, or replayed in a CUDA graph with a cold cache (`graph`) or a warm one."""
+
+    name: str
+    mode: str
+    workload: Workload
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.mode}"
+
+
+def _cases(workloads: dict[str, Workload]) -> list[Case]:
+    cases = []
+    for name, workload in workloads.items():
+        modes = {"cpu": ["plain"], "cuda": ["plain", "graph"]}[workload.device]
+        if name == "gpu-small":  # fits into the cache, so there it matters what is in it
+            modes.append("graph-warm")
+        cases += [Case(name, mode, workload) for mode in modes]
+    return cases
+
+
+# 8 experts, 3 chosen, 32 query tokens of 768 are the Laser authors'; the demo's preset has 4 tokens of 128
+_CPU = {
+    "cpu-demo": Workload("cpu", 256, 20, 128, 4, torch.float32),
+    "cpu-256": Workload("cpu", 256, 20, 256, 4, torch.float32),
+    "cpu-paper": Workload("cpu", 256, 20, 768, 32, torch.float32),
+}
+_SMALL = {"gpu-small": Workload("cuda", 256, 20, 768, 32, torch.bfloat16)}
+ROUTING = _cases(_CPU | _SMALL | {"gpu-large": Workload("cuda", 8192, 50, 768, 32, torch.bfloat16)})
+DISPATCH = _cases(_CPU | _SMALL | {"gpu-large": Workload("cuda", 2048, 20, 768, 32, torch.bfloat16)})
