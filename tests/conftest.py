@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ if not _HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
 import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 _WORDS = ["red", "blue", "green", "small", "large", "bolt", "nut", "drill", "saw", "glove"]
 
@@ -103,6 +104,36 @@ def _poisoned_memory() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
     torch.utils.deterministic.fill_uninitialized_memory = fill_before
+
+
+@pytest.fixture
+def worst_row_error() -> Callable[[Tensor, Tensor], float]:
+    """Largest relative L2 error over rows (last dimension); the second argument is exact, in float64."""
+
+    def measure(actual: Tensor, exact: Tensor) -> float:
+        assert exact.dtype == torch.float64
+        assert actual.shape == exact.shape
+        if exact.numel() == 0:
+            return 0.0
+        actual, exact = actual.detach(), exact.detach()
+        scale = exact.norm(dim=-1).clamp_min(1e-30)
+        return float(((actual.double() - exact).norm(dim=-1) / scale).max())
+
+    return measure
+
+
+@pytest.fixture
+def assert_accurate(worst_row_error: Callable[[Tensor, Tensor], float]) -> Callable[..., None]:
+    """`check(actual, eager, exact, name)`, the rule for kernels: the worst row at most twice as wrong as plain PyTorch
+    in the same dtype, plus one eps. Several `eager` add up in different orders, and the worst of them counts."""
+
+    def check(actual: Tensor, eager: Tensor | list[Tensor], exact: Tensor, name: str) -> None:
+        plain = eager if isinstance(eager, list) else [eager]
+        assert {actual.dtype} == {tensor.dtype for tensor in plain}, name
+        limit = 2 * max(worst_row_error(tensor, exact) for tensor in plain) + torch.finfo(actual.dtype).eps
+        assert worst_row_error(actual, exact) <= limit, name
+
+    return check
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,8 +1,7 @@
-"""Measures that the tests of all operations share: row-wise error, and a look at what runs inside an operation."""
+"""What the tests of all operations share: a look at what runs inside one, and the fused form without a GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _READBACKS = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::masked_select", "aten::equal"}
+_FUSED = ("route_experts", "dispatch_queries", "combine_queries")
 
 
 class InnerOperations(TorchDispatchMode):
@@ -50,16 +50,32 @@ def inner_operations() -> type[InnerOperations]:
 
 
 @pytest.fixture
-def worst_row_error() -> Callable[[Tensor, Tensor], float]:
-    """Largest relative L2 error over rows (last dimension); the second argument is exact, in float64."""
+def triton_on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let the CUDA implementations of the operations serve CPU tensors, in Triton's interpreter, for one test.
 
-    def measure(actual: Tensor, exact: Tensor) -> float:
-        assert exact.dtype == torch.float64
-        assert actual.shape == exact.shape
-        if exact.numel() == 0:
-            return 0.0
-        actual, exact = actual.detach(), exact.detach()
-        scale = exact.norm(dim=-1).clamp_min(1e-30)
-        return float(((actual.double() - exact).norm(dim=-1) / scale).max())
+    Returns the names of the operations that were served by a kernel, in the order of the calls.
+    """
+    pytest.importorskip("triton", reason="the kernels are written in Triton")
+    from triton import knobs
 
-    return measure
+    if not knobs.runtime.interpret:
+        pytest.skip("runs the kernels in Triton's interpreter, and here they are compiled for the GPU")
+    from laser_fast.ops import dispatch, routing
+
+    served: list[str] = []
+
+    def serves(operation: str, *tensors: Tensor, num_experts: int = 1) -> bool:
+        if any(tensor.dtype == torch.float64 for tensor in tensors):
+            return False
+        served.append(operation)
+        return True
+
+    for module in (routing, dispatch):
+        monkeypatch.setattr(module, "triton_serves", serves)
+    for name in (f"laser_fast::{fused}{suffix}" for fused in _FUSED for suffix in ("", "_backward")):
+        operation = OPDEFS[name]
+        if "cpu" not in operation._backend_fns:
+            # stays registered, and is what serves the CPU without it
+            operation.register_kernel("cpu", operation._init_fn)
+        monkeypatch.setitem(operation._backend_fns, "cpu", operation._backend_fns["cuda"])
+    return served
