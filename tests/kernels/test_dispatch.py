@@ -1,0 +1,216 @@
+"""Kernels of dispatch and combine, forward and backward, against indexing and sums in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="the kernels are written in Triton")
+
+from torch._library.custom_ops import OPDEFS
+
+from laser_fast.kernels import dispatch as kernels
+from laser_fast.ops import combine_queries_reference, dispatch_queries_reference
+
+Check = Callable[..., None]
+
+DTYPES = [
+    pytest.param(torch.float32, id="fp32"),
+    pytest.param(torch.float16, id="fp16"),
+    pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.gpu),  # the interpreter truncates where GPUs round
+]
+
+
+class Shape(NamedTuple):
+    """One batch."""
+
+    users: int
+    top_k: int
+    experts: int
+    queries: int
+    width: int
+
+
+SHAPES = [
+    pytest.param(Shape(1, 1, 1, 1, 1), id="ones"),
+    pytest.param(Shape(5, 2, 4, 3, 7), id="odd-width"),
+    pytest.param(Shape(0, 2, 4, 3, 7), id="no-user"),
+    pytest.param(Shape(3, 2, 4, 0, 7), id="no-query"),
+    pytest.param(Shape(4, 5, 5, 2, 8), id="k=E"),
+    pytest.param(Shape(3, 3, 7, 9, 7), id="one-short-of-a-sums-columns"),
+    pytest.param(Shape(3, 3, 7, 5, 13), id="one-past-a-sums-columns"),
+    pytest.param(Shape(21, 3, 7, 2, 16), id="one-short-of-a-sums-slabs"),
+    pytest.param(Shape(65, 1, 7, 2, 16), id="one-past-a-sums-slabs"),
+    pytest.param(Shape(11, 3, 33, 3, 11), id="E33"),
+    pytest.param(Shape(7, 2, 100, 5, 13), id="E100"),
+    pytest.param(Shape(2, 2, 3, 3, 341), id="one-short-of-a-block"),
+    pytest.param(Shape(2, 2, 3, 25, 41), id="one-past-a-block"),
+    pytest.param(Shape(3, 2, 8, 3, 768), id="several-blocks"),
+]
+
+
+class Batch(NamedTuple):
+    """Inputs and gradients of one shape."""
+
+    queries: Tensor
+    expert: Tensor
+    outputs: Tensor
+    weight: Tensor
+    grad: Tensor
+
+
+@pytest.fixture
+def make(device: torch.device) -> Callable[..., Batch]:
+    def inner(shape: Shape, dtype: torch.dtype = torch.float32, weight_dtype: torch.dtype = torch.float32) -> Batch:
+        generator = torch.Generator().manual_seed(5)
+
+        def normal(*sizes: int) -> Tensor:
+            return torch.randn(*sizes, generator=generator).to(device, dtype)
+
+        users, top_k, experts, *slab = shape
+        expert = torch.rand(users, experts, generator=generator).argsort(dim=1)[:, :top_k].int().to(device)
+        weight = torch.rand(users, top_k, generator=generator).softmax(dim=1).to(device, weight_dtype)
+        return Batch(normal(experts, *slab), expert, normal(users * top_k, *slab), weight, normal(users, *slab))
+
+    return inner
+
+
+def _plain(operation: str) -> Callable[..., Any]:
+    """The form of an operation that serves any device."""
+    return OPDEFS[f"laser_fast::{operation}"]._init_fn
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dispatch_copies_bit_for_bit(shape: Shape, dtype: torch.dtype, make: Callable[..., Batch]) -> None:
+    batch = make(shape, dtype)
+    dispatched = kernels.dispatch_forward(batch.queries, batch.expert)
+    assert torch.equal(dispatched, dispatch_queries_reference(batch.queries, batch.expert))
+    assert dispatched.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dispatch_backward(
+    shape: Shape, dtype: torch.dtype, make: Callable[..., Batch], assert_accurate: Check
+) -> None:
+    batch = make(shape, dtype)
+    total = kernels.dispatch_backward(batch.outputs, batch.expert, shape.experts)
+    exact = torch.zeros_like(batch.queries, dtype=torch.float64)
+    exact.index_add_(0, batch.expert.flatten(), batch.outputs.double())
+    eager = _plain("dispatch_queries_backward")(batch.outputs, batch.expert, shape.experts)
+    assert_accurate(total, eager, exact, "queries")
+
+
+@pytest.mark.parametrize("experts", [3, 40])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_expert_nobody_chose_and_one_chosen_by_all(
+    dtype: torch.dtype, experts: int, make: Callable[..., Batch]
+) -> None:
+    batch = make(Shape(70, 1, experts, 3, 7), dtype)
+    expert = torch.full_like(batch.expert, 1)
+    total = kernels.dispatch_backward(torch.ones_like(batch.outputs), expert, experts)
+    assert [slab.unique().tolist() for slab in total] == [[70.0 if index == 1 else 0.0] for index in range(experts)]
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float16], ids=["fp32-weight", "fp16-weight"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_combine(
+    shape: Shape,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    make: Callable[..., Batch],
+    assert_accurate: Check,
+) -> None:
+    batch = make(shape, dtype, weight_dtype)
+    wide = [tensor.double() for tensor in (batch.outputs, batch.weight)]
+    combined = kernels.combine_forward(batch.outputs, batch.weight)
+    eager, exact = combine_queries_reference(batch.outputs, batch.weight), combine_queries_reference(*wide)
+    assert_accurate(combined, eager, exact, "combined")
+
+    needs = {"needs_outputs": True, "needs_weight": True}
+    grads = kernels.combine_backward(batch.grad, batch.outputs, batch.weight, **needs)
+    plain = _plain("combine_queries_backward")
+    exact_grads = plain(batch.grad.double(), *wide, True, True)
+    eager_outputs, eager_weight = plain(batch.grad, batch.outputs, batch.weight, True, True)
+    assert_accurate(grads[0], eager_outputs, exact_grads[0], "outputs")
+    # a user's k sums are one row; so few are right by luck, so eager adds up in ten orders
+    order = torch.Generator().manual_seed(1)
+    draws = [eager_weight]
+    for _ in range(9):
+        columns = torch.randperm(shape.width, generator=order).to(batch.grad.device)
+        draws.append(plain(batch.grad[..., columns], batch.outputs[..., columns], batch.weight, False, True)[1])
+    assert_accurate(grads[1], draws, exact_grads[1], "weight")
+
+
+@pytest.mark.parametrize("weight", [False, True], ids=["no-weight", "weight"])
+@pytest.mark.parametrize("outputs", [False, True], ids=["no-outputs", "outputs"])
+@pytest.mark.parametrize("users", [3, 0])
+def test_what_is_not_needed_is_empty_and_changes_nothing(
+    users: int, outputs: bool, weight: bool, make: Callable[..., Batch]
+) -> None:
+    batch = make(Shape(users, 2, 4, 25, 41))
+    arguments = batch.grad, batch.outputs, batch.weight
+    full = kernels.combine_backward(*arguments, needs_outputs=True, needs_weight=True)
+    actual = kernels.combine_backward(*arguments, needs_outputs=outputs, needs_weight=weight)
+    for needed, one, other in zip((outputs, weight), actual, full, strict=True):
+        assert torch.equal(one, other if needed else other.new_empty(0))
+
+
+def _strided(tensor: Tensor, how: str) -> Tensor:
+    if how == "transposed":
+        return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+    if how == "every-other-column":
+        return torch.stack([tensor, torch.full_like(tensor, 3)], dim=-1)[..., 0]
+    return tensor[:1].expand(tensor.shape)  # "expanded"
+
+
+@pytest.mark.parametrize("how", ["transposed", "every-other-column", "expanded"])
+def test_strides_do_not_matter_and_inputs_stay_as_they_were(how: str, make: Callable[..., Batch]) -> None:
+    batch = Batch(*[_strided(tensor, how) for tensor in make(Shape(5, 2, 4, 3, 7))])
+    assert not any(tensor.is_contiguous() for tensor in batch)
+    before = [tensor.clone() for tensor in batch]
+
+    def run(given: Batch) -> list[Tensor]:
+        needs = {"needs_outputs": True, "needs_weight": True}
+        return [
+            kernels.dispatch_forward(given.queries, given.expert),
+            kernels.dispatch_backward(given.outputs, given.expert, 4),
+            kernels.combine_forward(given.outputs, given.weight),
+            *kernels.combine_backward(given.grad, given.outputs, given.weight, **needs),
+        ]
+
+    expected = run(Batch(*[tensor.contiguous() for tensor in batch]))
+    for one, other in zip(run(batch), expected, strict=True):
+        assert one.is_contiguous()
+        assert torch.equal(one, other)
+    assert all(torch.equal(now, then) for now, then in zip(batch, before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_launches_are_bit_equal(dtype: torch.dtype, make: Callable[..., Batch]) -> None:
+    batch = make(Shape(24, 3, 7, 5, 13), dtype)
+    runs = []
+    for _ in range(2):
+        needs = {"needs_outputs": True, "needs_weight": True}
+        runs.append(
+            [
+                kernels.dispatch_backward(batch.outputs, batch.expert, 7),
+                kernels.combine_forward(batch.outputs, batch.weight),
+                *kernels.combine_backward(batch.grad, batch.outputs, batch.weight, **needs),
+            ]
+        )
+    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
+
+
+def test_a_user_is_combined_alone_as_among_others(make: Callable[..., Batch]) -> None:
+    batch = make(Shape(6, 3, 7, 25, 41))
+    together = kernels.combine_forward(batch.outputs, batch.weight)
+    for user in range(6):
+        alone = kernels.combine_forward(batch.outputs[3 * user : 3 * user + 3], batch.weight[user : user + 1])
+        assert torch.equal(alone[0], together[user])

@@ -1,0 +1,245 @@
+"""Backward pass of the routing kernels against autograd through the reference in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="the kernels are written in Triton")
+
+from laser_fast.kernels import routing, routing_backward
+from laser_fast.kernels.routing import RoutingResult, route_forward
+from laser_fast.kernels.routing_backward import route_backward
+from laser_fast.ops.routing import WEIGHTINGS, route_experts_reference
+
+Make = Callable[..., Any]
+Check = Callable[..., None]
+NAMES = ("states", "router", "bias")
+
+DTYPES = [
+    pytest.param(torch.float32, id="fp32"),
+    pytest.param(torch.float16, id="fp16"),
+    pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.gpu),  # the interpreter truncates where GPUs round
+]
+MODES = [  # the weighting is computed in float32 whatever the states are, so each is combined with one dtype
+    pytest.param(torch.float32, "softmax", id="fp32-softmax"),
+    pytest.param(torch.float16, "renormalize", id="fp16-renormalize"),
+    pytest.param(torch.bfloat16, "softmax", id="bf16-softmax", marks=pytest.mark.gpu),
+]
+CASES = [  # history lengths, width, experts, chosen experts
+    pytest.param((1,), 1, 4, 2, id="one-item-of-width-1"),
+    pytest.param((0, 3, 0, 0, 5, 1, 0), 8, 4, 2, id="empties-everywhere"),
+    pytest.param((0, 0), 8, 4, 2, id="all-empty"),
+    pytest.param((), 8, 4, 2, id="no-user"),
+    pytest.param((3, 4), 8, 1, 1, id="E1"),
+    pytest.param((3, 4, 2), 8, 5, 5, id="k=E"),
+    pytest.param((7, 1, 20, 2), 33, 7, 3, id="E7-width-33"),
+    pytest.param((9, 5, 21), 50, 33, 4, id="E33"),
+    pytest.param((9, 3), 40, 100, 5, id="E100"),
+    pytest.param((5, 4), 24, 256, 2, id="E256"),
+    pytest.param((10, 5), 63, 8, 3, id="one-short-of-a-float-tile"),
+    pytest.param((16, 1), 65, 8, 3, id="one-past-a-float-tile"),
+    pytest.param((20, 11), 127, 8, 3, id="one-short-of-a-half-tile"),
+    pytest.param((33,), 129, 8, 3, id="one-past-a-half-tile"),
+    pytest.param((31, 1, 32, 127), 16, 8, 3, id="one-short-of-and-past-a-users-tile"),
+    pytest.param((536,), 4, 8, 3, id="more-partial-sums-than-a-step-adds"),
+]
+
+
+class Grads(NamedTuple):
+    """Gradients of the differentiable results."""
+
+    weight: Tensor
+    pooled: Tensor
+    balance: Tensor
+
+
+def _grads(result: RoutingResult) -> Grads:
+    generator = torch.Generator().manual_seed(23)
+    tensors = [torch.randn(tensor.shape, generator=generator) for tensor in (result.weight, result.pooled)]
+    return Grads(*[tensor.to(result.weight.device) for tensor in tensors], result.weight.new_tensor(3.0))
+
+
+def _backward(
+    inputs: Any,
+    result: RoutingResult,
+    grads: Grads,
+    weighting: str = "softmax",
+    *,
+    states: bool = True,
+    router: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The states' gradient is read back as the operation hands it on."""
+    needs = {"needs_states": states, "needs_router": router}
+    return route_backward(*grads, inputs.states, inputs.router, inputs.cu_seqlens, result, weighting, **needs)
+
+
+def _reference(inputs: Any, result: RoutingResult, grads: Grads, weighting: str, seed: int = 0) -> list[Tensor]:
+    """Autograd, for the kernel's own choice; another seed adds up the same numbers in another order."""
+    generator = torch.Generator().manual_seed(seed)
+    experts, columns = (torch.arange(size) for size in inputs.router.shape)
+    if seed:
+        experts, columns = (torch.randperm(len(order), generator=generator) for order in (experts, columns))
+    experts, columns = experts.to(inputs.states.device), columns.to(inputs.states.device)
+    back = experts.argsort(), columns.argsort()
+    leaves = [inputs.states[:, columns], inputs.router[experts][:, columns], inputs.bias[experts]]
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    decision = back[0][result.expert.long()].int()
+    routed = route_experts_reference(*leaves, *inputs[3:], weighting=weighting, expert=decision)
+    roots = [routed.weight, routed.pooled, routed.balance_loss]
+    seeds = [grads.weight, grads.pooled[:, experts], grads.balance]
+    states, router, bias = torch.autograd.grad(
+        roots, leaves, [grad.to(root) for grad, root in zip(seeds, roots, strict=True)]
+    )
+    return [states[:, back[1]], router[back[0]][:, back[1]], bias[back[0]]]
+
+
+def _check(
+    actual: tuple[Tensor, ...], inputs: Any, result: RoutingResult, grads: Grads, weighting: str, check: Check
+) -> None:
+    exact = _reference(inputs.double(), result, grads, weighting)
+    # a row whose terms cancel is as wrong as its rounding has it, so eager is drawn ten times
+    eager = [_reference(inputs, result, grads, weighting, seed) for seed in range(10)]
+    for index, (name, one, expected) in enumerate(zip(NAMES, actual, exact, strict=True)):
+        check(one, [draw[index] for draw in eager], expected, name)
+
+
+@pytest.mark.parametrize(("dtype", "weighting"), MODES)
+@pytest.mark.parametrize(("lengths", "width", "num_experts", "top_k"), CASES)
+def test_as_accurate_as_autograd(
+    lengths: tuple[int, ...],
+    width: int,
+    num_experts: int,
+    top_k: int,
+    dtype: torch.dtype,
+    weighting: str,
+    routing_inputs: Make,
+    assert_accurate: Check,
+) -> None:
+    inputs = routing_inputs(lengths, width, num_experts, top_k, dtype)
+    result = route_forward(*inputs, weighting, None)
+    grads = _grads(result)
+    _check(_backward(inputs, result, grads, weighting), inputs, result, grads, weighting, assert_accurate)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("max_programs", [1, 3])
+def test_programs_that_take_several_tiles(
+    max_programs: int,
+    dtype: torch.dtype,
+    routing_inputs: Make,
+    assert_accurate: Check,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(routing_backward, "_MAX_PROGRAMS", max_programs)
+    assert routing.rows_per_program(109, 32, max_programs) > 32
+    inputs = routing_inputs((65, 0, 10, 31, 3), 20, 8, 3, dtype)
+    result = route_forward(*inputs, "softmax", None)
+    grads = _grads(result)
+    _check(_backward(inputs, result, grads), inputs, result, grads, "softmax", assert_accurate)
+
+
+def test_few_programs_where_partial_sums_would_be_large(
+    routing_inputs: Make, assert_accurate: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routing_backward, "_PARTIAL_BYTES", 0)  # at least 16 programs all the same
+    inputs = routing_inputs((272, 16), 4, 8, 3)
+    result = route_forward(*inputs, "softmax", None)
+    grads = _grads(result)
+    _check(_backward(inputs, result, grads), inputs, result, grads, "softmax", assert_accurate)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_a_given_decision(weighting: str, routing_inputs: Make, assert_accurate: Check) -> None:
+    inputs = routing_inputs((5, 0, 3), 6, 5, 2)
+    decision = torch.tensor([[4, 0], [1, 2], [3, 1]], dtype=torch.int32, device=inputs.states.device)
+    result = route_forward(*inputs, weighting, decision)
+    grads = _grads(result)
+    _check(_backward(inputs, result, grads, weighting), inputs, result, grads, weighting, assert_accurate)
+
+
+@pytest.mark.parametrize("root", Grads._fields)
+def test_each_result_alone(root: str, routing_inputs: Make, assert_accurate: Check) -> None:
+    inputs = routing_inputs((7, 1, 20, 0, 2), 33, 7, 3)
+    result = route_forward(*inputs, "renormalize", None)
+    grads = Grads(
+        *[grad if name == root else torch.zeros_like(grad) for name, grad in _grads(result)._asdict().items()]
+    )
+    _check(_backward(inputs, result, grads, "renormalize"), inputs, result, grads, "renormalize", assert_accurate)
+
+
+@pytest.mark.parametrize("router", [False, True], ids=["no-router", "router"])
+@pytest.mark.parametrize("states", [False, True], ids=["no-states", "states"])
+@pytest.mark.parametrize("lengths", [(40, 0, 3), (0,)], ids=["items", "no-item"])
+def test_what_is_not_needed_is_empty_and_changes_nothing(
+    lengths: tuple[int, ...], states: bool, router: bool, routing_inputs: Make
+) -> None:
+    inputs = routing_inputs(lengths, 70, 7, 3)
+    result = route_forward(*inputs, "softmax", None)
+    full = _backward(inputs, result, _grads(result))
+    actual = _backward(inputs, result, _grads(result), states=states, router=router)
+    for needed, one, other in zip((states, router, True), actual, full, strict=True):
+        assert torch.equal(one, other if needed else other.new_empty(0))
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_large_magnitudes(weighting: str, routing_inputs: Make, assert_accurate: Check) -> None:
+    inputs = routing_inputs((5, 30, 3), 32, 8, 8)
+    shifted = inputs._replace(bias=inputs.bias + 1e4)
+    result = route_forward(*shifted, weighting, None)
+    grads = _grads(result)
+    _check(_backward(shifted, result, grads, weighting), shifted, result, grads, weighting, assert_accurate)
+    far = inputs._replace(states=inputs.states * 100, router=inputs.router * 100)
+    result = route_forward(*far, weighting, None)
+    assert all(grad.isfinite().all() for grad in _backward(far, result, grads, weighting))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # the interpreter's NumPy remarks on every NaN
+def test_a_nan_stays_with_its_user(routing_inputs: Make) -> None:
+    inputs = routing_inputs((5, 4, 0, 9), 20, 7, 3)
+    broken = inputs._replace(states=inputs.states.clone())
+    broken.states[6, 11] = torch.nan
+    grads = []
+    for given in (inputs, broken):
+        result = route_forward(*given, "softmax", None)
+        # the balance loss joins all users, so it is left out
+        grads.append(_backward(given, result, _grads(result)._replace(balance=torch.zeros_like(result.balance_loss))))
+    others = [*range(5), *range(9, 18)]
+    assert torch.equal(grads[0][0][others], grads[1][0][others])
+    assert grads[1][0][5:9].isnan().all()
+
+
+@pytest.mark.parametrize("how", ["transposed", "every-other-column", "rows-apart", "expanded"])
+def test_strides_do_not_matter_and_inputs_stay_as_they_were(how: str, routing_inputs: Make) -> None:
+    inputs = routing_inputs((12, 7), 33, 7, 3)
+    spaced = torch.stack([inputs.states, torch.full_like(inputs.states, torch.nan)], dim=2)
+    strided = {
+        "transposed": inputs.states.T.contiguous().T,
+        "every-other-column": spaced.flatten(1)[:, ::2],
+        "rows-apart": spaced.transpose(1, 2).flatten(1)[:, :33],
+        "expanded": inputs.states[:1].expand(19, 33),
+    }[how]
+    assert not strided.is_contiguous()
+    turned = inputs._replace(states=strided, router=inputs.router.T.contiguous().T)
+    result = route_forward(*turned, "softmax", None)
+    grads = Grads(*[grad.flatten()[:1].view([1] * grad.dim()).expand(grad.shape) for grad in _grads(result)])
+    before = [tensor.clone() for tensor in (*turned[:4], *result, *grads)]
+    actual = _backward(turned, result, grads)
+    dense = Grads(*[grad.contiguous() for grad in grads])
+    expected = _backward(inputs._replace(states=strided.contiguous()), result, dense)
+    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
+    assert actual[0].is_contiguous()
+    after = (*turned[:4], *result, *grads)
+    assert all(torch.equal(now, then) for now, then in zip(after, before, strict=True))
+
+
+def test_two_launches_are_bit_equal(routing_inputs: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing_backward, "_MAX_PROGRAMS", 2)
+    inputs = routing_inputs((65, 10, 31), 33, 7, 3, torch.float16)
+    result = route_forward(*inputs, "softmax", None)
+    first, second = (_backward(inputs, result, _grads(result)) for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
