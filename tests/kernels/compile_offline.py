@@ -12,16 +12,19 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
+from ttir_offsets import narrow_offsets
 
 from laser_fast.kernels import dispatch, routing, routing_backward
 
@@ -56,9 +59,13 @@ def _resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(usage[1]), "spilled_bytes": int(usage[2]) + int(usage[3])}
 
 
-def _pointer_widths(ttir: str) -> list[str]:
-    """Integer type of every pointer offset: "i32" or "i64"."""
-    return re.findall(r"tt\.addptr .*, (?:tensor<[\dx]*)?(i\d+)>?(?: loc|$)", ttir, flags=re.MULTILINE)
+def _accesses(ptx: str, operation: str) -> dict[int, int]:
+    """How many instructions load from, or store to, global memory, by bytes a lane."""
+    pattern = rf"\b{operation}\.global(?:\.(?!v\d|[bfsu]\d)[\w:]+)*(?:\.v(\d))?\.[bfsu](\d+)"
+    sizes = [int(count or 1) * int(bits) // 8 for count, bits in re.findall(pattern, ptx)]
+    if operation == "ld":  # copies to shared memory, ahead of their use
+        sizes += [int(size, 16) for size in re.findall(r"\bcp\.async\.c[ag]\.shared\.global.* (0x\w+),", ptx)]
+    return dict(Counter(sizes))
 
 
 def describe(name: str, case: str, capability: int, kernel: Any) -> dict[str, Any]:
@@ -70,23 +77,36 @@ def describe(name: str, case: str, capability: int, kernel: Any) -> dict[str, An
         **_resources(kernel.asm["cubin"]),
         "shared_bytes": kernel.metadata.shared,
         "num_warps": kernel.metadata.num_warps,
-        "offset_types": _pointer_widths(kernel.asm["ttir"]),
-        "wide_loads": len(
-            re.findall(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|cp\.async\S*\.global \[.*\], 0x10", ptx)
-        ),
-        "wide_stores": len(re.findall(r"st\.global\S*\.v4\.b32|st\.global\S*\.v2\.b64", ptx)),
-        "float_atomics": len(re.findall(r"(?:atom|red)\.\S*\.f(?:16|32|64)", ptx)),
+        "narrow_offsets": narrow_offsets(kernel.asm["ttir"]),
+        "loads": _accesses(ptx, "ld"),
+        "stores": _accesses(ptx, "st"),
+        "float_atomics": len(re.findall(r"\b(?:atom|red)\.\S*\.(?:b?f(?:16|32|64))", ptx)),
     }
 
 
-def _routing(num_items: int, num_experts: int, top_k: int, dtype: torch.dtype, width: int = 768) -> Run:
+@triton.jit
+def _narrow_control_kernel(values_ptr, stride, BLOCK: tl.constexpr):
+    """Multiplies a program id and a stride at 32 bits, which the check of offsets has to see."""
+    offsets = tl.program_id(0) * stride + tl.arange(0, BLOCK)
+    tl.store(values_ptr + offsets, tl.load(values_ptr + offsets) + 1)
+
+
+def _control() -> None:
+    _narrow_control_kernel[(1,)](torch.empty(64), 64, BLOCK=64)
+
+
+def _routing(
+    num_items: int, num_experts: int, top_k: int, dtype: torch.dtype, weighting: str = "softmax", *, given: bool = False
+) -> Run:
     def run() -> None:
-        states, router = torch.empty(num_items, width, dtype=dtype), torch.empty(num_experts, width)
+        states, router = torch.empty(num_items, 768, dtype=dtype), torch.empty(num_experts, 768)
         cu_seqlens, num_users = torch.empty(257, dtype=torch.int32), 256
-        result = routing.route_forward(states, router, torch.empty(num_experts), cu_seqlens, top_k, "softmax", None)
+        expert = torch.empty(num_users, top_k, dtype=torch.int32) if given else None
+        bias = torch.empty(num_experts)
+        result = routing.route_forward(states, router, bias, cu_seqlens, top_k, weighting, expert)
         grads = torch.empty(num_users, top_k), torch.empty(num_users, num_experts), torch.empty(())
         routing_backward.route_backward(
-            *grads, states, router, cu_seqlens, result, "softmax", needs_states=True, needs_router=True
+            *grads, states, router, cu_seqlens, result, weighting, needs_states=True, needs_router=True
         )
 
     return run
@@ -110,11 +130,15 @@ def _streams(dtype: torch.dtype) -> Run:
 
 
 def cases() -> dict[str, Run]:
-    """Every tile of the tables: the sizes of the papers in both precisions, and each padded number of experts."""
-    found = {}
+    """Every tile of the tables: the sizes of the papers in both precisions, and each padded number of experts.
+
+    Sizes that are no powers of two, so that a tile's length is no other size, and the other branches: `odd`.
+    """
+    found = {"control": _control}
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         found[f"streams-{name}"] = _streams(dtype)
         found[f"routing-E8-few-items-{name}"] = _routing(5120, 8, 3, dtype)
+        found[f"odd-{name}"] = _routing(20480, 33, 3, dtype, "renormalize", given=True)
         for num_experts in (8, 32, 64, 128, 256):
             found[f"routing-E{num_experts}-{name}"] = _routing(20480, num_experts, 2, dtype)
             found[f"dispatch-backward-E{num_experts}-{name}"] = _dispatch_backward(num_experts, dtype)

@@ -1,0 +1,180 @@
+"""Every kernel, compiled at its shipped sizes for every supported architecture: what each costs, without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="the kernels are written in Triton")
+
+pytestmark = pytest.mark.slow
+
+Row = dict[str, Any]
+
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # a block's limit (CUDA programming guide, table 27)
+CAPABILITIES = list(SHARED_KIB)
+DTYPES = ("bf16", "fp32")
+EXPERTS = (8, 32, 64, 128, 256)
+
+_ROUTING = ("_route_items_kernel", "_route_users_kernel", "_grad_logits_kernel", "_grad_items_kernel")
+_KERNELS_OF_A_CASE = {
+    "streams": ("_dispatch_kernel", "_combine_kernel", "_combine_backward_kernel"),
+    "odd": (*_ROUTING, "_sum_partials_kernel"),
+    "routing": (*_ROUTING, "_sum_partials_kernel"),
+    "dispatch-backward": ("_dispatch_backward_kernel",),
+}
+
+# Registers a lane at 8 experts: the largest of any architecture and dtype, rounded up to the eight in which they are
+# handed out, plus sixteen for another ptxas. Twice as many would halve the warps that hide the memory's latency.
+REGISTERS = {
+    "_dispatch_kernel": 40,
+    "_combine_kernel": 56,
+    "_combine_backward_kernel": 56,
+    "_dispatch_backward_kernel": 72,
+    "_route_items_kernel": 224,
+    "_route_users_kernel": 64,
+    "_grad_logits_kernel": 64,
+    "_grad_items_kernel": 184,
+    "_sum_partials_kernel": 56,
+}
+
+# Loads of 8 and of 4 bytes a lane at 8 experts that are no slab and no state: indices, weights, biases, and the
+# gradient of the logits, of which a tile has two numbers a lane. None has 2 bytes, as a state that is loaded alone.
+NARROW_LOADS = {
+    "_dispatch_kernel": (0, 1),
+    "_combine_kernel": (0, 3),
+    "_combine_backward_kernel": (0, 1),
+    "_dispatch_backward_kernel": (0, 3),
+    "_route_items_kernel": (2, 1),
+    "_grad_items_kernel": (3, 0),
+}
+# here the states feed wgmma from shared memory, and Triton copies them there 8 bytes at a time
+NARROW_STATES = {(90, "routing-E8-bf16")}
+# masks of a number of experts that is no power of two: ptxas trades one register for a third block per multiprocessor
+KNOWN_SPILLS = {(80, "_route_items_kernel", "odd-fp32"): 8}
+WIDE_STORES = ("_dispatch_kernel", "_combine_kernel", "_combine_backward_kernel", "_dispatch_backward_kernel")
+WIDE_STORES += ("_grad_items_kernel",)
+
+
+def _expected() -> set[tuple[str, str]]:
+    """Every kernel in every case."""
+    cases = [f"routing-E{experts}" for experts in EXPERTS] + ["routing-E8-few-items", "odd", "streams"]
+    cases += [f"dispatch-backward-E{experts}" for experts in EXPERTS]
+    found = set()
+    for case in cases:
+        kernels = next(names for prefix, names in _KERNELS_OF_A_CASE.items() if case.startswith(prefix))
+        found |= {(kernel, f"{case}-{dtype}") for kernel in kernels for dtype in DTYPES}
+    return found
+
+
+def _compile(capability: int, folder: Path) -> list[Row]:
+    result = folder / f"sm_{capability}.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {
+        "TRITON_CACHE_DIR": str(folder / f"cache_{capability}"),  # nothing compiled before is read
+        "TRITON_DEFAULT_FP_FUSION": "1",  # says what is the default, which silences a warning
+        "OMP_NUM_THREADS": "1",
+    }
+    program = Path(__file__).with_name("compile_offline.py")
+    command = [sys.executable, str(program), str(result), str(capability)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows: list[Row] = json.loads(result.read_text(encoding="utf-8"))["kernels"]
+    return rows
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Row]]:
+    """Rows per architecture; two are compiled at a time."""
+    from triton import knobs
+
+    for tool in ("ptxas", "cuobjdump"):
+        try:
+            getattr(knobs.nvidia, tool).path  # noqa: B018, looks the file up
+        except (AttributeError, RuntimeError) as error:
+            pytest.skip(f"this Triton has no {tool}: {error}")
+    folder = tmp_path_factory.mktemp("offline")
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(lambda capability: _compile(capability, folder), CAPABILITIES)
+        return dict(zip(CAPABILITIES, results, strict=True))
+
+
+@pytest.fixture(params=CAPABILITIES, ids=lambda capability: f"sm_{capability}")
+def rows(request: pytest.FixtureRequest, compiled: dict[int, list[Row]]) -> list[Row]:
+    """All kernels of one architecture, but for the control."""
+    return [row for row in compiled[request.param] if row["case"] != "control"]
+
+
+def _at_the_papers_size(rows: list[Row]) -> list[Row]:
+    """8 experts, and the kernels that do not depend on their number."""
+    return [row for row in rows if "-E8-" in row["case"] or row["case"].startswith("streams")]
+
+
+def _offenders(rows: list[Row], field: str) -> list[tuple[str, str, Any]]:
+    return [(row["kernel"], row["case"], row[field]) for row in rows]
+
+
+def test_every_kernel_compiles_in_every_case(rows: list[Row]) -> None:
+    assert {(row["kernel"], row["case"]) for row in rows} == _expected()
+
+
+def test_no_register_is_spilled(rows: list[Row]) -> None:
+    spilled = []
+    for row in rows:
+        known = KNOWN_SPILLS.get((row["capability"], row["kernel"], row["case"]), 0)
+        spilled += [row] if row["spilled_bytes"] > known else []
+    assert _offenders(spilled, "spilled_bytes") == []
+
+
+def test_shared_memory_is_within_the_chips_limit(rows: list[Row]) -> None:
+    over = [row for row in rows if row["shared_bytes"] > SHARED_KIB[row["capability"]] << 10]
+    assert _offenders(over, "shared_bytes") == []
+    assert max(row["shared_bytes"] for row in rows) > 16 << 10  # the figure is read at all
+
+
+def test_registers_are_within_their_bounds(rows: list[Row]) -> None:
+    judged = _at_the_papers_size(rows)
+    assert {row["kernel"] for row in judged} == set(REGISTERS)
+    assert _offenders([row for row in judged if row["registers"] > REGISTERS[row["kernel"]]], "registers") == []
+
+
+def test_states_and_slabs_are_loaded_16_bytes_a_lane(rows: list[Row]) -> None:
+    for row in _at_the_papers_size(rows):
+        if row["kernel"] not in NARROW_LOADS:
+            continue
+        loads, (eights, fours) = row["loads"], NARROW_LOADS[row["kernel"]]
+        known = (row["capability"], row["case"]) in NARROW_STATES and row["kernel"] == "_route_items_kernel"
+        assert loads.get("16", 0) > 0, row
+        assert loads.get("8", 0) <= eights or known, row
+        assert loads.get("4", 0) <= fours, row
+        assert not {"1", "2"} & set(loads), row
+
+
+def test_slabs_and_gradients_are_stored_16_bytes_a_lane(rows: list[Row]) -> None:
+    for row in _at_the_papers_size(rows):
+        if row["kernel"] in WIDE_STORES:
+            assert row["stores"].get("16", 0) > 0, row
+            assert not {"1", "2", "8"} & set(row["stores"]), row
+            # the gradients of the weight and of the bias, one store each
+            assert row["stores"].get("4", 0) <= 1, row
+
+
+def test_no_sum_depends_on_the_order_of_atomics(rows: list[Row]) -> None:
+    assert _offenders([row for row in rows if row["float_atomics"]], "float_atomics") == []
+
+
+def test_no_offset_wraps_at_32_bits(rows: list[Row]) -> None:
+    assert _offenders([row for row in rows if row["narrow_offsets"]], "narrow_offsets") == []
+
+
+def test_the_check_of_offsets_sees_one_that_wraps(compiled: dict[int, list[Row]]) -> None:
+    for kernels in compiled.values():
+        (control,) = [row for row in kernels if row["case"] == "control"]
+        assert len(control["narrow_offsets"]) == 1
