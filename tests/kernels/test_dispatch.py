@@ -117,6 +117,16 @@ def test_an_expert_nobody_chose_and_one_chosen_by_all(
     assert [slab.unique().tolist() for slab in total] == [[70.0 if index == 1 else 0.0] for index in range(experts)]
 
 
+@pytest.mark.parametrize("experts", [2, 20])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_long_sums_are_in_float32(dtype: torch.dtype, experts: int, device: torch.device) -> None:
+    # a third, and steps of 64 of it, round the same way every time: a sum in half precision would be off by a percent
+    grad = torch.full((3000, 1, 8), 1 / 3, dtype=dtype, device=device)
+    total = kernels.dispatch_backward(grad, torch.ones(3000, 1, dtype=torch.int32, device=device), experts)
+    exact = 3000 * grad[0].double()
+    assert (total[1].double() / exact - 1).abs().max() <= torch.finfo(dtype).eps / 2
+
+
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float16], ids=["fp32-weight", "fp16-weight"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)

@@ -44,17 +44,20 @@ def test_routing_writes_nothing_but_its_results(
     guarded_memory: type,
 ) -> None:
     inputs = routing_inputs(lengths, width, num_experts, top_k, dtype)
-    expected = route_forward(*inputs, "softmax", None)
     arguments = inputs.states, inputs.router, inputs.cu_seqlens
-    expected_grads = route_backward(*_grads(expected), *arguments, expected, "softmax", **BOTH)
-    grads = _grads(expected)
     memory = guarded_memory()
     with memory:
         result = route_forward(*inputs, "softmax", None)
+    grads = _grads(result)
+    with memory:
         actual = route_backward(*grads, *arguments, result, "softmax", **BOTH)
+        route_backward(*grads, *arguments, result, "softmax", needs_states=False, needs_router=False)
     memory.assert_untouched()
-    assert len(memory.buffers) == 7 + 5  # results and partial sums; three gradients, that of the logits, partial sums
+    # results and partial sums; three gradients, that of the logits and partial sums, twice
+    assert len(memory.buffers) == 7 + 2 * 5
+    expected = route_forward(*inputs, "softmax", None)
     assert all(torch.equal(one, other) for one, other in zip(result, expected, strict=True))
+    expected_grads = route_backward(*grads, *arguments, expected, "softmax", **BOTH)
     assert all(torch.equal(one, other) for one, other in zip(actual, expected_grads, strict=True))
 
 
@@ -72,9 +75,11 @@ def test_dispatch_and_combine_write_nothing_but_their_results(
         dispatched = dispatch.dispatch_forward(queries, expert)
         combined = dispatch.combine_forward(dispatched, weight)
         dispatch.combine_backward(combined, dispatched, weight, needs_outputs=True, needs_weight=True)
+        dispatch.combine_backward(combined, dispatched, weight, needs_outputs=True, needs_weight=False)
+        dispatch.combine_backward(combined, dispatched, weight, needs_outputs=False, needs_weight=True)
         dispatch.dispatch_backward(dispatched, expert, num_experts)
     memory.assert_untouched()
-    assert len(memory.buffers) == 5
+    assert len(memory.buffers) == 9
     assert torch.equal(combined, torch.ones_like(combined))
 
 
