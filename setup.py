@@ -24,8 +24,9 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 LIBRARY = "laser_fast_native.so"
 CPU_SOURCES = ("prefix_kv.cpp",)
-CUDA_SOURCES = ("prefix_kv.cu", "prefix_kv_cuda.cpp")  # both by nvcc, which knows where the headers of CUDA are
-DEFAULT_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "12.0+PTX")  # nvcc before 12.8 does not know 12.0
+# all by nvcc, which knows where the headers of CUDA are
+CUDA_SOURCES = ("prefix_kv.cu", "prefix_kv_backward.cu", "prefix_kv_rotary.cu", "prefix_kv_cuda.cpp")
+DEFAULT_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX")  # nvcc before 12.8 does not know the last two
 
 
 def find_nvcc() -> str | None:
@@ -88,7 +89,7 @@ def write_ninja(level: str, folder: Path, cxx: str, nvcc: str | None) -> None:
     """Write build.ninja, unless it is there already with the same text (ninja then rebuilds only what changed)."""
     ffi = tvm_ffi_copy()
     flags = f"-O3 -std=c++17 -isystem '{ffi / 'include'}'"
-    link = f"'-L{ffi / 'lib'}' -ltvm_ffi"
+    link = f"'-L{ffi / 'lib'}' -ltvm_ffi -lpthread"  # threads are part of libc since glibc 2.34 only
     sources = CPU_SOURCES + (CUDA_SOURCES if level == "cuda" else ())
     objects = [f"{source}.o" for source in sources]
     lines = [

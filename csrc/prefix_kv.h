@@ -1,8 +1,9 @@
-// Index arithmetic of prefix injection, shared by the CPU and the CUDA implementation.
+// Index arithmetic of prefix injection, shared by the CPU and the CUDA implementation. No framework, no allocation.
 //
 // Text of B sequences lies packed in T rows; sequence b owns rows [offsets[b], offsets[b+1]). The output has P prefix
-// rows in front of every sequence, so sequence b begins at offsets[b] + b * P there. Prefix rows are numbered
-// b * P + p, or p alone where one prefix is shared by all sequences.
+// rows in front of every sequence, so sequence b begins at offsets[b] + b * P there. S prefixes of P rows each: row p
+// of prefix s has number s * P + p. Sequence b takes prefix slots[b], or without slots b itself, or the only one there
+// is.
 #ifndef LASER_FAST_PREFIX_KV_H_
 #define LASER_FAST_PREFIX_KV_H_
 
@@ -16,20 +17,26 @@
 
 namespace laser_fast {
 
+// A sum over sequences adds sequence b to part b % kSumParts, then the parts in order, on every device.
+constexpr int kSumParts = 8;
+
 struct PrefixLayout {
   const int32_t* offsets;  // [B+1], cu_seqlens of the text
+  const int32_t* slots;    // [B], prefix of every sequence; null: one prefix each, or one for all
   int64_t num_sequences;   // B
   int64_t num_text_rows;   // T
   int64_t prefix_length;   // P
-  bool shared_prefix;
+  int64_t num_prefixes;    // S
 
   LASER_FAST_HOST_DEVICE int64_t num_output_rows() const { return num_text_rows + num_sequences * prefix_length; }
+  LASER_FAST_HOST_DEVICE int64_t num_prefix_rows() const { return num_prefixes * prefix_length; }
+  LASER_FAST_HOST_DEVICE bool one_prefix_each() const { return slots == nullptr && num_prefixes == num_sequences; }
 };
 
 struct PrefixCopy {
-  const char* text;    // [T, Hkv, d]
-  const char* prefix;  // [B, P, Hkv, d] or [1, P, Hkv, d]
-  char* output;        // [T + B*P, Hkv, d]
+  const char* text;    // [L, T, Hkv, d]
+  const char* prefix;  // [L, S, P, Hkv, d]
+  char* output;        // [L, T + B*P, Hkv, d]
 };
 
 struct PrefixArguments {
@@ -37,28 +44,63 @@ struct PrefixArguments {
   PrefixCopy key, value;
   int32_t* output_offsets;  // [B+1]
   int64_t row_bytes;        // Hkv * d * element size
+  int64_t num_layers;       // L; 1 where the tensors have no such dimension
 };
 
-// Where an output row comes from. row < 0: the offsets are malformed and no row of the text belongs here.
+// A gradient on its way back: rows of the text are copied, rows of a prefix copied or summed over its sequences.
+struct PrefixGrad {
+  const char* output;  // [T + B*P, Hkv, d]; null: neither of the others is wanted
+  char* text;          // [T, Hkv, d] or null
+  char* prefix;        // [S, P, Hkv, d] or null
+};
+
+enum class Element { kHalf, kBfloat16, kFloat, kDouble };
+
+struct PrefixGradArguments {
+  PrefixLayout layout;
+  PrefixGrad key, value;
+  int64_t row_bytes;
+  Element element;
+};
+
+// Rotary embedding of the text keys: x * cos + rotate_half(x) * sin, in float32 (float64 for float64).
+struct Rotary {
+  const char* cos;  // [T, d]
+  const char* sin;  // [T, d]
+  int64_t num_heads, head_size;
+  Element element, table_element;  // of the keys; of cos and sin: float32, or that of the keys
+};
+
+// Where an output row comes from. row < 0: offsets or slot are malformed and no row belongs here.
 struct PrefixSource {
   bool from_prefix;
   int64_t row;
 };
 
+LASER_FAST_HOST_DEVICE int64_t element_bytes(Element element) {
+  return element == Element::kDouble ? 8 : element == Element::kFloat ? 4 : 2;
+}
+
 LASER_FAST_HOST_DEVICE int64_t output_begin(const PrefixLayout& layout, int64_t sequence) {
   return static_cast<int64_t>(layout.offsets[sequence]) + sequence * layout.prefix_length;
 }
 
-LASER_FAST_HOST_DEVICE int64_t output_row_of_text(const PrefixLayout& layout, int64_t sequence, int64_t text_row) {
-  return text_row + (sequence + 1) * layout.prefix_length;
-}
-
-LASER_FAST_HOST_DEVICE int64_t output_row_of_prefix(const PrefixLayout& layout, int64_t sequence, int64_t position) {
-  return output_begin(layout, sequence) + position;
+// The prefix of a sequence, -1 where its slot lies outside the pool.
+LASER_FAST_HOST_DEVICE int64_t prefix_of_sequence(const PrefixLayout& layout, int64_t sequence) {
+  if (layout.slots == nullptr) return layout.num_prefixes == 1 ? 0 : sequence;
+  const int64_t slot = layout.slots[sequence];
+  return slot >= 0 && slot < layout.num_prefixes ? slot : -1;
 }
 
 LASER_FAST_HOST_DEVICE int64_t prefix_row(const PrefixLayout& layout, int64_t sequence, int64_t position) {
-  return (layout.shared_prefix ? 0 : sequence * layout.prefix_length) + position;
+  const int64_t prefix = prefix_of_sequence(layout, sequence);
+  return prefix < 0 ? -1 : prefix * layout.prefix_length + position;
+}
+
+// The output row of a prefix position, -1 where malformed offsets put it outside.
+LASER_FAST_HOST_DEVICE int64_t output_row_of_prefix(const PrefixLayout& layout, int64_t sequence, int64_t position) {
+  const int64_t row = output_begin(layout, sequence) + position;
+  return row >= 0 && row < layout.num_output_rows() ? row : -1;
 }
 
 // The sequence that owns an output row: the last one that begins at or before it (so an empty one is passed over).
@@ -75,13 +117,18 @@ LASER_FAST_HOST_DEVICE int64_t sequence_of_output_row(const PrefixLayout& layout
   return low;
 }
 
-LASER_FAST_HOST_DEVICE PrefixSource source_of_output_row(const PrefixLayout& layout, int64_t output_row) {
-  const int64_t sequence = sequence_of_output_row(layout, output_row);
+// The source of an output row of a known sequence.
+LASER_FAST_HOST_DEVICE PrefixSource source_in_sequence(const PrefixLayout& layout, int64_t sequence,
+                                                       int64_t output_row) {
   const int64_t position = output_row - output_begin(layout, sequence);
   if (position < 0) return {false, -1};
   if (position < layout.prefix_length) return {true, prefix_row(layout, sequence, position)};
   const int64_t text_row = output_row - (sequence + 1) * layout.prefix_length;
   return {false, text_row >= 0 && text_row < layout.num_text_rows ? text_row : -1};
+}
+
+LASER_FAST_HOST_DEVICE PrefixSource source_of_output_row(const PrefixLayout& layout, int64_t output_row) {
+  return source_in_sequence(layout, sequence_of_output_row(layout, output_row), output_row);
 }
 
 }  // namespace laser_fast

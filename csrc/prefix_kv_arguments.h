@@ -1,92 +1,218 @@
-// Turns the tensors of an inject_prefix_kv call into raw pointers and a PrefixLayout, and names the culprit where they
-// do not fit. Only shapes, dtypes and devices are read here, never data.
+// Turns the tensors of a prefix injection into raw pointers and a PrefixLayout, and names the culprit where they do not
+// fit. Only shapes, dtypes and devices are read here, never data.
 #ifndef LASER_FAST_PREFIX_KV_ARGUMENTS_H_
 #define LASER_FAST_PREFIX_KV_ARGUMENTS_H_
 
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/error.h>
+#include <tvm/ffi/optional.h>
+
+#include <initializer_list>
+#include <limits>
 
 #include "prefix_kv.h"
 
 namespace laser_fast {
 
 using tvm::ffi::TensorView;
+using OptionalTensor = tvm::ffi::Optional<TensorView>;
 
 template <typename T>
 T* data_of(const TensorView& tensor) {
   return reinterpret_cast<T*>(static_cast<char*>(tensor.data_ptr()) + tensor.byte_offset());
 }
 
-inline void check_tensor(const TensorView& tensor, const char* name, int32_t ndim, DLDataType dtype, DLDevice device) {
-  if (tensor.dtype().code != dtype.code || tensor.dtype().bits != dtype.bits || tensor.dtype().lanes != 1) {
-    TVM_FFI_THROW(TypeError) << "inject_prefix_kv: " << name << " must have DLPack type (code " << int{dtype.code}
-                             << ", " << int{dtype.bits} << " bits), got (code " << int{tensor.dtype().code} << ", "
-                             << int{tensor.dtype().bits} << " bits)";
-  }
-  if (tensor.device().device_type != device.device_type || tensor.device().device_id != device.device_id) {
-    TVM_FFI_THROW(ValueError) << "inject_prefix_kv: " << name << " must be on device (" << device.device_type << ", "
-                              << device.device_id << "), got (" << tensor.device().device_type << ", "
-                              << tensor.device().device_id << ")";
-  }
-  if (tensor.ndim() != ndim) {
-    TVM_FFI_THROW(ValueError) << "inject_prefix_kv: " << name << " must have " << ndim << " dimensions, got "
-                              << tensor.ndim();
-  }
-  if (!tensor.IsContiguous()) TVM_FFI_THROW(ValueError) << "inject_prefix_kv: " << name << " must be contiguous";
+template <typename T>
+T* data_of(const OptionalTensor& tensor) {
+  return tensor.has_value() ? data_of<T>(tensor.value()) : nullptr;
 }
 
-inline void check_size(const TensorView& tensor, const char* name, int32_t dimension, int64_t size) {
-  if (tensor.size(dimension) != size) {
-    TVM_FFI_THROW(ValueError) << "inject_prefix_kv: " << name << " must have size " << size << " in dimension "
-                              << dimension << ", got " << tensor.size(dimension);
+// The checks of one call: each names the function and the argument.
+struct ArgumentCheck {
+  const char* function;
+  DLDevice device;
+
+  Element element_of(const TensorView& tensor, const char* name) const {
+    const DLDataType dtype = tensor.dtype();
+    if (dtype.lanes == 1 && dtype.code == kDLBfloat) return Element::kBfloat16;
+    if (dtype.lanes == 1 && dtype.code == kDLFloat && dtype.bits == 16) return Element::kHalf;
+    if (dtype.lanes == 1 && dtype.code == kDLFloat && dtype.bits == 32) return Element::kFloat;
+    if (dtype.lanes == 1 && dtype.code == kDLFloat && dtype.bits == 64) return Element::kDouble;
+    TVM_FFI_THROW(TypeError) << function << ": " << name
+                             << " must be float16, bfloat16, float32 or float64, got DLPack type (code "
+                             << int{dtype.code} << ", " << int{dtype.bits} << " bits)";
+    return Element::kFloat;  // never reached
   }
+
+  template <typename Value>
+  void holds(bool condition, const char* name, const char* rule, const Value& found) const {
+    if (!condition) TVM_FFI_THROW(ValueError) << function << ": " << name << " must " << rule << ", got " << found;
+  }
+
+  void dimensions(const TensorView& tensor, const char* name, int32_t wanted) const {
+    if (tensor.ndim() != wanted) {
+      TVM_FFI_THROW(ValueError) << function << ": " << name << " must have " << wanted << " dimensions, got "
+                                << tensor.ndim();
+    }
+  }
+
+  void tensor(const TensorView& tensor, const char* name, DLDataType dtype,
+              std::initializer_list<int64_t> shape) const {
+    if (tensor.dtype().code != dtype.code || tensor.dtype().bits != dtype.bits || tensor.dtype().lanes != 1) {
+      TVM_FFI_THROW(TypeError) << function << ": " << name << " must have DLPack type (code " << int{dtype.code} << ", "
+                               << int{dtype.bits} << " bits), got (code " << int{tensor.dtype().code} << ", "
+                               << int{tensor.dtype().bits} << " bits)";
+    }
+    if (tensor.device().device_type != device.device_type || tensor.device().device_id != device.device_id) {
+      TVM_FFI_THROW(ValueError) << function << ": " << name << " must be on device (" << device.device_type << ", "
+                                << device.device_id << "), got (" << tensor.device().device_type << ", "
+                                << tensor.device().device_id << ")";
+    }
+    dimensions(tensor, name, static_cast<int32_t>(shape.size()));
+    holds(tensor.IsContiguous(), name, "be contiguous", "other strides");
+    int32_t dimension = 0;
+    for (const int64_t size : shape) {
+      if (tensor.size(dimension) != size) {
+        TVM_FFI_THROW(ValueError) << function << ": " << name << " must have size " << size << " in dimension "
+                                  << dimension << ", got " << tensor.size(dimension);
+      }
+      ++dimension;
+    }
+  }
+
+  void at_most_int32(const char* name, int64_t size) const {
+    if (size > std::numeric_limits<int32_t>::max()) {
+      TVM_FFI_THROW(ValueError) << function << ": " << name << " must fit in int32, got " << size;
+    }
+  }
+};
+
+inline ArgumentCheck check_of(const char* function, const TensorView& first, const char* name, DLDeviceType type) {
+  if (first.device().device_type != type) {
+    TVM_FFI_THROW(ValueError) << function << ": " << name << " must be on device type " << int{type} << ", got "
+                              << int{first.device().device_type};
+  }
+  return {function, first.device()};
 }
 
-inline PrefixArguments check_arguments(const TensorView& key, const TensorView& value, const TensorView& prefix_key,
-                                       const TensorView& prefix_value, const TensorView& offsets,
-                                       const TensorView& output_key, const TensorView& output_value,
-                                       const TensorView& output_offsets, DLDeviceType device_type) {
-  const DLDevice device = key.device();
-  const DLDataType dtype = key.dtype(), int32 = {kDLInt, 32, 1};
-  if (device.device_type != device_type) {
-    TVM_FFI_THROW(ValueError) << "inject_prefix_kv: key must be on device type " << int{device_type} << ", got "
-                              << int{device.device_type};
+// Offsets and slots on the device of the check; their sizes give B.
+inline PrefixLayout check_layout(const ArgumentCheck& check, const TensorView& offsets, const OptionalTensor& slots,
+                                 int64_t num_prefixes, int64_t prefix_length) {
+  const DLDataType int32 = {kDLInt, 32, 1};
+  check.dimensions(offsets, "cu_seqlens", 1);
+  check.tensor(offsets, "cu_seqlens", int32, {offsets.size(0)});
+  if (offsets.size(0) < 1) {
+    TVM_FFI_THROW(ValueError) << check.function << ": cu_seqlens must have at least 1 entry, got 0";
   }
-  if (!((dtype.code == kDLFloat && dtype.bits >= 16) || dtype.code == kDLBfloat)) {
-    TVM_FFI_THROW(TypeError)
-        << "inject_prefix_kv: key must be float16, bfloat16, float32 or float64, got DLPack type (code "
-        << int{dtype.code} << ", " << int{dtype.bits} << " bits)";
+  const int64_t num_sequences = offsets.size(0) - 1;
+  check.at_most_int32("rows of all prefixes", num_prefixes * prefix_length);
+  if (slots.has_value()) {
+    check.tensor(slots.value(), "prefix_index", int32, {num_sequences});
+  } else if (num_prefixes != 1 && num_prefixes != num_sequences) {
+    TVM_FFI_THROW(ValueError) << check.function << ": prefix_key must have 1 or " << num_sequences << " prefixes, got "
+                              << num_prefixes;
   }
-  check_tensor(key, "key", 3, dtype, device);
-  check_tensor(value, "value", 3, dtype, device);
-  check_tensor(prefix_key, "prefix_key", 4, dtype, device);
-  check_tensor(prefix_value, "prefix_value", 4, dtype, device);
-  check_tensor(offsets, "cu_seqlens", 1, int32, device);
-  check_tensor(output_key, "output_key", 3, dtype, device);
-  check_tensor(output_value, "output_value", 3, dtype, device);
-  check_tensor(output_offsets, "output_cu_seqlens", 1, int32, device);
-  if (offsets.size(0) < 1)
-    TVM_FFI_THROW(ValueError) << "inject_prefix_kv: cu_seqlens must have at least 1 entry, got 0";
+  return {
+      data_of<const int32_t>(offsets), data_of<const int32_t>(slots), num_sequences, 0, prefix_length, num_prefixes};
+}
 
-  const int64_t num_sequences = offsets.size(0) - 1, text_rows = key.size(0), prefix_length = prefix_key.size(1);
-  const bool shared = prefix_key.size(0) == 1;
-  for (int32_t dimension = 0; dimension < 3; ++dimension) {
-    const int64_t rows = dimension == 0 ? text_rows + num_sequences * prefix_length : key.size(dimension);
-    check_size(value, "value", dimension, key.size(dimension));
-    check_size(output_key, "output_key", dimension, rows);
-    check_size(output_value, "output_value", dimension, rows);
+struct InjectionTensors {
+  TensorView key, value, prefix_key, prefix_value, offsets;
+  OptionalTensor slots;
+  TensorView output_key, output_value, output_offsets;
+};
+
+// `layered`: all but offsets and slots have a leading dimension L.
+inline PrefixArguments check_injection(const char* function, const InjectionTensors& given, DLDeviceType device_type,
+                                       bool layered = false) {
+  const TensorView &key = given.key, &prefix = given.prefix_key;
+  const ArgumentCheck check = check_of(function, key, "key", device_type);
+  const DLDataType dtype = key.dtype();
+  const Element element = check.element_of(key, "key");
+  const int32_t first = layered ? 1 : 0;  // the dimension of rows
+  check.dimensions(key, "key", 3 + first);
+  check.dimensions(prefix, "prefix_key", 4 + first);
+  const int64_t layers = layered ? key.size(0) : 1, text_rows = key.size(first), heads = key.size(first + 1);
+  const int64_t size = key.size(first + 2), prefixes = prefix.size(first), length = prefix.size(first + 1);
+  const auto rows_of = [&](const TensorView& tensor, const char* name, int64_t rows) {
+    if (layered) return check.tensor(tensor, name, dtype, {layers, rows, heads, size});
+    check.tensor(tensor, name, dtype, {rows, heads, size});
+  };
+  const auto prefix_of = [&](const TensorView& tensor, const char* name) {
+    if (layered) return check.tensor(tensor, name, dtype, {layers, prefixes, length, heads, size});
+    check.tensor(tensor, name, dtype, {prefixes, length, heads, size});
+  };
+  rows_of(key, "key", text_rows);
+  rows_of(given.value, "value", text_rows);
+  prefix_of(prefix, "prefix_key");
+  prefix_of(given.prefix_value, "prefix_value");
+  PrefixLayout layout = check_layout(check, given.offsets, given.slots, prefixes, length);
+  layout.num_text_rows = text_rows;
+  check.at_most_int32("rows of the output", layout.num_output_rows());
+  check.at_most_int32("bytes of a row", heads * size * element_bytes(element));
+  rows_of(given.output_key, "output_key", layout.num_output_rows());
+  rows_of(given.output_value, "output_value", layout.num_output_rows());
+  check.tensor(given.output_offsets, "output_cu_seqlens", {kDLInt, 32, 1}, {layout.num_sequences + 1});
+  return {
+      layout,
+      {data_of<const char>(key), data_of<const char>(prefix), data_of<char>(given.output_key)},
+      {data_of<const char>(given.value), data_of<const char>(given.prefix_value), data_of<char>(given.output_value)},
+      data_of<int32_t>(given.output_offsets),
+      heads * size * element_bytes(element),
+      layers};
+}
+
+struct GradientTensors {
+  OptionalTensor output_key, output_value;  // what comes in; none: nothing of that half is wanted
+  TensorView offsets;
+  OptionalTensor slots;
+  int64_t num_prefixes, prefix_length;
+  OptionalTensor key, value, prefix_key, prefix_value;  // what is wanted
+};
+
+inline PrefixGradArguments check_gradients(const char* function, const GradientTensors& given,
+                                           DLDeviceType device_type) {
+  const bool key_given = given.output_key.has_value();
+  if (!key_given && !given.output_value.has_value()) {
+    TVM_FFI_THROW(ValueError) << function << ": grad_key or grad_value must be given, got neither";
   }
-  if (!shared) check_size(prefix_key, "prefix_key", 0, num_sequences);
-  for (int32_t dimension = 0; dimension < 4; ++dimension) {
-    if (dimension >= 2) check_size(prefix_key, "prefix_key", dimension, key.size(dimension - 1));
-    check_size(prefix_value, "prefix_value", dimension, prefix_key.size(dimension));
-  }
-  check_size(output_offsets, "output_cu_seqlens", 0, num_sequences + 1);
-  return {{data_of<const int32_t>(offsets), num_sequences, text_rows, prefix_length, shared},
-          {data_of<const char>(key), data_of<const char>(prefix_key), data_of<char>(output_key)},
-          {data_of<const char>(value), data_of<const char>(prefix_value), data_of<char>(output_value)},
-          data_of<int32_t>(output_offsets),
-          key.size(1) * key.size(2) * (dtype.bits / 8)};
+  const char* name = key_given ? "grad_key" : "grad_value";
+  const TensorView& output = key_given ? given.output_key.value() : given.output_value.value();
+  const ArgumentCheck check = check_of(function, output, name, device_type);
+  const DLDataType dtype = output.dtype();
+  const Element element = check.element_of(output, name);
+  check.dimensions(output, name, 3);
+  const int64_t rows = output.size(0), heads = output.size(1), size = output.size(2);
+  PrefixLayout layout = check_layout(check, given.offsets, given.slots, given.num_prefixes, given.prefix_length);
+  layout.num_text_rows = rows - layout.num_sequences * layout.prefix_length;
+  check.at_most_int32("bytes of a row", heads * size * element_bytes(element));
+  check.holds(layout.num_text_rows >= 0, name, "have at least B P rows", rows);
+  const auto half = [&](const OptionalTensor& from, const char* from_name, const OptionalTensor& text,
+                        const char* text_name, const OptionalTensor& prefix, const char* prefix_name) -> PrefixGrad {
+    check.holds(from.has_value() || !(text.has_value() || prefix.has_value()), from_name, "be given", "none");
+    if (from.has_value()) check.tensor(from.value(), from_name, dtype, {rows, heads, size});
+    if (text.has_value()) check.tensor(text.value(), text_name, dtype, {layout.num_text_rows, heads, size});
+    if (prefix.has_value()) {
+      check.tensor(prefix.value(), prefix_name, dtype, {given.num_prefixes, given.prefix_length, heads, size});
+    }
+    return {data_of<const char>(from), data_of<char>(text), data_of<char>(prefix)};
+  };
+  const PrefixGrad key = half(given.output_key, "grad_key", given.key, "key", given.prefix_key, "prefix_key");
+  const PrefixGrad value =
+      half(given.output_value, "grad_value", given.value, "value", given.prefix_value, "prefix_value");
+  return {layout, key, value, heads * size * element_bytes(element), element};
+}
+
+// cos and sin [T, d] in the dtype of the keys or float32.
+inline Rotary check_rotary(const char* function, const TensorView& keys, int64_t num_text_rows, const TensorView& cos,
+                           const TensorView& sin) {
+  const ArgumentCheck check = {function, keys.device()};
+  const Element element = check.element_of(keys, "key"), table = check.element_of(cos, "cos");
+  const int64_t size = keys.size(2);
+  check.holds(size % 2 == 0, "key", "have an even head size", size);
+  check.tensor(cos, "cos", table == Element::kFloat ? cos.dtype() : keys.dtype(), {num_text_rows, size});
+  check.tensor(sin, "sin", cos.dtype(), {num_text_rows, size});
+  return {data_of<const char>(cos), data_of<const char>(sin), keys.size(1), size, element, table};
 }
 
 }  // namespace laser_fast

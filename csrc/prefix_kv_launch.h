@@ -1,4 +1,4 @@
-// The launchers of prefix_kv.cu; they return CUDA's error code and never throw.
+// The launchers of the .cu files; they return CUDA's error code and never throw.
 #ifndef LASER_FAST_PREFIX_KV_LAUNCH_H_
 #define LASER_FAST_PREFIX_KV_LAUNCH_H_
 
@@ -8,8 +8,12 @@
 
 namespace laser_fast {
 
-// Both launch on the current device and return without waiting.
-cudaError_t launch_inject_prefix_kv(const PrefixArguments& arguments, cudaStream_t stream);
+// All launch on the current device and return without waiting.
+cudaError_t launch_inject(const PrefixArguments& arguments, cudaStream_t stream);
+cudaError_t launch_inject_rotary(const PrefixArguments& arguments, const Rotary& rotary, cudaStream_t stream);
+cudaError_t launch_gather(const PrefixGradArguments& arguments, cudaStream_t stream);
+cudaError_t launch_gather_rotary(const PrefixGradArguments& arguments, const Rotary& rotary, cudaStream_t stream);
+cudaError_t launch_sum(const PrefixGradArguments& arguments, cudaStream_t stream);
 cudaError_t launch_probe();
 
 }  // namespace laser_fast

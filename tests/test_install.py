@@ -23,6 +23,13 @@ ROOT = Path(__file__).resolve().parents[1]
 if not (ROOT / "setup.py").is_file():
     pytest.skip("needs the source tree, not only the tests", allow_module_level=True)
 
+OPERATIONS = (
+    "inject_prefix_kv",
+    "inject_prefix_kv_backward",
+    "inject_prefix_kv_rotary",
+    "inject_prefix_kv_rotary_backward",
+    "inject_prefix_kv_layers",
+)
 _NVCC = re.compile(r"nvcc(-.*)?")
 _CXX = re.compile(r"(.+-)?(c\+\+|g\+\+|clang\+\+|gcc|cc|clang|c89|c99)(-[\d.]+)?")
 
@@ -107,8 +114,9 @@ def exported(library: str, name: str) -> bool:
 def test_with_nvcc(sources: Path, tmp_path: Path) -> None:
     facts = install_both_ways(sources, tmp_path / "venv", os.environ["PATH"])
     assert (facts["level"], facts["reason"]) == ("cuda", "")
-    assert exported(facts["library"], "inject_prefix_kv_cpu")
-    assert exported(facts["library"], "inject_prefix_kv_cuda")
+    for name in OPERATIONS:
+        assert exported(facts["library"], f"{name}_cpu")
+        assert exported(facts["library"], f"{name}_cuda")
     ninja = (sources / "build" / "native" / "cuda" / "build.ninja").read_text(encoding="utf-8")
     assert "code=sm_80" in ninja
     assert re.search(r"-gencode=arch=compute_(\d+),code=compute_\1", ninja), "no PTX for cards to come"
@@ -121,8 +129,9 @@ def test_with_only_a_cxx_compiler(sources: Path, tmp_path: Path) -> None:
     facts = install_both_ways(sources, tmp_path / "venv", path_without(tmp_path / "bin", _NVCC))
     assert facts["level"] == "cpu"
     assert facts["reason"] == "no nvcc found (PATH, CUDA_HOME) when it was installed"
-    assert exported(facts["library"], "inject_prefix_kv_cpu")
-    assert not exported(facts["library"], "inject_prefix_kv_cuda")
+    for name in OPERATIONS:
+        assert exported(facts["library"], f"{name}_cpu")
+        assert not exported(facts["library"], f"{name}_cuda")
 
 
 @pytest.mark.slow

@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 _FOLDER = Path(__file__).resolve().parents[1] / "_native"
 _LIBRARY = "laser_fast_native.so"
 REMEDY = "install a C++ compiler (and nvcc for CUDA), then reinstall laser-fast; `pip install -v` shows the build"
@@ -79,6 +81,19 @@ def cuda_absence(device_index: int) -> str:
     if probe is None:
         return library.reason or "the library was built without CUDA"
     return str(probe(device_index))
+
+
+def compiled_operation(operation: str, device: torch.device) -> Callable[..., Any] | None:
+    """The compiled code of an operation on a device, or None where its torch reference must run (on a GPU: warned)."""
+    if device.type == "cpu":
+        found = load_native().function(f"{operation}_cpu")
+        # the CPU code takes no more threads than torch itself would
+        return None if found is None else lambda *arguments: found(*arguments, torch.get_num_threads())
+    absence = cuda_absence(device.index)
+    on_gpu = None if absence else load_native().function(f"{operation}_cuda")
+    if on_gpu is None:
+        warn_fallback(operation, absence or "the library was built from another version of the sources")
+    return on_gpu
 
 
 @cache

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 from laser_fast.ops import native
 
@@ -43,3 +44,28 @@ def test_fallback_warns_once() -> None:
         warnings.simplefilter("always")
         native.warn_fallback("some_op", "no driver")
     assert not repeated
+
+
+def test_code_for_the_cpu_gets_the_threads_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[object, ...]] = []
+
+    class Module:
+        def implements_function(self, name: str) -> bool:
+            return name == "some_op_cpu"
+
+        def get_function(self, name: str) -> object:
+            return lambda *arguments: calls.append(arguments)
+
+    monkeypatch.setattr(native, "load_native", lambda: native.NativeLibrary("cpu", "", Module()))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    compiled = native.compiled_operation("some_op", torch.device("cpu"))
+    assert compiled is not None
+    compiled("tensor")
+    assert calls == [("tensor", 3)]
+    assert native.compiled_operation("other_op", torch.device("cpu")) is None
+
+
+def test_a_gpu_without_compiled_code_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "cuda_absence", lambda index: "no kernel image")
+    with pytest.warns(RuntimeWarning, match="op_without_image: the torch reference runs .*: no kernel image"):
+        assert native.compiled_operation("op_without_image", torch.device("cuda", 0)) is None

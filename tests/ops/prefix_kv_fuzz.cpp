@@ -1,0 +1,192 @@
+// Runs the loops of prefix injection on the CPU with random layouts, built with the address and undefined-behaviour
+// sanitizers: every buffer is exactly as large as it must be, so a step outside ends the program.
+// Usage: prefix_kv_fuzz <iterations>. Prints one line; exit status 1 where a result is wrong.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../../csrc/prefix_kv_rotary.h"
+
+namespace {
+
+using namespace laser_fast;
+
+constexpr char kPoison = 0x5a;
+
+std::mt19937_64 random_bits(20240607);
+
+int64_t random_up_to(int64_t largest) { return static_cast<int64_t>(random_bits() % (largest + 1)); }
+
+[[noreturn]] void fail(const std::string& what) {
+  std::printf("wrong: %s\n", what.c_str());
+  std::exit(1);
+}
+
+// A heap block of its own for every tensor; an empty one has a null pointer, as in torch.
+struct Buffer {
+  std::unique_ptr<char[]> bytes;
+  int64_t size;
+
+  explicit Buffer(int64_t size, bool random = false) : bytes(size > 0 ? new char[size] : nullptr), size(size) {
+    for (int64_t i = 0; i < size; ++i) bytes[i] = random ? static_cast<char>(random_bits()) : kPoison;
+  }
+  char* data() const { return bytes.get(); }
+  bool untouched() const {
+    for (int64_t i = 0; i < size; ++i) {
+      if (bytes[i] != kPoison) return false;
+    }
+    return true;
+  }
+};
+
+template <typename T>
+Buffer numbers(int64_t count) {
+  Buffer buffer(count * static_cast<int64_t>(sizeof(T)));
+  for (int64_t i = 0; i < count; ++i) {
+    const T number = static_cast<T>(std::ldexp(static_cast<double>(random_up_to(200)) - 100, -5));
+    std::memcpy(buffer.data() + i * sizeof(T), &number, sizeof(T));
+  }
+  return buffer;
+}
+
+struct Case {
+  std::vector<int32_t> offsets, slots;
+  PrefixLayout layout;
+
+  Case() {
+    const int64_t sequences = random_up_to(6), length = random_up_to(4);
+    offsets.push_back(0);
+    for (int64_t b = 0; b < sequences; ++b) {
+      offsets.push_back(offsets.back() + static_cast<int32_t>(random_up_to(2) == 0 ? 0 : random_up_to(9)));
+    }
+    const int64_t kind = random_up_to(2);  // per sequence, shared, pool
+    const int64_t prefixes = kind == 0 ? sequences : kind == 1 ? 1 : 1 + random_up_to(4);
+    if (kind == 2) {
+      for (int64_t b = 0; b < sequences; ++b) slots.push_back(static_cast<int32_t>(random_up_to(prefixes - 1)));
+    }
+    layout = {offsets.data(), slots.empty() ? nullptr : slots.data(), sequences, offsets.back(), length, prefixes};
+    if (slots.empty() && kind == 2) layout.num_prefixes = sequences;
+  }
+  int64_t threads() const { return 1 + random_up_to(3); }
+};
+
+struct Tensors {
+  Buffer text, prefix, output;
+  int64_t layers, row_bytes;
+
+  Tensors(const PrefixLayout& layout, int64_t layers, int64_t row_bytes, bool forward)
+      : text(layers * layout.num_text_rows * row_bytes, forward),
+        prefix(layers * layout.num_prefix_rows() * row_bytes, forward),
+        output(layers * layout.num_output_rows() * row_bytes, !forward),
+        layers(layers),
+        row_bytes(row_bytes) {}
+  PrefixCopy copy() const { return {text.data(), prefix.data(), output.data()}; }
+  PrefixGrad grad() const { return {output.data(), text.data(), prefix.data()}; }
+
+  // Row by row, through the mapping that a GPU thread follows.
+  bool rows_match(const PrefixLayout& layout, bool with_text, bool with_prefix) const {
+    for (int64_t layer = 0; layer < layers; ++layer) {
+      for (int64_t row = 0; row < layout.num_output_rows(); ++row) {
+        const PrefixSource source = source_of_output_row(layout, row);
+        if (source.from_prefix ? !with_prefix : !with_text) continue;
+        const int64_t rows = source.from_prefix ? layout.num_prefix_rows() : layout.num_text_rows;
+        const char* from = (source.from_prefix ? prefix : text).data() + (layer * rows + source.row) * row_bytes;
+        const char* to = output.data() + (layer * layout.num_output_rows() + row) * row_bytes;
+        if (row_bytes > 0 && std::memcmp(from, to, row_bytes) != 0) return false;
+      }
+    }
+    return true;
+  }
+};
+
+void check_forward() {
+  const Case given;
+  const PrefixLayout& layout = given.layout;
+  if (!layout_error(layout).empty()) fail("a good layout is refused: " + layout_error(layout));
+  const int64_t layers = random_up_to(3), row_bytes = 2 * random_up_to(20);
+  const Tensors key(layout, layers, row_bytes, true), value(layout, layers, row_bytes, true);
+  std::vector<int32_t> output_offsets(layout.num_sequences + 1, -1);
+  inject_rows({layout, key.copy(), value.copy(), output_offsets.data(), row_bytes, layers}, given.threads());
+  if (!key.rows_match(layout, true, true) || !value.rows_match(layout, true, true)) fail("forward");
+  if (output_offsets.back() != layout.num_output_rows()) fail("output offsets");
+}
+
+template <typename E>
+void check_backward(Element element) {
+  using Stored = typename E::Stored;
+  const Case given;
+  const PrefixLayout& layout = given.layout;
+  const int64_t width = random_up_to(300), row_bytes = width * static_cast<int64_t>(sizeof(Stored));
+  const Tensors key(layout, 1, row_bytes, false), value(layout, 1, row_bytes, false);
+  const bool with_text = random_up_to(2) > 0, with_prefix = random_up_to(2) > 0;
+  PrefixGrad of_key = key.grad();
+  if (!with_text) of_key.text = nullptr;
+  if (!with_prefix) of_key.prefix = nullptr;
+  const PrefixGradArguments arguments = {layout, of_key, value.grad(), row_bytes, element};
+  gather_rows(arguments, given.threads());
+  sum_prefixes(arguments, given.threads());
+  const bool copied = layout.one_prefix_each();
+  if (!key.rows_match(layout, with_text, with_prefix && copied)) fail("gather of keys");
+  if (!value.rows_match(layout, true, copied)) fail("gather of values");
+  if (!with_text && !key.text.untouched()) fail("a text gradient that nobody needs");
+  if (!with_prefix && !key.prefix.untouched()) fail("a prefix gradient that nobody needs");
+}
+
+template <typename E, typename Table>
+void check_rotary(Element element, Element table) {
+  using Stored = typename E::Stored;
+  const Case given;
+  const PrefixLayout& layout = given.layout;
+  const int64_t heads = random_up_to(3), size = 2 * random_up_to(9);
+  const int64_t row_bytes = heads * size * static_cast<int64_t>(sizeof(Stored));
+  const Buffer cos = numbers<typename Table::Stored>(layout.num_text_rows * size);
+  const Buffer sin = numbers<typename Table::Stored>(layout.num_text_rows * size);
+  const Rotary rotary = {cos.data(), sin.data(), heads, size, element, table};
+  const Tensors key(layout, 1, row_bytes, true), value(layout, 1, row_bytes, true);
+  std::vector<int32_t> output_offsets(layout.num_sequences + 1, -1);
+  inject_rows_rotary({layout, key.copy(), value.copy(), output_offsets.data(), row_bytes, 1}, rotary, given.threads());
+  if (!key.rows_match(layout, false, true) || !value.rows_match(layout, true, true)) fail("rotary forward");
+  const Tensors key_grad(layout, 1, row_bytes, false), value_grad(layout, 1, row_bytes, false);
+  gather_rows_rotary({layout, key_grad.grad(), value_grad.grad(), row_bytes, element}, rotary, given.threads());
+  if (!value_grad.rows_match(layout, true, layout.one_prefix_each())) fail("rotary backward");
+}
+
+// One number of a good layout is spoilt: it must be refused, and nothing may have been written by then.
+void check_refusal() {
+  Case given;
+  PrefixLayout& layout = given.layout;
+  const Tensors tensors(layout, 1, 8, true);
+  std::vector<int32_t>& spoilt = given.slots.empty() || random_up_to(1) == 0 ? given.offsets : given.slots;
+  const int32_t numbers_outside[] = {-1, 1 << 30, -(1 << 30), 2147483647, -2147483647 - 1};
+  spoilt[random_up_to(static_cast<int64_t>(spoilt.size()) - 1)] = numbers_outside[random_up_to(4)];
+  std::vector<int32_t> output_offsets(layout.num_sequences + 1, -1);
+  if (layout_error(layout).empty()) {
+    inject_rows({layout, tensors.copy(), tensors.copy(), output_offsets.data(), 8, 1}, 1);
+    fail("a bad layout is accepted");
+  }
+  if (!tensors.output.untouched() || output_offsets.back() != -1) fail("a bad layout is written");
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+  const int64_t iterations = std::atoll(arguments[1]);
+  for (int64_t i = 0; i < iterations; ++i) {
+    check_forward();
+    check_refusal();
+    check_backward<Half>(Element::kHalf);
+    check_backward<Bfloat16>(Element::kBfloat16);
+    check_backward<Single>(Element::kFloat);
+    check_backward<Double>(Element::kDouble);
+    check_rotary<Half, Single>(Element::kHalf, Element::kFloat);
+    check_rotary<Half, Half>(Element::kHalf, Element::kHalf);
+    check_rotary<Bfloat16, Bfloat16>(Element::kBfloat16, Element::kBfloat16);
+    check_rotary<Double, Single>(Element::kDouble, Element::kFloat);
+  }
+  std::printf("%lld iterations\n", static_cast<long long>(iterations));
+  return 0;
+}

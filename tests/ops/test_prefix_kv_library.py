@@ -1,0 +1,173 @@
+"""The compiled library of prefix injection called directly: its own checks, and the mapping that its kernels follow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from .prefix_kv_cases import KINDS, LENGTHS, compiled_function, inject_by_hand, make_inputs, rotary_tables
+
+Change = tuple[int, Any, type[Exception], str]
+
+
+def test_the_row_mapping_of_the_gpu_equals_a_loop() -> None:
+    mapping = compiled_function("prefix_sources_cpu")
+    for lengths in LENGTHS.values():
+        for prefix_length in (0, 1, 4):
+            for kind in KINDS:
+                inputs = make_inputs(lengths, prefix_length, kind)
+                num_text, num_prefixes = sum(lengths), inputs.prefix_key.shape[0]
+                text = torch.arange(num_text, dtype=torch.float64).view(-1, 1, 1)
+                prefix = -1.0 - torch.arange(num_prefixes * prefix_length, dtype=torch.float64)
+                copied = inject_by_hand(text, prefix.view(num_prefixes, prefix_length, 1, 1), inputs).flatten()
+                sources = torch.empty(len(copied), 2, dtype=torch.int64)
+                index = inputs.prefix_index
+                mapping(inputs.cu_seqlens, index, num_text, num_prefixes, prefix_length, sources)
+                named = torch.where(sources[:, 0] == 1, -1 - sources[:, 1], sources[:, 1])
+                assert torch.equal(named.double(), copied)
+
+
+@pytest.mark.parametrize("offsets", [[-5, 9], [9, 0], [0, 100], [2**31 - 1, -(2**31)]], ids=str)
+@pytest.mark.parametrize("slot", [0, 1, 2, -1, 2**31 - 1])
+def test_malformed_offsets_and_slots_map_to_no_row_outside(offsets: list[int], slot: int) -> None:
+    mapping = compiled_function("prefix_sources_cpu")
+    sources = torch.empty(4 + 3, 2, dtype=torch.int64)
+    cu_seqlens, index = (torch.tensor(numbers, dtype=torch.int32) for numbers in (offsets, [slot]))
+    mapping(cu_seqlens, index, 4, 2, 3, sources)
+    from_prefix, row = sources.unbind(1)
+    assert (row[from_prefix == 1] < 2 * 3).all()
+    assert (row[from_prefix == 0] < 4).all()
+    assert (row >= -1).all()
+    if slot not in (0, 1):
+        assert (row[from_prefix == 1] == -1).all()
+
+
+def poisoned(*shapes: tuple[int, ...]) -> list[Tensor]:
+    return [torch.full(shape, 7.0) for shape in shapes] + [torch.full((3,), 7, dtype=torch.int32)]
+
+
+@pytest.mark.parametrize(
+    ("offsets", "slots", "message"),
+    [
+        ([0, 5, 4], [0, 1], "cu_seqlens must not decrease, got 5 before 4"),  # only the last entry is wrong
+        ([0, 5, 5], [0, 2], "prefix_index must lie within the pool of 2 prefixes, got 2 at position 1"),
+    ],
+    ids=["offsets", "slots"],
+)
+def test_bad_values_are_refused_before_anything_is_written(offsets: list[int], slots: list[int], message: str) -> None:
+    inputs = make_inputs([5, 0], 2, "per-sequence")
+    bad, index = (torch.tensor(numbers, dtype=torch.int32) for numbers in (offsets, slots))
+    outputs = poisoned((9, 2, 8), (9, 2, 8))
+    with pytest.raises(ValueError, match=f"inject_prefix_kv: {message}"):
+        compiled_function("inject_prefix_kv_cpu")(*inputs.leaves, bad, index, *outputs, 1)
+    with pytest.raises(ValueError, match=f"inject_prefix_kv_rotary: {message}"):
+        compiled_function("inject_prefix_kv_rotary_cpu")(*inputs.leaves, bad, *rotary_tables(5, 8), index, *outputs, 1)
+    assert all((tensor == 7).all() for tensor in outputs)
+    layered = poisoned((1, 9, 2, 8), (1, 9, 2, 8))
+    with pytest.raises(ValueError, match=f"inject_prefix_kv_layers: {message}"):
+        compiled_function("inject_prefix_kv_layers_cpu")(*[x[None] for x in inputs.leaves], bad, index, *layered, 1)
+    assert all((tensor == 7).all() for tensor in layered)
+    grads = poisoned((5, 2, 8), (5, 2, 8), (2, 2, 2, 8), (2, 2, 2, 8))[:4]
+    given = torch.zeros(9, 2, 8), torch.zeros(9, 2, 8), bad
+    with pytest.raises(ValueError, match=f"inject_prefix_kv_backward: {message}"):
+        compiled_function("inject_prefix_kv_backward_cpu")(*given, index, 2, 2, *grads, 1)
+    tables = rotary_tables(5, 8)
+    with pytest.raises(ValueError, match=f"inject_prefix_kv_rotary_backward: {message}"):
+        compiled_function("inject_prefix_kv_rotary_backward_cpu")(*given, *tables, index, 2, 2, *grads, 1)
+    assert all((tensor == 7).all() for tensor in grads)
+
+
+def assert_each_is_refused(name: str, good: list[Any], changes: list[Change]) -> None:
+    function = compiled_function(f"{name}_cpu")
+    function(*good, 1)
+    for position, bad, error, message in changes:
+        arguments = [bad if index == position else argument for index, argument in enumerate(good)]
+        with pytest.raises(error, match=f"{name}: {message}"):
+            function(*arguments, 1)
+
+
+def test_the_library_checks_the_arguments_of_an_injection() -> None:
+    key, value, prefix_key, prefix_value, cu_seqlens, _ = make_inputs([3, 2], 2, "per-sequence")
+    outputs = torch.empty(9, 2, 8), torch.empty(9, 2, 8), torch.empty(3, dtype=torch.int32)
+    index = torch.zeros(2, dtype=torch.int32)
+    good = [key, value, prefix_key, prefix_value, cu_seqlens, None, *outputs]
+    with_index = [*good[:5], index, *outputs]
+    changes: list[Change] = [
+        (0, key.int(), TypeError, "key must be float16, bfloat16, float32 or float64"),
+        (0, key[0], ValueError, "key must have 3 dimensions, got 2"),
+        (0, key.transpose(1, 2).contiguous().transpose(1, 2), ValueError, "key must be contiguous, got other strides"),
+        (1, value.double(), TypeError, "value must have DLPack type"),
+        (1, value[:4], ValueError, "value must have size 5 in dimension 0, got 4"),
+        (2, prefix_key[0], ValueError, "prefix_key must have 4 dimensions, got 3"),
+        (2, prefix_key[:, :, :1].contiguous(), ValueError, "prefix_key must have size 2 in dimension 2, got 1"),
+        (3, torch.empty(2, 1, 2, 8), ValueError, "prefix_value must have size 2 in dimension 1, got 1"),
+        (4, cu_seqlens.long(), TypeError, "cu_seqlens must have DLPack type"),
+        (4, cu_seqlens[None], ValueError, "cu_seqlens must have 1 dimensions, got 2"),
+        (4, cu_seqlens[:0], ValueError, "cu_seqlens must have at least 1 entry"),
+        (4, torch.zeros(4, dtype=torch.int32), ValueError, "prefix_key must have 1 or 3 prefixes, got 2"),
+        (6, torch.empty(8, 2, 8), ValueError, "output_key must have size 9 in dimension 0, got 8"),
+        (7, torch.empty(9, 8, 2).transpose(1, 2), ValueError, "output_value must be contiguous, got other strides"),
+        (8, outputs[2][:2], ValueError, "output_cu_seqlens must have size 3 in dimension 0, got 2"),
+    ]
+    assert_each_is_refused("inject_prefix_kv", good, changes)
+    of_index: list[Change] = [
+        (5, index.long(), TypeError, "prefix_index must have DLPack type"),
+        (5, index[:1], ValueError, "prefix_index must have size 2 in dimension 0, got 1"),
+    ]
+    assert_each_is_refused("inject_prefix_kv", with_index, of_index)
+
+
+def test_the_library_checks_layers_and_tables() -> None:
+    key, value, prefix_key, prefix_value, cu_seqlens, _ = make_inputs([3, 2], 2, "per-sequence")
+    outputs = torch.empty(9, 2, 8), torch.empty(9, 2, 8), torch.empty(3, dtype=torch.int32)
+    layered = [x[None] for x in (key, value, prefix_key, prefix_value)]
+    good = [*layered, cu_seqlens, None, outputs[0][None], outputs[1][None], outputs[2]]
+    changes: list[Change] = [
+        (0, key, ValueError, "key must have 4 dimensions, got 3"),
+        (2, prefix_key, ValueError, "prefix_key must have 5 dimensions, got 4"),
+        (3, torch.empty(2, 2, 2, 2, 8), ValueError, "prefix_value must have size 1 in dimension 0, got 2"),
+        (6, torch.empty(2, 9, 2, 8), ValueError, "output_key must have size 1 in dimension 0, got 2"),
+    ]
+    assert_each_is_refused("inject_prefix_kv_layers", good, changes)
+    cos, sin = rotary_tables(5, 8)
+    good = [key, value, prefix_key, prefix_value, cu_seqlens, cos, sin, None, *outputs]
+    tables: list[Change] = [
+        (5, cos.half(), TypeError, "cos must have DLPack type"),
+        (5, cos.long(), TypeError, "cos must be float16, bfloat16, float32 or float64"),
+        (5, cos[:4], ValueError, "cos must have size 5 in dimension 0, got 4"),
+        (6, sin[:, :6].contiguous(), ValueError, "sin must have size 8 in dimension 1, got 6"),
+        (6, sin.double(), TypeError, "sin must have DLPack type"),
+    ]
+    assert_each_is_refused("inject_prefix_kv_rotary", good, tables)
+    odd = [x[..., :7].contiguous() for x in (key, value, prefix_key, prefix_value, cos, sin, *outputs[:2])]
+    function = compiled_function("inject_prefix_kv_rotary_cpu")
+    with pytest.raises(ValueError, match="inject_prefix_kv_rotary: key must have an even head size, got 7"):
+        function(*odd[:4], cu_seqlens, *odd[4:6], None, *odd[6:], outputs[2], 1)
+
+
+def test_the_library_checks_the_arguments_of_a_gradient() -> None:
+    key, value, prefix_key, prefix_value, cu_seqlens, _ = make_inputs([3, 2], 2, "per-sequence")
+    grad = torch.zeros(9, 2, 8)
+    good = [grad, grad.clone(), cu_seqlens, None, 2, 2, key, value, prefix_key, prefix_value]
+    changes: list[Change] = [
+        (0, None, ValueError, "grad_key must be given, got none"),
+        (0, grad.int(), TypeError, "grad_key must be float16"),
+        (0, grad[0], ValueError, "grad_key must have 3 dimensions, got 2"),
+        (0, grad[:3], ValueError, "grad_key must have at least B P rows, got 3"),
+        (1, grad[:8], ValueError, "grad_value must have size 9 in dimension 0, got 8"),
+        (1, None, ValueError, "grad_value must be given, got none"),
+        (4, 3, ValueError, "prefix_key must have 1 or 2 prefixes, got 3"),
+        (5, 2**31, ValueError, "rows of all prefixes must fit in int32, got 4294967296"),
+        (6, key[:4], ValueError, "key must have size 5 in dimension 0, got 4"),
+        (7, value.double(), TypeError, "value must have DLPack type"),
+        (8, prefix_key[:1], ValueError, "prefix_key must have size 2 in dimension 0, got 1"),
+        (9, prefix_value[:, :1].contiguous(), ValueError, "prefix_value must have size 2 in dimension 1, got 1"),
+    ]
+    assert_each_is_refused("inject_prefix_kv_backward", good, changes)
+    with pytest.raises(
+        ValueError, match="inject_prefix_kv_backward: grad_key or grad_value must be given, got neither"
+    ):
+        compiled_function("inject_prefix_kv_backward_cpu")(None, None, *good[2:6], None, None, None, None, 1)

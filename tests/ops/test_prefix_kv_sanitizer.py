@@ -1,0 +1,41 @@
+"""The loops of the CPU library under the address and undefined-behaviour sanitizers, on random and on bad layouts."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+DRIVER = Path(__file__).with_name("prefix_kv_fuzz.cpp")
+ITERATIONS = 600  # of ten checks each, with some thousand threads
+
+# threads start at 64 bytes, so that small inputs are split as well
+FLAGS = ["-std=c++17", "-O1", "-g", "-pthread", "-DLASER_FAST_BYTES_PER_THREAD=64", "-fno-sanitize-recover=all"]
+SANITIZERS = "-fsanitize=address,undefined"
+
+
+def compiler_with_sanitizers(folder: Path) -> str:
+    """A compiler whose sanitized programs run here; the test is skipped where there is none."""
+    compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    if compiler is None:
+        pytest.skip("no C++ compiler on PATH")
+    (folder / "probe.cpp").write_text("int main() { return 0; }\n")
+    command = [compiler, *FLAGS, SANITIZERS, str(folder / "probe.cpp"), "-o", str(folder / "probe")]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    if built.returncode or subprocess.run([folder / "probe"], capture_output=True, check=False).returncode:
+        pytest.skip(f"{compiler} has no sanitizers: {built.stderr.strip().splitlines()[-1:]}")
+    return compiler
+
+
+@pytest.mark.slow
+def test_random_and_bad_layouts_under_the_sanitizers(tmp_path: Path) -> None:
+    if not (DRIVER.parents[2] / "csrc" / "prefix_kv_rows.h").is_file():
+        pytest.skip("needs the source tree, not only the tests")
+    compiler = compiler_with_sanitizers(tmp_path)
+    program = tmp_path / "fuzz"
+    subprocess.run([compiler, *FLAGS, SANITIZERS, str(DRIVER), "-o", str(program)], check=True)
+    done = subprocess.run([program, str(ITERATIONS)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-5000:]
+    assert done.stdout == f"{ITERATIONS} iterations\n"
