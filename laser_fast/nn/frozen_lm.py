@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from laser_fast.nn.attention import AttentionPlan, varlen_attention
 from laser_fast.nn.frozen import FrozenModule
 from laser_fast.nn.prefix_kv import KeyValuePrefix, LayerShape
-from laser_fast.ops.prefix_kv import inject_prefix_kv
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,7 +66,7 @@ class PackedLayout:
             self.read[layer] = (key, value)
         if self._prefix is None:
             return key, value
-        return inject_prefix_kv(key, value, *self._prefix.of_layer(layer, key.dtype), self.cu_seqlens)[:2]
+        return self._prefix.inject(layer, key, value, self.cu_seqlens)
 
     def plan(self, causal: bool, sliding_window: int | None) -> AttentionPlan:
         """The plan for this kind of mask, made at its first use and shared by all layers."""

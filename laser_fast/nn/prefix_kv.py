@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from laser_fast.ops.prefix_kv import inject_prefix_kv
+
 
 @dataclass(frozen=True)
 class LayerShape:
@@ -61,6 +63,14 @@ class KeyValuePrefix:
         """Keys and values [B or 1, P, H_kv, d] of one layer."""
         key, value = self.keys[layer].to(dtype), self.values[layer].to(dtype)
         return (key, value) if self.slots is None else (key[self.slots], value[self.slots])
+
+    def inject(self, layer: int, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [T, H_kv, d] of one layer with this prefix in front of every sequence; a pool stays whole."""
+        index = self.slots
+        if index is not None:
+            index = index.expand(cu_seqlens.shape[0] - 1)  # one slot serves all sequences
+        prefix_key, prefix_value = self.keys[layer].to(key.dtype), self.values[layer].to(value.dtype)
+        return inject_prefix_kv(key, value, prefix_key, prefix_value, cu_seqlens, prefix_index=index)[:2]
 
     def then(self, following: "KeyValuePrefix") -> "KeyValuePrefix":
         """This prefix with another behind it; of two batch sizes the one that is not 1. Not for pools."""

@@ -1,12 +1,14 @@
 """The pool of prefixes: what is kept, what is evicted, and that nothing stale is ever served."""
 
 from collections.abc import Hashable
+from dataclasses import replace
 
 import pytest
 import torch
 
 from laser_fast.nn.prefix_kv import KeyValuePrefix
 from laser_fast.nn.prefix_store import PrefixStore
+from laser_fast.ops import inject_prefix_kv
 
 LAYERS = 2
 
@@ -85,3 +87,28 @@ def test_memory_is_bounded_by_the_capacity() -> None:
 def test_capacity_is_checked() -> None:
     with pytest.raises(ValueError, match="capacity must be at least 1, got 0"):
         PrefixStore(0)
+
+
+def test_a_pool_is_injected_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, writer = PrefixStore(4), Writer()
+    writer.fetch(store, list("abc"))
+
+    def refuse(positions: list[int]) -> KeyValuePrefix:
+        raise AssertionError(positions)
+
+    got = store.fetch(list("ca"), ("weights", 0), refuse)
+    seen: list[int] = []
+
+    def recorded(*tensors: torch.Tensor, prefix_index: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        seen.extend(tensor.data_ptr() for tensor in tensors[2:4])
+        return inject_prefix_kv(*tensors, prefix_index=prefix_index)
+
+    monkeypatch.setattr("laser_fast.nn.prefix_kv.inject_prefix_kv", recorded)
+    text, cu_seqlens = torch.zeros(3, 2, 4), torch.tensor([0, 1, 3], dtype=torch.int32)
+    key, value = got.inject(1, text, text, cu_seqlens)
+    assert seen == [got.keys[1].data_ptr(), got.values[1].data_ptr()]  # no copy of the prefixes of the batch
+    of_layer = got.of_layer(1, torch.float32)
+    assert all(torch.equal(out[:3], prefix[0]) for out, prefix in zip((key, value), of_layer, strict=True))
+    assert all(torch.equal(out[4:7], prefix[1]) for out, prefix in zip((key, value), of_layer, strict=True))
+    one = replace(got, slots=got.slots[:1])
+    assert torch.equal(one.inject(0, text, text, cu_seqlens)[0][4:7], got.keys[0][int(got.slots[0])])
