@@ -1,4 +1,8 @@
-"""Prefix injection against `torch.cat`, `index_copy_`, the padded form of prefix tuning, and FlexAttention."""
+"""Prefix injection against `torch.cat`, `index_copy_`, the padded form of prefix tuning, and FlexAttention.
+
+The padded form is at its best here: all sequences are equally long, so it pads nothing, and the gradients of a `cat`
+along one dimension are views that cost no copy.
+"""
 
 from __future__ import annotations
 
