@@ -130,6 +130,21 @@ def test_opcheck(given: bool, lengths: tuple[int, ...], device: torch.device) ->
     torch.library.opcheck(torch.ops.laser_fast.combine_queries.default, (outputs, weight))
 
 
+@pytest.mark.parametrize("flags", [(False, True), (True, False), (False, False)], ids=["second", "first", "neither"])
+def test_fakes_of_the_backward_operations(flags: tuple[bool, bool], device: torch.device) -> None:
+    batch = _batch(device)
+    arguments = (*batch[:3], batch.cu_seqlens, 3, "softmax", None)
+    weight, pooled, balance, *rest = torch.ops.laser_fast.route_experts(*arguments)
+    expert, load, probabilities = rest
+    saved = (batch.states, batch.router, batch.cu_seqlens, expert, weight, pooled, load, probabilities)
+    operation = torch.ops.laser_fast.route_experts_backward.default
+    given = (weight, pooled, balance, *saved, "softmax", *flags)
+    torch.library.opcheck(operation, given, test_utils=("test_schema", "test_faketensor"))
+    outputs, grad = (torch.randn(slabs, 3, 5, device=device) for slabs in (expert.numel(), expert.shape[0]))
+    operation = torch.ops.laser_fast.combine_queries_backward.default
+    torch.library.opcheck(operation, (grad, outputs, weight, *flags), test_utils=("test_schema", "test_faketensor"))
+
+
 def test_compiles_without_graph_break(device: torch.device) -> None:
     batch = _batch(device)
     leaves = batch.leaves()
