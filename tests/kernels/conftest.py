@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _GUARD = 256  # elements on either side, so that what lies between stays aligned for 16-byte stores
-_SENTINEL = 12345  # exact in every dtype the kernels write but bfloat16, which is compared after the same rounding
+_SENTINEL = 12345  # rounded to the dtype alike when it is written and when it is looked for
 
 
 class RoutingInputs(NamedTuple):
