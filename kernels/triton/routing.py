@@ -42,16 +42,16 @@ class Tile(NamedTuple):
 
 
 # By padded number of experts. Chosen from what compiles for sm_90: no spilled register, then the most bytes in flight
-# per multiprocessor (at 8 experts 24 to 160 KiB, where 14 KiB hide 600 ns at 3 TB/s). Not yet timed on a GPU.
+# per multiprocessor (at 8 experts 24 KiB and more, where 14 KiB hide 600 ns at 3 TB/s). Not yet timed on a GPU.
 _FORWARD = {
-    16: Tile(64, 64, 4, 3),
+    16: Tile(32, 64, 2, 3),
     32: Tile(16, 64, 4, 3),
-    64: Tile(32, 32, 4, 3),
+    64: Tile(16, 32, 8, 3),
     128: Tile(16, 32, 8, 3),
     256: Tile(16, 16, 4, 2),
 }
-_SMALL_BATCH = 16384  # items; fewer would leave multiprocessors idle at 64 rows a program
-_FORWARD_SMALL = _FORWARD | {16: Tile(16, 128, 4, 3), 64: Tile(16, 32, 4, 3)}
+_SMALL_BATCH = 16384  # items; fewer would leave multiprocessors idle at 32 rows a program
+_FORWARD_SMALL = _FORWARD | {16: Tile(16, 64, 2, 3)}  # of equal columns, so that every item adds up in one order
 
 
 def padded_experts(num_experts: int) -> int:

@@ -123,7 +123,7 @@ def test_tile_of_large_batches(
 ) -> None:
     monkeypatch.setattr(routing, "_SMALL_BATCH", 0)
     inputs = routing_inputs(lengths, width, 8, 3, dtype)
-    assert routing._forward_options(inputs.states, 8)["BLOCK_N"] == 64
+    assert routing._forward_options(inputs.states, 8)["BLOCK_N"] == 32
     _check(_forward(inputs), inputs, "softmax", assert_accurate)
 
 
