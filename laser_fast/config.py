@@ -56,6 +56,9 @@ class LanguageModelConfig(Settings):
     """Folder with a Hugging Face model and tokenizer, or `package:NAME/FOLDER` for one inside a Python package."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the frozen weights. "auto": bfloat16 on a GPU, float32 on a CPU."""
+    quantization: Literal["none", "nf4"] = "none"
+    """"nf4": linear layers in 4 bits with double quantisation (bitsandbytes), computed in `dtype`. A folder that holds
+    quantised weights already is loaded as it is."""
 
 
 class PromptConfig(Settings):

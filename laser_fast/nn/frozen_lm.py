@@ -113,8 +113,9 @@ class FrozenLM(FrozenModule):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights, and so of the embeddings it takes."""
-        return next(self.model.parameters()).dtype
+        """Of its token embeddings, and so of the embeddings it takes; linear weights may be packed in 4 bits."""
+        dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
+        return dtype
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token embeddings: int64 [T] -> [T, D_llm], without gradient."""

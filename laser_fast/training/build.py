@@ -1,5 +1,6 @@
 """From a configuration and files to modules: the only place that unpacks the one into the other."""
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,23 +50,43 @@ def load_inputs(config: LaserConfig) -> Inputs:
 def load_language_model(config: LanguageModelConfig) -> "tuple[PreTrainedModel, Any]":
     """Read model and tokenizer from a local folder; nothing is downloaded and no code of the folder is run.
 
+    With `quantization` "nf4" every linear layer is quantised as it is read, so that the weights in 16 or 32 bits are
+    never there all at once; backward keeps the packed weights alone.
+
     Raises:
         FileNotFoundError: no such folder or package.
+        RuntimeError: 4-bit weights are asked for and bitsandbytes is not installed.
     """
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
 
     folder: Path = resolve_path(config.path)
     dtype = getattr(torch, config.dtype) if config.dtype != "auto" else _default_dtype()
+    options = _nf4_options(dtype) if config.quantization == "nf4" else {}
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # a bar for every start of every command says nothing
     try:
-        model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=dtype)
+        model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=dtype, **options)
     finally:
         if shown:
             logging.enable_progress_bar()
     return model, tokenizer
+
+
+def _nf4_options(dtype: torch.dtype) -> dict[str, Any]:
+    """What transformers is told to quantise while loading, straight to the device that will run the model."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise RuntimeError(
+            'load_language_model: lm.quantization "nf4" needs bitsandbytes, got none; pip install "laser-fast[4bit]"'
+        )
+    from transformers import BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return {"quantization_config": quantization, "device_map": {"": device}}
 
 
 def build_laser(config: LaserConfig, inputs: Inputs, model: "PreTrainedModel", tokenizer: Any) -> LaserModel:
