@@ -183,33 +183,16 @@ def _sum_partials_kernel(
     tl.store(bias_ptr + (columns - split), total, mask=(columns >= split) & is_column)
 
 
-def route_backward(
+def _grad_logits(
     grad_weight: Tensor,
     grad_pooled: Tensor,
     grad_balance: Tensor,
-    states: Tensor,
-    router: Tensor,
     cu_seqlens: Tensor,
     result: RoutingResult,
     weighting: str,
-    *,
-    needs_states: bool,
-    needs_router: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of states (their dtype), router and bias (float32); what is not needed is empty. Nothing is read back.
-
-    `result` is that of `route_forward`; only its weight, pooled, expert, load and probability are read.
-    """
-    (num_items, width), num_experts, num_users = states.shape, router.shape[0], cu_seqlens.shape[0] - 1
-    states, router = row_major(states), router.contiguous()
-    grad_states = states.new_empty((num_items, width) if needs_states else (0,))
-    if num_items == 0:
-        zeros = result.load.new_zeros(num_experts, width) if needs_router else result.load.new_empty(0)
-        return grad_states, zeros, result.load.new_zeros(num_experts)
-    grad_router = result.load.new_empty((num_experts, width) if needs_router else (0,))
-    grad_bias = result.load.new_empty(num_experts)
-
-    top_k = result.expert.shape[1]
+) -> Tensor:
+    """Gradient of the logits, float32 [N, E], one program per user."""
+    (num_items, num_experts), (num_users, top_k) = result.probability.shape, result.expert.shape
     grad_logits = torch.empty_like(result.probability)
     _grad_logits_kernel[(num_users,)](
         grad_weight.contiguous(),
@@ -229,7 +212,36 @@ def route_backward(
         SOFTMAX=weighting == "softmax",
         **user_tile(num_experts),
     )
+    return grad_logits
 
+
+def route_backward(
+    grad_weight: Tensor,
+    grad_pooled: Tensor,
+    grad_balance: Tensor,
+    states: Tensor,
+    router: Tensor,
+    cu_seqlens: Tensor,
+    result: RoutingResult,
+    weighting: str,
+    *,
+    needs_states: bool,
+    needs_router: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of states (their dtype), router and bias (float32); what is not needed is empty. Nothing is read back.
+
+    `result` is that of `route_forward`; only its weight, pooled, expert, load and probability are read.
+    """
+    (num_items, width), num_experts = states.shape, router.shape[0]
+    states, router = row_major(states), router.contiguous()
+    grad_states = states.new_empty((num_items, width) if needs_states else (0,))
+    if num_items == 0:
+        zeros = result.load.new_zeros(num_experts, width) if needs_router else result.load.new_empty(0)
+        return grad_states, zeros, result.load.new_zeros(num_experts)
+    grad_router = result.load.new_empty((num_experts, width) if needs_router else (0,))
+    grad_bias = result.load.new_empty(num_experts)
+
+    grad_logits = _grad_logits(grad_weight, grad_pooled, grad_balance, cu_seqlens, result, weighting)
     options = _backward_options(states, num_experts)
     router_size = num_experts * width
     max_programs = min(max(_PARTIAL_BYTES // (4 * router_size), 16), _MAX_PROGRAMS)

@@ -61,7 +61,7 @@ def padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
     return embeds, torch.arange(embeds.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
 
 
-def compare(actual: Tensor, expected: Tensor, leaves: list[Tensor]) -> None:
+def assert_same(actual: Tensor, expected: Tensor, leaves: list[Tensor]) -> None:
     """Values, and gradients of an uneven sum of them."""
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
     probe = torch.randn(actual.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -82,7 +82,7 @@ def test_injected_tokens_equal_tokens_that_stand_there(name: str, shared: bool) 
     hidden = model(inputs_embeds=whole, attention_mask=mask.long()).last_hidden_state
     expected = torch.cat([hidden[b, PREFIX : PREFIX + length] for b, length in enumerate(LENGTHS)])
     lm = FrozenLM(random_model(CONFIGS[name]))
-    compare(lm(embeds, cu_seqlens, lm.key_values(tokens)), expected, [embeds, tokens])
+    assert_same(lm(embeds, cu_seqlens, lm.key_values(tokens)), expected, [embeds, tokens])
 
 
 def test_a_prefix_behind_a_prefix() -> None:
@@ -93,7 +93,7 @@ def test_a_prefix_behind_a_prefix() -> None:
     chained = first.then(lm.key_values(tokens, first))
     assert (chained.length, chained.batch_size) == (3 + PREFIX, len(LENGTHS))
     together = lm.key_values(torch.cat([instruction.expand(len(LENGTHS), -1, -1), tokens], dim=1))
-    compare(lm(embeds, cu_seqlens, chained), lm(embeds, cu_seqlens, together), [embeds, tokens])
+    assert_same(lm(embeds, cu_seqlens, chained), lm(embeds, cu_seqlens, together), [embeds, tokens])
 
 
 def deep(lm: FrozenLM, batch_size: int) -> tuple[KeyValuePrefix, list[Tensor]]:
@@ -121,7 +121,7 @@ def test_a_deep_prefix_equals_a_cache_of_past_keys_and_values(name: str, shared:
     whole, mask = padded(list(embeds.split(LENGTHS)))
     seen = torch.cat([torch.ones(len(LENGTHS), PREFIX, dtype=torch.bool), mask], dim=1)
     hidden = model(inputs_embeds=whole, attention_mask=seen.long(), past_key_values=cache).last_hidden_state
-    compare(lm(embeds, cu_seqlens, prefix), hidden[mask], [embeds, *leaves])
+    assert_same(lm(embeds, cu_seqlens, prefix), hidden[mask], [embeds, *leaves])
 
 
 def test_a_deep_prefix_in_an_encoder_equals_plain_attention() -> None:
@@ -153,7 +153,7 @@ def test_a_deep_prefix_in_an_encoder_equals_plain_attention() -> None:
     for sequence, text in enumerate(embeds.split(LENGTHS)):  # noqa: B007, `plain` reads it
         positions = torch.arange(PREFIX, PREFIX + len(text))[None]
         outputs.append(model(inputs_embeds=text[None], position_ids=positions).last_hidden_state[0])
-    compare(lm(embeds, cu_seqlens, prefix), torch.cat(outputs), [embeds, *leaves])
+    assert_same(lm(embeds, cu_seqlens, prefix), torch.cat(outputs), [embeds, *leaves])
 
 
 def test_layers_are_found_once_and_measured() -> None:
@@ -197,7 +197,7 @@ def test_checkpointing_changes_nothing() -> None:
         return lm(embeds, cu_seqlens, KeyValuePrefix(flat[0::2], flat[1::2]))
 
     again = torch.utils.checkpoint.checkpoint(run, embeds, *leaves, use_reentrant=False)
-    compare(again, lm(embeds, cu_seqlens, prefix), [embeds, *leaves])
+    assert_same(again, lm(embeds, cu_seqlens, prefix), [embeds, *leaves])
 
 
 def test_what_does_not_fit_is_refused() -> None:
