@@ -53,12 +53,31 @@ class LanguageModelConfig(Settings):
     """The frozen language model."""
 
     path: str
-    """Folder with a Hugging Face model and tokenizer, or `package:NAME/FOLDER` for one inside a Python package."""
+    """Folder with a Hugging Face model and tokenizer, `package:NAME/FOLDER` for one inside a Python package, or
+    `random:SHAPE` for random weights: a shape of `laser_fast/presets/shapes` or a folder with a config.json."""
+    tokenizer: str | None = None
+    """Folder of the tokenizer; None = that of `path`. A random model needs one to read texts."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the frozen weights. "auto": bfloat16 on a GPU, float32 on a CPU."""
     quantization: Literal["none", "nf4"] = "none"
     """"nf4": linear layers in 4 bits with double quantisation (bitsandbytes), computed in `dtype`. A folder that holds
     quantised weights already is loaded as it is."""
+    embedding_device: Literal["model", "cpu"] = "model"
+    """Where the table of token embeddings lies. "cpu" frees its bytes on the GPU; looked-up rows are copied there."""
+
+
+class ExecutionConfig(Settings):
+    """How the frozen language model runs a training step: the same numbers for less memory or less time."""
+
+    checkpointing: Literal["none", "mlp", "full", "offload"] = "none"
+    """What backward computes again instead of keeping: nothing; the inner activations of every MLP; every layer from
+    its input; the same with those inputs kept in host memory."""
+    fused: bool = True
+    """RMSNorm and gated MLPs that keep only what backward needs; on a GPU by liger-kernel where it is installed."""
+    share_dequantization: bool = True
+    """4-bit weights unpacked once for the recomputation and the backward of a layer, not twice."""
+    last_layer: Literal["readout", "all"] = "readout"
+    """The last layer past its keys and values: for the positions that are read out, or for all."""
 
 
 class PromptConfig(Settings):
@@ -156,6 +175,8 @@ class OptimizerConfig(Settings):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
     warmup_fraction: Fraction = 0.05
     max_grad_norm: PositiveFloat = 1.0
+    eight_bit: bool = False
+    """Moments of Adam in 8 bits (bitsandbytes, GPU only): 2 bytes a trained parameter instead of 8."""
 
 
 class StageConfig(Settings):
@@ -174,6 +195,11 @@ class TrainingConfig(Settings):
 
     seed: int = 0
     batch_size: PositiveInt = 64
+    micro_batch_tokens: PositiveInt | None = None
+    """Packed tokens, virtual ones included, that go through the language model at once; a batch of more is split and
+    its gradients added up. None = never split."""
+    halve_on_oom: bool = False
+    """When memory runs out, halve `micro_batch_tokens` and take the step again instead of stopping."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     pretrain: StageConfig = StageConfig(epochs=0)
     phase_a: StageConfig = StageConfig(epochs=10)
@@ -200,6 +226,7 @@ class LaserConfig(Settings):
     output: str
     """The run directory; must not exist yet."""
     lm: LanguageModelConfig
+    execution: ExecutionConfig = ExecutionConfig()
     prompt: PromptConfig = PromptConfig()
     mformer: MFormerConfig = MFormerConfig()
     bituning: BiTuningConfig = BiTuningConfig()
