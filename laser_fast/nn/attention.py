@@ -2,7 +2,8 @@
 
 The layout is that of FlashAttention's variable-length kernels: all tokens of a batch in one tensor, `cu_seqlens`
 marking where each sequence starts. On a GPU in half precision those kernels run (`attention_flash`); everything else
-goes through padded blocks of similar length (`attention_buckets`). What depends on the lengths alone is planned once a
+goes through padded blocks of similar length (`attention_buckets`); on the meta device only memory is modelled
+(`attention_meta`). What depends on the lengths alone is planned once a
 batch (`AttentionPlan`) and shared by all layers.
 """
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from laser_fast.nn.attention_buckets import BucketLayout, attend_in_buckets
 from laser_fast.nn.attention_flash import AttentionKind, PackedLengths, choose_backend
+from laser_fast.nn.attention_meta import attend_without_values
 
 
 class AttentionPlan:
@@ -134,6 +136,8 @@ def varlen_attention(
         )
     if sinks is not None and tuple(sinks.shape) != (query.shape[1],):
         raise ValueError(f"varlen_attention: sinks must be [{query.shape[1]}], got {tuple(sinks.shape)}")
+    if query.is_meta:
+        return attend_without_values(query, key, value)
     kind = AttentionKind(plan.causal, scale or 1 / math.sqrt(query.shape[2]), plan.sliding_window, dropout, softcap)
     backend = choose_backend(query, key, kind, has_sinks=sinks is not None)[1]
     if backend is None or not plan.num_queries or not plan.num_keys:

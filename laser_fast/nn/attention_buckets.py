@@ -4,7 +4,8 @@ Each block goes through `torch.nn.functional.scaled_dot_product_attention`, or t
 are soft-capped or have sinks, which that function does not know.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,16 @@ class Bucket:
     key_length: int
     mask: Tensor | None  # bool [sequences, 1, query_length, key_length], True = attend; None = attend everywhere
     keyless: Tensor | None  # bool [sequences, 1, query_length, 1], True where a real query sees no key: its output is 0
+    _additive: dict[torch.dtype, Tensor] = field(default_factory=dict, compare=False)
+
+    def additive_mask(self, dtype: torch.dtype) -> Tensor | None:
+        """The mask as what is added to scores, made once for all layers (from a bool one every layer keeps its own)."""
+        if self.mask is None:
+            return None
+        if dtype not in self._additive:
+            zeros = torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device)
+            self._additive[dtype] = zeros.masked_fill_(~self.mask, -torch.inf)
+        return self._additive[dtype]
 
 
 @dataclass(frozen=True)
@@ -105,7 +116,7 @@ def attend_in_buckets(
                 block_q,
                 block_k,
                 block_v,
-                attn_mask=bucket.mask,
+                attn_mask=bucket.additive_mask(query.dtype),
                 dropout_p=kind.dropout,
                 scale=kind.scale,
                 enable_gqa=query.shape[1] != key.shape[1],
@@ -156,8 +167,22 @@ def _slots(first_slot: list[int], lengths: list[int], device: torch.device) -> T
 
 
 def _lay_out(tokens: Tensor, slots: Tensor, num_slots: int) -> Tensor:
-    # index_copy rather than a gather with repeats: its backward is a plain gather, without accumulation
-    return tokens.new_zeros(num_slots, *tokens.shape[1:]).index_copy(0, slots, tokens)
+    blocks: Tensor = _LayOut.apply(tokens, slots, num_slots)
+    return blocks
+
+
+class _LayOut(torch.autograd.Function):
+    """Rows to their slots, zeros elsewhere; unlike `index_copy` it keeps no rows for backward, which gathers them."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, slots: Tensor, num_slots: int) -> Tensor:
+        ctx.save_for_backward(slots)
+        return tokens.new_zeros(num_slots, *tokens.shape[1:]).index_copy_(0, slots, tokens)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (slots,) = ctx.saved_tensors
+        return grad.index_select(0, slots), None, None
 
 
 def _bucket_mask(

@@ -5,12 +5,16 @@ The replacement goes through the interfaces transformers offers for it (`Attenti
 attention of every layer reads where each sequence starts from a keyword argument of the forward.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from laser_fast.nn.attention import AttentionPlan, varlen_attention
+from laser_fast.nn.execution import Execution, apply_execution
 from laser_fast.nn.frozen import FrozenModule
 from laser_fast.nn.prefix_kv import KeyValuePrefix, LayerShape
 
@@ -35,17 +39,27 @@ class PackedLayout:
         cu_seqlens: int32 [B+1] over the queries; cu_seqlens_k over the keys, the prefix counted.
         layer_of: index of every attention module in the order of its first call, kept from batch to batch.
         read: keys and values [T, H_kv, d] of every layer as the model made them, where `keep` asks for them.
+        rows: int64 [B], the last position of every sequence where only its state is wanted; else None.
     """
 
     def __init__(
-        self, cu_seqlens: Tensor, layer_of: dict[nn.Module, int], prefix: KeyValuePrefix | None, *, keep: bool = False
+        self,
+        cu_seqlens: Tensor,
+        layer_of: dict[nn.Module, int],
+        prefix: KeyValuePrefix | None,
+        *,
+        keep: bool = False,
+        last_only: bool = False,
     ) -> None:
         self.cu_seqlens = cu_seqlens
         self.layer_of = layer_of
         self.read: dict[int, tuple[Tensor, Tensor]] = {}
         self._prefix = prefix
         self._keep = keep
-        self._plans: dict[tuple[bool, int | None], AttentionPlan] = {}
+        self.rows = cu_seqlens[1:].long() - 1 if last_only else None
+        self._stop: type[Exception] | None = None
+        self._collected: tuple[Tensor, Tensor] | None = None
+        self._plans: dict[tuple[bool, int | None, bool], AttentionPlan] = {}
         self.num_attention_calls = 0
         self.cu_seqlens_k = cu_seqlens
         if prefix is not None:
@@ -61,38 +75,65 @@ class PackedLayout:
 
     def keys_and_values(self, module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """What the queries of this layer see: [T, H_kv, d] with the prefix in front of every sequence."""
+        if self._collected is not None:
+            return self._collected
         layer = self.layer_of.setdefault(module, len(self.layer_of))
         if self._keep:
             self.read[layer] = (key, value)
-        if self._prefix is None:
-            return key, value
-        return self._prefix.inject(layer, key, value, self.cu_seqlens)
+        if self._prefix is not None:
+            key, value = self._prefix.inject(layer, key, value, self.cu_seqlens)
+        if self._stop is not None:
+            self._collected = (key, value)
+            raise self._stop
+        return key, value
+
+    @contextmanager
+    def collecting_keys(self, stop: type[Exception]) -> Iterator[None]:
+        """While this is open, the attention keeps its keys and values for `rows_only` and raises `stop`."""
+        self._stop = stop
+        try:
+            yield
+        finally:
+            self._stop = None
+
+    @contextmanager
+    def rows_only(self) -> Iterator[None]:
+        """While this is open, queries are those of `rows` and the keys and values are the collected ones."""
+        try:
+            yield
+        finally:
+            self._collected = None
 
     def plan(self, causal: bool, sliding_window: int | None) -> AttentionPlan:
         """The plan for this kind of mask, made at its first use and shared by all layers."""
-        kind = (causal, sliding_window)
+        rows_only = self._collected is not None
+        kind = (causal, sliding_window, rows_only)
         if kind not in self._plans:
-            self._plans[kind] = AttentionPlan(
-                self.cu_seqlens, self.cu_seqlens_k, causal=causal, sliding_window=sliding_window
-            )
+            queries = self.cu_seqlens
+            if rows_only:  # one query a sequence
+                queries = torch.arange(queries.shape[0], device=queries.device, dtype=torch.int32)
+            self._plans[kind] = AttentionPlan(queries, self.cu_seqlens_k, causal=causal, sliding_window=sliding_window)
         return self._plans[kind]
 
 
 class FrozenLM(FrozenModule):
     """A frozen Hugging Face model that maps packed input embeddings to packed last hidden states.
 
+    Args:
+        model: loaded; it is frozen, and some of its modules get another `forward`.
+        execution: how it runs a step; None = the defaults.
+
     Attributes:
         hidden_size: width `D_llm`.
         causal: whether its attention is causal (a decoder) or bidirectional (an encoder).
         max_length: longest sequence its position embeddings allow; None = no limit stated.
-        embedding_rms: root mean square of its token embeddings, the scale at which virtual tokens start.
 
     Raises:
         ValueError: an encoder-decoder, a model without a table of token embeddings, or one that cannot exchange its
             attention.
     """
 
-    def __init__(self, model: "PreTrainedModel") -> None:
+    def __init__(self, model: "PreTrainedModel", execution: Execution | None = None) -> None:
         super().__init__()
         config = model.config.get_text_config()
         if getattr(config, "is_encoder_decoder", False):
@@ -108,8 +149,13 @@ class FrozenLM(FrozenModule):
         self._layer_of: dict[nn.Module, int] = {}
         self._layers: list[LayerShape] | None = None
         self.freeze()
-        table = model.get_input_embeddings().weight
-        self.embedding_rms = float(table[:: max(1, table.shape[0] // 4096)].float().square().mean().sqrt())
+        self.replaced = apply_execution(model, execution or Execution())
+
+    @cached_property
+    def embedding_rms(self) -> float:
+        """Root mean square of (at most some 4,096 of) the token embeddings, the scale at which virtual tokens start."""
+        table = self.model.get_input_embeddings().weight
+        return float(table[:: max(1, table.shape[0] // 4096)].float().square().mean().sqrt())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -137,7 +183,14 @@ class FrozenLM(FrozenModule):
             ]
         return self._layers
 
-    def forward(self, inputs_embeds: Tensor, cu_seqlens: Tensor, prefix: KeyValuePrefix | None = None) -> Tensor:
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        cu_seqlens: Tensor,
+        prefix: KeyValuePrefix | None = None,
+        *,
+        last_only: bool = False,
+    ) -> Tensor:
         """Last hidden states of packed sequences; gradients reach `inputs_embeds` and `prefix` and no weight.
 
         Args:
@@ -145,9 +198,11 @@ class FrozenLM(FrozenModule):
             cu_seqlens: int32 [B+1].
             prefix: keys and values in front of every sequence. Positions count from its length P (0 without one) in
                 every sequence.
+            last_only: give the state of the last position of every sequence alone, and spare the last layer most of
+                its work where `Execution.last_layer` allows it. No sequence may be empty then.
 
         Returns:
-            [T, D_llm], in the dtype of the model.
+            [T, D_llm], or [B, D_llm] with `last_only`, in the dtype of the model.
 
         Raises:
             ValueError: a sequence longer than `max_length`, a prefix that does not fit, or an attention option of the
@@ -156,7 +211,9 @@ class FrozenLM(FrozenModule):
         """
         if prefix is not None:
             _check_prefix(prefix, self.layers, cu_seqlens.shape[0] - 1)
-        return self._run(inputs_embeds, PackedLayout(cu_seqlens, self._layer_of, prefix))
+        spared = last_only and self.replaced.last_layer
+        hidden = self._run(inputs_embeds, PackedLayout(cu_seqlens, self._layer_of, prefix, last_only=spared))
+        return hidden.index_select(0, cu_seqlens[1:].long() - 1) if last_only else hidden
 
     def key_values(self, inputs_embeds: Tensor, prefix: KeyValuePrefix | None = None) -> KeyValuePrefix:
         """Keys and values of B sequences of one length, to be injected in front of what follows them.

@@ -1,0 +1,113 @@
+"""Linear maps with frozen weights: `y = x W^T + b`, and `grad_x = grad_y W` as the whole of backward.
+
+For weights packed in 4 bits (bitsandbytes) backward keeps the packed weight alone and unpacks it again; where a layer
+is computed again before its backward, one unpacked copy serves both (`UnpackedWeights`).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class UnpackedWeights:
+    """Weights in 16 or 32 bits of layers that are being computed again, from there until their backward took them."""
+
+    def __init__(self) -> None:
+        self._kept: dict[nn.Module, Tensor] = {}
+        self._keeping = False
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """While this is open, every weight that is unpacked stays until `take` fetches it.
+
+        What an earlier recomputation left behind (its backward stopped half-way) is dropped first.
+        """
+        self._kept.clear()
+        self._keeping = True
+        try:
+            yield
+        finally:
+            self._keeping = False
+
+    @property
+    def keeping(self) -> bool:
+        """Whether a recomputation is under way."""
+        return self._keeping
+
+    def unpack(self, module: nn.Module) -> Tensor:
+        """The weight for a forward: [out, in], in the dtype it was quantised from."""
+        weight = _unpack(module)
+        if self._keeping:
+            self._kept[module] = weight
+        return weight
+
+    def take(self, module: nn.Module) -> Tensor:
+        """The weight for a backward: the one kept, or unpacked now."""
+        weight = self._kept.pop(module, None)
+        return _unpack(module) if weight is None else weight
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether this is a linear layer of bitsandbytes in 4 bits."""
+    # by the weight, without importing bitsandbytes: only its 4-bit weights carry a quant_state
+    return isinstance(module, nn.Linear) and getattr(module.weight, "quant_state", None) is not None
+
+
+def is_frozen_linear(module: nn.Module | None) -> bool:
+    """Whether this is a linear layer, plain or in 4 bits, of which nothing is trained and whose call is its product.
+
+    Subclasses other than bitsandbytes' (an adapter, a scaled linear) and modules with hooks are not.
+    """
+    if module is None or not (type(module) is nn.Linear or is_packed(module)):
+        return False
+    hooked = any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+    return not hooked and not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def packed_linear(module: nn.Module, unpacked: UnpackedWeights, x: Tensor) -> Tensor:
+    """`x W^T + b` of a layer in 4 bits: [..., in] -> [..., out] in the dtype of x; gradients reach x alone.
+
+    Stands in for the forward of bitsandbytes' own module, which on some CPUs repacks the weights at the first call
+    without gradient into a form that has no gradient any more.
+    """
+    output: Tensor = _PackedLinear.apply(x, module, unpacked)
+    return output
+
+
+def linear_input_gradient(module: Any, grad: Tensor, unpacked: UnpackedWeights) -> Tensor:
+    """`grad_y W`: [..., out] -> [..., in] in the dtype of `grad`."""
+    weight = unpacked.take(module) if is_packed(module) else module.weight
+    return (grad.to(weight.dtype) @ weight).to(grad.dtype)
+
+
+class _PackedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: Any, unpacked: UnpackedWeights) -> Tensor:
+        ctx.module, ctx.unpacked = module, unpacked
+        dtype = module.weight.quant_state.dtype
+        inputs = x.to(module.compute_dtype or dtype)
+        bias = None if module.bias is None else module.bias.to(inputs.dtype)
+        if unpacked.keeping or x.device.type != "cuda":
+            with torch.autocast(x.device.type, enabled=False):
+                return F.linear(inputs, unpacked.unpack(module).to(inputs.dtype), bias).to(x.dtype)
+        from bitsandbytes import matmul_4bit  # knows from how many rows on unpacking first is the faster way
+
+        return matmul_4bit(inputs, module.weight.data, quant_state=module.weight.quant_state, bias=bias).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, None]:
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        return linear_input_gradient(ctx.module, grad_output, ctx.unpacked), None, None
+
+
+def _unpack(module: Any) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    weight: Tensor = dequantize_4bit(module.weight.data, module.weight.quant_state)
+    return weight
