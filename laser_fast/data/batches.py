@@ -1,6 +1,6 @@
 """Batches of a training or scoring step: ids for the recommender and tokens for the language model, both packed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from laser_fast.data.sequences import EvaluationRows, PackedSequences, cu_seqlens_of
+from laser_fast.data.sequences import EvaluationRows, PackedSequences, cu_seqlens_of, row_indices
 from laser_fast.data.tokens import PromptLayout, TokenizedTexts, history_tokens
 
 
@@ -46,6 +46,35 @@ class PackedBatch:
             name: value for name, value in vars(self).items() if isinstance(value, Tensor | PackedBatch)
         }
         return replace(self, **{name: value.to(device) for name, value in movable.items()})
+
+    @property
+    def token_lengths(self) -> np.ndarray:
+        """Tokens of every text, virtual ones not counted: int64 [B]."""
+        return np.diff(self.token_cu_seqlens.cpu().numpy()).astype(np.int64)
+
+    def select(self, rows: np.ndarray | Sequence[int]) -> "PackedBatch":
+        """The rows `rows` (indices or a mask) as a batch of their own, in that order, on the same device.
+
+        Of the positives, those that are targets of these rows come along.
+        """
+        index = row_indices(rows, len(self), "PackedBatch.select")
+        chosen = torch.from_numpy(index).to(self.items.device)
+        items, cu_seqlens = _select(self.items, self.cu_seqlens, index)
+        input_ids, token_cu_seqlens = _select(self.input_ids, self.token_cu_seqlens, index)
+        part = PackedBatch(items, cu_seqlens, input_ids, token_cu_seqlens, self.instruction)
+        if self.targets is not None:
+            part = replace(part, targets=self.targets[chosen])
+        if self.positives is None:
+            return part
+        assert self.positive_targets is not None
+        kept, places = np.unique(self.positive_targets.cpu().numpy()[index], return_inverse=True)
+        which = torch.from_numpy(places.astype(np.int64)).to(self.items.device)
+        return replace(part, positives=self.positives.select(kept), positive_targets=which)
+
+
+def _select(values: Tensor, cu_seqlens: Tensor, index: np.ndarray) -> tuple[Tensor, Tensor]:
+    part = PackedSequences(values.cpu().numpy(), cu_seqlens.cpu().numpy()).select(index)
+    return torch.from_numpy(part.items).to(values.device), torch.from_numpy(part.cu_seqlens).to(values.device)
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ from laser_fast.data.sequences import PackedSequences
 from laser_fast.models.calibration import CalibratedScorer
 from laser_fast.models.kept_prefixes import KeptPrefixes
 from laser_fast.models.recommender import FrozenRecommender, Scorer, SequentialRecommender, check_histories
+from laser_fast.models.token_budget import TokenBudget
 from laser_fast.nn.bituning import BiTuning
 from laser_fast.nn.frozen_lm import FrozenLM
 from laser_fast.nn.mformer import MFormer
@@ -68,6 +69,10 @@ class LaserModel(nn.Module):
         temperature: tau.
         balance_weight: alpha.
         dropout: on the read-out.
+
+    Attributes:
+        budget: packed tokens that `encode_users` and `encode_items` put through the language model at once; no limit
+            unless one is set.
     """
 
     item_matrix: Tensor
@@ -127,6 +132,7 @@ class LaserModel(nn.Module):
         self.item_ids = list(item_ids)
         self.index_of_item = {item_id: index for index, item_id in enumerate(self.item_ids)}
         self.calibration: CalibratedScorer | None = None
+        self.budget = TokenBudget()
         self.register_buffer("item_matrix", torch.empty(0, lm.hidden_size), persistent=False)
 
     @property
@@ -150,6 +156,15 @@ class LaserModel(nn.Module):
         hidden = self.lm(packed.inputs_embeds, packed.cu_seqlens, injected)
         embedding = F.dropout(self.bituning.read_out(hidden, packed), self.dropout, self.training)
         return (embedding if self.head is None else self.head(embedding)), routing
+
+    def virtual_tokens(self, batch: PackedBatch) -> int:
+        """Tokens that stand beside the text of every sequence of a batch in the language model."""
+        tokens = self.bituning.suffix_tokens.shape[0]
+        if self.deep_prefix is None and self.mformer is not None:
+            tokens += self.mformer.query_experts.shape[1]
+        elif self.deep_prefix is None and self.bituning.prefix_tokens is not None:
+            tokens += self.bituning.prefix_tokens.shape[0]
+        return tokens if self.reuse_instruction else tokens + len(batch.instruction or ())
 
     def write_prefix(self, batch: PackedBatch) -> tuple[Tensor | None, KeyValuePrefix | None, Routing | None]:
         """What stands in front of the text: input embeddings [B, Q, D_llm], keys and values, and the routing."""
@@ -352,16 +367,19 @@ class LaserModel(nn.Module):
         return torch.tensor(indices, dtype=torch.int64)
 
     def _encode_now(self, batch: PackedBatch, kept: KeptPrefixes | None = None) -> Tensor:
-        """Encode in evaluation mode, whatever the mode now."""
+        """Encode in evaluation mode, whatever the mode now, within the budget."""
         was_training = self.training
         self.eval()
         try:
-            batch = batch.to(self.device)
-            if kept is None or not len(batch):
-                return self.encode(batch)[0]
-            return self._encode_behind(batch, None, kept.of(batch), None)[0]
+            return self.budget.encode(batch, self.virtual_tokens, lambda part: self._encode_part(part, kept))
         finally:
             self.train(was_training)
+
+    def _encode_part(self, batch: PackedBatch, kept: KeptPrefixes | None) -> Tensor:
+        batch = batch.to(self.device)
+        if kept is None or not len(batch):
+            return self.encode(batch)[0]
+        return self._encode_behind(batch, None, kept.of(batch), None)[0]
 
     def _items(self) -> Tensor:
         if self.item_matrix.shape[0] != self.num_items:

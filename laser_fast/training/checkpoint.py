@@ -22,6 +22,7 @@ from laser_fast.data.items import update_with_strings
 from laser_fast.models.calibration import CalibratedScorer, Calibration
 from laser_fast.models.laser import LaserModel
 from laser_fast.models.recommender import Scorer
+from laser_fast.models.token_budget import TokenBudget
 from laser_fast.training.build import Inputs, build_laser, load_inputs, load_language_model, training_counts
 from laser_fast.training.run_directory import write_json
 
@@ -100,6 +101,7 @@ def load_laser(
             f"got {inputs.split.hash[:12]}"
         )
     model = build_laser(config, inputs, *load_language_model(config.lm)).eval()
+    model.budget = TokenBudget(config.training.micro_batch_tokens)
     return restore(model, inputs, folder), inputs, config
 
 

@@ -19,10 +19,12 @@ from laser_fast.data.batches import PackedBatch
 from laser_fast.evaluation import evaluate, search_calibration
 from laser_fast.models.calibration import CalibratedScorer
 from laser_fast.models.laser import LaserModel
+from laser_fast.models.token_budget import Shortage, TokenBudget
 from laser_fast.nn.pretraining import ContrastiveHeads
 from laser_fast.training.build import Inputs, build_laser, load_inputs, load_language_model, training_counts
 from laser_fast.training.checkpoint import calibration_components, load_weights, restore, save_laser
 from laser_fast.training.loop import EarlyStopping, RowSampler, StageTrainer
+from laser_fast.training.memory import Plan, explain_pretraining_shortage, explain_shortage
 from laser_fast.training.run_directory import RunDirectory
 
 MAIN_METRIC = "NDCG@10"
@@ -39,10 +41,15 @@ class _Run:
     directory: RunDirectory
     accelerator: Accelerator
     progress: bool
+    plan: Plan | None
 
 
-def train_laser(config: LaserConfig, *, progress: bool = True) -> tuple[LaserModel, Inputs]:
+def train_laser(config: LaserConfig, *, progress: bool = True, plan: Plan | None = None) -> tuple[LaserModel, Inputs]:
     """Train by the configuration and leave the best model in `config.output`.
+
+    Args:
+        progress: show bars and a line for every epoch.
+        plan: says what the memory plan expected; asked when memory runs out.
 
     Returns:
         The best model, in evaluation mode with its item matrix, and the data it was built on.
@@ -51,6 +58,7 @@ def train_laser(config: LaserConfig, *, progress: bool = True) -> tuple[LaserMod
         FileExistsError: `config.output` holds something.
         FileNotFoundError, ValueError: the data, the recommender or the language model are missing or do not fit.
         FloatingPointError: the loss is not finite.
+        torch.OutOfMemoryError: memory ran out; names the settings to change.
     """
     set_seed(config.training.seed)
     inputs = load_inputs(config)
@@ -60,7 +68,8 @@ def train_laser(config: LaserConfig, *, progress: bool = True) -> tuple[LaserMod
     model = build_laser(config, inputs, language_model, tokenizer).to(accelerator.device)
     directory = RunDirectory(config.output, config)
     rows = training_rows(inputs.split.train, max(config.prompt.max_items, config.mformer.max_history))
-    run = _Run(config, inputs, model, rows, directory, accelerator, progress)
+    run = _Run(config, inputs, model, rows, directory, accelerator, progress, plan)
+    model.budget = _token_budget(run)
     if config.training.pretrain.epochs:
         _pretrain(run)
     phase_a = _phase(run, "phase_a", None)
@@ -93,7 +102,14 @@ def _pretrain(run: _Run) -> None:
     sampler = RowSampler(len(run.rows), stage.rows_per_epoch, config.training.seed)
     num_batches = sampler.num_batches(config.training.batch_size)
     modules = nn.ModuleList([mformer, heads])
-    trainer = StageTrainer(run.accelerator, modules, config.training.pretrain_optimizer, stage.epochs * num_batches)
+    trainer = StageTrainer(
+        run.accelerator,
+        modules,
+        config.training.pretrain_optimizer,
+        stage.epochs * num_batches,
+        budget=TokenBudget(explain=explain_pretraining_shortage(config, run.plan)),  # rows are each other's negatives
+        plan=run.plan,
+    )
     stopping = EarlyStopping(stage.patience)
     for epoch in range(stage.epochs):
         batches = _batches(run, sampler, epoch, with_positives=False)
@@ -120,7 +136,15 @@ def _phase(run: _Run, name: str, carried: EarlyStopping | None) -> EarlyStopping
     with_positives = not frozen_items and config.objective.item_gradient == "positives"
     sampler = RowSampler(len(run.rows), stage.rows_per_epoch, config.training.seed + 1 + frozen_items)
     num_batches = sampler.num_batches(config.training.batch_size)
-    trainer = StageTrainer(run.accelerator, model, config.training.optimizer, stage.epochs * num_batches)
+    trainer = StageTrainer(
+        run.accelerator,
+        model,
+        config.training.optimizer,
+        stage.epochs * num_batches,
+        budget=model.budget,
+        virtual_tokens=model.virtual_tokens,
+        plan=run.plan,
+    )
     for epoch in range(stage.epochs):
         batches = _batches(run, sampler, epoch, with_positives=with_positives)
         title = f"stage 2 {name.replace('_', ' ')}, epoch {epoch + 1}"
@@ -144,6 +168,19 @@ def _calibrate(run: _Run) -> tuple[CalibratedScorer, float]:
         batch_size=run.config.evaluation.batch_size,
         device=run.accelerator.device,
     )
+
+
+def _token_budget(run: _Run) -> TokenBudget:
+    """One budget for training and for encoding; what lowers it stands in the log."""
+    training = run.config.training
+
+    def log(shortage: Shortage) -> None:
+        values = {"failed_tokens": shortage.tokens, "failed_rows": shortage.rows, "encoding": shortage.encoding}
+        run.directory.log(stage="out_of_memory", **values, micro_batch_tokens=budget.limit)
+
+    explain = explain_shortage(run.config, on_gpu=run.accelerator.device.type == "cuda", plan=run.plan)
+    budget = TokenBudget(training.micro_batch_tokens, halve=training.halve_on_oom, explain=explain, on_halving=log)
+    return budget
 
 
 def _training_loss(model: LaserModel) -> Any:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -14,6 +15,10 @@ from tqdm import tqdm
 
 from laser_fast.config import OptimizerConfig
 from laser_fast.data.batches import PackedBatch
+from laser_fast.data.micro_batches import VirtualTokens
+from laser_fast.models.token_budget import TokenBudget, is_out_of_memory, release_memory
+from laser_fast.training.memory import Plan, explain_optimizer_shortage
+from laser_fast.training.optimizer import build_optimizer
 
 _SHOW_EVERY = 10  # steps; reading the loss waits for the device
 
@@ -83,16 +88,42 @@ class EarlyStopping:
 class StageTrainer:
     """Optimizer, schedule and step of one stage.
 
+    A batch of more packed tokens than the budget allows goes through in micro-batches of whole rows, whose gradients
+    add up before the one step of the optimizer. Each counts by its share of the rows, so a mean over rows, as the
+    cross-entropy against the item matrix, has the gradient it has without splitting. What relates the rows of a batch
+    to each other is that of the micro-batch: a user's in-batch candidates are the positives of its micro-batch, and
+    the balance loss looks at the load within it. What is logged are means over rows.
+
+    When memory runs out and the budget may be halved, gradients are dropped, the random generators are put back, and
+    the batch goes through again under the smaller budget: the step is the one that budget would have given from the
+    start. The optimizer's own step is never repeated.
+
     Args:
         modules: what is trained (parameters with `requires_grad`), held in train mode during an epoch.
         num_steps: planned steps, over which the learning rate goes up linearly and down with a cosine.
+        budget: packed tokens at once; None = no limit.
+        virtual_tokens: tokens of a sequence beside its text; None = none.
+        plan: says what the memory plan expected, for the message when the optimizer finds no memory.
     """
 
-    def __init__(self, accelerator: Accelerator, modules: nn.Module, config: OptimizerConfig, num_steps: int) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        modules: nn.Module,
+        config: OptimizerConfig,
+        num_steps: int,
+        *,
+        budget: TokenBudget | None = None,
+        virtual_tokens: VirtualTokens | None = None,
+        plan: Plan | None = None,
+    ) -> None:
         self.accelerator = accelerator
         self.modules = modules
-        self.max_grad_norm = config.max_grad_norm
-        optimizer = torch.optim.AdamW(_parameter_groups(modules, config.weight_decay), lr=config.learning_rate)
+        self.config = config
+        self.budget = TokenBudget() if budget is None else budget
+        self.virtual_tokens: VirtualTokens = (lambda batch: 0) if virtual_tokens is None else virtual_tokens
+        self.plan = plan
+        optimizer = build_optimizer(modules, config)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(num_steps, config.warmup_fraction))
         self.optimizer, self.scheduler = accelerator.prepare(optimizer, scheduler)
         self.step = 0
@@ -106,20 +137,26 @@ class StageTrainer:
         title: str,
         progress: bool,
     ) -> dict[str, Any]:
-        """One pass: mean of everything the loss function reports, with the tokens per second.
+        """One pass: mean of everything the loss function reports, text tokens per second, micro-batches per step, and
+        on a GPU the largest memory.
 
         Raises:
             FloatingPointError: the loss is not finite; names the step.
+            torch.OutOfMemoryError: memory ran out; names the settings to change.
         """
         self.modules.train()
+        device = self.accelerator.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         totals: dict[str, Tensor] = {}
-        tokens, start = 0, perf_counter()
+        tokens, micro_batches, start = 0, 0, perf_counter()
         with tqdm(total=num_batches, desc=title, unit="step", disable=not progress, leave=False) as bar:
             for done, batch in enumerate(batches, start=1):
-                values = self._train_step(batch.to(self.accelerator.device), loss_function)
+                values, parts = self._train_step(batch, loss_function)
                 for name, value in values.items():
                     totals[name] = totals.get(name, torch.zeros_like(value)) + value
                 tokens += batch.input_ids.shape[0]
+                micro_batches += parts
                 bar.update()
                 if done % _SHOW_EVERY == 0:
                     bar.set_postfix(loss=f"{float(totals['loss']) / done:.4f}")
@@ -129,24 +166,91 @@ class StageTrainer:
             "step": self.step,
             "time_s": round(elapsed, 2),
             "text_tokens_per_s": round(tokens / max(elapsed, 1e-9), 1),
+            "micro_batches": round(micro_batches / max(1, num_batches), 3),
+            **_peak_memory(device),
         }
 
-    def _train_step(self, batch: PackedBatch, loss_function: LossFunction) -> dict[str, Tensor]:
+    def _train_step(self, batch: PackedBatch, loss_function: LossFunction) -> tuple[dict[str, Tensor], int]:
+        """One step of the optimizer; means over the rows of the batch, and the number of micro-batches."""
+        while (done := self._add_gradients(batch, loss_function)) is None:
+            release_memory()  # the budget is smaller now, and the tensors of the attempt are gone
+        try:
+            self.accelerator.clip_grad_norm_(self.modules.parameters(), self.config.max_grad_norm)
+            self.optimizer.step()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).partition("\n")[0]
+            message = explain_optimizer_shortage(self.config.eight_bit, reason, self.plan)
+            raise torch.OutOfMemoryError(message) from error
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return done
+
+    def _add_gradients(self, batch: PackedBatch, loss_function: LossFunction) -> tuple[dict[str, Tensor], int] | None:
+        """Gradients of one batch, by micro-batches; None when memory ran out and all is as it was before."""
+        before = _RandomState.now(self.accelerator.device) if self.budget.halve else None
+        totals: dict[str, Tensor] = {}
+        parts = self.budget.split(batch, self.virtual_tokens)
+        for index, rows in enumerate(parts):
+            part = batch.select(rows) if len(parts) > 1 else batch
+            last = index == len(parts) - 1
+            try:
+                with nullcontext() if last else self.accelerator.no_sync(self.modules):
+                    values = self._backward(part, len(part) / len(batch), loss_function)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                self.optimizer.zero_grad()
+                self.budget.shrink(part, self.virtual_tokens, error)
+                if before is not None:
+                    before.put_back()
+                return None
+            for name, value in values.items():
+                totals[name] = totals.get(name, torch.zeros_like(value)) + value
+        return totals, len(parts)
+
+    def _backward(self, part: PackedBatch, share: float, loss_function: LossFunction) -> dict[str, Tensor]:
+        """Add the gradients of a micro-batch that has this share of the rows; its part of the means over rows."""
         with self.accelerator.autocast():
-            values = loss_function(batch)
+            values = loss_function(part.to(self.accelerator.device))
         loss = values["loss"]
         if not bool(torch.isfinite(loss)):
             raise FloatingPointError(
                 f"training: the loss must be finite, got {loss.item()} at step {self.step}; "
                 "lower the learning rate, or train in float32 or bf16"
             )
-        self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_(self.modules.parameters(), self.max_grad_norm)
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad()
-        self.step += 1
-        return {name: value.detach() for name, value in values.items()}
+        self.accelerator.backward(loss * share)
+        return {name: value.detach() * share for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class _RandomState:
+    """torch's generators of the host and of the device that computes; dropout draws from these."""
+
+    device: torch.device
+    host: Tensor
+    on_device: Tensor | None
+
+    @classmethod
+    def now(cls, device: torch.device) -> "_RandomState":
+        on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return cls(device, torch.get_rng_state(), on_device)
+
+    def put_back(self) -> None:
+        torch.set_rng_state(self.host)
+        if self.on_device is not None:
+            torch.cuda.set_rng_state(self.on_device, self.device)
+
+
+def _peak_memory(device: torch.device) -> dict[str, int]:
+    if device.type != "cuda":
+        return {}
+    return {
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated(device),
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),
+    }
 
 
 def warmup_cosine(num_steps: int, warmup_fraction: float) -> Callable[[int], float]:
@@ -159,13 +263,3 @@ def warmup_cosine(num_steps: int, warmup_fraction: float) -> Callable[[int], flo
         return 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, num_steps - warmup))))
 
     return factor
-
-
-def _parameter_groups(modules: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay pulls matrices of linear maps only: not biases, norms or virtual tokens."""
-    decayed = {id(module.weight) for module in modules.modules() if isinstance(module, nn.Linear)}
-    trained = [parameter for parameter in modules.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in trained if id(p) in decayed], "weight_decay": weight_decay},
-        {"params": [p for p in trained if id(p) not in decayed], "weight_decay": 0.0},
-    ]

@@ -1,0 +1,72 @@
+"""Splitting a batch by packed tokens, so that each part fits through the language model at once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from laser_fast.data.batches import PackedBatch
+
+VirtualTokens = Callable[[PackedBatch], int]
+"""Tokens every sequence of a batch has in the language model beside its text (prefix, suffix, instruction)."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowTokens:
+    """Packed tokens of every row of a batch, and of the positives the rows share.
+
+    Args:
+        users: int64 [B].
+        positives: int64 [P]; empty where the batch brings none.
+        positive_of: int64 [B], which of `positives` a row needs; empty where the batch brings none.
+    """
+
+    users: np.ndarray
+    positives: np.ndarray
+    positive_of: np.ndarray
+
+    @property
+    def total(self) -> int:
+        """Tokens of the whole batch; a positive that several rows share is counted once."""
+        return int(self.users.sum() + self.positives.sum())
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Tokens of every row on its own, its positive included: int64 [B]."""
+        return self.users + self.positives[self.positive_of] if len(self.positives) else self.users
+
+    def split(self, limit: int) -> list[np.ndarray]:
+        """Rows of parts of at most `limit` tokens each: first fit, longest row first, ties by row.
+
+        The same batch always gives the same parts. Rows rise within a part, parts are in the order of their first
+        row, and a row above the limit is a part of its own.
+        """
+        alone = self.rows
+        spent: list[int] = []
+        parts: list[list[int]] = []
+        positives: list[set[int]] = []
+        for row in np.argsort(-alone, kind="stable").tolist():
+            positive = int(self.positive_of[row]) if len(self.positives) else -1
+            for part, held in enumerate(positives):
+                tokens = int(self.users[row] if positive in held or positive < 0 else alone[row])
+                if spent[part] + tokens <= limit:
+                    break
+            else:
+                part, tokens = len(parts), int(alone[row])
+                spent.append(0)
+                parts.append([])
+                positives.append(set())
+            spent[part] += tokens
+            parts[part].append(row)
+            positives[part].add(positive)
+        return sorted((np.sort(np.asarray(part, dtype=np.int64)) for part in parts), key=lambda part: int(part[0]))
+
+
+def row_tokens(batch: PackedBatch, virtual_tokens: VirtualTokens) -> RowTokens:
+    """Count the packed tokens of a batch: text and virtual ones, of its users and of its positives."""
+    users = batch.token_lengths + virtual_tokens(batch)
+    if batch.positives is None:
+        return RowTokens(users, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
+    assert batch.positive_targets is not None
+    positives = batch.positives.token_lengths + virtual_tokens(batch.positives)
+    return RowTokens(users, positives, batch.positive_targets.cpu().numpy())

@@ -1,0 +1,189 @@
+"""How many packed tokens go through the language model at once, and what happens when memory runs out."""
+
+import gc
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from laser_fast.data.batches import PackedBatch
+from laser_fast.data.micro_batches import VirtualTokens, row_tokens
+
+# torch has a type for what its caching allocator cannot give; these come from elsewhere, as plain RuntimeErrors:
+# the allocator of the CPU, the driver (pinned host memory, other libraries), cuBLAS, Triton
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Triton Error [CUDA]: out of memory",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the host."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """What did not fit.
+
+    Attributes:
+        tokens: packed tokens that were going through the language model at once.
+        rows: sequences they belong to (a user and its positive are one).
+        longest: tokens of the longest of these rows.
+        reason: first line of the error.
+        encoding: whether nothing was to be kept for a backward.
+    """
+
+    tokens: int
+    rows: int
+    longest: int
+    reason: str
+    encoding: bool
+
+    @property
+    def halved(self) -> int:
+        """The limit to try next: half the tokens, but room for the longest row."""
+        return max(self.tokens // 2, self.longest)
+
+    def __str__(self) -> str:
+        what = "to encode" if self.encoding else "for a micro-batch of"
+        rows = "row" if self.rows == 1 else "rows"
+        return f"memory must suffice {what} {self.tokens} packed tokens ({self.rows} {rows}), got {self.reason}"
+
+
+Explain = Callable[[Shortage], str]
+"""The message of an out-of-memory error: what was needed, and which setting to lower."""
+
+
+def _explain_encoding(shortage: Shortage) -> str:
+    return f"LaserModel: {shortage}; lower batch_size"
+
+
+class TokenBudget:
+    """Splits batches by packed tokens, and halves the limit when memory runs out, where that is allowed.
+
+    Args:
+        limit: packed tokens, virtual ones included, of one part of a batch; None = never split.
+        halve: whether running out of memory halves the limit instead of stopping.
+        explain: writes the message of the error that stops.
+        on_halving: told what did not fit, after the limit was lowered.
+
+    Attributes:
+        limit: as it is now.
+
+    Raises:
+        ValueError: a limit below 1.
+    """
+
+    def __init__(
+        self,
+        limit: int | None = None,
+        *,
+        halve: bool = False,
+        explain: Explain = _explain_encoding,
+        on_halving: Callable[[Shortage], None] | None = None,
+    ) -> None:
+        if limit is not None and limit < 1:
+            raise ValueError(f"TokenBudget: limit must be at least 1, got {limit}")
+        self.limit = limit
+        self.halve = halve
+        self._explain = explain
+        self._on_halving = on_halving
+        self._warned = False
+
+    def split(self, batch: PackedBatch, virtual_tokens: VirtualTokens) -> list[np.ndarray]:
+        """Rows of the parts of `batch`, each within the limit; a row above it goes alone, with one warning."""
+        everything = [np.arange(len(batch))]
+        if self.limit is None or not len(batch):
+            return everything
+        tokens = row_tokens(batch, virtual_tokens)
+        if tokens.total <= self.limit:
+            return everything
+        longest = int(tokens.rows.argmax())
+        if tokens.rows[longest] > self.limit and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"TokenBudget: a row should have at most micro_batch_tokens = {self.limit} packed tokens, got "
+                f"{tokens.rows[longest]} in row {longest} of {len(batch)}; such rows go through alone",
+                stacklevel=2,
+            )
+        return tokens.split(self.limit)
+
+    def encode(
+        self, batch: PackedBatch, virtual_tokens: VirtualTokens, encode: Callable[[PackedBatch], Tensor]
+    ) -> Tensor:
+        """`encode` of the batch, part by part, in the order of its rows: [B, d].
+
+        Raises:
+            torch.OutOfMemoryError: memory ran out and the limit may not or cannot be lowered.
+        """
+        while True:
+            parts = self.split(batch, virtual_tokens)
+            if len(parts) == 1:
+                done = self._attempt(batch, virtual_tokens, encode)
+                if done is not None:
+                    return done
+                continue
+            results = []
+            for rows in parts:
+                done = self._attempt(batch.select(rows), virtual_tokens, encode)
+                if done is None:
+                    break
+                results.append(done)
+            else:
+                encoded = torch.cat(results)
+                back = torch.from_numpy(np.argsort(np.concatenate(parts))).to(encoded.device)
+                return encoded.index_select(0, back)
+
+    def _attempt(
+        self, part: PackedBatch, virtual_tokens: VirtualTokens, encode: Callable[[PackedBatch], Tensor]
+    ) -> Tensor | None:
+        try:
+            return encode(part)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self.shrink(part, virtual_tokens, error, encoding=True)
+        release_memory()
+        return None
+
+    def shrink(
+        self, part: PackedBatch, virtual_tokens: VirtualTokens, error: RuntimeError, *, encoding: bool = False
+    ) -> None:
+        """Lower the limit to half of what did not fit, with a warning; call `release_memory` after it.
+
+        Raises:
+            torch.OutOfMemoryError: halving is off, or the part is one row already.
+        """
+        tokens = row_tokens(part, virtual_tokens)
+        reason = str(error).partition("\n")[0]
+        shortage = Shortage(tokens.total, len(part), int(tokens.rows.max(initial=0)), reason, encoding)
+        if not self.halve or len(part) < 2:
+            self.refuse(shortage, error)
+        self.limit = shortage.halved
+        warnings.warn(
+            f"training: {shortage}; micro_batch_tokens is {self.limit} from here on, the batch is taken again",
+            stacklevel=2,
+        )
+        if self._on_halving is not None:
+            self._on_halving(shortage)
+
+    def refuse(self, shortage: Shortage, error: RuntimeError) -> NoReturn:
+        """Raise torch.OutOfMemoryError with the explanation of this shortage."""
+        raise torch.OutOfMemoryError(self._explain(shortage)) from error
+
+
+def release_memory() -> None:
+    """Give what an abandoned forward held back to the device; call it when the error itself is gone."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

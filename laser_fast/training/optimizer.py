@@ -1,0 +1,69 @@
+"""AdamW over the trained parameters, its moments in 32 or in 8 bits."""
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import nn
+
+from laser_fast.config import OptimizerConfig
+
+_BLOCK_SIZE = 256  # values of a moment in 8 bits that share one float32 scale (bitsandbytes)
+_SMALLEST_PACKED = 4096  # values of a parameter below which its moments stay in 32 bits (bitsandbytes' default)
+
+
+def build_optimizer(modules: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW over what requires a gradient; weight decay pulls matrices of linear maps only.
+
+    With `eight_bit`, moments lie in 8 bits with one scale for 256 values (Dettmers et al. 2022, arXiv:2110.02861);
+    parameters of fewer than 4096 values keep theirs in 32 bits.
+
+    Raises:
+        RuntimeError: `eight_bit` without bitsandbytes, or on a device it has no 8-bit Adam for.
+    """
+    groups = _parameter_groups(modules, config.weight_decay)
+    if not config.eight_bit:
+        return torch.optim.AdamW(groups, lr=config.learning_rate)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise RuntimeError(
+            'build_optimizer: optimizer.eight_bit needs bitsandbytes, got none; pip install "laser-fast[4bit]"'
+        )
+    from bitsandbytes.optim import AdamW8bit
+
+    for device in {parameter.device for group in groups for parameter in group["params"]}:
+        if device.type != "cuda":
+            _check_device(AdamW8bit, device)
+    optimizer: torch.optim.Optimizer = AdamW8bit(groups, lr=config.learning_rate, min_8bit_size=_SMALLEST_PACKED)
+    return optimizer
+
+
+def optimizer_bytes_per_parameter(config: OptimizerConfig) -> float:
+    """Bytes of the optimizer's state for a trained parameter; gradients and the parameter itself come on top.
+
+    8 for two moments in float32, 2.03 for two in 8 bits with their scales. The smallest tensors, whose moments stay in
+    32 bits, are not told apart: in M-Former they are biases and norms.
+    """
+    return 2 * (1 + 4 / _BLOCK_SIZE) if config.eight_bit else 8.0
+
+
+def _check_device(optimizer: Any, device: torch.device) -> None:
+    """Take a step on zeros: which devices there are kernels for differs between versions of bitsandbytes."""
+    probe = nn.Parameter(torch.zeros(_SMALLEST_PACKED, device=device))
+    probe.grad = torch.zeros_like(probe)
+    try:
+        optimizer([probe], lr=0.0, min_8bit_size=_SMALLEST_PACKED).step()
+    except (AssertionError, RuntimeError) as error:  # an op without a kernel, a torch without CUDA
+        raise RuntimeError(
+            f"build_optimizer: optimizer.eight_bit must run on the device of the parameters, got {device.type!r}, "
+            "which this version of bitsandbytes has no 8-bit Adam for; set it to false"
+        ) from error
+
+
+def _parameter_groups(modules: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay pulls matrices of linear maps only: not biases, norms or virtual tokens."""
+    decayed = {id(module.weight) for module in modules.modules() if isinstance(module, nn.Linear)}
+    trained = [parameter for parameter in modules.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trained if id(p) in decayed], "weight_decay": weight_decay},
+        {"params": [p for p in trained if id(p) not in decayed], "weight_decay": 0.0},
+    ]
