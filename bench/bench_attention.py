@@ -9,28 +9,20 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from timing import interleaved_medians, wall_clock
 from torch import Tensor
 from transformers import AutoModel, LlamaConfig, PreTrainedModel
+from workloads import LENGTHS, draw_lengths
 
 from laser_fast.config import resolve_path
 from laser_fast.nn.attention import varlen_attention
 from laser_fast.nn.frozen_lm import FrozenLM
 from laser_fast.ops import cu_seqlens_from_lengths
 
-# Every tenth percentile of the tokens of a training prompt (10 newest items, tokenizer of MiniLM, special tokens
-# included), of 20,000 rows drawn from the data sets as `laser-fast prepare` writes them.
-LENGTHS = {
-    "movielens-100k": [7, 84, 91, 94, 97, 99, 102, 104, 108, 113, 153],
-    "amazon-scientific": [6, 24, 31, 38, 53, 64, 80, 101, 127, 175, 331],
-}
 BATCH = 16
-BUDGET_S = {"cpu": 5.0, "cuda": 3.0}
 LLAMA_100M = LlamaConfig(
     vocab_size=19_000, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12
 )
@@ -42,14 +34,6 @@ LLAMA_8B_LAYERS = LlamaConfig(  # four of the 32 layers
     num_attention_heads=32,
     num_key_value_heads=8,
 )
-
-
-def draw_lengths(dataset: str, batch: int) -> Tensor:
-    """Lengths of one batch, drawn from the percentiles."""
-    place = torch.rand(batch, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 10
-    table = torch.tensor(LENGTHS[dataset], dtype=torch.float64)
-    low = place.floor().long()
-    return (table[low] + (place - low) * (table[low + 1] - table[low])).round().long()
 
 
 def _models(name: str, device: torch.device) -> PreTrainedModel:
@@ -64,26 +48,17 @@ def _models(name: str, device: torch.device) -> PreTrainedModel:
     return AutoModel.from_config(copy.deepcopy(config), attn_implementation="sdpa", dtype=dtype)
 
 
-def _record(benchmark: Any, device: torch.device, runs: dict[str, Callable[[], object]], **facts: object) -> float:
-    """Time both forms in turn; the figures go into `extra_info`, the speed-up comes back."""
-    clock = wall_clock(torch.cuda.synchronize) if device.type == "cuda" else wall_clock()
-    seconds = interleaved_medians(runs, clock, BUDGET_S[device.type], least_rounds=2)
-    speedup = seconds["padded"] / seconds["packed"]
-    benchmark.extra_info.update(
-        facts, speedup_over_padded=round(speedup, 3), median_ms={k: round(1e3 * v, 2) for k, v in seconds.items()}
-    )
-    benchmark.pedantic(runs["packed"], rounds=1)
-    return speedup
-
-
-def _facts(lengths: Tensor) -> dict[str, object]:
+def _tokens(lengths: Tensor) -> dict[str, tuple[int, int]]:
+    """Of either form: the tokens of the prompts, and the tokens it computes."""
     useful = int(lengths.sum())
-    return {"useful_tokens": useful, "padding_ratio": round(int(lengths.max()) * len(lengths) / useful, 3)}
+    return {"candidate": (useful, useful), "padded": (useful, int(lengths.max()) * len(lengths))}
 
 
 @pytest.mark.parametrize("dataset", LENGTHS)
 @pytest.mark.parametrize("name", ["minilm", "llama-100m", "llama-8b-4-layers"])
-def test_frozen_lm_step(name: str, dataset: str, device: torch.device, benchmark: Any) -> None:
+def test_frozen_lm_step(
+    name: str, dataset: str, device: torch.device, compare_steps: Callable[..., dict[str, float]]
+) -> None:
     if device.type == "cpu" and (name == "llama-8b-4-layers" or (name, dataset) == ("llama-100m", "movielens-100k")):
         pytest.skip("takes minutes on a CPU")
     lengths = draw_lengths(dataset, 8 if name == "llama-100m" and device.type == "cpu" else BATCH)
@@ -106,14 +81,13 @@ def test_frozen_lm_step(name: str, dataset: str, device: torch.device, benchmark
     def step(hidden: Callable[[], Tensor]) -> Callable[[], object]:
         return lambda: torch.autograd.grad(hidden().square().sum(), embeds)
 
-    runs = {"packed": step(lambda: lm(embeds, cu_seqlens)), "padded": step(padded_hidden)}
-    facts = _facts(lengths)
-    facts["tokens"] = {"packed": int(lengths.sum()), "padded": mask.numel()}
-    _record(benchmark, device, runs, **facts)
+    shape = {"model": name, "width": lm.hidden_size, "sequences": len(lengths), "dtype": str(lm.dtype)}
+    packed = step(lambda: lm(embeds, cu_seqlens))
+    compare_steps(packed, {"padded": step(padded_hidden)}, tokens=_tokens(lengths), shape=shape)
 
 
 @pytest.mark.parametrize("dataset", LENGTHS)
-def test_varlen_attention(dataset: str, device: torch.device, benchmark: Any) -> None:
+def test_varlen_attention(dataset: str, device: torch.device, compare_steps: Callable[..., dict[str, float]]) -> None:
     heads, heads_k, size = (32, 8, 128) if device.type == "cuda" else (12, 12, 64)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     lengths = draw_lengths(dataset, BATCH)
@@ -141,4 +115,5 @@ def test_varlen_attention(dataset: str, device: torch.device, benchmark: Any) ->
     def both(form: Callable[[], Tensor]) -> Callable[[], object]:
         return lambda: torch.autograd.grad(form().square().sum(), tensors)
 
-    _record(benchmark, device, {"packed": both(packed), "padded": both(padded)}, **_facts(lengths))
+    shape = {"heads": heads, "heads_k": heads_k, "size": size, "sequences": BATCH, "dtype": str(dtype)}
+    compare_steps(both(packed), {"padded": both(padded)}, tokens=_tokens(lengths), shape=shape)

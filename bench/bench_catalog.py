@@ -65,7 +65,7 @@ def test_catalog_cross_entropy(
         {baseline: one_pass(name, other, inputs)},
         moved_bytes=tables * items.numel() * items.element_size(),
         floating_point_operations=products * 2 * shape.users * shape.items * shape.width,
-        shape=str(shape),
+        shape={**shape._asdict(), "dtype": str(users.dtype)},
     )
 
 
@@ -84,5 +84,5 @@ def test_catalog_topk(num_users: int, device: torch.device, compare: Callable[..
         lambda: catalog_topk(users, items, 10, exclude=lists),
         {"product": lambda: topk_product(users, items, 10, mask)},
         moved_bytes=items.numel() * items.element_size(),
-        shape=str(shape),
+        shape={**shape._asdict(), "dtype": str(users.dtype)},
     )

@@ -153,7 +153,7 @@ def test_inject_prefix_kv_layers(case: Case, compare: Compare) -> None:
         partial(inject_prefix_kv_layers, *tensors, cu_seqlens),
         {"layer_by_layer": one_by_one},
         moved_bytes=moved,
-        layers=layers,
+        shape={**shape._asdict(), "dtype": str(shape.dtype), "layers": layers},
     )
 
 
@@ -189,4 +189,5 @@ def test_attention_behind_a_shared_prefix(case: Case, compare: Compare) -> None:
         return varlen_attention(query, keys, values, cu_seqlens, cu_seqlens_k, causal=True)
 
     torch.testing.assert_close(injected(), flexible(), rtol=2e-2, atol=2e-2)
-    compare(injected, {"flex_attention": flexible}, moved_bytes=moved_bytes(shape, "forward"))
+    facts = {"shape": {**shape._asdict(), "dtype": str(shape.dtype)}}
+    compare(injected, {"flex_attention": flexible}, moved_bytes=moved_bytes(shape, "forward"), **facts)

@@ -26,6 +26,7 @@ from workloads import Case
 __all__ = ["PASSES", "one_pass"]  # bench_catalog reads them here
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+_STEP_BUDGET_S = {"cpu": 4.0, "cuda": 3.0}  # of measuring, for all forms together
 _NO_COMPILATION = "compiled forms are timed on a GPU only"
 
 
@@ -40,7 +41,7 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], o
     """A file that can be published: how it was made, and nothing about whose machine it was."""
     machine, commit = output_json["machine_info"], output_json["commit_info"]
     cpu = {key: machine["cpu"].get(key) for key in ("brand_raw", "count", "arch")}
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "pytest-benchmark")}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "pytest-benchmark")}
     output_json["machine_info"] = {"system": machine["system"], "machine": machine["machine"], "cpu": cpu}
     output_json["machine_info"]["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     output_json["commit_info"] = {key: commit.get(key) for key in ("id", "time", "dirty")}
@@ -88,6 +89,10 @@ def _plain_clock(device: torch.device) -> Clock:
     return wall_clock(torch.cuda.synchronize) if device.type == "cuda" else wall_clock()
 
 
+def _name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+
+
 def _peak_memory_bytes(run: Run) -> int:
     """On top of what is there before."""
     torch.cuda.reset_peak_memory_stats()
@@ -124,12 +129,41 @@ def compare(benchmark: Any, device: torch.device, copy_gb_per_s: float) -> Compa
             bandwidth_gb_per_s=round(bandwidth, 2),
             copy_gb_per_s=round(copy_gb_per_s, 2),
             roofline_fraction=round(bandwidth / copy_gb_per_s, 3),
-            device=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            device=_name_of(device),
         )
         if device.type == "cuda" and facts.get("mode", "plain") == "plain":  # a graph allocates nothing when replayed
             benchmark.extra_info["peak_memory_bytes"] = _peak_memory_bytes(candidate)
         plain = _plain_clock(device)
         benchmark.pedantic(lambda: plain(candidate), rounds=5, warmup_rounds=1)
+        return speedups
+
+    return run
+
+
+@pytest.fixture
+def compare_steps(benchmark: Any, device: torch.device) -> Compare:
+    """Time whole steps of a model, too long to repeat often, against named baselines, as `compare` does."""
+
+    def run(
+        candidate: Run, baselines: Mapping[str, Run], *, tokens: Mapping[str, tuple[int, int]], **facts: object
+    ) -> Speedups:
+        """`tokens` of "candidate" and every baseline: the useful ones, and those that run through the model."""
+        runs = {"candidate": candidate, **baselines}
+        seconds = interleaved_medians(runs, _plain_clock(device), _STEP_BUDGET_S[device.type], least_rounds=2)
+        speedups = {name: seconds[name] / seconds["candidate"] for name in baselines}
+        benchmark.extra_info.update(
+            facts,
+            **{f"speedup_over_{name}": round(speedup, 3) for name, speedup in speedups.items()},
+            median_ms={name: round(1e3 * value, 2) for name, value in seconds.items()},
+            useful_tokens=tokens["candidate"][0],
+            tokens={name: computed for name, (_, computed) in tokens.items()},
+            padding_ratio={name: round(computed / useful, 3) for name, (useful, computed) in tokens.items()},
+            tokens_per_s={name: round(tokens[name][0] / value, 1) for name, value in seconds.items()},
+            device=_name_of(device),
+        )
+        if device.type == "cuda":
+            benchmark.extra_info["peak_memory_bytes"] = {name: _peak_memory_bytes(form) for name, form in runs.items()}
+        benchmark.pedantic(candidate, rounds=1)
         return speedups
 
     return run
