@@ -163,11 +163,18 @@ class FrozenLM(FrozenModule):
         dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
         return dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Of its layers; the table of token embeddings may lie in host memory."""
+        table = self.model.get_input_embeddings().weight
+        device: torch.device = next((p.device for p in self.model.parameters() if p is not table), table.device)
+        return device
+
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Token embeddings: int64 [T] -> [T, D_llm], without gradient."""
+        """Token embeddings: int64 [T] -> [T, D_llm] on the device of the layers, without gradient."""
         with torch.no_grad():
             embedded: Tensor = self.model.get_input_embeddings()(input_ids)
-        return embedded
+        return embedded.to(self.device)
 
     @property
     def layers(self) -> list[LayerShape]:
@@ -175,8 +182,7 @@ class FrozenLM(FrozenModule):
         if self._layers is None:
             generator = torch.Generator().manual_seed(0)
             probe = torch.randn(_PROBE_TOKENS, self.hidden_size, generator=generator) * self.embedding_rms
-            device = self.model.get_input_embeddings().weight.device
-            found = self.key_values(probe.to(device)[None])
+            found = self.key_values(probe.to(self.device)[None])
             self._layers = [
                 LayerShape(key.shape[2], key.shape[3], _root_mean_square(key), _root_mean_square(value))
                 for key, value in zip(found.keys, found.values, strict=True)
