@@ -153,8 +153,11 @@ class LaserModel(nn.Module):
         self, batch: PackedBatch, prefix: Tensor | None, injected: KeyValuePrefix | None, routing: Routing | None
     ) -> tuple[Tensor, Routing | None]:
         packed = self.bituning.assemble(prefix, self.lm.embed(batch.input_ids), batch.token_cu_seqlens)
-        hidden = self.lm(packed.inputs_embeds, packed.cu_seqlens, injected)
-        embedding = F.dropout(self.bituning.read_out(hidden, packed), self.dropout, self.training)
+        if self.bituning.readout == "suffix":
+            state = self.lm(packed.inputs_embeds, packed.cu_seqlens, injected, last_only=True).float()
+        else:
+            state = self.bituning.read_out(self.lm(packed.inputs_embeds, packed.cu_seqlens, injected), packed)
+        embedding = F.dropout(state, self.dropout, self.training)
         return (embedding if self.head is None else self.head(embedding)), routing
 
     def virtual_tokens(self, batch: PackedBatch) -> int:

@@ -19,7 +19,7 @@ from laser_fast.nn.attention_meta import attend_without_values
 
 
 class AttentionPlan:
-    """Lengths of one batch and one kind of mask, and what the backends make of them.
+    """Lengths of one batch and one kind of mask, and what the backends make of them (nothing on the meta device).
 
     Attributes:
         lengths_q, lengths_k: tokens of every sequence, on the host.
@@ -47,8 +47,8 @@ class AttentionPlan:
         """
         self.causal = causal
         self.sliding_window = sliding_window
-        self.lengths_q: list[int] = cu_seqlens_q.diff().tolist()
-        self.lengths_k: list[int] = self.lengths_q if cu_seqlens_k is None else cu_seqlens_k.diff().tolist()
+        self.lengths_q: list[int] = _lengths(cu_seqlens_q)
+        self.lengths_k: list[int] = self.lengths_q if cu_seqlens_k is None else _lengths(cu_seqlens_k)
         if len(self.lengths_q) != len(self.lengths_k):
             raise ValueError(
                 "AttentionPlan: cu_seqlens_q and cu_seqlens_k must describe the same number of sequences, "
@@ -129,6 +129,8 @@ def varlen_attention(
     _check_shapes(query, key, value)
     if plan is None:
         plan = AttentionPlan(cu_seqlens_q, cu_seqlens_k, causal=causal, sliding_window=sliding_window)
+    if query.is_meta:
+        return attend_without_values(query, key, value)
     if plan.num_queries != query.shape[0] or plan.num_keys != key.shape[0]:
         raise ValueError(
             "varlen_attention: cu_seqlens must end at the number of query and key tokens, got "
@@ -136,14 +138,16 @@ def varlen_attention(
         )
     if sinks is not None and tuple(sinks.shape) != (query.shape[1],):
         raise ValueError(f"varlen_attention: sinks must be [{query.shape[1]}], got {tuple(sinks.shape)}")
-    if query.is_meta:
-        return attend_without_values(query, key, value)
     kind = AttentionKind(plan.causal, scale or 1 / math.sqrt(query.shape[2]), plan.sliding_window, dropout, softcap)
     backend = choose_backend(query, key, kind, has_sinks=sinks is not None)[1]
     if backend is None or not plan.num_queries or not plan.num_keys:
         return attend_in_buckets(query, key, value, plan.buckets, kind, sinks)
     output = backend(query, key, value, plan.packed, kind)
     return output if plan.keyless is None else output.masked_fill(plan.keyless, 0.0)
+
+
+def _lengths(cu_seqlens: Tensor) -> list[int]:
+    return [0] * (cu_seqlens.shape[0] - 1) if cu_seqlens.is_meta else cu_seqlens.diff().tolist()
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -92,7 +92,7 @@ class _PackedLinear(torch.autograd.Function):
         inputs = x.to(module.compute_dtype or dtype)
         bias = None if module.bias is None else module.bias.to(inputs.dtype)
         if unpacked.keeping or x.device.type != "cuda":
-            with torch.autocast(x.device.type, enabled=False):
+            with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
                 return F.linear(inputs, unpacked.unpack(module).to(inputs.dtype), bias).to(x.dtype)
         from bitsandbytes import matmul_4bit  # knows from how many rows on unpacking first is the faster way
 
@@ -107,7 +107,10 @@ class _PackedLinear(torch.autograd.Function):
 
 
 def _unpack(module: Any) -> Tensor:
+    state = module.weight.quant_state
+    if module.weight.is_meta:
+        return torch.empty(state.shape, dtype=state.dtype, device="meta")
     from bitsandbytes.functional import dequantize_4bit
 
-    weight: Tensor = dequantize_4bit(module.weight.data, module.weight.quant_state)
+    weight: Tensor = dequantize_4bit(module.weight.data, state)
     return weight

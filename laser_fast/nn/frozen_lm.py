@@ -155,6 +155,8 @@ class FrozenLM(FrozenModule):
     def embedding_rms(self) -> float:
         """Root mean square of (at most some 4,096 of) the token embeddings, the scale at which virtual tokens start."""
         table = self.model.get_input_embeddings().weight
+        if table.is_meta:
+            return 1.0
         return float(table[:: max(1, table.shape[0] // 4096)].float().square().mean().sqrt())
 
     @property
@@ -249,13 +251,17 @@ class FrozenLM(FrozenModule):
         inputs_embeds = inputs_embeds.to(self.dtype)
         if inputs_embeds.shape[0] == 0:
             return inputs_embeds
-        longest = int(layout.cu_seqlens_k.diff().max()) if self.max_length is not None else 0
+        longest = 0
+        if self.max_length is not None and not layout.cu_seqlens_k.is_meta:
+            longest = int(layout.cu_seqlens_k.diff().max())
         if self.max_length is not None and longest > self.max_length:
             raise ValueError(
                 f"FrozenLM: a sequence must have at most {self.max_length} tokens with its prefix and suffix, "
                 f"got {longest}; lower prompt.max_tokens or prompt.max_items"
             )
         options: dict[str, Any] = {"use_cache": False} if self.causal else {}
+        if inputs_embeds.is_meta:  # transformers would read positions; it takes a mask of four dimensions as it is
+            options["attention_mask"] = inputs_embeds.new_empty(1, 1, 1, 1)
         output = self.model(
             inputs_embeds=inputs_embeds[None],
             position_ids=layout.positions(inputs_embeds.shape[0])[None],
@@ -272,6 +278,8 @@ class FrozenLM(FrozenModule):
 
 
 def _root_mean_square(tensor: Tensor) -> float:
+    if tensor.is_meta:
+        return 1.0
     return float(tensor.float().square().mean().sqrt())
 
 

@@ -16,6 +16,7 @@ from laser_fast.nn.frozen_linear import UnpackedWeights, is_frozen_linear, is_pa
 from laser_fast.nn.frozen_norm import NormRecipe, recipe_of, uses_liger
 
 _PROBE_ROWS = 2
+_TWIN_WIDTH, _TWIN_INNER = 16, 24
 Activation = Callable[[Tensor], Tensor]
 _LAYERS = ("gate_proj", "up_proj", "down_proj")
 
@@ -23,7 +24,7 @@ _LAYERS = ("gate_proj", "up_proj", "down_proj")
 def recognise_gated_mlp(module: nn.Module) -> str | None:
     """The activation of a module that computes a gated MLP, found by trying it on random rows.
 
-    An MLP on the meta device is tried as a copy with random weights on the CPU.
+    Of an MLP on the meta device a small one with random weights is tried on the CPU.
 
     Returns:
         "silu", "gelu_tanh", "gelu", or "other" (differentiated by autograd); None where the module is no gated MLP.
@@ -163,15 +164,13 @@ def _activation(function: Activation) -> str:
 
 
 def _tryable(module: nn.Module) -> nn.Module:
-    """The module itself, or one with random weights on the CPU where it is on the meta device."""
+    """The module itself, or a small one of its kind on the CPU where it is on the meta device."""
     if not any(parameter.is_meta for parameter in module.parameters()):
         return module
-    linear: Any = module.gate_proj
     twin = copy.copy(module)
     twin._modules = dict(module._modules)
     with torch.random.fork_rng(devices=[]):
         for name in _LAYERS:
-            width, inner = linear.in_features, linear.out_features
-            sizes = (inner, width) if name == "down_proj" else (width, inner)
+            sizes = (_TWIN_INNER, _TWIN_WIDTH) if name == "down_proj" else (_TWIN_WIDTH, _TWIN_INNER)
             twin._modules[name] = nn.Linear(*sizes, bias=False, device="cpu")
     return twin

@@ -18,19 +18,30 @@ class _Stored:
     arrived: torch.cuda.Event | None = None
 
 
+@dataclass(frozen=True)
+class _Shape:
+    """A tensor without values that is away."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
 class HostStore:
     """The two hooks of `saved_tensors_hooks`: `put` copies to pinned host memory, `get` brings back.
 
     Copies run on a stream of their own. Backward asks in the opposite order of forward, so `get` also starts the copy
-    of the tensor that was put before. A tensor that is in host memory already stays as it is.
+    of the tensor that was put before. A tensor that is in host memory already stays as it is; one on the
+    meta device goes as if that were a GPU.
     """
 
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
         self._last: _Stored | None = None
 
-    def put(self, tensor: Tensor) -> "Tensor | _Stored":
+    def put(self, tensor: Tensor) -> "Tensor | _Stored | _Shape":
         """Start the copy to the host; the tensor itself may be freed at once."""
+        if tensor.is_meta:
+            return _Shape(tensor.shape, tensor.dtype)
         if not tensor.is_cuda:
             return tensor
         stream = self._copies(tensor.device)
@@ -44,8 +55,10 @@ class HostStore:
         self._last = _Stored(host, tensor.device, written, self._last)
         return self._last
 
-    def get(self, stored: "Tensor | _Stored") -> Tensor:
+    def get(self, stored: "Tensor | _Stored | _Shape") -> Tensor:
         """The tensor on its device again."""
+        if isinstance(stored, _Shape):
+            return torch.empty(stored.shape, dtype=stored.dtype, device="meta")
         if isinstance(stored, Tensor):
             return stored
         self._last = None  # the next forward starts a chain of its own
