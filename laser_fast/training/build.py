@@ -1,14 +1,11 @@
 """From a configuration and files to modules: the only place that unpacks the one into the other."""
 
-import importlib.util
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from laser_fast.config import LanguageModelConfig, LaserConfig, MFormerConfig, resolve_path
+from laser_fast.config import LaserConfig, MFormerConfig, resolve_path
 from laser_fast.data import ItemText, PromptLayout, SequenceDataset, Split, leave_one_out, prompt_layout, tokenize_texts
 from laser_fast.data.batches import BatchBuilder
 from laser_fast.models.laser import LaserModel
@@ -17,6 +14,7 @@ from laser_fast.nn.bituning import BiTuning
 from laser_fast.nn.frozen_lm import FrozenLM
 from laser_fast.nn.mformer import MFormer
 from laser_fast.nn.prefix_kv import DeepPrefix
+from laser_fast.training.language_model import load_language_model as load_language_model
 from laser_fast.training.recommender import load_recommender
 
 if TYPE_CHECKING:
@@ -45,48 +43,6 @@ def load_inputs(config: LaserConfig) -> Inputs:
     if config.recommender is not None:
         recommender = load_recommender(resolve_path(config.recommender), expected_split_hash=split.hash)
     return Inputs(dataset, split, recommender)
-
-
-def load_language_model(config: LanguageModelConfig) -> "tuple[PreTrainedModel, Any]":
-    """Read model and tokenizer from a local folder; nothing is downloaded and no code of the folder is run.
-
-    With `quantization` "nf4" every linear layer is quantised as it is read, so that the weights in 16 or 32 bits are
-    never there all at once; backward keeps the packed weights alone.
-
-    Raises:
-        FileNotFoundError: no such folder or package.
-        RuntimeError: 4-bit weights are asked for and bitsandbytes is not installed.
-    """
-    from transformers import AutoModel, AutoTokenizer
-    from transformers.utils import logging
-
-    folder: Path = resolve_path(config.path)
-    dtype = getattr(torch, config.dtype) if config.dtype != "auto" else _default_dtype()
-    options = _nf4_options(dtype) if config.quantization == "nf4" else {}
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # a bar for every start of every command says nothing
-    try:
-        model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=dtype, **options)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-    return model, tokenizer
-
-
-def _nf4_options(dtype: torch.dtype) -> dict[str, Any]:
-    """What transformers is told to quantise while loading, straight to the device that will run the model."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise RuntimeError(
-            'load_language_model: lm.quantization "nf4" needs bitsandbytes, got none; pip install "laser-fast[4bit]"'
-        )
-    from transformers import BitsAndBytesConfig
-
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    return {"quantization_config": quantization, "device_map": {"": device}}
 
 
 def build_laser(config: LaserConfig, inputs: Inputs, model: "PreTrainedModel", tokenizer: Any) -> LaserModel:
@@ -171,8 +127,3 @@ def _build_batches(config: LaserConfig, inputs: Inputs, tokenizer: Any) -> Batch
         max_history=config.mformer.max_history,
         prompt_first=prompt.order == "prompt-first",
     )
-
-
-def _default_dtype() -> torch.dtype:
-    # few CPUs multiply bfloat16 natively; on one that does not it is ten times slower than float32
-    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
