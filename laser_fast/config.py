@@ -72,6 +72,8 @@ class ExecutionConfig(Settings):
     checkpointing: Literal["none", "mlp", "full", "offload"] = "none"
     """What backward computes again instead of keeping: nothing; the inner activations of every MLP; every layer from
     its input; the same with those inputs kept in host memory."""
+    checkpoint_mformer: bool = False
+    """Compute the layers of M-Former again too. At the paper's size what they keep outweighs a checkpointed LLM."""
     fused: bool = True
     """RMSNorm and gated MLPs that keep only what backward needs; on a GPU by liger-kernel where it is installed."""
     share_dequantization: bool = True
@@ -176,7 +178,7 @@ class OptimizerConfig(Settings):
     warmup_fraction: Fraction = 0.05
     max_grad_norm: PositiveFloat = 1.0
     eight_bit: bool = False
-    """Moments of Adam in 8 bits (bitsandbytes, GPU only): 2 bytes a trained parameter instead of 8."""
+    """Moments of Adam in 8 bits, where bitsandbytes can: 2 bytes a trained parameter instead of 8."""
 
 
 class StageConfig(Settings):

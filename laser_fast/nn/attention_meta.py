@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def attend_without_values(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """[Tq, H, d], [Tk, H_kv, d] twice -> [Tq, H, d], all on the meta device."""
+    """[Tq, H, d], [Tk, H_kv, d] twice -> [Tq, H, d], or the same with other leading dimensions; on the meta device."""
     output: Tensor = _Attention.apply(query, key, value)
     return output
 
@@ -21,7 +21,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         output = torch.empty_like(query)
-        log_sum_exp = query.new_empty(query.shape[:2], dtype=torch.float32)
+        log_sum_exp = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, output, log_sum_exp)
         return output
 

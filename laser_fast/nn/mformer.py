@@ -57,6 +57,7 @@ class MFormer(nn.Module):
         num_queries: Q, query tokens per expert and prefix tokens.
         num_experts, top_k: E and k; E = 1 is the single-expert ablation.
         prefix_rms: scale of the prefix at the start (that of the language model's token embeddings).
+        recompute: see `QFormer`.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class MFormer(nn.Module):
         weighting: str = "softmax",
         dropout: float = 0.1,
         prefix_rms: float = 0.02,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         if not 1 <= top_k <= num_experts:
@@ -82,7 +84,14 @@ class MFormer(nn.Module):
         self.state_projection = nn.Linear(state_size, width)
         self.router = Router(width, num_experts, top_k, weighting=weighting)
         self.query_experts = nn.Parameter(torch.randn(num_experts, num_queries, width))
-        self.qformer = QFormer(width, num_layers, num_heads, cross_attention_freq=cross_attention_freq, dropout=dropout)
+        self.qformer = QFormer(
+            width,
+            num_layers,
+            num_heads,
+            cross_attention_freq=cross_attention_freq,
+            dropout=dropout,
+            recompute=recompute,
+        )
         self.lm_projection: nn.Linear | None = None
         if lm_width is not None:
             self.lm_projection = nn.Linear(width, lm_width)

@@ -7,8 +7,10 @@ every `cross_attention_freq`-th layer. Queries and text share the self-attention
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from laser_fast.nn.attention import AttentionPlan, varlen_attention
+from laser_fast.nn.attention_meta import attend_without_values
 from laser_fast.ops.dispatch import dispatch_queries
 
 _FEED_FORWARD_FACTOR = 4
@@ -27,7 +29,11 @@ class _SelfAttention(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Among the queries of each group: [G, Q, D] -> [G, Q, D]."""
         query, key, value = self.qkv(hidden).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout if self.training else 0.0)
+        if hidden.is_meta:
+            attended = attend_without_values(query, key, value)
+        else:
+            dropout = self.dropout if self.training else 0.0
+            attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
         return self._add(attended.transpose(1, 2).flatten(2), hidden)
 
     def forward_packed(self, hidden: Tensor, cu_seqlens: Tensor, plan: AttentionPlan) -> Tensor:
@@ -76,6 +82,7 @@ class CrossBoundaries:
     """Which rows of the packed states each user's queries may read, planned once for all layers."""
 
     def __init__(self, cu_seqlens: Tensor, rows_per_user: int) -> None:
+        self.batch_size = cu_seqlens.shape[0] - 1
         self.states = cu_seqlens
         steps = torch.arange(cu_seqlens.shape[0], device=cu_seqlens.device, dtype=torch.int32)
         self.queries = steps * rows_per_user
@@ -117,10 +124,18 @@ class QFormer(nn.Module):
         num_layers, num_heads: depth, at least 1, and heads; D is a multiple of the heads.
         cross_attention_freq: cross-attention in layers 0, freq, 2*freq, ...
         dropout: on embeddings, attention probabilities and residual branches.
+        recompute: let backward compute every layer again from its input instead of keeping what is inside.
     """
 
     def __init__(
-        self, width: int, num_layers: int, num_heads: int, *, cross_attention_freq: int = 2, dropout: float = 0.1
+        self,
+        width: int,
+        num_layers: int,
+        num_heads: int,
+        *,
+        cross_attention_freq: int = 2,
+        dropout: float = 0.1,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         if width % num_heads:
@@ -129,6 +144,7 @@ class QFormer(nn.Module):
             raise ValueError(f"QFormer: num_layers must be at least 1, got {num_layers}")
         self.norm = nn.LayerNorm(width)
         self.dropout = dropout
+        self.recompute = recompute
         self.layers = nn.ModuleList(
             QFormerLayer(width, num_heads, dropout, cross_attention=index % cross_attention_freq == 0)
             for index in range(num_layers)
@@ -147,7 +163,7 @@ class QFormer(nn.Module):
         Returns:
             [B*k, Q, D], the k groups of a user one after the other. The groups do not see each other.
         """
-        batch_size, top_k = expert.shape
+        top_k = expert.shape[1]
         hidden = self.norm(queries)
         # until the first cross-attention the queries depend on the expert alone, unless dropout draws a mask per user:
         # E slabs through the first self-attention instead of B*k
@@ -161,12 +177,11 @@ class QFormer(nn.Module):
         boundaries = CrossBoundaries(cu_seqlens, top_k * queries.shape[1])
         for layer in self.layers:
             assert isinstance(layer, QFormerLayer)
-            if not (per_expert and layer is self._first_layer):
-                hidden = layer.self_attention(hidden)
-            if layer.cross_attention is not None:
-                by_user = hidden.view(batch_size, -1, hidden.shape[-1])
-                hidden = layer.cross_attention(by_user, states, boundaries).view(hidden.shape)
-            hidden = layer.feed_forward(hidden)
+            self_attention = not (per_expert and layer is self._first_layer)
+            if self.recompute and torch.is_grad_enabled():
+                hidden = checkpoint(_run, layer, hidden, states, boundaries, self_attention, use_reentrant=False)
+            else:
+                hidden = _run(layer, hidden, states, boundaries, self_attention)
         return hidden
 
     @property
@@ -174,6 +189,19 @@ class QFormer(nn.Module):
         layer = self.layers[0]
         assert isinstance(layer, QFormerLayer)
         return layer
+
+
+def _run(
+    layer: QFormerLayer, hidden: Tensor, states: Tensor, boundaries: CrossBoundaries, self_attention: bool
+) -> Tensor:
+    """One layer over the groups of all users: [B*k, Q, D] -> [B*k, Q, D]."""
+    if self_attention:
+        hidden = layer.self_attention(hidden)
+    if layer.cross_attention is not None:
+        by_user = hidden.view(boundaries.batch_size, -1, hidden.shape[-1])
+        hidden = layer.cross_attention(by_user, states, boundaries).view(hidden.shape)
+    output: Tensor = layer.feed_forward(hidden)
+    return output
 
 
 def initialize_like_bert(module: nn.Module) -> None:

@@ -1,16 +1,18 @@
 """From a configuration and files to modules: the only place that unpacks the one into the other."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from laser_fast.config import LaserConfig, MFormerConfig, resolve_path
+from laser_fast.config import ExecutionConfig, LaserConfig, MFormerConfig, resolve_path
 from laser_fast.data import ItemText, PromptLayout, SequenceDataset, Split, leave_one_out, prompt_layout, tokenize_texts
 from laser_fast.data.batches import BatchBuilder
 from laser_fast.models.laser import LaserModel
 from laser_fast.models.recommender import SequentialRecommender
 from laser_fast.nn.bituning import BiTuning
+from laser_fast.nn.execution import Execution
 from laser_fast.nn.frozen_lm import FrozenLM
 from laser_fast.nn.mformer import MFormer
 from laser_fast.nn.prefix_kv import DeepPrefix
@@ -47,7 +49,29 @@ def load_inputs(config: LaserConfig) -> Inputs:
 
 def build_laser(config: LaserConfig, inputs: Inputs, model: "PreTrainedModel", tokenizer: Any) -> LaserModel:
     """Assemble a new `LaserModel`; its trained parameters are initialised from torch's global generator."""
-    lm = FrozenLM(model)
+    lm = FrozenLM(model, build_execution(config.execution))
+    builder = _build_batches(config, inputs, tokenizer)
+    return assemble_laser(config, lm, builder, inputs.dataset.items.ids, inputs.recommender)
+
+
+def build_execution(config: ExecutionConfig) -> Execution:
+    """How the language model is to run its steps."""
+    return Execution(
+        checkpointing=config.checkpointing,
+        fused=config.fused,
+        share_dequantization=config.share_dequantization,
+        last_layer=config.last_layer,
+    )
+
+
+def assemble_laser(
+    config: LaserConfig,
+    lm: FrozenLM,
+    builder: BatchBuilder,
+    item_ids: Sequence[str],
+    recommender: SequentialRecommender | None,
+) -> LaserModel:
+    """What is trained, around a frozen language model and a recommender."""
     bituning = BiTuning(
         lm.hidden_size,
         num_suffix_tokens=config.bituning.num_suffix_tokens,
@@ -59,19 +83,20 @@ def build_laser(config: LaserConfig, inputs: Inputs, model: "PreTrainedModel", t
     uses_mformer = config.bituning.prefix == "mformer"
     mformer = None
     if uses_mformer:
-        assert inputs.recommender is not None  # the configuration demands it
-        mformer = build_mformer(config.mformer, inputs.recommender.state_size, lm, project=not deep)
+        assert recommender is not None  # the configuration demands it
+        recompute = config.execution.checkpoint_mformer
+        mformer = build_mformer(config.mformer, recommender.state_size, lm, project=not deep, recompute=recompute)
     deep_prefix = None
     if deep:
         width, rms = (config.mformer.width, 1.0) if uses_mformer else (lm.hidden_size, lm.embedding_rms)
         deep_prefix = DeepPrefix(width, lm.layers, rank=config.bituning.deep_prefix_rank, token_rms=rms)
     return LaserModel(
         lm,
-        _build_batches(config, inputs, tokenizer),
-        inputs.dataset.items.ids,
+        builder,
+        item_ids,
         bituning,
         mformer=mformer,
-        recommender=inputs.recommender if uses_mformer else None,
+        recommender=recommender if uses_mformer else None,
         deep_prefix=deep_prefix,
         reuse_instruction=config.prompt.order == "prompt-first" and config.prompt.reuse_instruction,
         head=config.bituning.head,
@@ -81,8 +106,15 @@ def build_laser(config: LaserConfig, inputs: Inputs, model: "PreTrainedModel", t
     )
 
 
-def build_mformer(config: MFormerConfig, state_size: int, lm: FrozenLM, *, project: bool = True) -> MFormer:
-    """M-Former for these states and this language model; `project` adds the map to its input embeddings."""
+def build_mformer(
+    config: MFormerConfig, state_size: int, lm: FrozenLM, *, project: bool = True, recompute: bool = False
+) -> MFormer:
+    """M-Former for these states and this language model.
+
+    Args:
+        project: add the map to the language model's input embeddings.
+        recompute: see `QFormer`.
+    """
     return MFormer(
         state_size,
         lm.hidden_size if project else None,
@@ -96,6 +128,7 @@ def build_mformer(config: MFormerConfig, state_size: int, lm: FrozenLM, *, proje
         weighting=config.weighting,
         dropout=config.dropout,
         prefix_rms=lm.embedding_rms,
+        recompute=recompute,
     )
 
 
