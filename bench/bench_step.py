@@ -55,7 +55,6 @@ ON_GPU = [
     for dataset in LENGTHS
 ]
 CASES = [("cpu", *case) for case in ON_CPU] + [("cuda", *case) for case in ON_GPU]
-_SAFE_SPEEDUP = 1.5  # over the padded form, at the lengths of amazon-scientific
 
 
 def _tolerance(model: LaserModel) -> dict[str, float]:
@@ -112,14 +111,12 @@ def test_padded(case: tuple[str, str, str, str, int], device: torch.device, comp
         for form in forms.values():
             torch.testing.assert_close(form.encode()[0], expected, **_tolerance(model))
     useful, padded = language_model_tokens(model, batch), sum(counts)
-    speedups = compare_steps(
+    compare_steps(
         our_step(model, batch),
         forms,
         tokens={"candidate": (useful, useful), **dict.fromkeys(forms, (useful, padded))},
         **_facts(case, model, shape),
     )
-    if shape.dataset == "amazon-scientific":
-        assert speedups["padded"] > _SAFE_SPEEDUP
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
