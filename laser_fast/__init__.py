@@ -14,16 +14,18 @@ if TYPE_CHECKING:
     from laser_fast.data import SequenceDataset
     from laser_fast.evaluation import evaluate
     from laser_fast.models import LaserModel, SASRec
+    from laser_fast.training.plan import estimate_memory
 
 __version__ = "0.1.0"
 
-__all__ = ["LaserConfig", "LaserModel", "SASRec", "SequenceDataset", "__version__", "evaluate"]
+__all__ = ["LaserConfig", "LaserModel", "SASRec", "SequenceDataset", "__version__", "estimate_memory", "evaluate"]
 
 _ROOM_OF = {
     "LaserConfig": "laser_fast.config",
     "LaserModel": "laser_fast.models",
     "SASRec": "laser_fast.models",
     "SequenceDataset": "laser_fast.data",
+    "estimate_memory": "laser_fast.training.plan",
     "evaluate": "laser_fast.evaluation",
 }
 

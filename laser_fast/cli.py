@@ -52,6 +52,17 @@ def parser() -> argparse.ArgumentParser:
     _add_settings(train, "training.seed=1")
     train.set_defaults(run=_train)
 
+    plan = commands.add_parser("plan", help="how much memory training needs, and what to set for a GPU")
+    plan.add_argument("config", help="YAML file")
+    _add_settings(plan, "lm.quantization=nf4")
+    plan.add_argument(
+        "--gpu", nargs="+", default=["8GB", "12GB", "16GB", "24GB"], metavar="SIZE", help="cards, as sold"
+    )
+    plan.add_argument("--cpu", action="store_true", help="for training on a CPU instead")
+    plan.add_argument("--items", type=int, metavar="N", help="size of the catalogue, where there is no data set yet")
+    plan.add_argument("--json", action="store_true", help="machine-readable")
+    plan.set_defaults(run=_plan)
+
     for name, run, text in (
         ("evaluate", _evaluate, "rank the whole catalogue for every test user"),
         ("compare", _compare, "Laser beside the baselines, on the test users"),
@@ -137,6 +148,21 @@ def _train(parsed: argparse.Namespace) -> None:
     print(dump_config(config))
     train_laser(config)
     print(f"saved in {config.output}")
+
+
+def _plan(parsed: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from laser_fast.training.plan import estimate_memory
+    from laser_fast.training.plan_table import table, to_dict, workload_of
+
+    config = load_config(LaserConfig, parsed.config, parsed.set)
+    workload = workload_of(config)
+    if parsed.items is not None:
+        workload = replace(workload, num_items=parsed.items)
+    plan = estimate_memory(config, workload, on_gpu=not parsed.cpu)
+    cards = [] if parsed.cpu else parsed.gpu
+    print(json.dumps(to_dict(plan, cards), indent=2) if parsed.json else table(plan, cards))
 
 
 def _evaluate(parsed: argparse.Namespace) -> None:

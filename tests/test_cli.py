@@ -117,3 +117,16 @@ def test_doctor_answers_in_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json"]) == 0
     report: Any = json.loads(capsys.readouterr().out)
     assert "torch" in json.dumps(report)
+
+
+def test_plan_says_what_a_card_takes(tiny_settings: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tiny_settings))
+    assert main(["plan", str(path), "--gpu", "8GB", "--items", "5000", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["workload"]["num_items"] == 5000
+    assert printed["proposals"]["8GB"]["micro_batch_tokens"] > 1000
+    assert main(["plan", str(path), "--cpu"]) == 0
+    assert "CUDA context" not in capsys.readouterr().out
+    assert main(["plan", str(path), "--gpu", "8"]) == 2
+    assert "plan: --gpu must be a size like 8GB, got '8'" in capsys.readouterr().err

@@ -50,7 +50,7 @@ def load_inputs(config: LaserConfig) -> Inputs:
 def build_laser(config: LaserConfig, inputs: Inputs, model: "PreTrainedModel", tokenizer: Any) -> LaserModel:
     """Assemble a new `LaserModel`; its trained parameters are initialised from torch's global generator."""
     lm = FrozenLM(model, build_execution(config.execution))
-    builder = _build_batches(config, inputs, tokenizer)
+    builder = build_batches(config, inputs, tokenizer)
     return assemble_laser(config, lm, builder, inputs.dataset.items.ids, inputs.recommender)
 
 
@@ -138,7 +138,8 @@ def training_counts(split: Split, num_items: int) -> np.ndarray:
     return counts
 
 
-def _build_batches(config: LaserConfig, inputs: Inputs, tokenizer: Any) -> BatchBuilder:
+def build_batches(config: LaserConfig, inputs: Inputs, tokenizer: Any) -> BatchBuilder:
+    """What turns rows of the data into packed batches of this tokenizer's tokens."""
     prompt = config.prompt
     texts = ItemText(prompt.item_template).render(inputs.dataset.items)
 

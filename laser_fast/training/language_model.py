@@ -25,15 +25,7 @@ def load_language_model(config: LanguageModelConfig) -> "tuple[PreTrainedModel, 
         RuntimeError: 4-bit weights are asked for and bitsandbytes is not installed.
         ValueError: a random model without a tokenizer, with one that has more tokens, or of an unknown shape.
     """
-    from transformers import AutoTokenizer
-
-    if config.tokenizer is None and config.path.startswith(_RANDOM_SCHEME):
-        raise ValueError(
-            f"load_language_model: lm.tokenizer must name a folder with a tokenizer when lm.path is {config.path!r}, "
-            "got None"
-        )
-    folder = resolve_path(config.path if config.tokenizer is None else config.tokenizer)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = load_tokenizer(config)
     model = load_model(config)
     rows = model.get_input_embeddings().weight.shape[0]
     if config.tokenizer is not None and len(tokenizer) > rows:
@@ -42,6 +34,24 @@ def load_language_model(config: LanguageModelConfig) -> "tuple[PreTrainedModel, 
             f"got {len(tokenizer)}"
         )
     return model, tokenizer
+
+
+def load_tokenizer(config: LanguageModelConfig) -> Any:
+    """Read the tokenizer alone.
+
+    Raises:
+        FileNotFoundError: no such folder or package.
+        ValueError: a random model without a tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    if config.tokenizer is None and config.path.startswith(_RANDOM_SCHEME):
+        raise ValueError(
+            f"load_language_model: lm.tokenizer must name a folder with a tokenizer when lm.path is {config.path!r}, "
+            "got None"
+        )
+    folder = resolve_path(config.path if config.tokenizer is None else config.tokenizer)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def load_model(config: LanguageModelConfig) -> "PreTrainedModel":

@@ -6,6 +6,7 @@ phase B   V stays as it was at the best epoch of phase A; only the user side goe
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from laser_fast.training.build import Inputs, build_laser, load_inputs, load_lan
 from laser_fast.training.checkpoint import calibration_components, load_weights, restore, save_laser
 from laser_fast.training.loop import EarlyStopping, RowSampler, StageTrainer
 from laser_fast.training.memory import Plan, explain_pretraining_shortage, explain_shortage
+from laser_fast.training.plan_table import one_line
 from laser_fast.training.run_directory import RunDirectory
 
 MAIN_METRIC = "NDCG@10"
@@ -49,7 +51,7 @@ def train_laser(config: LaserConfig, *, progress: bool = True, plan: Plan | None
 
     Args:
         progress: show bars and a line for every epoch.
-        plan: says what the memory plan expected; asked when memory runs out.
+        plan: says what the memory plan expected; asked when memory runs out. None = `plan_table.one_line`.
 
     Returns:
         The best model, in evaluation mode with its item matrix, and the data it was built on.
@@ -68,6 +70,7 @@ def train_laser(config: LaserConfig, *, progress: bool = True, plan: Plan | None
     model = build_laser(config, inputs, language_model, tokenizer).to(accelerator.device)
     directory = RunDirectory(config.output, config)
     rows = training_rows(inputs.split.train, max(config.prompt.max_items, config.mformer.max_history))
+    plan = plan or partial(one_line, config, on_gpu=accelerator.device.type == "cuda")
     run = _Run(config, inputs, model, rows, directory, accelerator, progress, plan)
     model.budget = _token_budget(run)
     if config.training.pretrain.epochs:
