@@ -15,6 +15,7 @@ from laser_fast.data.sequences import PackedSequences
 from laser_fast.models.calibration import CalibratedScorer
 from laser_fast.models.kept_prefixes import KeptPrefixes
 from laser_fast.models.recommender import FrozenRecommender, Scorer, SequentialRecommender, check_histories
+from laser_fast.models.serving import Serving
 from laser_fast.models.token_budget import TokenBudget
 from laser_fast.nn.bituning import BiTuning
 from laser_fast.nn.frozen_lm import FrozenLM
@@ -73,6 +74,7 @@ class LaserModel(nn.Module):
     Attributes:
         budget: packed tokens that `encode_users` and `encode_items` put through the language model at once; no limit
             unless one is set.
+        serving: compiles the language model or captures it in CUDA graphs for requests, where it is told to.
     """
 
     item_matrix: Tensor
@@ -133,6 +135,7 @@ class LaserModel(nn.Module):
         self.index_of_item = {item_id: index for index, item_id in enumerate(self.item_ids)}
         self.calibration: CalibratedScorer | None = None
         self.budget = TokenBudget()
+        self.serving = Serving(self)
         self.register_buffer("item_matrix", torch.empty(0, lm.hidden_size), persistent=False)
 
     @property

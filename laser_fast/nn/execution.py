@@ -23,7 +23,7 @@ from laser_fast.nn.host_store import HostStore
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from laser_fast.nn.frozen_lm import PackedLayout
+    from laser_fast.nn.packed_layout import PackedLayout
 
 CHECKPOINTING = ("none", "mlp", "full", "offload")
 
@@ -80,7 +80,7 @@ def apply_execution(model: "PreTrainedModel", execution: Execution) -> Replaced:
             computed again.
     """
     for module in model.modules():  # of an earlier call
-        if isinstance(vars(module).get("forward"), _Replacement):
+        if isinstance(vars(module).get("forward"), Replacement):
             del module.forward
     unpacked = UnpackedWeights()
     packed = [module for module in model.modules() if is_packed(module)]
@@ -93,7 +93,7 @@ def apply_execution(model: "PreTrainedModel", execution: Execution) -> Replaced:
             f'Execution: checkpointing "mlp" needs gated MLPs, and {type(model).__name__} has none that is known; '
             'use "full"'
         )
-    layers = _layers(model)
+    layers = frozen_layers(model)
     again = layers[:-1] if execution.checkpointing in ("full", "offload") else []
     if execution.checkpointing in ("full", "offload") and not layers:
         raise ValueError(
@@ -105,22 +105,23 @@ def apply_execution(model: "PreTrainedModel", execution: Execution) -> Replaced:
     for layer in again:  # not the last: its backward follows at once, so what it keeps is there in any case
         _replace(layer, _checkpointed, layer.forward, shared, store)
     if layers and execution.last_layer == "readout":
-        _replace(layers[-1], _only_last_positions, layers[-1].forward)
+        _replace(layers[-1], only_last_positions, layers[-1].forward)
     return Replaced(norms, mlps, len(packed), len(again), bool(layers) and execution.last_layer == "readout")
 
 
-def _layers(model: nn.Module) -> list[nn.Module]:
+def frozen_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model that transformers marks as such, in their order."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-class _Replacement(partial[Any]):
+class Replacement(partial[Any]):
     """A forward of ours, so that it can be told from one that another library put there."""
 
 
 def _replace(module: nn.Module, function: Callable[..., Any], *arguments: Any) -> None:
-    module.forward = _Replacement(function, *arguments)
+    module.forward = Replacement(function, *arguments)
 
 
 def _fuse_norms(model: nn.Module) -> int:
@@ -186,7 +187,7 @@ class _KeysKnown(Exception):
     """Raised by the attention of the last layer once its keys and values are there."""
 
 
-def _only_last_positions(forward: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+def only_last_positions(forward: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The last layer, past its keys and values, for the last position of every sequence alone where that is asked for.
 
     The keys and values of all positions come from a first call, which ends when the attention has them; the second

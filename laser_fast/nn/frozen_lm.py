@@ -5,21 +5,22 @@ The replacement goes through the interfaces transformers offers for it (`Attenti
 attention of every layer reads where each sequence starts from a keyword argument of the forward.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from laser_fast.nn.attention import AttentionPlan, varlen_attention
+from laser_fast.nn.compiled_layers import packed_attention, running
 from laser_fast.nn.execution import Execution, apply_execution
 from laser_fast.nn.frozen import FrozenModule
+from laser_fast.nn.packed_layout import PackedLayout
 from laser_fast.nn.prefix_kv import KeyValuePrefix, LayerShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from laser_fast.nn.fixed_shapes import FixedShapes
 
 ATTENTION_NAME = "laser_varlen"
 
@@ -30,90 +31,6 @@ _REFUSED_OPTIONS = {
     "position_bias": "a position bias",
     "head_mask": "a head mask",
 }
-
-
-class PackedLayout:
-    """Where the sequences of one packed batch start, what is injected in front of them, and the attention plans.
-
-    Attributes:
-        cu_seqlens: int32 [B+1] over the queries; cu_seqlens_k over the keys, the prefix counted.
-        layer_of: index of every attention module in the order of its first call, kept from batch to batch.
-        read: keys and values [T, H_kv, d] of every layer as the model made them, where `keep` asks for them.
-        rows: int64 [B], the last position of every sequence where only its state is wanted; else None.
-    """
-
-    def __init__(
-        self,
-        cu_seqlens: Tensor,
-        layer_of: dict[nn.Module, int],
-        prefix: KeyValuePrefix | None,
-        *,
-        keep: bool = False,
-        last_only: bool = False,
-    ) -> None:
-        self.cu_seqlens = cu_seqlens
-        self.layer_of = layer_of
-        self.read: dict[int, tuple[Tensor, Tensor]] = {}
-        self._prefix = prefix
-        self._keep = keep
-        self.rows = cu_seqlens[1:].long() - 1 if last_only else None
-        self._stop: type[Exception] | None = None
-        self._collected: tuple[Tensor, Tensor] | None = None
-        self._plans: dict[tuple[bool, int | None, bool], AttentionPlan] = {}
-        self.num_attention_calls = 0
-        self.cu_seqlens_k = cu_seqlens
-        if prefix is not None:
-            steps = torch.arange(cu_seqlens.shape[0], device=cu_seqlens.device, dtype=torch.int32)
-            self.cu_seqlens_k = cu_seqlens + steps * prefix.length
-
-    def positions(self, num_tokens: int) -> Tensor:
-        """Position of every token in its sequence, the prefix counted: int64 [T]."""
-        lengths = self.cu_seqlens.diff().long()
-        first = self.cu_seqlens[:-1].long() - (0 if self._prefix is None else self._prefix.length)
-        of_token = first.repeat_interleave(lengths, output_size=num_tokens)
-        return torch.arange(num_tokens, device=of_token.device) - of_token
-
-    def keys_and_values(self, module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """What the queries of this layer see: [T, H_kv, d] with the prefix in front of every sequence."""
-        if self._collected is not None:
-            return self._collected
-        layer = self.layer_of.setdefault(module, len(self.layer_of))
-        if self._keep:
-            self.read[layer] = (key, value)
-        if self._prefix is not None:
-            key, value = self._prefix.inject(layer, key, value, self.cu_seqlens)
-        if self._stop is not None:
-            self._collected = (key, value)
-            raise self._stop
-        return key, value
-
-    @contextmanager
-    def collecting_keys(self, stop: type[Exception]) -> Iterator[None]:
-        """While this is open, the attention keeps its keys and values for `rows_only` and raises `stop`."""
-        self._stop = stop
-        try:
-            yield
-        finally:
-            self._stop = None
-
-    @contextmanager
-    def rows_only(self) -> Iterator[None]:
-        """While this is open, queries are those of `rows` and the keys and values are the collected ones."""
-        try:
-            yield
-        finally:
-            self._collected = None
-
-    def plan(self, causal: bool, sliding_window: int | None) -> AttentionPlan:
-        """The plan for this kind of mask, made at its first use and shared by all layers."""
-        rows_only = self._collected is not None
-        kind = (causal, sliding_window, rows_only)
-        if kind not in self._plans:
-            queries = self.cu_seqlens
-            if rows_only:  # one query a sequence
-                queries = torch.arange(queries.shape[0], device=queries.device, dtype=torch.int32)
-            self._plans[kind] = AttentionPlan(queries, self.cu_seqlens_k, causal=causal, sliding_window=sliding_window)
-        return self._plans[kind]
 
 
 class FrozenLM(FrozenModule):
@@ -127,6 +44,8 @@ class FrozenLM(FrozenModule):
         hidden_size: width `D_llm`.
         causal: whether its attention is causal (a decoder) or bidirectional (an encoder).
         max_length: longest sequence its position embeddings allow; None = no limit stated.
+        layer_of: index of every attention module in the order of its first call.
+        fixed_shapes: runs calls without gradient in recorded shapes where it can; None = nothing is recorded.
 
     Raises:
         ValueError: an encoder-decoder, a model without a table of token embeddings, or one that cannot exchange its
@@ -146,7 +65,8 @@ class FrozenLM(FrozenModule):
         self.hidden_size: int = config.hidden_size
         self.causal = any(getattr(module, "is_causal", False) is True for module in model.modules())
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
-        self._layer_of: dict[nn.Module, int] = {}
+        self.fixed_shapes: FixedShapes | None = None
+        self.layer_of: dict[nn.Module, int] = {}
         self._layers: list[LayerShape] | None = None
         self.freeze()
         self.replaced = apply_execution(model, execution or Execution())
@@ -219,8 +139,12 @@ class FrozenLM(FrozenModule):
         """
         if prefix is not None:
             _check_prefix(prefix, self.layers, cu_seqlens.shape[0] - 1)
+        if self.fixed_shapes is not None and not torch.is_grad_enabled():
+            served = self.fixed_shapes(inputs_embeds, cu_seqlens, prefix, last_only=last_only)
+            if served is not None:
+                return served
         spared = last_only and self.replaced.last_layer
-        hidden = self._run(inputs_embeds, PackedLayout(cu_seqlens, self._layer_of, prefix, last_only=spared))
+        hidden = self._run(inputs_embeds, PackedLayout(cu_seqlens, self.layer_of, prefix, last_only=spared))
         return hidden.index_select(0, cu_seqlens[1:].long() - 1) if last_only else hidden
 
     def key_values(self, inputs_embeds: Tensor, prefix: KeyValuePrefix | None = None) -> KeyValuePrefix:
@@ -235,7 +159,7 @@ class FrozenLM(FrozenModule):
         """
         batch_size, length = inputs_embeds.shape[:2]
         steps = torch.arange(batch_size + 1, device=inputs_embeds.device, dtype=torch.int32)
-        layout = PackedLayout(steps * length, self._layer_of, prefix, keep=True)
+        layout = PackedLayout(steps * length, self.layer_of, prefix, keep=True)
         self._run(inputs_embeds.flatten(0, 1), layout)
         ordered = [layout.read[layer] for layer in range(len(layout.read))]
         return KeyValuePrefix(
@@ -251,23 +175,38 @@ class FrozenLM(FrozenModule):
         inputs_embeds = inputs_embeds.to(self.dtype)
         if inputs_embeds.shape[0] == 0:
             return inputs_embeds
-        longest = 0
         if self.max_length is not None and not layout.cu_seqlens_k.is_meta:
-            longest = int(layout.cu_seqlens_k.diff().max())
+            self.check_length(int(layout.cu_seqlens_k.diff().max()))
+        return self.run_layers(inputs_embeds, layout)
+
+    def check_length(self, longest: int) -> None:
+        """Refuse a sequence of so many tokens, its prefix counted, where the model allows fewer.
+
+        Raises:
+            ValueError: it does.
+        """
         if self.max_length is not None and longest > self.max_length:
             raise ValueError(
                 f"FrozenLM: a sequence must have at most {self.max_length} tokens with its prefix and suffix, "
                 f"got {longest}; lower prompt.max_tokens or prompt.max_items"
             )
+
+    def run_layers(self, inputs_embeds: Tensor, layout: PackedLayout) -> Tensor:
+        """The model on inputs that were checked: [T, D_llm] in its own dtype -> [T, D_llm].
+
+        Raises:
+            RuntimeError: as `forward`.
+        """
         options: dict[str, Any] = {"use_cache": False} if self.causal else {}
-        if inputs_embeds.is_meta:  # transformers would read positions; it takes a mask of four dimensions as it is
+        if layout.unread:  # transformers would read positions; it takes a mask of four dimensions as it is
             options["attention_mask"] = inputs_embeds.new_empty(1, 1, 1, 1)
-        output = self.model(
-            inputs_embeds=inputs_embeds[None],
-            position_ids=layout.positions(inputs_embeds.shape[0])[None],
-            laser_layout=layout,
-            **options,
-        )
+        with running(layout):
+            output = self.model(
+                inputs_embeds=inputs_embeds[None],
+                position_ids=layout.positions(inputs_embeds.shape[0])[None],
+                laser_layout=layout,
+                **options,
+            )
         if layout.num_attention_calls == 0:
             raise RuntimeError(
                 f"FrozenLM: {type(self.model).__name__} must call transformers' AttentionInterface, got no call; "
@@ -332,19 +271,9 @@ def _packed_attention(
         if options.get(name) is not None:
             raise ValueError(f"FrozenLM: {type(module).__name__} must not use {meaning}, got {name}={options[name]!r}")
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
-    laser_layout.num_attention_calls += 1
-    keys, values = laser_layout.keys_and_values(module, key[0].transpose(0, 1), value[0].transpose(0, 1))
-    output = varlen_attention(
-        query[0].transpose(0, 1),
-        keys,
-        values,
-        laser_layout.cu_seqlens,
-        laser_layout.cu_seqlens_k,
-        causal=causal,
-        scale=scaling,
-        dropout=dropout,
-        softcap=softcap,
-        sinks=s_aux,
-        plan=laser_layout.plan(causal, sliding_window),
-    )
-    return output[None], None
+    heads = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+    kind: dict[str, Any] = {"causal": causal, "sliding_window": sliding_window}
+    kind |= {"scale": scaling, "dropout": dropout, "softcap": softcap}
+    if torch.compiler.is_compiling():  # the layout must not become part of the graph
+        return packed_attention(*heads, s_aux, **kind)[None], None
+    return laser_layout.attend(module, *heads, sinks=s_aux, **kind)[None], None

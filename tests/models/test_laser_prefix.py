@@ -11,7 +11,8 @@ from transformers import AutoModel, LlamaConfig, PreTrainedModel
 from laser_fast.config import LaserConfig, build_config
 from laser_fast.data import PackedSequences, training_rows
 from laser_fast.models import LaserModel
-from laser_fast.nn.frozen_lm import FrozenLM, PackedLayout
+from laser_fast.nn.frozen_lm import FrozenLM
+from laser_fast.nn.packed_layout import PackedLayout
 from laser_fast.training.build import Inputs, build_laser, load_inputs, load_language_model
 
 HISTORIES = [[0, 1, 2], [7], [], [3, 4, 5, 6, 8, 9]]

@@ -217,7 +217,7 @@ def test_mlp_checkpointing_is_refused_where_there_is_no_gated_mlp() -> None:
 
 
 def test_layers_that_are_not_marked_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("laser_fast.nn.execution._layers", lambda model: [])
+    monkeypatch.setattr("laser_fast.nn.execution.frozen_layers", lambda model: [])
     model: PreTrainedModel = random_model(CONFIGS["llama"], "eager")
     with pytest.raises(
         ValueError, match="checkpointing must be none or mlp for LlamaModel, whose layers .* got 'full'"

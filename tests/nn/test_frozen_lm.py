@@ -18,7 +18,8 @@ from transformers import (
     T5Config,
 )
 
-from laser_fast.nn.frozen_lm import ATTENTION_NAME, FrozenLM, PackedLayout
+from laser_fast.nn.frozen_lm import ATTENTION_NAME, FrozenLM
+from laser_fast.nn.packed_layout import PackedLayout
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61}
 CONFIGS = {

@@ -1,0 +1,133 @@
+"""One packed batch as the attention of every layer sees it: bounds of its sequences, prefixes, plans."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laser_fast.nn.attention import AttentionPlan, varlen_attention
+from laser_fast.nn.prefix_kv import KeyValuePrefix
+
+
+class PackedLayout:
+    """Where the sequences of one packed batch start, what is injected in front of them, and the attention plans.
+
+    Attributes:
+        cu_seqlens: int32 [B+1] over the queries; cu_seqlens_k over the keys, the prefix counted.
+        layer_of: index of every attention module in the order of its first call, kept from batch to batch.
+        read: keys and values [T, H_kv, d] of every layer as the model made them, where `keep` asks for them.
+        rows: int64 [B], the last position of every sequence where only its state is wanted; else None.
+    """
+
+    def __init__(
+        self,
+        cu_seqlens: Tensor,
+        layer_of: dict[nn.Module, int],
+        prefix: KeyValuePrefix | None,
+        *,
+        keep: bool = False,
+        last_only: bool = False,
+    ) -> None:
+        self.cu_seqlens = cu_seqlens
+        self.layer_of = layer_of
+        self.read: dict[int, tuple[Tensor, Tensor]] = {}
+        self._prefix = prefix
+        self._keep = keep
+        self.rows = cu_seqlens[1:].long() - 1 if last_only else None
+        self._stop: type[Exception] | None = None
+        self._collected: tuple[Tensor, Tensor] | None = None
+        self._plans: dict[tuple[bool, int | None, bool], AttentionPlan] = {}
+        self.num_attention_calls = 0
+        self.cu_seqlens_k = cu_seqlens
+        if prefix is not None:
+            steps = torch.arange(cu_seqlens.shape[0], device=cu_seqlens.device, dtype=torch.int32)
+            self.cu_seqlens_k = cu_seqlens + steps * prefix.length
+
+    def positions(self, num_tokens: int) -> Tensor:
+        """Position of every token in its sequence, the prefix counted: int64 [T]."""
+        lengths = self.cu_seqlens.diff().long()
+        first = self.cu_seqlens[:-1].long() - (0 if self._prefix is None else self._prefix.length)
+        of_token = first.repeat_interleave(lengths, output_size=num_tokens)
+        return torch.arange(num_tokens, device=of_token.device) - of_token
+
+    @property
+    def unread(self) -> bool:
+        """Whether nothing on the device may be read by the host."""
+        return self.cu_seqlens.is_meta
+
+    @property
+    def keeps_inputs(self) -> bool:
+        """Whether keys and values outlive the attention that they are given to."""
+        return self._keep
+
+    def attend(
+        self,
+        module: nn.Module | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        causal: bool,
+        sliding_window: int | None,
+        **options: Any,
+    ) -> Tensor:
+        """The attention of one layer, options as in `varlen_attention`: [T, H, d], [T, H_kv, d] twice -> [T, H, d].
+
+        Without its module the layer is taken to be the next: all of them attend in turn.
+        """
+        self.num_attention_calls += 1
+        keys, values = self._keys_and_values(module, key, value)
+        plan = self.plan(causal, sliding_window)
+        return varlen_attention(
+            query, keys, values, self.cu_seqlens, self.cu_seqlens_k, causal=causal, plan=plan, **options
+        )
+
+    def _keys_and_values(self, module: nn.Module | None, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """What the queries of this layer see: [T, H_kv, d] with the prefix in front of every sequence."""
+        if self._collected is not None:
+            return self._collected
+        if module is None:
+            layer = self.num_attention_calls - 1
+        else:
+            layer = self.layer_of.setdefault(module, len(self.layer_of))
+        if self._keep:
+            self.read[layer] = (key, value)
+        if self._prefix is not None:
+            key, value = self._prefix.inject(layer, key, value, self.cu_seqlens)
+        if self._stop is not None:
+            self._collected = (key, value)
+            raise self._stop
+        return key, value
+
+    @contextmanager
+    def collecting_keys(self, stop: type[Exception]) -> Iterator[None]:
+        """While this is open, the attention keeps its keys and values for `rows_only` and raises `stop`."""
+        self._stop = stop
+        try:
+            yield
+        finally:
+            self._stop = None
+
+    @contextmanager
+    def rows_only(self) -> Iterator[None]:
+        """While this is open, queries are those of `rows` and the keys and values are the collected ones."""
+        try:
+            yield
+        finally:
+            self._collected = None
+
+    def plan(self, causal: bool, sliding_window: int | None) -> AttentionPlan:
+        """The plan for this kind of mask, made at its first use and shared by all layers."""
+        rows_only = self._collected is not None
+        kind = (causal, sliding_window, rows_only)
+        if kind not in self._plans:
+            queries = self.cu_seqlens
+            if rows_only:  # one query a sequence
+                queries = torch.arange(queries.shape[0], device=queries.device, dtype=torch.int32)
+            self._plans[kind] = self._new_plan(queries, causal, sliding_window)
+        return self._plans[kind]
+
+    def _new_plan(self, queries: Tensor, causal: bool, sliding_window: int | None) -> AttentionPlan:
+        return AttentionPlan(queries, self.cu_seqlens_k, causal=causal, sliding_window=sliding_window)
