@@ -94,7 +94,11 @@ def table(plan: MemoryPlan, cards: Sequence[str]) -> str:
     for card, size in budgets.items():
         proposal = plan.propose(size)
         if proposal is None:
-            lines.append(f"{card}: does not fit; take a smaller model, 4-bit weights, or embedding_device cpu")
+            least = min(plan.total(round(plan.row_tokens), mode) for mode in plan.step)
+            lines.append(
+                f"{card}: does not fit, one row needs {_gib(least)}; lm.quantization, lm.embedding_device and "
+                "training.optimizer.eight_bit lower what is fixed"
+            )
         else:
             lines.append(
                 f"{card}: --set execution.checkpointing={proposal.checkpointing} "
