@@ -88,10 +88,10 @@ def test_values_and_gradients_are_those_of_the_dequantised_weights(decoder: Path
     plain = FrozenLM(dequantised(decoder, model))
     packed, inputs, cu_seqlens = FrozenLM(model), embeds(), cu_seqlens_from_lengths(torch.tensor(LENGTHS))
     actual, expected = packed(inputs, cu_seqlens), plain(inputs, cu_seqlens)
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     probe = torch.randn(actual.shape, generator=torch.Generator().manual_seed(2))
     ours, theirs = (torch.autograd.grad((hidden * probe).sum(), inputs)[0] for hidden in (actual, expected))
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
     exact = FrozenLM(load(decoder, "none"))(inputs, cu_seqlens)
     assert float(((actual - exact).norm() / exact.norm()).detach()) > 1e-3  # four bits were really used
 
