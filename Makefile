@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env test lint bench demo clean
+.PHONY: help env test lint bench report demo clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -55,6 +55,9 @@ demo: env ## train Laser on MovieLens-100K and recommend films (about a quarter 
 
 bench: env ## run the benchmarks; without a GPU those of the CPU
 	$(BIN)/python -m pytest bench --benchmark-only $(PYTEST_ARGS)
+
+report: env ## environment, limits, benchmarks, step, memory: JSON, Markdown and pictures in runs/report
+	$(BIN)/python bench/report.py runs/report $(REPORT_ARGS)
 
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) build dist laser_fast/_native laser_fast.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

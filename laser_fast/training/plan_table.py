@@ -109,10 +109,11 @@ def table(plan: MemoryPlan, cards: Sequence[str]) -> str:
 
 def to_dict(plan: MemoryPlan, cards: Sequence[str]) -> dict[str, object]:
     """The same for programs: bytes and tokens."""
-    found = {}
+    found, largest = {}, {}
     for card in cards:
         proposal = plan.propose(card_bytes(card))
         found[card] = None if proposal is None else vars(proposal)
+        largest[card] = {mode: plan.largest_micro_batch(card_bytes(card), mode) for mode in plan.step}
     return {
         "fixed_bytes": plan.fixed,
         "step": {
@@ -123,6 +124,7 @@ def to_dict(plan: MemoryPlan, cards: Sequence[str]) -> dict[str, object]:
         "row_tokens": plan.row_tokens,
         "batch_tokens": plan.batch_tokens,
         "workload": vars(plan.workload),
+        "largest_micro_batch": largest,
         "proposals": found,
     }
 
