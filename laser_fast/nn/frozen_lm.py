@@ -15,6 +15,7 @@ from laser_fast.nn.compiled_layers import packed_attention, running
 from laser_fast.nn.execution import Execution, apply_execution
 from laser_fast.nn.frozen import FrozenModule
 from laser_fast.nn.packed_layout import PackedLayout
+from laser_fast.nn.packing_check import first_position, probe_tokens
 from laser_fast.nn.prefix_kv import KeyValuePrefix, LayerShape
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class FrozenLM(FrozenModule):
         self.fixed_shapes: FixedShapes | None = None
         self.layer_of: dict[nn.Module, int] = {}
         self._layers: list[LayerShape] | None = None
+        self._first_position: int | None = None
         self.freeze()
         self.replaced = apply_execution(model, execution or Execution())
 
@@ -111,6 +113,32 @@ class FrozenLM(FrozenModule):
             ]
         return self._layers
 
+    @property
+    def first_position(self) -> int:
+        """From where the model counts positions; found with the first call, together with whether it can run packed.
+
+        Raises:
+            RuntimeError: it cannot: see `laser_fast.nn.packing_check`.
+        """
+        if self._first_position is None:
+            self._first_position = 0 if self.device.type == "meta" else self._find_first_position()
+        return self._first_position
+
+    def _find_first_position(self) -> int:
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(probe_tokens(), self.hidden_size, generator=generator) * self.embedding_rms
+
+        def run_packed(embeds: Tensor, cu_seqlens: Tensor, start: int) -> Tensor:
+            self._first_position = start
+            return self._run(embeds, PackedLayout(cu_seqlens, self.layer_of, None))
+
+        try:
+            with torch.inference_mode(False):
+                return first_position(self.model, run_packed, ATTENTION_NAME, probe.to(self.device, self.dtype))
+        except BaseException:
+            self._first_position = None
+            raise
+
     def forward(
         self,
         inputs_embeds: Tensor,
@@ -135,7 +163,8 @@ class FrozenLM(FrozenModule):
         Raises:
             ValueError: a sequence longer than `max_length`, a prefix that does not fit, or an attention option of the
                 model that cannot be honoured.
-            RuntimeError: the model does not call the exchangeable attention, so its result would mix sequences.
+            RuntimeError: the model does not call the exchangeable attention, or it gives a sequence other states
+                packed than alone.
         """
         if prefix is not None:
             _check_prefix(prefix, self.layers, cu_seqlens.shape[0] - 1)
@@ -185,9 +214,10 @@ class FrozenLM(FrozenModule):
         Raises:
             ValueError: it does.
         """
-        if self.max_length is not None and longest > self.max_length:
+        allowed = longest if self.max_length is None else self.max_length - self.first_position
+        if longest > allowed:
             raise ValueError(
-                f"FrozenLM: a sequence must have at most {self.max_length} tokens with its prefix and suffix, "
+                f"FrozenLM: a sequence must have at most {allowed} tokens with its prefix and suffix, "
                 f"got {longest}; lower prompt.max_tokens or prompt.max_items"
             )
 
@@ -203,7 +233,7 @@ class FrozenLM(FrozenModule):
         with running(layout):
             output = self.model(
                 inputs_embeds=inputs_embeds[None],
-                position_ids=layout.positions(inputs_embeds.shape[0])[None],
+                position_ids=layout.positions(inputs_embeds.shape[0])[None] + self.first_position,
                 laser_layout=layout,
                 **options,
             )

@@ -1,0 +1,80 @@
+"""Whether a model computes a sequence in a packed batch as it computes the sequence alone, asked once per model.
+
+Two things can be wrong without an error: layers that look across positions without attention (convolutions,
+recurrences) mix neighbours in the batch, and positions may not count from where they are said to.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_LENGTHS = (5, 9)
+_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3}  # in half precision, and with 4-bit weights computed in it:
+_HALF_TOLERANCE = 0.05  # an eager attention rounds elsewhere; a position that is wrong changes states by more
+
+
+def first_position(
+    model: "PreTrainedModel", run_packed: Callable[[Tensor, Tensor, int], Tensor], attention: str, embeds: Tensor
+) -> int:
+    """Run two short sequences packed and alone; the number from which this model counts positions.
+
+    Args:
+        run_packed: embeddings [T, D], cu_seqlens int32 [3] and a first position -> hidden states [T, D].
+        attention: name of the packed attention, which the model has again afterwards.
+        embeds: [14, D], of the scale of token embeddings.
+
+    Raises:
+        RuntimeError: packed states differ from those of the sequences alone, from whatever position they count.
+    """
+    cu_seqlens = torch.tensor([0, *_LENGTHS], device=embeds.device).cumsum(0).to(torch.int32)
+    with torch.no_grad():
+        expected = _alone(model, attention, embeds)
+        differences = {}
+        for start in _candidates(model):
+            try:
+                packed = run_packed(embeds, cu_seqlens, start)
+            except IndexError:  # fewer positions than that
+                continue
+            difference = float((packed.double() - expected.double()).norm() / expected.double().norm())
+            if difference <= _TOLERANCE.get(embeds.dtype, _HALF_TOLERANCE):
+                return start
+            differences[start] = difference
+    least = min(differences.values())
+    raise RuntimeError(
+        f"FrozenLM: {type(model).__name__} must give a sequence the same states packed with others as alone, got a "
+        f"difference of {least:.1%}; layers that look across positions without attention cannot run packed"
+    )
+
+
+def probe_tokens() -> int:
+    """Rows of `embeds` that `first_position` takes."""
+    return sum(_LENGTHS)
+
+
+def _alone(model: "PreTrainedModel", attention: str, embeds: Tensor) -> Tensor:
+    """Every sequence by itself through the model's own attention, with its own positions: [T, D]."""
+    with _own_attention(model, attention):
+        states = [model(inputs_embeds=part[None]).last_hidden_state[0] for part in embeds.split(list(_LENGTHS))]
+    return torch.cat(states)
+
+
+@contextmanager
+def _own_attention(model: "PreTrainedModel", attention: str) -> Iterator[None]:
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(attention)
+
+
+def _candidates(model: nn.Module) -> list[int]:
+    """0, and behind the padding index where a table of positions has one (RoBERTa and its kin)."""
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    behind: set[Any] = {table.padding_idx + 1 for table in tables if table.padding_idx is not None}
+    return [0, *sorted(behind - {0})]

@@ -1,0 +1,164 @@
+"""Tiny random models of many families, and docs/language-models.md, which says what became of each.
+
+`python tests/nn/families.py` writes that page anew.
+"""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from laser_fast.nn.frozen_lm import FrozenLM
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "language-models.md"
+WIDTH = 32
+LENGTHS = [7, 1, 23, 18]
+_BASE = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 61,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GROUPED = _BASE | {"num_key_value_heads": 2}
+_HEADS = _GROUPED | {"head_dim": 8}
+_WINDOW = {"sliding_window": 5}
+_EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+
+# transformers' model_type -> its configuration
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": _GROUPED,
+    "mistral": _GROUPED | _WINDOW,
+    "ministral": _HEADS | _WINDOW,
+    "mixtral": _GROUPED | _EXPERTS,
+    "qwen2": _GROUPED,
+    "qwen3": _HEADS,
+    "qwen3_moe": _HEADS | {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16},
+    "gemma": _HEADS,
+    "gemma2": _HEADS | _WINDOW | {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 3},
+    "gemma3_text": _HEADS | _WINDOW,
+    "gpt_oss": _HEADS | _WINDOW | _EXPERTS,
+    "phi": _BASE,
+    "phi3": _GROUPED,
+    "gpt2": {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "vocab_size": 61, "n_positions": 64},
+    "opt": _BASE | {"ffn_dim": 48, "word_embed_proj_dim": WIDTH},
+    "gpt_neox": _BASE,
+    "olmo": _GROUPED,
+    "olmo2": _GROUPED,
+    "smollm3": _GROUPED,
+    "starcoder2": _GROUPED,
+    "cohere": _GROUPED,
+    "granite": _GROUPED,
+    "glm": _HEADS,
+    "bert": _BASE,
+    "roberta": _BASE,
+    "xlm-roberta": _BASE,
+    "distilbert": {"dim": WIDTH, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "vocab_size": 61},
+    "electra": _BASE | {"embedding_size": WIDTH},
+    "albert": _BASE | {"embedding_size": WIDTH},
+    "modernbert": _BASE | {"local_attention": 6},
+    "eurobert": _GROUPED,
+    # what cannot run packed, each for a reason of its own
+    "lfm2": _HEADS | {"layer_types": ["conv", "full_attention"]},
+    "falcon": _BASE | {"new_decoder_architecture": False, "multi_query": True},
+    "mpnet": _BASE,
+    "deberta-v2": _BASE,
+    "bloom": {"hidden_size": WIDTH, "n_layer": 2, "n_head": 4, "vocab_size": 61},
+    "mamba": {"hidden_size": WIDTH, "num_hidden_layers": 2, "vocab_size": 61, "state_size": 4},
+    "t5": {"d_model": WIDTH, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 61},
+}
+REFUSED = ("lfm2", "falcon", "mpnet", "deberta-v2", "bloom", "mamba", "t5")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a model got on packed, against one sequence after the other through its own eager attention.
+
+    Attributes:
+        state_error, gradient_error: largest difference over the largest value; of the last states, and of the gradient
+            of the input, virtual tokens included.
+        effect: how much another first token changes the last states; small = the errors would not show.
+        lm: the packed model.
+    """
+
+    state_error: float
+    gradient_error: float
+    effect: float
+    lm: FrozenLM
+
+
+def random_model(name: str) -> PreTrainedModel:
+    """A tiny model with weights so large that attention matters."""
+    config = AutoConfig.for_model(name, **copy.deepcopy(FAMILIES[name]))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModel.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5.0 if parameter.dim() > 1 else 1.0)
+    return model
+
+
+def try_family(name: str) -> Outcome:
+    """Run it both ways."""
+    generator = torch.Generator().manual_seed(3)
+    embeds = torch.randn(sum(LENGTHS), WIDTH, generator=generator).requires_grad_()
+    cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+    lm = FrozenLM(random_model(name))
+    packed = lm(embeds, cu_seqlens, last_only=True)
+    reference = random_model(name)
+    alone = torch.stack([reference(inputs_embeds=row[None]).last_hidden_state[0, -1] for row in embeds.split(LENGTHS)])
+    probe = torch.randn(packed.shape, generator=generator)
+    ours, theirs = (torch.autograd.grad((states * probe).sum(), embeds)[0] for states in (packed, alone))
+    other = embeds.detach().clone()
+    other[cu_seqlens[:-1].long()] = torch.randn(len(LENGTHS), WIDTH, generator=generator)
+    effect = float((lm(other, cu_seqlens, last_only=True) - packed).detach().norm() / packed.detach().norm())
+    return Outcome(_difference(packed, alone), _difference(ours, theirs), effect, lm)
+
+
+def page() -> str:
+    """The text of docs/language-models.md, from trying every family."""
+    lines = [
+        "# Language models",
+        "",
+        "Any Hugging Face encoder or decoder runs frozen and packed if its attention can be exchanged and nothing",
+        "else looks across positions. Whether that is so is found out with a model's first batch: two short",
+        "sequences go through it packed and alone, and a difference is an error. The families below were tried with",
+        "tiny random weights, transformers' own eager attention being the reference. This page is written by",
+        "`python tests/nn/families.py`; a test fails when it is out of date.",
+        "",
+        "| family (`model_type`) | kind | norms and MLPs | positions |",
+        "|---|---|---|---|",
+    ]
+    refused = ["", "## Refused", "", "| family | because |", "|---|---|"]
+    for name in FAMILIES:
+        try:
+            outcome = try_family(name)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).removeprefix("FrozenLM: ").split(", got")[0]
+            refused.append(f"| {name} | {reason} |")
+            continue
+        found = outcome.lm.replaced
+        fused = [text for text, count in (("RMSNorm", found.norms), ("gated MLP", found.mlps)) if count]
+        start = outcome.lm.first_position
+        lines.append(
+            f"| {name} | {'decoder' if outcome.lm.causal else 'encoder'} "
+            f"| {' and '.join(fused) + ' fused' if fused else 'as in transformers'} | from {start} |"
+        )
+    return "\n".join([*lines, *refused, ""])
+
+
+def _difference(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).detach().abs().max() / expected.detach().abs().max())
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

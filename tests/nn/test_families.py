@@ -1,0 +1,58 @@
+"""Models of many families, packed, against one sequence after the other; and what is refused."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from laser_fast.nn.frozen_lm import FrozenLM
+
+from .families import FAMILIES, PAGE, REFUSED, page, random_model, try_family
+
+SERVED = [name for name in FAMILIES if name not in REFUSED]
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_packed_states_and_gradients_are_those_of_single_sequences(name: str) -> None:
+    outcome = try_family(name)
+    assert outcome.state_error < 1e-4 and outcome.gradient_error < 1e-4  # float32; seen: below 1e-6
+    assert outcome.effect > 0.02  # or an error of the first tokens would not show
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_run_packed_is_refused(name: str) -> None:
+    with pytest.raises((RuntimeError, ValueError), match="FrozenLM: "):
+        try_family(name)
+
+
+def test_the_page_in_the_documentation_is_up_to_date() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page()
+
+
+def test_positions_behind_a_padding_index_are_found() -> None:
+    lm = FrozenLM(random_model("roberta"))
+    assert lm.first_position == 1 + 0 and lm.max_length == 64  # the padding index is 0 here
+    cu_seqlens = torch.tensor([0, 64], dtype=torch.int32)
+    with pytest.raises(ValueError, match="FrozenLM: a sequence must have at most 63 tokens .*, got 64"):
+        lm(torch.randn(64, 32), cu_seqlens)
+
+
+class Neighbours(nn.Module):
+    """Adds the row before to every row: what a convolution does."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.norm(hidden + hidden.roll(1, dims=1))  # type: ignore[no-any-return]
+
+
+def test_layers_that_mix_neighbours_are_found() -> None:
+    model = random_model("llama")
+    model.layers[0].input_layernorm = Neighbours(model.layers[0].input_layernorm)  # type: ignore[index, union-attr]
+    lm = FrozenLM(model)
+    message = "LlamaModel must give a sequence the same states packed with others as alone, got a difference of"
+    for _ in range(2):  # the second call is refused as well
+        with pytest.raises(RuntimeError, match=message):
+            lm(torch.randn(4, 32), torch.tensor([0, 4], dtype=torch.int32))
+    assert model.config._attn_implementation == "laser_varlen"
