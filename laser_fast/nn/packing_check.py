@@ -41,7 +41,8 @@ def first_position(
                 packed = run_packed(embeds, cu_seqlens, start)
             except IndexError:  # fewer positions than that
                 continue
-            difference = float((packed.double() - expected.double()).norm() / expected.double().norm())
+            scale = expected.double().norm().clamp_min(torch.finfo(torch.float32).tiny)
+            difference = float((packed.double() - expected.double()).norm() / scale)
             if difference <= _TOLERANCE.get(embeds.dtype, _HALF_TOLERANCE):
                 return start
             differences[start] = difference
