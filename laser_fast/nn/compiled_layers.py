@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from laser_fast.nn.execution import Replacement, frozen_layers, only_last_positions
+from laser_fast.nn.frozen_linear import UnpackedWeights, is_packed, packed_linear
 
 if TYPE_CHECKING:
     from laser_fast.nn.packed_layout import PackedLayout
@@ -104,6 +105,11 @@ def plain_layers(model: nn.Module) -> None:
                 module.forward = forward.before
 
 
+def _packed_linear(module: nn.Module, x: Tensor) -> Tensor:
+    """In place of the forward of bitsandbytes, which may repack the weights; a function that all modules share."""
+    return packed_linear(module, UnpackedWeights(), x)
+
+
 def _twin(module: nn.Module) -> nn.Module:
     """The same parameters and buffers, whatever becomes of them, under the forwards of the classes.
 
@@ -114,4 +120,6 @@ def _twin(module: nn.Module) -> nn.Module:
     twin._modules = {name: None if child is None else _twin(child) for name, child in module._modules.items()}
     if isinstance(vars(twin).get("forward"), Replacement):
         del twin.forward
+    if is_packed(twin):
+        twin.forward = MethodType(_packed_linear, twin)
     return twin

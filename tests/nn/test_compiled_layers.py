@@ -146,6 +146,31 @@ def test_a_layer_with_a_forward_of_another_library_is_left_alone() -> None:
     assert compile_layers(lm.model, "eager") == 3
 
 
+def test_layers_in_four_bits_compile_once_and_are_not_packed_again() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    lm = build("llama")
+    for module in list(lm.model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is torch.nn.Linear:
+                sizes = child.in_features, child.out_features
+                packed = bitsandbytes.nn.Linear4bit(*sizes, False, torch.float32, quant_type="nf4")
+                packed.load_state_dict(child.state_dict())
+                setattr(module, name, packed.requires_grad_(False).to("cpu"))
+    lm = FrozenLM(lm.model)
+    assert len(lm.layers) == 4
+    packed = [module.weight for module in lm.model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    before = [weight.data.clone() for weight in packed]
+    counter = CompileCounterWithBackend("eager")
+    for embeds, cu_seqlens in batches(4):
+        plain_layers(lm.model)
+        with torch.inference_mode():
+            expected = lm(embeds, cu_seqlens)
+            compile_layers(lm.model, counter)
+            torch.testing.assert_close(lm(embeds, cu_seqlens), expected, rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == 1
+    assert len(packed) == 28 and all(torch.equal(*pair) for pair in zip(packed, before, strict=True))
+
+
 def test_a_single_token_runs_uncompiled() -> None:
     plain, lm = build("llama"), build("llama")
     counter = CompileCounterWithBackend("eager")
