@@ -1,0 +1,173 @@
+"""Section "baselines": our whole step beside Hugging Face's padded form, peft's prompts and the authors' form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from baselines.authors_step import AuthorsStep
+from baselines.padded_step import PaddedStep, with_checkpointing
+from bench_step import NEGATIVES, AuthorsWorkload, our_step
+from forms import relative_error
+from steps import (
+    StepShape,
+    build_laser,
+    counted_tokens,
+    gradients,
+    language_model_tokens,
+    trained_parameters,
+    user_batch,
+)
+from timing import Run, interleaved_medians
+from torch import Tensor
+
+from reporting.context import package_missing
+from reporting.memory import release
+from reporting.models import DATASET, load, sharing_twin, usable_weights, weights_name
+from reporting.tables import plain, table, times
+
+if TYPE_CHECKING:
+    from reporting.context import Context, Deadline
+
+_AUTHORS_USERS = 8
+_WORST_ERROR = {"float32": 1e-3, "bfloat16": 0.2}  # of a user's embedding; see the waterfall
+_LEAST_ROUNDS = 2
+
+OURS = "ours"
+
+Rows = list[dict[str, Any]]
+
+
+def measure(context: Context, deadline: Deadline) -> dict[str, Any]:
+    """Three comparisons, each with its own batch; the forms of a comparison run in turn."""
+    shape = context.settings.waterfall[0]
+    weights, left_out = usable_weights(context)
+    found: dict[str, Rows] = {}
+    for name, compare in {"padded": _padded, "peft": _peft, "authors": _authors}.items():
+        if deadline.over:
+            left_out.append(f"{name}: the time was over")
+        elif name == "peft" and package_missing("peft"):
+            left_out.append("peft: not installed")
+        else:
+            found[name] = compare(context, shape, weights[0], deadline)
+            release()
+    kind = weights_name(weights[0], context.settings.dtype)
+    return {"shape": shape, "weights": kind, "comparisons": found, "left_out": left_out}
+
+
+def step_shape(context: Context, users: int) -> StepShape:
+    """The authors' M-Former beside a large model, the demonstration's beside a small one."""
+    large = {"width": 768, "layers": 12, "heads": 12} if context.settings.paper_mformer else {}
+    return StepShape(DATASET, users, **large)
+
+
+def _padded(context: Context, shape: str, weights: str, deadline: Deadline) -> Rows:
+    return _beside_padded(context, shape, weights, deadline, PaddedStep, "mformer")
+
+
+def _peft(context: Context, shape: str, weights: str, deadline: Deadline) -> Rows:
+    from baselines.peft_prompt import PeftPromptStep
+
+    return _beside_padded(context, shape, weights, deadline, PeftPromptStep, "shared")
+
+
+def _beside_padded(
+    context: Context, shape: str, weights: str, deadline: Deadline, form: Callable[..., Any], prefix: str
+) -> Rows:
+    """A padded form, also with its checkpointing, over the weights and the batch of ours."""
+    frozen = load(context, shape, weights, table_on_host=False)
+    plain_model, checkpointed = sharing_twin(frozen), with_checkpointing(sharing_twin(frozen))
+    sizes = step_shape(context, context.settings.users)
+    model = build_laser(frozen, sizes, prefix=prefix)
+    batch = user_batch(model, sizes, with_positives=False)
+    forms = {
+        "padded": form(model, plain_model, batch),
+        "padded, every layer recomputed": form(model, checkpointed, batch),
+    }
+    with counted_tokens(plain_model) as counts:
+        expected = model.encode(batch)[0]
+        for name, other in forms.items():
+            encoded = other.encode()  # one of the two gives the routing as well
+            _check(name, encoded if isinstance(encoded, Tensor) else encoded[0], expected, context)
+    tokens = {OURS: language_model_tokens(model, batch)} | dict.fromkeys(forms, sum(counts))
+    return _compare(context, {OURS: our_step(model, batch), **forms}, tokens, deadline)
+
+
+def _authors(context: Context, shape: str, weights: str, deadline: Deadline) -> Rows:
+    """Their loss over lists of negatives: our method beside it, and the same sequences in our form."""
+    frozen = load(context, shape, weights, table_on_host=False)
+    padded = sharing_twin(frozen)
+    sizes = step_shape(context, _AUTHORS_USERS)
+    model = build_laser(frozen, sizes)
+    form, work = AuthorsStep(model, padded), AuthorsWorkload(model, sizes)
+    with torch.no_grad():
+        _check("authors' form", form.encode(work.padded_users)[0], model.encode(work.users)[0], context)
+    parameters = trained_parameters(model)
+
+    def whole(losses: tuple[Tensor, Tensor]) -> Tensor:
+        return losses[0] + model.balance_weight * losses[1]
+
+    def against_lists() -> Tensor:
+        return whole(form.loss_against_lists(work.padded_users, work.padded_labels, work.padded_negatives))
+
+    with counted_tokens(padded) as counts:
+        against_lists()
+    packed = "the same sequences, packed"
+    runs: dict[str, Run] = {
+        packed: lambda: gradients(whole(work.same_loss(model)), parameters),
+        "authors' form": lambda: gradients(against_lists(), form.parameters),
+    }
+    assert work.users.positives is not None
+    tokens = {
+        OURS: language_model_tokens(model, work.users, work.users.positives),
+        packed: language_model_tokens(model, work.users, work.items),
+        "authors' form": sum(counts),
+    }
+    return _compare(context, {OURS: our_step(model, work.users), **runs}, tokens, deadline)
+
+
+def _check(name: str, actual: Tensor, expected: Tensor, context: Context) -> None:
+    error = relative_error(actual, expected)
+    if not error < _WORST_ERROR[context.settings.dtype]:
+        raise RuntimeError(f"baselines: {name} must give our embeddings, got a row that is off by {error:.1e}")
+
+
+def _compare(context: Context, runs: Mapping[str, Run], computed: Mapping[str, int], deadline: Deadline) -> Rows:
+    budget_s = min(8 * context.settings.rounds_s, max(0.1, deadline.left_s / 3))
+    seconds = interleaved_medians(runs, context.clock, budget_s, _LEAST_ROUNDS)
+    return [
+        {
+            "form": name,
+            "seconds": value,
+            "ours_is_faster_by": value / seconds[OURS],
+            "tokens": computed[name],
+        }
+        for name, value in seconds.items()
+    ]
+
+
+_TITLES = {
+    "padded": "users with a target each; the item matrix stands still, so nothing but the users is encoded",
+    "peft": "the same with one learned prefix for everybody",
+    "authors": f"{_AUTHORS_USERS} users, a label each and {NEGATIVES} negatives for every user. Ours encodes users and "
+    "labels and scores against the whole item matrix; the packed line encodes all that the authors encode",
+}
+
+
+def markdown(found: Mapping[str, Any]) -> list[str]:
+    """A table for every comparison."""
+    lines = [f"Whole steps, forward and backward, around {found['shape']} in {found['weights']}."]
+    for name, rows in found["comparisons"].items():
+        cells = [
+            [
+                row["form"],
+                plain(1e3 * row["seconds"]),
+                times(row["ours_is_faster_by"]),
+                f"{row['tokens']}",
+            ]
+            for row in rows
+        ]
+        head = ["form", "ms", "ours is faster by", "tokens in the model"]
+        lines += ["", f"**{name.capitalize()}**: {_TITLES[name]}.", "", *table(head, cells)]
+    return lines

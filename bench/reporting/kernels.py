@@ -1,0 +1,127 @@
+"""Section "kernels": the benchmarks of single operations, in a process of their own, beside what was predicted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reporting.context import BENCH, Skip, package_missing
+from reporting.predictions import on_any_device, predictions_for
+from reporting.roofs import Roofs
+from reporting.tables import NONE, percent, plain, table, times
+
+if TYPE_CHECKING:
+    from reporting.context import Context, Deadline
+
+_OPERATIONS = ("routing", "dispatch", "mformer", "attention", "prefix_kv", "catalog")
+_GRACE_S = 20  # to write what is there after the time is over
+_SPEEDUP = "speedup_over_"
+
+
+def measure(context: Context, deadline: Deadline) -> dict[str, Any]:
+    """Run the chosen benchmarks until the time is over and read what they recorded."""
+    if package_missing("pytest_benchmark"):
+        raise Skip("pytest-benchmark is not installed")
+    stored = context.folder / "kernels.json"
+    finished = _run(context, stored, deadline)
+    if not stored.exists():
+        raise RuntimeError(f"kernels: the benchmarks must record their figures, got none after {finished}")
+    entries = json.loads(stored.read_text(encoding="utf-8"))["benchmarks"]
+    rows = [_row(entry, context.roofs) for entry in entries]
+    return {"rows": rows, "chosen": context.settings.kernels, "ended": finished}
+
+
+def _run(context: Context, stored: Path, deadline: Deadline) -> str:
+    """How it ended."""
+    files = [str(BENCH / f"bench_{name}.py") for name in _OPERATIONS]
+    options = ["--benchmark-only", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", "--rootdir"]
+    command = [sys.executable, "-m", "pytest", *options, str(BENCH.parent), *files]
+    command += ["-k", context.settings.kernels, f"--benchmark-json={stored}"]
+    environment = dict(os.environ)
+    if not context.on_gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # the same device as the rest of the report
+    with (context.folder / "kernels.txt").open("w+", encoding="utf-8") as said:
+        process = subprocess.Popen(command, cwd=BENCH.parent, env=environment, stdout=said, stderr=subprocess.STDOUT)
+        try:
+            status = process.wait(timeout=max(1.0, deadline.left_s))
+            ended = {0: "all of them", 1: "failures"}.get(status, f"status {status}")
+        except subprocess.TimeoutExpired:
+            ended = "an interruption, because the time was over"
+            _interrupt(process)
+        said.seek(0)
+        if status_line := [line for line in said.read().splitlines() if line.startswith("FAILED")]:
+            ended += f" ({status_line[0]})"
+    return ended
+
+
+def _interrupt(process: subprocess.Popen[bytes]) -> None:
+    """As Ctrl-C would: pytest then writes what it has."""
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(timeout=_GRACE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _row(entry: Mapping[str, Any], roofs: Roofs) -> dict[str, Any]:
+    info = entry["extra_info"]
+    name = entry["fullname"].rpartition("::")[2].removeprefix("test_")
+    shape = info["shape"]
+    row = {"name": name, "shape": shape}
+    if "median_us" in info:
+        seconds = info["median_us"]["candidate"] / 1e6
+        own = Roofs(info["copy_gb_per_s"], roofs.matmul_tflops)  # of the same minute
+        operations = info.get("floating_point_operations", 0)
+        dtype = str(shape["dtype"]).removeprefix("torch.")
+        limit_s = own.seconds(info["moved_bytes"], operations, dtype)
+        row |= {"us": 1e6 * seconds, "share_of_limit": limit_s / seconds}
+        row["limit"] = "copy" if operations == 0 or own.seconds(0, operations, dtype) < limit_s else "products"
+    else:
+        row["us"] = 1e3 * info["median_ms"]["candidate"]
+    row["speedups"] = {key.removeprefix(_SPEEDUP): value for key, value in info.items() if key.startswith(_SPEEDUP)}
+    measured = {f"{_SPEEDUP}{key}": value for key, value in row["speedups"].items()}
+    measured["share_of_limit"] = row.get("share_of_limit")
+    row["predicted"] = [
+        known._asdict() | {"measured": measured[known.figure]}
+        for known in predictions_for(entry["fullname"])
+        if measured.get(known.figure) is not None
+    ]
+    row["predicted_elsewhere"] = [
+        known._asdict()
+        for figure in measured
+        if not row["predicted"] and (known := on_any_device(entry["fullname"], figure)) is not None
+    ]
+    return row
+
+
+def markdown(found: Mapping[str, Any]) -> list[str]:
+    """One line a benchmark."""
+    rows = []
+    for row in found["rows"]:
+        speedups = ", ".join(f"{times(value)} {name}" for name, value in row["speedups"].items())
+        share = row.get("share_of_limit")
+        limit = NONE if share is None else f"{percent(share)} ({row['limit']})"
+        predicted = ", ".join(_figure(known) for known in row["predicted"])
+        elsewhere = ", ".join(_figure(known) for known in row["predicted_elsewhere"])
+        rows.append([row["name"], plain(row["us"]), limit, speedups, predicted or elsewhere or NONE])
+    return [
+        f"Benchmarks `{found['chosen']}` of `pytest bench`; the run ended after {found['ended']}. Speed-ups are over "
+        "other forms in the same run. The limit is the time at the measured roofs; what fits into a cache may be "
+        "faster.",
+        "Predicted is for large and small cases on an H100; on another device it is shown for the same operation and "
+        "is no claim about this one.",
+        "",
+        *table(["benchmark", "us", "share of its limit", "speed-up over", "predicted (H100)"], rows),
+    ]
+
+
+def _figure(known: Mapping[str, Any]) -> str:
+    value = f"{known['value']:.3g}x" if known["unit"] == "x" else f"{known['value']:.0%} of the limit"
+    return f">= {value} {known['figure'].removeprefix(_SPEEDUP)}".replace(" share_of_limit", "")
