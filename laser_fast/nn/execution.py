@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from laser_fast.nn.frozen_linear import UnpackedWeights, is_packed, packed_linear
-from laser_fast.nn.frozen_mlp import gated_mlp, recognise_gated_mlp
+from laser_fast.nn.frozen_mlp import activation_of, gated_mlp, recognise_gated_mlp
 from laser_fast.nn.frozen_norm import NormKind, frozen_rms_norm, recognise_norm
 from laser_fast.nn.host_store import HostStore
 
@@ -142,9 +142,9 @@ def _fuse_mlps(model: nn.Module, unpacked: UnpackedWeights, recompute: bool) -> 
     activations: dict[tuple[type, Any], str | None] = {}
     count = 0
     for module in model.modules():
-        act = getattr(module, "act_fn", None)
+        act = activation_of(module)
         key = (type(module), type(act) if isinstance(act, nn.Module) else act)
-        if act is None or not hasattr(module, "gate_proj"):
+        if act is None:
             continue
         if key not in activations:
             activations[key] = recognise_gated_mlp(module)

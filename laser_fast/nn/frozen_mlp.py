@@ -18,33 +18,42 @@ from laser_fast.nn.frozen_norm import NormRecipe, recipe_of, uses_liger
 _PROBE_ROWS = 2
 _TWIN_WIDTH, _TWIN_INNER = 16, 24
 Activation = Callable[[Tensor], Tensor]
-_LAYERS = ("gate_proj", "up_proj", "down_proj")
+_FORMS = (("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj"))  # the second: both in one matrix
 
 
 def recognise_gated_mlp(module: nn.Module) -> str | None:
     """The activation of a module that computes a gated MLP, found by trying it on random rows.
 
-    Of an MLP on the meta device a small one with random weights is tried on the CPU.
+    Gate and up may be two linear layers or one (Phi-3, GLM). Of an MLP on the meta device a small one with random
+    weights is tried on the CPU.
 
     Returns:
         "silu", "gelu_tanh", "gelu", or "other" (differentiated by autograd); None where the module is no gated MLP.
     """
-    layers: list[Any] = [getattr(module, name, None) for name in _LAYERS]
-    act: Any = getattr(module, "act_fn", None)
-    if act is None or not all(is_frozen_linear(layer) for layer in layers):
+    names = next((names for names in _FORMS if hasattr(module, names[0])), ())
+    layers: list[Any] = [getattr(module, name, None) for name in names]
+    act = activation_of(module)
+    if act is None or not layers or not all(is_frozen_linear(layer) for layer in layers):
         return None
     if len(list(module.parameters())) != sum(len(list(layer.parameters())) for layer in layers):
         return None
-    tried: Any = _tryable(module)
-    weight = tried.gate_proj.weight
+    tried: Any = _tryable(module, names)
+    first = getattr(tried, names[0])
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(_PROBE_ROWS, tried.gate_proj.in_features, generator=generator)
-    x = x.to(weight.device, torch.float32 if is_packed(tried.gate_proj) else weight.dtype)
+    x = torch.randn(_PROBE_ROWS, first.in_features, generator=generator)
+    x = x.to(first.weight.device, torch.float32 if is_packed(first) else first.weight.dtype)
     with torch.no_grad():
         expected = tried(x)
-        actual = tried.down_proj(tried.act_fn(tried.gate_proj(x)) * tried.up_proj(x))
+        gate, up = _gate_and_up(tried, x)
+        actual = tried.down_proj(act(gate) * up)
     same = torch.allclose(actual, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
-    return _activation(act) if same else None
+    return _name_of(act) if same else None
+
+
+def activation_of(module: nn.Module) -> Activation | None:
+    """The activation function that an MLP holds."""
+    act: Activation | None = getattr(module, "act_fn", getattr(module, "activation_fn", None))
+    return act
 
 
 def gated_mlp(module: Any, activation: str, unpacked: UnpackedWeights, recompute: bool, x: Tensor) -> Tensor:
@@ -58,7 +67,8 @@ def gated_mlp(module: Any, activation: str, unpacked: UnpackedWeights, recompute
     # the down projection keeps nothing and stands outside, so that a recomputation of the layer stops before it
     if recompute:
         return module.down_proj(_RecomputedProduct.apply(x, module, activation, unpacked, recipe_of(x)))
-    return module.down_proj(_GatedProduct.apply(module.gate_proj(x), module.up_proj(x), activation, module.act_fn))
+    gate, up = _gate_and_up(module, x)
+    return module.down_proj(_GatedProduct.apply(gate, up, activation, activation_of(module)))
 
 
 class _GatedProduct(torch.autograd.Function):
@@ -86,12 +96,14 @@ class _RecomputedProduct(torch.autograd.Function):
         ctx: Any, x: Tensor, module: Any, activation: str, unpacked: UnpackedWeights, recipe: NormRecipe | None
     ) -> Tensor:
         ctx.module, ctx.activation, ctx.unpacked = module, activation, unpacked
+        ctx.function = activation_of(module)
         ctx.recipe = None if recipe is None else (recipe.weight, recipe.kind)
         if recipe is None:
             ctx.save_for_backward(x)
         else:
             ctx.save_for_backward(recipe.x, recipe.reciprocal)
-        return _product(activation, module.act_fn, module.gate_proj(x), module.up_proj(x))
+        gate, up = _gate_and_up(module, x)
+        return _product(activation, ctx.function, gate, up)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -102,13 +114,23 @@ class _RecomputedProduct(torch.autograd.Function):
         if ctx.recipe is not None:
             x = NormRecipe(x, ctx.saved_tensors[1], *ctx.recipe).output()
         with unpacked.kept():
-            gate, up = module.gate_proj(x), module.up_proj(x)
+            gate, up = _gate_and_up(module, x)
         del x
-        grad_gate, grad_up = _product_backward(ctx.activation, module.act_fn, gate, up, grad, may_overwrite=True)
+        grads = _product_backward(ctx.activation, ctx.function, gate, up, grad, may_overwrite=True)
         del gate, up
-        grad_x = linear_input_gradient(module.gate_proj, grad_gate, unpacked)
-        del grad_gate
-        return grad_x.add_(linear_input_gradient(module.up_proj, grad_up, unpacked)), None, None, None, None
+        if hasattr(module, "gate_up_proj"):
+            grad_x = linear_input_gradient(module.gate_up_proj, torch.cat(grads, dim=-1), unpacked)
+        else:
+            grad_x = linear_input_gradient(module.gate_proj, grads[0], unpacked)
+            grad_x.add_(linear_input_gradient(module.up_proj, grads[1], unpacked))
+        return grad_x, None, None, None, None
+
+
+def _gate_and_up(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    if hasattr(module, "gate_up_proj"):
+        gate, up = module.gate_up_proj(x).chunk(2, dim=-1)
+        return gate, up
+    return module.gate_proj(x), module.up_proj(x)
 
 
 def _product(activation: str, function: Activation, gate: Tensor, up: Tensor) -> Tensor:
@@ -149,7 +171,7 @@ def _product_backward(
     return grad_gate, activated.detach() * grad
 
 
-def _activation(function: Activation) -> str:
+def _name_of(function: Activation) -> str:
     """The name of the function that gives these values."""
     grid = torch.linspace(-6.0, 6.0, 257)
     known: dict[str, Activation] = {
@@ -163,14 +185,15 @@ def _activation(function: Activation) -> str:
     return "other"
 
 
-def _tryable(module: nn.Module) -> nn.Module:
+def _tryable(module: nn.Module, names: tuple[str, ...]) -> nn.Module:
     """The module itself, or a small one of its kind on the CPU where it is on the meta device."""
     if not any(parameter.is_meta for parameter in module.parameters()):
         return module
     twin = copy.copy(module)
     twin._modules = dict(module._modules)
     with torch.random.fork_rng(devices=[]):
-        for name in _LAYERS:
-            sizes = (_TWIN_INNER, _TWIN_WIDTH) if name == "down_proj" else (_TWIN_WIDTH, _TWIN_INNER)
+        for name in names:
+            inner = 2 * _TWIN_INNER if name == "gate_up_proj" else _TWIN_INNER
+            sizes = (_TWIN_INNER, _TWIN_WIDTH) if name == "down_proj" else (_TWIN_WIDTH, inner)
             twin._modules[name] = nn.Linear(*sizes, bias=False, device="cpu")
     return twin

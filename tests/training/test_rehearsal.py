@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModel, Gemma2Config, LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers import AutoModel, Gemma2Config, LlamaConfig, Phi3Config, PretrainedConfig, Qwen3Config
 
 from laser_fast.config import LaserConfig, build_config
 from laser_fast.nn.execution import Execution
@@ -19,6 +19,7 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 SHAPES: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SIZES, **HEADS),
     "qwen3": Qwen3Config(**SIZES, **HEADS),
+    "phi3": Phi3Config(**{k: v for k, v in (SIZES | HEADS).items() if k != "head_dim"}, pad_token_id=0),
     "gemma2": Gemma2Config(**SIZES, **HEADS, attn_logit_softcapping=None),
 }
 LENGTHS = [32] * 6  # a multiple of 16: the CPU's blocks then hold no padding
