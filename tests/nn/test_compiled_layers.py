@@ -179,3 +179,16 @@ def test_a_single_token_runs_uncompiled() -> None:
     with torch.no_grad():
         assert torch.equal(lm(embeds, cu_seqlens), plain(embeds, cu_seqlens))
     assert counter.frame_count == 0
+
+
+def test_the_last_layer_still_runs_for_the_last_positions_alone() -> None:
+    lm = build("llama")
+    counter = CompileCounterWithBackend("eager")
+    compile_layers(lm.model, counter)
+    calls: list[object] = []
+    lm.model.layers[-1].forward._compiled = lambda hidden_states, *args, **kwargs: calls.append(1) or hidden_states
+    with torch.no_grad():
+        lm(*next(batches(1)), last_only=True)
+        assert not calls
+        lm(*next(batches(1)))
+    assert calls
