@@ -37,6 +37,11 @@ def running(layout: "PackedLayout") -> Iterator[None]:
         _running.layout = before
 
 
+def running_layout() -> "PackedLayout | None":
+    """The batch that is running on this thread."""
+    return getattr(_running, "layout", None)
+
+
 @torch.library.custom_op("laser_fast::packed_attention", mutates_args=())
 def packed_attention(
     query: Tensor,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from laser_fast.nn.compiled_layers import packed_attention, running
+from laser_fast.nn.compiled_layers import packed_attention, running, running_layout
 from laser_fast.nn.execution import Execution, apply_execution
 from laser_fast.nn.frozen import FrozenModule
 from laser_fast.nn.packed_layout import PackedLayout
@@ -295,6 +295,8 @@ def _packed_attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """The signature transformers calls: query [1, H, T, d], key and value [1, H_kv, T, d] -> [1, T, H, d]."""
+    if laser_layout is None:  # some models do not hand on what their forward was given
+        laser_layout = running_layout()
     if laser_layout is None:
         raise RuntimeError('attention "laser_varlen": the model must be called through FrozenLM, got a direct call')
     for name, meaning in _REFUSED_OPTIONS.items():

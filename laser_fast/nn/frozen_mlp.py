@@ -30,7 +30,7 @@ def recognise_gated_mlp(module: nn.Module) -> str | None:
     Returns:
         "silu", "gelu_tanh", "gelu", or "other" (differentiated by autograd); None where the module is no gated MLP.
     """
-    names = next((names for names in _FORMS if hasattr(module, names[0])), ())
+    names: tuple[str, ...] = next((form for form in _FORMS if hasattr(module, form[0])), ())
     layers: list[Any] = [getattr(module, name, None) for name in names]
     act = activation_of(module)
     if act is None or not layers or not all(is_frozen_linear(layer) for layer in layers):

@@ -56,6 +56,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "smollm3": _GROUPED,
     "starcoder2": _GROUPED,
     "cohere": _GROUPED,
+    "stablelm": _GROUPED,  # these two hand nothing on to their attention
+    "nemotron": _GROUPED,
     "granite": _GROUPED,
     "glm": _HEADS,
     "bert": _BASE,
