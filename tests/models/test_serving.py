@@ -92,6 +92,8 @@ def test_filled_batches_recommend_the_same(tiny_settings: dict[str, Any], form: 
     for histories, expected in plain:
         assert_same_embeddings(model, histories, expected)
     assert 1 <= shapes.num_captures <= 12
+    model.serving.use("none")
+    assert model.lm.fixed_shapes is None
 
 
 @pytest.mark.parametrize("mode", ["compile", "graphs"])
