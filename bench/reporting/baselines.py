@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,7 @@ from steps import (
 from timing import Run, interleaved_medians
 from torch import Tensor
 
-from reporting.context import package_missing
+from reporting.context import Skip, package_missing
 from reporting.memory import release
 from reporting.models import DATASET, load, sharing_twin, usable_weights, weights_name
 from reporting.tables import plain, table, times
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 _AUTHORS_USERS = 8
 _WORST_ERROR = {"float32": 1e-3, "bfloat16": 0.2}  # of a user's embedding; see the waterfall
-_LEAST_ROUNDS = 2
+_ROUNDS = 3
 
 OURS = "ours"
 
@@ -52,6 +53,8 @@ def measure(context: Context, deadline: Deadline) -> dict[str, Any]:
         else:
             found[name] = compare(context, shape, weights[0], deadline)
             release()
+    if not found:
+        raise Skip("; ".join(left_out))
     kind = weights_name(weights[0], context.settings.dtype)
     return {"shape": shape, "weights": kind, "comparisons": found, "left_out": left_out}
 
@@ -134,17 +137,29 @@ def _check(name: str, actual: Tensor, expected: Tensor, context: Context) -> Non
 
 
 def _compare(context: Context, runs: Mapping[str, Run], computed: Mapping[str, int], deadline: Deadline) -> Rows:
-    budget_s = min(8 * context.settings.rounds_s, max(0.1, deadline.left_s / 3))
-    seconds = interleaved_medians(runs, context.clock, budget_s, _LEAST_ROUNDS)
-    return [
-        {
-            "form": name,
-            "seconds": value,
-            "ours_is_faster_by": value / seconds[OURS],
-            "tokens": computed[name],
-        }
-        for name, value in seconds.items()
-    ]
+    start = perf_counter()
+    runs = {name: run for name, run in runs.items() if _fits(run)}
+    rounds = deadline.rounds(perf_counter() - start, _ROUNDS)
+    if OURS not in runs:
+        raise RuntimeError("baselines: our step must fit into memory, got none that does")
+    seconds = interleaved_medians(runs, context.clock, 0.0, rounds)
+    rows: Rows = []
+    for name, tokens in computed.items():
+        row: dict[str, Any] = {"form": name, "tokens": tokens}
+        if name in seconds:
+            row |= {"seconds": seconds[name], "ours_is_faster_by": seconds[name] / seconds[OURS]}
+        rows.append(row)
+    return rows
+
+
+def _fits(run: Run) -> bool:
+    """Whether it runs within the memory of the device."""
+    try:
+        run()
+    except torch.OutOfMemoryError:
+        release()
+        return False
+    return True
 
 
 _TITLES = {
@@ -159,15 +174,10 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
     """A table for every comparison."""
     lines = [f"Whole steps, forward and backward, around {found['shape']} in {found['weights']}."]
     for name, rows in found["comparisons"].items():
-        cells = [
-            [
-                row["form"],
-                plain(1e3 * row["seconds"]),
-                times(row["ours_is_faster_by"]),
-                f"{row['tokens']}",
-            ]
-            for row in rows
-        ]
+        cells = []
+        for row in rows:
+            time = plain(1e3 * row["seconds"]) if "seconds" in row else "out of memory"
+            cells.append([row["form"], time, times(row.get("ours_is_faster_by")), f"{row['tokens']}"])
         head = ["form", "ms", "ours is faster by", "tokens in the model"]
         lines += ["", f"**{name.capitalize()}**: {_TITLES[name]}.", "", *table(head, cells)]
     return lines

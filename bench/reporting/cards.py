@@ -41,6 +41,7 @@ def card_settings(context: Context, mode: str) -> dict[str, Any]:
         },
         "execution": {"checkpointing": mode, "checkpoint_mformer": True},
         "bituning": {"head": "none"},
+        "mformer": dict(context.settings.card_mformer),
         "training": {"optimizer": {"eight_bit": packed}},
     }
 

@@ -41,6 +41,10 @@ class Deadline:
         """Seconds until then; 0 where it is over."""
         return max(0.0, self._end - monotonic())
 
+    def rounds(self, round_s: float, most: int) -> int:
+        """How many of `most` rounds of so many seconds fit in, after one to warm up; at least one."""
+        return max(1, min(most, int(self.left_s / max(round_s, 1e-9)) - 1))
+
     @property
     def over(self) -> bool:
         """Whether nothing new may begin."""

@@ -86,9 +86,8 @@ def _roofline(sections: Mapping[str, Any]) -> Figure | None:
         ax.axvline(100, color=_ROOF, linewidth=1.5, label="measured roof")
         room = max(100.0, *shares)
         for place, share in zip(places, shares, strict=True):
-            ax.text(
-                share + 0.01 * room, place, f"{share:.0f}" if share >= 9.95 else f"{share:.1f}", va="center", fontsize=8
-            )
+            text = f"{share:.0f}" if share >= 9.95 else f"{share:.1f}"
+            ax.text(share + 0.01 * room, place, text, va="center", fontsize=8, bbox=_ON_WHITE)
         ax.set_xlim(0, 1.12 * room)
         ax.set_xlabel(label)
         ax.set_title(title)
@@ -151,7 +150,7 @@ def _planned_and_measured(ax: Axes, rows: list[dict[str, Any]]) -> None:
     ax.invert_yaxis()
     ax.set_xlabel(f"peak of one step beside the weights [{name}]")
     ax.set_title("Step of the frozen model")
-    ax.legend(loc="best")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=2, frameon=False)
 
 
 def _cards(ax: Axes, cards: Mapping[str, Any]) -> None:
@@ -165,7 +164,7 @@ def _cards(ax: Axes, cards: Mapping[str, Any]) -> None:
     for row in cards["cards"]:
         size = row["bytes"] / GIB
         ax.axhline(size, color="#999999", linewidth=0.8, linestyle="--")
-        ax.text(0.98 * _LARGEST_TOKENS / 1000, size, row["card"], va="bottom", ha="right", fontsize=8, color="#555555")
+        ax.annotate(row["card"], (1.01, size), xycoords=("axes fraction", "data"), va="center", fontsize=8)
         measured = row.get("measured")
         if measured is not None and measured["fits"]:
             context = cards["fixed_bytes"]["CUDA context"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -25,6 +25,7 @@ class Settings:
         users: sequences of a batch beside the padded forms; the authors' form has 8.
         paper_mformer: M-Former of the size the Laser authors use, else the demonstration's.
         card_shape: language model whose fit on cards is planned, and measured on a GPU.
+        card_mformer: settings of the M-Former of that plan; the defaults are the authors'.
         training: "full" is the demonstration's preset, "reduced" a fraction of its users and of its schedule.
         rounds_s: seconds of measuring for one row of the step.
     """
@@ -45,6 +46,7 @@ class Settings:
     rounds_s: float
     shares: Mapping[str, int]
     weights: tuple[str, ...] = ("nf4", "none")
+    card_mformer: Mapping[str, int] = field(default_factory=dict)
     cards: tuple[str, ...] = ("8GB", "12GB", "16GB", "24GB")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from laser_fast.nn.execution import CHECKPOINTING, Execution
 from laser_fast.nn.frozen_lm import FrozenLM
 from laser_fast.training.plan import MemoryPlan
+from reporting.context import Skip
 from reporting.flops import floor_operations
 from reporting.memory import peak_of, plan_of_language_model, release
 from reporting.models import PackedStep, load, packed_lengths, usable_weights, weights_name
@@ -36,6 +37,8 @@ def measure(context: Context, deadline: Deadline) -> dict[str, Any]:
                 left_out.append(f"{shape} in {weights_name(weights, settings.dtype)}: the time was over")
                 continue
             rows += _rows_of_model(context, deadline, shape, weights, left_out)
+    if not rows:
+        raise Skip("; ".join(left_out))
     lengths = _describe(packed_lengths(settings.mode_tokens))
     return {"rows": rows, "dtype": settings.dtype, "left_out": left_out, "lengths": lengths}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from reporting.context import Context, Deadline
 
 _WORST_ERROR = {"float32": 1e-3, "bfloat16": 0.2}  # of a row of the gradient; a wrong formula is off by about 1
-_LEAST_ROUNDS = 3
+_ROUNDS = 5
 _PACKED = Execution(checkpointing="full", fused=False, share_dequantization=False, last_layer="all")
 _FUSED = replace(_PACKED, fused=True)
 _SHARED = replace(_FUSED, share_dequantization=True)
@@ -104,10 +105,11 @@ def measure(context: Context, deadline: Deadline) -> dict[str, Any]:
     kinds, left_out = usable_weights(context)
     lengths = packed_lengths(tokens)
     steps = _steps(context, shape, kinds[0], lengths)
+    start = perf_counter()
     found = _peaks(context, steps)
+    rounds = deadline.rounds(perf_counter() - start, _ROUNDS)
     runs = {name: step for name, step in steps.items() if name in found}
-    budget_s = max(1.0, deadline.left_s - 5)
-    seconds = interleaved_medians(runs, context.clock, min(budget_s, 12 * context.settings.rounds_s), _LEAST_ROUNDS)
+    seconds = interleaved_medians(runs, context.clock, 0.0, rounds)
     for name, value in seconds.items():
         found[name] |= {"seconds": value, "us_per_token": 1e6 * value / tokens}
     ratio = int(lengths.max()) * len(lengths) / tokens
@@ -116,6 +118,7 @@ def measure(context: Context, deadline: Deadline) -> dict[str, Any]:
         "weights": weights_name(kinds[0], context.settings.dtype),
         "tokens": tokens,
         "sequences": len(lengths),
+        "rounds": rounds,
         "padding_ratio": ratio,
         "left_out": left_out,
         "cumulative": _cumulative(found, ratio),
@@ -220,7 +223,7 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
     return [
         f"{found['shape']} in {found['weights']}, {found['tokens']} useful tokens in {found['sequences']} sequences; "
         f"the padded form computes {found['padding_ratio']:.2f} times as many. Every line has the switches above it. "
-        "All states run in turn, and their gradients were compared first.",
+        f"All states run in turn, {found['rounds']} times; their gradients were compared first.",
         "The predicted gains are for an H100 and an 8B model in 4 bits; packing is scaled to this padding.",
         "",
         *table(head, lines),
