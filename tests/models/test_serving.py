@@ -70,6 +70,7 @@ def assert_same_embeddings(model: LaserModel, histories: PackedSequences, expect
 def test_after_warmup_nothing_is_compiled(tiny_settings: dict[str, Any], form: str) -> None:
     model = build(tiny_settings, **FORMS[form])
     plain = [(histories, model.encode_users(histories)) for histories in requests(50)]
+    forwards = [vars(layer).get("forward") for layer in frozen_layers(model.lm.model)]
     counter = CompileCounterWithBackend("eager")
     model.serving.use("compile", backend=counter)
     assert model.serving.mode == "compile" and counter.frame_count == 0
@@ -81,6 +82,7 @@ def test_after_warmup_nothing_is_compiled(tiny_settings: dict[str, Any], form: s
     model.recommend([["i3", "i4"], []], k=3)
     assert counter.frame_count == warm
     model.serving.use("none")
+    assert [vars(layer).get("forward") for layer in frozen_layers(model.lm.model)] == forwards
     assert all(torch.equal(model.encode_users(histories), expected) for histories, expected in plain)
 
 
