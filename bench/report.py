@@ -11,7 +11,8 @@ one that is skipped says why as well.
 import os
 import sys
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # read with torch: its profiler would report every start and stop
+if "--cpu" in sys.argv:  # before torch is imported: the library puts models on a GPU wherever it sees one
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from reporting.run import main
 

@@ -15,7 +15,7 @@ from time import monotonic
 import torch
 from timing import Clock, wall_clock
 
-from reporting.roofs import Product, Roofs, measure_roofs
+from reporting.roofs import Roofs, measure_roofs
 from reporting.settings import Settings
 
 BENCH = Path(__file__).resolve().parents[1]
@@ -69,11 +69,6 @@ class Context:
     def roofs(self) -> Roofs:
         """Measured at the first use, so that every section has them whichever were chosen."""
         return measure_roofs(self.device, self.settings.copy_floats, self.settings.matmul_size)
-
-    @cached_property
-    def product(self) -> Product:
-        """What the rate of products is measured with; timed beside a step, since it changes with clock and load."""
-        return Product(self.device, self.settings.dtype, self.settings.matmul_size)
 
     @property
     def on_gpu(self) -> bool:

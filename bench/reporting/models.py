@@ -34,9 +34,9 @@ def _small(width: int, inner: int, layers: int) -> dict[str, Any]:
 
 
 SMALL = {  # named after the weights of their linear layers
+    "llama-0.4m": _small(128, 352, 2),
     "llama-1m": _small(128, 352, 5),
     "llama-3m": _small(256, 704, 4),
-    "llama-7m": _small(384, 1056, 4),
 }
 
 

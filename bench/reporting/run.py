@@ -132,7 +132,9 @@ def write(report: Mapping[str, Any], out: Path) -> int:
     texts = {name: section.markdown for name, section in SECTIONS.items()}
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (out / "report.md").write_text(document(report, texts, pictures), encoding="utf-8")
-    failed = [name for name, found in report["sections"].items() if found["status"] == "failed"]
-    for name in failed:
-        print(f"report: {name} failed: {report['sections'][name]['reason']}", file=sys.stderr)
-    return 1 if failed else 0
+    status = 0
+    for name, found in report["sections"].items():
+        for reason in [found["reason"]] if found["status"] == "failed" else found.get("failures", []):
+            print(f"report: {name} failed: {reason}", file=sys.stderr)
+            status = 1
+    return status

@@ -77,7 +77,7 @@ ON_CPU = Settings(
     matmul_size=1024,
     kernels="(forward+backward and (cpu-demo or cpu-16-shared or frozen-items-product)) or topk "
     "or (varlen_attention and amazon)",
-    shapes=("llama-1m", "llama-3m", "llama-7m"),
+    shapes=("llama-0.4m", "llama-1m", "llama-3m"),
     tokens=(256, 512, 1024),
     mode_tokens=512,
     waterfall=("llama-3m", 1024),
@@ -86,5 +86,5 @@ ON_CPU = Settings(
     card_shape="llama-3-8b",
     training="reduced",
     rounds_s=0.5,
-    shares=_SHARES | {"kernels": 14, "step": 20, "waterfall": 20, "baselines": 18, "cards": 6, "training": 22},
+    shares=_SHARES | {"kernels": 14, "step": 10, "waterfall": 32, "baselines": 24, "cards": 6, "training": 20},
 )

@@ -16,6 +16,7 @@ from reporting.context import Skip
 from reporting.flops import floor_operations
 from reporting.memory import peak_of, plan_of_language_model, release
 from reporting.models import PackedStep, load, packed_lengths, usable_weights, weights_name
+from reporting.roofs import Product
 from reporting.tables import NONE, percent, plain, size, table, times
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def _wanted(context: Context, shape: str, weights: str) -> Iterator[tuple[str, i
 def _measure_row(
     context: Context, model: PreTrainedModel, mode: str, lengths: Tensor, plan: MemoryPlan
 ) -> dict[str, Any]:
-    tokens = int(lengths.sum())
+    tokens, settings = int(lengths.sum()), context.settings
     planned = plan.step[mode].peak(tokens)
     resident = plan.fixed_bytes - plan.fixed.get("CUDA context", 0)
     operations = floor_operations(model, lengths)
@@ -88,14 +89,16 @@ def _measure_row(
     try:
         step()
         peak = peak_of(step, context.device)
-        runs = {"step": step, "product": context.product}
-        medians = interleaved_medians(runs, context.clock, context.settings.rounds_s, _LEAST_ROUNDS)
+        # timed beside the step, since its rate changes with clock and load; made after the peak was read
+        product = Product(context.device, settings.dtype, settings.matmul_size)
+        runs = {"step": step, "product": product}
+        medians = interleaved_medians(runs, context.clock, settings.rounds_s, _LEAST_ROUNDS)
     except torch.OutOfMemoryError:
         return found | {"out_of_memory": True}
     if peak.reserved is not None:
         found |= {"planned_bytes": resident + planned, "reserved_bytes": peak.reserved}
         found["reserved_over_planned"] = peak.reserved / (resident + planned)
-    seconds, rate = medians["step"], context.product.operations / medians["product"]
+    seconds, rate = medians["step"], product.operations / medians["product"]
     return found | {
         "seconds": seconds,
         "us_per_token": 1e6 * seconds / tokens,

@@ -63,12 +63,13 @@ CUMULATIVE = {  # in the order in which the switches are turned on; named as the
 TURNED_OFF = {  # of the state before the last
     "packing (padded, nothing recomputed)": State(None),
     "fused norms and MLPs": State(replace(_FINAL, fused=False)),
-    "last layer for what is read out": State(_NONE),
+    "last layer for what is read out": State(_NONE),  # the line above the last, so it runs once
     "keeping gate and up": State(replace(_FINAL, checkpointing="mlp")),
     "keeping anything": State(replace(_FINAL, checkpointing="full")),
     "keeping anything, two unpackings": State(replace(_FINAL, checkpointing="full", share_dequantization=False)),
 }
 FINAL = "last layer for what is read out"
+_WITHOUT_READOUT = "nothing recomputed"
 
 
 class PaddedStep:
@@ -131,6 +132,7 @@ def _steps(context: Context, shape: str, weights: str, lengths: Tensor) -> dict[
     models = {weights: load(context, shape, weights)}
     wanted = {f"on {name}": state for name, state in CUMULATIVE.items()}
     wanted |= {f"off {name}": state for name, state in TURNED_OFF.items()}
+    wanted.pop(f"off {FINAL}")
     steps: dict[str, Callable[[], Tensor]] = {}
     packed: PackedStep | None = None
     for name, state in wanted.items():
@@ -196,6 +198,7 @@ def _cumulative(found: Mapping[str, Mapping[str, Any]], padding_ratio: float) ->
 
 def _turned_off(found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     final = found[f"on {FINAL}"]
+    found = dict(found) | {f"off {FINAL}": found.get(f"on {_WITHOUT_READOUT}", {})}
     rows = []
     for name in TURNED_OFF:
         row = dict(found.get(f"off {name}", {})) | {"name": name}

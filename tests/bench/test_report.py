@@ -318,7 +318,7 @@ def test_paths_become_names() -> None:
 
 
 def test_benchmarks_that_record_nothing_are_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_run", lambda *_: "status 4")
+    monkeypatch.setattr(kernels, "_run", lambda *_: ("status 4", []))
     monkeypatch.setattr(kernels, "package_missing", lambda _: False)
     context = Context(torch.device("cpu"), TINY, tmp_path)
     with pytest.raises(
@@ -328,3 +328,18 @@ def test_benchmarks_that_record_nothing_are_a_failure(tmp_path: Path, monkeypatc
     monkeypatch.setattr(kernels, "package_missing", lambda _: True)
     with pytest.raises(Skip, match="pytest-benchmark is not installed"):
         kernels.measure(context, Deadline(1))
+
+
+def test_a_benchmark_that_fails_fails_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fake(context: Context, stored: Path, deadline: Deadline) -> tuple[str, list[str]]:
+        stored.write_text(json.dumps({"benchmarks": [recorded("catalog_topk[1]", speedup_over_product=3.0)]}))
+        return "all of them", ["FAILED bench/bench_x.py::test_x - AssertionError"]
+
+    monkeypatch.setattr(kernels, "_run", fake)
+    monkeypatch.setattr(kernels, "package_missing", lambda _: False)
+    assert run.main([str(tmp_path), "--cpu", "--only", "kernels"], TINY) == 1
+    assert "report: kernels failed: FAILED bench/bench_x.py::test_x" in capsys.readouterr().err
+    text = (tmp_path / "report.md").read_text()
+    assert "**FAILED bench/bench_x.py::test_x - AssertionError**" in text and "3.00x product" in text
