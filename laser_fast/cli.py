@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import sys
 import textwrap
 import warnings
@@ -50,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train Laser by a configuration")
     train.add_argument("config", help="YAML file")
     _add_settings(train, "training.seed=1")
+    train.add_argument("--resume", action="store_true", help="go on with the run in `output` from its last whole state")
     train.set_defaults(run=_train)
 
     plan = commands.add_parser("plan", help="how much memory training needs, and what to set for a GPU")
@@ -141,13 +143,25 @@ def _train_recommender(parsed: argparse.Namespace) -> None:
     print(f"saved in {parsed.output}")
 
 
-def _train(parsed: argparse.Namespace) -> None:
+def _train(parsed: argparse.Namespace) -> int:
+    from laser_fast.training.interruption import Interrupted
     from laser_fast.training.laser import train_laser
+    from laser_fast.training.run_directory import RunDirectory
 
     config = load_config(LaserConfig, parsed.config, parsed.set)
     print(dump_config(config))
-    train_laser(config)
+    if parsed.resume and RunDirectory(config.output, config, resume=True).finished:  # no need to load anything
+        print(f"{config.output} is finished: nothing is left to train")
+        return 0
+    try:
+        train_laser(config, resume=parsed.resume)
+    except Interrupted as stop:
+        settings = [part for setting in parsed.set for part in ("--set", setting)]
+        again = shlex.join(["laser-fast", "train", parsed.config, *settings, "--resume"])
+        print(f"laser-fast: stopped by {stop.signal.name}; go on with: {again}", file=sys.stderr)
+        return stop.exit_status
     print(f"saved in {config.output}")
+    return 0
 
 
 def _plan(parsed: argparse.Namespace) -> None:

@@ -202,6 +202,8 @@ class TrainingConfig(Settings):
     its gradients added up. None = never split."""
     halve_on_oom: bool = False
     """When memory runs out, halve `micro_batch_tokens` and take the step again instead of stopping."""
+    save_steps: PositiveInt | None = None
+    """Steps after which the state is saved, from which `train --resume` goes on. None = at every epoch's end only."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     pretrain: StageConfig = StageConfig(epochs=0)
     phase_a: StageConfig = StageConfig(epochs=10)
@@ -226,7 +228,7 @@ class LaserConfig(Settings):
     recommender: str | None = None
     """Folder written by `laser-fast recommender train`; needed when `bituning.prefix` is "mformer"."""
     output: str
-    """The run directory; must not exist yet."""
+    """The run directory; must not exist yet, unless the run in it is resumed."""
     lm: LanguageModelConfig
     execution: ExecutionConfig = ExecutionConfig()
     prompt: PromptConfig = PromptConfig()

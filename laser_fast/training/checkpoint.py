@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from laser_fast.config import LaserConfig, build_config
 from laser_fast.data.folders import replace_directory, whole_directory
@@ -124,6 +125,18 @@ def calibration_components(model: LaserModel, inputs: Inputs) -> dict[str, Score
     return scorers
 
 
+def fingerprint(inputs: Inputs) -> dict[str, str]:
+    """SHA-256 of what a run is trained on, by its name in a message."""
+    recommender: object = inputs.recommender
+    digest = hashlib.sha256()
+    if isinstance(recommender, nn.Module):
+        for name, tensor in sorted(recommender.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().numpy().tobytes())
+    items = item_map_hash(inputs.dataset.items.ids)
+    return {"split": inputs.split.hash, "item map": items, "recommender": digest.hexdigest()}
+
+
 def item_map_hash(item_ids: Sequence[str]) -> str:
     """SHA-256 over the external ids in index order, the same as `ItemTable.hash`."""
     digest = hashlib.sha256()
@@ -141,6 +154,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
-        return load_file(path)
+        # copies begin where torch's own tensors do, on which sums depend in their last bit; in a file it is anywhere
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
     except SafetensorError as error:
         raise ValueError(f"checkpoint: {path.name} must be a whole safetensors file, got {error}") from error

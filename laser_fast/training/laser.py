@@ -2,10 +2,11 @@
 
 phase A   the item matrix V is encoded anew at the start of each epoch; users are trained against all of it
 phase B   V stays as it was at the best epoch of phase A; only the user side goes on
+
+The state is kept on the way, see `epochs`.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import warnings
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from laser_fast.config import LaserConfig
-from laser_fast.data import TrainingRows, training_rows
+from laser_fast.data import training_rows
 from laser_fast.data.batches import PackedBatch
 from laser_fast.evaluation import evaluate, search_calibration
 from laser_fast.models.calibration import CalibratedScorer
@@ -23,33 +24,25 @@ from laser_fast.models.laser import LaserModel
 from laser_fast.models.token_budget import Shortage, TokenBudget
 from laser_fast.nn.pretraining import ContrastiveHeads
 from laser_fast.training.build import Inputs, build_laser, load_inputs, load_language_model, training_counts
-from laser_fast.training.checkpoint import calibration_components, load_weights, restore, save_laser
-from laser_fast.training.loop import EarlyStopping, RowSampler, StageTrainer
+from laser_fast.training.checkpoint import calibration_components, fingerprint, load_weights, restore, save_laser
+from laser_fast.training.epochs import Run, Stage, keep_state, train_epochs
+from laser_fast.training.interruption import Interruption
+from laser_fast.training.loop import EarlyStopping, EpochSums, RowSampler, StageTrainer
 from laser_fast.training.memory import Plan, explain_pretraining_shortage, explain_shortage
 from laser_fast.training.plan_table import one_line
+from laser_fast.training.resume import StateFolder
 from laser_fast.training.run_directory import RunDirectory
 
 MAIN_METRIC = "NDCG@10"
 
 
-@dataclass
-class _Run:
-    """What the stages of one run share."""
-
-    config: LaserConfig
-    inputs: Inputs
-    model: LaserModel
-    rows: TrainingRows
-    directory: RunDirectory
-    accelerator: Accelerator
-    progress: bool
-    plan: Plan | None
-
-
-def train_laser(config: LaserConfig, *, progress: bool = True, plan: Plan | None = None) -> tuple[LaserModel, Inputs]:
+def train_laser(
+    config: LaserConfig, *, resume: bool = False, progress: bool = True, plan: Plan | None = None
+) -> tuple[LaserModel, Inputs]:
     """Train by the configuration and leave the best model in `config.output`.
 
     Args:
+        resume: go on with the run in `config.output` from its last whole state; a finished one is only loaded.
         progress: show bars and a line for every epoch.
         plan: says what the memory plan expected; asked when memory runs out. None = `plan_table.one_line`.
 
@@ -58,29 +51,68 @@ def train_laser(config: LaserConfig, *, progress: bool = True, plan: Plan | None
 
     Raises:
         FileExistsError: `config.output` holds something.
-        FileNotFoundError, ValueError: the data, the recommender or the language model are missing or do not fit.
+        FileNotFoundError, ValueError: the data, the recommender or the language model are missing or do not fit; the
+            run to resume is missing, damaged, or of another configuration.
         FloatingPointError: the loss is not finite.
+        Interrupted: SIGTERM or SIGINT came; the step was finished and the state is kept.
         torch.OutOfMemoryError: memory ran out; names the settings to change.
     """
+    reopened = RunDirectory(config.output, config, resume=True) if resume else None
     set_seed(config.training.seed)
     inputs = load_inputs(config)
     language_model, tokenizer = load_language_model(config.lm)
     precision = config.training.mixed_precision
     accelerator = Accelerator(mixed_precision=precision)
     model = build_laser(config, inputs, language_model, tokenizer).to(accelerator.device)
-    directory = RunDirectory(config.output, config)
+    directory = reopened or RunDirectory(config.output, config)
+    if directory.finished:
+        if progress:
+            print(f"{config.output} is finished: nothing is left to train", flush=True)
+        return restore(model.eval(), inputs, directory.checkpoint), inputs
     rows = training_rows(inputs.split.train, max(config.prompt.max_items, config.mformer.max_history))
     plan = plan or partial(one_line, config, on_gpu=accelerator.device.type == "cuda")
-    run = _Run(config, inputs, model, rows, directory, accelerator, progress, plan)
+    states, interruption = StateFolder(directory), Interruption()
+    facts = fingerprint(inputs)
+    run = Run(config, inputs, model, rows, directory, accelerator, progress, plan, states, interruption, facts)
     model.budget = _token_budget(run)
-    if config.training.pretrain.epochs:
-        _pretrain(run)
-    phase_a = _phase(run, "phase_a", None)
-    _phase(run, "phase_b", phase_a)
+    if resume:
+        _resume(run)
+    with interruption:
+        _train_stages(run)
+    directory.finish()
+    states.clear()
     return restore(model.eval(), inputs, directory.checkpoint), inputs
 
 
-def _pretrain(run: _Run) -> None:
+def _resume(run: Run) -> None:
+    """Find the state to go on from and put back the files that belong to it."""
+    state = run.states.newest()
+    if state is None:
+        warnings.warn(f"train_laser: {run.config.output} has no state yet; it begins anew", stacklevel=3)
+    else:
+        known = state.values["position"]["fingerprint"]
+        changed = [name for name, value in run.fingerprint.items() if known[name] != value]
+        if changed:
+            raise ValueError(
+                "train_laser: a run must be resumed on the data it began with, got another " + " and ".join(changed)
+            )
+        if run.progress:
+            position = state.values["position"]
+            print(f"goes on after step {position['step']} of {position['stage']}", flush=True)
+    run.states.put_back_files()
+    run.resumed = state
+
+
+def _train_stages(run: Run) -> None:
+    """All stages, or those from the one on in which the run stands."""
+    in_phase_b = run.stands_in("phase_b")
+    if run.config.training.pretrain.epochs and not (in_phase_b or run.stands_in("phase_a")):
+        _pretrain(run)
+    best = -1.0 if in_phase_b else _phase(run, "phase_a", -1.0)
+    _phase(run, "phase_b", best)
+
+
+def _pretrain(run: Run) -> None:
     """Stage 1: contrastive loss between M-Former's queries and the text of the same history, plus the balance loss."""
     config, model = run.config, run.model
     mformer, recommender = model.mformer, model.recommender
@@ -114,28 +146,22 @@ def _pretrain(run: _Run) -> None:
         plan=run.plan,
     )
     stopping = EarlyStopping(stage.patience)
-    for epoch in range(stage.epochs):
-        batches = _batches(run, sampler, epoch, with_positives=False)
-        title = f"stage 1, epoch {epoch + 1}"
-        values = trainer.run_epoch(batches, num_batches, loss_function, title=title, progress=run.progress)
+
+    def conclude(epoch: int, values: dict[str, Any]) -> None:
         validation = _validation_loss(run, modules, loss_function)
         run.directory.log(stage="pretrain", epoch=epoch, validation_contrastive=validation, **values)
         stopping.improved(-validation, epoch)
-        if stopping.stop:
-            break
+
+    current = Stage("pretrain", "stage 1", stage, sampler, trainer, stopping, loss_function, heads=heads)
+    train_epochs(run, current, conclude)
 
 
-def _phase(run: _Run, name: str, carried: EarlyStopping | None) -> EarlyStopping:
-    """One phase of stage 2; phase B starts from the best of phase A and must beat it to be kept."""
+def _phase(run: Run, name: str, best: float) -> float:
+    """One phase of stage 2, which must beat `best` to be kept; phase B starts from the best of phase A."""
     config, model = run.config, run.model
-    frozen_items = carried is not None
+    frozen_items = name == "phase_b"
     stage = config.training.phase_b if frozen_items else config.training.phase_a
-    stopping = EarlyStopping(stage.patience, -1.0 if carried is None else carried.best)
-    if frozen_items:
-        load_weights(model, run.directory.checkpoint)
-    else:
-        _refresh(run)
-        _validate(run, stopping, name, -1)  # the untrained model is the first candidate
+    stopping = EarlyStopping(stage.patience, best)
     with_positives = not frozen_items and config.objective.item_gradient == "positives"
     sampler = RowSampler(len(run.rows), stage.rows_per_epoch, config.training.seed + 1 + frozen_items)
     num_batches = sampler.num_batches(config.training.batch_size)
@@ -148,19 +174,32 @@ def _phase(run: _Run, name: str, carried: EarlyStopping | None) -> EarlyStopping
         virtual_tokens=model.virtual_tokens,
         plan=run.plan,
     )
-    for epoch in range(stage.epochs):
-        batches = _batches(run, sampler, epoch, with_positives=with_positives)
-        title = f"stage 2 {name.replace('_', ' ')}, epoch {epoch + 1}"
-        values = trainer.run_epoch(batches, num_batches, _training_loss(model), title=title, progress=run.progress)
+    title, loss_function = f"stage 2 {name.replace('_', ' ')}", _training_loss(model)
+    current = Stage(name, title, stage, sampler, trainer, stopping, loss_function, with_positives=with_positives)
+    if not run.stands_in(name):
+        _begin_phase(run, current)
+
+    def conclude(epoch: int, values: dict[str, Any]) -> None:
         if not frozen_items:
             _refresh(run)
         _validate(run, stopping, name, epoch, **values)
-        if stopping.stop:
-            break
-    return stopping
+
+    train_epochs(run, current, conclude)
+    return stopping.best
 
 
-def _calibrate(run: _Run) -> tuple[CalibratedScorer, float]:
+def _begin_phase(run: Run, stage: Stage) -> None:
+    """Phase A ranks the untrained model, the first candidate; phase B starts from the best one so far."""
+    if stage.name == "phase_b":
+        load_weights(run.model, run.directory.checkpoint)
+        return
+    with run.interruption.at_once():
+        _refresh(run)
+        _validate(run, stage.stopping, stage.name, -1)
+    keep_state(run, stage, 0, EpochSums())
+
+
+def _calibrate(run: Run) -> tuple[CalibratedScorer, float]:
     """Fit the scalars of the calibrated score on the validation rows; with the metric they reach there."""
     inputs = run.inputs
     return search_calibration(
@@ -173,7 +212,7 @@ def _calibrate(run: _Run) -> tuple[CalibratedScorer, float]:
     )
 
 
-def _token_budget(run: _Run) -> TokenBudget:
+def _token_budget(run: Run) -> TokenBudget:
     """One budget for training and for encoding; what lowers it stands in the log."""
     training = run.config.training
 
@@ -195,11 +234,11 @@ def _training_loss(model: LaserModel) -> Any:
     return loss_function
 
 
-def _refresh(run: _Run) -> None:
+def _refresh(run: Run) -> None:
     run.model.refresh_items(batch_size=2 * run.config.evaluation.batch_size, progress=run.progress)
 
 
-def _validate(run: _Run, stopping: EarlyStopping, phase: str, epoch: int, **values: Any) -> None:
+def _validate(run: Run, stopping: EarlyStopping, phase: str, epoch: int, **values: Any) -> None:
     """Rank the whole catalogue for all validation users; keep the model when it is the best so far."""
     model, size = run.model.eval(), run.config.evaluation.batch_size
     if run.config.evaluation.calibrate:  # what will be served decides which epoch is the best
@@ -226,7 +265,7 @@ def _validate(run: _Run, stopping: EarlyStopping, phase: str, epoch: int, **valu
 
 
 @torch.no_grad()
-def _validation_loss(run: _Run, modules: nn.Module, loss_function: Any) -> float:
+def _validation_loss(run: Run, modules: nn.Module, loss_function: Any) -> float:
     modules.eval()
     valid, size = run.inputs.split.valid, run.config.training.batch_size
     losses = []
@@ -237,11 +276,6 @@ def _validation_loss(run: _Run, modules: nn.Module, loss_function: Any) -> float
     return sum(losses) / max(1, len(valid))
 
 
-def _batches(run: _Run, sampler: RowSampler, epoch: int, *, with_positives: bool) -> Iterator[PackedBatch]:
-    for rows in sampler.batches(epoch, run.config.training.batch_size):
-        yield run.model.builder.training_batch(run.rows.select(rows), with_positives=with_positives)
-
-
-def _longest_text(run: _Run) -> int:
+def _longest_text(run: Run) -> int:
     layout = run.model.builder.user_layout
     return len(layout.left) + layout.max_tokens + len(layout.right)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -19,11 +20,16 @@ from laser_fast.data.micro_batches import VirtualTokens
 from laser_fast.models.token_budget import TokenBudget, is_out_of_memory, release_memory
 from laser_fast.training.memory import Plan, explain_optimizer_shortage
 from laser_fast.training.optimizer import build_optimizer
+from laser_fast.training.random_state import RandomState
+from laser_fast.training.resume import State
 
 _SHOW_EVERY = 10  # steps; reading the loss waits for the device
 
 LossFunction = Callable[[PackedBatch], dict[str, Tensor]]
 """Gives at least "loss"; the other entries are averaged and logged."""
+
+NameRows = Callable[[int, np.ndarray], str]
+"""Names rows of the batch of a step (counted within the epoch), for a message."""
 
 
 class RowSampler:
@@ -84,6 +90,57 @@ class EarlyStopping:
         """Whether patience has run out."""
         return self.waited >= self.patience
 
+    def values(self) -> dict[str, float | None]:
+        """What was recorded so far, as JSON has it (None: no value yet)."""
+        best = None if self.best == -math.inf else self.best
+        return {"best": best, "best_epoch": self.best_epoch, "waited": self.waited}
+
+    def put_back(self, values: dict[str, Any]) -> None:
+        """Go on from what `values` gave."""
+        self.best = -math.inf if values["best"] is None else values["best"]
+        self.best_epoch, self.waited = values["best_epoch"], values["waited"]
+
+
+@dataclass
+class EpochSums:
+    """What an epoch has added up so far; an epoch that is resumed goes on from here.
+
+    Attributes:
+        steps: taken.
+        tokens: of text.
+        time_s: spent on the steps.
+        totals: sums over the steps of what the loss function reports.
+    """
+
+    steps: int = 0
+    tokens: int = 0
+    micro_batches: int = 0
+    time_s: float = 0.0
+    totals: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, values: dict[str, Tensor], tokens: int, micro_batches: int) -> None:
+        """Count one step."""
+        for name, value in values.items():
+            self.totals[name] = self.totals.get(name, torch.zeros_like(value)) + value
+        self.steps += 1
+        self.tokens += tokens
+        self.micro_batches += micro_batches
+
+    def state(self) -> State:
+        """All of it, to be kept."""
+        counts = {name: value for name, value in vars(self).items() if name != "totals"}
+        return State(dict(self.totals), {"counts": counts, "order": list(self.totals)})
+
+    @classmethod
+    def from_state(cls, state: State, device: torch.device) -> "EpochSums":
+        """What `state` gave, its tensors on the device of the training."""
+        totals = {name: state.tensors[name].to(device) for name in state.values["order"]}
+        return cls(**state.values["counts"], totals=totals)
+
+
+def _positions(step: int, rows: np.ndarray) -> str:
+    return f"rows {rows.tolist()} of the batch"
+
 
 class StageTrainer:
     """Optimizer, schedule and step of one stage.
@@ -136,46 +193,97 @@ class StageTrainer:
         *,
         title: str,
         progress: bool,
+        sums: EpochSums | None = None,
+        after_step: Callable[[], None] | None = None,
+        name_rows: NameRows = _positions,
     ) -> dict[str, Any]:
         """One pass: mean of everything the loss function reports, text tokens per second, micro-batches per step, and
         on a GPU the largest memory.
 
+        Args:
+            batches: of the steps that are left.
+            num_batches: steps of the whole epoch.
+            sums: where the epoch stands, kept up to date; None = at its start.
+            after_step: called after every step, e.g. to keep the state.
+            name_rows: names the rows of a batch whose loss is not finite.
+
         Raises:
-            FloatingPointError: the loss is not finite; names the step.
+            FloatingPointError: the loss or its gradient is not finite; names the step and the rows.
             torch.OutOfMemoryError: memory ran out; names the settings to change.
         """
         self.modules.train()
+        sums = EpochSums() if sums is None else sums
         device = self.accelerator.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        totals: dict[str, Tensor] = {}
-        tokens, micro_batches, start = 0, 0, perf_counter()
-        with tqdm(total=num_batches, desc=title, unit="step", disable=not progress, leave=False) as bar:
-            for done, batch in enumerate(batches, start=1):
-                values, parts = self._train_step(batch, loss_function)
-                for name, value in values.items():
-                    totals[name] = totals.get(name, torch.zeros_like(value)) + value
-                tokens += batch.input_ids.shape[0]
-                micro_batches += parts
+        start = perf_counter()
+        with tqdm(
+            total=num_batches, initial=sums.steps, desc=title, unit="step", disable=not progress, leave=False
+        ) as bar:
+            for batch in batches:
+                values, parts = self._train_step(batch, loss_function, partial(name_rows, sums.steps))
+                sums.add(values, batch.input_ids.shape[0], parts)
                 bar.update()
-                if done % _SHOW_EVERY == 0:
-                    bar.set_postfix(loss=f"{float(totals['loss']) / done:.4f}")
-        elapsed = perf_counter() - start
-        means = {name: (total / num_batches).tolist() for name, total in totals.items()}
+                if sums.steps % _SHOW_EVERY == 0:
+                    bar.set_postfix(loss=f"{float(sums.totals['loss']) / sums.steps:.4f}")
+                sums.time_s += perf_counter() - start
+                if after_step is not None:
+                    after_step()
+                start = perf_counter()
+        means = {name: (total / num_batches).tolist() for name, total in sums.totals.items()}
         return means | {
             "step": self.step,
-            "time_s": round(elapsed, 2),
-            "text_tokens_per_s": round(tokens / max(elapsed, 1e-9), 1),
-            "micro_batches": round(micro_batches / max(1, num_batches), 3),
+            "time_s": round(sums.time_s, 2),
+            "text_tokens_per_s": round(sums.tokens / max(sums.time_s, 1e-9), 1),
+            "micro_batches": round(sums.micro_batches / max(1, num_batches), 3),
             **_peak_memory(device),
         }
 
-    def _train_step(self, batch: PackedBatch, loss_function: LossFunction) -> tuple[dict[str, Tensor], int]:
+    def state(self) -> State:
+        """Moments of the optimizer, learning rates, schedule, scaler of the loss: all but the parameters."""
+        tensors: dict[str, Tensor] = {}
+        plain: dict[str, Any] = {}
+        for index, parameter in enumerate(self._parameters()):
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                (tensors if isinstance(value, Tensor) else plain)[f"{index}.{key}"] = value
+        values = {
+            "step": self.step,
+            "optimizer": plain,
+            "learning_rates": [group["lr"] for group in self.optimizer.param_groups],
+            "schedule": self.scheduler.state_dict(),
+            "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
+        }
+        return State(tensors, values)
+
+    def load_state(self, state: State) -> None:
+        """Go on from what `state` gave, with the parameters of that moment."""
+        entries: dict[int, dict[str, Any]] = {}
+        for name, value in {**state.tensors, **state.values["optimizer"]}.items():
+            index, _, key = name.partition(".")
+            entries.setdefault(int(index), {})[key] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        for group, learning_rate in zip(groups, state.values["learning_rates"], strict=True):
+            group["lr"] = learning_rate
+        self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+        self.scheduler.load_state_dict(state.values["schedule"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state.values["scaler"])
+        self.step = state.values["step"]
+
+    def _parameters(self) -> list[Tensor]:
+        """What is trained, in the optimizer's order."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _train_step(
+        self, batch: PackedBatch, loss_function: LossFunction, name_rows: Callable[[np.ndarray], str]
+    ) -> tuple[dict[str, Tensor], int]:
         """One step of the optimizer; means over the rows of the batch, and the number of micro-batches."""
-        while (done := self._add_gradients(batch, loss_function)) is None:
+        while (done := self._add_gradients(batch, loss_function, name_rows)) is None:
             release_memory()  # the budget is smaller now, and the tensors of the attempt are gone
         try:
-            self.accelerator.clip_grad_norm_(self.modules.parameters(), self.config.max_grad_norm)
+            norm = self.accelerator.clip_grad_norm_(self.modules.parameters(), self.config.max_grad_norm)
+            if self.accelerator.scaler is None:  # which skips such a step and lowers its scale
+                self._check_finite("gradient", norm, partial(name_rows, np.arange(len(batch))))
             self.optimizer.step()
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -188,9 +296,11 @@ class StageTrainer:
         self.step += 1
         return done
 
-    def _add_gradients(self, batch: PackedBatch, loss_function: LossFunction) -> tuple[dict[str, Tensor], int] | None:
+    def _add_gradients(
+        self, batch: PackedBatch, loss_function: LossFunction, name_rows: Callable[[np.ndarray], str]
+    ) -> tuple[dict[str, Tensor], int] | None:
         """Gradients of one batch, by micro-batches; None when memory ran out and all is as it was before."""
-        before = _RandomState.now(self.accelerator.device) if self.budget.halve else None
+        before = RandomState.now(self.accelerator.device) if self.budget.halve else None
         totals: dict[str, Tensor] = {}
         parts = self.budget.split(batch, self.virtual_tokens)
         for index, rows in enumerate(parts):
@@ -198,7 +308,8 @@ class StageTrainer:
             last = index == len(parts) - 1
             try:
                 with nullcontext() if last else self.accelerator.no_sync(self.modules):
-                    values = self._backward(part, len(part) / len(batch), loss_function)
+                    share = len(part) / len(batch)
+                    values = self._backward(part, share, loss_function, partial(name_rows, rows))
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -211,37 +322,23 @@ class StageTrainer:
                 totals[name] = totals.get(name, torch.zeros_like(value)) + value
         return totals, len(parts)
 
-    def _backward(self, part: PackedBatch, share: float, loss_function: LossFunction) -> dict[str, Tensor]:
+    def _backward(
+        self, part: PackedBatch, share: float, loss_function: LossFunction, names: Callable[[], str]
+    ) -> dict[str, Tensor]:
         """Add the gradients of a micro-batch that has this share of the rows; its part of the means over rows."""
         with self.accelerator.autocast():
             values = loss_function(part.to(self.accelerator.device))
         loss = values["loss"]
-        if not bool(torch.isfinite(loss)):
-            raise FloatingPointError(
-                f"training: the loss must be finite, got {loss.item()} at step {self.step}; "
-                "lower the learning rate, or train in float32 or bf16"
-            )
+        self._check_finite("loss", loss, names)
         self.accelerator.backward(loss * share)
         return {name: value.detach() * share for name, value in values.items()}
 
-
-@dataclass(frozen=True)
-class _RandomState:
-    """torch's generators of the host and of the device that computes; dropout draws from these."""
-
-    device: torch.device
-    host: Tensor
-    on_device: Tensor | None
-
-    @classmethod
-    def now(cls, device: torch.device) -> "_RandomState":
-        on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        return cls(device, torch.get_rng_state(), on_device)
-
-    def put_back(self) -> None:
-        torch.set_rng_state(self.host)
-        if self.on_device is not None:
-            torch.cuda.set_rng_state(self.on_device, self.device)
+    def _check_finite(self, what: str, value: Tensor, names: Callable[[], str]) -> None:
+        if not bool(torch.isfinite(value)):
+            raise FloatingPointError(
+                f"training: the {what} must be finite, got {value.item()} at step {self.step} in {names()}; "
+                "lower the learning rate, or train in float32 or bf16"
+            )
 
 
 def _peak_memory(device: torch.device) -> dict[str, int]:

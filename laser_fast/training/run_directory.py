@@ -4,13 +4,16 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from laser_fast.config import Settings, dump_config
+import yaml
+
+from laser_fast.config import Settings, build_config, dump_config
 
 _PACKAGES = (
     "laser-fast",
@@ -24,30 +27,63 @@ _PACKAGES = (
     "bitsandbytes",
 )
 
+# settings under which a run may go on differently than it began: they change where and how often it is written
+_FREE_SETTINGS = ("output", "training.save_steps")
+_PART = ".part"  # ends the name of a file that is being written
+
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write beside and rename, so that the file is never half-written."""
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    _replace_file(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 class RunDirectory:
-    """Creates the folder and records what makes the run reproducible.
+    """Creates the folder and records what makes the run reproducible, or opens it again.
+
+    Args:
+        resume: go on with a run that this class began before.
 
     Raises:
         FileExistsError: the folder exists and is not empty; runs are never overwritten.
+        FileNotFoundError: with `resume`, no run was begun there.
+        ValueError: with `resume`, the run was begun under another configuration; lists the differences.
     """
 
-    def __init__(self, path: str | Path, config: Settings) -> None:
+    def __init__(self, path: str | Path, config: Settings, *, resume: bool = False) -> None:
         self.path = Path(path)
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if resume:
+            self._refuse_another(config)
+        elif self.path.exists() and (not self.path.is_dir() or any(f.suffix != _PART for f in self.path.iterdir())):
             raise FileExistsError(
                 f"RunDirectory: output must be a new or empty folder, got {str(path)!r}; remove it or choose another"
             )
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-        write_json(self.path / "environment.json", describe_environment())
+        if not resume:
+            _replace_file(self.path / "config.yaml", dump_config(config).encode())
+        if not (self.path / "environment.json").exists():
+            write_json(self.path / "environment.json", describe_environment())
+
+    def _refuse_another(self, config: Settings) -> None:
+        file = self.path / "config.yaml"
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"RunDirectory: output must hold the run to resume, got {str(self.path)!r} without a config.yaml; "
+                "start it without --resume"
+            )
+        began = dict(
+            _settings(build_config(type(config), yaml.safe_load(file.read_text(encoding="utf-8"))).model_dump())
+        )
+        now = dict(_settings(config.model_dump()))
+        differences = [
+            f"{key} = {now.get(key)!r} instead of {began.get(key)!r}"
+            for key in sorted(began.keys() | now.keys())
+            if began.get(key) != now.get(key) and key not in _FREE_SETTINGS
+        ]
+        if differences:
+            raise ValueError(
+                "RunDirectory: a run must be resumed with the configuration it began with, got "
+                + ", ".join(differences)
+            )
 
     @property
     def checkpoint(self) -> Path:
@@ -58,6 +94,46 @@ class RunDirectory:
         """Append one line to metrics.jsonl."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+
+    def read_log(self) -> bytes:
+        """metrics.jsonl as it is; empty before the first line."""
+        file = self.path / "metrics.jsonl"
+        return file.read_bytes() if file.exists() else b""
+
+    def write_log(self, content: bytes) -> None:
+        """Replace metrics.jsonl."""
+        _replace_file(self.path / "metrics.jsonl", content)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return (self.path / "finished.json").is_file()
+
+    def finish(self) -> None:
+        """Record that the run came to its end."""
+        write_json(self.path / "finished.json", {"date": _now()})
+
+    def remove_leftovers(self) -> None:
+        """Delete what a process that was killed had begun to write; for a run that no process works on."""
+        for pattern in (".*.partial", f".*{_PART}", "checkpoint.old"):
+            for path in self.path.glob(pattern):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _replace_file(path: Path, content: bytes) -> None:
+    """Write beside and rename, so that the file is never half-written."""
+    beside = path.with_name(f".{path.name}{_PART}")
+    beside.write_bytes(content)
+    os.replace(beside, path)
+
+
+def _settings(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting as `section.key` and value."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _settings(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def describe_environment() -> dict[str, Any]:
@@ -71,7 +147,7 @@ def describe_environment() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": _now(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor_name(),
@@ -81,6 +157,10 @@ def describe_environment() -> dict[str, Any]:
         "versions": versions,
         "commit": _commit(),
     }
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _processor_name() -> str:

@@ -35,6 +35,7 @@ def test_a_run_leaves_the_best_model_and_its_records(tiny_settings: dict[str, An
         "environment.json",
         "metrics.jsonl",
         "checkpoint",
+        "finished.json",
     }
     assert {p.name for p in (folder / "checkpoint").iterdir()} == {
         "adapter.safetensors",

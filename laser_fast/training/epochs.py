@@ -1,0 +1,161 @@
+"""The epochs of a stage: batches, the state kept on the way, and where a resumed run takes it up.
+
+What a state holds is everything that the rest of the run depends on, so a run that goes on from it is, on a CPU, bit
+by bit the run that never stopped.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from torch import nn
+
+from laser_fast.config import LaserConfig, StageConfig
+from laser_fast.data import TrainingRows
+from laser_fast.data.batches import PackedBatch
+from laser_fast.models.laser import LaserModel
+from laser_fast.training.build import Inputs
+from laser_fast.training.interruption import Interrupted, Interruption
+from laser_fast.training.loop import EarlyStopping, EpochSums, LossFunction, RowSampler, StageTrainer
+from laser_fast.training.memory import Plan
+from laser_fast.training.random_state import RandomState
+from laser_fast.training.resume import State, StateFolder
+from laser_fast.training.run_directory import RunDirectory
+
+
+@dataclass
+class Run:
+    """What the stages of one run share."""
+
+    config: LaserConfig
+    inputs: Inputs
+    model: LaserModel
+    rows: TrainingRows
+    directory: RunDirectory
+    accelerator: Accelerator
+    progress: bool
+    plan: Plan | None
+    states: StateFolder
+    interruption: Interruption
+    fingerprint: dict[str, str]
+    resumed: State | None = None  # until the stage it belongs to has taken it up
+
+    def stands_in(self, stage: str) -> bool:
+        """Whether the run goes on in the midst of this stage."""
+        return self.resumed is not None and self.resumed.values["position"]["stage"] == stage
+
+
+@dataclass
+class Stage:
+    """A stage or phase of the training; `heads` are what it trains beside the model."""
+
+    name: str
+    title: str
+    settings: StageConfig
+    sampler: RowSampler
+    trainer: StageTrainer
+    stopping: EarlyStopping
+    loss_function: LossFunction
+    heads: nn.Module | None = None
+    with_positives: bool = False
+
+
+def train_epochs(run: Run, stage: Stage, conclude: Callable[[int, dict[str, Any]], None]) -> None:
+    """The epochs of a stage from where the run stands, each judged by `conclude`, which trains nothing."""
+    first, sums = _take_up(run, stage)
+    size, trainer = run.config.training.batch_size, stage.trainer
+    num_batches = stage.sampler.num_batches(size)
+    for epoch in range(first, stage.settings.epochs):
+        if stage.stopping.stop:
+            break
+
+        def name_rows(step: int, rows: np.ndarray, epoch: int = epoch) -> str:
+            return _name_rows(run, stage.sampler.epoch(epoch)[step * size : (step + 1) * size][rows])
+
+        def after_step(epoch: int = epoch, sums: EpochSums = sums) -> None:
+            every = run.config.training.save_steps
+            if sums.steps < num_batches and (run.interruption.requested or (every and trainer.step % every == 0)):
+                keep_state(run, stage, epoch, sums)
+                run.interruption.check()
+
+        values = trainer.run_epoch(
+            _batches(run, stage, epoch, sums.steps),
+            num_batches,
+            stage.loss_function,
+            title=f"{stage.title}, epoch {epoch + 1}",
+            progress=run.progress,
+            sums=sums,
+            after_step=after_step,
+            name_rows=name_rows,
+        )
+        before = _capture(run, stage, epoch, sums)
+        try:
+            with run.interruption.at_once():
+                conclude(epoch, values)
+        except Interrupted:
+            run.states.save(before)
+            raise
+        sums = EpochSums()
+        keep_state(run, stage, epoch + 1, sums)
+
+
+def _capture(run: Run, stage: Stage, epoch: int, sums: EpochSums) -> State:
+    """Everything the rest of the run depends on, after the step that was just taken; parameters are not copied."""
+    model, device = run.model, run.accelerator.device
+    position = {
+        "stage": stage.name,
+        "epoch": epoch,
+        "step": stage.trainer.step,
+        "stopping": stage.stopping.values(),
+        "budget": model.budget.limit,
+        "log_bytes": len(run.directory.read_log()),
+        "fingerprint": run.fingerprint,
+    }
+    return State.join(
+        position=State(values=position),
+        model=State(dict(model.state_dict())),
+        items=State({"matrix": model.item_matrix}),
+        heads=State({} if stage.heads is None else dict(stage.heads.state_dict())),
+        trainer=stage.trainer.state(),
+        sums=sums.state(),
+        random=State(RandomState.now(device).tensors),
+    )
+
+
+def keep_state(run: Run, stage: Stage, epoch: int, sums: EpochSums) -> None:
+    """Save the state; if a signal came, stop here."""
+    run.states.save(_capture(run, stage, epoch, sums))
+    run.interruption.check()
+
+
+def _take_up(run: Run, stage: Stage) -> tuple[int, EpochSums]:
+    """Where the stage begins: epoch and what it has added up; at its start, or as the state says."""
+    state = run.resumed
+    if state is None or not run.stands_in(stage.name):
+        return 0, EpochSums()
+    run.resumed = None
+    device, position = run.accelerator.device, state.values["position"]
+    run.model.load_state_dict(state.part("model").tensors)
+    run.model.item_matrix = state.part("items").tensors["matrix"].to(device)
+    run.model.budget.limit = position["budget"]
+    if stage.heads is not None:
+        stage.heads.load_state_dict(state.part("heads").tensors)
+    stage.trainer.load_state(state.part("trainer"))
+    stage.stopping.put_back(position["stopping"])
+    sums = EpochSums.from_state(state.part("sums"), device)
+    RandomState(device, state.part("random").tensors).put_back()
+    return position["epoch"], sums
+
+
+def _name_rows(run: Run, rows: np.ndarray) -> str:
+    users = [run.inputs.dataset.user_ids[user] for user in run.rows.users[rows]]
+    return "users (training rows) " + ", ".join(f"{user} ({row})" for user, row in zip(users, rows, strict=True))
+
+
+def _batches(run: Run, stage: Stage, epoch: int, first: int) -> Iterator[PackedBatch]:
+    """Batches of an epoch from step `first` on."""
+    for rows in islice(stage.sampler.batches(epoch, run.config.training.batch_size), first, None):
+        yield run.model.builder.training_batch(run.rows.select(rows), with_positives=stage.with_positives)

@@ -1,0 +1,85 @@
+"""SIGTERM and Ctrl-C while training: the step that runs is finished first, a second signal acts as it always does."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupted(BaseException):
+    """Training was asked to stop and did. Like KeyboardInterrupt it is no error, so `except Exception` lets it pass.
+
+    Attributes:
+        signal: which of the two it was.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.signal = signal.Signals(number)
+        super().__init__(f"training was stopped by {self.signal.name}; resume goes on from the last state")
+
+    @property
+    def exit_status(self) -> int:
+        """What a shell expects of a process that a signal ended: 143 or 130."""
+        return 128 + self.signal
+
+
+class Interruption:
+    """While entered, the first SIGTERM or SIGINT is taken note of; the handlers of before are back after it.
+
+    Outside the main thread Python allows no handlers, so there nothing is changed.
+    """
+
+    def __init__(self) -> None:
+        self._number: int | None = None
+        self._at_once = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Interruption":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._put_back()
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal came."""
+        return self._number is not None
+
+    def check(self) -> None:
+        """Stop here if a signal came.
+
+        Raises:
+            Interrupted: one did.
+        """
+        if self._number is not None:
+            raise Interrupted(self._number)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """For work that can be thrown away: a signal ends it wherever it is, by `Interrupted`."""
+        self._at_once = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._at_once = False
+        self.check()  # one that came in a place where Python drops exceptions
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._number = number
+        self._put_back()
+        if self._at_once:
+            raise Interrupted(number)
+
+    def _put_back(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

@@ -1,0 +1,113 @@
+"""Runs that the system ends: killed at random moments, or terminated as a scheduler does it."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+Same = Callable[[Path, Path], None]
+
+_SERVER = """
+import json, os, sys, time
+import torch
+from laser_fast.cli import main
+from laser_fast.training.resume import StateFolder
+torch.set_num_threads(1)  # no pool of threads that a fork would lose
+StateFolder.clear = lambda self: None  # they are compared
+def run(arguments, output):
+    sys.stdout = sys.stderr = open(output, "w", buffering=1)
+    return main(arguments)
+answers = sys.stdout
+for line in sys.stdin:
+    request = json.loads(line)
+    if request["here"]:
+        status = run(request["arguments"], request["output"])
+    else:
+        child = os.fork()
+        if child == 0:
+            sys.exit(run(request["arguments"], request["output"]))
+        if request["signal"]:
+            while not os.path.exists(request["wait_for"]):
+                time.sleep(0.01)
+            time.sleep(request["after_s"])
+            os.kill(child, request["signal"])
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(status, file=answers, flush=True)
+"""
+
+
+class Command:
+    """`laser-fast` in processes of their own, forked from one that has done it all before: no time goes to imports.
+
+    Attributes:
+        printed: what the last run wrote.
+        whole: the run that nothing stopped.
+    """
+
+    def __init__(self, settings: dict[str, Any], folder: Path) -> None:
+        self.printed, self.whole = folder / "printed", folder / "whole"
+        self._server = subprocess.Popen(
+            [sys.executable, "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        file = folder / "whole.yaml"
+        file.write_text(yaml.safe_dump({**settings, "output": str(self.whole)}))
+        assert self.run("train", str(file), here=True) == 0
+
+    def run(
+        self, *arguments: str, number: int = 0, after_s: float = 0.0, wait_for: Path | None = None, here: bool = False
+    ) -> int:
+        """Exit status of a run, which gets a signal some seconds after a file is there."""
+        when = {"signal": number, "after_s": after_s, "wait_for": str(wait_for)}
+        request = {"arguments": arguments, "output": str(self.printed), "here": here, **when}
+        assert self._server.stdin is not None and self._server.stdout is not None
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        return int(self._server.stdout.readline())
+
+    def close(self) -> None:
+        self._server.communicate()
+
+
+@pytest.fixture(scope="module")
+def command(staged_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+    command = Command(staged_settings, tmp_path_factory.mktemp("command"))
+    yield command
+    command.close()
+
+
+def test_kills_at_random_moments_change_nothing(
+    staged_settings: dict[str, Any], assert_same_run: Same, tmp_path: Path, command: Command
+) -> None:
+    run, file = tmp_path / "run", tmp_path / "run.yaml"
+    training = {**staged_settings["training"], "save_steps": 1}
+    file.write_text(yaml.safe_dump({**staged_settings, "output": str(run), "training": training}))
+    generator, killed = np.random.default_rng(0), 0
+    for after_s in generator.uniform(0.0, 0.8, size=6):
+        resume = ["--resume"] if (run / "config.yaml").exists() else []
+        log = run / "metrics.jsonl"
+        log.unlink(missing_ok=True)  # its return says that training goes on
+        killed += command.run("train", str(file), *resume, number=9, after_s=after_s, wait_for=log) == -9
+    assert killed >= 3
+    assert command.run("train", str(file), "--resume") == 0
+    assert_same_run(run, command.whole)
+
+
+def test_a_terminated_command_says_how_to_go_on(
+    staged_settings: dict[str, Any], assert_same_run: Same, tmp_path: Path, command: Command
+) -> None:
+    run, file = tmp_path / "run", tmp_path / "my run.yaml"
+    file.write_text(yaml.safe_dump({**staged_settings, "output": "set below"}))
+    arguments = ["train", str(file), "--set", f"output={run}"]
+    assert command.run(*arguments, number=signal.SIGTERM, wait_for=run / "metrics.jsonl") == 143
+    again = f"stopped by SIGTERM; go on with: laser-fast train '{file}' --set output={run} --resume"
+    assert command.printed.read_text().splitlines()[-1] == f"laser-fast: {again}"
+    assert any((run / "states").iterdir())
+    assert command.run(*arguments, "--resume") == 0
+    assert_same_run(run, command.whole)

@@ -1,0 +1,60 @@
+"""What a training step leaves behind beside the parameters: moments, schedule, generators."""
+
+import json
+import random
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from laser_fast.config import OptimizerConfig
+from laser_fast.training.loop import StageTrainer
+from laser_fast.training.random_state import RandomState
+from laser_fast.training.resume import State
+
+
+@pytest.mark.parametrize("eight_bit", [False, True], ids=["32 bit", "8 bit"])
+def test_moments_and_schedule_go_on(eight_bit: bool) -> None:
+    if eight_bit:
+        pytest.importorskip("bitsandbytes")
+    config = OptimizerConfig(eight_bit=eight_bit, warmup_fraction=0.5)
+    trainers = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        trainers.append(StageTrainer(Accelerator(), nn.Linear(128, 64), config, 10))
+
+    def step(trainer: StageTrainer, index: int) -> None:
+        for parameter in trainer.modules.parameters():
+            parameter.grad = torch.full_like(parameter, index + 0.1).cos() * parameter.detach()
+        trainer.optimizer.step()
+        trainer.scheduler.step()
+        trainer.step += 1
+
+    one, other = trainers
+    for index in range(3):
+        step(one, index)
+    state = one.state()
+    kept = State({name: value.clone() for name, value in state.tensors.items()}, json.loads(json.dumps(state.values)))
+    other.modules.load_state_dict({name: value.clone() for name, value in one.modules.state_dict().items()})
+    other.load_state(kept)
+    for index in range(3, 6):
+        step(one, index)
+        step(other, index)
+    assert one.step == other.step == 6
+    assert one.scheduler.get_last_lr() == other.scheduler.get_last_lr()
+    for ours, theirs in zip(one.modules.parameters(), other.modules.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_generators_go_on() -> None:
+    def draw() -> list[float]:
+        return [random.random(), random.gauss(0, 1), float(torch.rand(()))]
+
+    before = RandomState.now(torch.device("cpu"))
+    random.gauss(0, 1)  # a second one waits in the generator
+    for state in (before, RandomState.now(torch.device("cpu"))):
+        state.put_back()
+        first = draw()
+        state.put_back()
+        assert draw() == first and draw() != first
