@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from laser_fast.training.run_directory import describe_environment
-from reporting.tables import size, table
+from reporting.tables import plain, size, table
 
 if TYPE_CHECKING:
     from reporting.context import Context, Deadline
@@ -31,7 +32,8 @@ def measure(context: Context, deadline: Deadline) -> dict[str, Any]:
             known["versions"][name] = version(name)
         except PackageNotFoundError:
             continue
-    return known | {"gpu": _gpu() if context.on_gpu else None}
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return known | {"load_average": load, "gpu": _gpu() if context.on_gpu else None}
 
 
 def _gpu() -> dict[str, Any]:
@@ -62,6 +64,7 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
         ["date", found["date"]],
         ["commit", f"{found['commit']}{state}"],
         ["processor", f"{found['processor']}, {found['cores']} cores, of which torch uses {found['threads']}"],
+        ["load of the processor at the start", plain(found.get("load_average"))],
         ["system", f"{found['system']}, Python {found['python']}"],
     ]
     gpu = found["gpu"]

@@ -232,8 +232,8 @@ def test_the_padded_form_is_the_same_step(tmp_path: Path) -> None:
 
 def recorded(name: str, **info: Any) -> dict[str, Any]:
     facts = {"median_us": {"candidate": 100.0}, "moved_bytes": 10**8, "copy_gb_per_s": 2000.0}
-    shape = {"dtype": "torch.float32"}
-    return {"fullname": f"bench/bench_x.py::test_{name}", "extra_info": {**facts, "shape": shape, **info}}
+    shape = {"shape": {"dtype": "torch.float32"}}
+    return {"fullname": f"bench/bench_x.py::test_{name}", "extra_info": {**facts, **shape, **info}}
 
 
 def test_a_kernel_is_held_against_the_nearer_roof_and_its_predictions() -> None:
@@ -247,6 +247,9 @@ def test_a_kernel_is_held_against_the_nearer_roof_and_its_predictions() -> None:
     ]
     products = _row(recorded("catalog_x", floating_point_operations=4 * 10**9), roofs)
     assert products["share_of_limit"] == pytest.approx(0.8) and products["limit"] == "products"
+    sizes = {"users": 64, "items": 10**6, "width": 25, "dtype": "torch.float32"}
+    scores = _row(recorded("catalog_topk[64]", shape=sizes), roofs)
+    assert scores["share_of_limit"] == pytest.approx(0.64) and scores["limit"] == "products"
     elsewhere = _row(recorded("route_experts[cpu-demo]", speedup_over_topk_one_hot=2.5), roofs)
     assert elsewhere["predicted"] == [] and elsewhere["predicted_elsewhere"][0]["value"] == 6.0
     sections = {"kernels": {"status": "measured", "seconds": 1.0, "rows": [row, products]}}
@@ -334,7 +337,10 @@ def test_a_benchmark_that_fails_fails_the_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fake(context: Context, stored: Path, deadline: Deadline) -> tuple[str, list[str]]:
-        stored.write_text(json.dumps({"benchmarks": [recorded("catalog_topk[1]", speedup_over_product=3.0)]}))
+        shape = {"users": 1, "items": 10, "width": 4, "dtype": "torch.float32"}
+        stored.write_text(
+            json.dumps({"benchmarks": [recorded("catalog_topk[1]", speedup_over_product=3.0, shape=shape)]})
+        )
         return "all of them", ["FAILED bench/bench_x.py::test_x - AssertionError"]
 
     monkeypatch.setattr(kernels, "_run", fake)
