@@ -118,7 +118,7 @@ def test_pictures_show_something(made: Any, name: str) -> None:
 
 def test_a_failing_section_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     def fail(context: Context, deadline: Deadline) -> dict[str, Any]:
-        raise RuntimeError("could not read /home/somebody/data/file.bin\nmore")
+        raise RuntimeError("could not read /srv/somebody/data/file.bin\nmore")
 
     def skip(context: Context, deadline: Deadline) -> dict[str, Any]:
         raise Skip("there is no such package")
@@ -316,7 +316,7 @@ def test_a_script_that_fails_says_why() -> None:
 
 
 def test_paths_become_names() -> None:
-    assert without_paths("cannot open '/home/a/b/c.txt': no") == "cannot open 'c.txt': no"
+    assert without_paths("cannot open '/srv/a/b/c.txt': no") == "cannot open 'c.txt': no"
     assert without_paths("1/2 and a/b/c and https://x.org/y/z") == "1/2 and a/b/c and https://x.org/y/z"
 
 
