@@ -56,7 +56,7 @@ demo: env ## train Laser on MovieLens-100K and recommend films (about a quarter 
 bench: env ## run the benchmarks; without a GPU those of the CPU
 	$(BIN)/python -m pytest bench --benchmark-only $(PYTEST_ARGS)
 
-report: env ## environment, limits, benchmarks, step, memory: JSON, Markdown and pictures in runs/report
+report: env ## one report of speed and memory in runs/report; without a GPU: REPORT_ARGS=--cpu
 	$(BIN)/python bench/report.py runs/report $(REPORT_ARGS)
 
 clean: ## remove the environment and everything built
