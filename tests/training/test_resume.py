@@ -121,6 +121,27 @@ def test_a_run_may_be_killed_again_and_again(
     assert_same_run(tmp_path / "run", whole)
 
 
+def test_a_halved_budget_stays_halved(settings: dict[str, Any], assert_same_run: Same, tmp_path: Path) -> None:
+    backward, calls = StageTrainer._backward, []
+
+    def full_once(self: StageTrainer, part: PackedBatch, *rest: Any) -> Any:
+        calls.append(len(part))
+        if len(calls) == 5:  # the first of phase A
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return backward(self, part, *rest)
+
+    runs = [config_of(settings, tmp_path / name, halve_on_oom=True, save_steps=1) for name in ("whole", "run")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StageTrainer, "_backward", full_once)
+        with pytest.warns(UserWarning, match="is taken again"):
+            train_laser(runs[0], progress=False)
+        calls.clear()
+        with pytest.warns(UserWarning, match="is taken again"):
+            kill(runs[1], 8)
+    train_laser(runs[1], resume=True, progress=False)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_signal_in_a_step_lets_it_finish(
     settings: dict[str, Any], assert_same_run: Same, whole: Path, tmp_path: Path, number: signal.Signals

