@@ -147,6 +147,7 @@ def test_tokens_of_either_form() -> None:
     users = bench_step.users_alone(batch)
     lengths = users.token_cu_seqlens.diff()
     assert steps.language_model_tokens(model, users) == int(lengths.sum()) + 3 * (4 + 1)
+    assert model.lm.first_position == 0  # found with calls of its own, which are not counted
     with steps.counted_tokens(padded) as of_padded, steps.counted_tokens(model.lm.model) as of_ours:
         PaddedStep(model, padded, users).encode()
         model.encode(users)
