@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from laser_fast.config import LaserConfig, build_config
-from laser_fast.training.plan import MODES, MemoryPlan, Workload, estimate_memory
+from laser_fast.nn.execution import CHECKPOINTING
+from laser_fast.training.plan import MemoryPlan, Workload, estimate_memory
 from laser_fast.training.plan_table import card_bytes
 from reporting.context import package_missing, run_script
 from reporting.models import path_of
@@ -75,7 +76,7 @@ def _planned(plan: MemoryPlan, card: str) -> dict[str, Any]:
     row: dict[str, Any] = {
         "card": card,
         "bytes": budget,
-        "planned_tokens": {mode: plan.largest_micro_batch(budget, mode) for mode in MODES if mode in plan.step},
+        "planned_tokens": {mode: plan.largest_micro_batch(budget, mode) for mode in CHECKPOINTING if mode in plan.step},
         "proposal": None if proposal is None else vars(proposal),
     }
     if proposal is not None:

@@ -4,11 +4,10 @@ from collections.abc import Callable
 
 from laser_fast.config import LaserConfig
 from laser_fast.models.token_budget import Explain, Shortage
+from laser_fast.nn.execution import CHECKPOINTING
 
 Plan = Callable[[], str]
 """Says what the memory plan of the run expected; called when memory ran out."""
-
-_CHECKPOINTING = ("none", "mlp", "full", "offload")  # each keeps less than the one before it
 
 
 def explain_shortage(config: LaserConfig, *, on_gpu: bool, plan: Plan | None = None) -> Explain:
@@ -57,11 +56,14 @@ def _smaller_parts(config: LaserConfig, shortage: Shortage) -> str:
 
 
 def _cheaper_backward(config: LaserConfig, on_gpu: bool) -> list[str]:
-    modes = _CHECKPOINTING if on_gpu else _CHECKPOINTING[:-1]
-    now = _CHECKPOINTING.index(config.execution.checkpointing)
-    if now + 1 >= len(modes):
-        return []
-    return [f'set execution.checkpointing to "{modes[now + 1]}" (now "{modes[now]}")']
+    modes = CHECKPOINTING if on_gpu else CHECKPOINTING[:-1]
+    now = CHECKPOINTING.index(config.execution.checkpointing)
+    settings = []
+    if now + 1 < len(modes):
+        settings.append(f'set execution.checkpointing to "{modes[now + 1]}" (now "{modes[now]}")')
+    if config.bituning.prefix == "mformer" and not config.execution.checkpoint_mformer:
+        settings.append("set execution.checkpoint_mformer to true")
+    return settings
 
 
 def _said(plan: Plan | None) -> str:

@@ -16,6 +16,7 @@ import torch
 
 from laser_fast.config import LaserConfig, resolve_path
 from laser_fast.models.laser import LaserModel
+from laser_fast.nn.execution import CHECKPOINTING
 from laser_fast.nn.frozen_lm import FrozenLM
 from laser_fast.training.optimizer import optimizer_bytes_per_parameter
 from laser_fast.training.rehearsal import (
@@ -32,7 +33,6 @@ from laser_fast.training.rehearsal import (
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-MODES = ("none", "mlp", "full", "offload")  # the cheapest first: each computes again what the one before it kept
 GIB = 2**30
 
 _LAYERS = (3, 5)  # of the rehearsed models; the last layer differs from the others, and so may the first
@@ -173,14 +173,14 @@ class MemoryPlan:
         """
         fits = {mode: self.largest_micro_batch(budget_bytes, mode) for mode in self.step}
         wanted = min(self.batch_tokens, _ENOUGH_TOKENS)
-        useful = [mode for mode in MODES if fits.get(mode, 0) >= wanted]
+        useful = [mode for mode in CHECKPOINTING if fits.get(mode, 0) >= wanted]
         mode = useful[0] if useful else max(fits, key=lambda name: fits[name])
         tokens = fits[mode] // 64 * 64 or fits[mode]
         return Proposal(mode, tokens) if tokens else None
 
 
 def estimate_memory(
-    config: LaserConfig, workload: Workload | None = None, *, on_gpu: bool = True, modes: Iterable[str] = MODES
+    config: LaserConfig, workload: Workload | None = None, *, on_gpu: bool = True, modes: Iterable[str] = CHECKPOINTING
 ) -> MemoryPlan:
     """Bytes that training by this configuration needs, from shapes alone: no weight is read and no GPU is touched.
 

@@ -7,9 +7,10 @@ import numpy as np
 
 from laser_fast.config import LaserConfig, resolve_path
 from laser_fast.data import SequenceDataset, leave_one_out, training_rows
+from laser_fast.nn.execution import CHECKPOINTING
 from laser_fast.training.build import Inputs, build_batches
 from laser_fast.training.language_model import load_tokenizer
-from laser_fast.training.plan import GIB, MODES, MemoryPlan, Workload, estimate_memory
+from laser_fast.training.plan import GIB, MemoryPlan, Workload, estimate_memory
 from laser_fast.training.recommender import load_recommender
 
 _SAMPLE_ROWS = 512
@@ -85,7 +86,7 @@ def table(plan: MemoryPlan, cards: Sequence[str]) -> str:
         + "".join(f"{card:>10}" for card in cards),
     ]
     budgets = {card: card_bytes(card) for card in cards}
-    for mode in (mode for mode in MODES if mode in plan.step):
+    for mode in (mode for mode in CHECKPOINTING if mode in plan.step):
         step = plan.step[mode]
         fits = "".join(f"{plan.largest_micro_batch(size, mode):>10}" for size in budgets.values())
         kept = f"{step.kept.per_token / 1e6:.3f} MB"
@@ -97,7 +98,7 @@ def table(plan: MemoryPlan, cards: Sequence[str]) -> str:
             least = min(plan.total(round(plan.row_tokens), mode) for mode in plan.step)
             lines.append(
                 f"{card}: does not fit, one row needs {_gib(least)}; lm.quantization, lm.embedding_device and "
-                "training.optimizer.eight_bit lower what is fixed"
+                f"training.optimizer.eight_bit lower what is fixed{_on_items(plan)}"
             )
         else:
             lines.append(
@@ -143,6 +144,11 @@ def card_bytes(size: str) -> int:
     if number == size.upper() or not 0 < value < 10_000:
         raise ValueError(f"plan: --gpu must be a size like 8GB, got {size!r}")
     return round(value * GIB)
+
+
+def _on_items(plan: MemoryPlan) -> str:
+    """That the catalogue may be smaller than what was assumed."""
+    return "" if plan.workload.measured else "; the catalogue is assumed, --items N says how large it is"
 
 
 def _gib(size: float) -> str:

@@ -16,12 +16,13 @@ def config_of(settings: dict[str, Any], **sections: dict[str, Any]) -> LaserConf
     return build_config(LaserConfig, {**settings, **{n: {**settings.get(n, {}), **s} for n, s in sections.items()}})
 
 
-def test_on_a_gpu_all_three_settings_are_named_and_the_plan_is_quoted(tiny_settings: dict[str, Any]) -> None:
+def test_on_a_gpu_all_settings_are_named_and_the_plan_is_quoted(tiny_settings: dict[str, Any]) -> None:
     explain = explain_shortage(config_of(tiny_settings), on_gpu=True, plan=lambda: "7.1 GiB of 8")
     assert explain(SHORT) == (
         "training: memory must suffice for a micro-batch of 5001 packed tokens (64 rows), got CUDA out of memory.; "
         "lower training.micro_batch_tokens to 2500 (now no limit) or set training.halve_on_oom to true or "
-        'set execution.checkpointing to "mlp" (now "none") or set lm.embedding_device to "cpu"; '
+        'set execution.checkpointing to "mlp" (now "none") or set execution.checkpoint_mformer to true or '
+        'set lm.embedding_device to "cpu"; '
         "the plan said: 7.1 GiB of 8"
     )
     assert explain(ENCODING) == (
@@ -50,7 +51,7 @@ def test_what_is_set_already_is_not_proposed(tiny_settings: dict[str, Any]) -> N
     config = config_of(
         tiny_settings,
         training={"micro_batch_tokens": 6000, "halve_on_oom": True},
-        execution={"checkpointing": "offload"},
+        execution={"checkpointing": "offload", "checkpoint_mformer": True},
         lm={"embedding_device": "cpu"},
     )
     text = explain_shortage(config, on_gpu=True)(SHORT)
