@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from laser_fast.config import LanguageModelConfig, build_config
-from laser_fast.training.language_model import load_model
+from laser_fast.models.language_model import load_model
 from laser_fast.training.run_directory import describe_environment
 
 

@@ -267,7 +267,8 @@ def _user_indices(user_ids: Sequence[str], wanted: Sequence[str]) -> list[int]:
 def _write_figures(path: str | None, figures: Any) -> None:
     if path is None:
         return
-    from laser_fast.training.run_directory import describe_environment, write_json
+    from laser_fast.data.folders import write_json
+    from laser_fast.training.run_directory import describe_environment
 
     command = "laser-fast " + " ".join(sys.argv[1:])
     write_json(Path(path), {"command": command, "environment": describe_environment(), "figures": figures})

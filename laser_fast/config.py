@@ -5,26 +5,20 @@ or two settings that contradict each other are refused when the file is read, wi
 known one. Modules never receive these objects; builders unpack them.
 """
 
-import difflib
-import importlib.util
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
+
+from laser_fast.settings import Settings as Settings
+from laser_fast.settings import apply_overrides as apply_overrides
+from laser_fast.settings import build_config as build_config
+from laser_fast.settings import dump_config as dump_config
+from laser_fast.settings import load_config as load_config
+from laser_fast.settings import resolve_path as resolve_path
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
-
-_PACKAGE_SCHEME = "package:"
-
-
-class Settings(BaseModel):
-    """Base of all sections: immutable, and a key that is not a field is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class RecommenderConfig(Settings):
@@ -127,6 +121,9 @@ class MFormerConfig(Settings):
     dropout: Fraction = 0.1
     max_history: PositiveInt = 10
     """Newest history items whose states are read."""
+    initialize_from: str | None = None
+    """Folder with a BERT checkpoint of this width, heads and at least this depth, whose layers the querying
+    transformer begins with; None = random."""
 
     @model_validator(mode="after")
     def _check(self) -> "MFormerConfig":
@@ -163,11 +160,28 @@ class ObjectiveConfig(Settings):
     temperature: PositiveFloat = 0.05
     balance_weight: Annotated[float, Field(ge=0.0)] = 0.01
     """Weight `alpha` of the load-balancing loss."""
+    balance_scope: Literal["global", "micro"] = "global"
+    """Whose load is balanced when several processes train: that of all of them together, or each its own."""
+    candidates: Literal["catalog", "sampled"] = "catalog"
+    """What a user's target stands against: the whole item matrix, or `num_negatives` drawn items (the authors)."""
+    num_negatives: Annotated[int, Field(ge=0)] = 0
+    """Items drawn for every user of a batch, uniformly among those outside its history."""
     item_gradient: Literal["positives", "none"] = "positives"
-    """Phase A: whether the positives of a batch are encoded with gradient, as candidates of each other."""
+    """Phase A: whether the positives of a batch, and the drawn negatives, are encoded with gradient, as candidates of
+    each other."""
+    contrastive_weight: Annotated[float, Field(ge=0.0)] = 1.0
+    """Of stage 1's contrastive term; 0 switches it off, as for the next two."""
+    matching_weight: Annotated[float, Field(ge=0.0)] = 0.0
+    generation_weight: Annotated[float, Field(ge=0.0)] = 0.0
     contrastive_temperature: PositiveFloat = 0.07
     """Initial value of the learned temperature of stage 1."""
     label_smoothing: Fraction = 0.1
+
+    @model_validator(mode="after")
+    def _check(self) -> "ObjectiveConfig":
+        if self.candidates == "sampled" and not self.num_negatives:
+            raise ValueError('num_negatives must be at least 1 when candidates is "sampled", got 0')
+        return self
 
 
 class OptimizerConfig(Settings):
@@ -205,6 +219,8 @@ class TrainingConfig(Settings):
     save_steps: PositiveInt | None = None
     """Steps after which the state is saved, from which `train --resume` goes on. None = at every epoch's end only."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    tensorboard: bool = False
+    """Also write the curves for TensorBoard, into `output`/tensorboard; needs the package `tensorboard`."""
     pretrain: StageConfig = StageConfig(epochs=0)
     phase_a: StageConfig = StageConfig(epochs=10)
     phase_b: StageConfig = StageConfig(epochs=3)
@@ -220,7 +236,29 @@ class EvaluationConfig(Settings):
     """Fit the calibrated score (repeat, popularity, recommender terms) on validation; off = the cosine of the paper."""
 
 
-class LaserConfig(Settings):
+class ModelConfig(Settings):
+    """What a Laser model is, whatever it is trained on."""
+
+    execution: ExecutionConfig = ExecutionConfig()
+    prompt: PromptConfig = PromptConfig()
+    mformer: MFormerConfig = MFormerConfig()
+    bituning: BiTuningConfig = BiTuningConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+
+    @model_validator(mode="after")
+    def _check_model(self) -> "ModelConfig":
+        if self.bituning.prefix == "none" and self.bituning.prefix_mode == "kv":
+            raise ValueError('bituning.prefix_mode must be "embedding" when bituning.prefix is "none", got "kv"')
+        behind_instruction = self.bituning.prefix_mode == "kv" and self.prompt.order == "prompt-first"
+        if behind_instruction and not self.prompt.reuse_instruction:
+            raise ValueError(
+                'prompt.reuse_instruction must be true with prompt.order "prompt-first" and bituning.prefix_mode '
+                '"kv" (the prefix follows the instruction\'s keys and values), got false'
+            )
+        return self
+
+
+class LaserConfig(ModelConfig):
     """Everything one training run depends on."""
 
     data: str
@@ -230,11 +268,6 @@ class LaserConfig(Settings):
     output: str
     """The run directory; must not exist yet, unless the run in it is resumed."""
     lm: LanguageModelConfig
-    execution: ExecutionConfig = ExecutionConfig()
-    prompt: PromptConfig = PromptConfig()
-    mformer: MFormerConfig = MFormerConfig()
-    bituning: BiTuningConfig = BiTuningConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
 
@@ -242,132 +275,9 @@ class LaserConfig(Settings):
     def _check(self) -> "LaserConfig":
         if self.bituning.prefix == "mformer" and self.recommender is None:
             raise ValueError('recommender must be set when bituning.prefix is "mformer", got None')
-        if self.bituning.prefix == "none" and self.bituning.prefix_mode == "kv":
-            raise ValueError('bituning.prefix_mode must be "embedding" when bituning.prefix is "none", got "kv"')
-        behind_instruction = self.bituning.prefix_mode == "kv" and self.prompt.order == "prompt-first"
-        if behind_instruction and not self.prompt.reuse_instruction:
-            raise ValueError(
-                'prompt.reuse_instruction must be true with prompt.order "prompt-first" and bituning.prefix_mode '
-                '"kv" (the prefix follows the instruction\'s keys and values), got false'
-            )
         if self.bituning.prefix != "mformer" and self.training.pretrain.epochs:
             raise ValueError(
                 'training.pretrain.epochs must be 0 when bituning.prefix is not "mformer" (stage 1 trains M-Former), '
                 f"got {self.training.pretrain.epochs}"
             )
         return self
-
-
-AnySettings = TypeVar("AnySettings", bound=Settings)
-
-
-def build_config(kind: type[AnySettings], values: Mapping[str, Any]) -> AnySettings:
-    """Validate `values` into `kind`.
-
-    Raises:
-        ValueError: for every unknown key (with the nearest known one) and every value that breaks a rule, in one
-            message.
-    """
-    try:
-        return kind.model_validate(dict(values))
-    except ValidationError as error:
-        problems = [_describe(kind, problem) for problem in error.errors()]
-    raise ValueError("configuration: " + "; ".join(problems))
-
-
-def load_config(kind: type[AnySettings], path: str | Path, overrides: Sequence[str] = ()) -> AnySettings:
-    """Read a YAML file and apply `overrides` of the form `section.key=value` (the value is read as YAML).
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: broken YAML, a malformed override, an unknown key, a value out of range.
-    """
-    text = Path(path).read_text(encoding="utf-8")
-    try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"load_config: {path} must be YAML, got {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"load_config: {path} must hold keys and values, got a {type(values).__name__}")
-    return build_config(kind, apply_overrides(values, overrides))
-
-
-def dump_config(config: Settings) -> str:
-    """The effective configuration as YAML, defaults included; `load_config` reads it back to an equal object."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def resolve_path(location: str | Path) -> Path:
-    """A file-system path, or `package:NAME/INNER` for a file inside an installed package, found, not imported.
-
-    Raises:
-        FileNotFoundError: the package is not installed or has no such file; or the path does not exist.
-    """
-    text = str(location)
-    if not text.startswith(_PACKAGE_SCHEME):
-        path = Path(text).expanduser()
-        if not path.exists():
-            raise FileNotFoundError(f"resolve_path: the path must exist, got {text!r}")
-        return path
-    name, _, inner = text.removeprefix(_PACKAGE_SCHEME).partition("/")
-    if not name.isidentifier():
-        raise ValueError(f"resolve_path: the package must be a top-level module name, got {name!r} in {text!r}")
-    spec = importlib.util.find_spec(name)  # of a top-level name: looks it up, runs nothing of it
-    if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(f"resolve_path: package {name!r} must be installed, got none; try `pip install {name}`")
-    for root in spec.submodule_search_locations:
-        if (candidate := Path(root) / inner).exists():
-            return candidate
-    raise FileNotFoundError(f"resolve_path: package {name!r} must contain {inner!r}, got nothing there")
-
-
-def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`values` with every `section.key=value` of `overrides` set in it.
-
-    Raises:
-        ValueError: an override of another form.
-    """
-    for override in overrides:
-        _apply_override(values, override)
-    return values
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise ValueError(f"load_config: an override must read section.key=value, got {override!r}")
-    *sections, last = key.strip().split(".")
-    target = values
-    for section in sections:
-        inner = target.get(section)
-        if inner is None:
-            inner = target[section] = {}
-        if not isinstance(inner, dict):
-            raise ValueError(f"load_config: {section!r} in override {override!r} must be a section, got {inner!r}")
-        target = inner
-    target[last] = yaml.safe_load(text)
-
-
-def _describe(kind: type[Settings], problem: Any) -> str:
-    location = [str(part) for part in problem["loc"]]
-    name = ".".join(location)
-    if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(name, _known_keys(kind), n=1, cutoff=0.5)
-        near = near or difflib.get_close_matches(location[-1], [key.split(".")[-1] for key in _known_keys(kind)], n=1)
-        return f"unknown key {name!r}" + (f", did you mean {near[0]!r}?" if near else "")
-    if problem["type"] == "missing":
-        return f"key {name!r} must be set, got nothing"
-    where = f"{name}: " if name else ""
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":  # our own checks, which print the values themselves
-        return f"{where}{message}"
-    return f"{where}{message}, got {problem['input']!r}"
-
-
-def _known_keys(kind: type[Settings], prefix: str = "") -> list[str]:
-    keys = []
-    for name, field in kind.model_fields.items():
-        keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
-            keys += _known_keys(field.annotation, f"{prefix}{name}.")
-    return keys

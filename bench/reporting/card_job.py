@@ -22,10 +22,10 @@ from torch import Tensor
 from laser_fast.config import LaserConfig, build_config
 from laser_fast.data.batches import PackedBatch
 from laser_fast.models import LaserModel, SASRec
+from laser_fast.models.language_model import load_model
 from laser_fast.nn.frozen_lm import FrozenLM
 from laser_fast.ops import cu_seqlens_from_lengths
 from laser_fast.training.build import assemble_laser, build_execution
-from laser_fast.training.language_model import load_model
 from laser_fast.training.optimizer import build_optimizer
 from laser_fast.training.plan import Workload
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from workloads import draw_lengths
 
 from laser_fast.config import LanguageModelConfig, build_config
+from laser_fast.models.language_model import load_model
+from laser_fast.models.random_models import known_shapes
 from laser_fast.nn.frozen_lm import FrozenLM
 from laser_fast.ops import cu_seqlens_from_lengths
-from laser_fast.training.language_model import load_model
-from laser_fast.training.random_models import known_shapes
 from reporting.context import package_missing
 
 if TYPE_CHECKING:

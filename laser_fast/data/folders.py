@@ -1,11 +1,28 @@
-"""Folders that are whole or absent: written beside the target under another name, then renamed."""
+"""Files and folders that are whole or absent: written beside the target under another name, then renamed."""
 
+import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+PART = ".part"
+"""Ends the name of a file that is being written."""
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write beside and rename, so that the file is never half-written."""
+    beside = path.with_name(f".{path.name}{PART}")
+    beside.write_bytes(content)
+    os.replace(beside, path)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """`replace_file` with indented JSON."""
+    replace_file(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 @contextmanager

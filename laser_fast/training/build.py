@@ -9,15 +9,15 @@ import numpy as np
 from laser_fast.config import ExecutionConfig, LaserConfig, MFormerConfig, resolve_path
 from laser_fast.data import ItemText, PromptLayout, SequenceDataset, Split, leave_one_out, prompt_layout, tokenize_texts
 from laser_fast.data.batches import BatchBuilder
+from laser_fast.models.language_model import load_language_model as load_language_model
 from laser_fast.models.laser import LaserModel
 from laser_fast.models.recommender import SequentialRecommender
+from laser_fast.models.recommender_files import load_recommender
 from laser_fast.nn.bituning import BiTuning
 from laser_fast.nn.execution import Execution
 from laser_fast.nn.frozen_lm import FrozenLM
 from laser_fast.nn.mformer import MFormer
 from laser_fast.nn.prefix_kv import DeepPrefix
-from laser_fast.training.language_model import load_language_model as load_language_model
-from laser_fast.training.recommender import load_recommender
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

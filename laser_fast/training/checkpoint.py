@@ -18,14 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from laser_fast.config import LaserConfig, build_config
-from laser_fast.data.folders import replace_directory, whole_directory
+from laser_fast.data.folders import replace_directory, whole_directory, write_json
 from laser_fast.data.items import update_with_strings
 from laser_fast.models.calibration import CalibratedScorer, Calibration
 from laser_fast.models.laser import LaserModel
 from laser_fast.models.recommender import Scorer
 from laser_fast.models.token_budget import TokenBudget
 from laser_fast.training.build import Inputs, build_laser, load_inputs, load_language_model, training_counts
-from laser_fast.training.run_directory import write_json
 
 _FORMAT = 1
 

@@ -335,7 +335,7 @@ def _step(workload: Workload, config: LaserConfig, rows: int) -> StepShape:
 def _shape(config: LaserConfig) -> "PretrainedConfig":
     from transformers import AutoConfig
 
-    from laser_fast.training.random_models import random_config
+    from laser_fast.models.random_models import random_config
 
     scheme, _, name = config.lm.path.partition(":")
     if scheme == "random":

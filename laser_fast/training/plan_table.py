@@ -7,11 +7,11 @@ import numpy as np
 
 from laser_fast.config import LaserConfig, resolve_path
 from laser_fast.data import SequenceDataset, leave_one_out, training_rows
+from laser_fast.models.language_model import load_tokenizer
+from laser_fast.models.recommender_files import load_recommender
 from laser_fast.nn.execution import CHECKPOINTING
 from laser_fast.training.build import Inputs, build_batches
-from laser_fast.training.language_model import load_tokenizer
 from laser_fast.training.plan import GIB, MemoryPlan, Workload, estimate_memory
-from laser_fast.training.recommender import load_recommender
 
 _SAMPLE_ROWS = 512
 _SHOWN_TOKENS = 4096

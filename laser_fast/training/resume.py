@@ -21,8 +21,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from laser_fast.data.folders import replace_directory, whole_directory
-from laser_fast.training.run_directory import RunDirectory, write_json
+from laser_fast.data.folders import replace_directory, whole_directory, write_json
+from laser_fast.training.run_directory import RunDirectory
 
 _FORMAT = 1
 _KEPT = 2  # states; should the newest be damaged, the one before it serves

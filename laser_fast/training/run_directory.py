@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from laser_fast.config import Settings, build_config, dump_config
+from laser_fast.data.folders import PART, replace_file, write_json
 
 _PACKAGES = (
     "laser-fast",
@@ -29,12 +30,6 @@ _PACKAGES = (
 
 # settings under which a run may go on differently than it began: they change where and how often it is written
 _FREE_SETTINGS = ("output", "training.save_steps")
-_PART = ".part"  # ends the name of a file that is being written
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write beside and rename, so that the file is never half-written."""
-    _replace_file(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 class RunDirectory:
@@ -53,13 +48,13 @@ class RunDirectory:
         self.path = Path(path)
         if resume:
             self._refuse_another(config)
-        elif self.path.exists() and (not self.path.is_dir() or any(f.suffix != _PART for f in self.path.iterdir())):
+        elif self.path.exists() and (not self.path.is_dir() or any(f.suffix != PART for f in self.path.iterdir())):
             raise FileExistsError(
                 f"RunDirectory: output must be a new or empty folder, got {str(path)!r}; remove it or choose another"
             )
         self.path.mkdir(parents=True, exist_ok=True)
         if not resume:
-            _replace_file(self.path / "config.yaml", dump_config(config).encode())
+            replace_file(self.path / "config.yaml", dump_config(config).encode())
         if not (self.path / "environment.json").exists():
             write_json(self.path / "environment.json", describe_environment())
 
@@ -102,7 +97,7 @@ class RunDirectory:
 
     def write_log(self, content: bytes) -> None:
         """Replace metrics.jsonl."""
-        _replace_file(self.path / "metrics.jsonl", content)
+        replace_file(self.path / "metrics.jsonl", content)
 
     @property
     def finished(self) -> bool:
@@ -115,16 +110,9 @@ class RunDirectory:
 
     def remove_leftovers(self) -> None:
         """Delete what a process that was killed had begun to write; for a run that no process works on."""
-        for pattern in (".*.partial", f".*{_PART}", "checkpoint.old"):
+        for pattern in (".*.partial", f".*{PART}", "checkpoint.old"):
             for path in self.path.glob(pattern):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _replace_file(path: Path, content: bytes) -> None:
-    """Write beside and rename, so that the file is never half-written."""
-    beside = path.with_name(f".{path.name}{_PART}")
-    beside.write_bytes(content)
-    os.replace(beside, path)
 
 
 def _settings(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

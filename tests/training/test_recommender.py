@@ -12,7 +12,8 @@ from laser_fast.config import RecommenderConfig
 from laser_fast.data import EvaluationRows, PackedSequences, Split
 from laser_fast.evaluation import evaluate
 from laser_fast.models import SASRec
-from laser_fast.training.recommender import load_recommender, save_recommender, train_sasrec
+from laser_fast.models.recommender_files import load_recommender, save_recommender
+from laser_fast.training.recommender import train_sasrec
 
 _NUM_ITEMS = 30
 _CONFIG = RecommenderConfig(

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoModel, BertModel, PreTrainedModel
 
+from laser_fast.models.random_models import Placement, known_shapes, random_config, random_model
 from laser_fast.nn.frozen_lm import FrozenLM
-from laser_fast.training.random_models import Placement, known_shapes, random_config, random_model
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes (pip install laser-fast[4bit])"

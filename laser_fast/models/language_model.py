@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from laser_fast.config import LanguageModelConfig, resolve_path
+from laser_fast.models.lazy_tensors import lazy_tensors
+from laser_fast.models.random_models import Placement, random_config, random_model
 from laser_fast.nn.host_embedding import keep_embeddings_on_host
-from laser_fast.training.lazy_tensors import lazy_tensors
-from laser_fast.training.random_models import Placement, random_config, random_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

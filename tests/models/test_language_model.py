@@ -14,9 +14,9 @@ from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from laser_fast.config import LanguageModelConfig, build_config
+from laser_fast.models.language_model import load_language_model, load_model
+from laser_fast.models.lazy_tensors import lazy_tensors
 from laser_fast.nn.host_embedding import HostEmbedding
-from laser_fast.training.language_model import load_language_model, load_model
-from laser_fast.training.lazy_tensors import lazy_tensors
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes (pip install laser-fast[4bit])"

@@ -1,0 +1,105 @@
+"""A SASRec in a folder: safetensors and JSON, whole or absent."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from laser_fast.data.folders import replace_directory, whole_directory, write_json
+from laser_fast.models.sasrec import SASRec
+
+_FORMAT = 1
+_KIND = "sasrec"
+_WEIGHTS_FILE = "model.safetensors"
+_SETTINGS_FILE = "recommender.json"
+
+
+def save_recommender(model: SASRec, directory: str | Path, **facts: Any) -> None:
+    """Write weights and settings to `directory`, which is replaced as a whole: a reader never sees half of it.
+
+    Args:
+        facts: anything worth keeping with it, as JSON.
+    """
+    settings = {
+        "format": _FORMAT,
+        "kind": _KIND,
+        "model": model.settings,
+        "split_hash": model.split_hash,
+        "item_map_hash": model.item_map_hash,
+        **facts,
+    }
+    with replace_directory(Path(directory)) as folder:
+        weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
+        save_file(weights, folder / _WEIGHTS_FILE)
+        write_json(folder / _SETTINGS_FILE, settings)
+
+
+def load_recommender(
+    directory: str | Path,
+    *,
+    expected_split_hash: str | None = None,
+    expected_item_map_hash: str | None = None,
+) -> SASRec:
+    """Read what `save_recommender` wrote, or the checkpoint inside a run directory; on the CPU, in eval mode.
+
+    Args:
+        directory: the folder of the checkpoint, or the run directory around it.
+        expected_split_hash: refuse a model that was fitted on another split.
+        expected_item_map_hash: refuse a model of another catalogue.
+
+    Raises:
+        FileNotFoundError: no checkpoint there.
+        ValueError: another kind of file, foreign or missing weights, or another split or catalogue than expected.
+    """
+    folder = Path(directory)
+    if not (folder / _SETTINGS_FILE).is_file():
+        inner = folder / "checkpoint"
+        folder = whole_directory(inner if inner.is_dir() else folder)
+    if not (folder / _SETTINGS_FILE).is_file():
+        raise FileNotFoundError(f"load_recommender: the folder must hold {_SETTINGS_FILE}, got {str(directory)!r}")
+    settings = json.loads((folder / _SETTINGS_FILE).read_text(encoding="utf-8"))
+    if settings.get("kind") != _KIND or settings.get("format") != _FORMAT:
+        raise ValueError(
+            f"load_recommender: the checkpoint must be {_KIND!r} in format {_FORMAT}, "
+            f"got {settings.get('kind')!r} in format {settings.get('format')!r}"
+        )
+    for what, expected in {"split_hash": expected_split_hash, "item_map_hash": expected_item_map_hash}.items():
+        if expected is not None and settings[what] != expected:
+            raise ValueError(
+                f"load_recommender: {what} must be {expected}, got {settings[what]}; "
+                "train the recommender on this very data set"
+            )
+    model = _build(settings["model"])
+    _load_weights(model, folder / _WEIGHTS_FILE)
+    model.split_hash = settings["split_hash"]
+    model.item_map_hash = settings["item_map_hash"]
+    return model.eval()
+
+
+def _build(settings: dict[str, Any]) -> SASRec:
+    with torch.random.fork_rng(devices=[]):  # the random weights are overwritten at once
+        return SASRec(settings["num_items"], **{name: value for name, value in settings.items() if name != "num_items"})
+
+
+def _load_weights(model: SASRec, path: Path) -> None:
+    """Copy the weights of a file into `model` after comparing names and shapes."""
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"load_recommender: {path.name} must be a safetensors file, got {error}") from error
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"load_recommender: {path.name} must hold the weights of {_KIND}, "
+            f"got missing {missing}, unexpected {unexpected}"
+        )
+    for name, tensor in own.items():
+        if weights[name].shape != tensor.shape:
+            raise ValueError(
+                f"load_recommender: {name} must have shape {tuple(tensor.shape)}, got {tuple(weights[name].shape)}"
+            )
+    model.load_state_dict(weights)
