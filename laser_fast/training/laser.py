@@ -32,6 +32,7 @@ from laser_fast.training.plan_table import one_line
 from laser_fast.training.pretraining import pretrain
 from laser_fast.training.resume import StateFolder
 from laser_fast.training.run_directory import RunDirectory
+from laser_fast.training.tensorboard_log import TensorBoardLog, require_tensorboard
 
 MAIN_METRIC = "NDCG@10"
 
@@ -56,7 +57,10 @@ def train_laser(
         FloatingPointError: the loss is not finite.
         Interrupted: SIGTERM or SIGINT came; the step was finished and the state is kept.
         torch.OutOfMemoryError: memory ran out; names the settings to change.
+        ImportError: `training.tensorboard` without the package.
     """
+    if config.training.tensorboard:
+        require_tensorboard()
     reopened = RunDirectory(config.output, config, resume=True) if resume else None
     set_seed(config.training.seed)
     inputs = load_inputs(config)
@@ -69,6 +73,8 @@ def train_laser(
         if progress:
             print(f"{config.output} is finished: nothing is left to train", flush=True)
         return restore(model.eval(), inputs, directory.checkpoint), inputs
+    if config.training.tensorboard:
+        directory.curves = TensorBoardLog(directory.path / "tensorboard")
     rows = training_rows(inputs.split.train, max(config.prompt.max_items, config.mformer.max_history))
     plan = plan or partial(one_line, config, on_gpu=accelerator.device.type == "cuda")
     states, interruption = StateFolder(directory), Interruption()

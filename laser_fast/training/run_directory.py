@@ -15,6 +15,7 @@ import yaml
 
 from laser_fast.config import Settings, build_config, dump_config
 from laser_fast.data.folders import PART, replace_file, write_json
+from laser_fast.training.tensorboard_log import TensorBoardLog
 
 _PACKAGES = (
     "laser-fast",
@@ -29,7 +30,7 @@ _PACKAGES = (
 )
 
 # settings under which a run may go on differently than it began: they change where and how often it is written
-_FREE_SETTINGS = ("output", "training.save_steps")
+_FREE_SETTINGS = ("output", "training.save_steps", "training.tensorboard")
 
 
 class RunDirectory:
@@ -37,6 +38,9 @@ class RunDirectory:
 
     Args:
         resume: go on with a run that this class began before.
+
+    Attributes:
+        curves: shows the log in TensorBoard; None = nothing does.
 
     Raises:
         FileExistsError: the folder exists and is not empty; runs are never overwritten.
@@ -46,6 +50,7 @@ class RunDirectory:
 
     def __init__(self, path: str | Path, config: Settings, *, resume: bool = False) -> None:
         self.path = Path(path)
+        self.curves: TensorBoardLog | None = None
         if resume:
             self._refuse_another(config)
         elif self.path.exists() and (not self.path.is_dir() or any(f.suffix != PART for f in self.path.iterdir())):
@@ -89,6 +94,8 @@ class RunDirectory:
         """Append one line to metrics.jsonl."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+        if self.curves is not None:
+            self.curves.follow(self.read_log())
 
     def read_log(self) -> bytes:
         """metrics.jsonl as it is; empty before the first line."""
@@ -106,6 +113,8 @@ class RunDirectory:
 
     def finish(self) -> None:
         """Record that the run came to its end."""
+        if self.curves is not None:
+            self.curves.close()
         write_json(self.path / "finished.json", {"date": _now()})
 
     def remove_leftovers(self) -> None:
