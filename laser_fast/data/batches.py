@@ -24,8 +24,11 @@ class PackedBatch:
         instruction: tokens that every sequence begins with, in front of the prefix and not repeated in
             `input_ids`; None where the prompts begin with the prefix.
         targets: int64 [B], or None where nothing is to be predicted.
-        positives: the distinct targets as sequences of their own, when they are to be encoded with gradient.
+        positives: the distinct targets, and negatives, as sequences of their own, when they are to be encoded with
+            gradient.
         positive_targets: int64 [B], which of `positives` is each user's target.
+        negatives: int64 [B, n], items drawn for each user, or None where none were.
+        negative_places: int64 [B, n], where they stand in `positives`; None without one of the two.
     """
 
     items: Tensor
@@ -36,6 +39,8 @@ class PackedBatch:
     targets: Tensor | None = None
     positives: "PackedBatch | None" = None
     positive_targets: Tensor | None = None
+    negatives: Tensor | None = None
+    negative_places: Tensor | None = None
 
     def __len__(self) -> int:
         return self.cu_seqlens.shape[0] - 1
@@ -55,7 +60,7 @@ class PackedBatch:
     def select(self, rows: np.ndarray | Sequence[int]) -> "PackedBatch":
         """The rows `rows` (indices or a mask) as a batch of their own, in that order, on the same device.
 
-        Of the positives, those that are targets of these rows come along.
+        Of the positives, those that are targets or negatives of these rows come along.
         """
         index = row_indices(rows, len(self), "PackedBatch.select")
         chosen = torch.from_numpy(index).to(self.items.device)
@@ -64,12 +69,24 @@ class PackedBatch:
         part = PackedBatch(items, cu_seqlens, input_ids, token_cu_seqlens, self.instruction)
         if self.targets is not None:
             part = replace(part, targets=self.targets[chosen])
+        if self.negatives is not None:
+            part = replace(part, negatives=self.negatives[chosen])
         if self.positives is None:
             return part
+        kept, places = np.unique(self.places[index], return_inverse=True)
+        which = torch.from_numpy(places.reshape(len(index), -1).astype(np.int64)).to(self.items.device)
+        part = replace(part, positives=self.positives.select(kept), positive_targets=which[:, 0].contiguous())
+        return part if self.negative_places is None else replace(part, negative_places=which[:, 1:].contiguous())
+
+    @property
+    def places(self) -> np.ndarray:
+        """Which of `positives` each row needs, its target first: int64 [B, 1 + n]; on the host."""
         assert self.positive_targets is not None
-        kept, places = np.unique(self.positive_targets.cpu().numpy()[index], return_inverse=True)
-        which = torch.from_numpy(places.astype(np.int64)).to(self.items.device)
-        return replace(part, positives=self.positives.select(kept), positive_targets=which)
+        places = [self.positive_targets[:, None]]
+        if self.negative_places is not None:
+            places.append(self.negative_places)
+        found: np.ndarray = torch.cat(places, dim=1).cpu().numpy()
+        return found
 
 
 def _select(values: Tensor, cu_seqlens: Tensor, index: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -114,14 +131,27 @@ class BatchBuilder:
         ones = PackedSequences(indices, cu_seqlens_of(np.ones(len(indices), dtype=np.int64)))
         return self._build(ones, self.item_layout)
 
-    def training_batch(self, rows: EvaluationRows, *, with_positives: bool) -> PackedBatch:
-        """Batch of users with their targets, and the distinct targets as items where they get a gradient."""
+    def training_batch(
+        self, rows: EvaluationRows, *, with_positives: bool, negatives: np.ndarray | None = None
+    ) -> PackedBatch:
+        """Batch of users with their targets, and the distinct targets and negatives as items where they get a gradient.
+
+        Args:
+            rows: B of them.
+            with_positives: encode targets, and negatives, in the step.
+            negatives: int64 [B, n], items drawn for every row (`NegativeSampler`); None = none.
+        """
         batch = self.histories(rows.histories, rows.targets)
+        wanted = rows.targets[:, None]
+        if negatives is not None:
+            batch = replace(batch, negatives=torch.from_numpy(negatives.astype(np.int64)))
+            wanted = np.concatenate([wanted, negatives], axis=1)
         if not with_positives:
             return batch
-        distinct, places = np.unique(rows.targets, return_inverse=True)
-        which = torch.from_numpy(places.astype(np.int64))
-        return replace(batch, positives=self.items(distinct), positive_targets=which)
+        distinct, found = np.unique(wanted, return_inverse=True)
+        places = torch.from_numpy(found.reshape(wanted.shape).astype(np.int64))
+        batch = replace(batch, positives=self.items(distinct), positive_targets=places[:, 0].contiguous())
+        return batch if negatives is None else replace(batch, negative_places=places[:, 1:].contiguous())
 
     def item_batches(self, batch_size: int) -> Iterator[PackedBatch]:
         """The whole catalogue in index order."""

@@ -18,7 +18,8 @@ class RowTokens:
     Args:
         users: int64 [B].
         positives: int64 [P]; empty where the batch brings none.
-        positive_of: int64 [B], which of `positives` a row needs; empty where the batch brings none.
+        positive_of: int64 [B] or [B, 1 + n], which of `positives` a row needs (its target, its negatives), none twice
+            in a row; empty where the batch brings none.
     """
 
     users: np.ndarray
@@ -33,7 +34,11 @@ class RowTokens:
     @property
     def rows(self) -> np.ndarray:
         """Tokens of every row on its own, its positive included: int64 [B]."""
-        return self.users + self.positives[self.positive_of] if len(self.positives) else self.users
+        return self.users + self.positives[self._needs].sum(axis=1) if len(self.positives) else self.users
+
+    @property
+    def _needs(self) -> np.ndarray:
+        return self.positive_of.reshape(len(self.users), -1)
 
     def split(self, limit: int) -> list[np.ndarray]:
         """Rows of parts of at most `limit` tokens each: first fit, longest row first, ties by row.
@@ -42,13 +47,13 @@ class RowTokens:
         row, and a row above the limit is a part of its own.
         """
         alone = self.rows
+        needs = [set(row) for row in self._needs.tolist()] if len(self.positives) else [set[int]()] * len(alone)
         spent: list[int] = []
         parts: list[list[int]] = []
         positives: list[set[int]] = []
         for row in np.argsort(-alone, kind="stable").tolist():
-            positive = int(self.positive_of[row]) if len(self.positives) else -1
             for part, held in enumerate(positives):
-                tokens = int(self.users[row] if positive in held or positive < 0 else alone[row])
+                tokens = int(self.users[row]) + sum(int(self.positives[one]) for one in needs[row] - held)
                 if spent[part] + tokens <= limit:
                     break
             else:
@@ -58,7 +63,7 @@ class RowTokens:
                 positives.append(set())
             spent[part] += tokens
             parts[part].append(row)
-            positives[part].add(positive)
+            positives[part] |= needs[row]
         return sorted((np.sort(np.asarray(part, dtype=np.int64)) for part in parts), key=lambda part: int(part[0]))
 
 
@@ -67,6 +72,5 @@ def row_tokens(batch: PackedBatch, virtual_tokens: VirtualTokens) -> RowTokens:
     users = batch.token_lengths + virtual_tokens(batch)
     if batch.positives is None:
         return RowTokens(users, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
-    assert batch.positive_targets is not None
     positives = batch.positives.token_lengths + virtual_tokens(batch.positives)
-    return RowTokens(users, positives, batch.positive_targets.cpu().numpy())
+    return RowTokens(users, positives, batch.places)

@@ -14,6 +14,8 @@ from laser_fast.data.batches import BatchBuilder, PackedBatch
 from laser_fast.data.sequences import PackedSequences
 from laser_fast.models.calibration import CalibratedScorer
 from laser_fast.models.kept_prefixes import KeptPrefixes
+from laser_fast.models.objective import LaserOutput as LaserOutput
+from laser_fast.models.objective import Objective
 from laser_fast.models.recommender import FrozenRecommender, Scorer, SequentialRecommender, check_histories
 from laser_fast.models.serving import Serving
 from laser_fast.models.token_budget import TokenBudget
@@ -21,24 +23,7 @@ from laser_fast.nn.bituning import BiTuning
 from laser_fast.nn.frozen_lm import FrozenLM
 from laser_fast.nn.mformer import MFormer
 from laser_fast.nn.prefix_kv import DeepPrefix, KeyValuePrefix
-from laser_fast.ops import Routing, catalog_cross_entropy
-
-
-@dataclass(frozen=True)
-class LaserOutput:
-    """What a training forward gives.
-
-    Attributes:
-        loss: float32 [], what is minimised; see `LaserModel.forward`.
-        cross_entropy: float32 [], of the users against the item matrix.
-        balance_loss: float32 []; 0 without M-Former.
-        load: float32 [E], share of the items' choices each expert got; None without M-Former.
-    """
-
-    loss: Tensor
-    cross_entropy: Tensor
-    balance_loss: Tensor
-    load: Tensor | None
+from laser_fast.ops import Routing
 
 
 @dataclass(frozen=True)
@@ -69,6 +54,7 @@ class LaserModel(nn.Module):
         head: "linear" (trained, starts as the identity, one for both sides) or "none".
         temperature: tau.
         balance_weight: alpha.
+        candidates: what a user's target stands against in training, "catalog" or "sampled"; see `Objective`.
         dropout: on the read-out.
 
     Attributes:
@@ -93,6 +79,7 @@ class LaserModel(nn.Module):
         head: str = "linear",
         temperature: float = 0.05,
         balance_weight: float = 0.01,
+        candidates: str = "catalog",
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -130,6 +117,8 @@ class LaserModel(nn.Module):
             raise ValueError(f'LaserModel: head must be "linear" or "none", got {head!r}')
         self.temperature = temperature
         self.balance_weight = balance_weight
+        self.candidates = candidates
+        Objective(temperature, balance_weight, candidates)  # refuses what it does not know
         self.dropout = dropout
         self.item_ids = list(item_ids)
         self.index_of_item = {item_id: index for index, item_id in enumerate(self.item_ids)}
@@ -223,33 +212,27 @@ class LaserModel(nn.Module):
         self.kept_prefixes = KeptPrefixes(self, capacity) if capacity else None
 
     def forward(self, batch: PackedBatch) -> LaserOutput:
-        """Training loss of a batch of users: against the whole item matrix, and among the batch's own positives.
+        """Training loss of a batch of users: among their candidates (see `Objective`), plus the balance of the router.
 
-            loss = CE(users, V) + CE(users, positives) + alpha * L_balance
+            loss = CE(users, V) + CE(users, live) + alpha * L_balance            candidates "catalog"
+            loss = CE(users, target and own negatives) + alpha * L_balance       candidates "sampled"
 
-        V is a constant of the epoch. The second term is there when the batch brings its positives: they are encoded
+        V is a constant of the epoch. Live candidates are there when the batch brings its positives: they are encoded
         here with gradient and stand against each other only. (Put in the place of their rows of V they would be the
         only fresh rows among stale ones, and to tell fresh from stale is easier than to recommend: on MovieLens-100K
         the cross-entropy over 1,682 items fell below 4 within 32 steps, to the log of the batch's 60 positives, while
         validation hardly moved.)
 
         Raises:
-            ValueError: a batch without targets.
-            RuntimeError: no item matrix yet (`refresh_items`).
+            ValueError: a batch without targets, or without the negatives that "sampled" needs.
+            RuntimeError: no item matrix yet (`refresh_items`), where it is needed.
         """
         if batch.targets is None:
             raise ValueError("LaserModel: the batch must have targets, got None; build it with training_batch")
         users, routing = self.encode(batch)
-        cross_entropy = catalog_cross_entropy(users, self._items(), batch.targets, temperature=self.temperature)
-        loss = cross_entropy
-        if batch.positives is not None:
-            assert batch.positive_targets is not None
-            positives, _ = self.encode(batch.positives)
-            loss = loss + catalog_cross_entropy(users, positives, batch.positive_targets, temperature=self.temperature)
-        if routing is None:
-            return LaserOutput(loss, cross_entropy.detach(), torch.zeros_like(cross_entropy), None)
-        loss = loss + self.balance_weight * routing.balance_loss
-        return LaserOutput(loss, cross_entropy.detach(), routing.balance_loss.detach(), routing.load.detach())
+        live = None if batch.positives is None else self.encode(batch.positives)[0]
+        objective = Objective(self.temperature, self.balance_weight, self.candidates)
+        return objective(batch, users, live, routing, self._items)
 
     @torch.inference_mode()
     def encode_users(self, histories: PackedSequences, *, batch_size: int = 128) -> Tensor:

@@ -102,6 +102,7 @@ def assemble_laser(
         head=config.bituning.head,
         temperature=config.objective.temperature,
         balance_weight=config.objective.balance_weight,
+        candidates=config.objective.candidates,
         dropout=config.bituning.dropout,
     )
 

@@ -1,0 +1,129 @@
+"""What stage 2 minimises: cross-entropy of each user's target among its candidates, by cosine over a temperature.
+
+    candidates "catalog"   CE(users, V) + CE(users, live)     V: the item matrix, a constant of the epoch
+    candidates "sampled"   CE(users, target and own negatives)                          (the Laser authors' form)
+
+Live candidates are the distinct positives and negatives of a batch, encoded in the step and with gradient.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from laser_fast.data.batches import PackedBatch
+from laser_fast.ops import Routing, catalog_cross_entropy
+from laser_fast.ops.precision import autocast_off, wide_dtype
+
+CANDIDATES = ("catalog", "sampled")
+
+
+@dataclass(frozen=True)
+class LaserOutput:
+    """What a training forward gives.
+
+    Attributes:
+        loss: float32 [], what is minimised; see `LaserModel.forward`.
+        cross_entropy: float32 [], of the users against the item matrix, or against their sampled candidates.
+        balance_loss: float32 []; 0 without M-Former.
+        load: float32 [E], share of the items' choices each expert got; None without M-Former.
+    """
+
+    loss: Tensor
+    cross_entropy: Tensor
+    balance_loss: Tensor
+    load: Tensor | None
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of stage 2.
+
+    Args:
+        temperature: tau.
+        balance_weight: alpha.
+        candidates: "catalog" or "sampled".
+
+    Raises:
+        ValueError: other candidates.
+    """
+
+    temperature: float
+    balance_weight: float
+    candidates: str = "catalog"
+
+    def __post_init__(self) -> None:
+        if self.candidates not in CANDIDATES:
+            raise ValueError(f'Objective: candidates must be "catalog" or "sampled", got {self.candidates!r}')
+
+    def __call__(
+        self,
+        batch: PackedBatch,
+        users: Tensor,
+        live: Tensor | None,
+        routing: Routing | None,
+        item_matrix: Callable[[], Tensor],
+    ) -> LaserOutput:
+        """Loss of a batch with targets.
+
+        Args:
+            users: [B, d].
+            live: [P, d], embeddings of `batch.positives`; None = the batch has none.
+            routing: of the users; None without M-Former.
+            item_matrix: gives V [I, d]; asked only where V takes part.
+        """
+        if self.candidates == "sampled":
+            loss = cross_entropy = self._among_own(batch, users, live, item_matrix)
+        else:
+            assert batch.targets is not None
+            cross_entropy = catalog_cross_entropy(users, item_matrix(), batch.targets, temperature=self.temperature)
+            loss = cross_entropy
+            if live is not None:
+                assert batch.positive_targets is not None
+                loss = loss + catalog_cross_entropy(users, live, batch.positive_targets, temperature=self.temperature)
+        if routing is None:
+            return LaserOutput(loss, cross_entropy.detach(), torch.zeros_like(cross_entropy), None)
+        loss = loss + self.balance_weight * routing.balance_loss
+        return LaserOutput(loss, cross_entropy.detach(), routing.balance_loss.detach(), routing.load.detach())
+
+    def _among_own(
+        self, batch: PackedBatch, users: Tensor, live: Tensor | None, item_matrix: Callable[[], Tensor]
+    ) -> Tensor:
+        """Against the target and the negatives of each user: the live ones, else their rows of V."""
+        if batch.negatives is None:
+            raise ValueError(
+                "Objective: a batch must have negatives where candidates are sampled, got None; build it with "
+                "training_batch"
+            )
+        assert batch.targets is not None
+        if live is not None:
+            assert batch.positive_targets is not None and batch.negative_places is not None
+            places = torch.cat([batch.positive_targets[:, None], batch.negative_places], dim=1)
+            return sampled_cross_entropy(users, live, places, self.temperature)
+        wanted = torch.cat([batch.targets[:, None], batch.negatives], dim=1)
+        distinct, places = torch.unique(wanted, return_inverse=True)
+        return sampled_cross_entropy(users, item_matrix().index_select(0, distinct), places, self.temperature)
+
+
+def sampled_cross_entropy(users: Tensor, rows: Tensor, places: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy of a user's first candidate among its own ones, by cosine over `temperature`; a mean over users.
+
+    All scores [B, P] are held and those of other users' candidates masked: to gather rows per user would sum their
+    gradients in no fixed order on a GPU.
+
+    Args:
+        users: [B, d].
+        rows: [P, d], distinct candidates of all users.
+        places: int64 [B, 1 + n], which rows are a user's candidates, its target first, none twice.
+        temperature: tau.
+
+    Returns:
+        float32 [] (float64 for float64), accumulated in that type.
+    """
+    wide = wide_dtype(users, rows)
+    with autocast_off(users.device):
+        scores = F.normalize(users.to(wide), dim=-1) @ F.normalize(rows.to(wide), dim=-1).T / temperature
+        others = torch.ones_like(scores, dtype=torch.bool).scatter_(1, places, False)
+        return F.cross_entropy(scores.masked_fill(others, -torch.inf), places[:, 0])
