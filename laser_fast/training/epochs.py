@@ -16,6 +16,7 @@ from torch import nn
 from laser_fast.config import LaserConfig, StageConfig
 from laser_fast.data import TrainingRows
 from laser_fast.data.batches import PackedBatch
+from laser_fast.data.negatives import NegativeSampler
 from laser_fast.models.laser import LaserModel
 from laser_fast.training.build import Inputs
 from laser_fast.training.interruption import Interrupted, Interruption
@@ -61,6 +62,7 @@ class Stage:
     loss_function: LossFunction
     heads: nn.Module | None = None
     with_positives: bool = False
+    negatives: NegativeSampler | None = None
 
 
 def train_epochs(run: Run, stage: Stage, conclude: Callable[[int, dict[str, Any]], None]) -> None:
@@ -158,4 +160,6 @@ def _name_rows(run: Run, rows: np.ndarray) -> str:
 def _batches(run: Run, stage: Stage, epoch: int, first: int) -> Iterator[PackedBatch]:
     """Batches of an epoch from step `first` on."""
     for rows in islice(stage.sampler.batches(epoch, run.config.training.batch_size), first, None):
-        yield run.model.builder.training_batch(run.rows.select(rows), with_positives=stage.with_positives)
+        chosen = run.rows.select(rows)
+        negatives = None if stage.negatives is None else stage.negatives.draw(chosen.users, epoch, rows)
+        yield run.model.builder.training_batch(chosen, with_positives=stage.with_positives, negatives=negatives)

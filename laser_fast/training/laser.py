@@ -18,6 +18,7 @@ from torch import Tensor
 from laser_fast.config import LaserConfig
 from laser_fast.data import training_rows
 from laser_fast.data.batches import PackedBatch
+from laser_fast.data.negatives import NegativeSampler
 from laser_fast.evaluation import evaluate, search_calibration
 from laser_fast.models.calibration import CalibratedScorer
 from laser_fast.models.laser import LaserModel
@@ -138,6 +139,9 @@ def _phase(run: Run, name: str, best: float) -> float:
     )
     title, loss_function = f"stage 2 {name.replace('_', ' ')}", _training_loss(model)
     current = Stage(name, title, stage, sampler, trainer, stopping, loss_function, with_positives=with_positives)
+    objective = config.objective
+    if objective.num_negatives and (with_positives or objective.candidates == "sampled"):  # V holds them anyway
+        current.negatives = NegativeSampler(run.rows.train, model.num_items, objective.num_negatives, sampler.seed)
     if not run.stands_in(name):
         _begin_phase(run, current)
 
