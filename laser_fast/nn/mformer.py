@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from laser_fast.nn.data_parallel import Processes
 from laser_fast.nn.qformer import QFormer, initialize_like_bert
 from laser_fast.ops.dispatch import combine_queries
 from laser_fast.ops.routing import Routing, route_experts
@@ -117,3 +118,30 @@ class MFormer(nn.Module):
         queries = combine_queries(outputs, routing.weight)
         prefix = None if self.lm_projection is None else self.lm_projection(queries)
         return MFormerOutput(prefix, queries, routing)
+
+
+def balance_across(routing: Routing, cu_seqlens: Tensor, processes: Processes) -> tuple[Tensor, Tensor]:
+    """Balance loss and load of the users of all processes together: `E * sum_e p_e f_e`, `p` and `f` over all items.
+
+        p_e = (1/N) sum_b n_b pooled_b[e]      N = sum_b n_b over all processes, n_b items of user b
+        f_e = (1/N) sum_r N_r load_r[e]        N_r items of process r; no gradient
+
+    A mean of the processes' own losses is another function: it wants the load even within every share of a batch.
+
+    Args:
+        routing: of this process's users.
+        cu_seqlens: int32 [B+1], their histories.
+        processes: one alone gets what the operation gives, bit for bit.
+
+    Returns:
+        loss [] and load [E], in the dtype of `routing.pooled`, the same in every process. The loss is to be weighted by
+        shares that sum to 1 over the processes, its gradient is then exact.
+    """
+    if processes.size == 1:
+        return routing.balance_loss, routing.load
+    items = cu_seqlens.diff().to(routing.pooled.dtype)
+    own = [items @ routing.pooled, routing.load * items.sum(), items.sum()[None]]
+    probability, load, count = processes.sum(torch.cat(own)).split([len(routing.load), len(routing.load), 1])
+    count = count.detach().clamp_min(1.0)
+    probability, load = probability / count, load.detach() / count
+    return len(load) * torch.dot(probability, load), load

@@ -1,0 +1,289 @@
+"""Several processes that train one model, each on its share of a batch's rows.
+
+    L = sum_r w_r L_r        w_r = rows of process r / rows of the batch
+    dL = sum_r w_r dL_r      added up once a step, when the gradients of all micro-batches are there
+
+`L_r` may look at rows of the other processes: `Processes.gather` hands them out and carries their gradient back to
+where they were computed, so the sum above is the gradient that one process has on the whole batch.
+
+Gradients are added by one all-reduce after backward, not by `DistributedDataParallel`: that wants every forward to go
+through one wrapper, expects each parameter in each backward and divides by the number of processes, while here stages
+train parts of the model through several entries, leave parameters out, and shares of a batch differ. What is lost is
+the overlap of backward and communication, for as few parameters as are trained next to a frozen model.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+_BUCKET_BYTES = 32 << 20  # of gradients that are copied together for one all-reduce; bounds the memory of the copy
+
+
+class OtherProcessFailed(RuntimeError):
+    """Another process cannot go on, so this one must not either."""
+
+    def __init__(self, rank: int, reason: str) -> None:
+        super().__init__(f"training: all processes must go on together, got an error in process {rank}: {reason}")
+
+
+class Processes:
+    """The processes of torch's default group, and which of them this is; one alone where there is no group.
+
+    Every method but `share` is to be called by all processes at the same place; one process alone communicates with
+    nobody and gets back what it gave.
+
+    Args:
+        device: where tensors are put to be sent (that of the training: NCCL takes nothing else).
+        alone: know nobody, whatever group there is.
+
+    Attributes:
+        rank: of this process, from 0.
+        size: number of processes.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", *, alone: bool = False) -> None:
+        together = not alone and dist.is_available() and dist.is_initialized()
+        self.device = torch.device(device)
+        self.rank = dist.get_rank() if together else 0
+        self._size = dist.get_world_size() if together else 1
+        self._apart = False
+        self._stands_in = False
+
+    @property
+    def size(self) -> int:
+        """How many there are; 1 within `apart`."""
+        return 1 if self._apart else self._size
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes and prints."""
+        return self.rank == 0
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """For work that every process repeats by itself: nothing is communicated within."""
+        before, self._apart = self._apart, True
+        try:
+            yield
+        finally:
+            self._apart = before
+
+    @contextmanager
+    def standing_in(self, stands_in: bool) -> Iterator[None]:
+        """Within, the rows of this process are no part of the batch: they only keep it in step with the others.
+
+        A share without rows goes through the model with a row of another share; its loss counts nothing, the others do
+        not see its rows, and no kernel meets an empty batch.
+        """
+        before, self._stands_in = self._stands_in, stands_in
+        try:
+            yield
+        finally:
+            self._stands_in = before
+
+    def share(self, count: int, rank: int | None = None) -> np.ndarray:
+        """Which of `count` rows a process takes (None: this one): int64, consecutive, sizes differ by at most one."""
+        rank = (0 if self._apart else self.rank) if rank is None else rank
+        rows: np.ndarray = np.array_split(np.arange(count, dtype=np.int64), self.size)[rank]
+        return rows
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, those of this process first, then the others by rank.
+
+        The gradient goes back to the process of each row, where it is the sum over all processes.
+
+        Args:
+            rows: [n, ...] of any dtype; n may differ between the processes, the other sizes may not.
+
+        Returns:
+            [sum n, ...] of the same dtype; rows that stand in are seen by their own process only.
+        """
+        if self.size == 1:
+            return rows
+        gathered: Tensor = _Gather.apply(rows, self._counts(0 if self._stands_in else len(rows)), self.rank)
+        return gathered
+
+    def gather_parts(self, rows: Tensor) -> list[Tensor]:
+        """What each process gave, by rank, without gradient: one [n, ...] each, on the device of `rows`."""
+        if self.size == 1:
+            return [rows]
+        parts = _all_gather(rows.detach().to(self.device), self._counts(len(rows)))
+        return [part.to(rows.device) for part in parts]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over the processes, with gradient: floating point, the same shape everywhere; who stands in adds 0."""
+        if self.size == 1:
+            return values
+        total: Tensor = _Sum.apply(values, 0.0 if self._stands_in else 1.0)
+        return total
+
+    def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Add up `.grad` over the processes; a parameter without one in every process keeps none.
+
+        All processes end with the same bits, whichever way the backend adds.
+        """
+        if self.size == 1:
+            return
+        present = torch.tensor([float(p.grad is not None) for p in parameters], device=self.device)
+        dist.all_reduce(present)
+        used = [p for p, count in zip(parameters, present.tolist(), strict=True) if count]
+        for bucket in _buckets(used):
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+            dist.all_reduce(flat)
+            for parameter, total in zip(bucket, flat.split([g.numel() for g in gradients]), strict=True):
+                parameter.grad = total.view_as(parameter).clone()
+
+    def sum_values(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Every entry summed over the processes, in one message: floating point tensors without gradient."""
+        if self.size == 1:
+            return values
+        flat = torch.cat([value.reshape(-1).to(torch.float64) for value in values.values()])
+        dist.all_reduce(flat)
+        totals = flat.split([value.numel() for value in values.values()])
+        pairs = zip(values.items(), totals, strict=True)
+        return {name: total.view_as(value).to(value.dtype) for (name, value), total in pairs}
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true in some process."""
+        return self.largest(int(flag)) > 0
+
+    def largest(self, value: int) -> int:
+        """The largest value of all processes."""
+        if self.size == 1:
+            return value
+        found = torch.tensor(value, device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
+    def of_first(self, value: float) -> float:
+        """The value of process 0, bit by bit."""
+        if self.size == 1:
+            return value
+        told = torch.tensor([value], dtype=torch.float64)
+        return float(self.gather_parts(told)[0])
+
+    def synchronize(self, module: nn.Module) -> None:
+        """Give the parameters that are trained the values they have in process 0."""
+        if self.size == 1:
+            return
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                dist.broadcast(parameter.data, src=0)
+
+    def wait(self) -> None:
+        """Go on when all processes are here."""
+        self.largest(0)
+
+    def raise_together(self, error: Exception | None) -> None:
+        """Stop all processes when one has an error.
+
+        Raises:
+            Exception: `error`, where this process has one.
+            OtherProcessFailed: only others have; names the first.
+        """
+        if error is not None and self.size == 1:
+            raise error
+        if self.size == 1:
+            return
+        text = "" if error is None else str(error) or type(error).__name__
+        told = [bytes(part.tolist()).decode() for part in self.gather_parts(_bytes(text))]
+        if error is not None:
+            raise error
+        for rank, reason in enumerate(told):
+            if reason:
+                raise OtherProcessFailed(rank, reason)
+
+    def _counts(self, count: int) -> list[int]:
+        mine = torch.tensor([count], device=self.device)
+        counts = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(counts, mine)
+        return [int(value) for value in torch.cat(counts).tolist()]
+
+
+ALONE = Processes(alone=True)
+"""One process, with nobody to talk to."""
+
+
+class _Gather(torch.autograd.Function):
+    """See `Processes.gather`; backward adds the gradients of all processes and keeps those of the own rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: list[int], rank: int) -> Tensor:
+        ctx.counts, ctx.rank, ctx.own = counts, rank, len(rows)
+        others = [part for index, part in enumerate(_all_gather(rows[: counts[rank]], counts)) if index != rank]
+        return torch.cat([rows, *others])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        counts, rank, own = ctx.counts, ctx.rank, ctx.own
+        sizes = [count for index, count in enumerate(counts) if index != rank]
+        parts = list(grad[own:].split(sizes))
+        parts.insert(rank, grad[: counts[rank]])
+        total = torch.cat(parts)
+        dist.all_reduce(total)
+        if not counts[rank]:  # stood in: nobody else saw these rows
+            return grad[:own], None, None
+        return total.split(counts)[rank].clone(), None, None
+
+
+class _Sum(torch.autograd.Function):
+    """See `Processes.sum`; its gradient is the sum of the gradients of all processes."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        total = values * factor
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.clone()
+        dist.all_reduce(total)
+        return total * ctx.factor, None
+
+
+def _all_gather(rows: Tensor, counts: list[int]) -> list[Tensor]:
+    """The rows of every process, by rank; sent padded to the longest, as no backend takes ragged parts."""
+    longest = max(counts)
+    padded = rows.new_zeros((longest, *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return [part[:count] for part, count in zip(parts, counts, strict=True)]
+
+
+def _buckets(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Parameters in order, as many of one dtype at a time as `_BUCKET_BYTES` has room for, at least one."""
+    bucket: list[Tensor] = []
+    filled = 0
+    for parameter in parameters:
+        size = parameter.numel() * parameter.element_size()
+        if bucket and (filled + size > _BUCKET_BYTES or parameter.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, filled = [], 0
+        bucket.append(parameter)
+        filled += size
+    if bucket:
+        yield bucket
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def launched_size() -> int:
+    """How many processes the launcher (torchrun, accelerate) says there are, before they know each other."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_first() -> bool:
+    """Whether this is the process that prints, by the launcher's word."""
+    return os.environ.get("RANK", "0") == "0"
