@@ -20,6 +20,7 @@ from laser_fast.models.recommender import FrozenRecommender, Scorer, SequentialR
 from laser_fast.models.serving import Serving
 from laser_fast.models.token_budget import TokenBudget
 from laser_fast.nn.bituning import BiTuning
+from laser_fast.nn.data_parallel import ALONE
 from laser_fast.nn.frozen_lm import FrozenLM
 from laser_fast.nn.mformer import MFormer
 from laser_fast.nn.prefix_kv import DeepPrefix, KeyValuePrefix
@@ -61,6 +62,7 @@ class LaserModel(nn.Module):
         budget: packed tokens that `encode_users` and `encode_items` put through the language model at once; no limit
             unless one is set.
         serving: compiles the language model or captures it in CUDA graphs for requests, where it is told to.
+        processes, balance_processes: see `Objective`; none but this one unless training sets them.
     """
 
     item_matrix: Tensor
@@ -125,6 +127,7 @@ class LaserModel(nn.Module):
         self.calibration: CalibratedScorer | None = None
         self.budget = TokenBudget()
         self.serving = Serving(self)
+        self.processes = self.balance_processes = ALONE
         self.register_buffer("item_matrix", torch.empty(0, lm.hidden_size), persistent=False)
 
     @property
@@ -231,7 +234,8 @@ class LaserModel(nn.Module):
             raise ValueError("LaserModel: the batch must have targets, got None; build it with training_batch")
         users, routing = self.encode(batch)
         live = None if batch.positives is None else self.encode(batch.positives)[0]
-        objective = Objective(self.temperature, self.balance_weight, self.candidates)
+        together = self.processes, self.balance_processes
+        objective = Objective(self.temperature, self.balance_weight, self.candidates, *together)
         return objective(batch, users, live, routing, self._items)
 
     @torch.inference_mode()

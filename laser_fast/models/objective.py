@@ -3,7 +3,8 @@
     candidates "catalog"   CE(users, V) + CE(users, live)     V: the item matrix, a constant of the epoch
     candidates "sampled"   CE(users, target and own negatives)                          (the Laser authors' form)
 
-Live candidates are the distinct positives and negatives of a batch, encoded in the step and with gradient.
+Live candidates are the distinct positives and negatives of a batch, encoded in the step and with gradient. Where
+several processes train, those of all of them stand against each other, each item once.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from laser_fast.data.batches import PackedBatch
+from laser_fast.nn.data_parallel import ALONE, Processes
+from laser_fast.nn.mformer import balance_across
 from laser_fast.ops import Routing, catalog_cross_entropy
 from laser_fast.ops.precision import autocast_off, wide_dtype
 
@@ -45,6 +48,8 @@ class Objective:
         temperature: tau.
         balance_weight: alpha.
         candidates: "catalog" or "sampled".
+        processes: whose live candidates stand against each other.
+        balance_processes: whose load is balanced together.
 
     Raises:
         ValueError: other candidates.
@@ -53,6 +58,8 @@ class Objective:
     temperature: float
     balance_weight: float
     candidates: str = "catalog"
+    processes: Processes = ALONE
+    balance_processes: Processes = ALONE
 
     def __post_init__(self) -> None:
         if self.candidates not in CANDIDATES:
@@ -81,12 +88,13 @@ class Objective:
             cross_entropy = catalog_cross_entropy(users, item_matrix(), batch.targets, temperature=self.temperature)
             loss = cross_entropy
             if live is not None:
-                assert batch.positive_targets is not None
-                loss = loss + catalog_cross_entropy(users, live, batch.positive_targets, temperature=self.temperature)
+                items, places = gather_candidates(live, batch, self.processes)
+                loss = loss + catalog_cross_entropy(users, items, places, temperature=self.temperature)
         if routing is None:
             return LaserOutput(loss, cross_entropy.detach(), torch.zeros_like(cross_entropy), None)
-        loss = loss + self.balance_weight * routing.balance_loss
-        return LaserOutput(loss, cross_entropy.detach(), routing.balance_loss.detach(), routing.load.detach())
+        balance_loss, load = balance_across(routing, batch.cu_seqlens, self.balance_processes)
+        loss = loss + self.balance_weight * balance_loss
+        return LaserOutput(loss, cross_entropy.detach(), balance_loss.detach(), load.detach())
 
     def _among_own(
         self, batch: PackedBatch, users: Tensor, live: Tensor | None, item_matrix: Callable[[], Tensor]
@@ -105,6 +113,34 @@ class Objective:
         wanted = torch.cat([batch.targets[:, None], batch.negatives], dim=1)
         distinct, places = torch.unique(wanted, return_inverse=True)
         return sampled_cross_entropy(users, item_matrix().index_select(0, distinct), places, self.temperature)
+
+
+def gather_candidates(live: Tensor, batch: PackedBatch, processes: Processes) -> tuple[Tensor, Tensor]:
+    """Live candidates of all processes, an item once, and which of them is the target of each row of this process.
+
+    Of an item that several processes encoded the copy of this process is taken, else that of the lowest rank; without
+    dropout they are equal, and so is the sum of the gradients whichever is taken.
+
+    Args:
+        live: [P, d], embeddings of `batch.positives`.
+        batch: with targets and positives.
+        processes: one alone gets back what it gave.
+
+    Returns:
+        [P', d], in the order of the items; int64 [B].
+    """
+    assert batch.targets is not None and batch.positive_targets is not None
+    if processes.size == 1:
+        return live, batch.positive_targets
+    own = torch.empty(len(live), dtype=torch.int64, device=live.device)
+    own[batch.positive_targets] = batch.targets
+    if batch.negatives is not None and batch.negative_places is not None:
+        own[batch.negative_places] = batch.negatives
+    items, rows = processes.gather(own), processes.gather(live)
+    distinct, places = torch.unique(items, return_inverse=True)
+    number = torch.arange(len(items), device=items.device)
+    first = torch.full_like(distinct, len(items)).scatter_reduce(0, places, number, "amin")
+    return rows.index_select(0, first), places[: len(own)][batch.positive_targets]
 
 
 def sampled_cross_entropy(users: Tensor, rows: Tensor, places: Tensor, temperature: float) -> Tensor:
