@@ -47,8 +47,9 @@ class LanguageModelConfig(Settings):
     """The frozen language model."""
 
     path: str
-    """Folder with a Hugging Face model and tokenizer, `package:NAME/FOLDER` for one inside a Python package, or
-    `random:SHAPE` for random weights: a shape of `laser_fast/presets/shapes` or a folder with a config.json."""
+    """Folder with a Hugging Face model and tokenizer, `package:NAME/FOLDER` for one inside a Python package,
+    `hub:OWNER/NAME[@REVISION]` for one of the Hugging Face Hub (downloaded at the first use), or `random:SHAPE` for
+    random weights: a shape of `laser_fast/presets/shapes` or a folder with a config.json."""
     tokenizer: str | None = None
     """Folder of the tokenizer; None = that of `path`. A random model needs one to read texts."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -22,10 +22,10 @@ from torch import Tensor
 from laser_fast.config import LaserConfig, build_config
 from laser_fast.data.batches import PackedBatch
 from laser_fast.models import LaserModel, SASRec
+from laser_fast.models.assembly import build_execution, laser_parts
 from laser_fast.models.language_model import load_model
 from laser_fast.nn.frozen_lm import FrozenLM
 from laser_fast.ops import cu_seqlens_from_lengths
-from laser_fast.training.build import assemble_laser, build_execution
 from laser_fast.training.optimizer import build_optimizer
 from laser_fast.training.plan import Workload
 
@@ -39,7 +39,7 @@ def build_model(config: LaserConfig, work: Workload, device: torch.device) -> La
     builder: Any = SimpleNamespace(num_items=work.num_items)
     recommender = SASRec(work.num_items, width=work.state_size)
     ids = [str(index) for index in range(work.num_items)]
-    model = assemble_laser(config, frozen, builder, ids, recommender)
+    model = LaserModel(**laser_parts(config, frozen, builder, ids, recommender))
     model.item_matrix = torch.randn(work.num_items, frozen.hidden_size)
     return model.to(device).train()
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from laser_fast.config import LanguageModelConfig, resolve_path
+from laser_fast.config import LanguageModelConfig
+from laser_fast.models.hub import locate
 from laser_fast.models.lazy_tensors import lazy_tensors
 from laser_fast.models.random_models import Placement, random_config, random_model
 from laser_fast.nn.host_embedding import keep_embeddings_on_host
@@ -14,11 +15,11 @@ from laser_fast.nn.host_embedding import keep_embeddings_on_host
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_RANDOM_SCHEME = "random:"
+RANDOM_SCHEME = "random:"
 
 
 def load_language_model(config: LanguageModelConfig) -> "tuple[PreTrainedModel, Any]":
-    """Read model and tokenizer; nothing is downloaded and no code of a folder is run.
+    """Read model and tokenizer; nothing is downloaded but what `hub:` names, and no code of a folder is run.
 
     Raises:
         FileNotFoundError: no such folder or package.
@@ -45,12 +46,12 @@ def load_tokenizer(config: LanguageModelConfig) -> Any:
     """
     from transformers import AutoTokenizer
 
-    if config.tokenizer is None and config.path.startswith(_RANDOM_SCHEME):
+    if config.tokenizer is None and config.path.startswith(RANDOM_SCHEME):
         raise ValueError(
             f"load_language_model: lm.tokenizer must name a folder with a tokenizer when lm.path is {config.path!r}, "
             "got None"
         )
-    folder = resolve_path(config.path if config.tokenizer is None else config.tokenizer)
+    folder = locate(config.path if config.tokenizer is None else config.tokenizer)
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
@@ -72,13 +73,13 @@ def load_model(config: LanguageModelConfig) -> "PreTrainedModel":
         raise RuntimeError(
             'load_language_model: lm.quantization "nf4" needs bitsandbytes, got none; pip install "laser-fast[4bit]"'
         )
-    if config.path.startswith(_RANDOM_SCHEME):
+    if config.path.startswith(RANDOM_SCHEME):
         device = _device()
         embedding_device = torch.device("cpu") if config.embedding_device == "cpu" else device
         placement = Placement(dtype, device, embedding_device, packed=config.quantization == "nf4")
-        model = random_model(random_config(config.path.removeprefix(_RANDOM_SCHEME)), placement)
+        model = random_model(random_config(config.path.removeprefix(RANDOM_SCHEME)), placement)
     else:
-        model = _read(resolve_path(config.path), dtype, pack=config.quantization == "nf4")
+        model = _read(locate(config.path), dtype, pack=config.quantization == "nf4")
     if config.embedding_device == "cpu":
         keep_embeddings_on_host(model)
     return model

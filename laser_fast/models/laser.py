@@ -16,6 +16,7 @@ from laser_fast.models.calibration import CalibratedScorer
 from laser_fast.models.kept_prefixes import KeptPrefixes
 from laser_fast.models.objective import LaserOutput as LaserOutput
 from laser_fast.models.objective import Objective
+from laser_fast.models.pretrained import PretrainedLaser
 from laser_fast.models.recommender import FrozenRecommender, Scorer, SequentialRecommender, check_histories
 from laser_fast.models.serving import Serving
 from laser_fast.models.token_budget import TokenBudget
@@ -35,7 +36,7 @@ class Recommendation:
     score: float
 
 
-class LaserModel(nn.Module):
+class LaserModel(PretrainedLaser, nn.Module):
     """The recommender of the paper; both sides, users and items, go through the same frozen language model.
 
     `state_dict` holds what is trained and nothing of the frozen models. It is a `Scorer`: `score` is the cosine of
@@ -214,7 +215,7 @@ class LaserModel(nn.Module):
         """
         self.kept_prefixes = KeptPrefixes(self, capacity) if capacity else None
 
-    def forward(self, batch: PackedBatch) -> LaserOutput:
+    def forward(self, batch: PackedBatch, return_loss: bool = True) -> LaserOutput:
         """Training loss of a batch of users: among their candidates (see `Objective`), plus the balance of the router.
 
             loss = CE(users, V) + CE(users, live) + alpha * L_balance            candidates "catalog"
@@ -226,12 +227,17 @@ class LaserModel(nn.Module):
         the cross-entropy over 1,682 items fell below 4 within 32 steps, to the log of the batch's 60 positives, while
         validation hardly moved.)
 
+        Args:
+            batch: of users with targets, on any device.
+            return_loss: always; transformers' Trainer reads here that there is a loss to evaluate.
+
         Raises:
             ValueError: a batch without targets, or without the negatives that "sampled" needs.
             RuntimeError: no item matrix yet (`refresh_items`), where it is needed.
         """
         if batch.targets is None:
             raise ValueError("LaserModel: the batch must have targets, got None; build it with training_batch")
+        batch = batch.to(self.device)
         users, routing = self.encode(batch)
         live = None if batch.positives is None else self.encode(batch.positives)[0]
         together = self.processes, self.balance_processes

@@ -9,6 +9,7 @@ several processes train, those of all of them stand against each other, each ite
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +24,8 @@ from laser_fast.ops.precision import autocast_off, wide_dtype
 CANDIDATES = ("catalog", "sampled")
 
 
-@dataclass(frozen=True)
-class LaserOutput:
-    """What a training forward gives.
+class LaserOutput(NamedTuple):
+    """What a training forward gives; the loss stands first, where training loops of other libraries look for it.
 
     Attributes:
         loss: float32 [], what is minimised; see `LaserModel.forward`.

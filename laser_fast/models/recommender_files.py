@@ -13,7 +13,7 @@ from laser_fast.models.sasrec import SASRec
 
 _FORMAT = 1
 _KIND = "sasrec"
-_WEIGHTS_FILE = "model.safetensors"
+_WEIGHTS_FILE = "recommender.safetensors"
 _SETTINGS_FILE = "recommender.json"
 
 
@@ -23,6 +23,14 @@ def save_recommender(model: SASRec, directory: str | Path, **facts: Any) -> None
     Args:
         facts: anything worth keeping with it, as JSON.
     """
+    with replace_directory(Path(directory)) as folder:
+        write_recommender(model, folder, **facts)
+
+
+def write_recommender(model: SASRec, folder: Path, **facts: Any) -> None:
+    """The two files of `save_recommender`, into a folder that is being written."""
+    weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
+    save_file(weights, folder / _WEIGHTS_FILE)
     settings = {
         "format": _FORMAT,
         "kind": _KIND,
@@ -31,10 +39,7 @@ def save_recommender(model: SASRec, directory: str | Path, **facts: Any) -> None
         "item_map_hash": model.item_map_hash,
         **facts,
     }
-    with replace_directory(Path(directory)) as folder:
-        weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
-        save_file(weights, folder / _WEIGHTS_FILE)
-        write_json(folder / _SETTINGS_FILE, settings)
+    write_json(folder / _SETTINGS_FILE, settings)
 
 
 def load_recommender(
@@ -60,18 +65,29 @@ def load_recommender(
         folder = whole_directory(inner if inner.is_dir() else folder)
     if not (folder / _SETTINGS_FILE).is_file():
         raise FileNotFoundError(f"load_recommender: the folder must hold {_SETTINGS_FILE}, got {str(directory)!r}")
+    model = read_recommender(folder)
+    for what, expected in {"split_hash": expected_split_hash, "item_map_hash": expected_item_map_hash}.items():
+        if expected is not None and getattr(model, what) != expected:
+            raise ValueError(
+                f"load_recommender: {what} must be {expected}, got {getattr(model, what)}; "
+                "train the recommender on this very data set"
+            )
+    return model
+
+
+def read_recommender(folder: Path) -> SASRec:
+    """Read the two files of `write_recommender`; on the CPU, in eval mode.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: another kind of file, foreign or missing weights.
+    """
     settings = json.loads((folder / _SETTINGS_FILE).read_text(encoding="utf-8"))
     if settings.get("kind") != _KIND or settings.get("format") != _FORMAT:
         raise ValueError(
             f"load_recommender: the checkpoint must be {_KIND!r} in format {_FORMAT}, "
             f"got {settings.get('kind')!r} in format {settings.get('format')!r}"
         )
-    for what, expected in {"split_hash": expected_split_hash, "item_map_hash": expected_item_map_hash}.items():
-        if expected is not None and settings[what] != expected:
-            raise ValueError(
-                f"load_recommender: {what} must be {expected}, got {settings[what]}; "
-                "train the recommender on this very data set"
-            )
     model = _build(settings["model"])
     _load_weights(model, folder / _WEIGHTS_FILE)
     model.split_hash = settings["split_hash"]

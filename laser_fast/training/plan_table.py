@@ -7,10 +7,11 @@ import numpy as np
 
 from laser_fast.config import LaserConfig, resolve_path
 from laser_fast.data import SequenceDataset, leave_one_out, training_rows
+from laser_fast.models.assembly import build_batches
 from laser_fast.models.language_model import load_tokenizer
 from laser_fast.models.recommender_files import load_recommender
 from laser_fast.nn.execution import CHECKPOINTING
-from laser_fast.training.build import Inputs, build_batches
+from laser_fast.training.build import training_counts
 from laser_fast.training.plan import GIB, MemoryPlan, Workload, estimate_memory
 
 _SAMPLE_ROWS = 512
@@ -25,7 +26,13 @@ def measure_workload(config: LaserConfig) -> Workload:
     """
     dataset = SequenceDataset.load(resolve_path(config.data))
     split = leave_one_out(dataset)
-    builder = build_batches(config, Inputs(dataset, split, None), load_tokenizer(config.lm))
+    builder = build_batches(
+        config.prompt,
+        dataset.items,
+        load_tokenizer(config.lm),
+        known_items=training_counts(split, dataset.num_items) > 0,
+        max_history=config.mformer.max_history,
+    )
     rows = training_rows(split.train, max(config.prompt.max_items, config.mformer.max_history))
     chosen = np.random.default_rng(0).permutation(len(rows))[:_SAMPLE_ROWS]
     batch = builder.training_batch(rows.select(np.sort(chosen)), with_positives=True)

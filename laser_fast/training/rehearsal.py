@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_leaves
 
 from laser_fast.config import LaserConfig
 from laser_fast.data.batches import PackedBatch
+from laser_fast.models.assembly import build_execution, laser_parts
 from laser_fast.models.laser import LaserModel
 from laser_fast.nn.frozen_lm import FrozenLM
-from laser_fast.training.build import assemble_laser, build_execution
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -112,7 +112,7 @@ def model_without_values(
         builder: Any = SimpleNamespace(num_items=step.num_items)
         recommender: Any = _StatesWithoutValues(step.num_items, step.state_size)
         ids = cast(Any, range(step.num_items))
-        model = assemble_laser(config, lm, builder, ids, recommender)
+        model = LaserModel(**laser_parts(config, lm, builder, ids, recommender))
         model.item_matrix = torch.empty(step.num_items, lm.hidden_size)
     return model
 

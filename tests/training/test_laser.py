@@ -38,9 +38,13 @@ def test_a_run_leaves_the_best_model_and_its_records(tiny_settings: dict[str, An
         "finished.json",
     }
     assert {p.name for p in (folder / "checkpoint").iterdir()} == {
+        "README.md",
         "adapter.safetensors",
+        "items.json",
         "items.safetensors",
         "laser.json",
+        "recommender.json",
+        "recommender.safetensors",
     }
     log = log_of(config)
     assert [(entry["stage"], entry["epoch"]) for entry in log] == [

@@ -14,11 +14,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from laser_fast.config import LaserConfig, build_config
 from laser_fast.data.batches import PackedBatch
-from laser_fast.models import SASRec
+from laser_fast.models import LaserModel, SASRec
+from laser_fast.models.assembly import build_execution, laser_parts
 from laser_fast.models.language_model import load_model
 from laser_fast.nn.frozen_lm import FrozenLM
 from laser_fast.ops import cu_seqlens_from_lengths
-from laser_fast.training.build import assemble_laser, build_execution
 from laser_fast.training.plan import GIB, Line, MemoryPlan, Proposal, StepBytes, Workload, estimate_memory
 from laser_fast.training.plan_table import card_bytes, one_line, table, to_dict, workload_of
 
@@ -98,7 +98,8 @@ def test_the_plan_is_what_the_allocator_hands_out(
         builder: Any = SimpleNamespace(num_items=NUM_ITEMS)
         recommender = SASRec(NUM_ITEMS, width=32, max_length=10, num_heads=2)
         frozen = FrozenLM(load_model(config.lm), build_execution(config.execution))
-        model = assemble_laser(config, frozen, builder, [str(i) for i in range(NUM_ITEMS)], recommender).train()
+        ids = [str(index) for index in range(NUM_ITEMS)]
+        model = LaserModel(**laser_parts(config, frozen, builder, ids, recommender)).train()
         model.item_matrix = torch.randn(NUM_ITEMS, sizes[0])
         batch = replace(
             packed(rows, 59, 10),

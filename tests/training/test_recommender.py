@@ -146,7 +146,7 @@ def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
 
 def test_foreign_weights_are_refused(trained: tuple[SASRec, Path], tmp_path: Path) -> None:
     save_recommender(trained[0], tmp_path / "model")
-    path = tmp_path / "model" / "model.safetensors"
+    path = tmp_path / "model" / "recommender.safetensors"
     weights = load_file(path)
     save_file({("foreign" if name == "norm.bias" else name): value for name, value in weights.items()}, path)
     with pytest.raises(ValueError, match=r"got missing \['norm\.bias'\], unexpected \['foreign'\]"):
@@ -155,7 +155,7 @@ def test_foreign_weights_are_refused(trained: tuple[SASRec, Path], tmp_path: Pat
     with pytest.raises(ValueError, match=r"norm\.bias must have shape \(32,\), got \(3,\)"):
         load_recommender(tmp_path / "model")
     path.write_bytes(b"\x80\x04not safetensors")
-    with pytest.raises(ValueError, match=r"model\.safetensors must be a safetensors file"):
+    with pytest.raises(ValueError, match=r"recommender\.safetensors must be a safetensors file"):
         load_recommender(tmp_path / "model")
 
 
@@ -171,7 +171,8 @@ def test_saving_replaces_the_folder_and_leaves_nothing_beside_it(trained: tuple[
     for _ in range(2):
         save_recommender(trained[0], tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["model.safetensors", "recommender.json"]
+    names = sorted(path.name for path in (tmp_path / "model").iterdir())
+    assert names == ["recommender.json", "recommender.safetensors"]
 
 
 def test_a_run_directory_is_never_overwritten(trained: tuple[SASRec, Path]) -> None:

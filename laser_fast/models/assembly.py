@@ -1,0 +1,134 @@
+"""From settings to modules: the parts of a `LaserModel` around a frozen language model."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from laser_fast.config import ExecutionConfig, MFormerConfig, ModelConfig, PromptConfig
+from laser_fast.data.batches import BatchBuilder
+from laser_fast.data.items import ItemTable
+from laser_fast.data.text import ItemText
+from laser_fast.data.tokens import PromptLayout, Tokenizer, prompt_layout, tokenize_texts
+from laser_fast.models.recommender import SequentialRecommender
+from laser_fast.nn.bituning import BiTuning
+from laser_fast.nn.execution import Execution
+from laser_fast.nn.frozen_lm import FrozenLM
+from laser_fast.nn.mformer import MFormer
+from laser_fast.nn.prefix_kv import DeepPrefix
+
+
+def build_execution(config: ExecutionConfig) -> Execution:
+    """How the language model is to run its steps."""
+    return Execution(
+        checkpointing=config.checkpointing,
+        fused=config.fused,
+        share_dequantization=config.share_dequantization,
+        last_layer=config.last_layer,
+    )
+
+
+def laser_parts(
+    config: ModelConfig,
+    lm: FrozenLM,
+    builder: BatchBuilder,
+    item_ids: Sequence[str],
+    recommender: SequentialRecommender | None,
+) -> dict[str, Any]:
+    """Arguments of `LaserModel`: what is trained, around a frozen language model and a recommender.
+
+    Its parameters are initialised from torch's global generator.
+
+    Raises:
+        ValueError: the prefix is M-Former's and there is no recommender whose states it could read.
+    """
+    bituning = BiTuning(
+        lm.hidden_size,
+        num_suffix_tokens=config.bituning.num_suffix_tokens,
+        num_shared_prefix_tokens=config.mformer.num_queries if config.bituning.prefix == "shared" else 0,
+        readout=config.bituning.readout,
+        embedding_rms=lm.embedding_rms,
+    )
+    deep = config.bituning.prefix_mode == "kv"
+    uses_mformer = config.bituning.prefix == "mformer"
+    mformer = None
+    if uses_mformer:
+        if recommender is None:
+            raise ValueError('laser_parts: recommender must be given when bituning.prefix is "mformer", got None')
+        recompute = config.execution.checkpoint_mformer
+        mformer = build_mformer(config.mformer, recommender.state_size, lm, project=not deep, recompute=recompute)
+    deep_prefix = None
+    if deep:
+        width, rms = (config.mformer.width, 1.0) if uses_mformer else (lm.hidden_size, lm.embedding_rms)
+        deep_prefix = DeepPrefix(width, lm.layers, rank=config.bituning.deep_prefix_rank, token_rms=rms)
+    return {
+        "lm": lm,
+        "builder": builder,
+        "item_ids": item_ids,
+        "bituning": bituning,
+        "mformer": mformer,
+        "recommender": recommender if uses_mformer else None,
+        "deep_prefix": deep_prefix,
+        "reuse_instruction": config.prompt.order == "prompt-first" and config.prompt.reuse_instruction,
+        "head": config.bituning.head,
+        "temperature": config.objective.temperature,
+        "balance_weight": config.objective.balance_weight,
+        "candidates": config.objective.candidates,
+        "dropout": config.bituning.dropout,
+    }
+
+
+def build_mformer(
+    config: MFormerConfig, state_size: int, lm: FrozenLM, *, project: bool = True, recompute: bool = False
+) -> MFormer:
+    """M-Former for these states and this language model.
+
+    Args:
+        project: add the map to the language model's input embeddings.
+        recompute: see `QFormer`.
+    """
+    return MFormer(
+        state_size,
+        lm.hidden_size if project else None,
+        width=config.width,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        cross_attention_freq=config.cross_attention_freq,
+        num_experts=config.num_experts,
+        top_k=config.top_k,
+        num_queries=config.num_queries,
+        weighting=config.weighting,
+        dropout=config.dropout,
+        prefix_rms=lm.embedding_rms,
+        recompute=recompute,
+    )
+
+
+def build_batches(
+    prompt: PromptConfig, items: ItemTable, tokenizer: Tokenizer, *, known_items: np.ndarray, max_history: int
+) -> BatchBuilder:
+    """What turns histories into packed batches of this tokenizer's tokens.
+
+    Args:
+        known_items, max_history: see `BatchBuilder`.
+    """
+    texts = ItemText(prompt.item_template).render(items)
+
+    def layout(template: str) -> PromptLayout:
+        return prompt_layout(
+            template,
+            tokenizer,
+            separator=prompt.separator,
+            newest_first=prompt.newest_first,
+            max_items=prompt.max_items,
+            max_tokens=prompt.max_tokens,
+        )
+
+    return BatchBuilder(
+        tokenize_texts(texts, tokenizer, prompt.max_item_tokens),
+        layout(prompt.user_template),
+        layout(prompt.item_prompt),  # an item is a history of one, with words of its own around it
+        known_items=known_items,
+        max_history=max_history,
+        prompt_first=prompt.order == "prompt-first",
+    )

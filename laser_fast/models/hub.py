@@ -1,0 +1,57 @@
+"""Folders of the Hugging Face Hub: `hub:OWNER/NAME`, downloaded at the first use and kept in its cache."""
+
+from pathlib import Path
+
+from laser_fast.config import resolve_path
+
+HUB_SCHEME = "hub:"
+
+# nothing that needs unpickling, and no code
+_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_COMMIT_LENGTH = 40
+
+
+def fetch(location: str, *, revision: str | None = None, local_files_only: bool = False) -> Path:
+    """Local folder of a repository `OWNER/NAME`, with or without `hub:` in front of its name.
+
+    Fetched are safetensors, JSON and text: nothing that would be unpickled, and no code.
+    `HF_HUB_OFFLINE`, `HF_TOKEN` and `HF_HOME` mean what they mean everywhere.
+
+    Args:
+        revision: branch, tag or commit; None = the main branch.
+        local_files_only: take what the cache has and ask nobody.
+
+    Raises:
+        FileNotFoundError: the repository or the revision does not exist, is private, or is not in the cache.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    name = location.removeprefix(HUB_SCHEME)
+    try:
+        folder = snapshot_download(name, revision=revision, local_files_only=local_files_only, allow_patterns=_PATTERNS)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(
+            f"fetch: the model must be an existing folder or a repository of the hub, got {location!r} ({reason})"
+        ) from error
+    return Path(folder)
+
+
+def locate(location: str) -> Path:
+    """Local folder of `hub:OWNER/NAME[@REVISION]`, of `package:NAME/INNER` or of a path; only the first may download.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if not location.startswith(HUB_SCHEME):
+        return resolve_path(location)
+    name, _, revision = location.partition("@")
+    return fetch(name, revision=revision or None)
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit whose files a folder of the cache holds; None for any other folder."""
+    name = folder.name
+    is_commit = len(name) == _COMMIT_LENGTH and set(name) <= set("0123456789abcdef")
+    return name if is_commit and folder.parent.name == "snapshots" else None

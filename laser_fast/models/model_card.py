@@ -1,0 +1,73 @@
+"""The README.md of a saved Laser: what it is, what it was trained on, how it is loaded, how good it was."""
+
+from typing import TYPE_CHECKING, Any
+
+from laser_fast.models.adapter_files import origin_of
+
+if TYPE_CHECKING:
+    from laser_fast.models.laser import LaserModel
+
+_BASE_SCHEME = "hub:"
+
+
+def model_card(model: "LaserModel", *, repo_id: str | None = None, figures: dict[str, Any] | None = None) -> str:
+    """Markdown with the metadata that the Hugging Face Hub reads.
+
+    Args:
+        repo_id: name under which it will be found; None = a local folder.
+        figures: metrics to print, by name.
+    """
+    origin = origin_of(model)
+    base = origin.lm.path
+    on_hub = base.startswith(_BASE_SCHEME)
+    name = base.removeprefix(_BASE_SCHEME) if on_hub else f"a {origin.base['type']}"
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    prefix = origin.config.bituning.prefix
+    writer = {
+        "mformer": f"M-Former with {origin.config.mformer.num_experts} query experts, "
+        f"{origin.config.mformer.top_k} a user, over a frozen {_recommender_name(model)}",
+        "shared": "one learned prefix for everybody",
+        "none": "no prefix",
+    }[prefix]
+    metadata = ["library_name: laser_fast", "tags:", "- recommendation", "- sequential-recommendation", "- bi-tuning"]
+    metadata += [f"base_model: {name}"] if on_hub else []
+    lines = ["---", *metadata, "---", "", "# Laser: recommendations from a frozen language model", ""]
+    lines += [
+        f"Trained parameters ({trained:,}) of a Laser (arXiv:2409.01605) around {name}, "
+        f"{origin.base['num_layers']} layers of {origin.base['hidden_size']}. The language model itself is not here.",
+        "",
+        f"- Catalogue: {model.num_items:,} items",
+        f"- Prefix: {writer}",
+        f"- Split: {_short(origin.split_hash)}",
+        f"- Tokenizer: {_short(origin.base['tokenizer'])}",
+        "",
+    ]
+    if figures:
+        lines += [
+            "| metric | value |",
+            "|---|---|",
+            *(f"| {key} | {value:.4f} |" for key, value in figures.items()),
+            "",
+        ]
+    where = repr(repo_id or "this folder").replace("'", '"')
+    llm = "" if on_hub else ', llm="folder of the language model"'
+    lines += [
+        "```python",
+        "from laser_fast import LaserModel",
+        "",
+        f"model = LaserModel.from_pretrained({where}{llm})",
+        f'model.recommend([["{model.item_ids[0]}"]], k=5)  # item ids, the oldest first',
+        "```",
+        "",
+        "Another language model or tokenizer than the one it was trained with is refused.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _recommender_name(model: "LaserModel") -> str:
+    return "recommender" if model.recommender is None else type(model.recommender.recommender).__name__
+
+
+def _short(digest: str | None) -> str:
+    return "unknown" if digest is None else f"SHA-256 {digest[:12]}"

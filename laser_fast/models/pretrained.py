@@ -1,0 +1,348 @@
+"""`from_pretrained`, `save_pretrained` and `push_to_hub` of a model, as users of Hugging Face know them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+import yaml
+from huggingface_hub import ModelCard, ModelHubMixin
+from torch import nn
+
+from laser_fast.config import LanguageModelConfig, LaserConfig, ModelConfig, build_config, resolve_path
+from laser_fast.data.items import ItemTable
+from laser_fast.data.tokens import Tokenizer
+from laser_fast.models.adapter_files import Origin, SavedLaser, find_saved, weights_hash, write_laser
+from laser_fast.models.assembly import build_batches, build_execution, laser_parts
+from laser_fast.models.base_model import describe_base
+from laser_fast.models.calibration import CalibratedScorer, Calibration
+from laser_fast.models.hub import HUB_SCHEME, commit_of, fetch
+from laser_fast.models.language_model import RANDOM_SCHEME, load_model, load_tokenizer
+from laser_fast.models.model_card import model_card
+from laser_fast.models.recommender import Scorer, SequentialRecommender
+from laser_fast.models.recommender_files import load_recommender
+from laser_fast.nn.frozen_lm import FrozenLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from typing_extensions import Self
+
+    from laser_fast.models.laser import LaserModel
+
+Items = ItemTable | Mapping[str, str] | Mapping[str, Mapping[str, str]]
+Recommender = SequentialRecommender | str | Path
+
+
+class PretrainedLaser(ModelHubMixin):
+    """Saving and loading of `LaserModel`.
+
+    Attributes:
+        origin: what the model was built from; None for one that was put together by hand.
+    """
+
+    # not None: the mixin would record the constructor's arguments otherwise
+    _hub_mixin_config: dict[str, Any] | None = {}  # noqa: RUF012
+    origin: Origin | None = None
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained: str | Path | nn.Module,
+        *,
+        items: Items | None = None,
+        recommender: Recommender | None = None,
+        config: ModelConfig | Mapping[str, Any] | str | Path | None = None,
+        llm: str | Path | nn.Module | None = None,
+        tokenizer: Tokenizer | str | None = None,
+        item_counts: Sequence[int] | np.ndarray | None = None,
+        dtype: str = "auto",
+        quantization: str = "none",
+        revision: str | None = None,
+        local_files_only: bool = False,
+    ) -> "Self":
+        """A new Laser around a language model, or one that was saved.
+
+            model = LaserModel.from_pretrained("Qwen/Qwen3-0.6B", items={"B00A": "Instax film"}, recommender=sasrec)
+            model.save_pretrained("my-laser")
+            model = LaserModel.from_pretrained("my-laser")
+
+        A folder that was written by `save_pretrained`, or that holds a training run, gives the model in it: in
+        evaluation mode, with its item matrix and calibration. Anything else is a language model, around which a new
+        Laser is built (initialised from torch's global generator, without an item matrix until `refresh_items`).
+
+        Args:
+            pretrained: folder, `package:NAME/FOLDER`, `hub:OWNER/NAME` (or OWNER/NAME where there is no such folder),
+                `random:SHAPE`, or a loaded Hugging Face model.
+            items: the catalogue of a new Laser: id -> text (the field "title") or text fields, or an `ItemTable`.
+            recommender: whose states M-Former reads: a `SequentialRecommender` or a folder with a SASRec. A saved
+                Laser brings its SASRec along.
+            config: settings of a new Laser: `ModelConfig`, a mapping, or a YAML file.
+            llm: where the language model of a saved Laser is now; None = where it was.
+            tokenizer: of a loaded language model, or a folder.
+            item_counts: [I], training events of every item of a new Laser; the recommender's states of items with
+                none are not read. None = all are known.
+            dtype, quantization: of the frozen weights of a new Laser, see `LanguageModelConfig`.
+            revision: of a hub repository: branch, tag or commit.
+            local_files_only: ask the hub for nothing.
+
+        Raises:
+            FileNotFoundError: a folder, package or repository does not exist.
+            ValueError: no catalogue, another one than the recommender's, or settings that do not fit; of a saved
+                Laser a damaged file, another recommender, or another language model (lists the differences).
+        """
+        if not isinstance(pretrained, nn.Module) and not str(pretrained).startswith(RANDOM_SCHEME):
+            saved = find_saved(_folder(str(pretrained), revision, local_files_only))
+            if saved is not None:
+                _refuse("a saved Laser", items=items, config=config, item_counts=item_counts)
+                return cls._restored(saved, llm, tokenizer, recommender, local_files_only)
+        _refuse("a new Laser", llm=llm)
+        if items is None:
+            raise ValueError(
+                "from_pretrained: items must be given (id -> text) unless pretrained is a saved Laser, got None "
+                f"and no laser.json in {_name_of(pretrained)!r}"
+            )
+        settings = build_config(LanguageModelConfig, {"path": "", "dtype": dtype, "quantization": quantization})
+        base = _load_base(pretrained, tokenizer, settings, revision, local_files_only)
+        table = items if isinstance(items, ItemTable) else _item_table(items)
+        counts = _counts(item_counts, len(table))
+        known = np.ones(len(table), dtype=bool) if item_counts is None else counts > 0
+        model_config = _model_config(config)
+        read = _recommender(recommender, table)
+        split_hash = None if read is None else read.split_hash
+        origin = Origin(model_config, base.settings, {}, table, counts, split_hash)
+        return cls._built(origin, base, read, known)
+
+    @classmethod
+    def _built(
+        cls, origin: Origin, base: "LoadedBase", recommender: SequentialRecommender | None, known_items: np.ndarray
+    ) -> "Self":
+        """A model with random trained parameters; `origin.base` is filled in, or compared where it is filled."""
+        config = origin.config
+        lm = FrozenLM(base.model, build_execution(config.execution))
+        origin.base.update(describe_base(lm, base.tokenizer))
+        max_history = config.mformer.max_history
+        builder = build_batches(
+            config.prompt, origin.items, base.tokenizer, known_items=known_items, max_history=max_history
+        )
+        model = cls(**laser_parts(config, lm, builder, origin.items.ids, recommender))
+        model.origin = origin
+        return model
+
+    @classmethod
+    def _restored(
+        cls,
+        saved: SavedLaser,
+        llm: str | Path | nn.Module | None,
+        tokenizer: Tokenizer | str | None,
+        recommender: Recommender | None,
+        local_files_only: bool,
+    ) -> "Self":
+        """The model of a folder, on the language model it was trained with."""
+        expected, settings, items = saved.description["base"], saved.lm, saved.items()
+        source = settings.path if llm is None else llm
+        if llm is None and not source:
+            raise ValueError(
+                f"from_pretrained: llm must be given for this Laser, whose {expected['type']} came from no folder, "
+                "got None"
+            )
+        tokenizer = tokenizer or settings.tokenizer
+        base = _load_base(source, tokenizer, settings, expected["revision"] if llm is None else None, local_files_only)
+        read = _saved_recommender(saved, recommender, items)
+        counts = saved.counts()
+        known = counts > 0 if counts.any() else np.ones(len(items), dtype=bool)
+        origin = Origin(saved.config, base.settings, {}, items, counts, saved.description["split_hash"])
+        with torch.random.fork_rng(devices=[]):  # the random parameters are overwritten at once
+            model = cls._built(origin, base, read, known)
+        laser = cast("LaserModel", model)
+        saved.refuse_another_base(laser)
+        saved.put_into(laser)
+        restore_calibration(laser, saved, torch.from_numpy(counts), read)
+        return cast("Self", laser.eval())
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        config: Any = None,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **push_arguments: Any,
+    ) -> str | None:
+        """Write what was trained, and nothing of the language model; whole or not at all.
+
+        Args:
+            save_directory: a new or empty folder, or one with a saved Laser, which is replaced.
+            repo_id: its name on the hub; with `push_to_hub` the name of the folder if None.
+            push_to_hub: upload it as well; `push_arguments` go to `push_to_hub`.
+            config: not used; the settings are the model's.
+            model_card_kwargs: `figures`: metrics to print in the model card, by name.
+
+        Returns:
+            The URL of the commit when it was uploaded.
+
+        Raises:
+            FileExistsError: the folder holds something else.
+            RuntimeError: the model was put together by hand and does not know its origin.
+        """
+        folder = Path(save_directory)
+        if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and find_saved(folder) is None):
+            raise FileExistsError(
+                f"save_pretrained: the folder must be new, empty or a saved Laser, got {str(save_directory)!r}"
+            )
+        laser = cast("LaserModel", self)
+        write_laser(laser, folder, model_card(laser, repo_id=repo_id, **(model_card_kwargs or {})))
+        if not push_to_hub:
+            return None
+        return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **push_arguments)
+
+    def generate_model_card(self, *_: Any, **figures: Any) -> ModelCard:
+        """The model card that is saved with the model."""
+        return ModelCard(model_card(cast("LaserModel", self), **figures))
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedBase:
+    """A language model with its tokenizer, and what is to be recorded of where they came from."""
+
+    model: "PreTrainedModel"
+    tokenizer: Tokenizer
+    settings: LanguageModelConfig
+
+
+def restore_calibration(
+    model: "LaserModel", saved: SavedLaser, counts: torch.Tensor, recommender: SequentialRecommender | None
+) -> None:
+    """Give a model the calibrated score that was saved with it, if one was.
+
+    Args:
+        counts: int64 [I], events of each item in the training part.
+    """
+    model.calibration = None
+    values = saved.description["calibration"]
+    if values is not None:
+        settings = Calibration.from_json(json.dumps(values))
+        model.calibration = CalibratedScorer(calibration_components(model, recommender), settings, counts)
+
+
+def calibration_components(model: "LaserModel", recommender: SequentialRecommender | None) -> dict[str, Scorer]:
+    """The scores that Laser's calibration adds up, by name."""
+    scorers: dict[str, Scorer] = {"laser": model}
+    if recommender is not None:
+        scorers["recommender"] = recommender
+    return scorers
+
+
+def _load_base(
+    source: str | Path | nn.Module,
+    tokenizer: Tokenizer | str | None,
+    settings: LanguageModelConfig,
+    revision: str | None,
+    local_files_only: bool,
+) -> LoadedBase:
+    own = None if tokenizer is None or isinstance(tokenizer, str) else tokenizer
+    folder_of_tokenizer = tokenizer if isinstance(tokenizer, str) else None
+    if isinstance(source, nn.Module):
+        model = cast("PreTrainedModel", source)
+        path = str(getattr(model, "name_or_path", "") or "")
+        settings = settings.model_copy(update={"path": path, "tokenizer": folder_of_tokenizer})
+        if own is None and folder_of_tokenizer is None and not Path(path).is_dir():
+            raise ValueError("from_pretrained: tokenizer must be given with a loaded language model, got None")
+        return LoadedBase(model, own or load_tokenizer(settings), settings)
+    settings = settings.model_copy(update={"path": str(source), "tokenizer": folder_of_tokenizer})
+    local = settings
+    if not settings.path.startswith(RANDOM_SCHEME):
+        folder = _folder(settings.path, revision, local_files_only)
+        local = settings.model_copy(update={"path": str(folder)})
+        if commit_of(folder) is not None and not settings.path.startswith(HUB_SCHEME):
+            settings = settings.model_copy(update={"path": HUB_SCHEME + settings.path})
+    return LoadedBase(load_model(local), own or load_tokenizer(local), settings)
+
+
+def _folder(location: str, revision: str | None, local_files_only: bool) -> Path:
+    """The local folder of a location; a name that is no folder is looked for on the hub."""
+    if not location.startswith(HUB_SCHEME):
+        try:
+            return resolve_path(location)
+        except FileNotFoundError:
+            if location.count("/") != 1 or location.startswith((".", "/", "~", "package:")):
+                raise
+    location, _, at = location.partition("@")
+    revision = revision or at or None
+    return fetch(location, revision=revision, local_files_only=local_files_only)
+
+
+def _model_config(config: ModelConfig | Mapping[str, Any] | str | Path | None) -> ModelConfig:
+    if isinstance(config, str | Path):
+        config = yaml.safe_load(resolve_path(config).read_text(encoding="utf-8")) or {}
+        # the file of a training run says more than what the model is
+        others = LaserConfig.model_fields.keys() - ModelConfig.model_fields.keys()
+        config = {name: value for name, value in dict(config).items() if name not in others}
+    return only_model(config) if isinstance(config, ModelConfig) else build_config(ModelConfig, config or {})
+
+
+def only_model(config: ModelConfig) -> ModelConfig:
+    """Of the settings of a run those of the model."""
+    return ModelConfig(**{name: getattr(config, name) for name in ModelConfig.model_fields})
+
+
+def _item_table(items: Mapping[str, Any]) -> ItemTable:
+    rows = [value if isinstance(value, Mapping) else {"title": value} for value in items.values()]
+    names = sorted({name for row in rows for name in row})
+    return ItemTable(list(items), {name: [row.get(name, "") for row in rows] for name in names})
+
+
+def _counts(counts: Sequence[int] | np.ndarray | None, num_items: int) -> np.ndarray:
+    values = np.zeros(num_items, dtype=np.int64) if counts is None else np.asarray(counts, dtype=np.int64)
+    if values.shape != (num_items,) or (values < 0).any():
+        raise ValueError(
+            f"from_pretrained: item_counts must be {num_items} counts, one for each item, got shape {values.shape}"
+            + (f" and {values.min()}" if values.size else "")
+        )
+    return values
+
+
+def _recommender(recommender: Recommender | None, items: ItemTable) -> SequentialRecommender | None:
+    if isinstance(recommender, str | Path):
+        recommender = load_recommender(resolve_path(recommender))
+    known = getattr(recommender, "item_map_hash", None)
+    if known is not None and known != items.hash():
+        raise ValueError(
+            f"from_pretrained: recommender must know the items of this catalogue in this order, {items.hash()[:12]}, "
+            f"got {known[:12]}"
+        )
+    return recommender
+
+
+def _saved_recommender(saved: SavedLaser, given: Recommender | None, items: ItemTable) -> SequentialRecommender | None:
+    """The recommender a saved model needs: the one in its folder, or the same one from elsewhere."""
+    expected = saved.description["recommender"]
+    recommender = _recommender(given, items)
+    if expected is None:
+        return recommender
+    if recommender is None:
+        recommender = saved.recommender()
+    if recommender is None:
+        raise ValueError(
+            f"from_pretrained: recommender must be given for this Laser, which reads a {expected['kind']} that is not "
+            "in its folder, got None"
+        )
+    if expected["sha256"] != (found := weights_hash(recommender)):
+        raise ValueError(
+            f"from_pretrained: recommender must be the {expected['kind']} of the training, "
+            f"{str(expected['sha256'])[:12]}, got a {type(recommender).__name__}, {str(found)[:12]}"
+        )
+    return recommender
+
+
+def _refuse(what: str, **arguments: Any) -> None:
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(f"from_pretrained: {name} must be left out for {what}, got {_name_of(value)}")
+
+
+def _name_of(value: Any) -> str:
+    return str(value) if isinstance(value, str | Path) else f"a {type(value).__name__}"
