@@ -2,8 +2,12 @@
 
 What a state holds is everything that the rest of the run depends on, so a run that goes on from it is, on a CPU, bit
 by bit the run that never stopped.
+
+Where several processes train, all hold the same parameters, moments and sums and differ in their random generators
+alone; the first one keeps the state, with the generators of all.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -11,13 +15,14 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from laser_fast.config import LaserConfig, StageConfig
 from laser_fast.data import TrainingRows
 from laser_fast.data.batches import PackedBatch
 from laser_fast.data.negatives import NegativeSampler
 from laser_fast.models.laser import LaserModel
+from laser_fast.nn.data_parallel import Processes
 from laser_fast.training.build import Inputs
 from laser_fast.training.interruption import Interrupted, Interruption
 from laser_fast.training.loop import EarlyStopping, EpochSums, LossFunction, RowSampler, StageTrainer
@@ -42,6 +47,7 @@ class Run:
     states: StateFolder
     interruption: Interruption
     fingerprint: dict[str, str]
+    processes: Processes
     resumed: State | None = None  # until the stage it belongs to has taken it up
 
     def stands_in(self, stage: str) -> bool:
@@ -79,7 +85,7 @@ def train_epochs(run: Run, stage: Stage, conclude: Callable[[int, dict[str, Any]
 
         def after_step(epoch: int = epoch, sums: EpochSums = sums) -> None:
             every = run.config.training.save_steps
-            if sums.steps < num_batches and (run.interruption.requested or (every and trainer.step % every == 0)):
+            if sums.steps < num_batches and (run.interruption.requested or bool(every and trainer.step % every == 0)):
                 keep_state(run, stage, epoch, sums)
                 run.interruption.check()
 
@@ -99,6 +105,7 @@ def train_epochs(run: Run, stage: Stage, conclude: Callable[[int, dict[str, Any]
                 conclude(epoch, values)
         except Interrupted:
             run.states.save(before)
+            run.processes.wait()  # a launcher ends the others as soon as one has left
             raise
         sums = EpochSums()
         keep_state(run, stage, epoch + 1, sums)
@@ -106,13 +113,14 @@ def train_epochs(run: Run, stage: Stage, conclude: Callable[[int, dict[str, Any]
 
 def _capture(run: Run, stage: Stage, epoch: int, sums: EpochSums) -> State:
     """Everything the rest of the run depends on, after the step that was just taken; parameters are not copied."""
-    model, device = run.model, run.accelerator.device
+    model = run.model
     position = {
         "stage": stage.name,
         "epoch": epoch,
         "step": stage.trainer.step,
         "stopping": stage.stopping.values(),
         "budget": model.budget.limit,
+        "processes": run.processes.size,
         "log_bytes": len(run.directory.read_log()),
         "fingerprint": run.fingerprint,
     }
@@ -123,8 +131,17 @@ def _capture(run: Run, stage: Stage, epoch: int, sums: EpochSums) -> State:
         heads=State({} if stage.heads is None else dict(stage.heads.state_dict())),
         trainer=stage.trainer.state(),
         sums=sums.state(),
-        random=State(RandomState.now(device).tensors),
+        random=State(_random_states(run)),
     )
+
+
+def _random_states(run: Run) -> dict[str, Tensor]:
+    """The generators of the first process by their names, those of another one as `RANK.NAME`."""
+    states: dict[str, Tensor] = {}
+    for name, tensor in RandomState.now(run.accelerator.device).tensors.items():
+        for rank, part in enumerate(run.processes.gather_parts(tensor)):
+            states[f"{rank}.{name}" if rank else name] = part
+    return states
 
 
 def keep_state(run: Run, stage: Stage, epoch: int, sums: EpochSums) -> None:
@@ -148,8 +165,24 @@ def _take_up(run: Run, stage: Stage) -> tuple[int, EpochSums]:
     stage.trainer.load_state(state.part("trainer"))
     stage.stopping.put_back(position["stopping"])
     sums = EpochSums.from_state(state.part("sums"), device)
-    RandomState(device, state.part("random").tensors).put_back()
+    _put_back_random_state(run, state.part("random").tensors, position["processes"])
     return position["epoch"], sums
+
+
+def _put_back_random_state(run: Run, states: dict[str, Tensor], known: int) -> None:
+    """Let this process's generators go on; with another number of processes than before there is no way to."""
+    size, rank = run.processes.size, run.processes.rank
+    if known != size and rank == 0:
+        warnings.warn(
+            f"train_laser: a run should be resumed in as many processes as it had, {known}, got {size}; parameters go "
+            "on as they were, random numbers (dropout) and rows that go through together differ from here on",
+            stacklevel=2,
+        )
+    if rank >= known:
+        return  # a stream of its own since the start
+    prefix = f"{rank}." if rank else ""
+    names = [name for name in states if "." not in name]
+    RandomState(run.accelerator.device, {name: states[prefix + name] for name in names}).put_back()
 
 
 def _name_rows(run: Run, rows: np.ndarray) -> str:

@@ -1,4 +1,7 @@
-"""SIGTERM and Ctrl-C while training: the step that runs is finished first, a second signal acts as it always does."""
+"""SIGTERM and Ctrl-C while training: the step that runs is finished first, a second signal acts as it always does.
+
+Where several processes train, a signal to any of them stops all: they ask each other at the same places.
+"""
 
 import signal
 import threading
@@ -6,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
+
+from laser_fast.nn.data_parallel import ALONE, Processes
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -31,9 +36,14 @@ class Interruption:
     """While entered, the first SIGTERM or SIGINT is taken note of; the handlers of before are back after it.
 
     Outside the main thread Python allows no handlers, so there nothing is changed.
+
+    Args:
+        processes: who stops together; `requested`, `check`, `poll` and `at_once` are to be used by all of them at the
+            same place.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, processes: Processes = ALONE) -> None:
+        self.processes = processes
         self._number: int | None = None
         self._at_once = False
         self._before: dict[signal.Signals, Any] = {}
@@ -50,8 +60,8 @@ class Interruption:
 
     @property
     def requested(self) -> bool:
-        """Whether a signal came."""
-        return self._number is not None
+        """Whether a signal came, to whichever process."""
+        return self._agreed() > 0
 
     def check(self) -> None:
         """Stop here if a signal came.
@@ -59,12 +69,24 @@ class Interruption:
         Raises:
             Interrupted: one did.
         """
-        if self._number is not None:
-            raise Interrupted(self._number)
+        if number := self._agreed():
+            raise Interrupted(number)
+
+    def poll(self) -> None:
+        """`check` for the midst of long work of several processes, within `at_once`; one process needs none.
+
+        Raises:
+            Interrupted: a signal came.
+        """
+        if self.processes.size > 1 and self._at_once:
+            self.check()
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """For work that can be thrown away: a signal ends it wherever it is, by `Interrupted`."""
+        """For work that can be thrown away: a signal ends it wherever it is, by `Interrupted`.
+
+        Several processes end it at the next `poll`, as one that stops in the midst would leave the others waiting.
+        """
         self._at_once = True
         try:
             self.check()
@@ -76,8 +98,12 @@ class Interruption:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._number = number
         self._put_back()
-        if self._at_once:
+        if self._at_once and self.processes.size == 1:
             raise Interrupted(number)
+
+    def _agreed(self) -> int:
+        """The signal that came, 0 for none; of several processes the largest."""
+        return self.processes.largest(self._number or 0)
 
     def _put_back(self) -> None:
         for number, handler in self._before.items():

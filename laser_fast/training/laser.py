@@ -7,12 +7,13 @@ The state is kept on the way, see `epochs`.
 """
 
 import warnings
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch import Tensor
 
 from laser_fast.config import LaserConfig
@@ -22,9 +23,11 @@ from laser_fast.data.negatives import NegativeSampler
 from laser_fast.evaluation import evaluate, search_calibration
 from laser_fast.models.calibration import CalibratedScorer
 from laser_fast.models.laser import LaserModel
+from laser_fast.models.pretrained import calibration_components
 from laser_fast.models.token_budget import Shortage, TokenBudget
+from laser_fast.nn.data_parallel import ALONE, Processes, launched_size
 from laser_fast.training.build import Inputs, build_laser, load_inputs, load_language_model, training_counts
-from laser_fast.training.checkpoint import calibration_components, fingerprint, load_weights, restore, save_laser
+from laser_fast.training.checkpoint import fingerprint, load_weights, restore, save_laser
 from laser_fast.training.epochs import Run, Stage, keep_state, train_epochs
 from laser_fast.training.interruption import Interruption
 from laser_fast.training.loop import EarlyStopping, EpochSums, RowSampler, StageTrainer
@@ -33,6 +36,7 @@ from laser_fast.training.plan_table import one_line
 from laser_fast.training.pretraining import pretrain
 from laser_fast.training.resume import StateFolder
 from laser_fast.training.run_directory import RunDirectory
+from laser_fast.training.shares import SharedScorer, refresh_items, separate_random_streams
 from laser_fast.training.tensorboard_log import TensorBoardLog, require_tensorboard
 
 MAIN_METRIC = "NDCG@10"
@@ -43,60 +47,110 @@ def train_laser(
 ) -> tuple[LaserModel, Inputs]:
     """Train by the configuration and leave the best model in `config.output`.
 
+    Started by torchrun or `accelerate launch`, the processes train together as one would; each must call this.
+
     Args:
         resume: go on with the run in `config.output` from its last whole state; a finished one is only loaded.
         progress: show bars and a line for every epoch.
         plan: says what the memory plan expected; asked when memory runs out. None = `plan_table.one_line`.
 
     Returns:
-        The best model, in evaluation mode with its item matrix, and the data it was built on.
+        The best model, in evaluation mode with its item matrix, and the data it was built on; in every process.
 
     Raises:
         FileExistsError: `config.output` holds something.
         FileNotFoundError, ValueError: the data, the recommender or the language model are missing or do not fit; the
             run to resume is missing, damaged, or of another configuration.
         FloatingPointError: the loss is not finite.
+        OtherProcessFailed: another process of this training stopped.
         Interrupted: SIGTERM or SIGINT came; the step was finished and the state is kept.
         torch.OutOfMemoryError: memory ran out; names the settings to change.
         ImportError: `training.tensorboard` without the package.
     """
     if config.training.tensorboard:
         require_tensorboard()
-    reopened = RunDirectory(config.output, config, resume=True) if resume else None
-    set_seed(config.training.seed)
-    inputs = load_inputs(config)
-    language_model, tokenizer = load_language_model(config.lm)
-    precision = config.training.mixed_precision
-    accelerator = Accelerator(mixed_precision=precision)
-    model = build_laser(config, inputs, language_model, tokenizer).to(accelerator.device)
-    directory = reopened or RunDirectory(config.output, config)
-    if directory.finished:
-        if progress:
-            print(f"{config.output} is finished: nothing is left to train", flush=True)
-        return restore(model.eval(), inputs, directory.checkpoint), inputs
-    if config.training.tensorboard:
-        directory.curves = TensorBoardLog(directory.path / "tensorboard")
-    rows = training_rows(inputs.split.train, max(config.prompt.max_items, config.mformer.max_history))
-    plan = plan or partial(one_line, config, on_gpu=accelerator.device.type == "cuda")
-    states, interruption = StateFolder(directory), Interruption()
-    facts = fingerprint(inputs)
-    run = Run(config, inputs, model, rows, directory, accelerator, progress, plan, states, interruption, facts)
+    accelerator = _accelerator(config)
+    processes = Processes(accelerator.device)
+    progress = progress and processes.first
+    with ExitStack() as lock:
+        reopened = _open(config, processes, lock, resume=True) if resume else None
+        set_seed(config.training.seed)
+        inputs = load_inputs(config)
+        language_model, tokenizer = load_language_model(config.lm)
+        model = build_laser(config, inputs, language_model, tokenizer).to(accelerator.device)
+        directory = reopened or _open(config, processes, lock, resume=False)
+        if directory.finished:
+            if progress:
+                print(f"{config.output} is finished: nothing is left to train", flush=True)
+            return restore(model.eval(), inputs, directory.checkpoint), inputs
+        if config.training.tensorboard and processes.first:
+            directory.curves = TensorBoardLog(directory.path / "tensorboard")
+        rows = training_rows(inputs.split.train, max(config.prompt.max_items, config.mformer.max_history))
+        plan = plan or partial(one_line, config, on_gpu=accelerator.device.type == "cuda")
+        files = StateFolder(directory), Interruption(processes), fingerprint(inputs), processes
+        run = Run(config, inputs, model, rows, directory, accelerator, progress, plan, *files)
+        _train(run, resume)
+    return restore(model.eval(), inputs, directory.checkpoint), inputs
+
+
+def _accelerator(config: LaserConfig) -> Accelerator:
+    """Of this process; a batch is of all processes, so the schedule goes on by one with every step.
+
+    Raises:
+        ValueError: settings that several processes cannot follow.
+    """
+    several = launched_size() > 1
+    if several and config.training.halve_on_oom:
+        raise ValueError(
+            "train_laser: training.halve_on_oom must be false in several processes (one that took a step again would "
+            "leave the others waiting), got true"
+        )
+    return Accelerator(
+        cpu=several and not torch.cuda.is_available(),  # without a word accelerate joins only processes with GPUs
+        mixed_precision=config.training.mixed_precision,
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+    )
+
+
+def _open(config: LaserConfig, processes: Processes, lock: ExitStack, *, resume: bool) -> RunDirectory:
+    """The run directory, made or checked and locked by the first process; the others wait for it and only look."""
+    error: Exception | None = None
+    directory = RunDirectory(config.output, config, writes=False)
+    if processes.first:
+        try:
+            directory = RunDirectory(config.output, config, resume=resume)
+            lock.enter_context(directory.exclusive())
+        except (OSError, ValueError) as refused:
+            error = refused
+    processes.raise_together(error)
+    return directory
+
+
+def _train(run: Run, resume: bool) -> None:
+    """Everything between the first step and the last."""
+    model, together = run.model, run.config.objective.balance_scope == "global"
+    separate_random_streams(run)
     model.budget = _token_budget(run)
+    model.processes, model.balance_processes = run.processes, run.processes if together else ALONE
     if resume:
         _resume(run)
-    with interruption:
+    with run.interruption:
         _train_stages(run)
-    directory.finish()
-    states.clear()
-    return restore(model.eval(), inputs, directory.checkpoint), inputs
+    model.processes = model.balance_processes = ALONE
+    run.directory.finish()
+    run.states.clear()
+    run.processes.wait()
 
 
 def _resume(run: Run) -> None:
     """Find the state to go on from and put back the files that belong to it."""
-    state = run.states.newest()
-    if state is None:
-        warnings.warn(f"train_laser: {run.config.output} has no state yet; it begins anew", stacklevel=3)
-    else:
+    with warnings.catch_warnings():
+        if not run.processes.first:  # all read the same states, one says it
+            warnings.simplefilter("ignore")
+        state = run.states.newest()
+    if state is None and run.processes.first:
+        warnings.warn(f"train_laser: {run.config.output} has no state yet; it begins anew", stacklevel=4)
+    if state is not None:
         known = state.values["position"]["fingerprint"]
         changed = [name for name, value in run.fingerprint.items() if known[name] != value]
         if changed:
@@ -106,7 +160,9 @@ def _resume(run: Run) -> None:
         if run.progress:
             position = state.values["position"]
             print(f"goes on after step {position['step']} of {position['stage']}", flush=True)
+    run.processes.wait()
     run.states.put_back_files()
+    run.processes.wait()
     run.resumed = state
 
 
@@ -136,6 +192,7 @@ def _phase(run: Run, name: str, best: float) -> float:
         budget=model.budget,
         virtual_tokens=model.virtual_tokens,
         plan=run.plan,
+        processes=run.processes,
     )
     title, loss_function = f"stage 2 {name.replace('_', ' ')}", _training_loss(model)
     current = Stage(name, title, stage, sampler, trainer, stopping, loss_function, with_positives=with_positives)
@@ -147,7 +204,7 @@ def _phase(run: Run, name: str, best: float) -> float:
 
     def conclude(epoch: int, values: dict[str, Any]) -> None:
         if not frozen_items:
-            _refresh(run)
+            refresh_items(run)
         _validate(run, stopping, name, epoch, **values)
 
     train_epochs(run, current, conclude)
@@ -157,10 +214,11 @@ def _phase(run: Run, name: str, best: float) -> float:
 def _begin_phase(run: Run, stage: Stage) -> None:
     """Phase A ranks the untrained model, the first candidate; phase B starts from the best one so far."""
     if stage.name == "phase_b":
+        run.processes.wait()
         load_weights(run.model, run.directory.checkpoint)
         return
     with run.interruption.at_once():
-        _refresh(run)
+        refresh_items(run)
         _validate(run, stage.stopping, stage.name, -1)
     keep_state(run, stage, 0, EpochSums())
 
@@ -168,14 +226,17 @@ def _begin_phase(run: Run, stage: Stage) -> None:
 def _calibrate(run: Run) -> tuple[CalibratedScorer, float]:
     """Fit the scalars of the calibrated score on the validation rows; with the metric they reach there."""
     inputs = run.inputs
-    return search_calibration(
-        calibration_components(run.model, inputs),
+    components = calibration_components(run.model, inputs.recommender)
+    counts = torch.from_numpy(training_counts(inputs.split, run.model.num_items))
+    fitted, value = search_calibration(
+        components | {"laser": SharedScorer(run.model, run)},
         inputs.split.valid,
-        torch.from_numpy(training_counts(inputs.split, run.model.num_items)),
+        counts,
         standardize=("recommender",) if inputs.recommender is not None else (),
         batch_size=run.config.evaluation.batch_size,
         device=run.accelerator.device,
     )
+    return CalibratedScorer(components, fitted.calibration, counts), value
 
 
 def _token_budget(run: Run) -> TokenBudget:
@@ -200,29 +261,27 @@ def _training_loss(model: LaserModel) -> Any:
     return loss_function
 
 
-def _refresh(run: Run) -> None:
-    run.model.refresh_items(batch_size=2 * run.config.evaluation.batch_size, progress=run.progress)
-
-
 def _validate(run: Run, stopping: EarlyStopping, phase: str, epoch: int, **values: Any) -> None:
     """Rank the whole catalogue for all validation users; keep the model when it is the best so far."""
     model, size = run.model.eval(), run.config.evaluation.batch_size
     if run.config.evaluation.calibrate:  # what will be served decides which epoch is the best
         model.calibration, value = _calibrate(run)
     else:
-        metrics = evaluate(model, run.inputs.split.valid, batch_size=size, device=run.accelerator.device)
+        metrics = evaluate(
+            SharedScorer(model, run), run.inputs.split.valid, batch_size=size, device=run.accelerator.device
+        )
         value = metrics[MAIN_METRIC].mean
+    value = run.processes.of_first(value)  # on which all decide alike
     improved = stopping.improved(value, epoch)
     run.directory.log(stage=phase, epoch=epoch, best=improved, **{f"validation_{MAIN_METRIC}": value}, **values)
     if run.progress:
         shown = "".join(f", {key} {values[key]:.3f}" for key in ("cross_entropy", "balance") if key in values)
         mark = " (best)" if improved else ""
         print(f"{phase} epoch {epoch + 1}: validation {MAIN_METRIC} {value:.4f}{mark}{shown}", flush=True)
-    if improved:
+    if improved and run.processes.first:
         save_laser(
             run.model,
             run.config,
-            run.inputs.split.hash,
             run.directory.checkpoint,
             stage=phase,
             epoch=epoch,

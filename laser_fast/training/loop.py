@@ -18,6 +18,7 @@ from laser_fast.config import OptimizerConfig
 from laser_fast.data.batches import PackedBatch
 from laser_fast.data.micro_batches import VirtualTokens
 from laser_fast.models.token_budget import TokenBudget, is_out_of_memory, release_memory
+from laser_fast.nn.data_parallel import ALONE, Processes
 from laser_fast.training.memory import Plan, explain_optimizer_shortage
 from laser_fast.training.optimizer import build_optimizer
 from laser_fast.training.random_state import RandomState
@@ -155,12 +156,16 @@ class StageTrainer:
     the batch goes through again under the smaller budget: the step is the one that budget would have given from the
     start. The optimizer's own step is never repeated.
 
+    Of several processes each takes a share of the rows, and micro-batches of its share; the first micro-batches of all
+    of them go through together, then the second ones, and so on. The step is that of the whole batch (`data_parallel`).
+
     Args:
         modules: what is trained (parameters with `requires_grad`), held in train mode during an epoch.
         num_steps: planned steps, over which the learning rate goes up linearly and down with a cosine.
         budget: packed tokens at once; None = no limit.
         virtual_tokens: tokens of a sequence beside its text; None = none.
         plan: says what the memory plan expected, for the message when the optimizer finds no memory.
+        processes: who trains together; all begin with the parameters of the first.
     """
 
     def __init__(
@@ -173,8 +178,11 @@ class StageTrainer:
         budget: TokenBudget | None = None,
         virtual_tokens: VirtualTokens | None = None,
         plan: Plan | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         self.accelerator = accelerator
+        self.processes = processes
+        processes.synchronize(modules)
         self.modules = modules
         self.config = config
         self.budget = TokenBudget() if budget is None else budget
@@ -201,7 +209,7 @@ class StageTrainer:
         on a GPU the largest memory.
 
         Args:
-            batches: of the steps that are left.
+            batches: of the steps that are left, the same in all processes.
             num_batches: steps of the whole epoch.
             sums: where the epoch stands, kept up to date; None = at its start.
             after_step: called after every step, e.g. to keep the state.
@@ -280,6 +288,7 @@ class StageTrainer:
         """One step of the optimizer; means over the rows of the batch, and the number of micro-batches."""
         while (done := self._add_gradients(batch, loss_function, name_rows)) is None:
             release_memory()  # the budget is smaller now, and the tensors of the attempt are gone
+        self.processes.sum_gradients(self._parameters())
         try:
             norm = self.accelerator.clip_grad_norm_(self.modules.parameters(), self.config.max_grad_norm)
             if self.accelerator.scaler is None:  # which skips such a step and lowers its scale
@@ -294,21 +303,26 @@ class StageTrainer:
         self.scheduler.step()
         self.optimizer.zero_grad()
         self.step += 1
-        return done
+        return self.processes.sum_values(done[0]), done[1]
 
     def _add_gradients(
         self, batch: PackedBatch, loss_function: LossFunction, name_rows: Callable[[np.ndarray], str]
     ) -> tuple[dict[str, Tensor], int] | None:
-        """Gradients of one batch, by micro-batches; None when memory ran out and all is as it was before."""
+        """Gradients of this process's share of one batch, by micro-batches, and its part of the means over rows.
+
+        None when memory ran out and all is as it was before.
+        """
         before = RandomState.now(self.accelerator.device) if self.budget.halve else None
         totals: dict[str, Tensor] = {}
-        parts = self.budget.split(batch, self.virtual_tokens)
-        for index, rows in enumerate(parts):
-            part = batch.select(rows) if len(parts) > 1 else batch
+        parts = self._parts(batch)
+        for index, (rows, share) in enumerate(parts):
+            part = batch.select(rows) if len(rows) < len(batch) else batch
             last = index == len(parts) - 1
             try:
-                with nullcontext() if last else self.accelerator.no_sync(self.modules):
-                    share = len(part) / len(batch)
+                with (
+                    nullcontext() if last else self.accelerator.no_sync(self.modules),
+                    self.processes.standing_in(not share),
+                ):
                     values = self._backward(part, share, loss_function, partial(name_rows, rows))
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -322,6 +336,24 @@ class StageTrainer:
                 totals[name] = totals.get(name, torch.zeros_like(value)) + value
         return totals, len(parts)
 
+    def _parts(self, batch: PackedBatch) -> list[tuple[np.ndarray, float]]:
+        """Rows of the micro-batches of this process and their share of all rows of the batch.
+
+        As many in every process: who has fewer stands in with a row that counts nothing.
+        """
+        if self.processes.size == 1:
+            return [(rows, len(rows) / len(batch)) for rows in self.budget.split(batch, self.virtual_tokens)]
+        shares = [self.processes.share(len(batch), rank) for rank in range(self.processes.size)]
+        splits: list[list[np.ndarray]] = []
+        for rows in shares:
+            alone = [np.arange(len(rows))] if self.budget.limit is None or not len(rows) else None
+            split = self.budget.split(batch.select(rows), self.virtual_tokens) if alone is None else alone
+            splits.append([rows[part] for part in split if len(part)])
+        own = splits[self.processes.rank]
+        missing = max(map(len, splits)) - len(own)
+        stand_ins = [(np.zeros(1, dtype=np.int64), 0.0)] * missing
+        return [(rows, len(rows) / len(batch)) for rows in own] + stand_ins
+
     def _backward(
         self, part: PackedBatch, share: float, loss_function: LossFunction, names: Callable[[], str]
     ) -> dict[str, Tensor]:
@@ -334,11 +366,14 @@ class StageTrainer:
         return {name: value.detach() * share for name, value in values.items()}
 
     def _check_finite(self, what: str, value: Tensor, names: Callable[[], str]) -> None:
-        if not bool(torch.isfinite(value)):
-            raise FloatingPointError(
-                f"training: the {what} must be finite, got {value.item()} at step {self.step} in {names()}; "
-                "lower the learning rate, or train in float32 or bf16"
-            )
+        finite = bool(torch.isfinite(value))
+        if not self.processes.any(not finite):
+            return
+        error = FloatingPointError(
+            f"training: the {what} must be finite, got {value.item()} at step {self.step} in {names()}; "
+            "lower the learning rate, or train in float32 or bf16"
+        )
+        self.processes.raise_together(None if finite else error)
 
 
 def _peak_memory(device: torch.device) -> dict[str, int]:

@@ -69,6 +69,8 @@ class StateFolder:
             state: its part `position` says at which `stage`, `epoch` and `step` it is, and how many `log_bytes` of the
                 log belong to it.
         """
+        if not self.directory.writes:
+            return
         self._count += 1
         position = state.values["position"]
         log = self.directory.read_log()[: position["log_bytes"]]
@@ -121,6 +123,8 @@ class StateFolder:
 
     def put_back_files(self) -> None:
         """Make the log and the best checkpoint what they were at the state that `newest` gave; without one, nothing."""
+        if not self.directory.writes:
+            return
         folder = self._kept[-1] if self._kept else None
         self.directory.write_log((folder / "metrics.jsonl").read_bytes() if folder else b"")
         best = folder / "best" if folder else None
@@ -133,6 +137,8 @@ class StateFolder:
 
     def clear(self) -> None:
         """Delete all states: the run is finished."""
+        if not self.directory.writes:
+            return
         shutil.rmtree(self.path, ignore_errors=True)
         self._kept = []
 

@@ -1,12 +1,15 @@
 """The folder of a run: effective configuration, environment, metrics as they come, checkpoints whole or absent."""
 
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import shutil
 import subprocess
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,8 @@ class RunDirectory:
 
     Args:
         resume: go on with a run that this class began before.
+        writes: whether this process writes; where several train only one does, for the others this is a view that
+            checks and changes nothing.
 
     Attributes:
         curves: shows the log in TensorBoard; None = nothing does.
@@ -48,9 +53,12 @@ class RunDirectory:
         ValueError: with `resume`, the run was begun under another configuration; lists the differences.
     """
 
-    def __init__(self, path: str | Path, config: Settings, *, resume: bool = False) -> None:
+    def __init__(self, path: str | Path, config: Settings, *, resume: bool = False, writes: bool = True) -> None:
         self.path = Path(path)
+        self.writes = writes
         self.curves: TensorBoardLog | None = None
+        if not writes:
+            return
         if resume:
             self._refuse_another(config)
         elif self.path.exists() and (not self.path.is_dir() or any(f.suffix != PART for f in self.path.iterdir())):
@@ -85,6 +93,32 @@ class RunDirectory:
                 + ", ".join(differences)
             )
 
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Let no other process train here meanwhile. The system gives the folder free when this process ends.
+
+        Raises:
+            ValueError: another process trains here.
+        """
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"RunDirectory: output must be used by one run at a time, got {str(self.path)!r}, in which another "
+                    "process trains; wait for it or stop it"
+                ) from None
+            except OSError as error:  # some network file systems lock no folders
+                warnings.warn(
+                    f"RunDirectory: the file system should lock {str(self.path)!r} against a second run, got {error}; "
+                    "start none meanwhile",
+                    stacklevel=3,
+                )
+            yield
+        finally:
+            os.close(descriptor)
+
     @property
     def checkpoint(self) -> Path:
         """The best model so far."""
@@ -92,6 +126,8 @@ class RunDirectory:
 
     def log(self, **values: Any) -> None:
         """Append one line to metrics.jsonl."""
+        if not self.writes:
+            return
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
         if self.curves is not None:
@@ -113,6 +149,8 @@ class RunDirectory:
 
     def finish(self) -> None:
         """Record that the run came to its end."""
+        if not self.writes:
+            return
         if self.curves is not None:
             self.curves.close()
         write_json(self.path / "finished.json", {"date": _now()})
