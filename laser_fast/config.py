@@ -172,8 +172,10 @@ class ObjectiveConfig(Settings):
     each other."""
     contrastive_weight: Annotated[float, Field(ge=0.0)] = 1.0
     """Of stage 1's contrastive term; 0 switches it off, as for the next two."""
-    matching_weight: Annotated[float, Field(ge=0.0)] = 0.0
-    generation_weight: Annotated[float, Field(ge=0.0)] = 0.0
+    matching_weight: Annotated[float, Field(ge=0.0)] = 1.0
+    """Queries that read a user and a text together tell whether they belong together."""
+    generation_weight: Annotated[float, Field(ge=0.0)] = 1.0
+    """The text is foretold token by token from the queries."""
     contrastive_temperature: PositiveFloat = 0.07
     """Initial value of the learned temperature of stage 1."""
     label_smoothing: Fraction = 0.1
@@ -208,7 +210,7 @@ class StageConfig(Settings):
 
 
 class TrainingConfig(Settings):
-    """The schedule: stage 1 (contrastive pre-training of M-Former), then stage 2 in its phases A and B."""
+    """The schedule: stage 1 (pre-training of M-Former), then stage 2 in its phases A and B."""
 
     seed: int = 0
     batch_size: PositiveInt = 64
@@ -280,5 +282,12 @@ class LaserConfig(ModelConfig):
             raise ValueError(
                 'training.pretrain.epochs must be 0 when bituning.prefix is not "mformer" (stage 1 trains M-Former), '
                 f"got {self.training.pretrain.epochs}"
+            )
+        objective = self.objective
+        terms = objective.contrastive_weight, objective.matching_weight, objective.generation_weight
+        if self.training.pretrain.epochs and not any(terms):
+            raise ValueError(
+                "objective.contrastive_weight, matching_weight or generation_weight must be above 0 when "
+                f"training.pretrain.epochs is, got 0 for all and {self.training.pretrain.epochs} epochs"
             )
         return self

@@ -26,11 +26,15 @@ class MFormerOutput:
         prefix: [B, Q, D_llm]; None where M-Former has no projection to the language model.
         queries: [B, Q, D], before that projection.
         routing: experts, weights, pooled probabilities, load and balance loss (`laser_fast.ops.Routing`).
+        projected: [N, D], the states as the querying transformer reads them.
+        layer_inputs: what enters each of its layers, [B*k, Q, D]; empty where it was not asked for.
     """
 
     prefix: Tensor | None
     queries: Tensor
     routing: Routing
+    projected: Tensor
+    layer_inputs: tuple[Tensor, ...] = ()
 
 
 class Router(nn.Module):
@@ -100,12 +104,13 @@ class MFormer(nn.Module):
             # the combined queries are averages of layer-normalised rows, so their entries are of order 1
             nn.init.normal_(self.lm_projection.weight, std=prefix_rms * width**-0.5)
 
-    def forward(self, states: Tensor, cu_seqlens: Tensor) -> MFormerOutput:
+    def forward(self, states: Tensor, cu_seqlens: Tensor, *, keep_layer_inputs: bool = False) -> MFormerOutput:
         """Write the prefix of every user of a batch.
 
         Args:
             states: [N, D_id], packed states of the frozen recommender, one per history item.
             cu_seqlens: int32 [B+1]; empty histories are allowed (their queries read nothing).
+            keep_layer_inputs: give what enters each layer of the querying transformer (stage 1 generates from it).
 
         Raises:
             ValueError: states of another width.
@@ -114,10 +119,11 @@ class MFormer(nn.Module):
             raise ValueError(f"MFormer: states must be [N, {self.state_size}], got {tuple(states.shape)}")
         projected = self.state_projection(states)
         routing = self.router(projected, cu_seqlens)
-        outputs = self.qformer(self.query_experts, routing.expert, projected, cu_seqlens)
+        kept: list[Tensor] | None = [] if keep_layer_inputs else None
+        outputs = self.qformer(self.query_experts, routing.expert, projected, cu_seqlens, kept)
         queries = combine_queries(outputs, routing.weight)
         prefix = None if self.lm_projection is None else self.lm_projection(queries)
-        return MFormerOutput(prefix, queries, routing)
+        return MFormerOutput(prefix, queries, routing, projected, tuple(kept or ()))
 
 
 def balance_across(routing: Routing, cu_seqlens: Tensor, processes: Processes) -> tuple[Tensor, Tensor]:

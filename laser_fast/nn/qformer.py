@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from laser_fast.nn.attention import AttentionPlan, varlen_attention
 from laser_fast.nn.attention_meta import attend_without_values
 from laser_fast.ops.dispatch import dispatch_queries
+from laser_fast.ops.prefix_kv import inject_prefix_kv
+from laser_fast.ops.segments import cu_seqlens_from_lengths
 
 _FEED_FORWARD_FACTOR = 4
 _INITIAL_STD = 0.02  # BERT's
@@ -36,11 +38,34 @@ class _SelfAttention(nn.Module):
             attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
         return self._add(attended.transpose(1, 2).flatten(2), hidden)
 
-    def forward_packed(self, hidden: Tensor, cu_seqlens: Tensor, plan: AttentionPlan) -> Tensor:
-        """Among the tokens of each packed text: [T, D] -> [T, D]."""
+    def forward_packed(
+        self,
+        hidden: Tensor,
+        cu_seqlens: Tensor,
+        plan: AttentionPlan,
+        before: Tensor | None = None,
+        before_index: Tensor | None = None,
+    ) -> Tensor:
+        """Among the rows of each packed sequence, and from them to rows that stand before it and do not see it.
+
+        Args:
+            hidden: [T, D].
+            cu_seqlens: int32 [B+1].
+            plan: of these queries and all their keys; says whether the mask is causal.
+            before: [G, Q, D], groups of rows; None = none.
+            before_index: int32 [B], which group stands before each sequence.
+
+        Returns:
+            [T, D].
+        """
         query, key, value = self.qkv(hidden).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
+        if before is not None:
+            width = hidden.shape[-1]
+            both = F.linear(before, self.qkv.weight[width:], self.qkv.bias[width:])
+            first_key, first_value = both.unflatten(-1, (2, self.num_heads, -1)).unbind(2)
+            key, value, _ = inject_prefix_kv(key, value, first_key, first_value, cu_seqlens, prefix_index=before_index)
         dropout = self.dropout if self.training else 0.0
-        attended = varlen_attention(query, key, value, cu_seqlens, causal=False, dropout=dropout, plan=plan)
+        attended = varlen_attention(query, key, value, cu_seqlens, causal=plan.causal, dropout=dropout, plan=plan)
         return self._add(attended.flatten(1), hidden)
 
     def _add(self, attended: Tensor, hidden: Tensor) -> Tensor:
@@ -59,9 +84,9 @@ class _CrossAttention(nn.Module):
         self.dropout = dropout
 
     def forward(self, hidden: Tensor, states: Tensor, boundaries: "CrossBoundaries") -> Tensor:
-        """From the queries [B, R, D] to the packed states [N, D] of the same user; empty histories add nothing."""
-        batch_size, rows, width = hidden.shape
-        query = self.query(hidden).view(batch_size * rows, self.num_heads, -1)
+        """From the queries [M, D], user by user, to the packed states [N, D] of the same user; empty histories add
+        nothing."""
+        query = self.query(hidden).unflatten(-1, (self.num_heads, -1))
         key, value = self.key_value(states).unflatten(-1, (2, self.num_heads, -1)).unbind(1)
         attended = varlen_attention(
             query,
@@ -73,19 +98,26 @@ class _CrossAttention(nn.Module):
             dropout=self.dropout if self.training else 0.0,
             plan=boundaries.plan,
         )
-        projected = F.dropout(self.out(attended.view(batch_size, rows, width)), self.dropout, self.training)
+        projected = F.dropout(self.out(attended.flatten(1)), self.dropout, self.training)
         output: Tensor = self.norm(hidden + projected)
         return output
 
 
 class CrossBoundaries:
-    """Which rows of the packed states each user's queries may read, planned once for all layers."""
+    """Which rows of the packed states each user's queries may read, planned once for all layers.
 
-    def __init__(self, cu_seqlens: Tensor, rows_per_user: int) -> None:
-        self.batch_size = cu_seqlens.shape[0] - 1
+    Args:
+        cu_seqlens: int32 [B+1] over the states.
+        rows_per_user: rows of queries of every user, or int [B], of each.
+    """
+
+    def __init__(self, cu_seqlens: Tensor, rows_per_user: int | Tensor) -> None:
         self.states = cu_seqlens
-        steps = torch.arange(cu_seqlens.shape[0], device=cu_seqlens.device, dtype=torch.int32)
-        self.queries = steps * rows_per_user
+        if isinstance(rows_per_user, Tensor):
+            self.queries = cu_seqlens_from_lengths(rows_per_user)
+        else:
+            steps = torch.arange(cu_seqlens.shape[0], device=cu_seqlens.device, dtype=torch.int32)
+            self.queries = steps * rows_per_user
         self.plan = AttentionPlan(self.queries, cu_seqlens, causal=False)
 
 
@@ -151,7 +183,14 @@ class QFormer(nn.Module):
         )
         self.apply(initialize_like_bert)
 
-    def forward(self, queries: Tensor, expert: Tensor, states: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def forward(
+        self,
+        queries: Tensor,
+        expert: Tensor,
+        states: Tensor,
+        cu_seqlens: Tensor,
+        layer_inputs: list[Tensor] | None = None,
+    ) -> Tensor:
         """Let the queries of each user's experts read the user's states.
 
         Args:
@@ -159,6 +198,8 @@ class QFormer(nn.Module):
             expert: int32 [B, k], the experts of each user.
             states: [N, D], packed.
             cu_seqlens: int32 [B+1] over the states.
+            layer_inputs: a list to which what enters each layer is appended, [B*k, Q, D]: what a text behind the
+                queries reads.
 
         Returns:
             [B*k, Q, D], the k groups of a user one after the other. The groups do not see each other.
@@ -169,6 +210,8 @@ class QFormer(nn.Module):
         # E slabs through the first self-attention instead of B*k
         per_expert = queries.shape[0] < expert.numel() and not (self.training and self.dropout)
         if per_expert:
+            if layer_inputs is not None:
+                layer_inputs.append(dispatch_queries(hidden, expert))
             hidden = self._first_layer.self_attention(hidden)
         hidden = F.dropout(dispatch_queries(hidden, expert), self.dropout, self.training)
         if expert.numel() == 0:
@@ -178,6 +221,8 @@ class QFormer(nn.Module):
         for layer in self.layers:
             assert isinstance(layer, QFormerLayer)
             self_attention = not (per_expert and layer is self._first_layer)
+            if layer_inputs is not None and self_attention:
+                layer_inputs.append(hidden)
             if self.recompute and torch.is_grad_enabled():
                 hidden = checkpoint(_run, layer, hidden, states, boundaries, self_attention, use_reentrant=False)
             else:
@@ -198,8 +243,7 @@ def _run(
     if self_attention:
         hidden = layer.self_attention(hidden)
     if layer.cross_attention is not None:
-        by_user = hidden.view(boundaries.batch_size, -1, hidden.shape[-1])
-        hidden = layer.cross_attention(by_user, states, boundaries).view(hidden.shape)
+        hidden = layer.cross_attention(hidden.flatten(0, 1), states, boundaries).view(hidden.shape)
     output: Tensor = layer.feed_forward(hidden)
     return output
 

@@ -2,42 +2,35 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from laser_fast.data.batches import PackedBatch
+from laser_fast.config import LaserConfig
+from laser_fast.data.batches import BatchBuilder, PackedBatch
+from laser_fast.models.bert_weights import initialize_text_branch, load_bert
+from laser_fast.models.laser import LaserModel
 from laser_fast.models.token_budget import TokenBudget
-from laser_fast.nn.pretraining import ContrastiveHeads
+from laser_fast.nn.mformer import balance_across
+from laser_fast.nn.pretraining import Pairs, PretrainingHeads, TermWeights, Vocabulary
 from laser_fast.training.epochs import Run, Stage, train_epochs
-from laser_fast.training.loop import EarlyStopping, RowSampler, StageTrainer
+from laser_fast.training.loop import EarlyStopping, LossFunction, RowSampler, StageTrainer
 from laser_fast.training.memory import explain_pretraining_shortage
 
 
 def pretrain(run: Run) -> None:
-    """Stage 1: contrastive loss between M-Former's queries and the text of the same history, plus the balance loss."""
+    """Stage 1: the weighted terms between M-Former's queries and the text of the same history, plus the balance loss.
+
+    It stops early by the weighted sum of the terms on the validation rows.
+    """
     config, model = run.config, run.model
-    mformer, recommender = model.mformer, model.recommender
-    assert mformer is not None and recommender is not None  # the configuration demands them
-    heads = ContrastiveHeads(
-        mformer.qformer,
-        config.mformer.width,
-        model.lm.hidden_size,
-        max_tokens=_longest_text(run),
-        temperature=config.objective.contrastive_temperature,
-        label_smoothing=config.objective.label_smoothing,
-    ).to(run.accelerator.device)
-
-    def loss_function(batch: PackedBatch) -> dict[str, Tensor]:
-        written = mformer(recommender.states(batch.items, batch.cu_seqlens), batch.cu_seqlens)
-        contrastive = heads(written.queries, model.lm.embed(batch.input_ids).float(), batch.token_cu_seqlens)
-        balance = written.routing.balance_loss
-        loss = contrastive + config.objective.balance_weight * balance
-        return {"loss": loss, "contrastive": contrastive, "balance": balance, "load": written.routing.load}
-
+    assert model.mformer is not None
+    heads = build_heads(config, model).to(run.accelerator.device)
+    loss_function = pretraining_loss(model, heads)
     stage = config.training.pretrain
     sampler = RowSampler(len(run.rows), stage.rows_per_epoch, config.training.seed)
     num_batches = sampler.num_batches(config.training.batch_size)
-    modules = nn.ModuleList([mformer, heads])
+    modules = nn.ModuleList([model.mformer, heads])
     trainer = StageTrainer(
         run.accelerator,
         modules,
@@ -49,26 +42,81 @@ def pretrain(run: Run) -> None:
     stopping = EarlyStopping(stage.patience)
 
     def conclude(epoch: int, values: dict[str, Any]) -> None:
-        validation = _validation_loss(run, modules, loss_function)
-        run.directory.log(stage="pretrain", epoch=epoch, validation_contrastive=validation, **values)
-        stopping.improved(-validation, epoch)
+        found = _validate(run, modules, loss_function)
+        run.directory.log(stage="pretrain", epoch=epoch, **found, **values)
+        stopping.improved(-found["validation_terms"], epoch)
 
     current = Stage("pretrain", "stage 1", stage, sampler, trainer, stopping, loss_function, heads=heads)
     train_epochs(run, current, conclude)
 
 
+def build_heads(config: LaserConfig, model: LaserModel) -> PretrainingHeads:
+    """What stage 1 trains beside M-Former; begins with the layers of a BERT where the configuration names one.
+
+    Raises:
+        FileNotFoundError, ValueError: of that BERT; see `bert_weights`.
+    """
+    objective, builder = config.objective, model.builder
+    assert model.mformer is not None
+    weights = TermWeights(objective.contrastive_weight, objective.matching_weight, objective.generation_weight)
+    layout = builder.user_layout
+    heads = PretrainingHeads(
+        model.mformer,
+        model.lm.hidden_size,
+        max_tokens=len(layout.left) + layout.max_tokens + len(layout.right),
+        weights=weights,
+        vocabulary=text_vocabulary(builder, model) if weights.generation else None,
+        temperature=objective.contrastive_temperature,
+        label_smoothing=objective.label_smoothing,
+    )
+    if config.mformer.initialize_from is not None:
+        bert = load_bert(config.mformer.initialize_from, model.mformer.qformer)
+        initialize_text_branch(heads.text, bert)
+    return heads
+
+
+def text_vocabulary(builder: BatchBuilder, model: LaserModel) -> Vocabulary:
+    """All tokens that can stand in a text of a history, and their frozen embeddings.
+
+    No other token is ever to be foretold, and a catalogue's titles use few of the 32,000 to 260,000 of a large model.
+    """
+    layout = builder.user_layout
+    words = np.concatenate([builder.texts.input_ids, layout.left, layout.right, layout.separator]).astype(np.int64)
+    input_ids = torch.from_numpy(np.unique(words)).to(model.device)
+    return Vocabulary(input_ids, model.lm.embed(input_ids))
+
+
+def pretraining_loss(model: LaserModel, heads: PretrainingHeads) -> LossFunction:
+    """The loss of a batch of histories, each term that is on, the balance loss and the load."""
+    mformer, recommender = model.mformer, model.recommender
+    assert mformer is not None and recommender is not None  # the configuration demands them
+    keep = heads.weights.generation > 0
+
+    def loss_function(batch: PackedBatch) -> dict[str, Tensor]:
+        states = recommender.states(batch.items, batch.cu_seqlens)
+        written = mformer(states, batch.cu_seqlens, keep_layer_inputs=keep)
+        embeds = model.lm.embed(batch.input_ids).float()
+        pairs = Pairs(batch.items, batch.cu_seqlens, batch.input_ids, embeds, batch.token_cu_seqlens)
+        values = heads(written, pairs, model.processes.gather)
+        balance, load = balance_across(written.routing, batch.cu_seqlens, model.balance_processes)
+        terms = values.pop("loss")
+        loss = terms + model.balance_weight * balance
+        return {"loss": loss, "terms": terms, **values, "balance": balance, "load": load}
+
+    return loss_function
+
+
 @torch.no_grad()
-def _validation_loss(run: Run, modules: nn.Module, loss_function: Any) -> float:
+def _validate(run: Run, modules: nn.Module, loss_function: LossFunction) -> dict[str, float]:
+    """Means over the validation rows of the terms and of their weighted sum."""
     modules.eval()
     valid, size = run.inputs.split.valid, run.config.training.batch_size
-    losses = []
+    totals: dict[str, float] = {}
     for start in range(0, len(valid), size):
         chunk = valid.select(range(start, min(start + size, len(valid))))
         batch = run.model.builder.histories(chunk.histories).to(run.accelerator.device)
-        losses.append(float(loss_function(batch)["contrastive"]) * len(chunk))
-    return sum(losses) / max(1, len(valid))
-
-
-def _longest_text(run: Run) -> int:
-    layout = run.model.builder.user_layout
-    return len(layout.left) + layout.max_tokens + len(layout.right)
+        for name, value in loss_function(batch).items():
+            if name not in ("loss", "balance", "load"):
+                name = f"validation_{name}"
+                totals[name] = totals.get(name, 0.0) + float(value) * len(chunk) / len(valid)
+    return totals or {"validation_terms": 0.0}

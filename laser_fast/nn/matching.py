@@ -1,0 +1,59 @@
+"""Which users and texts of a batch stage 1 sets against each other in its matching term: BLIP-2's hard negatives."""
+
+import torch
+from torch import Tensor
+
+from laser_fast.nn.text_branch import positions_of
+
+
+@torch.no_grad()
+def same_rows(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Which packed sequences are equal, int64 [T] and int32 [B+1] -> bool [B, B]."""
+    lengths = cu_seqlens.diff().long()
+    batch_size, total = lengths.shape[0], values.shape[0]
+    if batch_size == 0:
+        return torch.zeros(0, 0, dtype=torch.bool, device=values.device)
+    padded = values.new_zeros(batch_size, int(lengths.max()) + 1)
+    padded[:, 0] = lengths  # tells a short sequence from one that ends in the padding's value
+    row = torch.arange(batch_size, device=values.device).repeat_interleave(lengths, output_size=total)
+    padded[row, positions_of(cu_seqlens, total) + 1] = values
+    group = torch.unique(padded, dim=0, return_inverse=True)[1]
+    return group[:, None] == group[None]
+
+
+@torch.no_grad()
+def draw_negatives(similarity: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
+    """One hard negative for each row, drawn in proportion to the softmax of its similarities.
+
+    Args:
+        similarity: [B, B], over the temperature.
+        same: bool [B, B], pairs that are none: the diagonal, and rows that cannot be told apart.
+
+    Returns:
+        int64 [R] rows that have a negative at all, and int64 [R] what was drawn for them, by torch's generator.
+    """
+    rows = (~same).any(dim=1).nonzero().squeeze(1)
+    if rows.numel() == 0:
+        return rows, rows
+    chance = similarity.float().masked_fill(same, -torch.inf).index_select(0, rows).softmax(dim=1)
+    return rows, torch.multinomial(chance, 1).squeeze(1)
+
+
+@torch.no_grad()
+def matching_pairs(similarity: Tensor, same: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The true pairs, a negative text for each user and a negative user for each text: at most 3B pairs.
+
+    Args:
+        similarity: [B, B], of users with texts, over the temperature.
+        same: bool [B, B], as in `draw_negatives`.
+
+    Returns:
+        int64 [P] users, in rising order; int64 [P] texts; bool [P], which pairs are true.
+    """
+    everyone = torch.arange(same.shape[0], device=same.device)
+    users, negative_texts = draw_negatives(similarity, same)
+    texts, negative_users = draw_negatives(similarity.T, same)
+    pair_users = torch.cat([everyone, users, negative_users])
+    pair_texts = torch.cat([everyone, negative_texts, texts])
+    order = torch.argsort(pair_users, stable=True)
+    return pair_users[order], pair_texts[order], order < same.shape[0]
