@@ -6,7 +6,6 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +190,7 @@ def test_a_loss_that_is_not_finite_names_users_and_leaves_the_last_state(
     def broken(self: LaserModel, batch: PackedBatch) -> Any:
         output = forward(self, batch)
         seen.append(len(batch))
-        return replace(output, loss=output.loss * float("nan")) if len(seen) == 4 else output
+        return output._replace(loss=output.loss * float("nan")) if len(seen) == 4 else output
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LaserModel, "forward", broken)
@@ -213,7 +212,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(settings: dict[str, Any], t
 
     def broken(self: LaserModel, batch: PackedBatch) -> Any:
         output = forward(self, batch)
-        return replace(output, loss=output.loss + (output.loss * 0.0).sqrt())  # whose gradient is infinity times 0
+        return output._replace(loss=output.loss + (output.loss * 0.0).sqrt())  # whose gradient is infinity times 0
 
     config = config_of(settings, tmp_path / "run")
     with pytest.MonkeyPatch.context() as patch:
