@@ -144,23 +144,30 @@ def _train_recommender(parsed: argparse.Namespace) -> None:
 
 
 def _train(parsed: argparse.Namespace) -> int:
+    from laser_fast.nn.data_parallel import OtherProcessFailed, launched_first, launched_size, leave
     from laser_fast.training.interruption import Interrupted
     from laser_fast.training.laser import train_laser
     from laser_fast.training.run_directory import RunDirectory
 
     config = load_config(LaserConfig, parsed.config, parsed.set)
-    print(dump_config(config))
+    say = print if launched_first() else (lambda *_, **__: None)  # of several processes one speaks
+    say(dump_config(config))
     if parsed.resume and RunDirectory(config.output, config, resume=True).finished:  # no need to load anything
-        print(f"{config.output} is finished: nothing is left to train")
+        say(f"{config.output} is finished: nothing is left to train")
         return 0
     try:
         train_laser(config, resume=parsed.resume)
+    except OtherProcessFailed:
+        return 2  # it says why
     except Interrupted as stop:
+        size = launched_size()
+        launcher = ["laser-fast"] if size == 1 else ["torchrun", f"--nproc-per-node={size}", "-m", "laser_fast"]
         settings = [part for setting in parsed.set for part in ("--set", setting)]
-        again = shlex.join(["laser-fast", "train", parsed.config, *settings, "--resume"])
-        print(f"laser-fast: stopped by {stop.signal.name}; go on with: {again}", file=sys.stderr)
+        again = shlex.join([*launcher, "train", parsed.config, *settings, "--resume"])
+        say(f"laser-fast: stopped by {stop.signal.name}; go on with: {again}", file=sys.stderr)
         return stop.exit_status
-    print(f"saved in {config.output}")
+    leave()
+    say(f"saved in {config.output}")
     return 0
 
 

@@ -214,6 +214,7 @@ class TrainingConfig(Settings):
 
     seed: int = 0
     batch_size: PositiveInt = 64
+    """Rows of a step; where several processes train, of all of them together, each takes an equal share."""
     micro_batch_tokens: PositiveInt | None = None
     """Packed tokens, virtual ones included, that go through the language model at once; a batch of more is split and
     its gradients added up. None = never split."""

@@ -287,3 +287,9 @@ def launched_size() -> int:
 def launched_first() -> bool:
     """Whether this is the process that prints, by the launcher's word."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def leave() -> None:
+    """Take leave of the other processes when all is done; without a group, nothing."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
