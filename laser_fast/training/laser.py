@@ -21,6 +21,7 @@ from laser_fast.data import training_rows
 from laser_fast.data.batches import PackedBatch
 from laser_fast.data.negatives import NegativeSampler
 from laser_fast.evaluation import evaluate, search_calibration
+from laser_fast.models.bert_weights import initialize_qformer, load_bert
 from laser_fast.models.calibration import CalibratedScorer
 from laser_fast.models.laser import LaserModel
 from laser_fast.models.pretrained import calibration_components
@@ -78,6 +79,8 @@ def train_laser(
         inputs = load_inputs(config)
         language_model, tokenizer = load_language_model(config.lm)
         model = build_laser(config, inputs, language_model, tokenizer).to(accelerator.device)
+        if model.mformer is not None and config.mformer.initialize_from is not None:
+            initialize_qformer(model.mformer.qformer, load_bert(config.mformer.initialize_from, model.mformer.qformer))
         directory = reopened or _open(config, processes, lock, resume=False)
         if directory.finished:
             if progress:

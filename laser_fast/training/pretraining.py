@@ -26,6 +26,7 @@ def pretrain(run: Run) -> None:
     config, model = run.config, run.model
     assert model.mformer is not None
     heads = build_heads(config, model).to(run.accelerator.device)
+    run.processes.synchronize(heads)  # each drew its own
     loss_function = pretraining_loss(model, heads)
     stage = config.training.pretrain
     sampler = RowSampler(len(run.rows), stage.rows_per_epoch, config.training.seed)
@@ -38,13 +39,16 @@ def pretrain(run: Run) -> None:
         stage.epochs * num_batches,
         budget=TokenBudget(explain=explain_pretraining_shortage(config, run.plan)),  # rows are each other's negatives
         plan=run.plan,
+        processes=run.processes,
     )
     stopping = EarlyStopping(stage.patience)
 
     def conclude(epoch: int, values: dict[str, Any]) -> None:
-        found = _validate(run, modules, loss_function)
+        with run.processes.apart():
+            found = _validate(run, modules, loss_function)
+        value = run.processes.of_first(found["validation_terms"])  # on which all decide alike
         run.directory.log(stage="pretrain", epoch=epoch, **found, **values)
-        stopping.improved(-found["validation_terms"], epoch)
+        stopping.improved(-value, epoch)
 
     current = Stage("pretrain", "stage 1", stage, sampler, trainer, stopping, loss_function, heads=heads)
     train_epochs(run, current, conclude)
@@ -108,7 +112,7 @@ def pretraining_loss(model: LaserModel, heads: PretrainingHeads) -> LossFunction
 
 @torch.no_grad()
 def _validate(run: Run, modules: nn.Module, loss_function: LossFunction) -> dict[str, float]:
-    """Means over the validation rows of the terms and of their weighted sum."""
+    """Means over the validation rows of the terms and of their weighted sum; every process goes through all rows."""
     modules.eval()
     valid, size = run.inputs.split.valid, run.config.training.batch_size
     totals: dict[str, float] = {}
