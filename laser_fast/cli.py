@@ -69,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
         ("evaluate", _evaluate, "rank the whole catalogue for every test user"),
         ("compare", _compare, "Laser beside the baselines, on the test users"),
         ("recommend", _recommend, "recommend for users of the data set, or for a history of item ids"),
+        ("report", _report, "one page about a run: curves, what the experts do, who is served well, samples"),
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("model", metavar="RUN", help="run directory written by train")
@@ -76,6 +77,8 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--recommender", help="where the recommender is now, if it moved")
         if name == "recommend":
             _add_recommend(command)
+        elif name == "report":
+            command.add_argument("--output", metavar="FOLDER", help="where it goes (default: RUN/report)")
         else:
             command.add_argument("--split", choices=("test", "valid"), default="test") if name == "evaluate" else None
             command.add_argument("--output", help="also write the figures to this JSON file")
@@ -243,6 +246,23 @@ def _recommend(parsed: argparse.Namespace) -> None:
         print("  recommended:")
         for rank, recommendation in enumerate(answer, start=1):
             print(f"    {rank}. {titles[recommendation.item_id]}  ({recommendation.score:.2f})")
+
+
+def _report(parsed: argparse.Namespace) -> None:
+    import torch
+
+    from laser_fast.evaluation.reporting import Subject, check_report_folder, read_run, write_report
+    from laser_fast.training.build import training_counts
+
+    record, subject = read_run(parsed.model), None
+    folder = Path(parsed.output) if parsed.output else Path(parsed.model) / "report"
+    check_report_folder(folder)
+    if record.kept is not None:
+        model, inputs, config = _load(parsed)
+        counts = torch.from_numpy(training_counts(inputs.split, model.num_items))
+        size = config.evaluation.batch_size
+        subject = Subject(model, inputs.dataset, inputs.split, counts, inputs.recommender, size)
+    print(f"written to {write_report(record, subject, folder)}")
 
 
 def _doctor(parsed: argparse.Namespace) -> int:

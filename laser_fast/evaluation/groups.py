@@ -1,0 +1,74 @@
+"""Metrics by groups of test rows: how often the target was seen in training, and how long the history is."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from laser_fast.evaluation.metrics import MetricValue, RankingMetrics, rank_values
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Some of the rows: `rows` int64 [n], in order."""
+
+    label: str
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def quantile_groups(values: np.ndarray, unit: str, num_groups: int = 4) -> list[Group]:
+    """Rows sorted into about equally large groups by a whole number, equal numbers together.
+
+    Args:
+        values: int64 [B].
+        unit: of the labels, e.g. "1 to 12 events".
+        num_groups: at most so many.
+
+    Raises:
+        ValueError: fewer than one group.
+    """
+    if num_groups < 1:
+        raise ValueError(f"quantile_groups: num_groups must be at least 1, got {num_groups}")
+    if not len(values):
+        return []
+    inner = np.linspace(0, 1, num_groups + 1)[1:-1]
+    edges = np.unique(np.quantile(values, inner, method="inverted_cdf")) if len(inner) else np.zeros(0)
+    bucket = np.searchsorted(edges, values, side="left")
+    groups = []
+    for index in np.unique(bucket):
+        rows = np.flatnonzero(bucket == index)
+        low, high = int(values[rows].min()), int(values[rows].max())
+        groups.append(Group(f"{low:,} {unit}" if low == high else f"{low:,} to {high:,} {unit}", rows))
+    return groups
+
+
+def popularity_groups(targets: np.ndarray, counts: np.ndarray, num_groups: int = 4) -> tuple[list[Group], Group]:
+    """Rows by how often their target occurs in the training part; those where it never does, the cold ones, apart.
+
+    Args:
+        targets: int64 [B], item of each row.
+        counts: int64 [I], events of each item in the training part.
+
+    Returns:
+        (groups from rare to frequent, the cold rows).
+    """
+    seen = counts[targets]
+    warm = np.flatnonzero(seen > 0)
+    groups = [Group(g.label, warm[g.rows]) for g in quantile_groups(seen[warm], "events", num_groups)]
+    return groups, Group("never", np.flatnonzero(seen == 0))
+
+
+def group_metric(metrics: RankingMetrics, group: Group, metric: str = "NDCG@10") -> MetricValue:
+    """One metric over the rows of a group, with its interval."""
+    return MetricValue.from_values(rank_values(metrics.ranks[torch.from_numpy(group.rows)], metric))
+
+
+def group_table(
+    groups: Sequence[Group], systems: Mapping[str, RankingMetrics], metric: str = "NDCG@10"
+) -> list[list[MetricValue]]:
+    """`group_metric` for every group (rows) and system (columns)."""
+    return [[group_metric(metrics, group, metric) for metrics in systems.values()] for group in groups]

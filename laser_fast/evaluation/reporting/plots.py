@@ -1,0 +1,312 @@
+"""The plots of a report as SVG: large type, colours that the colour-blind tell apart, labels at the lines they name.
+
+Text becomes outlines, so a picture looks the same everywhere, and the bytes depend on the data alone.
+"""
+
+import importlib.util
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito (2008), without yellow, which is hard to see on white
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#8A5A00")
+_GREY = "#6B7278"
+_WIDTH, _HEIGHT = 5.2, 3.4  # inches; with type of 11.5 points readable on a phone and in two columns on paper
+_MOST_LABELLED = len(COLORS)
+_STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 11.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#8A949C",
+    "axes.grid": True,
+    "grid.color": "#E6E9EC",
+    "axes.axisbelow": True,
+    "axes.formatter.use_mathtext": False,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "laser_fast",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve: its name stands at its end."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+def require_matplotlib() -> None:
+    """Refuse to go on without the package that draws.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError(
+            "require_matplotlib: the plots of a report need the package matplotlib, got none; "
+            'pip install "laser-fast[report]"'
+        )
+
+
+def curves(lines: Sequence[Line], x_label: str, y_label: str) -> bytes:
+    """Lines over training steps."""
+
+    def draw(axes: "Axes") -> None:
+        ends = []
+        for line, color in zip(lines, _colors(len(lines)), strict=True):
+            axes.plot(line.x, line.y, color=color, marker="o", markersize=5, linewidth=2)
+            ends.append((line.name, line.x[-1], line.y[-1], color))
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        _whole_numbers(axes, max((max(line.x) for line in lines), default=1))
+        _label_ends(axes, ends)
+
+    return _svg(draw)
+
+
+def over_epochs(
+    labels: Sequence[str],
+    lines: Sequence[tuple[str, Sequence[float]]],
+    y_label: str,
+    *,
+    level: tuple[float, str] | None = None,
+    marked: int | None = None,
+) -> bytes:
+    """Values per epoch, epochs named on the axis.
+
+    Args:
+        labels: short names of the epochs.
+        lines: name ("" = none is written) and value of each epoch.
+        level: a dashed line to compare with, and its name.
+        marked: epoch whose value is ringed as the kept one.
+    """
+
+    def draw(axes: "Axes") -> None:
+        x = np.arange(len(labels))
+        ends = []
+        many = len(lines) > _MOST_LABELLED
+        last = [values[-1] for _, values in lines]
+        for position, (name, values) in enumerate(lines):
+            extreme = many and position in (int(np.argmax(last)), int(np.argmin(last)))
+            color = _GREY if many and not extreme else COLORS[position % len(COLORS)]
+            strength = 0.35 if many and not extreme else 1.0
+            axes.plot(x, values, color=color, marker="o", markersize=5, linewidth=2, alpha=strength)
+            if name and (extreme or not many):
+                ends.append((name, x[-1], values[-1], color))
+        if level is not None:
+            axes.axhline(level[0], color="#1A1A1A", linewidth=1.3, linestyle=(0, (5, 3)))
+            ends.append((level[1], x[-1], level[0], "#1A1A1A"))
+        if marked is not None:
+            _mark(axes, marked, lines[0][1][marked])
+        _epoch_axis(axes, labels)
+        axes.set_ylabel(y_label)
+        _label_ends(axes, ends)
+
+    return _svg(draw)
+
+
+def bars(labels: Sequence[str], values: Sequence[float], y_label: str) -> bytes:
+    """One bar per epoch."""
+
+    def draw(axes: "Axes") -> None:
+        from matplotlib.ticker import StrMethodFormatter
+
+        axes.bar(np.arange(len(labels)), values, color=COLORS[0], width=0.6)
+        axes.grid(visible=False, axis="x")
+        _epoch_axis(axes, labels)
+        axes.set_ylabel(y_label)
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+
+    return _svg(draw)
+
+
+def paired_bars(
+    labels: Sequence[str], series: Sequence[tuple[str, Sequence[float]]], x_label: str, level: tuple[float, str]
+) -> bytes:
+    """Horizontal bars, one of each series for every label, with a line to compare with; values are shares."""
+
+    def draw(axes: "Axes") -> None:
+        y = np.arange(len(labels), dtype=float)
+        height = 0.8 / len(series)
+        for position, (name, values) in enumerate(series):
+            places = y + (position - (len(series) - 1) / 2) * height
+            axes.barh(places, np.multiply(values, 100), height * 0.92, color=COLORS[position], label=name)
+            for place, value in zip(places, values, strict=True):
+                axes.annotate(
+                    f"{value:.0%}",
+                    (value * 100, place),
+                    (4, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=10,
+                    zorder=4,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
+                )
+        axes.axvline(level[0] * 100, color="#1A1A1A", linewidth=1.3, linestyle=(0, (5, 3)), label=level[1])
+        axes.set_yticks(y, labels)
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.margins(x=0.12)
+        axes.set_xlabel(x_label)
+        _legend_above(axes)
+
+    return _svg(draw, height=max(_HEIGHT, 1.4 + 0.55 * len(labels)))
+
+
+def dots(labels: Sequence[str], series: Sequence[tuple[str, Sequence[float], Sequence[float]]], x_label: str) -> bytes:
+    """Means with intervals: (name, mean, half width) of each series for every label, one below the other."""
+
+    def draw(axes: "Axes") -> None:
+        y = np.arange(len(labels), dtype=float)
+        for position, (name, means, halves) in enumerate(series):
+            offset = (position - (len(series) - 1) / 2) * 0.28
+            axes.errorbar(
+                means,
+                y + offset,
+                xerr=np.nan_to_num(halves),
+                fmt="os"[position % 2],
+                markersize=6,
+                color=COLORS[position],
+                elinewidth=2,
+                capsize=0,
+                label=name,
+            )
+        axes.set_yticks(y, labels)
+        axes.set_ylim(len(labels) - 0.45, -0.55)
+        axes.set_xlim(left=min(0.0, axes.get_xlim()[0]) if _below_zero(series) else 0.0)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel(x_label)
+        _legend_above(axes)
+
+    return _svg(draw, height=1.5 + 0.52 * len(labels))
+
+
+def ratios(rows: Sequence[str], columns: Sequence[str], values: np.ndarray, clear: np.ndarray, x_label: str) -> bytes:
+    """A table of ratios to the average as colours: blue below 1, orange above, what is chance alone left white.
+
+    Args:
+        values: [rows, columns].
+        clear: bool [rows, columns], beyond chance.
+    """
+
+    def draw(axes: "Axes") -> None:
+        from matplotlib.colors import LinearSegmentedColormap
+
+        colors = LinearSegmentedColormap.from_list("ratio", ["#5AA4D6", "#FFFFFF", "#F0A15E"])
+        shown = np.where(clear & (values > 0), np.log2(np.maximum(values, 0.25)), np.where(clear, -2.0, 0.0))
+        axes.imshow(np.clip(shown, -1.5, 1.5), cmap=colors, vmin=-1.5, vmax=1.5, aspect="auto")
+        for row, column in np.ndindex(values.shape):
+            weight, color = ("bold", "#1A1A1A") if clear[row, column] else ("normal", _GREY)
+            text = f"{values[row, column]:.1f}"
+            axes.text(column, row, text, ha="center", va="center", fontsize=10, color=color, weight=weight)
+        axes.set_yticks(np.arange(len(rows)), rows)
+        axes.set_xticks(np.arange(len(columns)), columns)
+        axes.set_xlabel(x_label)
+        axes.xaxis.set_label_position("top")
+        axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+        axes.grid(visible=False)
+        for side in ("left", "bottom"):
+            axes.spines[side].set_visible(False)
+
+    return _svg(draw, width=max(_WIDTH, 2.2 + 0.5 * len(columns)), height=0.8 + 0.3 * len(rows))
+
+
+def _svg(draw: Callable[["Axes"], None], *, width: float = _WIDTH, height: float = _HEIGHT) -> bytes:
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)  # measures text without a display
+        draw(figure.add_subplot())
+        target = io.BytesIO()
+        figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None})
+    return target.getvalue()
+
+
+def _colors(number: int) -> list[str]:
+    return [COLORS[position % len(COLORS)] for position in range(number)]
+
+
+def _below_zero(series: Sequence[tuple[str, Sequence[float], Sequence[float]]]) -> bool:
+    lows = [mean - half for _, means, halves in series for mean, half in zip(means, np.nan_to_num(halves), strict=True)]
+    return bool(np.nanmin(lows, initial=0.0) < 0)
+
+
+def _whole_numbers(axes: "Axes", largest: float) -> None:
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set_xlim(0, largest * 1.03)
+
+
+def _epoch_axis(axes: "Axes", labels: Sequence[str]) -> None:
+    every = -(-len(labels) // 12)
+    places = np.arange(0, len(labels), every)
+    axes.set_xticks(places, [labels[place] for place in places.tolist()])
+    axes.set_xlim(-0.4, len(labels) - 0.6)
+    axes.set_xlabel("epoch")
+
+
+def _mark(axes: "Axes", x: int, y: float) -> None:
+    axes.plot([x], [y], marker="o", markersize=14, markerfacecolor="none", markeredgecolor=COLORS[1], markeredgewidth=2)
+    axes.margins(y=0.25)
+    right = x > axes.get_xlim()[1] / 2
+    axes.annotate(
+        "kept",
+        (x, y),
+        (-12 if right else 12, 10),
+        textcoords="offset points",
+        ha="right" if right else "left",
+        color=COLORS[1],
+        weight="bold",
+    )
+
+
+def _legend_above(axes: "Axes") -> None:
+    handles, names = axes.get_legend_handles_labels()
+    order = sorted(range(len(names)), key=lambda index: "balanced" in names[index])  # matplotlib puts lines first
+    axes.figure.legend(
+        [handles[index] for index in order],
+        [names[index] for index in order],
+        loc="outside upper left",
+        ncols=3,
+        frameon=False,
+        fontsize=10,
+        handlelength=1.2,
+        columnspacing=1.0,
+    )
+
+
+def _label_ends(axes: "Axes", ends: Sequence[tuple[str, float, float, str]]) -> None:
+    """Write names right of the plot at the height of their lines, pushed apart where they would touch."""
+    finite = [end for end in ends if np.isfinite(end[2])]
+    if not finite:
+        return
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high)
+    order = sorted(range(len(finite)), key=lambda index: finite[index][2])
+    gap = 0.085  # of the height: a line of type
+    heights = [(finite[index][2] - low) / (high - low) for index in order]
+    places: list[float] = []
+    for height in heights:
+        places.append(max(height, places[-1] + gap) if places else height)
+    overshoot = max(0.0, places[-1] - 1.0)
+    for position in range(len(places) - 1, -1, -1):
+        ceiling = 1.0 if position == len(places) - 1 else places[position + 1] - gap
+        places[position] = min(places[position], ceiling) if overshoot else places[position]
+    for index, place in zip(order, places, strict=True):
+        name, _, _, color = finite[index]
+        axes.annotate(
+            name, (1.0, place), (6, 0), xycoords="axes fraction", textcoords="offset points", va="center", color=color
+        )

@@ -1,0 +1,120 @@
+"""What a run directory tells without its model: configuration, environment, log, which epoch was kept."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from laser_fast.data.folders import whole_directory
+
+_STAGES = {"pretrain": ("P", "stage 1"), "phase_a": ("A", "phase A"), "phase_b": ("B", "phase B")}
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One line of the log: `number` counts from 1, 0 is the model before its first step."""
+
+    stage: str
+    number: int
+    values: Mapping[str, Any]
+
+    @property
+    def short(self) -> str:
+        """For an axis: P1, A0, A1, B1."""
+        return f"{_STAGES.get(self.stage, (self.stage, ''))[0]}{self.number}"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run directory, read.
+
+    Attributes:
+        name: of the folder.
+        config_text: config.yaml as it is.
+        environment: environment.json; empty where it is missing.
+        epochs: lines of the log that belong to an epoch, in order.
+        shortages: times that memory ran out.
+        finished: date of the end; None for a run that did not come to it.
+        kept: laser.json of the checkpoint; None where there is no checkpoint yet.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    config_text: str
+    environment: Mapping[str, Any]
+    epochs: tuple[Epoch, ...]
+    shortages: int
+    finished: str | None
+    kept: Mapping[str, Any] | None
+
+    def of_stage(self, stage: str) -> list[Epoch]:
+        """The epochs of "pretrain", "phase_a" or "phase_b"."""
+        return [epoch for epoch in self.epochs if epoch.stage == stage]
+
+    def is_kept(self, epoch: Epoch) -> bool:
+        """Whether the checkpoint is of this epoch."""
+        return self.kept is not None and (epoch.stage, epoch.number - 1) == (self.kept["stage"], self.kept["epoch"])
+
+
+def stage_name(stage: str) -> str:
+    """A stage in words."""
+    return _STAGES.get(stage, ("", stage))[1]
+
+
+def read_run(folder: str | Path) -> RunRecord:
+    """Read what `laser-fast train` wrote; the run need not be finished.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+        ValueError: a file of it is damaged.
+    """
+    path = Path(folder)
+    config_file = path / "config.yaml"
+    config = yaml.safe_load(config_file.read_text(encoding="utf-8")) if config_file.is_file() else None
+    if not isinstance(config, dict) or not {"lm", "training"} <= set(config):
+        raise FileNotFoundError(
+            f"read_run: a run of `laser-fast train` must be given, got {str(folder)!r} without the config.yaml of one"
+        )
+    lines = _read_log(path / "metrics.jsonl")
+    finished = _read_json(path / "finished.json")
+    return RunRecord(
+        name=path.resolve().name,
+        config=config,
+        config_text=config_file.read_text(encoding="utf-8"),
+        environment=_read_json(path / "environment.json") or {},
+        epochs=tuple(Epoch(line["stage"], line["epoch"] + 1, line) for line in lines if "epoch" in line),
+        shortages=sum(line.get("stage") == "out_of_memory" for line in lines),
+        finished=None if finished is None else finished.get("date", ""),
+        kept=_kept(path),
+    )
+
+
+def _kept(path: Path) -> dict[str, Any] | None:
+    try:
+        return _read_json(whole_directory(path / "checkpoint") / "laser.json")
+    except FileNotFoundError:
+        return None
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"read_run: {path.name} must be JSON, got {error}") from error
+    return values
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    lines = text.splitlines()
+    if lines and not text.endswith("\n"):
+        lines.pop()  # a process that was killed had begun to write it
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise ValueError(f"read_run: {path.name} must hold a JSON object a line, got {error}") from error
