@@ -5,6 +5,7 @@ Arrays here are numpy; nothing in this room knows a model.
 
 from laser_fast.data.dataset import SequenceDataset, write_dataset
 from laser_fast.data.items import ItemTable
+from laser_fast.data.loading import NextItem, NextItemCollator, NextItemDataset
 from laser_fast.data.manifest import Manifest, SourceFile
 from laser_fast.data.prepare import PrepareRequest, describe, prepare
 from laser_fast.data.prepare_arguments import add_prepare_arguments, request_from_arguments
@@ -28,6 +29,9 @@ __all__ = [
     "ItemTable",
     "ItemText",
     "Manifest",
+    "NextItem",
+    "NextItemCollator",
+    "NextItemDataset",
     "PackedSequences",
     "PrepareRequest",
     "PromptLayout",

@@ -13,7 +13,8 @@ from laser_fast.data.tokens import Tokenizer
 from laser_fast.models.hub import commit_of
 from laser_fast.nn.frozen_lm import FrozenLM
 
-_SAMPLES = 16
+_SAMPLES = 16  # entries of the token embeddings
+_VECTORS = 512  # norms and biases, of which the length is kept
 _TOLERANCE = 0.01  # a weight rounded to bfloat16 is off by at most 0.4 %
 _PROBE = "Laser reads: items, 1999 (naïve) & more…"
 
@@ -30,7 +31,7 @@ def describe_base(lm: FrozenLM, tokenizer: Tokenizer) -> dict[str, Any]:
     rows = (places * (table.shape[0] - 1)).round().long()
     columns = (places * (table.shape[1] - 1)).round().long()
     vectors = [parameter.detach() for _, parameter in sorted(model.named_parameters()) if parameter.dim() == 1]
-    chosen = [vectors[round(float(place) * (len(vectors) - 1))] for place in places] if vectors else []
+    every = max(1, len(vectors) // _VECTORS)
     return {
         "type": type(model).__name__,
         "hidden_size": lm.hidden_size,
@@ -38,7 +39,7 @@ def describe_base(lm: FrozenLM, tokenizer: Tokenizer) -> dict[str, Any]:
         "vocab_size": table.shape[0],
         "causal": lm.causal,
         "embeddings": [float(value) for value in table[rows.to(table.device), columns.to(table.device)].float()],
-        "vectors": [float(vector.float().norm()) for vector in chosen],
+        "vectors": [float(vector.float().norm()) for vector in vectors[::every]],
         "tokenizer": tokenizer_hash(tokenizer),
         "revision": commit_of(Path(model.name_or_path or "")) or getattr(model.config, "_commit_hash", None),
     }

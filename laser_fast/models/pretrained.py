@@ -248,8 +248,10 @@ def _load_base(
     if isinstance(source, nn.Module):
         model = cast("PreTrainedModel", source)
         path = str(getattr(model, "name_or_path", "") or "")
+        if path and not Path(path).is_dir():  # transformers keeps the name on the hub
+            path = HUB_SCHEME + path
         settings = settings.model_copy(update={"path": path, "tokenizer": folder_of_tokenizer})
-        if own is None and folder_of_tokenizer is None and not Path(path).is_dir():
+        if own is None and not settings.tokenizer and not path:
             raise ValueError("from_pretrained: tokenizer must be given with a loaded language model, got None")
         return LoadedBase(model, own or load_tokenizer(settings), settings)
     settings = settings.model_copy(update={"path": str(source), "tokenizer": folder_of_tokenizer})

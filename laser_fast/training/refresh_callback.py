@@ -1,0 +1,27 @@
+"""Keeping the item matrix fresh while transformers' Trainer trains."""
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from laser_fast.models.laser import LaserModel
+
+
+class RefreshItems(TrainerCallback):
+    """Encodes the catalogue anew at the start of every epoch, as phase A does (algorithm: Laser, section 3.4).
+
+        Trainer(model, arguments, train_dataset=NextItemDataset(rows), data_collator=NextItemCollator(model.builder),
+                callbacks=[RefreshItems(model)]).train()
+
+    Args:
+        model: the one that is trained.
+        batch_size: items encoded at once.
+    """
+
+    def __init__(self, model: LaserModel, *, batch_size: int = 256) -> None:
+        self.model = model
+        self.batch_size = batch_size
+
+    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+        """Called by the Trainer."""
+        self.model.refresh_items(batch_size=self.batch_size)
