@@ -14,7 +14,7 @@ _TIMES = ("time_s", "text_tokens_per_s")
 
 @pytest.fixture(scope="session")
 def staged_settings(tiny_lm: Path, tiny_data: Path, tiny_recommender: Path) -> dict[str, Any]:
-    """A run with dropout, micro-batches, all stages, terms and negatives, of 12 steps; the output is still to be set."""
+    """A run with dropout, micro-batches, negatives and all stages, of 12 steps; the output is still to be set."""
     stage = {"epochs": 2, "rows_per_epoch": 24}
     return {
         "data": str(tiny_data),
@@ -23,7 +23,7 @@ def staged_settings(tiny_lm: Path, tiny_data: Path, tiny_recommender: Path) -> d
         "lm": {"path": str(tiny_lm)},
         "prompt": {"user_template": "{history}", "separator": ",", "max_items": 4},
         "mformer": {"width": 16, "num_layers": 2, "num_heads": 2, "num_experts": 3, "num_queries": 2, "max_history": 4},
-        "objective": {"num_negatives": 2},
+        "objective": {"num_negatives": 1},
         "training": {
             "batch_size": 16,
             "micro_batch_tokens": 160,
