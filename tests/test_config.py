@@ -47,6 +47,14 @@ def test_what_was_written_reads_back(tmp_path: Path) -> None:
             {"bituning": {"prefix": "none"}, "training": {"pretrain": {"epochs": 1}}},
             "training.pretrain.epochs must be 0 .* got 1",
         ),
+        (
+            {
+                "objective": {"contrastive_weight": 0, "matching_weight": 0, "generation_weight": 0},
+                "training": {"pretrain": {"epochs": 2}},
+            },
+            "matching_weight or generation_weight must be above 0 .* got 0 for all and 2 epochs",
+        ),
+        ({"objective": {"candidates": "sampled"}}, 'num_negatives must be at least 1 when candidates is "sampled"'),
         ({"lm": {}}, "key 'lm.path' must be set, got nothing"),
     ],
 )

@@ -1,5 +1,7 @@
 """Batches by token counts: what a selection of rows takes along, and parts that fit a limit."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -47,6 +49,26 @@ def test_selected_rows_bring_their_items_texts_and_positives() -> None:
     assert part.items.dtype == part.input_ids.dtype == torch.int64 and part.cu_seqlens.dtype == torch.int32
 
 
+def test_selected_rows_bring_their_negatives() -> None:
+    whole = replace(
+        example(),
+        negatives=torch.tensor([[7, 8], [8, 9], [9, 7], [8, 7]]),
+        negative_places=torch.tensor([[0, 1], [1, 2], [2, 0], [1, 0]]),
+    )
+    assert whole.places.tolist() == [[2, 0, 1], [0, 1, 2], [1, 2, 0], [2, 1, 0]]
+    assert whole.negatives is not None and whole.negative_places is not None
+    first = replace(whole, negatives=whole.negatives[:, :1], negative_places=whole.negative_places[:, :1])
+    part = first.select([3, 0])
+    assert part.negatives is not None and part.negatives.tolist() == [[8], [7]]
+    assert part.positives is not None and part.positives.items.tolist() == [7, 8, 9]
+    assert part.places.tolist() == [[2, 1], [2, 0]]
+    assert part.negative_places is not None and part.negative_places.tolist() == [[1], [0]]
+    last = whole.select([1])
+    assert last.places.tolist() == [[0, 1, 2]] and last.to("cpu").negatives is not None
+    plain = replace(whole, positives=None, positive_targets=None, negative_places=None).select([2])
+    assert plain.negatives is not None and plain.negatives.tolist() == [[9, 7]] and plain.negative_places is None
+
+
 def test_a_batch_of_histories_alone_is_selected_as_such() -> None:
     batch = PackedBatch(*packed([[1], [2]]), *packed([[5, 6], [7]]))
     part = batch.select(np.array([False, True]))
@@ -76,6 +98,14 @@ def test_a_shared_positive_is_paid_for_once_in_a_part() -> None:
     assert parts(shared, 8) == [[0, 2], [1]]
     assert parts(shared, 7) == [[0], [1], [2]]
     assert parts(shared, 14) == [[0, 1, 2]]
+
+
+def test_a_negative_that_a_part_holds_already_is_not_paid_for_again() -> None:
+    several = RowTokens(np.array([2, 2, 2]), np.array([4, 4, 1]), np.array([[0, 2], [1, 2], [2, 0]]))
+    assert several.total == 15 and several.rows.tolist() == [7, 7, 7]
+    assert parts(several, 9) == [[0, 2], [1]]
+    assert parts(several, 8) == [[0], [1], [2]]
+    assert parts(several, 15) == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize("seed", range(5))
