@@ -15,7 +15,7 @@ from laser_fast.nn.compiled_layers import packed_attention, running, running_lay
 from laser_fast.nn.execution import Execution, apply_execution
 from laser_fast.nn.frozen import FrozenModule
 from laser_fast.nn.packed_layout import PackedLayout
-from laser_fast.nn.packing_check import first_position, probe_tokens
+from laser_fast.nn.packing_check import check_calls, first_position, name_refusals, probe_tokens
 from laser_fast.nn.prefix_kv import KeyValuePrefix, LayerShape
 
 if TYPE_CHECKING:
@@ -130,10 +130,13 @@ class FrozenLM(FrozenModule):
 
         def run_packed(embeds: Tensor, cu_seqlens: Tensor, start: int) -> Tensor:
             self._first_position = start
-            return self._run(embeds, PackedLayout(cu_seqlens, self.layer_of, None))
+            layout = PackedLayout(cu_seqlens, self.layer_of, None)
+            states = self._run(embeds, layout)
+            check_calls(self.model, layout.num_attention_calls)
+            return states
 
         try:
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), name_refusals(type(self.model).__name__):
                 return first_position(self.model, run_packed, ATTENTION_NAME, probe.to(self.device, self.dtype))
         except BaseException:
             self._first_position = None

@@ -53,6 +53,41 @@ def first_position(
     )
 
 
+def check_calls(model: "PreTrainedModel", num_calls: int) -> None:
+    """No layer may ask its attention twice: a prefix belongs to a layer, and the last one may be cut short.
+
+    Raises:
+        RuntimeError: one does.
+    """
+    num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", num_calls)
+    if num_calls > num_layers:
+        raise RuntimeError(
+            f"FrozenLM: {type(model).__name__} must call its attention once in every layer, "
+            f"got {num_calls} calls in {num_layers} layers"
+        )
+
+
+@contextmanager
+def name_refusals(model: str) -> Iterator[None]:
+    """What a model refuses for reasons of its own while it is tried, as our refusal of the model.
+
+    Raises:
+        RuntimeError: it refused.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        if str(error).startswith("FrozenLM: "):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise RuntimeError(
+            f"FrozenLM: {model} must run on input embeddings alone and without a cache, "
+            f"got {type(error).__name__}: {reason}"
+        ) from error
+
+
 def probe_tokens() -> int:
     """Rows of `embeds` that `first_position` takes."""
     return sum(_LENGTHS)

@@ -5,6 +5,7 @@
 
 import copy
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from laser_fast.nn.frozen_lm import FrozenLM
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "language-models.md"
 WIDTH = 32
 LENGTHS = [7, 1, 23, 18]
+PREFIX = 3
+PADDING = 4
 _BASE = {
     "hidden_size": WIDTH,
     "intermediate_size": 48,
@@ -53,13 +56,29 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": _BASE,
     "olmo": _GROUPED,
     "olmo2": _GROUPED,
+    "olmo3": _HEADS | _WINDOW,
     "smollm3": _GROUPED,
     "starcoder2": _GROUPED,
     "cohere": _GROUPED,
     "stablelm": _GROUPED,  # these two hand nothing on to their attention
     "nemotron": _GROUPED,
     "granite": _GROUPED,
+    "deepseek_v3": _BASE
+    | {"num_key_value_heads": 4, "head_dim": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    | {"kv_lora_rank": 8, "q_lora_rank": 8, "first_k_dense_replace": 2, "moe_intermediate_size": 16}
+    | {"n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1},
     "glm": _HEADS,
+    "glm4": _HEADS,
+    "cohere2": _HEADS | _WINDOW,
+    "exaone4": _HEADS | _WINDOW,
+    "ernie4_5": _HEADS,
+    "seed_oss": _HEADS,
+    "hunyuan_v1_dense": _HEADS,
+    "granitemoe": _GROUPED | _EXPERTS,
+    "phimoe": _GROUPED | _EXPERTS,
+    "llama4_text": _HEADS | {"intermediate_size_mlp": 48, "num_local_experts": 2},
+    "gpt_bigcode": {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "vocab_size": 61, "n_positions": 64},
+    "modernbert-decoder": _BASE | {"local_attention": 6},
     "bert": _BASE,
     "roberta": _BASE,
     "xlm-roberta": _BASE,
@@ -68,8 +87,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "albert": _BASE | {"embedding_size": WIDTH},
     "modernbert": _BASE | {"local_attention": 6},
     "eurobert": _GROUPED,
+    "camembert": _BASE,
+    "nomic_bert": _BASE,
     # what cannot run packed, each for a reason of its own
     "lfm2": _HEADS | {"layer_types": ["conv", "full_attention"]},
+    "qwen3_next": _HEADS | {"layer_types": ["linear_attention", "full_attention"]},
+    "gemma4_text": _HEADS | _WINDOW | {"vocab_size_per_layer_input": 61, "hidden_size_per_layer_input": 8},
+    "diffllama": _GROUPED,
+    "gptj": {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "vocab_size": 61, "n_positions": 64, "rotary_dim": 4},
     "falcon": _BASE | {"new_decoder_architecture": False, "multi_query": True},
     "mpnet": _BASE,
     "deberta-v2": _BASE,
@@ -77,22 +102,38 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mamba": {"hidden_size": WIDTH, "num_hidden_layers": 2, "vocab_size": 61, "state_size": 4},
     "t5": {"d_model": WIDTH, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 61},
 }
-REFUSED = ("lfm2", "falcon", "mpnet", "deberta-v2", "bloom", "mamba", "t5")
+REFUSED = (
+    "lfm2",
+    "qwen3_next",
+    "gemma4_text",
+    "diffllama",
+    "gptj",
+    "falcon",
+    "mpnet",
+    "deberta-v2",
+    "bloom",
+    "mamba",
+    "t5",
+)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a model got on packed, against one sequence after the other through its own eager attention.
+    """How a model got on with prefixes in front of packed texts, against one padded sequence after the other through
+    its own eager attention.
 
     Attributes:
-        state_error, gradient_error: largest difference over the largest value; of the last states, and of the gradient
-            of the input, virtual tokens included.
-        effect: how much another first token changes the last states; small = the errors would not show.
+        state_error: largest difference over the largest value, of the last states.
+        gradient_error: the same of the gradients of the prefixes and of the texts.
+        injected_errors: both errors once more with the prefixes as keys and values in front of every layer; None for an
+            encoder, in which that would be another model.
+        effect: how much another prefix changes the last states; small = the errors would not show.
         lm: the packed model.
     """
 
     state_error: float
     gradient_error: float
+    injected_errors: tuple[float, float] | None
     effect: float
     lm: FrozenLM
 
@@ -109,21 +150,47 @@ def random_model(name: str) -> PreTrainedModel:
     return model
 
 
+@cache
 def try_family(name: str) -> Outcome:
     """Run it both ways."""
     generator = torch.Generator().manual_seed(3)
-    embeds = torch.randn(sum(LENGTHS), WIDTH, generator=generator).requires_grad_()
-    cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+    texts = torch.randn(sum(LENGTHS), WIDTH, generator=generator).requires_grad_()
+    prefixes = torch.randn(len(LENGTHS), PREFIX, WIDTH, generator=generator).requires_grad_()
     lm = FrozenLM(random_model(name))
-    packed = lm(embeds, cu_seqlens, last_only=True)
     reference = random_model(name)
-    alone = torch.stack([reference(inputs_embeds=row[None]).last_hidden_state[0, -1] for row in embeds.split(LENGTHS)])
+    packed = lm(torch.cat(rows_of(prefixes, texts)), _boundaries(PREFIX), last_only=True)
+    alone = torch.stack([last_state(reference, row) for row in rows_of(prefixes, texts)])
     probe = torch.randn(packed.shape, generator=generator)
-    ours, theirs = (torch.autograd.grad((states * probe).sum(), embeds)[0] for states in (packed, alone))
-    other = embeds.detach().clone()
-    other[cu_seqlens[:-1].long()] = torch.randn(len(LENGTHS), WIDTH, generator=generator)
-    effect = float((lm(other, cu_seqlens, last_only=True) - packed).detach().norm() / packed.detach().norm())
-    return Outcome(_difference(packed, alone), _difference(ours, theirs), effect, lm)
+
+    def errors(states: Tensor) -> tuple[float, float]:
+        ours, theirs = (
+            torch.autograd.grad((each * probe).sum(), [prefixes, texts], retain_graph=True) for each in (states, alone)
+        )
+        return _difference(states, alone), max(map(_difference, ours, theirs))
+
+    state_error, gradient_error = errors(packed)
+    injected = errors(lm(texts, _boundaries(0), lm.key_values(prefixes), last_only=True)) if lm.causal else None
+    other = torch.randn(prefixes.shape, generator=generator)
+    changed = lm(torch.cat(rows_of(other, texts)), _boundaries(PREFIX), last_only=True)
+    effect = float((changed - packed).detach().norm() / packed.detach().norm())
+    return Outcome(state_error, gradient_error, injected, effect, lm)
+
+
+def rows_of(prefixes: Tensor, texts: Tensor) -> list[Tensor]:
+    """Every prefix with its text behind it: [P + length, D] each."""
+    return [torch.cat([prefix, text]) for prefix, text in zip(prefixes, texts.split(LENGTHS), strict=True)]
+
+
+def last_state(model: PreTrainedModel, row: Tensor) -> Tensor:
+    """State of the last row, in a sequence that is padded on the right."""
+    padded = torch.cat([row, torch.zeros(PADDING, WIDTH)])[None]
+    mask = (torch.arange(padded.shape[1]) < len(row)).long()[None]
+    state: Tensor = model(inputs_embeds=padded, attention_mask=mask).last_hidden_state[0, len(row) - 1]
+    return state
+
+
+def _boundaries(added: int) -> Tensor:
+    return torch.tensor([0, *(length + added for length in LENGTHS)]).cumsum(0).to(torch.int32)
 
 
 def page() -> str:
@@ -134,11 +201,13 @@ def page() -> str:
         "Any Hugging Face encoder or decoder runs frozen and packed if its attention can be exchanged and nothing",
         "else looks across positions. Whether that is so is found out with a model's first batch: two short",
         "sequences go through it packed and alone, and a difference is an error. The families below were tried with",
-        "tiny random weights, transformers' own eager attention being the reference. This page is written by",
-        "`python tests/nn/families.py`; a test fails when it is out of date.",
+        "tiny random weights: prefixes of their own in front of packed texts against one padded sequence after the",
+        "other through transformers' own eager attention, last states and gradients of the prefixes. In decoders the",
+        "prefixes were injected as keys and values as well. This page is written by `python tests/nn/families.py`; a",
+        "test fails when it is out of date.",
         "",
-        "| family (`model_type`) | kind | norms and MLPs | positions |",
-        "|---|---|---|---|",
+        "| family (`model_type`) | kind | prefix | norms and MLPs | positions |",
+        "|---|---|---|---|---|",
     ]
     refused = ["", "## Refused", "", "| family | because |", "|---|---|"]
     for name in FAMILIES:
@@ -152,7 +221,7 @@ def page() -> str:
         fused = [text for text, count in (("RMSNorm", found.norms), ("gated MLP", found.mlps)) if count]
         start = outcome.lm.first_position
         lines.append(
-            f"| {name} | {'decoder' if outcome.lm.causal else 'encoder'} "
+            f"| {name} | {'decoder | embeddings or injected' if outcome.lm.causal else 'encoder | embeddings'} "
             f"| {' and '.join(fused) + ' fused' if fused else 'as in transformers'} | from {start} |"
         )
     return "\n".join([*lines, *refused, ""])
