@@ -12,6 +12,7 @@ _LEAST_ITEMS_PER_KIND = 5
 _LEAST_FILLED = 0.5  # share of the items that have the field
 _TITLES = ("title", "name")
 _YEAR = re.compile(r"\d{4}")
+_SEPARATOR = re.compile(r"[|;,]")
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Categories:
 
 
 def find_categories(items: ItemTable) -> list[Categories]:
-    """The fields that read as kinds, in the order of the table: whole values, else parts between | ; or commas, else
-    words; years are put into decades.
+    """The fields that read as kinds, in the order of the table: parts between | ; or commas where a tenth of the values
+    has such, whole values, else words; years are put into decades.
 
     A field counts when at least half of the items have it and it gives 2 to 100 kinds of 5 items each on average. The
     field that names the items never does.
@@ -46,7 +47,8 @@ def find_categories(items: ItemTable) -> list[Categories]:
         if sum(bool(_YEAR.fullmatch(text)) for text in filled) >= 0.9 * len(filled):
             splits: list[Callable[[str], list[str]]] = [_decade]
         else:
-            splits = [_whole, _parts, str.split]
+            lists = sum(bool(_SEPARATOR.search(text)) for text in filled) >= 0.1 * len(filled)
+            splits = [_parts, _whole, str.split] if lists else [_whole, str.split]
         for split in splits:
             kinds = [sorted(set(split(text))) for text in texts]
             counts = Counter(kind for of_one in kinds for kind in of_one)
@@ -78,7 +80,7 @@ def _whole(text: str) -> list[str]:
 
 
 def _parts(text: str) -> list[str]:
-    return [part.strip() for part in re.split(r"[|;,]", text) if part.strip()]
+    return [part.strip() for part in _SEPARATOR.split(text) if part.strip()]
 
 
 def _decade(text: str) -> list[str]:

@@ -208,6 +208,8 @@ def _kinds(categories: Categories, result: Contrast, routing: UserRouting) -> li
     described = np.flatnonzero(groups >= _LEAST_USERS)
     columns = np.arange(min(len(result.names), _MOST_KINDS))
     columns = columns[result.overall[columns] > 0.005]  # of what hardly occurs a ratio says nothing
+    if all(name.endswith("0s") and name[:-1].isdigit() for name in result.names):
+        columns = columns[np.argsort([result.names[column] for column in columns.tolist()])]
     heading = Heading(f"Kinds of items, by {_words(categories.field)}")
     if not len(columns):
         return [heading, Paragraph("No kind makes up more than half a percent of the histories.", "note")]
@@ -219,7 +221,7 @@ def _kinds(categories: Categories, result: Contrast, routing: UserRouting) -> li
     caption = (
         f"How often items of each {field} are in the histories of an expert's users, as a multiple of the average user "
         "(1.0 = as often, 2.0 = twice as often). Bold on orange: more, bold on blue: less, both beyond chance; pale: "
-        f"no more than random deals show. The most frequent {len(columns)}, from the top."
+        f"no more than random deals show. The most frequent {len(columns)} are shown."
     )
     return [heading, Picture(f"expert-{_file_name(categories.field)}", svg, f"Items by {field} and expert", caption)]
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#8A5A00")
 _GREY = "#6B7278"
 _WIDTH, _HEIGHT = 5.2, 3.4  # inches; with type of 11.5 points readable on a phone and in two columns on paper
+_LINE_OF_TYPE = 0.085  # of the height of a plot
 _MOST_LABELLED = len(COLORS)
 _STYLE: Any = {
     "font.family": "DejaVu Sans",
@@ -28,7 +29,7 @@ _STYLE: Any = {
     "axes.grid": True,
     "grid.color": "#E6E9EC",
     "axes.axisbelow": True,
-    "axes.formatter.use_mathtext": False,
+    "text.parse_math": False,  # names come from data, where a dollar is a dollar
     "svg.fonttype": "path",
     "svg.hashsalt": "laser_fast",
 }
@@ -288,6 +289,18 @@ def _legend_above(axes: "Axes") -> None:
     )
 
 
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Rising heights moved as little as it takes to be `gap` apart: upwards, and back from the top, which is 1."""
+    places: list[float] = []
+    for height in heights:
+        places.append(max(height, places[-1] + gap) if places else height)
+    ceiling = 1.0
+    for position in range(len(places) - 1, -1, -1):
+        places[position] = min(places[position], ceiling)
+        ceiling = places[position] - gap
+    return places
+
+
 def _label_ends(axes: "Axes", ends: Sequence[tuple[str, float, float, str]]) -> None:
     """Write names right of the plot at the height of their lines, pushed apart where they would touch."""
     finite = [end for end in ends if np.isfinite(end[2])]
@@ -296,15 +309,7 @@ def _label_ends(axes: "Axes", ends: Sequence[tuple[str, float, float, str]]) -> 
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)
     order = sorted(range(len(finite)), key=lambda index: finite[index][2])
-    gap = 0.085  # of the height: a line of type
-    heights = [(finite[index][2] - low) / (high - low) for index in order]
-    places: list[float] = []
-    for height in heights:
-        places.append(max(height, places[-1] + gap) if places else height)
-    overshoot = max(0.0, places[-1] - 1.0)
-    for position in range(len(places) - 1, -1, -1):
-        ceiling = 1.0 if position == len(places) - 1 else places[position + 1] - gap
-        places[position] = min(places[position], ceiling) if overshoot else places[position]
+    places = spread([(finite[index][2] - low) / (high - low) for index in order], _LINE_OF_TYPE)
     for index, place in zip(order, places, strict=True):
         name, _, _, color = finite[index]
         axes.annotate(

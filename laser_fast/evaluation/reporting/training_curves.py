@@ -89,7 +89,7 @@ def _losses(stage: str, title: str, epochs: list[Epoch]) -> Picture:
 
 def _said(name: str) -> str:
     if name.startswith("validation_"):
-        return f"{_said(name.removeprefix('validation_'))},\nvalidation"
+        return f"{_said(name.removeprefix('validation_'))}, validation"
     return _MEANINGS.get(name, name.replace("_", " "))
 
 

@@ -1,0 +1,46 @@
+"""Groups of test rows: about equally large, equal numbers together, cold items apart."""
+
+import numpy as np
+import pytest
+import torch
+
+from laser_fast.evaluation.groups import Group, group_metric, group_table, popularity_groups, quantile_groups
+from laser_fast.evaluation.metrics import RankingMetrics
+
+
+def test_quantile_groups_are_equal_in_size_and_keep_ties_together() -> None:
+    groups = quantile_groups(np.arange(1, 101), "items")
+    assert [group.label for group in groups] == ["1 to 25 items", "26 to 50 items", "51 to 75 items", "76 to 100 items"]
+    assert [len(group) for group in groups] == [25, 25, 25, 25]
+    tied = quantile_groups(np.array([3] * 9 + [1200]), "events")
+    assert [(group.label, len(group)) for group in tied] == [("3 events", 9), ("1,200 events", 1)]
+    assert quantile_groups(np.zeros(0, dtype=np.int64), "items") == []
+    rows = np.concatenate([group.rows for group in groups])
+    assert sorted(rows.tolist()) == list(range(100))
+
+
+def test_at_least_one_group() -> None:
+    with pytest.raises(ValueError, match="quantile_groups: num_groups must be at least 1, got 0"):
+        quantile_groups(np.arange(3), "items", 0)
+
+
+def test_popularity_is_that_of_the_target_and_cold_rows_stand_apart() -> None:
+    counts = np.array([0, 5, 50, 500])
+    targets = np.array([3, 0, 1, 2, 0, 1])
+    groups, cold = popularity_groups(targets, counts, 3)
+    assert [(group.label, group.rows.tolist()) for group in groups] == [
+        ("5 events", [2, 5]),
+        ("50 events", [3]),
+        ("500 events", [0]),
+    ]
+    assert cold.rows.tolist() == [1, 4]
+
+
+def test_a_group_has_the_metric_of_its_rows() -> None:
+    metrics = RankingMetrics.from_ranks(torch.tensor([1, 30, 1, 2]))
+    both = [Group("a", np.array([0, 2])), Group("b", np.array([1])), Group("c", np.zeros(0, dtype=np.int64))]
+    assert group_metric(metrics, both[0]).mean == 1.0
+    assert group_metric(metrics, both[1], "HR@10").mean == 0.0
+    assert np.isnan(group_metric(metrics, both[2]).mean)
+    table = group_table(both[:2], {"x": metrics, "y": metrics}, "HR@1")
+    assert [[value.mean for value in row] for row in table] == [[1.0, 1.0], [0.0, 0.0]]
