@@ -13,7 +13,9 @@ pytest.importorskip("matplotlib")
 
 NAN = float("nan")
 PLOTS: dict[str, Callable[[], bytes]] = {
-    "curves": lambda: curves([Line("a", [4, 8], [2.0, 1.0]), Line("b", [4, 8], [2.0, NAN])], "steps", "loss"),
+    "curves": lambda: curves(
+        [Line("a", [4, 8], [2.0, 1.0], [2.5, 2.0]), Line("b", [4, 8], [2.0, NAN])], "steps", "loss"
+    ),
     "one point": lambda: curves([Line("a", [4], [2.0])], "steps", "loss"),
     "epochs": lambda: over_epochs(["A0", "A1"], [("", [0.1, 0.2])], "NDCG@10", marked=1),
     "many experts": lambda: over_epochs(

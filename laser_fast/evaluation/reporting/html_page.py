@@ -32,7 +32,8 @@ nav { margin: .8rem 0; }
 nav a { display: inline-block; margin: 0 1rem .3rem 0; color: #005a8c; }
 .lead { font-size: 1.08rem; padding: .7rem .9rem; background: #eef4f9; border-left: 4px solid #0072b2; }
 .note { color: #4a4a4a; font-size: .93rem; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: 1rem 1.5rem; }
+.pictures { display: grid; gap: 1rem 1.5rem; }
+@media screen and (min-width: 48rem) { .pictures { grid-template-columns: 1fr 1fr; } }
 figure { margin: .6rem 0; max-width: 34rem; }
 figure img { display: block; width: 100%; height: auto; }
 figcaption, caption { color: #4a4a4a; font-size: .9rem; text-align: left; }

@@ -37,11 +37,12 @@ _STYLE: Any = {
 
 @dataclass(frozen=True)
 class Line:
-    """A curve: its name stands at its end."""
+    """A curve: its name stands at its end, in its colour; with `validation` it has a second, dashed part."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
+    validation: Sequence[float] | None = None
 
 
 def require_matplotlib() -> None:
@@ -64,6 +65,8 @@ def curves(lines: Sequence[Line], x_label: str, y_label: str) -> bytes:
         ends = []
         for line, color in zip(lines, _colors(len(lines)), strict=True):
             axes.plot(line.x, line.y, color=color, marker="o", markersize=5, linewidth=2)
+            if line.validation is not None:
+                axes.plot(line.x, line.validation, color=color, marker="s", markersize=4, linewidth=1.5, linestyle="--")
             ends.append((line.name, line.x[-1], line.y[-1], color))
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)

@@ -16,6 +16,7 @@ _NO_LOSSES = {
     "peak_reserved_bytes",
     "learning_rate",
     "balance",
+    "terms",  # the loss without the balance
     "epoch",
     _METRIC,
 }
@@ -62,35 +63,39 @@ def training_section(record: RunRecord) -> Section:
 
 
 def loss_terms(epochs: Sequence[Epoch]) -> list[str]:
-    """Names of the losses in the log, "loss" first, in the order in which they appear; not the balance, which has
-    another scale."""
+    """Names of the losses of training steps in the log, "loss" first, in the order in which they appear; not the
+    balance, which has another scale, nor what is no loss."""
     names = [
         name
         for epoch in epochs
         for name, value in epoch.values.items()
         if isinstance(value, float | int) and not isinstance(value, bool) and name not in _NO_LOSSES
     ]
-    return sorted(dict.fromkeys(names), key=lambda name: name != "loss")
+    shown = [name for name in dict.fromkeys(names) if not name.startswith("validation_") and "accuracy" not in name]
+    return sorted(shown, key=lambda name: name != "loss")
 
 
 def _losses(stage: str, title: str, epochs: list[Epoch]) -> Picture:
     lines = []
     for name in loss_terms(epochs):
         at = [epoch for epoch in epochs if name in epoch.values]
-        said = _said(name)
-        lines.append(Line(said, [epoch.values["step"] for epoch in at], [epoch.values[name] for epoch in at]))
+        judged = "validation_terms" if name == "loss" else f"validation_{name}"
+        validation = [epoch.values[judged] for epoch in at if judged in epoch.values]
+        lines.append(
+            Line(
+                _MEANINGS.get(name, name.replace("_", " ")),
+                [epoch.values["step"] for epoch in at],
+                [epoch.values[name] for epoch in at],
+                validation if len(validation) == len(at) else None,
+            )
+        )
     first, last = epochs[0].values["loss"], epochs[-1].values["loss"]
     course = f"from {first:.3f} to {last:.3f}" if len(epochs) > 1 else f"{first:.3f}; a single epoch, so a single point"
-    caption = f"{title}: {_EXPLAINED[stage]} Loss {course}."
+    dashed = " Dashed: on the validation users." if any(line.validation is not None for line in lines) else ""
+    caption = f"{title}: {_EXPLAINED[stage]} Loss {course}.{dashed}"
     name = "loss-" + stage.replace("_", "-")
     svg = curves(lines, f"training steps of {stage_name(stage)}", "loss (nats)")
     return Picture(name, svg, f"{title}: loss over training steps", caption)
-
-
-def _said(name: str) -> str:
-    if name.startswith("validation_"):
-        return f"{_said(name.removeprefix('validation_'))}, validation"
-    return _MEANINGS.get(name, name.replace("_", " "))
 
 
 def _validation(record: RunRecord, epochs: list[Epoch]) -> Picture:
