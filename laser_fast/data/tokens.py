@@ -14,6 +14,7 @@ from laser_fast.data.sequences import PackedSequences, cu_seqlens_of, segment_po
 
 Tokenizer = Callable[..., Any]  # a Hugging Face tokenizer, or whatever returns {"input_ids": ...} as it does
 _PLACEHOLDERS = ("{history}", "{text}")
+_WORD = "films"
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,10 +70,23 @@ def words_carry_space(tokenizer: Tokenizer) -> bool:
     """Whether the space before a word is part of the word's tokens (byte-level BPE: GPT-2, Llama 3, Qwen).
 
     Texts are then tokenised with a space in front, and the words around them end without theirs, so that the pieces
-    give the tokens of the whole. WordPiece drops spaces and SentencePiece sets its own.
+    give the tokens of the whole.
     """
     joined, first = _ids(tokenizer, "one two"), _ids(tokenizer, "one")
     return joined == first + _ids(tokenizer, " two") and joined != first + _ids(tokenizer, "two")
+
+
+def _words_set_their_own_space(tokenizer: Tokenizer) -> bool:
+    """Whether a word has the tokens on its own that it has behind another: WordPiece drops spaces, and SentencePiece
+    puts one in front of every text (Llama 2, Mistral)."""
+    return _ids(tokenizer, "one two") == _ids(tokenizer, "one") + _ids(tokenizer, "two")
+
+
+def _ids_behind_a_word(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Tokens of `text` in the midst of a text, where SentencePiece puts no space in front of it."""
+    word = _ids(tokenizer, _WORD)
+    both = _ids(tokenizer, _WORD + text)
+    return both[len(word) :] if both[: len(word)] == word else _ids(tokenizer, text)
 
 
 def tokenize_texts(
@@ -146,7 +160,7 @@ def special_tokens(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     Raises:
         ValueError: the word's tokens are not found between the special ones.
     """
-    probe = "films"
+    probe = _WORD
     bare = _ids(tokenizer, probe)
     whole = list(tokenizer(probe)["input_ids"])
     for start in range(len(whole) - len(bare) + 1):
@@ -168,8 +182,8 @@ def prompt_layout(
 ) -> PromptLayout:
     """The layout of a prompt template such as "Films watched, newest first: {history}".
 
-    The words before, between and after the items are tokenised on their own, as the items are; see
-    `words_carry_space` for the spaces between.
+    The words before, between and after the items are tokenised by themselves, as the items are, so that the pieces
+    give the tokens of the whole with WordPiece, byte-level BPE and SentencePiece.
 
     Args:
         template: words around one `{history}` (or `{text}`, for a single item).
@@ -185,12 +199,12 @@ def prompt_layout(
         raise ValueError(f"prompt_layout: the template must have one {' or '.join(_PLACEHOLDERS)}, got {template!r}")
     before, after = template.split(found[0])
     left, right = special_tokens(tokenizer)
-    if words_carry_space(tokenizer):
+    if words_carry_space(tokenizer) or _words_set_their_own_space(tokenizer):
         before, separator = before.removesuffix(" "), separator.removesuffix(" ")
     return PromptLayout(
         left=left + _ids(tokenizer, before),
-        right=_ids(tokenizer, after) + right,
-        separator=_ids(tokenizer, separator),
+        right=_ids_behind_a_word(tokenizer, after) + right,
+        separator=_ids_behind_a_word(tokenizer, separator),
         newest_first=newest_first,
         max_items=max_items,
         max_tokens=max_tokens,

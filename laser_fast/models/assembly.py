@@ -40,8 +40,10 @@ def laser_parts(
     Its parameters are initialised from torch's global generator.
 
     Raises:
-        ValueError: the prefix is M-Former's and there is no recommender whose states it could read.
+        ValueError: the prefix is M-Former's and there is no recommender whose states it could read, or the tokens are
+            of another vocabulary than the language model's.
     """
+    _check_tokens(builder, lm)
     bituning = BiTuning(
         lm.hidden_size,
         num_suffix_tokens=config.bituning.num_suffix_tokens,
@@ -76,6 +78,18 @@ def laser_parts(
         "candidates": config.objective.candidates,
         "dropout": config.bituning.dropout,
     }
+
+
+def _check_tokens(builder: BatchBuilder, lm: FrozenLM) -> None:
+    layouts = (builder.user_layout, builder.item_layout)
+    words = [token for layout in layouts for token in (*layout.left, *layout.right, *layout.separator)]
+    largest = max([*words, int(builder.texts.input_ids.max(initial=0))])
+    rows = lm.model.get_input_embeddings().weight.shape[0]
+    if largest >= rows:
+        raise ValueError(
+            f"laser_parts: the tokenizer must give tokens below {rows}, the rows of the language model's embeddings, "
+            f"got {largest}; use the tokenizer this model was trained with"
+        )
 
 
 def build_mformer(

@@ -257,3 +257,59 @@ def test_pieces_of_a_byte_level_tokenizer_give_the_tokens_of_the_whole() -> None
     made = prompt_layout("Films watched: {history}.", tokenizer)
     input_ids, _ = history_tokens(PackedSequences.from_lists([[0, 1]]), texts, made)
     assert input_ids.tolist() == tokenizer("Films watched: Das Boot; Alien.")["input_ids"]
+
+
+# special tokens a tokenizer sets around a text; none of these has a padding token
+SPECIAL = {
+    "both": ("<s> $A </s>", [1], [2]),
+    "beginning": ("<s> $A", [1], []),
+    "end": ("$A </s>", [], [2]),
+    "none": ("$A", [], []),
+}
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_prompts_are_what_the_tokenizer_makes_of_the_whole_text(kind: str) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    template, before, after = SPECIAL[kind]
+    words = ["<unk>", "<s>", "</s>", "films", "watched", ":", ",", "alien", "brazil", "heat", "now", "what"]
+    inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    inner.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    assert tokenizer.pad_token is None
+    assert special_tokens(tokenizer) == (before, after)
+    titles = ["alien", "brazil heat", "heat"]
+    chosen = prompt_layout("films watched: {history} what now", tokenizer, separator=", ", max_tokens=5)
+    texts = tokenize_texts(titles, tokenizer)
+    input_ids, cu_seqlens = history_tokens(PackedSequences.from_lists([[0, 1, 2], [2], []]), texts, chosen)
+    # the oldest item, the last of the list, is left out: "heat , brazil heat" has four tokens, with ", alien" six
+    whole = ["films watched: heat, brazil heat what now", "films watched: heat what now", "films watched: what now"]
+    expected = [tokenizer(text)["input_ids"] for text in whole]
+    assert input_ids.tolist() == [token for prompt in expected for token in prompt]
+    assert np.diff(cu_seqlens).tolist() == [len(prompt) for prompt in expected]
+    # of an item its first tokens are kept
+    short = tokenize_texts(titles, tokenizer, 1)
+    assert short.gather([0, 1, 2])[0].tolist() == tokenizer("alien brazil heat", add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_pieces_of_a_sentencepiece_tokenizer_give_the_tokens_of_the_whole(scheme: str) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "\u2581", "\u2581Films", "\u2581watched", ":", ";", ".", "\u2581Alien", "\u2581Das", "\u2581Boot"]
+    pieces = [(word, -1.0 - 0.1 * index) for index, word in enumerate([*words, *"Filmswatched"])]
+    distinct = list(dict(pieces).items())
+    inner = Tokenizer(models.Unigram(distinct, unk_id=0))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+    assert not words_carry_space(tokenizer)
+    texts = tokenize_texts(["Alien", "Das Boot"], tokenizer)
+    made = prompt_layout("Films watched: {history}.", tokenizer)
+    input_ids, _ = history_tokens(PackedSequences.from_lists([[0, 1]]), texts, made)
+    whole = tokenizer("Films watched: Das Boot; Alien.")["input_ids"]
+    assert input_ids.tolist() == whole
+    assert 1 not in whole and 0 not in whole  # no lone space, nothing unknown

@@ -264,6 +264,10 @@ def test_what_is_missing_or_too_much_is_refused(
         new_model(item_counts=[1, 2, 3])
     with pytest.raises(ValueError, match="unknown key 'mformer.widht', did you mean 'mformer.width'"):
         new_model(config={"mformer": {"widht": 16}})
+    foreign = AutoTokenizer.from_pretrained(tiny_lm)
+    foreign.add_tokens(["red"[:2], "blu"])
+    with pytest.raises(ValueError, match="the tokenizer must give tokens below 16, the rows of .*, got 1[67]; use the"):
+        new_model(tokenizer=foreign)
     nameless = AutoModel.from_pretrained(tiny_lm)
     nameless.name_or_path = nameless.config._name_or_path = ""
     with pytest.raises(ValueError, match="tokenizer must be given with a loaded language model, got None"):
