@@ -103,6 +103,7 @@ def test_items_and_kinds_of_a_history() -> None:
     }
     assert values == {(0, "red"): 1.0, (0, "big"): pytest.approx(2 / 3), (2, "red"): 1.0}
     assert item_titles(table) == ["a", "b"]
+    assert find_categories(ItemTable([str(i) for i in range(20)], {"title": ["red bolt", "saw"] * 10})) == []  # names
 
 
 @pytest.mark.parametrize(
