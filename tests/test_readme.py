@@ -17,9 +17,54 @@ def blocks(language: str) -> list[str]:
 
 
 def test_stand_alone_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    (code,) = [block for block in blocks("python") if "load_laser" not in block]
+    (code,) = [block for block in blocks("python") if "laser_fast.ops" in block]
     exec(compile(code, "README.md", "exec"), {})
     assert "torch.Size([3, 2])" in capsys.readouterr().out
+
+
+def test_what_is_imported_exists() -> None:
+    lines = "\n".join(blocks("python")).splitlines()
+    imports = [line for line in lines if line.startswith(("import ", "from "))]
+    assert len(imports) >= 5
+    for line in imports:
+        exec(line, {})
+
+
+def test_a_model_is_built_saved_and_trained_as_shown(
+    tiny_lm: Path, tiny_data: Path, tiny_recommender: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import TrainingArguments
+
+    from laser_fast import LaserModel
+    from laser_fast.data import SequenceDataset
+
+    uploads: list[str] = []
+    monkeypatch.setattr(LaserModel, "push_to_hub", lambda self, name: uploads.append(name))
+    dataset = SequenceDataset.load(tiny_data)
+    use, build, train = [block for block in blocks("python") if "laser_fast.ops" not in block]
+    # the README's names stand for folders of ours
+    texts = {
+        "hub:Qwen/Qwen3-0.6B": str(tiny_lm),
+        'quantization="nf4"': 'quantization="none"',
+        "runs/sasrec": str(tiny_recommender),
+        "data/mine": str(tiny_data),
+        "my-laser": str(tmp_path / "my-laser"),
+        "runs/movielens-100k/laser": str(tmp_path / "my-laser"),
+        '{"B00A": "Fujifilm Instax Mini Film", "B01B": "Polaroid 600 Color Film"}': "items",
+        '["50", "172", "181"]': '["i1", "i2"]',
+    }
+    names = {
+        "LaserModel": LaserModel,
+        "items": dataset.items,
+        "arguments": TrainingArguments(
+            str(tmp_path / "trainer"), max_steps=2, remove_unused_columns=False, report_to=[], use_cpu=True
+        ),
+    }
+    for code in (build, train, "model.save_pretrained('my-laser')", use):
+        for shown, ours in texts.items():
+            code = code.replace(shown, ours)
+        exec(compile(code, "README.md", "exec"), names)
+    assert uploads == [f"me/{tmp_path / 'my-laser'}"]
 
 
 def test_commands_parse() -> None:
