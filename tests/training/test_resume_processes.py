@@ -27,6 +27,11 @@ def run(arguments, output):
     sys.stdout = sys.stderr = open(output, "w", buffering=1)
     return main(arguments)
 answers = sys.stdout
+def ready(request):
+    if request["beyond"] is None:
+        return os.path.exists(request["wait_for"])
+    names = os.listdir(request["wait_for"]) if os.path.exists(request["wait_for"]) else []
+    return any(name > request["beyond"] for name in names if name[0].isdigit())
 for line in sys.stdin:
     request = json.loads(line)
     if request["here"]:
@@ -36,8 +41,8 @@ for line in sys.stdin:
         if child == 0:
             sys.exit(run(request["arguments"], request["output"]))
         ended = 0
-        while request["signal"] and not ended and not os.path.exists(request["wait_for"]):
-            time.sleep(0.01)
+        while request["signal"] and not ended and not ready(request):
+            time.sleep(0.005)
             ended, status = os.waitpid(child, os.WNOHANG)
         if request["signal"] and not ended:
             time.sleep(request["after_s"])
@@ -66,12 +71,14 @@ class Command:
         file.write_text(yaml.safe_dump({**settings, "output": str(self.whole)}))
         assert self.run("train", str(file), here=True) == 0
 
-    def run(
-        self, *arguments: str, number: int = 0, after_s: float = 0.0, wait_for: Path | None = None, here: bool = False
-    ) -> int:
-        """Exit status of a run, which gets a signal some seconds after a file is there."""
-        when = {"signal": number, "after_s": after_s, "wait_for": str(wait_for)}
-        request = {"arguments": arguments, "output": str(self.printed), "here": here, **when}
+    def run(self, *arguments: str, here: bool = False, **when: Any) -> int:
+        """Exit status of a run; `when`: it gets the signal `number`, `after_s` seconds after the file `wait_for` is there.
+
+        With `beyond` that is a folder, and what is waited for is an entry with a later name.
+        """
+        request = {"signal": when.get("number", 0), "after_s": when.get("after_s", 0.0), "beyond": when.get("beyond")}
+        request |= {"arguments": arguments, "output": str(self.printed), "here": here}
+        request["wait_for"] = str(when.get("wait_for"))
         assert self._server.stdin is not None and self._server.stdout is not None
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
@@ -96,19 +103,35 @@ def command(staged_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFa
 def test_kills_at_random_moments_change_nothing(
     staged_settings: dict[str, Any], assert_same_run: Same, tmp_path: Path, command: Command
 ) -> None:
-    run, file = tmp_path / "run", tmp_path / "run.yaml"
-    training = {**staged_settings["training"], "save_steps": 1}
-    file.write_text(yaml.safe_dump({**staged_settings, "output": str(run), "training": training}))
-    log, killed = run / "metrics.jsonl", 0
-    for after_s in np.random.default_rng(0).uniform(0.0, 0.8, size=6):
-        if (run / "finished.json").exists():
-            break
+    seed, training = 0, {**staged_settings["training"], "save_steps": 1}
+    generator, moments, runs = np.random.default_rng(seed), [], [tmp_path / "run-0"]
+    while len(moments) < 20:
+        run, file = runs[-1], runs[-1].with_suffix(".yaml")
+        file.write_text(yaml.safe_dump({**staged_settings, "output": str(run), "training": training}))
         resume = ["--resume"] if (run / "config.yaml").exists() else []
-        log.unlink(missing_ok=True)  # its return says that training goes on
-        killed += command.run("train", str(file), *resume, number=9, after_s=after_s, wait_for=log) == -9
-    assert killed
-    assert command.run("train", str(file), "--resume") == 0
-    assert_same_run(run, command.whole)
+        after_s, states = float(generator.uniform(0.0, 0.1)), run / "states"
+        beyond = (
+            max((entry.name for entry in states.iterdir() if entry.name[0].isdigit()), default="") if resume else ""
+        )
+        if generator.random() < 0.2:  # as soon as the files are put back, else when training got on by a step
+            (run / "metrics.jsonl").unlink(missing_ok=True)
+            when: dict[str, Any] = {"wait_for": run / "metrics.jsonl"}
+        else:
+            when = {"wait_for": states, "beyond": beyond}
+        status = command.run("train", str(file), *resume, number=9, after_s=after_s, **when)
+        moments.append((run.name, beyond, after_s))
+        assert status in (-9, 0), f"seed {seed}, {moments}: {command.printed.read_text()}"
+        if status == 0 or (run / "finished.json").exists():
+            runs.append(tmp_path / f"run-{len(runs)}")
+    stages = {stage for stage in ("pretrain", "phase_a", "phase_b") if any(stage in beyond for _, beyond, _ in moments)}
+    assert len(stages) == 3, f"seed {seed}, {moments}"
+    if (runs[-1] / "config.yaml").exists():
+        assert command.run("train", str(runs[-1].with_suffix(".yaml")), "--resume") == 0, f"seed {seed}, {moments}"
+    for run in runs[: None if runs[-1].exists() else -1]:
+        try:
+            assert_same_run(run, command.whole)
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}, {moments}") from error
 
 
 def test_a_terminated_command_says_how_to_go_on(
