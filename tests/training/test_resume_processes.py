@@ -72,7 +72,7 @@ class Command:
         assert self.run("train", str(file), here=True) == 0
 
     def run(self, *arguments: str, here: bool = False, **when: Any) -> int:
-        """Exit status of a run; `when`: it gets the signal `number`, `after_s` seconds after the file `wait_for` is there.
+        """Exit status of a run; `when` it gets the signal `number`: `after_s` s after `wait_for` is there.
 
         With `beyond` that is a folder, and what is waited for is an entry with a later name.
         """
