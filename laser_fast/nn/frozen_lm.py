@@ -5,6 +5,7 @@ The replacement goes through the interfaces transformers offers for it (`Attenti
 attention of every layer reads where each sequence starts from a keyword argument of the forward.
 """
 
+import threading
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from laser_fast.nn.fixed_shapes import FixedShapes
 
 ATTENTION_NAME = "laser_varlen"
+_FINDING = threading.Lock()
 
 _PROBE_TOKENS = 16  # from whose keys and values the scale of either is read
 
@@ -121,7 +123,9 @@ class FrozenLM(FrozenModule):
             RuntimeError: it cannot: see `laser_fast.nn.packing_check`.
         """
         if self._first_position is None:
-            self._first_position = 0 if self.device.type == "meta" else self._find_first_position()
+            with _FINDING:  # meanwhile the model has another attention: other threads wait here
+                if self._first_position is None:
+                    self._first_position = 0 if self.device.type == "meta" else self._find_first_position()
         return self._first_position
 
     def _find_first_position(self) -> int:
@@ -129,18 +133,13 @@ class FrozenLM(FrozenModule):
         probe = torch.randn(probe_tokens(), self.hidden_size, generator=generator) * self.embedding_rms
 
         def run_packed(embeds: Tensor, cu_seqlens: Tensor, start: int) -> Tensor:
-            self._first_position = start
-            layout = PackedLayout(cu_seqlens, self.layer_of, None)
+            layout = PackedLayout(cu_seqlens, self.layer_of, None, first_position=start)
             states = self._run(embeds, layout)
             check_calls(self.model, layout.num_attention_calls)
             return states
 
-        try:
-            with torch.inference_mode(False), name_refusals(type(self.model).__name__):
-                return first_position(self.model, run_packed, ATTENTION_NAME, probe.to(self.device, self.dtype))
-        except BaseException:
-            self._first_position = None
-            raise
+        with torch.inference_mode(False), name_refusals(type(self.model).__name__):
+            return first_position(self.model, run_packed, ATTENTION_NAME, probe.to(self.device, self.dtype))
 
     def forward(
         self,
@@ -207,7 +206,7 @@ class FrozenLM(FrozenModule):
         inputs_embeds = inputs_embeds.to(self.dtype)
         if inputs_embeds.shape[0] == 0:
             return inputs_embeds
-        if self.max_length is not None and not layout.cu_seqlens_k.is_meta:
+        if self.max_length is not None and not layout.cu_seqlens_k.is_meta and layout.first_position is None:
             self.check_length(int(layout.cu_seqlens_k.diff().max()))
         return self.run_layers(inputs_embeds, layout)
 
@@ -230,13 +229,14 @@ class FrozenLM(FrozenModule):
         Raises:
             RuntimeError: as `forward`.
         """
+        first = self.first_position if layout.first_position is None else layout.first_position
         options: dict[str, Any] = {"use_cache": False} if self.causal else {}
         if layout.unread:  # transformers would read positions; it takes a mask of four dimensions as it is
             options["attention_mask"] = inputs_embeds.new_empty(1, 1, 1, 1)
         with running(layout):
             output = self.model(
                 inputs_embeds=inputs_embeds[None],
-                position_ids=layout.positions(inputs_embeds.shape[0])[None] + self.first_position,
+                position_ids=layout.positions(inputs_embeds.shape[0])[None] + first,
                 laser_layout=layout,
                 **options,
             )

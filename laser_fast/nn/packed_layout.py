@@ -19,6 +19,7 @@ class PackedLayout:
         layer_of: index of every attention module in the order of its first call, kept from batch to batch.
         read: keys and values [T, H_kv, d] of every layer as the model made them, where `keep` asks for them.
         rows: int64 [B], the last position of every sequence where only its state is wanted; else None.
+        first_position: from where the model is to count positions; None = from where it was found to.
     """
 
     def __init__(
@@ -29,8 +30,10 @@ class PackedLayout:
         *,
         keep: bool = False,
         last_only: bool = False,
+        first_position: int | None = None,
     ) -> None:
         self.cu_seqlens = cu_seqlens
+        self.first_position = first_position
         self.layer_of = layer_of
         self.read: dict[int, tuple[Tensor, Tensor]] = {}
         self._prefix = prefix

@@ -52,6 +52,18 @@ def test_positions_behind_a_padding_index_are_found() -> None:
         lm(torch.randn(64, 32), cu_seqlens)
 
 
+def test_threads_that_make_the_first_call_together_get_the_same() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    embeds, cu_seqlens = torch.randn(12, 32), torch.tensor([0, 5, 12], dtype=torch.int32)
+    expected = FrozenLM(random_model("roberta"))(embeds, cu_seqlens)
+    for _ in range(5):
+        lm = FrozenLM(random_model("roberta"))
+        with ThreadPoolExecutor(4) as pool:
+            for states in pool.map(lambda _, lm=lm: lm(embeds, cu_seqlens), range(4)):  # type: ignore[misc]
+                assert torch.equal(states, expected)
+
+
 class Neighbours(nn.Module):
     """Adds the row before to every row: what a convolution does."""
 
