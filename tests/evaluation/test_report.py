@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from laser_fast.evaluation import evaluate
 from laser_fast.evaluation.reporting import Subject, check_report_folder, read_run, write_report
 from laser_fast.evaluation.reporting.document import Document, Listing, Paragraph, Section, Table
 from laser_fast.evaluation.reporting.expert_words import experts_section
+from laser_fast.evaluation.reporting.experts import route_users
 from laser_fast.evaluation.reporting.html_page import to_html
 from laser_fast.evaluation.reporting.markdown_page import escape_markdown, to_markdown
 from laser_fast.evaluation.reporting.run_record import Epoch, RunRecord
@@ -203,6 +205,20 @@ def test_a_run_with_little_in_it_has_a_report(
         "This run has no ID-based recommender to stand beside; ItemKNN takes its place",
     ):
         assert sentence in text
+
+
+def test_users_are_routed_as_the_model_routes_them(run: tuple[Path, Subject]) -> None:
+    model, histories = run[1].model, run[1].split.test.histories
+    routing = route_users(model, histories, batch_size=7)
+    _, _, expected = model.write_prefix(model.builder.histories(histories))
+    assert expected is not None
+    assert routing.expert.tolist() == expected.expert.tolist()
+    assert torch.allclose(torch.from_numpy(routing.weight), expected.weight.double(), atol=1e-6)
+    assert routing.histories.to_lists() == [row[-4:] for row in histories.to_lists()]  # mformer.max_history
+    assert routing.weight_share.sum() == pytest.approx(1.0)
+    without = SimpleNamespace(mformer=None, recommender=None)
+    with pytest.raises(ValueError, match="route_users: the model must have an M-Former, got none"):
+        route_users(without, histories)  # type: ignore[arg-type]
 
 
 def test_a_single_expert_is_not_compared(run: tuple[Path, Subject]) -> None:

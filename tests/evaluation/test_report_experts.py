@@ -7,7 +7,7 @@ import pytest
 
 from laser_fast.data.items import ItemTable
 from laser_fast.data.sequences import PackedSequences
-from laser_fast.evaluation.reporting.categories import find_categories, item_titles
+from laser_fast.evaluation.reporting.categories import Categories, find_categories, item_titles
 from laser_fast.evaluation.reporting.expert_words import _conclusion, _Found
 from laser_fast.evaluation.reporting.experts import (
     Contrast,
@@ -57,7 +57,12 @@ def test_a_planted_difference_is_found_and_named() -> None:
     assert {one.name for one in result.typical(0, 10, more=False)} <= {f"film {index}" for index in range(5)}
     assert np.isnan(result.lift[2]).all() and not result.z[2].any()  # nobody's first choice
     told = _conclusion(_Found(result, []), routing_of(first, histories_of(first, 0.9)))
-    assert told.startswith("The experts") and "p ≤ 0.005" in told and "do not" not in told
+    assert told.startswith("The experts") and "p ≤ 0.005" in told and "do not" not in told and "lean" not in told
+    kinds = Categories("kind", ("planted", "other"), tuple((int(item >= 5),) for item in range(40)))
+    by_kind = contrast(category_features(histories_of(first, 0.9), kinds), first, 3)
+    assert by_kind is not None
+    told = _conclusion(_Found(result, [(kinds, by_kind)]), routing_of(first, histories_of(first, 0.9)))
+    assert "those of expert 1 lean to other, those of expert 2 lean to planted" in told
 
 
 def test_users_dealt_at_random_do_not_differ() -> None:

@@ -5,6 +5,7 @@ import numpy as np
 from laser_fast.evaluation.reporting.categories import Categories, find_categories, item_titles
 from laser_fast.evaluation.reporting.document import Block, Bullets, Heading, Paragraph, Picture, Section, Table
 from laser_fast.evaluation.reporting.experts import (
+    LEAST_USERS,
     Contrast,
     Typical,
     UserRouting,
@@ -19,7 +20,6 @@ from laser_fast.evaluation.reporting.subject import Subject
 _TITLE = "What the experts do"
 _SIGNIFICANT = 0.05
 _HARDLY = 0.01  # share of the variance above chance
-_LEAST_USERS = 20
 _CLEARLY = 0.2  # a median that is so much higher or lower
 _MOST_KINDS = 20
 
@@ -112,7 +112,18 @@ def _conclusion(found: _Found, routing: UserRouting) -> str:
     start = (
         "The experts serve different users" if most >= _HARDLY else "The experts differ in whom they serve, but hardly"
     )
-    return f"{start}. Of the differences between users, knowing a user's first expert explains {told}."
+    return f"{start}. Of the differences between users, knowing a user's first expert explains {told}.{_gist(found)}"
+
+
+def _gist(found: _Found) -> str:
+    """What each described expert's users have clearly more of, two kinds at most."""
+    leanings = []
+    for expert in range(len(found.all[0][1].z)):
+        kinds = [one for _, result in found.kinds for one in result.typical(expert, 2)]
+        clearest = sorted(kinds, key=lambda one: -one.z)[:2]
+        if clearest:
+            leanings.append(f"those of expert {expert + 1} lean to {' and '.join(one.name for one in clearest)}")
+    return f" In short, histories: {', '.join(leanings)}." if leanings else ""
 
 
 def _p(value: float) -> str:
@@ -161,7 +172,7 @@ def _sentence(expert: int, routing: UserRouting, found: _Found, subject: Subject
         weight = routing.weight_share[expert]
         return f"{name} is nobody's first choice; as a further choice it has {weight:.0%} of the weight."
     start = f"{name}, first choice of {len(users):,} of {total:,} users ({len(users) / total:.0%})"
-    if len(users) < _LEAST_USERS:
+    if len(users) < LEAST_USERS:
         return f"{start}: too few to describe them."
     parts = []
     for categories, result in found.kinds:
@@ -205,7 +216,7 @@ def _fame(users: np.ndarray, routing: UserRouting, subject: Subject) -> list[str
 
 def _kinds(categories: Categories, result: Contrast, routing: UserRouting) -> list[Block]:
     groups = np.bincount(routing.first, minlength=routing.num_experts)
-    described = np.flatnonzero(groups >= _LEAST_USERS)
+    described = np.flatnonzero(groups >= LEAST_USERS)
     columns = np.arange(min(len(result.names), _MOST_KINDS))
     columns = columns[result.overall[columns] > 0.005]  # of what hardly occurs a ratio says nothing
     if all(name.endswith("0s") and name[:-1].isdigit() for name in result.names):
@@ -246,7 +257,7 @@ def _items(result: Contrast, routing: UserRouting) -> list[Block]:
 def _method(found: _Found) -> str:
     text = (
         "How this was found: each test user counts for the expert of first choice, with the newest items that the "
-        f"router reads. Experts that are first choice of at least {_LEAST_USERS} users are described. What counts as "
+        f"router reads. Experts that are first choice of at least {LEAST_USERS} users are described. What counts as "
         "more or less deviates further than anything does in 19 of 20 random deals of the same users to groups of the "
         "same sizes (200 deals)"
     )

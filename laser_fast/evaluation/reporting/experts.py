@@ -16,7 +16,7 @@ from laser_fast.evaluation.reporting.categories import Categories
 from laser_fast.models.laser import LaserModel
 
 _SHUFFLES = 200
-_LEAST_USERS = 20  # of an expert that is described
+LEAST_USERS = 20  # of an expert that is described
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,13 +172,13 @@ def contrast(features: Features, first: np.ndarray, num_experts: int, *, shuffle
     """
     group_sizes = np.bincount(first, minlength=num_experts).astype(np.float64)
     size, total = len(features.names), features.num_users
-    if not size or (group_sizes >= _LEAST_USERS).sum() < 2:
+    if not size or (group_sizes >= LEAST_USERS).sum() < 2:
         return None
     sums = np.bincount(features.feature, weights=features.value, minlength=size)
     squares = np.bincount(features.feature, weights=features.value**2, minlength=size)
     mean = sums / total
     variance = np.maximum(squares / total - mean**2, 0.0)
-    described = group_sizes >= _LEAST_USERS
+    described = group_sizes >= LEAST_USERS
     # of a sum over a group drawn without replacement
     spread = np.sqrt(np.outer(group_sizes * (total - group_sizes) / (total - 1), variance))
 

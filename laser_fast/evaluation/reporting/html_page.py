@@ -44,6 +44,7 @@ table { border-collapse: collapse; font-size: .93rem; font-variant-numeric: tabu
 th, td { padding: .32rem .75rem .32rem 0; text-align: right; vertical-align: top; border-bottom: 1px solid #e3e7ea; }
 th { font-weight: 600; border-bottom: 1.5px solid #8a949c; }
 .wide { text-align: left; }
+td:not(.wide) { white-space: nowrap; }
 tr.strong td { font-weight: 650; background: #eef4f9; }
 pre { background: #f5f6f7; padding: .8rem; overflow-x: auto; font-size: .82rem; line-height: 1.4; }
 @media print {
