@@ -254,7 +254,7 @@ def test_negatives_are_the_same_under_the_same_seed() -> None:
     losses = []
     for seed in (1, 1, 2, 3, 4):
         torch.manual_seed(seed)
-        losses.append(float(heads(written, pairs)["matching"]))
+        losses.append(heads(written, pairs)["matching"].item())
     assert losses[0] == losses[1] and len(set(losses)) > 2
 
 
@@ -282,7 +282,7 @@ def test_pretraining_learns_to_tell_and_to_foretell_the_texts() -> None:
         optimizer.zero_grad()
         values["loss"].backward()
         optimizer.step()
-        log.append({name: float(value) for name, value in values.items()})
+        log.append({name: value.item() for name, value in values.items()})
     assert all(log[-1][term] < 0.8 * log[0][term] for term in ("contrastive", "generation")), (log[0], log[-1])
     names = [name for name, _ in heads.named_parameters()]
     assert not any("qformer" in name or "mformer" in name for name in names)
