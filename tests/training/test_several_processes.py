@@ -228,3 +228,17 @@ def test_two_runs_do_not_share_a_folder(settings: dict[str, Any], tmp_path: Path
         assert not (tmp_path / "run" / "metrics.jsonl").exists()
     with directory.exclusive():
         pass
+
+
+def test_a_file_system_that_locks_nothing_is_named(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = build_config(LaserConfig, {**settings, "output": str(tmp_path / "run")})
+    directory = RunDirectory(config.output, config)
+
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError("Bad file descriptor")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.warns(UserWarning, match="should lock '.*/run' .*, got Bad file"), directory.exclusive():
+        pass
