@@ -40,10 +40,8 @@ def laser_parts(
     Its parameters are initialised from torch's global generator.
 
     Raises:
-        ValueError: the prefix is M-Former's and there is no recommender whose states it could read, or the tokens are
-            of another vocabulary than the language model's.
+        ValueError: the prefix is M-Former's and there is no recommender whose states it could read.
     """
-    _check_tokens(builder, lm)
     bituning = BiTuning(
         lm.hidden_size,
         num_suffix_tokens=config.bituning.num_suffix_tokens,
@@ -80,14 +78,19 @@ def laser_parts(
     }
 
 
-def _check_tokens(builder: BatchBuilder, lm: FrozenLM) -> None:
+def check_tokens(builder: BatchBuilder, lm: FrozenLM) -> None:
+    """Refuse the tokens of another vocabulary than the language model's.
+
+    Raises:
+        ValueError: a token is beyond the table of embeddings.
+    """
     layouts = (builder.user_layout, builder.item_layout)
     words = [token for layout in layouts for token in (*layout.left, *layout.right, *layout.separator)]
     largest = max([*words, int(builder.texts.input_ids.max(initial=0))])
     rows = lm.model.get_input_embeddings().weight.shape[0]
     if largest >= rows:
         raise ValueError(
-            f"laser_parts: the tokenizer must give tokens below {rows}, the rows of the language model's embeddings, "
+            f"check_tokens: the tokenizer must give tokens below {rows}, the rows of the language model's embeddings, "
             f"got {largest}; use the tokenizer this model was trained with"
         )
 

@@ -16,7 +16,7 @@ from laser_fast.config import LanguageModelConfig, LaserConfig, ModelConfig, bui
 from laser_fast.data.items import ItemTable
 from laser_fast.data.tokens import Tokenizer
 from laser_fast.models.adapter_files import Origin, SavedLaser, find_saved, weights_hash, write_laser
-from laser_fast.models.assembly import build_batches, build_execution, laser_parts
+from laser_fast.models.assembly import build_batches, build_execution, check_tokens, laser_parts
 from laser_fast.models.base_model import describe_base
 from laser_fast.models.calibration import CalibratedScorer, Calibration
 from laser_fast.models.hub import HUB_SCHEME, commit_of, fetch
@@ -127,6 +127,7 @@ class PretrainedLaser(ModelHubMixin):
         builder = build_batches(
             config.prompt, origin.items, base.tokenizer, known_items=known_items, max_history=max_history
         )
+        check_tokens(builder, lm)
         model = cls(**laser_parts(config, lm, builder, origin.items.ids, recommender))
         model.origin = origin
         return model

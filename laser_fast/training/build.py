@@ -8,7 +8,7 @@ import numpy as np
 from laser_fast.config import LaserConfig, resolve_path
 from laser_fast.data import SequenceDataset, Split, leave_one_out
 from laser_fast.models.adapter_files import Origin
-from laser_fast.models.assembly import build_batches, build_execution, laser_parts
+from laser_fast.models.assembly import build_batches, build_execution, check_tokens, laser_parts
 from laser_fast.models.base_model import describe_base
 from laser_fast.models.language_model import load_language_model as load_language_model
 from laser_fast.models.laser import LaserModel
@@ -52,6 +52,7 @@ def build_laser(config: LaserConfig, inputs: Inputs, model: "PreTrainedModel", t
     builder = build_batches(
         config.prompt, items, tokenizer, known_items=counts > 0, max_history=config.mformer.max_history
     )
+    check_tokens(builder, lm)
     laser = LaserModel(**laser_parts(config, lm, builder, items.ids, inputs.recommender))
     base = describe_base(lm, tokenizer)
     laser.origin = Origin(only_model(config), config.lm, base, items, counts, inputs.split.hash)

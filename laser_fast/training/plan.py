@@ -240,10 +240,12 @@ def _fixed(config: LaserConfig, model: LaserModel, on_gpu: bool) -> dict[str, in
 
 @dataclass(frozen=True)
 class _Rows:
-    """Packed tokens of one row, virtual ones included: of its user and of its positive (0 = not encoded)."""
+    """Packed tokens of one row, virtual ones included: of its user and of its items (0 = not encoded), and how many
+    items that are."""
 
     user: float
     item: float
+    items: int
 
     @property
     def tokens(self) -> float:
@@ -251,9 +253,10 @@ class _Rows:
 
     @staticmethod
     def of(config: LaserConfig, model: LaserModel, workload: Workload) -> "_Rows":
-        virtual = model.virtual_tokens(batch_without_values(_step(workload, config, 1)))
-        positives = config.objective.item_gradient == "positives"
-        return _Rows(workload.user_tokens + virtual, workload.item_tokens + virtual if positives else 0.0)
+        step = _step(workload, config, 1)
+        virtual = model.virtual_tokens(batch_without_values(step))
+        items = 1 + step.num_negatives if step.item_tokens else 0
+        return _Rows(workload.user_tokens + virtual, items * (workload.item_tokens + virtual), items)
 
 
 def _kept_by_others(
@@ -265,7 +268,9 @@ def _kept_by_others(
     kept = []
     for count in _ROWS:
         whole = rehearse(model, _step(workload, config, count)).kept
-        passes = [_rehearse_pass(config, model.lm, tokens, count).kept for tokens in (rows.user, rows.item) if tokens]
+        passes = [_rehearse_pass(config, model.lm, rows.user * count, count).kept]
+        if rows.items:
+            passes.append(_rehearse_pass(config, model.lm, rows.item * count, rows.items * count).kept)
         kept.append(float(whole - sum(passes)))
     return _line(kept, rows.tokens)
 
@@ -279,7 +284,7 @@ def _step_bytes(
     found = []
     for layers in few:
         lm = language_model_without_values(config, with_layers(shape, layers), dtype)
-        found.append([_rehearse_pass(config, lm, rows.user, count) for count in _ROWS])
+        found.append([_rehearse_pass(config, lm, rows.user * count, count) for count in _ROWS])
 
     def line(name: str) -> Line:
         ends = []
@@ -297,9 +302,9 @@ def _step_bytes(
     return StepBytes(others + kept, tuple(moments))
 
 
-def _rehearse_pass(config: LaserConfig, lm: FrozenLM, tokens: float, count: int) -> Rehearsal:
+def _rehearse_pass(config: LaserConfig, lm: FrozenLM, tokens: float, sequences: int) -> Rehearsal:
     last_only = config.bituning.readout == "suffix"
-    return rehearse_language_model(lm, round(tokens * count), count, last_only=last_only)
+    return rehearse_language_model(lm, round(tokens), sequences, last_only=last_only)
 
 
 def _line(values: list[float], tokens: float) -> Line:
@@ -321,14 +326,16 @@ def with_layers(shape: "PretrainedConfig", num_layers: int) -> "PretrainedConfig
 
 
 def _step(workload: Workload, config: LaserConfig, rows: int) -> StepShape:
-    positives = config.objective.item_gradient == "positives"
+    objective = config.objective
+    live = objective.item_gradient == "positives"
     return StepShape(
         rows=rows,
         user_tokens=workload.user_tokens,
-        item_tokens=workload.item_tokens if positives else 0.0,
+        item_tokens=workload.item_tokens if live else 0.0,
         history=workload.history,
         num_items=workload.num_items,
         state_size=workload.state_size,
+        num_negatives=objective.num_negatives if live or objective.candidates == "sampled" else 0,
     )
 
 

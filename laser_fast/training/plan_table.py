@@ -83,7 +83,7 @@ def table(plan: MemoryPlan, cards: Sequence[str]) -> str:
     source = "mean of the data" if work.measured else "assumed: the longest the configuration allows"
     lines = [
         f"a row: {plan.row_tokens:.0f} packed tokens ({work.user_tokens:.0f} of the user, {work.item_tokens:.0f} of "
-        f"the item, the rest virtual; {source}), {work.num_items} items",
+        f"an item, the rest virtual; {source}), {work.num_items} items",
         f"a batch: {plan.batch_tokens} packed tokens",
         "",
         f"fixed: {_gib(plan.fixed_bytes)}",

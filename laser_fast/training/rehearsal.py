@@ -31,11 +31,12 @@ _NESTED_BLOCK_SIZE = 256
 
 @dataclass(frozen=True)
 class StepShape:
-    """One micro-batch: users and the positives that are encoded with them.
+    """One micro-batch: users and the items that are encoded with them.
 
     Attributes:
-        rows: users, and as many positives where `item_tokens` is not 0.
-        user_tokens, item_tokens: tokens of text of each, virtual ones not counted.
+        rows: users.
+        user_tokens, item_tokens: tokens of text of a user and of an item, virtual ones not counted; without
+            `item_tokens` no item is encoded.
         history: items of a user that M-Former reads.
         num_items: size of the catalogue.
         state_size: width of the recommender's states.
@@ -47,6 +48,8 @@ class StepShape:
     history: float
     num_items: int
     state_size: int
+    num_negatives: int = 0
+    """Items a user is given beside its positive."""
 
 
 @dataclass(frozen=True)
@@ -212,9 +215,13 @@ def batch_without_values(step: StepShape) -> PackedBatch:
     users = _sequences(step.rows, step.user_tokens, step.history)
     with torch.device("meta"):
         users = _with(users, targets=torch.empty(step.rows, dtype=torch.int64))
+        negatives = torch.empty(step.rows, step.num_negatives, dtype=torch.int64)
+        if step.num_negatives:
+            users = _with(users, negatives=negatives)
         if step.item_tokens:
-            positives = _sequences(step.rows, step.item_tokens, 1.0)
-            users = _with(users, positives=positives, positive_targets=torch.empty(step.rows, dtype=torch.int64))
+            items = _sequences(step.rows * (1 + step.num_negatives), step.item_tokens, 1.0)
+            users = _with(users, positives=items, positive_targets=torch.empty(step.rows, dtype=torch.int64))
+            users = _with(users, negative_places=negatives) if step.num_negatives else users
     return users
 
 
