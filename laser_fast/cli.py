@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from laser_fast import __version__
-from laser_fast.config import LaserConfig, RecommenderConfig, build_config, dump_config, load_config, resolve_path
+from laser_fast.config import (
+    LaserConfig,
+    RecommenderConfig,
+    SplitConfig,
+    build_config,
+    dump_config,
+    load_config,
+    resolve_path,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,6 +53,12 @@ def parser() -> argparse.ArgumentParser:
     train_recommender.add_argument("output", help="new folder for the trained recommender")
     train_recommender.add_argument("--config", help="YAML file with settings of SASRec")
     train_recommender.add_argument("--seed", type=int, default=0)
+    train_recommender.add_argument(
+        "--split", metavar="KIND", help="leave-one-out (default), global-time, ..."
+    )
+    train_recommender.add_argument(
+        "--split-set", action="append", default=[], metavar="KEY=VALUE", help="e.g. --split-set test_from=2024-01-31"
+    )
     _add_settings(train_recommender, "width=128")
     train_recommender.set_defaults(run=_train_recommender)
 
@@ -123,7 +137,7 @@ def _prepare(parsed: argparse.Namespace) -> None:
 
 
 def _train_recommender(parsed: argparse.Namespace) -> None:
-    from laser_fast.data import SequenceDataset, leave_one_out
+    from laser_fast.data import SequenceDataset, make_split
     from laser_fast.evaluation import evaluate, table
     from laser_fast.training.recommender import train_sasrec
 
@@ -132,8 +146,10 @@ def _train_recommender(parsed: argparse.Namespace) -> None:
     else:
         config = load_config(RecommenderConfig, parsed.config, parsed.set)
     dataset = SequenceDataset.load(resolve_path(parsed.data))
-    split = leave_one_out(dataset)
+    kind = [] if parsed.split is None else [f"kind={parsed.split}"]
+    split = make_split(dataset, **build_config(SplitConfig, _settings([*kind, *parsed.split_set])).model_dump())
     print(dump_config(config))
+    print(f"{split.rule}: " + ", ".join(f"{count:,} {name}" for name, count in split.counts().items()))
     model = train_sasrec(
         split,
         dataset.num_items,

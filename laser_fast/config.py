@@ -5,9 +5,10 @@ or two settings that contradict each other are refused when the file is read, wi
 known one. Modules never receive these objects; builders unpack them.
 """
 
-from typing import Annotated, Literal
+from datetime import date
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from laser_fast.settings import Settings as Settings
 from laser_fast.settings import apply_overrides as apply_overrides
@@ -232,6 +233,30 @@ class TrainingConfig(Settings):
     optimizer: OptimizerConfig = OptimizerConfig()
 
 
+class SplitConfig(Settings):
+    """What is learned from and what is asked about; the recommender must have been trained on the same split."""
+
+    kind: Literal["leave-one-out", "global-time", "by-user", "given"] = "leave-one-out"
+    """"leave-one-out": every user's last two events are held out; "global-time": everything from a moment on;
+    "by-user": some users altogether; "given": data that came split (`prepare --presplit`)."""
+    valid_from: float | int | str | None = None
+    """"global-time": where validation begins, as a number in the unit of the log or, where that is seconds, a date."""
+    test_from: float | int | str | None = None
+    """"global-time": where test begins. Without both moments the fractions decide."""
+    valid_fraction: Fraction = 0.1
+    """"global-time": share of the events; "by-user": share of the users."""
+    test_fraction: Fraction = 0.1
+    targets: Literal["first", "last", "all"] = "first"
+    """"global-time": which of a user's events in a part are asked about."""
+    seed: int = 0
+    """"by-user": of the choice."""
+
+    @field_validator("valid_from", "test_from", mode="before")
+    @classmethod
+    def _date_as_text(cls, value: Any) -> Any:
+        return value.isoformat() if isinstance(value, date) else value  # YAML reads 2024-01-31 as a date
+
+
 class EvaluationConfig(Settings):
     """Full ranking over the whole catalogue."""
 
@@ -272,6 +297,7 @@ class LaserConfig(ModelConfig):
     output: str
     """The run directory; must not exist yet, unless the run in it is resumed."""
     lm: LanguageModelConfig
+    split: SplitConfig = SplitConfig()
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
 

@@ -9,9 +9,13 @@ from laser_fast.data.loading import NextItem, NextItemCollator, NextItemDataset
 from laser_fast.data.manifest import Manifest, SourceFile
 from laser_fast.data.prepare import PrepareRequest, describe, prepare
 from laser_fast.data.prepare_arguments import add_prepare_arguments, request_from_arguments
+from laser_fast.data.presplit import given_split, prepare_presplit
 from laser_fast.data.readers import InteractionColumns
 from laser_fast.data.sequences import EvaluationRows, PackedSequences
 from laser_fast.data.split import Split, TrainingRows, leave_one_out, training_rows
+from laser_fast.data.split_kinds import SplitKind, make_split
+from laser_fast.data.split_time import global_time
+from laser_fast.data.split_users import by_user
 from laser_fast.data.text import ItemText, clean_text
 from laser_fast.data.titles import normalize_title
 from laser_fast.data.tokens import (
@@ -38,16 +42,22 @@ __all__ = [
     "SequenceDataset",
     "SourceFile",
     "Split",
+    "SplitKind",
     "TokenizedTexts",
     "TrainingRows",
     "add_prepare_arguments",
+    "by_user",
     "clean_text",
     "describe",
+    "given_split",
+    "global_time",
     "history_tokens",
     "item_tokens",
     "leave_one_out",
+    "make_split",
     "normalize_title",
     "prepare",
+    "prepare_presplit",
     "prompt_layout",
     "request_from_arguments",
     "tokenize_texts",

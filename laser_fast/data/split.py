@@ -1,4 +1,4 @@
-"""Leave-one-out split and the training rows made from its training part."""
+"""What a split is, the leave-one-out split, and the training rows made from a training part."""
 
 import hashlib
 from collections.abc import Sequence
@@ -24,10 +24,10 @@ class Split:
     """Training sequences and held-out rows of one data set.
 
     Args:
-        train: U sequences, one per user of the data set, without the held-out events.
-        train_users: [U], int64, user index of each training sequence.
-        valid: rows whose target is the second last event.
-        test: rows whose target is the last event; the history holds the validation item.
+        train: the sequences to learn from, without the held-out events; some may be empty.
+        train_users: int64, user index of each training sequence.
+        valid: rows for choosing settings.
+        test: rows for the figures that are reported; a history may hold validation items that are older.
         rule: the split and the tie rule in words, to be printed with every result.
         hash: SHA-256 over the item map, the users' sequences and the rule. Models trained on a split store it.
     """
@@ -38,6 +38,17 @@ class Split:
     test: EvaluationRows
     rule: str
     hash: str
+
+    def counts(self) -> dict[str, int]:
+        """Events, sequences and rows of the parts; rows without a history, and rows whose target no training sequence
+        holds."""
+        trained = np.unique(self.train.items)
+        counts = {"train_events": len(self.train.items), "train_sequences": int((self.train.lengths > 0).sum())}
+        for part, rows in (("valid", self.valid), ("test", self.test)):
+            counts[f"{part}_rows"] = len(rows)
+            counts[f"{part}_rows_without_history"] = int((rows.histories.lengths == 0).sum())
+            counts[f"{part}_rows_with_cold_target"] = int((~np.isin(rows.targets, trained)).sum())
+        return counts
 
 
 def leave_one_out_rule(tie_rule: str) -> str:
@@ -57,9 +68,33 @@ def split_hash(dataset: SequenceDataset, rule: str) -> str:
     return digest.hexdigest()
 
 
-def _prefixes(dataset: SequenceDataset, users: np.ndarray, lengths: np.ndarray) -> PackedSequences:
+def parts_hash(
+    dataset: SequenceDataset, rule: str, train: tuple[np.ndarray, np.ndarray], *rows: tuple[np.ndarray, np.ndarray]
+) -> str:
+    """`split_hash`, and which events each part has: for splits that the sequences and the rule alone do not decide.
+
+    Args:
+        train: users of the training sequences and how many of their events belong to each.
+        rows: users of the rows of a part and how many events are older than each target.
+    """
+    digest = hashlib.sha256(bytes.fromhex(split_hash(dataset, rule)))
+    for users, lengths in (train, *rows):
+        digest.update(len(users).to_bytes(8, "little"))
+        digest.update(np.ascontiguousarray(users, dtype="<i8").data)
+        digest.update(np.ascontiguousarray(lengths, dtype="<i8").data)
+    return digest.hexdigest()
+
+
+def first_events(dataset: SequenceDataset, users: np.ndarray, lengths: np.ndarray) -> PackedSequences:
+    """The `lengths` [B] oldest events of each of the users [B], repeats allowed."""
     positions = segment_positions(dataset.offsets[users], lengths)
     return PackedSequences(dataset.item_index[positions].astype(np.int64), cu_seqlens_of(lengths))
+
+
+def event_rows(dataset: SequenceDataset, users: np.ndarray, events_before: np.ndarray) -> EvaluationRows:
+    """Rows whose target is the event of user `users[b]` with `events_before[b]` older ones, all of them its history."""
+    targets = dataset.item_index[dataset.offsets[users] + events_before].astype(np.int64)
+    return EvaluationRows(users, first_events(dataset, users, events_before), targets)
 
 
 def leave_one_out(dataset: SequenceDataset) -> Split:
@@ -75,11 +110,6 @@ def leave_one_out(dataset: SequenceDataset) -> Split:
     everyone = np.arange(dataset.num_users, dtype=np.int64)
     held_out = everyone[lengths >= MIN_EVENTS]
     train_lengths = np.where(lengths >= MIN_EVENTS, lengths - 2, lengths)
-
-    def rows(events_before: np.ndarray) -> EvaluationRows:
-        targets = dataset.item_index[dataset.offsets[held_out] + events_before].astype(np.int64)
-        return EvaluationRows(held_out, _prefixes(dataset, held_out, events_before), targets)
-
     rule = leave_one_out_rule(dataset.manifest.tie_rule)
     actual = split_hash(dataset, rule)
     if dataset.manifest.split_hash not in ("", actual):
@@ -88,10 +118,10 @@ def leave_one_out(dataset: SequenceDataset) -> Split:
             f"got {actual}; prepare the data set again"
         )
     return Split(
-        train=_prefixes(dataset, everyone, train_lengths),
+        train=first_events(dataset, everyone, train_lengths),
         train_users=everyone,
-        valid=rows(lengths[held_out] - 2),
-        test=rows(lengths[held_out] - 1),
+        valid=event_rows(dataset, held_out, lengths[held_out] - 2),
+        test=event_rows(dataset, held_out, lengths[held_out] - 1),
         rule=rule,
         hash=actual,
     )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from laser_fast.config import LaserConfig, resolve_path
-from laser_fast.data import SequenceDataset, Split, leave_one_out
+from laser_fast.data import SequenceDataset, Split, make_split
 from laser_fast.models.adapter_files import Origin
 from laser_fast.models.assembly import build_batches, build_execution, check_tokens, laser_parts
 from laser_fast.models.base_model import describe_base
@@ -38,7 +38,7 @@ def load_inputs(config: LaserConfig) -> Inputs:
         ValueError: the recommender was trained on another split or catalogue.
     """
     dataset = SequenceDataset.load(resolve_path(config.data))
-    split = leave_one_out(dataset)
+    split = make_split(dataset, **config.split.model_dump())
     recommender = None
     if config.recommender is not None:
         recommender = load_recommender(resolve_path(config.recommender), expected_split_hash=split.hash)

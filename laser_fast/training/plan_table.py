@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from laser_fast.config import LaserConfig, resolve_path
-from laser_fast.data import SequenceDataset, leave_one_out, training_rows
+from laser_fast.data import SequenceDataset, make_split, training_rows
 from laser_fast.models.assembly import build_batches
 from laser_fast.models.language_model import load_tokenizer
 from laser_fast.models.recommender_files import load_recommender
@@ -25,7 +25,7 @@ def measure_workload(config: LaserConfig) -> Workload:
         FileNotFoundError: no data or no tokenizer.
     """
     dataset = SequenceDataset.load(resolve_path(config.data))
-    split = leave_one_out(dataset)
+    split = make_split(dataset, **config.split.model_dump())
     builder = build_batches(
         config.prompt,
         dataset.items,

@@ -1,0 +1,213 @@
+"""Data that come split: rows of `user`, `history` and `target` for training, validation and test, as JSON lines.
+
+A folder holds `train`, and `valid` and `test` where there are such rows, each `.jsonl` or `.jsonl.gz`, and `items` in
+any format of an item file. What is made of it is a data set like any other: training rows that continue each other are
+joined to sequences, every held-out row becomes a sequence of its own, and the manifest counts how many each part has.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from laser_fast.data.dataset import (
+    MANIFEST_FILE,
+    SequenceDataset,
+    check_target,
+    file_sha256,
+    read_manifest,
+    write_dataset,
+)
+from laser_fast.data.items import ItemTable
+from laser_fast.data.manifest import Manifest, SourceFile
+from laser_fast.data.order import FILE_ORDER
+from laser_fast.data.readers.items import default_text_columns, read_items
+from laser_fast.data.readers.rows import Row, read_rows
+from laser_fast.data.readers.values import parse_id
+from laser_fast.data.split import Split, event_rows, first_events, parts_hash
+from laser_fast.data.text import clean_text
+
+_LOGGER = logging.getLogger(__name__)
+_PARTS = ("train", "valid", "test")
+_ROW_SUFFIXES = (".jsonl", ".jsonl.gz")
+_ITEM_SUFFIXES = (*_ROW_SUFFIXES, ".csv", ".csv.gz", ".tsv", ".tsv.gz")
+_COLUMNS = ("user", "history", "target")
+_FORMAT = "presplit"
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of one part: the user's external id, item indices of history and target."""
+
+    users: list[str]
+    sequences: list[list[int]]  # history and target together
+
+
+def is_presplit(dataset: SequenceDataset) -> bool:
+    """Whether the data set came split."""
+    return dataset.manifest.format == _FORMAT
+
+
+def given_split(dataset: SequenceDataset) -> Split:
+    """The split that the source gave.
+
+    Raises:
+        ValueError: the data set did not come split, or is not the one its manifest describes.
+    """
+    if not is_presplit(dataset):
+        raise ValueError(
+            f"given_split: the data set must have come split, got format {dataset.manifest.format!r}; "
+            "use `prepare --presplit`"
+        )
+    ends = np.cumsum([dataset.manifest.counts[f"{part}_sequences"] for part in _PARTS])
+    if ends[-1] != dataset.num_users:
+        raise ValueError(f"given_split: the parts must have {dataset.num_users} sequences together, got {ends[-1]}")
+    lengths = np.diff(dataset.offsets)
+    train, valid, test = np.split(np.arange(dataset.num_users, dtype=np.int64), ends[:-1])
+    rule = f"as the source gives it, ties by {dataset.manifest.tie_rule}"
+    parts = [(users, lengths[users] - 1) for users in (valid, test)]
+    actual = parts_hash(dataset, rule, (train, lengths[train]), *parts)
+    if dataset.manifest.split_hash not in ("", actual):
+        raise ValueError(
+            f"given_split: the split must have the hash of the manifest, {dataset.manifest.split_hash}, "
+            f"got {actual}; prepare the data set again"
+        )
+    return Split(
+        train=first_events(dataset, train, lengths[train]),
+        train_users=train,
+        valid=event_rows(dataset, *parts[0]),
+        test=event_rows(dataset, *parts[1]),
+        rule=rule,
+        hash=actual,
+    )
+
+
+def prepare_presplit(
+    folder: Path,
+    out: Path,
+    *,
+    item_id_column: str = "item_id",
+    text_columns: tuple[str, ...] | None = None,
+    clean: bool = True,
+    overwrite: bool = False,
+    say: Callable[[str], None] = _LOGGER.info,
+) -> SequenceDataset:
+    """Read a folder of split rows, write a data set, return it as loaded from disk.
+
+    A training row continues the one before it if both are of one user and its history is what was known after that one
+    (cut to the longest history of the file); such rows become one sequence. What stands in the first history of a
+    sequence is learned as well.
+
+    Args:
+        folder: see the module.
+        out: where the data set goes; it appears whole or not at all, and is left alone if it is up to date.
+        item_id_column: of the item file.
+        text_columns: columns of the item file to keep; None: all.
+        clean: remove HTML and collapse white space in texts.
+        overwrite: replace a data set that is already there.
+        say: takes what a person wants to know, e.g. `print`.
+
+    Raises:
+        FileNotFoundError: no training rows or no item file.
+        FileExistsError: the target holds something else.
+        ValueError: a row is not as it should be, with file, line, column and value.
+    """
+    files = {part: _find(folder, part, _ROW_SUFFIXES) for part in _PARTS}
+    item_file = _find(folder, "items", _ITEM_SUFFIXES)
+    for part, found in (("train", files["train"]), ("items", item_file)):
+        if found is None:
+            raise FileNotFoundError(f"prepare_presplit: the folder must hold {part}.jsonl, got none in {folder}")
+    assert item_file is not None
+    columns = default_text_columns(item_file, item_id_column) if text_columns is None else list(text_columns)
+    sources = [path for path in (*files.values(), item_file) if path is not None]
+    manifest = Manifest(
+        format=_FORMAT,
+        tie_rule=FILE_ORDER,
+        sources=tuple(SourceFile(path.name, file_sha256(path), path.stat().st_size) for path in sources),
+        options={"item_id_column": item_id_column, "text_columns": columns, "clean": clean},
+    )
+    target = out.resolve()
+    if _up_to_date(target, manifest, overwrite):
+        say(f"{out} is up to date: same sources, same settings; nothing written")
+        return SequenceDataset.load(target)
+    ids, fields = read_items(item_file, item_id_column, columns)
+    if clean:
+        fields = {name: [clean_text(text) for text in column] for name, column in fields.items()}
+    items = ItemTable(ids, fields)
+    parts = {part: _Rows([], []) if path is None else _read_part(path, items) for part, path in files.items()}
+    parts["train"] = _joined(parts["train"])
+    dataset = write_dataset(target, _assemble(parts, items, manifest), overwrite=overwrite)
+    counts = given_split(dataset).counts()
+    say(f"{folder.name}: {len(items):,} items, " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+    say(f"wrote {out}")
+    return dataset
+
+
+def _find(folder: Path, name: str, suffixes: tuple[str, ...]) -> Path | None:
+    return next((path for suffix in suffixes if (path := folder / (name + suffix)).is_file()), None)
+
+
+def _up_to_date(target: Path, manifest: Manifest, overwrite: bool) -> bool:
+    if not (target / MANIFEST_FILE).is_file():
+        check_target(target, overwrite)
+        return False
+    if overwrite:
+        return False
+    if read_manifest(target).recipe() != manifest.recipe():
+        raise FileExistsError(
+            f"prepare_presplit: the target must be empty, got a data set in {target} made of other files or with other "
+            "settings; use overwrite"
+        )
+    return True
+
+
+def _read_part(path: Path, items: ItemTable) -> _Rows:
+    rows = _Rows([], [])
+    for row in read_rows(path, _COLUMNS):
+        user, history, target = row.values
+        if not isinstance(history, list):
+            raise row.error("a history must be a list of item ids", "history", history)
+        rows.users.append(parse_id(row, "user", user))
+        known = [_item(row, "history", item, items) for item in history]
+        rows.sequences.append([*known, _item(row, "target", target, items)])
+    return rows
+
+
+def _item(row: Row, column: str, value: object, items: ItemTable) -> int:
+    index = int(items.index_of([parse_id(row, column, value)])[0])
+    if index < 0:
+        raise row.error("items must be in the item file", column, value)
+    return index
+
+
+def _joined(rows: _Rows) -> _Rows:
+    """Rows that continue the one before them are appended to its sequence."""
+    window = max((len(sequence) - 1 for sequence in rows.sequences), default=0)
+    joined = _Rows([], [])
+    for user, (*history, target) in zip(rows.users, rows.sequences, strict=True):
+        if history and joined.users and joined.users[-1] == user:
+            known = joined.sequences[-1]
+            if history == known[-min(len(known), window) :]:
+                known.append(target)
+                continue
+        joined.users.append(user)
+        joined.sequences.append([*history, target])
+    return joined
+
+
+def _assemble(parts: dict[str, _Rows], items: ItemTable, manifest: Manifest) -> SequenceDataset:
+    users = [user for part in _PARTS for user in parts[part].users]
+    repeated = {user for user, count in Counter(users).items() if count > 1}
+    names = [
+        f"{user}@{part}.{number}" if user in repeated else user
+        for part in _PARTS
+        for number, user in enumerate(parts[part].users)
+    ]
+    dataset = SequenceDataset.from_lists([s for part in _PARTS for s in parts[part].sequences], items, names)
+    counts = {f"{part}_sequences": len(parts[part].users) for part in _PARTS}
+    counts["items_in_sequences"] = len(np.unique(dataset.item_index))
+    dataset = replace(dataset, manifest=replace(manifest, counts=counts))
+    return replace(dataset, manifest=replace(dataset.manifest, split_hash=given_split(dataset).hash))

@@ -1,0 +1,101 @@
+"""Data that come split: rows in, sequences and the source's own split out."""
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from laser_fast.data import SequenceDataset, given_split, leave_one_out, make_split, prepare_presplit
+
+Rows = list[tuple[Any, Any, Any]]
+# b's second row does not continue its first; d's history is cut to three, the longest of the file
+TRAIN: Rows = [
+    ("a", [1], 2),
+    ("a", [1, 2], 3),
+    ("b", [4], 5),
+    ("b", [1], 4),
+    ("d", [0, 1, 2], 3),
+    ("d", [1, 2, 3], 4),
+    ("d", [2, 3, 4], 5),
+]
+VALID: Rows = [("v", [5, 4], 3), ("a", [1, 2], 5)]
+
+
+def write(folder: Path, items: int = 6, **parts: Rows) -> Path:
+    folder.mkdir(exist_ok=True)
+    for part, rows in parts.items():
+        lines = [json.dumps(dict(zip(("user", "history", "target"), row, strict=True))) for row in rows]
+        (folder / f"{part}.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    lines = [json.dumps({"item_id": item, "title": f"t{item} <b>"}) for item in range(items)]
+    (folder / "items.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> SequenceDataset:
+    return prepare_presplit(write(tmp_path / "source", train=TRAIN, valid=VALID), tmp_path / "out")
+
+
+def test_rows_become_sequences_and_the_split_is_the_sources(prepared: SequenceDataset) -> None:
+    split = given_split(prepared)
+    assert split.train.to_lists() == [[1, 2, 3], [4, 5], [1, 4], [0, 1, 2, 3, 4, 5]]
+    assert split.valid.histories.to_lists() == [[5, 4], [1, 2]]
+    assert split.valid.targets.tolist() == [3, 5]
+    assert len(split.test) == 0
+    assert prepared.user_ids == ["a@train.0", "b@train.1", "b@train.2", "d", "v", "a@valid.1"]
+    assert prepared.items.field("title")[0] == "t0"
+    assert split.rule == "as the source gives it, ties by file-order"
+    assert make_split(prepared, "given").hash == split.hash == prepared.manifest.split_hash
+
+
+def test_it_survives_the_disk_and_is_left_alone_when_up_to_date(prepared: SequenceDataset, tmp_path: Path) -> None:
+    said: list[str] = []
+    again = prepare_presplit(tmp_path / "source", tmp_path / "out", say=said.append)
+    assert "nothing written" in said[-1]
+    assert given_split(again).hash == given_split(prepared).hash
+    write(tmp_path / "source", train=TRAIN[:-1], valid=VALID, test=VALID)
+    with pytest.raises(FileExistsError, match="prepare_presplit: the target must be empty, got a data set in"):
+        prepare_presplit(tmp_path / "source", tmp_path / "out")
+    other = prepare_presplit(tmp_path / "source", tmp_path / "out", overwrite=True, say=said.append)
+    assert len(given_split(other).test) == 2 and "2 test_rows" in said[-2]
+
+
+def test_other_splits_of_it_are_refused(prepared: SequenceDataset) -> None:
+    with pytest.raises(ValueError, match="came split must be \"given\", got 'leave-one-out'"):
+        make_split(prepared)
+    with pytest.raises(ValueError, match="leave_one_out: the split must have the hash of the manifest"):
+        leave_one_out(prepared)
+    with pytest.raises(ValueError, match="must have come split, got format 'memory'"):
+        given_split(SequenceDataset.from_lists([[1, 2]]))
+
+
+def test_a_data_set_that_is_not_its_manifests_is_refused(prepared: SequenceDataset) -> None:
+    with pytest.raises(ValueError, match="given_split: the split must have the hash of the manifest"):
+        given_split(replace(prepared, user_ids=list("abcdef")))
+    counts = {**prepared.manifest.counts, "train_sequences": 9}
+    with pytest.raises(ValueError, match="must have 6 sequences together, got 11"):
+        given_split(replace(prepared, manifest=replace(prepared.manifest, counts=counts)))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (("a", [1], 9), "items must be in the item file, got 9 in line 1, column 'target'"),
+        (("a", [7], 1), "items must be in the item file, got 7 in line 1, column 'history'"),
+        (("a", "1,2", 1), "a history must be a list of item ids, got '1,2' in line 1, column 'history'"),
+        ((None, [1], 1), "an id must be text or a whole number, got None in line 1, column 'user'"),
+    ],
+)
+def test_bad_rows_are_named(row: tuple[Any, Any, Any], message: str, tmp_path: Path) -> None:
+    source = write(tmp_path / "source", train=[row])
+    with pytest.raises(ValueError, match=f"train.jsonl.gz: {message}"):
+        prepare_presplit(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_training_rows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"the folder must hold train\.jsonl, got none in"):
+        prepare_presplit(write(tmp_path / "source", valid=VALID), tmp_path / "out")
