@@ -237,12 +237,14 @@ def _compare(parsed: argparse.Namespace) -> None:
 
 def _recommend(parsed: argparse.Namespace) -> None:
     from laser_fast.data import ItemText
+    from laser_fast.models.adapter_files import origin_of
 
-    model, inputs, config = _load(parsed)
-    dataset = inputs.dataset
     if parsed.history is not None:
+        model = _load_alone(parsed)
         users, histories = ["the history given"], [parsed.history]
     else:
+        model, inputs, _ = _load(parsed)
+        dataset = inputs.dataset
         if parsed.user is None:
             chosen = [round(i * dataset.num_users / parsed.sample) for i in range(parsed.sample)]
         else:
@@ -250,7 +252,9 @@ def _recommend(parsed: argparse.Namespace) -> None:
         users = [f"user {dataset.user_ids[index]}" for index in chosen]
         histories = [[dataset.items.ids[item] for item in dataset.sequence(index)] for index in chosen]
     answers = model.recommend(histories, parsed.k, exclude_seen=not parsed.include_seen)
-    titles = dict(zip(dataset.items.ids, ItemText(config.prompt.item_template).render(dataset.items), strict=True))
+    origin = origin_of(model)
+    texts = ItemText(origin.config.prompt.item_template).render(origin.items)
+    titles = dict(zip(model.item_ids, texts, strict=True))
     for user, history, answer in zip(users, histories, answers, strict=True):
         if parsed.json:
             items = [{"item": r.item_id, "score": r.score, "text": titles[r.item_id]} for r in answer]
@@ -291,6 +295,16 @@ def _load(parsed: argparse.Namespace) -> Any:
     from laser_fast.training.checkpoint import load_laser
 
     return load_laser(parsed.model, data=parsed.data, recommender=parsed.recommender)
+
+
+def _load_alone(parsed: argparse.Namespace) -> Any:
+    """The model of a run or a folder of `save_pretrained`, for which no data set is needed."""
+    from laser_fast.models import LaserModel
+    from laser_fast.models.adapter_files import find_saved
+
+    if find_saved(resolve_path(parsed.model)) is None:
+        raise FileNotFoundError(f"recommend: the folder must hold a run or a saved Laser, got {parsed.model!r}")
+    return LaserModel.from_pretrained(parsed.model, recommender=parsed.recommender, local_files_only=True)
 
 
 def _settings(overrides: Sequence[str]) -> dict[str, Any]:

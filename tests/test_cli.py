@@ -75,6 +75,24 @@ def test_recommend_for_a_history_of_ids(trained: Path, capsys: pytest.CaptureFix
     assert not {"i1", "i2"} & {item["item"] for item in answer["recommendations"]}
 
 
+def test_a_saved_model_needs_no_data_set(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_lm: Path
+) -> None:
+    from laser_fast import LaserModel
+
+    LaserModel.from_pretrained(trained / "laser").save_pretrained(tmp_path / "alone")
+    question = ["--history", "i1", "i2", "-k", "3", "--json"]
+    answers = []
+    for folder in (trained / "laser", tmp_path / "alone"):
+        assert main(["recommend", str(folder), *question]) == 0
+        answers.append(json.loads(capsys.readouterr().out))
+    assert answers[0] == answers[1]
+    assert main(["recommend", str(tmp_path / "alone")]) == 2
+    assert "must come from a training run, got a model saved on its own" in capsys.readouterr().err
+    assert main(["recommend", str(tiny_lm), *question]) == 2
+    assert "the folder must hold a run or a saved Laser" in capsys.readouterr().err
+
+
 def test_recommend_in_words(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recommend", str(trained / "laser"), "--user", "u3"]) == 0
     printed = capsys.readouterr().out
