@@ -16,6 +16,7 @@ from laser_fast.data.split import Split, TrainingRows, leave_one_out, training_r
 from laser_fast.data.split_kinds import SplitKind, make_split
 from laser_fast.data.split_time import global_time
 from laser_fast.data.split_users import by_user
+from laser_fast.data.streaming import LoaderPosition, StreamedRows, TokenBudgetLoader
 from laser_fast.data.text import ItemText, clean_text
 from laser_fast.data.titles import normalize_title
 from laser_fast.data.tokens import (
@@ -24,6 +25,7 @@ from laser_fast.data.tokens import (
     history_tokens,
     item_tokens,
     prompt_layout,
+    prompt_lengths,
     tokenize_texts,
 )
 
@@ -32,6 +34,7 @@ __all__ = [
     "InteractionColumns",
     "ItemTable",
     "ItemText",
+    "LoaderPosition",
     "Manifest",
     "NextItem",
     "NextItemCollator",
@@ -43,6 +46,8 @@ __all__ = [
     "SourceFile",
     "Split",
     "SplitKind",
+    "StreamedRows",
+    "TokenBudgetLoader",
     "TokenizedTexts",
     "TrainingRows",
     "add_prepare_arguments",
@@ -59,6 +64,7 @@ __all__ = [
     "prepare",
     "prepare_presplit",
     "prompt_layout",
+    "prompt_lengths",
     "request_from_arguments",
     "tokenize_texts",
     "training_rows",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from laser_fast.data.sequences import EvaluationRows, PackedSequences, cu_seqlens_of, row_indices
-from laser_fast.data.tokens import PromptLayout, TokenizedTexts, history_tokens
+from laser_fast.data.tokens import PromptLayout, TokenizedTexts, history_tokens, prompt_lengths
 
 
 @dataclass(frozen=True)
@@ -158,9 +158,21 @@ class BatchBuilder:
         for start in range(0, self.num_items, batch_size):
             yield self.items(np.arange(start, min(start + batch_size, self.num_items)))
 
+    def user_lengths(self, histories: PackedSequences) -> np.ndarray:
+        """Tokens of the text of every user in `histories`, virtual ones not counted: int64 [B]."""
+        return prompt_lengths(histories, self.texts, self._inner(self.user_layout))
+
+    def item_lengths(self, indices: np.ndarray) -> np.ndarray:
+        """Tokens of the text of every item in `items`, virtual ones not counted: int64 [n]."""
+        ones = PackedSequences(indices, cu_seqlens_of(np.ones(len(indices), dtype=np.int64)))
+        return prompt_lengths(ones, self.texts, self._inner(self.item_layout))
+
+    def _inner(self, layout: PromptLayout) -> PromptLayout:
+        """Without the instruction, where that stands in front of the prefix."""
+        return replace(layout, left=[]) if self.prompt_first else layout
+
     def _build(self, sequences: PackedSequences, layout: PromptLayout) -> PackedBatch:
-        inner = replace(layout, left=[]) if self.prompt_first else layout
-        input_ids, token_cu_seqlens = history_tokens(sequences, self.texts, inner)
+        input_ids, token_cu_seqlens = history_tokens(sequences, self.texts, self._inner(layout))
         seen = self._known(sequences).truncate_left(self.max_history)
         return PackedBatch(
             torch.from_numpy(seen.items),

@@ -239,6 +239,17 @@ def _newest_that_fit(
     return starts[fits], lengths[fits], np.bincount(users[fits], minlength=len(recent))
 
 
+def prompt_lengths(histories: PackedSequences, texts: TokenizedTexts, layout: PromptLayout) -> np.ndarray:
+    """Tokens that `history_tokens` gives every history: int64 [B]."""
+    texts.check_indices(histories.items)
+    _, lengths, counts = _newest_that_fit(histories, texts, layout)
+    users = np.repeat(np.arange(len(counts)), counts)
+    told = np.bincount(users, weights=lengths, minlength=len(counts)).astype(np.int64)
+    separators = np.maximum(counts - 1, 0) * len(layout.separator)
+    total: np.ndarray = told + separators + len(layout.left) + len(layout.right)
+    return total
+
+
 def history_tokens(
     histories: PackedSequences, texts: TokenizedTexts, layout: PromptLayout
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,61 @@
+"""A shuffle that is computed instead of held: a keyed bijection on 0..n-1 in constant memory.
+
+A Feistel network (Luby and Rackoff 1988) permutes 0..4^h-1, the next power of four; what falls beyond n-1 goes through
+it again until it falls inside (cycle walking, Black and Rogaway 2002), less than four times on average.
+"""
+
+import numpy as np
+
+_ROUNDS = 6
+_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # splitmix64 (Steele, Lea and Flood 2014)
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+
+
+class Permutation:
+    """Shuffled row numbers: `Permutation(n, [seed, epoch])(positions)` are the rows that stand at these positions.
+
+    Args:
+        size: n, at least 1.
+        seed: an integer or several, not negative.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+
+    def __init__(self, size: int, seed: int | list[int]) -> None:
+        if size < 1:
+            raise ValueError(f"Permutation: size must be at least 1, got {size}")
+        self.size = size
+        self._half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+        self._mask = np.uint64((1 << int(self._half_bits)) - 1)
+        self._keys = np.random.SeedSequence(seed).generate_state(_ROUNDS, np.uint64)
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """int64 [m] positions in 0..n-1 -> int64 [m] rows; different positions give different rows.
+
+        Raises:
+            ValueError: a position out of range.
+        """
+        if positions.size and (positions.min() < 0 or positions.max() >= self.size):
+            worst = positions.min() if positions.min() < 0 else positions.max()
+            raise ValueError(f"Permutation: positions must lie in 0..{self.size - 1}, got {worst}")
+        rows = self._once(positions.astype(np.uint64))
+        while (outside := rows >= self.size).any():
+            rows[outside] = self._once(rows[outside])
+        return rows.astype(np.int64)
+
+    def _once(self, values: np.ndarray) -> np.ndarray:
+        left, right = values >> self._half_bits, values & self._mask
+        for key in self._keys:
+            left, right = right, left ^ (_mixed(right + key) & self._mask)
+        return (left << self._half_bits) | right
+
+
+def _mixed(values: np.ndarray) -> np.ndarray:
+    """splitmix64: every bit of the result depends on every bit of the value."""
+    with np.errstate(over="ignore"):
+        values = values + _STEP
+        values = (values ^ (values >> np.uint64(30))) * _MIX[0]
+        values = (values ^ (values >> np.uint64(27))) * _MIX[1]
+        mixed: np.ndarray = values ^ (values >> np.uint64(31))
+        return mixed
