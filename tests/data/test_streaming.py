@@ -83,7 +83,7 @@ def test_a_permutation_gives_every_row_once(size: int) -> None:
 
 
 def test_a_permutation_shuffles_well() -> None:
-    size, draws = 20, 4000
+    size, draws = 20, 1000
     counts = np.zeros((size, size))
     follows = 0
     for seed in range(draws):
