@@ -7,8 +7,9 @@ from laser_fast.data.dataset import SequenceDataset, write_dataset
 from laser_fast.data.items import ItemTable
 from laser_fast.data.loading import NextItem, NextItemCollator, NextItemDataset
 from laser_fast.data.manifest import Manifest, SourceFile
-from laser_fast.data.prepare import PrepareRequest, describe, prepare
+from laser_fast.data.prepare import describe, prepare
 from laser_fast.data.prepare_arguments import add_prepare_arguments, request_from_arguments
+from laser_fast.data.prepare_request import PrepareRequest
 from laser_fast.data.presplit import given_split, prepare_presplit
 from laser_fast.data.readers import InteractionColumns
 from laser_fast.data.sequences import EvaluationRows, PackedSequences

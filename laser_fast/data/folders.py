@@ -1,7 +1,9 @@
 """Files and folders that are whole or absent: written beside the target under another name, then renamed."""
 
+import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -33,8 +35,7 @@ def replace_directory(directory: Path) -> Iterator[Path]:
     old one is called `NAME.old`; if the process dies right then, `whole_directory` finds it there.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
-    fresh = directory.with_name(f".{directory.name}.{secrets.token_hex(6)}.partial")
-    fresh.mkdir()
+    fresh, lock = _fresh_folder(directory)
     try:
         yield fresh
         for path in fresh.iterdir():
@@ -48,6 +49,51 @@ def replace_directory(directory: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+        os.close(lock)
+
+
+def _fresh_folder(directory: Path) -> tuple[Path, int]:
+    """A new folder beside `directory` and a descriptor of it, locked for as long as this process lives."""
+    while True:
+        fresh = directory.with_name(f".{directory.name}.{secrets.token_hex(6)}.partial")
+        fresh.mkdir()
+        lock = _locked(fresh)
+        if lock is not None and fresh.is_dir():  # else `remove_leftovers` of another process came in between
+            return fresh, lock
+
+
+def _locked(folder: Path) -> int | None:
+    """A descriptor that holds the folder's lock; None if another process has it or the folder is gone."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:
+        pass  # a file system without locks
+    return descriptor
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what processes that were killed inside `replace_directory(directory)` left beside it.
+
+    Folders of processes that still write are locked and stay. Where the process died between its two renames, the old
+    folder gets its name back.
+    """
+    if not directory.parent.is_dir():
+        return
+    pattern = re.compile(re.escape(f".{directory.name}.") + r"[0-9a-f]{12}\.partial")
+    for path in directory.parent.iterdir():
+        if pattern.fullmatch(path.name) and path.is_dir() and (lock := _locked(path)) is not None:
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(lock)
+    old = _old(directory)
+    if old.is_dir() and not directory.exists():
+        old.rename(directory)
 
 
 def whole_directory(directory: Path) -> Path:

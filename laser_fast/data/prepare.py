@@ -2,9 +2,9 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 
@@ -16,212 +16,137 @@ from laser_fast.data.dataset import (
     read_manifest,
     write_dataset,
 )
+from laser_fast.data.filters import core, long_enough, newest, order_of, without_duplicates
+from laser_fast.data.folders import remove_leftovers
 from laser_fast.data.items import ItemTable
 from laser_fast.data.manifest import Manifest, SourceFile
-from laser_fast.data.order import FILE_ORDER, chronological_order, core_mask, parse_tie_rule, tie_counts, tie_keys
-from laser_fast.data.readers import InteractionColumns, Interactions, UnknownItems, read_interactions, read_items
-from laser_fast.data.readers.items import default_text_columns
-from laser_fast.data.readers.rows import column_types
+from laser_fast.data.order import parse_tie_rule, tie_counts
+from laser_fast.data.prepare_request import PrepareRequest
+from laser_fast.data.prepare_sources import TITLE_FIELD, Fields, PrepareSources, find_sources
+from laser_fast.data.readers import BadRows, EventRules, Interactions, read_interactions, read_items
 from laser_fast.data.split import leave_one_out_rule, split_hash
-from laser_fast.data.text import clean_text
+from laser_fast.data.text import clean_text, first_words
 from laser_fast.data.titles import normalize_title
 
 _LOGGER = logging.getLogger(__name__)
-TITLE_FIELD = "title"
-_YEAR_COLUMNS = ("release_year", "year")
+BAD_ROWS = "bad_rows"
 
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class PrepareRequest:
-    """What to prepare, from what, how.
-
-    Args:
-        out: folder of the data set.
-        recbole: folder with RecBole atomic files: one `.inter`, at most one `.item`. Or
-        interactions, items: an interaction log and an item file (CSV, TSV, JSON lines, also gzipped); without an item
-            file the catalogue is the items of the log, without texts.
-        columns: names of the log's columns.
-        item_id_column: name of the item file's id column; None: as in the log.
-        text_columns: columns of the item file to keep; None: all (of RecBole files all token columns).
-        title_column: column that becomes the field "title"; None: of RecBole files the first token_seq column with
-            "title" in its name, else a column "title" stays what it is.
-        year_column: column with the release year, appended to the title; None: of RecBole files `release_year` or
-            `year`. With a year, titles are taken for film titles and put right (`normalize_title`).
-        tie_rule: order of one user's events with equal timestamps: "file-order", or "hash:SEED" (seeded hash of user
-            and item id).
-        unknown_items: what an event with an item outside the item file does: "error", "drop" (the event) or "keep"
-            (the item, with empty texts).
-        min_rating: drop events rated lower.
-        min_user_interactions, min_item_interactions: drop users and items with fewer events, repeatedly.
-        catalogue: "all" keeps every item of the item file, also those in no sequence; "interacted" only those in one.
-        clean: remove HTML and collapse white space in texts.
-        overwrite: replace a data set that is already at `out`.
-
-    Raises:
-        ValueError: not exactly one source, or a setting out of range.
-    """
-
-    out: Path
-    recbole: Path | None = None
-    interactions: Path | None = None
-    items: Path | None = None
-    columns: InteractionColumns = field(default_factory=InteractionColumns)
-    item_id_column: str | None = None
-    text_columns: tuple[str, ...] | None = None
-    title_column: str | None = None
-    year_column: str | None = None
-    tie_rule: str = FILE_ORDER
-    unknown_items: UnknownItems = "error"
-    min_rating: float | None = None
-    min_user_interactions: int = 1
-    min_item_interactions: int = 1
-    catalogue: Literal["all", "interacted"] = "all"
-    clean: bool = True
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        if (self.recbole is None) == (self.interactions is None):
-            raise ValueError(
-                "PrepareRequest: either a RecBole folder or an interaction log must be given, "
-                f"got {self.recbole} and {self.interactions}"
-            )
-        if self.recbole is not None and self.items is not None:
-            raise ValueError(f"PrepareRequest: a RecBole folder brings its own item file, got {self.items} too")
-        if self.year_column is not None and self.title_column is None and self.recbole is None:
-            raise ValueError(f"PrepareRequest: a year column needs a title column, got {self.year_column!r} alone")
-        parse_tie_rule(self.tie_rule)
-        for name, allowed in (("unknown_items", ("error", "drop", "keep")), ("catalogue", ("all", "interacted"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"PrepareRequest: {name} must be one of {allowed}, got {getattr(self, name)!r}")
-        for name in ("min_user_interactions", "min_item_interactions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"PrepareRequest: {name} must be at least 1, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A request with every default filled in from the files' headers."""
-
-    request: PrepareRequest
-    interactions: Path
-    items: Path | None
-    item_id_column: str
-    text_columns: tuple[str, ...]
-    title_column: str | None
-    year_column: str | None
-
-    def manifest(self) -> Manifest:
-        request = self.request
-        files = [self.interactions] + ([self.items] if self.items is not None else [])
-        return Manifest(
-            format="tables" if request.recbole is None else "recbole",
-            tie_rule=request.tie_rule,
-            sources=tuple(SourceFile(path.name, file_sha256(path), path.stat().st_size) for path in files),
-            filters={
-                "min_rating": request.min_rating,
-                "min_user_interactions": request.min_user_interactions,
-                "min_item_interactions": request.min_item_interactions,
-                "unknown_items": request.unknown_items,
-                "catalogue": request.catalogue,
-            },
-            options={
-                "user_column": request.columns.user,
-                "item_column": request.columns.item,
-                "time_column": request.columns.time,
-                "rating_column": request.columns.rating if request.min_rating is not None else None,
-                "item_id_column": self.item_id_column,
-                "text_columns": list(self.text_columns),
-                "title_column": self.title_column,
-                "year_column": self.year_column,
-                "clean": request.clean,
-            },
-        )
-
-
-def _recbole_files(folder: Path) -> tuple[Path, Path | None]:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"prepare: the RecBole source must be a folder, got {folder}")
-    logs, items = (sorted(path for path in folder.iterdir() if path.suffix == end) for end in (".inter", ".item"))
-    if len(logs) != 1 or len(items) > 1:
-        names = [path.name for path in (*logs, *items)]
-        raise ValueError(f"prepare: a RecBole folder must hold one .inter and at most one .item file, got {names}")
-    return logs[0], items[0] if items else None
-
-
-def _plan(request: PrepareRequest) -> _Plan:
-    if request.recbole is not None:
-        interactions, items = _recbole_files(request.recbole)
-    else:
-        assert request.interactions is not None  # checked by the request
-        interactions, items = request.interactions, request.items
-    for path in (interactions, items):
-        if path is not None and not path.is_file():
-            raise FileNotFoundError(f"prepare: the source must be a file, got {path}")
-    id_column = request.item_id_column or request.columns.item
-    if items is None:
-        if asked := request.text_columns or request.title_column:
-            raise ValueError(f"prepare: text columns need an item file, got {asked!r} and none")
-        return _Plan(request, interactions, None, id_column, (), None, None)
-    title, year = request.title_column, request.year_column
-    types = column_types(items)
-    if request.recbole is not None:
-        title = title or next((name for name, kind in types.items() if kind == "token_seq" and "title" in name), None)
-        year = year or next((name for name in _YEAR_COLUMNS if name in types and title is not None), None)
-    texts = default_text_columns(items, id_column) if request.text_columns is None else list(request.text_columns)
-    needed = [name for name in (title, year) if name is not None and name not in texts]
-    if title not in (None, TITLE_FIELD) and TITLE_FIELD in texts:
-        raise ValueError(f"prepare: the field 'title' would come from two columns, got {title!r} and 'title'")
-    return _Plan(request, interactions, items, id_column, (*texts, *needed), title, year)
-
-
-def _read_catalogue(plan: _Plan) -> tuple[list[str], dict[str, list[str]]]:
-    """External ids and finished text fields of the item file; the title first, if there is one."""
-    assert plan.items is not None
-    ids, fields = read_items(plan.items, plan.item_id_column, plan.text_columns)
-    if plan.request.clean:
-        fields = {name: [clean_text(text) for text in column] for name, column in fields.items()}
-    if plan.title_column is None:
-        return ids, fields
-    titles = fields.pop(plan.title_column)
-    if plan.year_column is not None:
-        titles = [normalize_title(title, year) for title, year in zip(titles, fields[plan.year_column], strict=True)]
-    asked = plan.request.text_columns
-    kept = {name: column for name, column in fields.items() if asked is None or name in asked}
-    return ids, {TITLE_FIELD: titles, **kept}
-
-
-def _filtered(events: Interactions, request: PrepareRequest) -> Interactions:
-    keep = core_mask(events.user_index, events.item_index, request.min_user_interactions, request.min_item_interactions)
-    return replace(
-        events,
-        user_index=events.user_index[keep],
-        item_index=events.item_index[keep],
-        timestamps=events.timestamps[keep],
-        dropped={**events.dropped, "core": int((~keep).sum())},
+def _manifest(request: PrepareRequest, sources: PrepareSources) -> Manifest:
+    """How the data set is made; what is not asked for is not mentioned, so that later versions change no recipe."""
+    start, end = request.window(sources.time_unit)
+    asked: dict[str, Any] = {
+        "from_time": start,
+        "to_time": end,
+        "duplicates": None if request.duplicates == "all" else request.duplicates,
+        "max_history": request.max_history,
+        "min_history": None if request.min_history == 1 else request.min_history,
+    }
+    asked_of_texts = {"text_max_words": request.text_max_words, "skip_bad_rows": request.skip_bad_rows or None}
+    return Manifest(
+        format=sources.format,
+        tie_rule=request.tie_rule,
+        sources=tuple(SourceFile(path.name, file_sha256(path), path.stat().st_size) for path in sources.files),
+        filters={
+            "min_rating": request.min_rating,
+            "min_user_interactions": request.min_user_interactions,
+            "min_item_interactions": request.min_item_interactions,
+            "unknown_items": request.unknown_items or ("keep" if request.amazon else "error"),
+            "catalogue": request.catalogue or ("interacted" if request.amazon else "all"),
+            **{name: value for name, value in asked.items() if value is not None},
+        },
+        options={
+            "user_column": sources.columns.user,
+            "item_column": sources.columns.item,
+            "time_column": sources.columns.time,
+            "rating_column": sources.columns.rating if request.min_rating is not None else None,
+            "item_id_column": sources.item_id_column,
+            "text_columns": list(sources.texts.columns),
+            "title_column": sources.title_column,
+            "year_column": sources.year_column,
+            "clean": request.clean,
+            **{name: value for name, value in asked_of_texts.items() if value is not None},
+        },
     )
 
 
-def _assemble(
-    events: Interactions, fields: dict[str, list[str]], manifest: Manifest, catalogue: str
-) -> SequenceDataset:
+def _read_catalogue(
+    request: PrepareRequest, sources: PrepareSources, bad_rows: BadRows
+) -> tuple[list[str] | None, Fields]:
+    """External ids and finished text fields of the item file, the title first, if there is one; None without a file."""
+    if sources.items is None:
+        return None, {}
+    layout = sources.items_layout
+    ids, fields = read_items(sources.items, sources.item_id_column, sources.texts, layout=layout, bad_rows=bad_rows)
+    if sources.finish is not None:
+        fields = sources.finish(fields)
+    if request.clean:
+        fields = {name: [clean_text(text) for text in column] for name, column in fields.items()}
+    if sources.title_column is not None:
+        fields = _with_title(request, sources, sources.title_column, fields)
+    if (longest := request.text_max_words) is not None:
+        fields = {name: [first_words(text, longest) for text in column] for name, column in fields.items()}
+    return ids, fields
+
+
+def _with_title(request: PrepareRequest, sources: PrepareSources, title_column: str, fields: Fields) -> Fields:
+    titles = fields.pop(title_column)
+    if sources.year_column is not None:
+        years = titles if sources.year_column == title_column else fields[sources.year_column]
+        titles = [normalize_title(title, year) for title, year in zip(titles, years, strict=True)]
+    asked = request.text_columns
+    kept = {name: column for name, column in fields.items() if asked is None or name in asked}
+    return {TITLE_FIELD: titles, **kept}
+
+
+def _read_log(
+    sources: PrepareSources, catalogue: list[str] | None, manifest: Manifest, bad_rows: BadRows
+) -> Interactions:
+    filters = manifest.filters
+    rules = EventRules(
+        filters["unknown_items"], filters["min_rating"], filters.get("from_time"), filters.get("to_time")
+    )
+    return read_interactions(
+        sources.log, sources.columns, catalogue, rules, layout=sources.log_layout, bad_rows=bad_rows
+    )
+
+
+def _filtered(events: Interactions, request: PrepareRequest) -> Interactions:
+    """All filters that look at the whole log, in the order in which `PrepareRequest` names them."""
+    seed = parse_tie_rule(request.tie_rule)
+    if request.duplicates != "all":
+        events = without_duplicates(events, request.duplicates, seed)
+    events = core(events, request.min_user_interactions, request.min_item_interactions)
+    if request.max_history is not None:
+        events = newest(events, request.max_history, seed)
+    if request.min_history > 1:
+        events = long_enough(events, request.min_history)
+    return events
+
+
+def _assemble(events: Interactions, fields: Fields, manifest: Manifest, bad_rows: BadRows) -> SequenceDataset:
     seed = parse_tie_rule(manifest.tie_rule)
-    ids = (events.user_ids, events.item_ids, events.user_index, events.item_index)
-    order = chronological_order(events.user_index, events.timestamps, None if seed is None else tie_keys(*ids, seed))
+    order = order_of(events, seed)
     per_user = np.bincount(events.user_index, minlength=len(events.user_ids))
     present = np.flatnonzero(per_user)  # the filters may have emptied a user
     offsets = np.zeros(len(present) + 1, dtype=np.int64)
     np.cumsum(per_user[present], out=offsets[1:])
     items = events.item_index[order]
     used = np.bincount(items, minlength=len(events.item_ids)) > 0
-    kept = np.flatnonzero(used) if catalogue == "interacted" else np.arange(len(events.item_ids))
+    kept = np.flatnonzero(used) if manifest.filters["catalogue"] == "interacted" else np.arange(len(events.item_ids))
     renumbered = np.full(len(events.item_ids), -1, dtype=np.int64)
     renumbered[kept] = np.arange(len(kept))
     timestamps = events.timestamps[order]
     padded = {name: column + [""] * (len(events.item_ids) - len(column)) for name, column in fields.items()}
     counts = {"items_in_sequences": int(used.sum()), **tie_counts(offsets, timestamps)}
     counts |= {f"dropped_{reason}": count for reason, count in events.dropped.items()}
+    if bad_rows.repeated_items:
+        counts["repeated_items"] = bad_rows.repeated_items
+    if bad_rows.skip:
+        counts |= {BAD_ROWS: bad_rows.total}
+        counts |= {f"{BAD_ROWS}: {reason}": count for reason, count in bad_rows.by_reason.items()}
     dataset = SequenceDataset(
         items=ItemTable(
             [events.item_ids[index] for index in kept],
@@ -259,7 +184,7 @@ def _existing(target: Path, manifest: Manifest, overwrite: bool) -> SequenceData
 
 
 def describe(dataset: SequenceDataset) -> str:
-    """Sources, counts and tie rule of a prepared data set, for a person."""
+    """Counts of a data set and what its tie rule decides, in a few lines."""
     counts = dataset.manifest.counts
     sources = ", ".join(source.name for source in dataset.manifest.sources) or dataset.manifest.format
     lines = [
@@ -270,14 +195,17 @@ def describe(dataset: SequenceDataset) -> str:
     ]
     if dropped := [f"{count:,} {name[8:]}" for name, count in counts.items() if name.startswith("dropped_") and count]:
         lines.append(f"left out: {', '.join(dropped)}")
+    if counts.get(BAD_ROWS):
+        lines.append(f"bad rows skipped: {counts[BAD_ROWS]:,}")
     return "\n".join(lines)
 
 
 def prepare(request: PrepareRequest, say: Say = _LOGGER.info) -> SequenceDataset:
     """Read the sources, write the data set, return it as loaded from disk.
 
-    The target appears whole or not at all. If it is there already and was made from the same files with the same
-    settings, nothing is done. Items keep the order of the item file, users that of their first event.
+    The target appears whole or not at all, also when the process is killed; what a killed one left is removed by the
+    next. If the target is there already and was made from the same files with the same settings, nothing is done.
+    Items keep the order of the item file, users that of their first event.
 
     Args:
         request: what to do.
@@ -289,23 +217,21 @@ def prepare(request: PrepareRequest, say: Say = _LOGGER.info) -> SequenceDataset
         ValueError: a source is not as it should be (with file, line, column and value), or nothing is left to write.
     """
     target = request.out.resolve()
-    plan = _plan(request)
-    manifest = plan.manifest()
+    remove_leftovers(target)
+    sources = find_sources(request)
+    manifest = _manifest(request, sources)
     dataset = _existing(target, manifest, request.overwrite)
     if dataset is not None:
         say(f"{describe(dataset)}\n{request.out} is up to date: same sources, same settings; nothing written")
         return dataset
-    ids, fields = (None, {}) if plan.items is None else _read_catalogue(plan)
-    events = read_interactions(
-        plan.interactions,
-        request.columns,
-        ids,
-        unknown_items=request.unknown_items,
-        min_rating=request.min_rating,
-    )
-    events = _filtered(events, request)
+    bad_rows = BadRows(skip=request.skip_bad_rows)
+    ids, fields = _read_catalogue(request, sources, bad_rows)
+    events = _filtered(_read_log(sources, ids, manifest, bad_rows), request)
+    if bad_rows.total:
+        say(bad_rows.describe())
     if not len(events.user_index):
         raise ValueError(f"prepare: at least one interaction must be left, got none; dropped: {events.dropped}")
-    dataset = write_dataset(target, _assemble(events, fields, manifest, request.catalogue), overwrite=request.overwrite)
-    say(f"{describe(dataset)}\nwrote {request.out}")
+    dataset = write_dataset(target, _assemble(events, fields, manifest, bad_rows), overwrite=request.overwrite)
+    unused = f"\nnot used: {', '.join(sources.unused)}" if sources.unused else ""
+    say(f"{describe(dataset)}{unused}\nwrote {request.out}")
     return dataset

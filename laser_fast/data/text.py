@@ -32,6 +32,12 @@ def clean_text(text: str) -> str:
     return "" if text in _MISSING else text
 
 
+def first_words(text: str, longest: int) -> str:
+    """The first `longest` words of `text`; shorter texts stay as they are, white space included."""
+    words = text.split(maxsplit=longest)
+    return text if len(words) <= longest else " ".join(words[:longest])
+
+
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 
 

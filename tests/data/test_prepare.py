@@ -243,8 +243,14 @@ def test_arguments_and_request_have_the_same_defaults(tmp_path: Path, sources: P
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"interactions": None}, "either a RecBole folder or an interaction log must be given, got None and None"),
-        ({"recbole": Path("x")}, "either a RecBole folder or an interaction log"),
+        ({"interactions": None}, "exactly one of recbole, interactions, .* must be given, got None"),
+        ({"recbole": Path("x")}, r"exactly one of .* must be given, got \['recbole', 'interactions'\]"),
+        ({"interactions": None, "movielens": Path("x")}, "the source movielens brings its own item file, got .*items"),
+        ({"duplicates": "some"}, "duplicates must be one of .*, got 'some'"),
+        ({"max_history": 0}, "max_history must be at least 1, got 0"),
+        ({"min_rating": float("nan")}, "min_rating must be a number, got nan"),
+        ({"from_time": "9", "to_time": "2"}, "from_time must lie before to_time, got 9 and 2"),
+        ({"to_time": "soon"}, "parse_time: a time must be a number or a date like 2015-12-31, got 'soon'"),
         ({"tie_rule": "random"}, "must be 'file-order' or 'hash:SEED', got 'random'"),
         ({"unknown_items": "ignore"}, "unknown_items must be one of .*, got 'ignore'"),
         ({"catalogue": "some"}, "catalogue must be one of .*, got 'some'"),

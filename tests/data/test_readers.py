@@ -2,11 +2,19 @@
 
 import gzip
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from laser_fast.data.readers import InteractionColumns, column_types, read_interactions, read_items, read_rows
+from laser_fast.data.readers import (
+    EventRules,
+    InteractionColumns,
+    column_types,
+    read_interactions,
+    read_items,
+    read_rows,
+)
 
 FORMATS = {
     "log.csv": "user_id,item_id,timestamp\nu1,a,3\nu2,b,1\nu1,b,2\n",
@@ -24,8 +32,10 @@ def write(path: Path, text: str, encoding: str = "utf-8") -> Path:
     return path
 
 
-def interactions_of(path: Path, **options: object) -> tuple[list[str], list[str], list[int], list[int], list[float]]:
-    read = read_interactions(path, InteractionColumns(), **{"catalogue": None, **options})  # type: ignore[arg-type]
+def interactions_of(
+    path: Path, catalogue: list[str] | None = None, **rules: Any
+) -> tuple[list[str], list[str], list[int], list[int], list[float]]:
+    read = read_interactions(path, InteractionColumns(), catalogue, EventRules(**rules))
     return (
         read.user_ids,
         read.item_ids,
@@ -173,13 +183,13 @@ def test_unknown_items(tmp_path: Path) -> None:
     assert interactions_of(path, catalogue=["b", "a"], unknown_items="drop")[:4] == (["u1"], ["b", "a"], [0, 0], [1, 0])
     kept = interactions_of(path, catalogue=["b", "a"], unknown_items="keep")
     assert kept[:4] == (["u1", "u2"], ["b", "a", "x"], [0, 1, 0], [1, 2, 0])
-    read = read_interactions(path, InteractionColumns(), ["b", "a"], unknown_items="drop")
+    read = read_interactions(path, InteractionColumns(), ["b", "a"], EventRules("drop"))
     assert read.dropped == {"low_rating": 0, "unknown_item": 1}
 
 
 def test_lowest_rating(tmp_path: Path) -> None:
     path = write(tmp_path / "log.csv", "user_id,item_id,stars,timestamp\nu,a,3.5,1\nu,b,4,2\nv,a,5,3\n")
-    read = read_interactions(path, InteractionColumns(rating="stars"), None, min_rating=4)
+    read = read_interactions(path, InteractionColumns(rating="stars"), None, EventRules(min_rating=4))
     assert (read.user_ids, read.item_ids, read.dropped["low_rating"]) == (["u", "v"], ["b", "a"], 1)
     # without a lowest rating the column is not even looked for
     assert len(read_interactions(path, InteractionColumns(rating="none"), None).user_index) == 3

@@ -3,20 +3,9 @@
 import math
 from typing import Any
 
-from laser_fast.data.readers.rows import Row
+from laser_fast.data.readers.rows import Row, is_unicode
 
 _INT64_MAX = 2**63 - 1
-
-
-def _is_encodable(text: str) -> bool:
-    """Whether `text` is valid Unicode: JSON escapes can spell half a surrogate pair, which no file can hold."""
-    if text.isascii():
-        return True
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def parse_id(row: Row, column: str, value: Any) -> str:
@@ -27,7 +16,7 @@ def parse_id(row: Row, column: str, value: Any) -> str:
     """
     if isinstance(value, str):
         text = value.strip()
-        if text and text.lower() != "nan" and _is_encodable(text):
+        if text and text.lower() != "nan" and is_unicode(text):
             return text
     elif isinstance(value, int) and not isinstance(value, bool):
         return str(value)
@@ -63,19 +52,25 @@ def _number_in(text: str) -> int | float | None:
     return None
 
 
-def parse_text(row: Row, column: str, value: Any) -> str:
-    """A text: strings as they are, None and NaN as "", numbers written out, lists joined by commas.
+def parse_text(row: Row, column: str, value: Any, joiner: str = ", ") -> str:
+    """A text: strings as they are, None and NaN as "", numbers written out, lists joined by `joiner`.
 
     Raises:
-        ValueError: the value is a JSON object, or a string that is not valid Unicode.
+        ValueError: the value is a JSON object, lists too deep inside each other, or a string that is not valid Unicode.
     """
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if isinstance(value, str):
+        text = value
+    elif value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
-    if isinstance(value, list):
-        return ", ".join(text for entry in value if (text := parse_text(row, column, entry)))
-    if isinstance(value, dict):
+    elif isinstance(value, list):
+        try:
+            return joiner.join(text for entry in value if (text := parse_text(row, column, entry, joiner)))
+        except RecursionError as error:
+            raise row.error("the lists of a text must not be that deep", column, "a list") from error
+    elif isinstance(value, dict | bytes):
         raise row.error("a text must be a string, a number or a list", column, value)
-    text = str(value)
-    if not _is_encodable(text):
+    else:
+        text = str(value)
+    if not is_unicode(text):
         raise row.error("a text must be valid Unicode", column, value)
     return text
