@@ -53,9 +53,7 @@ def parser() -> argparse.ArgumentParser:
     train_recommender.add_argument("output", help="new folder for the trained recommender")
     train_recommender.add_argument("--config", help="YAML file with settings of SASRec")
     train_recommender.add_argument("--seed", type=int, default=0)
-    train_recommender.add_argument(
-        "--split", metavar="KIND", help="leave-one-out (default), global-time, ..."
-    )
+    train_recommender.add_argument("--split", metavar="KIND", help="leave-one-out (default), global-time, ...")
     train_recommender.add_argument(
         "--split-set", action="append", default=[], metavar="KEY=VALUE", help="e.g. --split-set test_from=2024-01-31"
     )

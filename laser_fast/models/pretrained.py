@@ -58,8 +58,8 @@ class PretrainedLaser(ModelHubMixin):
         llm: str | Path | nn.Module | None = None,
         tokenizer: Tokenizer | str | None = None,
         item_counts: Sequence[int] | np.ndarray | None = None,
-        dtype: str = "auto",
-        quantization: str = "none",
+        dtype: str | None = None,
+        quantization: str | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
     ) -> "Self":
@@ -84,7 +84,8 @@ class PretrainedLaser(ModelHubMixin):
             tokenizer: of a loaded language model, or a folder.
             item_counts: [I], training events of every item of a new Laser; the recommender's states of items with
                 none are not read. None = all are known.
-            dtype, quantization: of the frozen weights of a new Laser, see `LanguageModelConfig`.
+            dtype, quantization: of the frozen weights, see `LanguageModelConfig`; None = those a saved Laser was
+                trained with, else "auto" and "none".
             revision: of a hub repository: branch, tag or commit.
             local_files_only: ask the hub for nothing.
 
@@ -93,18 +94,21 @@ class PretrainedLaser(ModelHubMixin):
             ValueError: no catalogue, another one than the recommender's, or settings that do not fit; of a saved
                 Laser a damaged file, another recommender, or another language model (lists the differences).
         """
+        precision = {"dtype": dtype, "quantization": quantization}
+        given = {name: value for name, value in precision.items() if value is not None}
         if not isinstance(pretrained, nn.Module) and not str(pretrained).startswith(RANDOM_SCHEME):
             saved = find_saved(_folder(str(pretrained), revision, local_files_only))
             if saved is not None:
                 _refuse("a saved Laser", items=items, config=config, item_counts=item_counts)
-                return cls._restored(saved, llm, tokenizer, recommender, local_files_only)
+                chosen = build_config(LanguageModelConfig, {**saved.lm.model_dump(), **given})
+                return cls._restored(saved, chosen, llm, tokenizer, recommender, local_files_only)
         _refuse("a new Laser", llm=llm)
         if items is None:
             raise ValueError(
                 "from_pretrained: items must be given (id -> text) unless pretrained is a saved Laser, got None "
                 f"and no laser.json in {_name_of(pretrained)!r}"
             )
-        settings = build_config(LanguageModelConfig, {"path": "", "dtype": dtype, "quantization": quantization})
+        settings = build_config(LanguageModelConfig, {"path": "", **given})
         base = _load_base(pretrained, tokenizer, settings, revision, local_files_only)
         table = items if isinstance(items, ItemTable) else _item_table(items)
         counts = _counts(item_counts, len(table))
@@ -119,7 +123,7 @@ class PretrainedLaser(ModelHubMixin):
     def _built(
         cls, origin: Origin, base: "LoadedBase", recommender: SequentialRecommender | None, known_items: np.ndarray
     ) -> "Self":
-        """A model with random trained parameters; `origin.base` is filled in, or compared where it is filled."""
+        """A model with random trained parameters; `origin.base` is filled in."""
         config = origin.config
         lm = FrozenLM(base.model, build_execution(config.execution))
         origin.base.update(describe_base(lm, base.tokenizer))
@@ -136,13 +140,14 @@ class PretrainedLaser(ModelHubMixin):
     def _restored(
         cls,
         saved: SavedLaser,
+        settings: LanguageModelConfig,
         llm: str | Path | nn.Module | None,
         tokenizer: Tokenizer | str | None,
         recommender: Recommender | None,
         local_files_only: bool,
     ) -> "Self":
         """The model of a folder, on the language model it was trained with."""
-        expected, settings, items = saved.description["base"], saved.lm, saved.items()
+        expected, items = saved.description["base"], saved.items()
         source = settings.path if llm is None else llm
         if llm is None and not source:
             raise ValueError(

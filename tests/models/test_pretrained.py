@@ -1,5 +1,6 @@
 """Building a model in one call, saving it, loading it: the same vectors, or a refusal that says what differs."""
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -213,6 +214,22 @@ def test_a_base_of_another_shape_is_refused_with_all_differences(
 
 def test_rounded_weights_are_the_same_base(saved: tuple[LaserModel, Path], tiny_lm: Path, tmp_path: Path) -> None:
     LaserModel.from_pretrained(saved[1], llm=another_lm(tiny_lm, tmp_path / "other", "rounding"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+def test_a_packed_base_is_the_same_base(
+    saved: tuple[LaserModel, Path], new_model: Callable[..., LaserModel], tmp_path: Path
+) -> None:
+    packed = LaserModel.from_pretrained(saved[1], quantization="nf4")
+    difference = (packed.encode_items() - saved[0].encode_items()).abs().max()
+    assert float(difference) > 1e-4  # it is packed
+    packed.save_pretrained(tmp_path / "packed")
+    again = LaserModel.from_pretrained(tmp_path / "packed")  # packed again: as it was saved
+    assert same(again, packed)
+    LaserModel.from_pretrained(tmp_path / "packed", quantization="none", dtype="bfloat16")
+    with pytest.raises(ValueError, match="quantization: Input should be 'none' or 'nf4', got 'int8'"):
+        LaserModel.from_pretrained(saved[1], quantization="int8")
+    assert new_model(dtype="bfloat16").lm.dtype == torch.bfloat16
 
 
 def test_another_recommender_is_refused(
