@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from laser_fast import __version__
+from laser_fast.cli_evaluation import add_evaluation_commands, load_run, write_figures
 from laser_fast.config import (
     LaserConfig,
     RecommenderConfig,
@@ -77,8 +78,8 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="machine-readable")
     plan.set_defaults(run=_plan)
 
+    add_evaluation_commands(commands)
     for name, run, text in (
-        ("evaluate", _evaluate, "rank the whole catalogue for every test user"),
         ("compare", _compare, "Laser beside the baselines, on the test users"),
         ("recommend", _recommend, "recommend for users of the data set, or for a history of item ids"),
         ("report", _report, "one page about a run: curves, what the experts do, who is served well, samples"),
@@ -92,7 +93,6 @@ def parser() -> argparse.ArgumentParser:
         elif name == "report":
             command.add_argument("--output", metavar="FOLDER", help="where it goes (default: RUN/report)")
         else:
-            command.add_argument("--split", choices=("test", "valid"), default="test") if name == "evaluate" else None
             command.add_argument("--output", help="also write the figures to this JSON file")
         command.set_defaults(run=run)
 
@@ -203,34 +203,17 @@ def _plan(parsed: argparse.Namespace) -> None:
     print(json.dumps(to_dict(plan, cards), indent=2) if parsed.json else table(plan, cards))
 
 
-def _evaluate(parsed: argparse.Namespace) -> None:
-    from laser_fast.evaluation import evaluate, table
-
-    model, inputs, config = _load(parsed)
-    rows = inputs.split.test if parsed.split == "test" else inputs.split.valid
-    size = config.evaluation.batch_size
-    results = {"Laser, cosine only": evaluate(model, rows, batch_size=size)}
-    if model.calibration is not None:
-        results["Laser"] = evaluate(model.calibration, rows, batch_size=size)
-    print(table(results))
-    print(
-        f"{parsed.split} rows, full ranking, history items not filtered; {inputs.split.rule}; "
-        "+- are 95% intervals over users"
-    )
-    _write_figures(parsed.output, {name: metrics.to_dict() for name, metrics in results.items()})
-
-
 def _compare(parsed: argparse.Namespace) -> None:
     import torch
 
     from laser_fast.evaluation.comparison import compare
     from laser_fast.training.build import training_counts
 
-    model, inputs, config = _load(parsed)
+    model, inputs, config = load_run(parsed, parsed.model)
     counts = torch.from_numpy(training_counts(inputs.split, model.num_items))
     comparison = compare(model, inputs.split, counts, inputs.recommender, batch_size=config.evaluation.batch_size)
     print(comparison)
-    _write_figures(parsed.output, comparison.to_dict())
+    write_figures(parsed.output, comparison.to_dict())
 
 
 def _recommend(parsed: argparse.Namespace) -> None:
@@ -241,7 +224,7 @@ def _recommend(parsed: argparse.Namespace) -> None:
         model = _load_alone(parsed)
         users, histories = ["the history given"], [parsed.history]
     else:
-        model, inputs, _ = _load(parsed)
+        model, inputs, _ = load_run(parsed, parsed.model)
         dataset = inputs.dataset
         if parsed.user is None:
             chosen = [round(i * dataset.num_users / parsed.sample) for i in range(parsed.sample)]
@@ -276,7 +259,7 @@ def _report(parsed: argparse.Namespace) -> None:
     folder = Path(parsed.output) if parsed.output else Path(parsed.model) / "report"
     check_report_folder(folder)
     if record.kept is not None:
-        model, inputs, config = _load(parsed)
+        model, inputs, config = load_run(parsed, parsed.model)
         counts = torch.from_numpy(training_counts(inputs.split, model.num_items))
         size = config.evaluation.batch_size
         subject = Subject(model, inputs.dataset, inputs.split, counts, inputs.recommender, size)
@@ -287,12 +270,6 @@ def _doctor(parsed: argparse.Namespace) -> int:
     from laser_fast.doctor import print_report
 
     return print_report(parsed.json)
-
-
-def _load(parsed: argparse.Namespace) -> Any:
-    from laser_fast.training.checkpoint import load_laser
-
-    return load_laser(parsed.model, data=parsed.data, recommender=parsed.recommender)
 
 
 def _load_alone(parsed: argparse.Namespace) -> Any:
@@ -317,16 +294,6 @@ def _user_indices(user_ids: Sequence[str], wanted: Sequence[str]) -> list[int]:
         if user not in index:
             raise ValueError(f"recommend: --user must name users of the data set, got {user!r}")
     return [index[user] for user in wanted]
-
-
-def _write_figures(path: str | None, figures: Any) -> None:
-    if path is None:
-        return
-    from laser_fast.data.folders import write_json
-    from laser_fast.training.run_directory import describe_environment
-
-    command = "laser-fast " + " ".join(sys.argv[1:])
-    write_json(Path(path), {"command": command, "environment": describe_environment(), "figures": figures})
 
 
 def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -190,6 +190,11 @@ def table(rows: Mapping[str, RankingMetrics], metrics: Sequence[str] | None = No
         return ""
     columns = list(metrics) if metrics is not None else list(next(iter(rows.values())).values)
     cells = [["", *columns], *([name, *(str(result[column]) for column in columns)] for name, result in rows.items())]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(columns) + 1)]
-    aligned = ([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in cells)
-    return "\n".join("  ".join(line).rstrip() for line in aligned)
+    return aligned(cells)
+
+
+def aligned(cells: Sequence[Sequence[str]]) -> str:
+    """Lines of text columns, the first to the left and the others to the right."""
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    lines = ([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in cells)
+    return "\n".join("  ".join(line).rstrip() for line in lines)

@@ -1,0 +1,168 @@
+"""Candidates of sampled rankings: drawn once with a seed, checked against the rows they belong to, stored in a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from laser_fast.data.folders import replace_file
+
+if TYPE_CHECKING:
+    from laser_fast.data import EvaluationRows
+
+Sampler = Literal["uniform", "popularity"]
+LLARA_CANDIDATES = 20
+_LLARA_SHOWN = 10
+_KIND = "laser_fast.candidates"
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """What every row's target is ranked against, D times.
+
+    Args:
+        items: int64 [D, B, C], item indices, distinct within a ranking; the first is the target.
+        sampler: how the others were drawn.
+        seed: of the draws.
+        rows_hash: SHA-256 of the rows they were drawn for.
+    """
+
+    items: np.ndarray
+    sampler: Sampler
+    seed: int
+    rows_hash: str
+
+    @property
+    def suffix(self) -> str:
+        """Ends the names of metrics over these candidates: "|sampled100", or "|popularity100"."""
+        return f"|{'sampled' if self.sampler == 'uniform' else self.sampler}{self.items.shape[2]}"
+
+    def check_rows(self, rows: EvaluationRows, num_items: int) -> None:
+        """Refuse rows or a catalogue that these candidates were not drawn for.
+
+        Raises:
+            ValueError: other rows, or an item outside 0..num_items-1.
+        """
+        if (actual := hash_of_rows(rows)) != self.rows_hash:
+            raise ValueError(
+                f"Candidates: rows must be those the candidates were drawn for, {self.rows_hash[:12]}, "
+                f"got {actual[:12]}; draw anew"
+            )
+        if self.items.size and not 0 <= self.items.min() <= self.items.max() < num_items:
+            worst = self.items.min() if self.items.min() < 0 else self.items.max()
+            raise ValueError(f"Candidates: items must be in 0..{num_items - 1}, got {worst}")
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, whole or not at all."""
+        about = {"kind": _KIND, "sampler": self.sampler, "seed": self.seed, "rows_hash": self.rows_hash}
+        content = save({"items": np.ascontiguousarray(self.items)}, {"about": json.dumps(about)})
+        replace_file(Path(path), content)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Candidates:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: another kind of file.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"Candidates.load: the path must be a file, got {str(path)!r}")
+        try:
+            with safe_open(path, "numpy") as stream:
+                about = json.loads((stream.metadata() or {}).get("about", "{}"))
+                if about.get("kind") != _KIND:
+                    raise ValueError(f"Candidates.load: the file must hold candidates, got {about.get('kind')!r}")
+                return cls(stream.get_tensor("items"), about["sampler"], about["seed"], about["rows_hash"])
+        except SafetensorError as error:
+            raise ValueError(f"Candidates.load: the file must be a safetensors file, got {error}") from error
+
+
+def hash_of_rows(rows: EvaluationRows) -> str:
+    """SHA-256 over histories and targets."""
+    digest = hashlib.sha256()
+    for array in (rows.histories.items, rows.histories.cu_seqlens, rows.targets):
+        digest.update(len(array).to_bytes(8, "little"))
+        digest.update(np.ascontiguousarray(array, dtype="<i8").data)
+    return digest.hexdigest()
+
+
+def draw_candidates(
+    rows: EvaluationRows,
+    num_items: int,
+    num_candidates: int,
+    *,
+    draws: int = 1,
+    seed: int = 0,
+    counts: np.ndarray | None = None,
+    shown: int | None = None,
+) -> Candidates:
+    """The target of every row and `num_candidates` - 1 distinct items outside its history, D times.
+
+    A row's candidates follow from the seed, the draw and the row's number alone.
+
+    Args:
+        rows: B rows.
+        num_items: I, size of the catalogue.
+        num_candidates: C, the target included.
+        draws: D.
+        seed: not negative.
+        counts: [I], events of each item in the training part: items are drawn without replacement in proportion to
+            them, and never those without an event. None: uniformly from the catalogue.
+        shown: newest history items that may not be candidates; None: all.
+
+    Raises:
+        ValueError: a number out of range, or a row with too few items outside its history.
+    """
+    for name, value, least in (
+        ("num_candidates", num_candidates, 2),
+        ("draws", draws, 1),
+        ("seed", seed, 0),
+        ("shown", 0 if shown is None else shown, 0),
+    ):
+        if value < least:
+            raise ValueError(f"draw_candidates: {name} must be at least {least}, got {value}")
+    if counts is not None and (counts.shape != (num_items,) or (counts < 0).any()):
+        raise ValueError(f"draw_candidates: counts must be {num_items} numbers of at least 0, got shape {counts.shape}")
+    histories = rows.histories if shown is None else rows.histories.truncate_left(shown)
+    log_counts = None if counts is None else np.log(np.where(counts > 0, counts, 1))
+    items = np.empty((draws, len(rows), num_candidates), dtype=np.int64)
+    items[:, :, 0] = rows.targets
+    for row in range(len(rows)):
+        barred = np.unique(np.append(histories[row], rows.targets[row]))
+        if counts is not None:
+            barred = np.union1d(barred, np.flatnonzero(counts == 0))
+        left = num_items - len(barred)
+        if left < num_candidates - 1:
+            raise ValueError(
+                f"draw_candidates: num_candidates must be at most {left + 1} for row {row} (the items outside its "
+                f"history that may be drawn, and the target), got {num_candidates}"
+            )
+        for draw in range(draws):
+            random = np.random.default_rng([seed, draw, row])
+            if log_counts is None:
+                ranks = random.choice(left, num_candidates - 1, replace=False)
+                # the item of a rank is the rank plus the barred items below it
+                items[draw, row, 1:] = ranks + np.searchsorted(barred - np.arange(len(barred)), ranks, side="right")
+            else:
+                keys = log_counts + random.gumbel(size=num_items)  # the largest are a draw without replacement
+                keys[barred] = -np.inf
+                items[draw, row, 1:] = np.argpartition(-keys, num_candidates - 2)[: num_candidates - 1]
+    return Candidates(items, "uniform" if counts is None else "popularity", seed, hash_of_rows(rows))
+
+
+def llara_candidates(rows: EvaluationRows, num_items: int, *, draws: int = 20, seed: int = 0) -> Candidates:
+    """LLaRA's protocol: the target and 19 uniform items outside the shown history, the newest 10 items.
+
+    Its published figure is HR@1 of one draw that is not stored; averaged over many draws the chance of the draw goes.
+
+    Source: Liao et al., SIGIR 2024 (LLaRA), section 4.1.
+    """
+    return draw_candidates(rows, num_items, LLARA_CANDIDATES, draws=draws, seed=seed, shown=_LLARA_SHOWN)
