@@ -1,7 +1,9 @@
-"""Accuracy of the recommenders that work on item ids alone: baselines once, SASRec with several seeds.
+"""Accuracy of the recommenders that work on item ids alone: baselines once, SASRec or GRU4Rec with several seeds.
 
     python bench/accuracy_recommenders.py --data runs/amazon-scientific --seeds 3 \
         --out bench/results/cpu/recommenders-amazon-scientific.json
+    python bench/accuracy_recommenders.py --data runs/amazon-scientific --seeds 1 --set kind=gru4rec \
+        --out bench/results/cpu/gru4rec-amazon-scientific.json
 
 `--data` is a folder written by `laser-fast prepare`. Settings were chosen on validation rows; test rows are ranked once
 per model. With `OMP_NUM_THREADS=1` the figures are those of one thread.
@@ -18,11 +20,11 @@ from typing import Any
 
 import torch
 
-from laser_fast.config import RecommenderConfig, load_config
+from laser_fast.config import RecommenderConfig, apply_overrides, build_config, load_config
 from laser_fast.data import SequenceDataset, Split, leave_one_out
 from laser_fast.evaluation import RankingMetrics, evaluate, fit_calibration, table
-from laser_fast.models import ItemKNN, Markov1, Popularity, SASRec, Scorer
-from laser_fast.training.recommender import train_sasrec
+from laser_fast.models import ItemKNN, Markov1, Popularity, Scorer
+from laser_fast.training.recommender import train_recommender
 from laser_fast.training.run_directory import describe_environment
 
 _COLUMNS = ("HR@1", "HR@10", "NDCG@10", "MRR")
@@ -50,13 +52,17 @@ def main() -> None:
     """Train, rank, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder written by `laser-fast prepare`")
-    parser.add_argument("--seeds", type=int, default=3, help="SASRec is trained with seeds 0..SEEDS-1")
-    parser.add_argument("--config", help="YAML file with settings of SASRec; the defaults otherwise")
+    parser.add_argument("--seeds", type=int, default=3, help="the recommender is trained with seeds 0..SEEDS-1")
+    parser.add_argument("--config", help="YAML file with settings of the recommender; the defaults otherwise")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
     parser.add_argument("--out", required=True, help="JSON file to write")
     arguments = parser.parse_args()
     dataset = SequenceDataset.load(arguments.data)
     split = leave_one_out(dataset)
-    config = load_config(RecommenderConfig, arguments.config) if arguments.config else RecommenderConfig()
+    if arguments.config:
+        config = load_config(RecommenderConfig, arguments.config, arguments.set)
+    else:
+        config = build_config(RecommenderConfig, apply_overrides({}, arguments.set))
     counts = torch.bincount(torch.tensor(split.train.items), minlength=dataset.num_items)
     systems, shown = {}, {}
     for kind in (Popularity, Markov1, ItemKNN):
@@ -65,10 +71,11 @@ def main() -> None:
     runs: list[dict[str, Any]] = []
     for seed in range(arguments.seeds):
         start = time.perf_counter()
-        model: SASRec = train_sasrec(split, dataset.num_items, config, seed=seed)
+        model = train_recommender(split, dataset.num_items, config, seed=seed)
         training_time_s = time.perf_counter() - start
-        run, shown[f"SASRec, seed {seed}"] = figures(model, split)
-        calibrated = fit_calibration({"sasrec": model}, split.valid, counts)
+        name = type(model).__name__
+        run, shown[f"{name}, seed {seed}"] = figures(model, split)
+        calibrated = fit_calibration({config.kind: model}, split.valid, counts)
         run["calibrated"], shown[f"calibrated, seed {seed}"] = figures(calibrated, split)
         run |= {"seed": seed, "training_time_s": training_time_s, "calibration": calibrated.calibration.to_dict()}
         runs.append(run)
@@ -80,7 +87,7 @@ def main() -> None:
         "split_hash": split.hash,
         "config": config.model_dump(mode="json"),
         "baselines": systems,
-        "sasrec": {"valid": spread(runs, "valid"), "test": spread(runs, "test"), "runs": runs},
+        config.kind: {"valid": spread(runs, "valid"), "test": spread(runs, "test"), "runs": runs},
     }
     out = Path(arguments.out)
     out.parent.mkdir(parents=True, exist_ok=True)

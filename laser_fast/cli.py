@@ -47,19 +47,7 @@ def parser() -> argparse.ArgumentParser:
     prepare = commands.add_parser("prepare", help="turn interaction logs and item files into a data set")
     _add_prepare(prepare)
 
-    recommender = commands.add_parser("recommender", help="the ID-based recommender that M-Former reads")
-    steps = recommender.add_subparsers(required=True, metavar="STEP")
-    train_recommender = steps.add_parser("train", help="train SASRec on the training part of a data set")
-    train_recommender.add_argument("data", help="folder written by prepare")
-    train_recommender.add_argument("output", help="new folder for the trained recommender")
-    train_recommender.add_argument("--config", help="YAML file with settings of SASRec")
-    train_recommender.add_argument("--seed", type=int, default=0)
-    train_recommender.add_argument("--split", metavar="KIND", help="leave-one-out (default), global-time, ...")
-    train_recommender.add_argument(
-        "--split-set", action="append", default=[], metavar="KEY=VALUE", help="e.g. --split-set test_from=2024-01-31"
-    )
-    _add_settings(train_recommender, "width=128")
-    train_recommender.set_defaults(run=_train_recommender)
+    _add_recommender(commands.add_parser("recommender", help="the ID-based recommender that M-Former reads"))
 
     train = commands.add_parser("train", help="train Laser by a configuration")
     train.add_argument("config", help="YAML file")
@@ -109,6 +97,43 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_prepare)
 
 
+def _add_recommender(parser: argparse.ArgumentParser) -> None:
+    steps = parser.add_subparsers(required=True, metavar="STEP")
+    train = steps.add_parser("train", help="train SASRec or GRU4Rec on the training part of a data set")
+    train.add_argument("data", help="folder written by prepare")
+    train.add_argument("output", help="new folder for the trained recommender")
+    train.add_argument("--kind", choices=("sasrec", "gru4rec"), help="which of them (default: what the config says)")
+    train.add_argument("--config", help="YAML file with settings of the recommender")
+    train.add_argument("--seed", type=int, default=0)
+    _add_split(train)
+    _add_settings(train, "width=128")
+    train.set_defaults(run=_train_recommender)
+
+    take = steps.add_parser("import", help="take a recommender that was trained with RecBole or for LLaRA")
+    take.add_argument("checkpoint", help="its weights: a state_dict in a file of torch, or safetensors")
+    take.add_argument("data", help="folder written by prepare")
+    take.add_argument("output", help="new folder for the recommender")
+    take.add_argument("--kind", required=True, choices=("recbole-sasrec", "recbole-gru4rec", "llara-sasrec"))
+    order = take.add_mutually_exclusive_group()
+    order.add_argument("--item-map", metavar="FILE", help="id of each of its indices: JSON, or CSV with index,item_id")
+    order.add_argument("--same-order", action="store_true", help="its items are those of the data set, in this order")
+    take.add_argument(
+        "--trained-on-this-split", action="store_true", help="it has not seen validation and test events; else no Laser"
+    )
+    take.add_argument("--num-heads", type=int, help="attention heads, which weights do not tell")
+    take.add_argument("--activation", help="RecBole's hidden_act (default: gelu)")
+    take.add_argument("--max-length", type=int, help="longest history of a GRU4Rec (default: 50)")
+    _add_split(take)
+    take.set_defaults(run=_import_recommender)
+
+
+def _add_split(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--split", metavar="KIND", help="leave-one-out (default), global-time, ...")
+    parser.add_argument(
+        "--split-set", action="append", default=[], metavar="KEY=VALUE", help="e.g. --split-set test_from=2024-01-31"
+    )
+
+
 def _add_settings(parser: argparse.ArgumentParser, example: str) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help=f"override one setting, e.g. --set {example}"
@@ -135,20 +160,20 @@ def _prepare(parsed: argparse.Namespace) -> None:
 
 
 def _train_recommender(parsed: argparse.Namespace) -> None:
-    from laser_fast.data import SequenceDataset, make_split
+    from laser_fast.data import SequenceDataset
     from laser_fast.evaluation import evaluate, table
-    from laser_fast.training.recommender import train_sasrec
+    from laser_fast.training.recommender import train_recommender
 
+    overrides = [*parsed.set, *([f"kind={parsed.kind}"] if parsed.kind else [])]
     if parsed.config is None:
-        config = build_config(RecommenderConfig, _settings(parsed.set))
+        config = build_config(RecommenderConfig, _settings(overrides))
     else:
-        config = load_config(RecommenderConfig, parsed.config, parsed.set)
+        config = load_config(RecommenderConfig, parsed.config, overrides)
     dataset = SequenceDataset.load(resolve_path(parsed.data))
-    kind = [] if parsed.split is None else [f"kind={parsed.split}"]
-    split = make_split(dataset, **build_config(SplitConfig, _settings([*kind, *parsed.split_set])).model_dump())
+    split = _split(dataset, parsed)
     print(dump_config(config))
     print(f"{split.rule}: " + ", ".join(f"{count:,} {name}" for name, count in split.counts().items()))
-    model = train_sasrec(
+    model = train_recommender(
         split,
         dataset.num_items,
         config,
@@ -156,7 +181,39 @@ def _train_recommender(parsed: argparse.Namespace) -> None:
         item_map_hash=dataset.items.hash(),
         run_dir=parsed.output,
     )
-    print(table({"SASRec, validation": evaluate(model, split.valid)}, ("HR@10", "NDCG@10", "MRR")))
+    print(table({f"{type(model).__name__}, validation": evaluate(model, split.valid)}, ("HR@10", "NDCG@10", "MRR")))
+    print(f"saved in {parsed.output}")
+
+
+def _import_recommender(parsed: argparse.Namespace) -> None:
+    from laser_fast.data import SequenceDataset
+    from laser_fast.evaluation import evaluate, table
+    from laser_fast.models.foreign_checkpoints import import_recommender
+    from laser_fast.models.item_map import read_item_map
+    from laser_fast.models.recommender_files import save_recommender
+
+    output = Path(parsed.output)
+    if output.exists():
+        raise FileExistsError(f"recommender import: output must be a new folder, got {parsed.output!r}")
+    dataset = SequenceDataset.load(resolve_path(parsed.data))
+    split = _split(dataset, parsed)
+    model, report = import_recommender(
+        parsed.checkpoint,
+        parsed.kind,
+        dataset.items,
+        item_map=read_item_map(parsed.item_map) if parsed.item_map else None,
+        same_order=parsed.same_order,
+        num_heads=parsed.num_heads,
+        activation=parsed.activation,
+        max_length=parsed.max_length,
+    )
+    print(report)
+    if parsed.trained_on_this_split:
+        model.split_hash = split.hash
+    else:
+        print("on which split it was trained is unknown: Laser's training refuses it without --trained-on-this-split")
+    print(table({f"{parsed.kind}, validation": evaluate(model, split.valid)}, ("HR@10", "NDCG@10", "MRR")))
+    save_recommender(model, output, imported=report.to_dict())
     print(f"saved in {parsed.output}")
 
 
@@ -280,6 +337,14 @@ def _load_alone(parsed: argparse.Namespace) -> Any:
     if find_saved(resolve_path(parsed.model)) is None:
         raise FileNotFoundError(f"recommend: the folder must hold a run or a saved Laser, got {parsed.model!r}")
     return LaserModel.from_pretrained(parsed.model, recommender=parsed.recommender, local_files_only=True)
+
+
+def _split(dataset: Any, parsed: argparse.Namespace) -> Any:
+    """The split of `--split` and `--split-set`."""
+    from laser_fast.data import make_split
+
+    kind = [] if parsed.split is None else [f"kind={parsed.split}"]
+    return make_split(dataset, **build_config(SplitConfig, _settings([*kind, *parsed.split_set])).model_dump())
 
 
 def _settings(overrides: Sequence[str]) -> dict[str, Any]:

@@ -23,12 +23,16 @@ PositiveFloat = Annotated[float, Field(gt=0.0)]
 
 
 class RecommenderConfig(Settings):
-    """SASRec, the frozen ID-based recommender (Kang & McAuley, 2018), and its training."""
+    """SASRec (Kang & McAuley, 2018) or GRU4Rec (Hidasi et al., 2016), the frozen ID-based recommender; its training."""
 
+    kind: Literal["sasrec", "gru4rec"] = "sasrec"
     width: PositiveInt = 64
     """Width `D_id` of the item embeddings and of the states."""
     num_layers: PositiveInt = 2
     num_heads: PositiveInt = 2
+    """Of SASRec; GRU4Rec has none."""
+    hidden_width: PositiveInt | None = None
+    """Of GRU4Rec's recurrent layers; None = 2 * `width`. SASRec has none."""
     dropout: Fraction = 0.5
     """Of the embeddings, attention weights and layer outputs."""
     state_dropout: Fraction = 0.2

@@ -66,12 +66,12 @@ def tiny_recommender(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) 
     """Folder of a SASRec trained for two epochs on `tiny_data`."""
     from laser_fast.config import RecommenderConfig
     from laser_fast.data import SequenceDataset, leave_one_out
-    from laser_fast.training.recommender import train_sasrec
+    from laser_fast.training.recommender import train_recommender
 
     folder = tmp_path_factory.mktemp("recommender") / "sasrec"
     dataset = SequenceDataset.load(tiny_data)
     config = RecommenderConfig(width=8, num_layers=1, max_length=10, epochs=2)
-    train_sasrec(leave_one_out(dataset), dataset.num_items, config, seed=0, run_dir=folder, progress=False)
+    train_recommender(leave_one_out(dataset), dataset.num_items, config, seed=0, run_dir=folder, progress=False)
     return folder
 
 

@@ -21,7 +21,7 @@ from laser_fast.config import LaserConfig, RecommenderConfig, build_config, load
 from laser_fast.data import PrepareRequest, SequenceDataset, leave_one_out, prepare
 from laser_fast.evaluation import RankingMetrics, evaluate
 from laser_fast.training.laser import train_laser
-from laser_fast.training.recommender import train_sasrec
+from laser_fast.training.recommender import train_recommender
 
 _LOG = "package:recbole/dataset_example/ml-100k"
 _PRESET = Path(__file__).resolve().parents[2] / "laser_fast" / "presets" / "movielens-100k.yaml"
@@ -64,7 +64,7 @@ def main(order: dict[str, str]) -> dict[str, Any]:
         split = leave_one_out(dataset)
     with timed("train SASRec"):
         small = {"epochs": 3, "width": 32} if reduced else {}
-        sasrec = train_sasrec(
+        sasrec = train_recommender(
             split,
             dataset.num_items,
             build_config(RecommenderConfig, small),

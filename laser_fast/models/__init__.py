@@ -2,6 +2,7 @@
 
 from laser_fast.models.baselines import ItemKNN, Markov1, Popularity
 from laser_fast.models.calibration import CalibratedScorer, Calibration
+from laser_fast.models.gru4rec import GRU4Rec
 from laser_fast.models.laser import LaserModel, LaserOutput, Recommendation
 from laser_fast.models.recommender import Scorer, SequentialRecommender
 from laser_fast.models.sasrec import SASRec
@@ -10,6 +11,7 @@ from laser_fast.models.zero_shot import TextSimilarity, text_vectors
 __all__ = [
     "CalibratedScorer",
     "Calibration",
+    "GRU4Rec",
     "ItemKNN",
     "LaserModel",
     "LaserOutput",

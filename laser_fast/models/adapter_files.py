@@ -4,7 +4,7 @@ laser.json               settings, which language model it belongs to, hashes, c
 adapter.safetensors      what was trained (`LaserModel.state_dict`)
 items.safetensors        the item matrix V that belongs to it, and how often each item was seen in training
 items.json               the catalogue: external ids and text fields in index order
-recommender.*            the frozen SASRec that M-Former reads, where it reads one
+recommender.*            the frozen recommender that M-Former reads, where it reads one
 README.md                a model card
 """
 
@@ -24,8 +24,8 @@ from laser_fast.config import LanguageModelConfig, ModelConfig, build_config
 from laser_fast.data.folders import replace_directory, whole_directory, write_json
 from laser_fast.data.items import ItemTable
 from laser_fast.models.base_model import differences
-from laser_fast.models.recommender_files import read_recommender, write_recommender
-from laser_fast.models.sasrec import SASRec
+from laser_fast.models.packed_recommender import PackedRecommender
+from laser_fast.models.recommender_files import is_saved_by_kind, read_recommender, write_recommender
 
 if TYPE_CHECKING:
     from laser_fast.models.laser import LaserModel
@@ -87,7 +87,7 @@ class SavedLaser:
         counts: np.ndarray = _read_tensors(self.folder / "items.safetensors")["counts"].numpy()
         return counts
 
-    def recommender(self) -> SASRec | None:
+    def recommender(self) -> PackedRecommender | None:
         """The recommender that was saved with the model; None where there is none in the folder."""
         return read_recommender(self.folder) if (self.description["recommender"] or {}).get("saved") else None
 
@@ -157,7 +157,7 @@ def write_laser(model: "LaserModel", directory: Path, card: str, **facts: Any) -
     """
     origin = origin_of(model)
     recommender = _recommender_of(model)
-    own = recommender if isinstance(recommender, SASRec) else None
+    own = recommender if is_saved_by_kind(recommender) else None
     description = {
         "format": _FORMAT,
         "model": origin.config.model_dump(mode="json"),

@@ -1,23 +1,33 @@
-"""A SASRec in a folder: safetensors and JSON, whole or absent."""
+"""An ID-based recommender in a folder: safetensors and JSON, whole or absent."""
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from laser_fast.data.folders import replace_directory, whole_directory, write_json
+from laser_fast.models.gru4rec import GRU4Rec
+from laser_fast.models.packed_recommender import PackedRecommender
+from laser_fast.models.published_sasrec import LLaRASASRec, RecBoleSASRec
 from laser_fast.models.sasrec import SASRec
 
 _FORMAT = 1
-_KIND = "sasrec"
+_KINDS: dict[str, type[PackedRecommender]] = {
+    model.kind: model for model in (SASRec, GRU4Rec, RecBoleSASRec, LLaRASASRec)
+}
 _WEIGHTS_FILE = "recommender.safetensors"
 _SETTINGS_FILE = "recommender.json"
 
 
-def save_recommender(model: SASRec, directory: str | Path, **facts: Any) -> None:
+def is_saved_by_kind(model: object) -> TypeGuard[PackedRecommender]:
+    """Whether `write_recommender` can write it and `read_recommender` build it again: it is of a kind known here."""
+    return type(model) in _KINDS.values()
+
+
+def save_recommender(model: PackedRecommender, directory: str | Path, **facts: Any) -> None:
     """Write weights and settings to `directory`, which is replaced as a whole: a reader never sees half of it.
 
     Args:
@@ -27,13 +37,13 @@ def save_recommender(model: SASRec, directory: str | Path, **facts: Any) -> None
         write_recommender(model, folder, **facts)
 
 
-def write_recommender(model: SASRec, folder: Path, **facts: Any) -> None:
+def write_recommender(model: PackedRecommender, folder: Path, **facts: Any) -> None:
     """The two files of `save_recommender`, into a folder that is being written."""
     weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
     save_file(weights, folder / _WEIGHTS_FILE)
     settings = {
         "format": _FORMAT,
-        "kind": _KIND,
+        "kind": model.kind,
         "model": model.settings,
         "split_hash": model.split_hash,
         "item_map_hash": model.item_map_hash,
@@ -47,7 +57,7 @@ def load_recommender(
     *,
     expected_split_hash: str | None = None,
     expected_item_map_hash: str | None = None,
-) -> SASRec:
+) -> PackedRecommender:
     """Read what `save_recommender` wrote, or the checkpoint inside a run directory; on the CPU, in eval mode.
 
     Args:
@@ -70,12 +80,12 @@ def load_recommender(
         if expected is not None and getattr(model, what) != expected:
             raise ValueError(
                 f"load_recommender: {what} must be {expected}, got {getattr(model, what)}; "
-                "train the recommender on this very data set"
+                "train the recommender on this very data set, or import it as trained on this split if it was"
             )
     return model
 
 
-def read_recommender(folder: Path) -> SASRec:
+def read_recommender(folder: Path) -> PackedRecommender:
     """Read the two files of `write_recommender`; on the CPU, in eval mode.
 
     Raises:
@@ -83,24 +93,24 @@ def read_recommender(folder: Path) -> SASRec:
         ValueError: another kind of file, foreign or missing weights.
     """
     settings = json.loads((folder / _SETTINGS_FILE).read_text(encoding="utf-8"))
-    if settings.get("kind") != _KIND or settings.get("format") != _FORMAT:
+    if settings.get("kind") not in _KINDS or settings.get("format") != _FORMAT:
         raise ValueError(
-            f"load_recommender: the checkpoint must be {_KIND!r} in format {_FORMAT}, "
+            f"load_recommender: the checkpoint must be of a kind out of {', '.join(_KINDS)} in format {_FORMAT}, "
             f"got {settings.get('kind')!r} in format {settings.get('format')!r}"
         )
-    model = _build(settings["model"])
+    model = _build(_KINDS[settings["kind"]], settings["model"])
     _load_weights(model, folder / _WEIGHTS_FILE)
     model.split_hash = settings["split_hash"]
     model.item_map_hash = settings["item_map_hash"]
     return model.eval()
 
 
-def _build(settings: dict[str, Any]) -> SASRec:
+def _build(kind: type[PackedRecommender], settings: dict[str, Any]) -> PackedRecommender:
     with torch.random.fork_rng(devices=[]):  # the random weights are overwritten at once
-        return SASRec(settings["num_items"], **{name: value for name, value in settings.items() if name != "num_items"})
+        return kind(**settings)
 
 
-def _load_weights(model: SASRec, path: Path) -> None:
+def _load_weights(model: PackedRecommender, path: Path) -> None:
     """Copy the weights of a file into `model` after comparing names and shapes."""
     try:
         weights = load_file(path)
@@ -110,7 +120,7 @@ def _load_weights(model: SASRec, path: Path) -> None:
     missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     if missing or unexpected:
         raise ValueError(
-            f"load_recommender: {path.name} must hold the weights of {_KIND}, "
+            f"load_recommender: {path.name} must hold the weights of {model.kind}, "
             f"got missing {missing}, unexpected {unexpected}"
         )
     for name, tensor in own.items():

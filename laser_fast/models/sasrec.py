@@ -1,10 +1,12 @@
 """SASRec (Kang and McAuley 2018, arXiv:1808.09781) on packed histories: tied item embeddings, rotary positions."""
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from laser_fast.models.recommender import check_histories, newest_items
+from laser_fast.models.packed_recommender import PackedRecommender, positions_of
 from laser_fast.nn.attention import AttentionPlan, varlen_attention
 
 # wavelengths from 6 to 600 items: histories have tens of items, not thousands of tokens
@@ -35,22 +37,18 @@ class _Block(nn.Module):
         return hidden + F.dropout(self.down(F.gelu(self.up(self.mlp_norm(hidden)))), self.dropout, self.training)
 
 
-class SASRec(nn.Module):
-    """Next-item logits `norm(transformer(e_item)) @ E^T`; satisfies `SequentialRecommender`.
+class SASRec(PackedRecommender):
+    """Next-item logits `norm(transformer(e_item)) @ E^T`.
 
     Queries and keys are rotated by their positions (Su et al. 2021, arXiv:2104.09864), so attention sees how far apart
     two items are and not where the history began. A learned embedding of the position, as in the paper, has seen each
     late position in few histories and ranked worse on validation. A state depends on nothing but its own history: not
     on the batch, not on padding (there is none), not on younger items.
 
-    Attributes:
-        num_items: I, size of the catalogue.
-        state_size: width of the states and of the item embeddings.
-        max_length: longest history, in items.
-        split_hash: hash of the split whose training part it was fitted on; None before training.
-        item_map_hash: hash of the item table whose indices it knows, where that was recorded.
-        settings: the arguments it was built with.
+    Attributes: see `PackedRecommender`.
     """
+
+    kind: ClassVar[str] = "sasrec"
 
     def __init__(
         self,
@@ -77,20 +75,7 @@ class SASRec(nn.Module):
         Raises:
             ValueError: a size below 1, or `width` not an even multiple of `num_heads`.
         """
-        super().__init__()
-        for name, size in {"num_items": num_items, "num_heads": num_heads, "max_length": max_length}.items():
-            if size < 1:
-                raise ValueError(f"SASRec: {name} must be at least 1, got {size}")
-        if width < 1 or width % (2 * num_heads):
-            raise ValueError(f"SASRec: width must be an even multiple of num_heads, got {width} and {num_heads}")
-        self.num_items = num_items
-        self.state_size = width
-        self.max_length = max_length
-        self.dropout = dropout
-        self.state_dropout = state_dropout
-        self.split_hash: str | None = None
-        self.item_map_hash: str | None = None
-        self.settings: dict[str, int | float] = {
+        settings = {
             "num_items": num_items,
             "width": width,
             "num_layers": num_layers,
@@ -99,6 +84,11 @@ class SASRec(nn.Module):
             "dropout": dropout,
             "state_dropout": state_dropout,
         }
+        super().__init__(width, settings)
+        if width % (2 * num_heads):
+            raise ValueError(f"SASRec: width must be an even multiple of num_heads, got {width} and {num_heads}")
+        self.dropout = dropout
+        self.state_dropout = state_dropout
         self.item_embedding = nn.Embedding(num_items, width)
         self.num_heads = num_heads
         self.blocks = nn.ModuleList(_Block(width, num_heads, dropout) for _ in range(num_layers))
@@ -124,66 +114,10 @@ class SASRec(nn.Module):
             hidden = block(hidden, angles, cu_seqlens, plan)
         return F.dropout(self.norm(hidden), self.state_dropout, self.training)
 
-    def logits(self, states: Tensor) -> Tensor:
-        """[N, width] -> [N, I]: inner products with every item embedding."""
-        return states @ self.item_embedding.weight.T
-
-    def states(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """State after each item, without dropout or gradient whatever the module's mode.
-
-        Args:
-            items: [N] int64, packed histories, oldest first, each at most `max_length` long.
-            cu_seqlens: [B+1] int32; histories may be empty.
-
-        Returns:
-            [N, state_size] float32.
-
-        Raises:
-            TypeError, ValueError: see `check_histories`; ValueError also for a history longer than `max_length`.
-        """
-        check_histories("SASRec.states", items, cu_seqlens, self.num_items)
-        longest = int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
-        if longest > self.max_length:
-            raise ValueError(
-                f"SASRec.states: histories must have at most {self.max_length} items, got {longest}; "
-                "keep the newest ones"
-            )
-        was_training = self.training
-        self.eval()
-        try:
-            with torch.no_grad():
-                states: Tensor = self(items, cu_seqlens)
-                return states
-        finally:
-            self.train(was_training)
-
-    def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Next-item logits from the newest `max_length` items of each history; an empty history scores 0 everywhere.
-
-        Args:
-            items: [N] int64, packed histories, oldest first, of any length.
-            cu_seqlens: [B+1] int32; histories may be empty.
-
-        Returns:
-            [B, num_items] float32.
-
-        Raises:
-            TypeError, ValueError: see `check_histories`.
-        """
-        check_histories("SASRec.score", items, cu_seqlens, self.num_items)
-        items, cu_seqlens = newest_items(items, cu_seqlens, self.max_length)
-        states = self.states(items, cu_seqlens)
-        last = states.new_zeros(cu_seqlens.numel() - 1, self.state_size)
-        filled = cu_seqlens.diff() > 0
-        last[filled] = states[cu_seqlens[1:][filled].long() - 1]
-        with torch.no_grad():
-            return self.logits(last)
-
 
 def _rotary_angles(cu_seqlens: Tensor, num_items: int, head_size: int) -> Tensor:
     """position * base^(-2i / head_size): [N, 1, head_size / 2] float32, positions counted inside each history."""
-    starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=num_items)
-    positions = torch.arange(num_items, device=cu_seqlens.device) - starts
+    positions = positions_of(cu_seqlens, num_items)
     steps = torch.arange(0, head_size, 2, device=cu_seqlens.device, dtype=torch.float32) / head_size
     return (positions[:, None] * _ROTARY_BASE**-steps)[:, None]
 

@@ -1,4 +1,4 @@
-"""Training SASRec on the training part of a split."""
+"""Training SASRec or GRU4Rec on the training part of a split."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from tqdm import tqdm
 from laser_fast.config import RecommenderConfig
 from laser_fast.data import PackedSequences, Split
 from laser_fast.evaluation import evaluate
+from laser_fast.models.gru4rec import GRU4Rec
+from laser_fast.models.packed_recommender import PackedRecommender
 from laser_fast.models.recommender_files import save_recommender
 from laser_fast.models.sasrec import SASRec
 from laser_fast.ops import catalog_cross_entropy
@@ -57,7 +59,7 @@ class _Windows:
         )
 
 
-def train_sasrec(
+def train_recommender(
     split: Split,
     num_items: int,
     config: RecommenderConfig,
@@ -67,7 +69,7 @@ def train_sasrec(
     run_dir: str | Path | None = None,
     progress: bool = True,
     device: torch.device | str = "cpu",
-) -> SASRec:
+) -> PackedRecommender:
     """Minimise the mean cross-entropy of the next item over the whole catalogue, at every position of `split.train`.
 
     What is ranked and kept is a running mean of the weights, which is steadier than the weights of any one step. After
@@ -78,7 +80,7 @@ def train_sasrec(
     Args:
         split: its training part is learned, its validation rows decide when to stop; its test rows are not touched.
         num_items: I, size of the catalogue.
-        config: sizes and schedule.
+        config: kind, sizes and schedule.
         seed: of the initial weights, the order of the batches and dropout.
         item_map_hash: hash of the item table, recorded in the checkpoint.
         run_dir: a new folder for configuration, environment, `metrics.jsonl` and, at the end, the checkpoint.
@@ -95,20 +97,12 @@ def train_sasrec(
     """
     windows = _Windows.cut(split.train, config.max_length)
     if not len(windows.starts):
-        raise ValueError("train_sasrec: a training sequence must have two events, got none that long")
+        raise ValueError("train_recommender: a training sequence must have two events, got none that long")
     run = RunDirectory(run_dir, config) if run_dir is not None else None
     cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
-        model = SASRec(
-            num_items,
-            width=config.width,
-            num_layers=config.num_layers,
-            num_heads=config.num_heads,
-            max_length=config.max_length,
-            dropout=config.dropout,
-            state_dropout=config.state_dropout,
-        ).to(device)
+        model = _build(num_items, config).to(device)
         _fit(model, windows, split, config, run, progress)
     model.split_hash = split.hash
     model.item_map_hash = item_map_hash
@@ -118,8 +112,36 @@ def train_sasrec(
     return model
 
 
+def _build(num_items: int, config: RecommenderConfig) -> PackedRecommender:
+    """A new model of the kind and sizes of `config`."""
+    if config.kind == "gru4rec":
+        return GRU4Rec(
+            num_items,
+            width=config.width,
+            hidden_width=config.hidden_width,
+            num_layers=config.num_layers,
+            max_length=config.max_length,
+            dropout=config.dropout,
+            state_dropout=config.state_dropout,
+        )
+    return SASRec(
+        num_items,
+        width=config.width,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        max_length=config.max_length,
+        dropout=config.dropout,
+        state_dropout=config.state_dropout,
+    )
+
+
 def _fit(
-    model: SASRec, windows: _Windows, split: Split, config: RecommenderConfig, run: RunDirectory | None, progress: bool
+    model: PackedRecommender,
+    windows: _Windows,
+    split: Split,
+    config: RecommenderConfig,
+    run: RunDirectory | None,
+    progress: bool,
 ) -> None:
     """Train `model` in place and leave it with its best weights."""
     device = model.item_embedding.weight.device
@@ -129,9 +151,9 @@ def _fit(
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / _WARMUP_STEPS))
     mean = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(_AVERAGE_DECAY))
     averaged = mean.module
-    assert isinstance(averaged, SASRec)  # a copy of `model`
+    assert isinstance(averaged, PackedRecommender)  # a copy of `model`
     best_quality, best_epoch, best_weights = -math.inf, -1, _copy(model)
-    with tqdm(total=config.epochs, desc="SASRec", unit="epoch", disable=not progress) as bar:
+    with tqdm(total=config.epochs, desc=type(model).__name__, unit="epoch", disable=not progress) as bar:
         for epoch in range(config.epochs):
             loss = _train_epoch(model, mean, windows, config.batch_size, optimizer, warmup)
             metrics = evaluate(averaged, split.valid, device=device) if len(split.valid) else None
@@ -148,7 +170,7 @@ def _fit(
 
 
 def _train_epoch(
-    model: SASRec,
+    model: PackedRecommender,
     mean: AveragedModel,
     windows: _Windows,
     batch_size: int,
@@ -168,7 +190,8 @@ def _train_epoch(
         )
         if not math.isfinite(value := loss.item()):
             raise FloatingPointError(
-                f"train_sasrec: the loss must be finite, got {value} at step {warmup.last_epoch}; lower learning_rate"
+                f"train_recommender: the loss must be finite, got {value} at step {warmup.last_epoch}; "
+                "lower learning_rate"
             )
         optimizer.zero_grad()
         loss.backward()
@@ -181,5 +204,5 @@ def _train_epoch(
     return total / count
 
 
-def _copy(model: SASRec) -> dict[str, Tensor]:
+def _copy(model: PackedRecommender) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

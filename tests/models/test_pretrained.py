@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoTokenizer
 from laser_fast import LaserModel
 from laser_fast.config import LaserConfig, ModelConfig, build_config, dump_config
 from laser_fast.data import ItemTable, SequenceDataset, leave_one_out
-from laser_fast.models import SASRec
+from laser_fast.models import GRU4Rec, SASRec
 from laser_fast.models.calibration import CalibratedScorer, Calibration
 from laser_fast.models.recommender_files import load_recommender
 from laser_fast.training.checkpoint import load_laser
@@ -230,6 +230,19 @@ def test_a_packed_base_is_the_same_base(
     with pytest.raises(ValueError, match="quantization: Input should be 'none' or 'nf4', got 'int8'"):
         LaserModel.from_pretrained(saved[1], quantization="int8")
     assert new_model(dtype="bfloat16").lm.dtype == torch.bfloat16
+
+
+def test_a_gru4rec_comes_along(new_model: Callable[..., LaserModel], tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    gru = GRU4Rec(25, width=6, max_length=10)
+    model = new_model(recommender=gru).eval()
+    model.refresh_items()
+    model.save_pretrained(tmp_path / "laser")
+    loaded = LaserModel.from_pretrained(tmp_path / "laser")
+    assert loaded.recommender is not None and isinstance(loaded.recommender.recommender, GRU4Rec)
+    assert same(loaded, model)
+    with pytest.raises(ValueError, match="recommender must be the GRU4Rec of the training, [0-9a-f]{12}, got a SASRec"):
+        LaserModel.from_pretrained(tmp_path / "laser", recommender=SASRec(25, width=6, num_heads=1, max_length=10))
 
 
 def test_another_recommender_is_refused(

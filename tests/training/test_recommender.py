@@ -1,4 +1,4 @@
-"""Training SASRec on made-up data, and its checkpoint."""
+"""Training SASRec and GRU4Rec on made-up data, and their checkpoints."""
 
 import json
 from pathlib import Path
@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from laser_fast.config import RecommenderConfig
 from laser_fast.data import EvaluationRows, PackedSequences, Split
 from laser_fast.evaluation import evaluate
-from laser_fast.models import SASRec
+from laser_fast.models import GRU4Rec, SASRec
+from laser_fast.models.packed_recommender import PackedRecommender
 from laser_fast.models.recommender_files import load_recommender, save_recommender
-from laser_fast.training.recommender import train_sasrec
+from laser_fast.training.recommender import train_recommender
 
 _NUM_ITEMS = 30
 _CONFIG = RecommenderConfig(
@@ -44,17 +45,19 @@ def _split(users: int = 150) -> Split:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[SASRec, Path]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[PackedRecommender, Path]:
     run_dir = tmp_path_factory.mktemp("runs") / "sasrec"
-    model = train_sasrec(_split(), _NUM_ITEMS, _CONFIG, seed=0, item_map_hash="a map", run_dir=run_dir, progress=False)
+    model = train_recommender(
+        _split(), _NUM_ITEMS, _CONFIG, seed=0, item_map_hash="a map", run_dir=run_dir, progress=False
+    )
     return model, run_dir
 
 
-def test_it_learns_what_follows(trained: tuple[SASRec, Path]) -> None:
+def test_it_learns_what_follows(trained: tuple[PackedRecommender, Path]) -> None:
     assert evaluate(trained[0], _split().test)["HR@1"].mean > 0.9
 
 
-def test_the_best_weights_are_kept(trained: tuple[SASRec, Path]) -> None:
+def test_the_best_weights_are_kept(trained: tuple[PackedRecommender, Path]) -> None:
     model, run_dir = trained
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == list(range(len(lines)))
@@ -68,19 +71,19 @@ def test_the_best_weights_are_kept(trained: tuple[SASRec, Path]) -> None:
 def test_one_seed_one_result() -> None:
     config = _CONFIG.model_copy(update={"epochs": 2, "dropout": 0.3})
     torch.manual_seed(1)
-    first = train_sasrec(_split(), _NUM_ITEMS, config, seed=5, progress=False).state_dict()
+    first = train_recommender(_split(), _NUM_ITEMS, config, seed=5, progress=False).state_dict()
     torch.manual_seed(2)
     before = torch.get_rng_state()
-    second = train_sasrec(_split(), _NUM_ITEMS, config, seed=5, progress=False).state_dict()
+    second = train_recommender(_split(), _NUM_ITEMS, config, seed=5, progress=False).state_dict()
     assert torch.equal(torch.get_rng_state(), before)
-    other = train_sasrec(_split(), _NUM_ITEMS, config, seed=6, progress=False).state_dict()
+    other = train_recommender(_split(), _NUM_ITEMS, config, seed=6, progress=False).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["item_embedding.weight"], other["item_embedding.weight"])
 
 
 def test_training_stops_when_nothing_improves(tmp_path: Path) -> None:
     config = _CONFIG.model_copy(update={"learning_rate": 1e-12, "epochs": 50, "patience": 3})
-    train_sasrec(_split(), _NUM_ITEMS, config, seed=0, run_dir=tmp_path / "run", progress=False)
+    train_recommender(_split(), _NUM_ITEMS, config, seed=0, run_dir=tmp_path / "run", progress=False)
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4
 
 
@@ -98,7 +101,7 @@ def test_every_event_but_the_first_is_a_target_once(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(SASRec, "forward", spy)
     config = _CONFIG.model_copy(update={"max_length": 2, "epochs": 1})
     split = _split()
-    train_sasrec(split, _NUM_ITEMS, config, seed=0, progress=False)
+    train_recommender(split, _NUM_ITEMS, config, seed=0, progress=False)
     inputs = np.concatenate([sequence[:-1] for sequence in split.train.to_lists()])
     assert sorted(seen) == sorted(inputs.tolist())
     assert max(longest) == 2
@@ -109,16 +112,16 @@ def test_no_sequence_to_learn_from() -> None:
     short = PackedSequences.from_lists([[1], [], [2]])
     empty = Split(short, np.arange(3), split.valid, split.test, split.rule, split.hash)
     with pytest.raises(ValueError, match="a training sequence must have two events, got none"):
-        train_sasrec(empty, _NUM_ITEMS, _CONFIG, seed=0, progress=False)
+        train_recommender(empty, _NUM_ITEMS, _CONFIG, seed=0, progress=False)
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step() -> None:
     config = _CONFIG.model_copy(update={"learning_rate": 1e30})
     with pytest.raises(FloatingPointError, match=r"the loss must be finite, got (nan|inf) at step \d+"):
-        train_sasrec(_split(), _NUM_ITEMS, config, seed=0, progress=False)
+        train_recommender(_split(), _NUM_ITEMS, config, seed=0, progress=False)
 
 
-def test_a_checkpoint_gives_the_same_model(trained: tuple[SASRec, Path], tmp_path: Path) -> None:
+def test_a_checkpoint_gives_the_same_model(trained: tuple[PackedRecommender, Path], tmp_path: Path) -> None:
     model, run_dir = trained
     save_recommender(model, tmp_path / "again")
     rows = _split().test.histories
@@ -130,7 +133,7 @@ def test_a_checkpoint_gives_the_same_model(trained: tuple[SASRec, Path], tmp_pat
         assert not loaded.training
 
 
-def test_another_split_or_catalogue_is_refused(trained: tuple[SASRec, Path]) -> None:
+def test_another_split_or_catalogue_is_refused(trained: tuple[PackedRecommender, Path]) -> None:
     with pytest.raises(ValueError, match="split_hash must be another hash, got a hash; train the recommender"):
         load_recommender(trained[1], expected_split_hash="another hash")
     with pytest.raises(ValueError, match="item_map_hash must be another map, got a map"):
@@ -144,7 +147,7 @@ def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
         load_recommender(tmp_path)
 
 
-def test_foreign_weights_are_refused(trained: tuple[SASRec, Path], tmp_path: Path) -> None:
+def test_foreign_weights_are_refused(trained: tuple[PackedRecommender, Path], tmp_path: Path) -> None:
     save_recommender(trained[0], tmp_path / "model")
     path = tmp_path / "model" / "recommender.safetensors"
     weights = load_file(path)
@@ -159,15 +162,18 @@ def test_foreign_weights_are_refused(trained: tuple[SASRec, Path], tmp_path: Pat
         load_recommender(tmp_path / "model")
 
 
-def test_another_kind_is_refused(trained: tuple[SASRec, Path], tmp_path: Path) -> None:
+def test_another_kind_is_refused(trained: tuple[PackedRecommender, Path], tmp_path: Path) -> None:
     save_recommender(trained[0], tmp_path / "model")
     path = tmp_path / "model" / "recommender.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "kind": "gru4rec"}))
-    with pytest.raises(ValueError, match="must be 'sasrec' in format 1, got 'gru4rec' in format 1"):
+    path.write_text(json.dumps({**json.loads(path.read_text()), "kind": "bert4rec"}))
+    message = "must be of a kind out of sasrec, gru4rec, .* in format 1, got 'bert4rec' in format 1"
+    with pytest.raises(ValueError, match=message):
         load_recommender(tmp_path / "model")
 
 
-def test_saving_replaces_the_folder_and_leaves_nothing_beside_it(trained: tuple[SASRec, Path], tmp_path: Path) -> None:
+def test_saving_replaces_the_folder_and_leaves_nothing_beside_it(
+    trained: tuple[PackedRecommender, Path], tmp_path: Path
+) -> None:
     for _ in range(2):
         save_recommender(trained[0], tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -175,6 +181,22 @@ def test_saving_replaces_the_folder_and_leaves_nothing_beside_it(trained: tuple[
     assert names == ["recommender.json", "recommender.safetensors"]
 
 
-def test_a_run_directory_is_never_overwritten(trained: tuple[SASRec, Path]) -> None:
+def test_a_run_directory_is_never_overwritten(trained: tuple[PackedRecommender, Path]) -> None:
     with pytest.raises(FileExistsError):
-        train_sasrec(_split(), _NUM_ITEMS, _CONFIG, seed=0, run_dir=trained[1], progress=False)
+        train_recommender(_split(), _NUM_ITEMS, _CONFIG, seed=0, run_dir=trained[1], progress=False)
+
+
+def test_gru4rec_is_trained_saved_and_loaded_by_the_same_functions(tmp_path: Path) -> None:
+    update = {"kind": "gru4rec", "hidden_width": 48, "epochs": 25}
+    model = train_recommender(
+        _split(), _NUM_ITEMS, _CONFIG.model_copy(update=update), seed=0, run_dir=tmp_path / "gru", progress=False
+    )
+    assert isinstance(model, GRU4Rec) and model.settings["hidden_width"] == 48 and model.settings["num_layers"] == 1
+    assert evaluate(model, _split().test)["HR@1"].mean > 0.9
+    loaded = load_recommender(tmp_path / "gru", expected_split_hash="a hash")
+    assert isinstance(loaded, GRU4Rec) and loaded.settings == model.settings
+    rows = _split().test.histories
+    packed = torch.from_numpy(rows.items), torch.from_numpy(rows.cu_seqlens)
+    assert torch.equal(loaded.score(*packed), model.score(*packed))
+    with pytest.raises(ValueError, match="split_hash must be other, got a hash; .* or import it as trained on this sp"):
+        load_recommender(tmp_path / "gru", expected_split_hash="other")

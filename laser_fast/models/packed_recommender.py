@@ -1,0 +1,111 @@
+"""What all recommenders of this package share: states of packed histories, and scores from the newest state."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from laser_fast.models.recommender import check_histories, newest_items
+
+
+class PackedRecommender(nn.Module):
+    """Base of the recommenders that are trained, imported, saved and loaded here; satisfies `SequentialRecommender`.
+
+    A subclass defines `forward`, which gives a state after every item from that item and the older ones of its own
+    history, and has `item_embedding`. Its arguments, by name, are `settings`.
+
+    Attributes:
+        kind: its name in files and configurations.
+        num_items: I, size of the catalogue.
+        state_size: width of the states.
+        max_length: longest history, in items.
+        split_hash: hash of the split whose training part it was fitted on; None before training, or if unknown.
+        item_map_hash: hash of the item table whose indices it knows, where that was recorded.
+        settings: the arguments it was built with.
+    """
+
+    kind: ClassVar[str]
+    item_embedding: nn.Embedding
+
+    def __init__(self, state_size: int, settings: dict[str, Any]) -> None:
+        """Record the sizes.
+
+        Args:
+            state_size: width of the states.
+            settings: the arguments of the subclass; `num_items` and `max_length` among them.
+
+        Raises:
+            ValueError: a size of `settings` below 1.
+        """
+        super().__init__()
+        for name, size in settings.items():
+            if (name.startswith(("num_", "max_")) or name.endswith("width")) and size < 1:
+                raise ValueError(f"{type(self).__name__}: {name} must be at least 1, got {size}")
+        self.num_items: int = settings["num_items"]
+        self.max_length: int = settings["max_length"]
+        self.state_size = state_size
+        self.split_hash: str | None = None
+        self.item_map_hash: str | None = None
+        self.settings = settings
+
+    def logits(self, states: Tensor) -> Tensor:
+        """[N, state_size] -> [N, I]: inner products with every item embedding."""
+        return states @ self.item_embedding.weight.T
+
+    def states(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """State after each item, without dropout or gradient whatever the module's mode.
+
+        Args:
+            items: [N] int64, packed histories, oldest first, each at most `max_length` long.
+            cu_seqlens: [B+1] int32; histories may be empty.
+
+        Returns:
+            [N, state_size] float32.
+
+        Raises:
+            TypeError, ValueError: see `check_histories`; ValueError also for a history longer than `max_length`.
+        """
+        name = type(self).__name__
+        check_histories(f"{name}.states", items, cu_seqlens, self.num_items)
+        longest = int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
+        if longest > self.max_length:
+            raise ValueError(
+                f"{name}.states: histories must have at most {self.max_length} items, got {longest}; "
+                "keep the newest ones"
+            )
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                states: Tensor = self(items, cu_seqlens)
+                return states
+        finally:
+            self.train(was_training)
+
+    def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Next-item logits from the newest `max_length` items of each history; an empty history scores 0 everywhere.
+
+        Args:
+            items: [N] int64, packed histories, oldest first, of any length.
+            cu_seqlens: [B+1] int32; histories may be empty.
+
+        Returns:
+            [B, num_items] float32.
+
+        Raises:
+            TypeError, ValueError: see `check_histories`.
+        """
+        check_histories(f"{type(self).__name__}.score", items, cu_seqlens, self.num_items)
+        items, cu_seqlens = newest_items(items, cu_seqlens, self.max_length)
+        states = self.states(items, cu_seqlens)
+        last = states.new_zeros(cu_seqlens.numel() - 1, self.state_size)
+        filled = cu_seqlens.diff() > 0
+        last[filled] = states[cu_seqlens[1:][filled].long() - 1]
+        with torch.no_grad():
+            return self.logits(last).masked_fill_(~filled[:, None], 0.0)
+
+
+def positions_of(cu_seqlens: Tensor, num_items: int) -> Tensor:
+    """Place of each packed item in its own history, from 0: int64 [N]; `num_items` is N."""
+    starts = torch.repeat_interleave(cu_seqlens[:-1].long(), cu_seqlens.diff(), output_size=num_items)
+    return torch.arange(num_items, device=cu_seqlens.device) - starts
