@@ -1,0 +1,70 @@
+"""Which external id each index of a foreign checkpoint stands for, from JSON or CSV."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+_COLUMNS = ("index", "item_id")
+
+
+def read_item_map(path: str | Path) -> dict[int, str]:
+    """Index -> external id.
+
+    Args:
+        path: a `.json` file with a list of ids in the order of their indices, counted from 0 (RecBole's
+            `list(dataset.field2id_token["item_id"])`, the padding included), or with an object from index to id; or a
+            `.csv` file with the columns `index` and `item_id`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another kind of file, an index that is no whole number or stands there twice, an id that is no
+            string or number.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"read_item_map: item map must be a file, got {str(path)!r}")
+    if path.suffix not in (".json", ".csv"):
+        raise ValueError(f"read_item_map: item map must be a .json or .csv file, got {path.name!r}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"read_item_map: {path.name} must be UTF-8, got {error}") from error
+    result: dict[int, str] = {}
+    for place, index, external in _json_rows(path, text) if path.suffix == ".json" else _csv_rows(path, text):
+        where = f"{path.name}, {place}"
+        if not index.isascii() or not index.isdigit():
+            raise ValueError(f"read_item_map: {where}: the index must be a whole number, got {index!r}")
+        if isinstance(external, bool) or not isinstance(external, str | int):
+            raise ValueError(
+                f"read_item_map: {where}: the item id must be a string or a whole number, got {external!r}"
+            )
+        if int(index) in result:
+            raise ValueError(f"read_item_map: {where}: every index must stand there once, got {int(index)} again")
+        result[int(index)] = str(external)
+    return result
+
+
+def _json_rows(path: Path, text: str) -> list[tuple[str, str, Any]]:
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"read_item_map: {path.name} must be JSON, got {error}") from error
+    if isinstance(values, list):
+        return [(f"entry {index}", str(index), value) for index, value in enumerate(values)]
+    if isinstance(values, dict):
+        return [(f"entry {index!r}", index, value) for index, value in values.items()]
+    raise ValueError(f"read_item_map: {path.name} must be a list or an object, got {type(values).__name__}")
+
+
+def _csv_rows(path: Path, text: str) -> list[tuple[str, str, Any]]:
+    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    try:
+        if not set(_COLUMNS) <= set(reader.fieldnames or ()):
+            raise ValueError(
+                f"read_item_map: {path.name} must have the columns {' and '.join(_COLUMNS)}, "
+                f"got {', '.join(reader.fieldnames or ()) or 'none'}"
+            )
+        return [(f"line {reader.line_num}", (row["index"] or "").strip(), row["item_id"]) for row in reader]
+    except csv.Error as error:
+        raise ValueError(f"read_item_map: {path.name} must be CSV, got {error}") from error
