@@ -98,40 +98,16 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_recommender(parser: argparse.ArgumentParser) -> None:
+    from laser_fast.training.recommender_arguments import add_import_arguments, add_train_arguments
+
     steps = parser.add_subparsers(required=True, metavar="STEP")
     train = steps.add_parser("train", help="train SASRec or GRU4Rec on the training part of a data set")
-    train.add_argument("data", help="folder written by prepare")
-    train.add_argument("output", help="new folder for the trained recommender")
-    train.add_argument("--kind", choices=("sasrec", "gru4rec"), help="which of them (default: what the config says)")
-    train.add_argument("--config", help="YAML file with settings of the recommender")
-    train.add_argument("--seed", type=int, default=0)
-    _add_split(train)
+    add_train_arguments(train)
     _add_settings(train, "width=128")
     train.set_defaults(run=_train_recommender)
-
     take = steps.add_parser("import", help="take a recommender that was trained with RecBole or for LLaRA")
-    take.add_argument("checkpoint", help="its weights: a state_dict in a file of torch, or safetensors")
-    take.add_argument("data", help="folder written by prepare")
-    take.add_argument("output", help="new folder for the recommender")
-    take.add_argument("--kind", required=True, choices=("recbole-sasrec", "recbole-gru4rec", "llara-sasrec"))
-    order = take.add_mutually_exclusive_group()
-    order.add_argument("--item-map", metavar="FILE", help="id of each of its indices: JSON, or CSV with index,item_id")
-    order.add_argument("--same-order", action="store_true", help="its items are those of the data set, in this order")
-    take.add_argument(
-        "--trained-on-this-split", action="store_true", help="it has not seen validation and test events; else no Laser"
-    )
-    take.add_argument("--num-heads", type=int, help="attention heads, which weights do not tell")
-    take.add_argument("--activation", help="RecBole's hidden_act (default: gelu)")
-    take.add_argument("--max-length", type=int, help="longest history of a GRU4Rec (default: 50)")
-    _add_split(take)
+    add_import_arguments(take)
     take.set_defaults(run=_import_recommender)
-
-
-def _add_split(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--split", metavar="KIND", help="leave-one-out (default), global-time, ...")
-    parser.add_argument(
-        "--split-set", action="append", default=[], metavar="KEY=VALUE", help="e.g. --split-set test_from=2024-01-31"
-    )
 
 
 def _add_settings(parser: argparse.ArgumentParser, example: str) -> None:
@@ -187,34 +163,10 @@ def _train_recommender(parsed: argparse.Namespace) -> None:
 
 def _import_recommender(parsed: argparse.Namespace) -> None:
     from laser_fast.data import SequenceDataset
-    from laser_fast.evaluation import evaluate, table
-    from laser_fast.models.foreign_checkpoints import import_recommender
-    from laser_fast.models.item_map import read_item_map
-    from laser_fast.models.recommender_files import save_recommender
+    from laser_fast.training.recommender_arguments import import_from_arguments
 
-    output = Path(parsed.output)
-    if output.exists():
-        raise FileExistsError(f"recommender import: output must be a new folder, got {parsed.output!r}")
     dataset = SequenceDataset.load(resolve_path(parsed.data))
-    split = _split(dataset, parsed)
-    model, report = import_recommender(
-        parsed.checkpoint,
-        parsed.kind,
-        dataset.items,
-        item_map=read_item_map(parsed.item_map) if parsed.item_map else None,
-        same_order=parsed.same_order,
-        num_heads=parsed.num_heads,
-        activation=parsed.activation,
-        max_length=parsed.max_length,
-    )
-    print(report)
-    if parsed.trained_on_this_split:
-        model.split_hash = split.hash
-    else:
-        print("on which split it was trained is unknown: Laser's training refuses it without --trained-on-this-split")
-    print(table({f"{parsed.kind}, validation": evaluate(model, split.valid)}, ("HR@10", "NDCG@10", "MRR")))
-    save_recommender(model, output, imported=report.to_dict())
-    print(f"saved in {parsed.output}")
+    import_from_arguments(parsed, dataset, _split(dataset, parsed), say=print)
 
 
 def _train(parsed: argparse.Namespace) -> int:
