@@ -28,7 +28,7 @@ from laser_fast.evaluation import (
 )
 from laser_fast.models import Popularity
 from laser_fast.settings import apply_overrides
-from laser_fast.training.recommender import train_sasrec
+from laser_fast.training.recommender import train_recommender
 from laser_fast.training.run_directory import describe_environment
 
 
@@ -53,7 +53,7 @@ def main() -> None:
     full = []
     for seed in range(arguments.seeds):
         start = time.perf_counter()
-        model = train_sasrec(split, dataset.num_items, config, seed=seed, progress=False)
+        model = train_recommender(split, dataset.num_items, config, seed=seed, progress=False)
         time_s = time.perf_counter() - start
         measured[f"SASRec, seed {seed}"] = sampled = evaluate_candidates(model, rows, candidates)
         print(f"seed {seed}: HR@1|sampled20 {sampled['HR@1|sampled20']}, {time_s:.0f} s", flush=True)
