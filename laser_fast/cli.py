@@ -129,10 +129,9 @@ def _add_recommend(parser: argparse.ArgumentParser) -> None:
 
 
 def _prepare(parsed: argparse.Namespace) -> None:
-    from laser_fast.data import prepare
-    from laser_fast.data.prepare_arguments import request_from_arguments
+    from laser_fast.data.prepare_arguments import prepare_from_arguments
 
-    prepare(request_from_arguments(parsed), say=print)
+    prepare_from_arguments(parsed, print)
 
 
 def _train_recommender(parsed: argparse.Namespace) -> None:

@@ -5,11 +5,15 @@ from pathlib import Path
 from typing import get_args
 
 from laser_fast.config import resolve_path
+from laser_fast.data.dataset import SequenceDataset
 from laser_fast.data.order import FILE_ORDER
+from laser_fast.data.prepare import Say, prepare
 from laser_fast.data.prepare_request import PrepareRequest
+from laser_fast.data.presplit import prepare_presplit
 from laser_fast.data.readers import MAX_UNPACKED_BYTES, InteractionColumns, UnknownItems
 
 _GB = 10**9
+_PRESPLIT_OPTIONS = ("out", "presplit", "item_id_column", "text_columns", "no_clean", "overwrite")
 
 
 def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +48,11 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
         source.add_argument(
             f"--amazon-{year}", nargs=2, metavar=("REVIEWS", "META"), help=f"Amazon Reviews {year} as published"
         )
+    source.add_argument(
+        "--presplit",
+        metavar="FOLDER",
+        help="rows of user, history and target that came split",
+    )
     parser.add_argument("--items", metavar="FILE", help="item file with texts: as --interactions")
     parser.add_argument(
         "--max-archive-gb",
@@ -90,6 +99,40 @@ def _add_filters(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def prepare_from_arguments(arguments: argparse.Namespace, say: Say) -> SequenceDataset:
+    """`prepare`, or `prepare_presplit` where the data came split.
+
+    Raises:
+        ValueError: options that do nothing for data that came split; see the two functions.
+    """
+    if arguments.presplit is None:
+        return prepare(request_from_arguments(arguments), say=say)
+    defaults = argparse.ArgumentParser()
+    add_prepare_arguments(defaults)
+    useless = [
+        f"--{name.replace('_', '-')}"
+        for name, value in vars(arguments).items()
+        if name in vars(defaults.parse_args(["", "--presplit", ""])) and name not in _PRESPLIT_OPTIONS
+        if value != defaults.get_default(name)
+    ]
+    if useless:
+        raise ValueError(f"prepare: options must concern data that came split, got {', '.join(useless)}")
+    names = InteractionColumns()
+    return prepare_presplit(
+        resolve_path(arguments.presplit),
+        arguments.out,
+        item_id_column=arguments.item_id_column or names.item,
+        text_columns=_names(arguments.text_columns),
+        clean=not arguments.no_clean,
+        overwrite=arguments.overwrite,
+        say=say,
+    )
+
+
+def _names(texts: str | None) -> tuple[str, ...] | None:
+    return None if texts is None else tuple(name.strip() for name in texts.split(",") if name.strip())
+
+
 def request_from_arguments(arguments: argparse.Namespace) -> PrepareRequest:
     """The request of parsed arguments; sources may be `package:NAME/PATH`.
 
@@ -103,7 +146,6 @@ def request_from_arguments(arguments: argparse.Namespace) -> PrepareRequest:
     def pair(sources: list[str] | None) -> tuple[Path, Path] | None:
         return None if sources is None else (resolve_path(sources[0]), resolve_path(sources[1]))
 
-    texts = arguments.text_columns
     return PrepareRequest(
         out=arguments.out,
         recbole=resolved(arguments.recbole),
@@ -116,7 +158,7 @@ def request_from_arguments(arguments: argparse.Namespace) -> PrepareRequest:
             arguments.user_column, arguments.item_column, arguments.time_column, arguments.rating_column
         ),
         item_id_column=arguments.item_id_column,
-        text_columns=None if texts is None else tuple(name.strip() for name in texts.split(",") if name.strip()),
+        text_columns=_names(arguments.text_columns),
         title_column=arguments.title_column,
         year_column=arguments.year_column,
         tie_rule=arguments.tie_rule,

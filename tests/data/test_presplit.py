@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from laser_fast.cli import main
 from laser_fast.data import SequenceDataset, given_split, leave_one_out, make_split, prepare_presplit
 
 Rows = list[tuple[Any, Any, Any]]
@@ -99,3 +100,16 @@ def test_bad_rows_are_named(row: tuple[Any, Any, Any], message: str, tmp_path: P
 def test_a_folder_without_training_rows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"the folder must hold train\.jsonl, got none in"):
         prepare_presplit(write(tmp_path / "source", valid=VALID), tmp_path / "out")
+
+
+def test_the_command_takes_it_and_refuses_options_that_would_do_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = ["--presplit", str(write(tmp_path / "source", train=TRAIN, valid=VALID))]
+    assert main(["prepare", str(tmp_path / "out"), *source, "--no-clean"]) == 0
+    assert "13 train_events, 4 train_sequences, 2 valid_rows" in capsys.readouterr().out
+    assert SequenceDataset.load(tmp_path / "out").items.field("title")[0] == "t0 <b>"
+    refused = ["--min-rating", "3", "--user-column", "who"]
+    assert main(["prepare", str(tmp_path / "out2"), *source, *refused]) == 2
+    message = "prepare: options must concern data that came split, got --user-column, --min-rating"
+    assert message in capsys.readouterr().err
