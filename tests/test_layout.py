@@ -155,8 +155,9 @@ def test_no_file_is_called_after_nothing() -> None:
 
 
 FORBIDDEN = {
-    "pickle": r"^\s*(import|from)\s+(pickle|cPickle|dill|joblib|shelve)\b|\bpickle\.loads?\(|allow_pickle\s*=\s*True",
-    "unsafe load": r"weights_only\s*=\s*False|\byaml\.(unsafe_|full_)?load\(",
+    "pickle": r"^\s*(import|from)\s+(pickle|cPickle|dill|joblib|shelve)\b|\b(pickle\.loads?|read_pickle)\("
+    r"|allow_pickle\s*=\s*True",
+    "unsafe load": r"weights_only\s*=\s*False|\bsafe_globals\b|\badd_safe_globals\b|\byaml\.(unsafe_|full_)?load\(",
     "torch.load without weights_only": r"\btorch\.load\((?!.*weights_only=True)",
     "remote code": r"trust_remote_code\s*=\s*True",
     "evaluation of text": r"(?<![\w.])(eval|exec)\(",
@@ -191,7 +192,9 @@ def test_what_never_appears(rule: str) -> None:
         ("pickle", "import pickle", True),
         ("pickle", "np.load(file, allow_pickle=True)", True),
         ("pickle", "np.load(file, allow_pickle=False)", False),
+        ("pickle", "pd.read_pickle(file)", True),
         ("unsafe load", "torch.load(file, weights_only=False)", True),
+        ("unsafe load", "torch.serialization.add_safe_globals([Config])", True),
         ("unsafe load", "yaml.safe_load(text)", False),
         ("torch.load without weights_only", "torch.load(file)", True),
         ("torch.load without weights_only", "torch.load(file, weights_only=True)", False),
