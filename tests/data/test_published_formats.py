@@ -200,8 +200,11 @@ def test_amazon(tmp_path: Path, year: str, unit: int) -> None:
     assert named(dataset) == {"AU1": ["B1", "B2"], "AU2": ["B9"]}
     assert dataset.timestamps.tolist() == [1500000000 * unit, 1514764800 * unit, 1514764801 * unit]
     assert dataset.manifest.counts.get("repeated_items", 0) == (1 if year == "2018" else 0)
-    later = arguments_of(tmp_path / "later", f"--amazon-{year}", *pair, "--from-time", "2018-01-01", "--min-rating", 5)
-    assert named(prepare(later)) == {"AU1": ["B2"]}
+    window = ("--from-time", "2018-01-01", "--to-time", "2018-01-01T00:00:01")  # one second, in the unit of the release
+    second = arguments_of(tmp_path / "second", f"--amazon-{year}", *pair, *window)
+    assert named(prepare(second)) == {"AU1": ["B2"]}
+    rated = arguments_of(tmp_path / "rated", f"--amazon-{year}", *pair, "--min-rating", 4)
+    assert named(prepare(rated)) == {"AU1": ["B2"], "AU2": ["B9"]}
 
 
 def test_amazon_texts_can_be_chosen_by_field_or_key(tmp_path: Path) -> None:
