@@ -25,7 +25,7 @@ from laser_fast.data.items import ItemTable
 from laser_fast.data.manifest import Manifest, SourceFile
 from laser_fast.data.order import FILE_ORDER
 from laser_fast.data.readers.items import default_text_columns, read_items
-from laser_fast.data.readers.rows import Row, read_rows
+from laser_fast.data.readers.rows import read_rows
 from laser_fast.data.readers.values import parse_id
 from laser_fast.data.split import Split, event_rows, first_events, parts_hash
 from laser_fast.data.text import clean_text
@@ -171,16 +171,14 @@ def _read_part(path: Path, items: ItemTable) -> _Rows:
         if not isinstance(history, list):
             raise row.error("a history must be a list of item ids", "history", history)
         rows.users.append(parse_id(row, "user", user))
-        known = [_item(row, "history", item, items) for item in history]
-        rows.sequences.append([*known, _item(row, "target", target, items)])
+        ids = [parse_id(row, "history", item) for item in history] + [parse_id(row, "target", target)]
+        known = items.index_of(ids)
+        if (known < 0).any():
+            place = int(np.argmax(known < 0))
+            column, value = ("history", history[place]) if place < len(history) else ("target", target)
+            raise row.error("items must be in the item file", column, value)
+        rows.sequences.append(known.tolist())
     return rows
-
-
-def _item(row: Row, column: str, value: object, items: ItemTable) -> int:
-    index = int(items.index_of([parse_id(row, column, value)])[0])
-    if index < 0:
-        raise row.error("items must be in the item file", column, value)
-    return index
 
 
 def _joined(rows: _Rows) -> _Rows:
