@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from laser_fast.data import PrepareRequest, prepare
-from laser_fast.data.readers import BadRowError, BadRows, InteractionColumns, read_interactions
+from laser_fast.data.readers import BadRowError, BadRows, InteractionColumns, Layout, read_interactions, read_items
 
 GOOD = "user_id,item_id,timestamp\nu1,a,1\nu2,b,2\nu2,a,3\n"
 BAD_LINES = ["u3,a,soon", ",a,1", "u1,a", "u1,zzz,4", 'u1,"a"x,5', "u9,a,inf"]
@@ -98,3 +98,19 @@ def test_values_are_shortened_and_depth_is_refused(tmp_path: Path) -> None:
     request = PrepareRequest(tmp_path / "out", interactions=tmp_path / "log.csv", items=tmp_path / "items.jsonl")
     with pytest.raises(ValueError, match=r"items\.jsonl: .* in line 1"):
         prepare(request)
+
+
+@pytest.mark.parametrize(
+    "line, rule",
+    [
+        ('{"item_id": 1, "title": "\\ud800"}', "a text must be valid Unicode, got .* in line 1, column 'title'"),
+        (f'{{"item_id": {"9" * 5000}, "title": ""}}', "a line must be a JSON object, got .* in line 1"),
+        ("[" * 100_000, "a line must be a JSON object, got .* in line 1"),
+    ],
+    ids=["half a surrogate pair", "a number of 5000 digits", "deeper than the stack"],
+)
+def test_json_that_python_itself_refuses(tmp_path: Path, line: str, rule: str) -> None:
+    (tmp_path / "items.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match=rule) as caught:
+        read_items(tmp_path / "items.jsonl", "item_id", ["title"], layout=Layout("json", columns=("item_id", "title")))
+    assert type(caught.value) is BadRowError
