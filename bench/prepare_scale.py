@@ -41,7 +41,8 @@ print(json.dumps({"seconds": seconds, "peak_bytes": peak * 1024, "imports_bytes"
 _STREAM = """
 import json, resource, sys, time
 import numpy as np
-from laser_fast.data import PromptLayout, SequenceDataset, StreamedRows, TokenBudgetLoader, TokenizedTexts
+from laser_fast.data import PromptLayout, SequenceDataset, TokenizedTexts
+from laser_fast.data.streaming import StreamedRows, TokenBudgetLoader
 from laser_fast.data.batches import BatchBuilder
 imports = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start = time.perf_counter()

@@ -5,7 +5,6 @@ Arrays here are numpy; nothing in this room knows a model.
 
 from laser_fast.data.dataset import SequenceDataset, write_dataset
 from laser_fast.data.items import ItemTable
-from laser_fast.data.loading import NextItem, NextItemCollator, NextItemDataset
 from laser_fast.data.manifest import Manifest, SourceFile
 from laser_fast.data.prepare import describe, prepare
 from laser_fast.data.prepare_arguments import add_prepare_arguments, request_from_arguments
@@ -17,7 +16,6 @@ from laser_fast.data.split import Split, TrainingRows, leave_one_out, training_r
 from laser_fast.data.split_kinds import SplitKind, make_split
 from laser_fast.data.split_time import global_time
 from laser_fast.data.split_users import by_user
-from laser_fast.data.streaming import LoaderPosition, StreamedRows, TokenBudgetLoader
 from laser_fast.data.text import ItemText, clean_text
 from laser_fast.data.titles import normalize_title
 from laser_fast.data.tokens import (
@@ -35,11 +33,7 @@ __all__ = [
     "InteractionColumns",
     "ItemTable",
     "ItemText",
-    "LoaderPosition",
     "Manifest",
-    "NextItem",
-    "NextItemCollator",
-    "NextItemDataset",
     "PackedSequences",
     "PrepareRequest",
     "PromptLayout",
@@ -47,8 +41,6 @@ __all__ = [
     "SourceFile",
     "Split",
     "SplitKind",
-    "StreamedRows",
-    "TokenBudgetLoader",
     "TokenizedTexts",
     "TrainingRows",
     "add_prepare_arguments",

@@ -77,8 +77,8 @@ class PretrainedLaser(ModelHubMixin):
             pretrained: folder, `package:NAME/FOLDER`, `hub:OWNER/NAME` (or OWNER/NAME where there is no such folder),
                 `random:SHAPE`, or a loaded Hugging Face model.
             items: the catalogue of a new Laser: id -> text (the field "title") or text fields, or an `ItemTable`.
-            recommender: whose states M-Former reads: a `SequentialRecommender` or a folder with a SASRec. A saved
-                Laser brings its SASRec along.
+            recommender: whose states M-Former reads: a `SequentialRecommender` or a folder with a trained one. A
+                saved Laser brings one of ours along.
             config: settings of a new Laser: `ModelConfig`, a mapping, or a YAML file.
             llm: where the language model of a saved Laser is now; None = where it was.
             tokenizer: of a loaded language model, or a folder.

@@ -9,12 +9,9 @@ import numpy as np
 import pytest
 
 from laser_fast.data import (
-    LoaderPosition,
     PackedSequences,
     PromptLayout,
     SequenceDataset,
-    StreamedRows,
-    TokenBudgetLoader,
     TokenizedTexts,
     leave_one_out,
     training_rows,
@@ -22,6 +19,7 @@ from laser_fast.data import (
 )
 from laser_fast.data.batches import BatchBuilder, PackedBatch
 from laser_fast.data.permutation import Permutation
+from laser_fast.data.streaming import LoaderPosition, StreamedRows, TokenBudgetLoader
 
 NUM_ITEMS = 40
 
