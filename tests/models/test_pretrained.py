@@ -213,7 +213,9 @@ def test_a_base_of_another_shape_is_refused_with_all_differences(
 
 
 def test_rounded_weights_are_the_same_base(saved: tuple[LaserModel, Path], tiny_lm: Path, tmp_path: Path) -> None:
-    LaserModel.from_pretrained(saved[1], llm=another_lm(tiny_lm, tmp_path / "other", "rounding"))
+    loaded = LaserModel.from_pretrained(saved[1], llm=another_lm(tiny_lm, tmp_path / "other", "rounding"))
+    difference = (loaded.encode_items() - saved[0].encode_items()).norm() / saved[0].encode_items().norm()
+    assert 0 < float(difference) < 0.1  # rounded, and no more than that
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
