@@ -140,6 +140,7 @@ def _train_recommender(parsed: argparse.Namespace) -> None:
     from laser_fast.training.recommender import train_recommender
 
     overrides = [*parsed.set, *([f"kind={parsed.kind}"] if parsed.kind else [])]
+    overrides += [] if parsed.folds is None else [f"folds={parsed.folds}"]
     if parsed.config is None:
         config = build_config(RecommenderConfig, _settings(overrides))
     else:
@@ -157,6 +158,7 @@ def _train_recommender(parsed: argparse.Namespace) -> None:
         run_dir=parsed.output,
     )
     print(table({f"{type(model).__name__}, validation": evaluate(model, split.valid)}, ("HR@10", "NDCG@10", "MRR")))
+    print(f"its states: {model.gap}")
     print(f"saved in {parsed.output}")
 
 

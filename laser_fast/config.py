@@ -46,6 +46,19 @@ class RecommenderConfig(Settings):
     epochs: PositiveInt = 100
     patience: PositiveInt = 8
     """Epochs without a better validation NDCG@10 before training stops."""
+    folds: Annotated[int, Field(ge=0, le=127)] = 0
+    """Models beside this one, each fitted without the users of its fold, whose states Laser's training rows are read
+    with; 0 = none, else at least 2."""
+    fold_items: Literal["shared", "own"] = "shared"
+    """"shared": all folds read the finished item embeddings, so that all states live in one space; "own": each learns
+    its own."""
+
+    @field_validator("folds")
+    @classmethod
+    def _several(cls, folds: int) -> int:
+        if folds == 1:
+            raise ValueError("must be 0 or at least 2 (one fold leaves no user to learn from), got 1")
+        return folds
 
 
 class LanguageModelConfig(Settings):
@@ -127,6 +140,10 @@ class MFormerConfig(Settings):
     dropout: Fraction = 0.1
     max_history: PositiveInt = 10
     """Newest history items whose states are read."""
+    states: Literal["auto", "cross-fitted", "in-sample"] = "auto"
+    """Which states training rows are read with: those of the recommender's fold that has not seen the row's user, or
+    those of the whole recommender, which has seen the row's target. "auto": of the folds where there are any. Histories
+    that are not trained on are read with the whole recommender."""
     initialize_from: str | None = None
     """Folder with a BERT checkpoint of this width, heads and at least this depth, whose layers the querying
     transformer begins with; None = random."""

@@ -1,11 +1,15 @@
 """What all recommenders of this package share: states of packed histories, and scores from the newest state."""
 
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from laser_fast.models.cross_fitted import CrossFitted, StateGap
 from laser_fast.models.recommender import check_histories, newest_items
+
+Self = TypeVar("Self", bound="PackedRecommender")
 
 
 class PackedRecommender(nn.Module):
@@ -22,6 +26,9 @@ class PackedRecommender(nn.Module):
         split_hash: hash of the split whose training part it was fitted on; None before training, or if unknown.
         item_map_hash: hash of the item table whose indices it knows, where that was recorded.
         settings: the arguments it was built with.
+        cross_fitted: models beside it that have not seen certain users; no part of its `state_dict`. None = there are
+            none.
+        gap: what was measured of its states where it has seen the target and where not; None = nothing.
     """
 
     kind: ClassVar[str]
@@ -47,6 +54,8 @@ class PackedRecommender(nn.Module):
         self.split_hash: str | None = None
         self.item_map_hash: str | None = None
         self.settings = settings
+        self.cross_fitted: CrossFitted | None = None
+        self.gap: StateGap | None = None
 
     def logits(self, states: Tensor) -> Tensor:
         """[N, state_size] -> [N, I]: inner products with every item embedding."""
@@ -81,6 +90,23 @@ class PackedRecommender(nn.Module):
                 return states
         finally:
             self.train(was_training)
+
+    def fold_states(self, items: Tensor, cu_seqlens: Tensor, fold: int) -> Tensor:
+        """`states` of the model that was fitted without the users of this fold.
+
+        Raises:
+            TypeError, ValueError: as `states`; ValueError also for a fold that does not exist.
+        """
+        number = 0 if self.cross_fitted is None else len(self.cross_fitted)
+        if self.cross_fitted is None or not 0 <= fold < number:
+            raise ValueError(f"{type(self).__name__}.fold_states: fold must be one of {number}, got {fold}")
+        return self.cross_fitted.models[fold].states(items, cu_seqlens)
+
+    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """To a device or a dtype, and the folds along."""
+        for model in [] if self.cross_fitted is None else self.cross_fitted.models:
+            model._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Next-item logits from the newest `max_length` items of each history; an empty history scores 0 everywhere.

@@ -51,6 +51,15 @@ class SequentialRecommender(Scorer, Protocol):
         ...
 
 
+@runtime_checkable
+class CrossFittedRecommender(SequentialRecommender, Protocol):
+    """A recommender that also has states of models which have not seen certain users."""
+
+    def fold_states(self, items: Tensor, cu_seqlens: Tensor, fold: int) -> Tensor:
+        """`states` of the model that was fitted without the users of this fold."""
+        ...
+
+
 def check_histories(function: str, items: Tensor, cu_seqlens: Tensor, num_items: int) -> None:
     """Check packed histories before anything is looked up with them.
 
@@ -114,6 +123,30 @@ class FrozenRecommender(FrozenModule):
         self.freeze()
 
     @torch.no_grad()
-    def states(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """[N], [B+1] -> float32 [N, D_id], without gradient."""
-        return self.recommender.states(items, cu_seqlens)
+    def states(self, items: Tensor, cu_seqlens: Tensor, folds: Tensor | None = None) -> Tensor:
+        """[N], [B+1] -> float32 [N, D_id], without gradient.
+
+        Args:
+            folds: int64 [B], whose states each history gets, -1 for those of the model that has seen all users;
+                None = for all histories.
+
+        Raises:
+            ValueError: a fold, and the recommender has none.
+        """
+        if folds is None or not bool((folds >= 0).any()):
+            return self.recommender.states(items, cu_seqlens)
+        if not isinstance(self.recommender, CrossFittedRecommender):
+            raise ValueError(
+                f"FrozenRecommender: the recommender must have fold_states for rows with a fold, got a "
+                f"{type(self.recommender).__name__} without"
+            )
+        lengths, parts = cu_seqlens.diff(), []
+        fold_of_item = torch.repeat_interleave(folds, lengths, output_size=items.numel())
+        places = fold_of_item.argsort(stable=True)  # within a fold in their order
+        for fold in folds.unique().tolist():
+            part = F.pad(lengths[folds == fold].cumsum(0), (1, 0)).to(torch.int32)
+            own = items[fold_of_item == fold]
+            read = self.recommender
+            parts.append(read.states(own, part) if fold < 0 else read.fold_states(own, part, fold))
+        states = torch.cat(parts)
+        return torch.empty_like(states).index_copy_(0, places, states)

@@ -9,6 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from laser_fast.data.folders import replace_directory, whole_directory, write_json
+from laser_fast.models.cross_fitted import StateGap
+from laser_fast.models.cross_fitted_files import read_folds, write_folds
 from laser_fast.models.gru4rec import GRU4Rec
 from laser_fast.models.packed_recommender import PackedRecommender
 from laser_fast.models.published_sasrec import LLaRASASRec, RecBoleSASRec
@@ -30,15 +32,19 @@ def is_saved_by_kind(model: object) -> TypeGuard[PackedRecommender]:
 def save_recommender(model: PackedRecommender, directory: str | Path, **facts: Any) -> None:
     """Write weights and settings to `directory`, which is replaced as a whole: a reader never sees half of it.
 
+    The models of its folds, where it has some, come along.
+
     Args:
         facts: anything worth keeping with it, as JSON.
     """
     with replace_directory(Path(directory)) as folder:
+        if model.cross_fitted is not None:
+            facts["folds"] = write_folds(model.cross_fitted, folder)
         write_recommender(model, folder, **facts)
 
 
 def write_recommender(model: PackedRecommender, folder: Path, **facts: Any) -> None:
-    """The two files of `save_recommender`, into a folder that is being written."""
+    """The two files of the model itself, without its folds, into a folder that is being written."""
     weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
     save_file(weights, folder / _WEIGHTS_FILE)
     settings = {
@@ -47,6 +53,7 @@ def write_recommender(model: PackedRecommender, folder: Path, **facts: Any) -> N
         "model": model.settings,
         "split_hash": model.split_hash,
         "item_map_hash": model.item_map_hash,
+        **({} if model.gap is None else {"gap": model.gap.to_dict()}),
         **facts,
     }
     write_json(folder / _SETTINGS_FILE, settings)
@@ -86,7 +93,7 @@ def load_recommender(
 
 
 def read_recommender(folder: Path) -> PackedRecommender:
-    """Read the two files of `write_recommender`; on the CPU, in eval mode.
+    """Read the files of a folder of `save_recommender`, or the two of `write_recommender`; on the CPU, in eval mode.
 
     Raises:
         FileNotFoundError: there are none.
@@ -102,6 +109,10 @@ def read_recommender(folder: Path) -> PackedRecommender:
     _load_weights(model, folder / _WEIGHTS_FILE)
     model.split_hash = settings["split_hash"]
     model.item_map_hash = settings["item_map_hash"]
+    if settings.get("gap") is not None:
+        model.gap = StateGap.from_dict(settings["gap"])
+    if settings.get("folds") is not None:
+        model.cross_fitted = read_folds(model, folder, settings["folds"])
     return model.eval()
 
 
