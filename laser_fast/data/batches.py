@@ -29,6 +29,8 @@ class PackedBatch:
         positive_targets: int64 [B], which of `positives` is each user's target.
         negatives: int64 [B, n], items drawn for each user, or None where none were.
         negative_places: int64 [B, n], where they stand in `positives`; None without one of the two.
+        folds: int64 [B], whose states of a cross-fitted recommender M-Former reads, -1 for those of the model that has
+            seen all users; None = for all rows.
     """
 
     items: Tensor
@@ -41,6 +43,7 @@ class PackedBatch:
     positive_targets: Tensor | None = None
     negatives: Tensor | None = None
     negative_places: Tensor | None = None
+    folds: Tensor | None = None
 
     def __len__(self) -> int:
         return self.cu_seqlens.shape[0] - 1
@@ -67,6 +70,8 @@ class PackedBatch:
         items, cu_seqlens = _select(self.items, self.cu_seqlens, index)
         input_ids, token_cu_seqlens = _select(self.input_ids, self.token_cu_seqlens, index)
         part = PackedBatch(items, cu_seqlens, input_ids, token_cu_seqlens, self.instruction)
+        if self.folds is not None:
+            part = replace(part, folds=self.folds[chosen])
         if self.targets is not None:
             part = replace(part, targets=self.targets[chosen])
         if self.negatives is not None:
@@ -142,6 +147,8 @@ class BatchBuilder:
             negatives: int64 [B, n], items drawn for every row (`NegativeSampler`); None = none.
         """
         batch = self.histories(rows.histories, rows.targets)
+        if rows.folds is not None:
+            batch = replace(batch, folds=torch.from_numpy(rows.folds))
         wanted = rows.targets[:, None]
         if negatives is not None:
             batch = replace(batch, negatives=torch.from_numpy(negatives.astype(np.int64)))

@@ -20,12 +20,14 @@ class NextItem:
         user: index of the user.
         history: int64 [n], item indices, oldest first.
         target: index of the item that came next.
+        fold: of the row, see `EvaluationRows`; -1 = none.
     """
 
     row: int
     user: int
     history: np.ndarray
     target: int
+    fold: int = -1
 
 
 class NextItemDataset:
@@ -39,7 +41,8 @@ class NextItemDataset:
 
     def __getitem__(self, row: int) -> NextItem:
         chosen = self.rows.select([row])
-        return NextItem(row, int(chosen.users[0]), chosen.histories.items, int(chosen.targets[0]))
+        fold = -1 if chosen.folds is None else int(chosen.folds[0])
+        return NextItem(row, int(chosen.users[0]), chosen.histories.items, int(chosen.targets[0]), fold)
 
 
 class NextItemCollator:
@@ -61,7 +64,9 @@ class NextItemCollator:
     def __call__(self, rows: Sequence[NextItem]) -> dict[str, PackedBatch]:
         users = np.array([row.user for row in rows], dtype=np.int64)
         targets = np.array([row.target for row in rows], dtype=np.int64)
-        chosen = EvaluationRows(users, PackedSequences.from_lists([row.history.tolist() for row in rows]), targets)
+        histories = PackedSequences.from_lists([row.history.tolist() for row in rows])
+        folds = np.array([row.fold for row in rows], dtype=np.int64)
+        chosen = EvaluationRows(users, histories, targets, folds if (folds >= 0).any() else None)
         drawn = None
         if self.negatives is not None:
             drawn = self.negatives.draw(users, 0, np.array([row.row for row in rows], dtype=np.int64))

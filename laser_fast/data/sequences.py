@@ -138,11 +138,14 @@ class EvaluationRows:
         users: [B], int64, user index.
         histories: B packed histories, oldest item first.
         targets: [B], int64, item index.
+        folds: [B], int64, which fold of a cross-fitted recommender has not seen the row, -1 where that does not
+            matter; None = for no row.
     """
 
     users: np.ndarray
     histories: PackedSequences
     targets: np.ndarray
+    folds: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.users.dtype != np.int64 or self.targets.dtype != np.int64:
@@ -155,6 +158,11 @@ class EvaluationRows:
                 "EvaluationRows: users, targets and histories must have one length, "
                 f"got {counts[0]}, {counts[1]} and {counts[2]}"
             )
+        if self.folds is not None and (self.folds.dtype != np.int64 or self.folds.shape != self.users.shape):
+            raise ValueError(
+                f"EvaluationRows: folds must be one int64 for each of the {len(self.users)} rows, "
+                f"got {self.folds.dtype} of shape {self.folds.shape}"
+            )
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -162,4 +170,5 @@ class EvaluationRows:
     def select(self, rows: np.ndarray | Sequence[int]) -> "EvaluationRows":
         """The rows `rows` (indices, repeats allowed, or a boolean mask) in that order, as a copy."""
         index = row_indices(rows, len(self), "EvaluationRows.select")
-        return EvaluationRows(self.users[index], self.histories.select(index), self.targets[index])
+        folds = None if self.folds is None else self.folds[index]
+        return EvaluationRows(self.users[index], self.histories.select(index), self.targets[index], folds)

@@ -139,12 +139,14 @@ class TrainingRows:
         users: [R], int64, sequence of each row.
         positions: [R], int64, position of each row's target in `train.items`.
         max_history: histories keep this many newest items.
+        folds: [sequences of `train`], int64, see `EvaluationRows`; None = no row has one.
     """
 
     train: PackedSequences
     users: np.ndarray
     positions: np.ndarray
     max_history: int
+    folds: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.users)
@@ -166,19 +168,26 @@ class TrainingRows:
         users, positions = self.users[index], self.positions[index]
         lengths = np.minimum(positions - self.train.cu_seqlens[users], self.max_history)
         histories = self.train.items[segment_positions(positions - lengths, lengths)]
-        return EvaluationRows(users, PackedSequences(histories, cu_seqlens_of(lengths)), self.train.items[positions])
+        folds = None if self.folds is None else self.folds[users]
+        packed = PackedSequences(histories, cu_seqlens_of(lengths))
+        return EvaluationRows(users, packed, self.train.items[positions], folds)
 
 
-def training_rows(train: PackedSequences, max_history: int) -> TrainingRows:
+def training_rows(train: PackedSequences, max_history: int, folds: np.ndarray | None = None) -> TrainingRows:
     """Rows in the order of the sequences, then of time; `rows.users` counts sequences of `train`.
 
+    Args:
+        folds: int64, fold of every sequence of `train`, see `EvaluationRows`; None = no row has one.
+
     Raises:
-        ValueError: `max_history` is smaller than 1.
+        ValueError: `max_history` is smaller than 1, or the folds are not one for each sequence.
     """
     if max_history < 1:
         raise ValueError(f"training_rows: max_history must be at least 1, got {max_history}")
+    if folds is not None and folds.shape != (len(train),):
+        raise ValueError(f"training_rows: folds must be one for each of {len(train)} sequences, got {folds.shape}")
     lengths = train.lengths
     has_target = np.ones(len(train.items), dtype=bool)
     has_target[train.cu_seqlens[:-1][lengths > 0]] = False
     users = np.repeat(np.arange(len(train), dtype=np.int64), lengths)
-    return TrainingRows(train, users[has_target], np.flatnonzero(has_target).astype(np.int64), max_history)
+    return TrainingRows(train, users[has_target], np.flatnonzero(has_target).astype(np.int64), max_history, folds)

@@ -170,7 +170,8 @@ class LaserModel(PretrainedLaser, nn.Module):
         tokens, routing = self.bituning.shared_prefix(1 if self.deep_prefix is not None else len(batch)), None
         if self.mformer is not None:
             assert self.recommender is not None
-            written = self.mformer(self.recommender.states(batch.items, batch.cu_seqlens), batch.cu_seqlens)
+            states = self.recommender.states(batch.items, batch.cu_seqlens, batch.folds)
+            written = self.mformer(states, batch.cu_seqlens)
             tokens, routing = written.queries if self.deep_prefix is not None else written.prefix, written.routing
         injected = None
         if self.deep_prefix is not None:

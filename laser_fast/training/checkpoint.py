@@ -86,7 +86,10 @@ def restore(model: LaserModel, inputs: Inputs, directory: Path) -> LaserModel:
 def fingerprint(inputs: Inputs) -> dict[str, str]:
     """SHA-256 of what a run is trained on, by its name in a message."""
     items = item_map_hash(inputs.dataset.items.ids)
-    return {"split": inputs.split.hash, "item map": items, "recommender": str(weights_hash(inputs.recommender))}
+    folds = getattr(inputs.recommender, "cross_fitted", None)
+    recommenders = [inputs.recommender, *(() if folds is None else folds.models)]
+    hashes = " ".join(str(weights_hash(recommender)) for recommender in recommenders)
+    return {"split": inputs.split.hash, "item map": items, "recommender": hashes}
 
 
 def _find(directory: Path) -> SavedLaser:

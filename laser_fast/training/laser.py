@@ -17,7 +17,6 @@ from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch import Tensor
 
 from laser_fast.config import LaserConfig
-from laser_fast.data import training_rows
 from laser_fast.data.batches import PackedBatch
 from laser_fast.data.negatives import NegativeSampler
 from laser_fast.evaluation import evaluate, search_calibration
@@ -36,6 +35,7 @@ from laser_fast.training.memory import Plan, explain_shortage
 from laser_fast.training.plan_table import one_line
 from laser_fast.training.pretraining import pretrain
 from laser_fast.training.resume import StateFolder
+from laser_fast.training.row_folds import laser_rows
 from laser_fast.training.run_directory import RunDirectory
 from laser_fast.training.shares import SharedScorer, refresh_items, separate_random_streams
 from laser_fast.training.tensorboard_log import TensorBoardLog, require_tensorboard
@@ -88,7 +88,7 @@ def train_laser(
             return restore(model.eval(), inputs, directory.checkpoint), inputs
         if config.training.tensorboard and processes.first:
             directory.curves = TensorBoardLog(directory.path / "tensorboard")
-        rows = training_rows(inputs.split.train, max(config.prompt.max_items, config.mformer.max_history))
+        rows = laser_rows(config, inputs, warn=processes.first)
         plan = plan or partial(one_line, config, on_gpu=accelerator.device.type == "cuda")
         files = StateFolder(directory), Interruption(processes), fingerprint(inputs), processes
         run = Run(config, inputs, model, rows, directory, accelerator, progress, plan, *files)

@@ -97,7 +97,7 @@ def pretraining_loss(model: LaserModel, heads: PretrainingHeads) -> LossFunction
     keep = heads.weights.generation > 0
 
     def loss_function(batch: PackedBatch) -> dict[str, Tensor]:
-        states = recommender.states(batch.items, batch.cu_seqlens)
+        states = recommender.states(batch.items, batch.cu_seqlens, batch.folds)
         written = mformer(states, batch.cu_seqlens, keep_layer_inputs=keep)
         embeds = model.lm.embed(batch.input_ids).float()
         pairs = Pairs(batch.items, batch.cu_seqlens, batch.input_ids, embeds, batch.token_cu_seqlens)

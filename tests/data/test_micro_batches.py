@@ -49,6 +49,12 @@ def test_selected_rows_bring_their_items_texts_and_positives() -> None:
     assert part.items.dtype == part.input_ids.dtype == torch.int64 and part.cu_seqlens.dtype == torch.int32
 
 
+def test_selected_rows_keep_their_folds() -> None:
+    part = replace(example(), folds=torch.tensor([2, 0, -1, 1])).select([3, 1])
+    assert part.folds is not None and part.folds.tolist() == [1, 0]
+    assert part.positives is not None and part.positives.folds is None
+
+
 def test_selected_rows_bring_their_negatives() -> None:
     whole = replace(
         example(),
