@@ -1,4 +1,8 @@
-"""Files and folders that are whole or absent: written beside the target under another name, then renamed."""
+"""Files and folders that are whole or absent: written beside the target under another name, then renamed.
+
+Everything that lies beside a target `NAME` for a while has a drawn name, `.NAME.0123456789ab.partial` while it is
+written and `.NAME.0123456789ab.old` while it is replaced, so that nobody's own files are in the way.
+"""
 
 import fcntl
 import json
@@ -32,21 +36,27 @@ def replace_directory(directory: Path) -> Iterator[Path]:
     """Give a new empty folder beside `directory`; it replaces `directory` when the block ends without an error.
 
     A reader sees the old folder or the complete new one. A folder cannot be swapped in one step, so for a moment the
-    old one is called `NAME.old`; if the process dies right then, `whole_directory` finds it there.
+    old one has a drawn name; if the process dies right then, `whole_directory` finds it there.
     """
+    with scratch_directory(directory) as fresh:
+        yield fresh
+        for path in fresh.iterdir():
+            _sync(path)
+        if directory.exists():
+            _remove_replaced(directory)  # so that there is never more than one
+            directory.rename(directory.with_name(f".{directory.name}.{secrets.token_hex(6)}.old"))
+        fresh.rename(directory)
+        _sync(directory.parent)
+        _remove_replaced(directory)
+
+
+@contextmanager
+def scratch_directory(directory: Path) -> Iterator[Path]:
+    """Give a new empty folder beside `directory`, removed at the end; `remove_leftovers` removes it after a kill."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     fresh, lock = _fresh_folder(directory)
     try:
         yield fresh
-        for path in fresh.iterdir():
-            _sync(path)
-        old = _old(directory)
-        if directory.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            directory.rename(old)
-        fresh.rename(directory)
-        _sync(directory.parent)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
         os.close(lock)
@@ -84,16 +94,14 @@ def remove_leftovers(directory: Path) -> None:
     Folders of processes that still write are locked and stay. Where the process died between its two renames, the old
     folder gets its name back.
     """
-    if not directory.parent.is_dir():
-        return
-    pattern = re.compile(re.escape(f".{directory.name}.") + r"[0-9a-f]{12}\.partial")
-    for path in directory.parent.iterdir():
-        if pattern.fullmatch(path.name) and path.is_dir() and (lock := _locked(path)) is not None:
+    for path in _beside(directory, "partial"):
+        if (lock := _locked(path)) is not None:
             shutil.rmtree(path, ignore_errors=True)
             os.close(lock)
-    old = _old(directory)
-    if old.is_dir() and not directory.exists():
-        old.rename(directory)
+    for old in _beside(directory, "old"):
+        if not directory.exists():
+            old.rename(directory)
+    _remove_replaced(directory)
 
 
 def whole_directory(directory: Path) -> Path:
@@ -102,14 +110,24 @@ def whole_directory(directory: Path) -> Path:
     Raises:
         FileNotFoundError: neither exists.
     """
-    for candidate in (directory, _old(directory)):
-        if candidate.is_dir():
-            return candidate
+    if directory.is_dir():
+        return directory
+    for old in _beside(directory, "old"):
+        return old
     raise FileNotFoundError(f"no such folder: {str(directory)!r}")
 
 
-def _old(directory: Path) -> Path:
-    return directory.with_name(directory.name + ".old")
+def _remove_replaced(directory: Path) -> None:
+    for old in _beside(directory, "old"):
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(directory: Path, ending: str) -> list[Path]:
+    """Folders beside `directory` that were made for it and have drawn names with this ending."""
+    if not directory.parent.is_dir():
+        return []
+    pattern = re.compile(re.escape(f".{directory.name}.") + rf"[0-9a-f]{{12}}\.{ending}")
+    return [path for path in directory.parent.iterdir() if pattern.fullmatch(path.name) and path.is_dir()]
 
 
 def _sync(path: Path) -> None:

@@ -157,7 +157,7 @@ class RunDirectory:
 
     def remove_leftovers(self) -> None:
         """Delete what a process that was killed had begun to write; for a run that no process works on."""
-        for pattern in (".*.partial", f".*{PART}", "checkpoint.old"):
+        for pattern in (".*.partial", f".*{PART}", ".checkpoint.*.old"):
             for path in self.path.glob(pattern):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 

@@ -110,7 +110,7 @@ def test_leftovers_of_the_dead_are_removed_and_of_the_living_kept(tmp_path: Path
 
 def test_a_folder_that_lost_its_name_gets_it_back(request_: PrepareRequest) -> None:
     dataset = prepare(request_)
-    request_.out.rename(request_.out.with_name("out.old"))  # as a death between the two renames leaves it
+    request_.out.rename(request_.out.with_name(".out.0123456789ab.old"))  # as a death between the two renames leaves it
     said: list[str] = []
     assert prepare(request_, say=said.append).hash() == dataset.hash()
     assert "nothing written" in said[0]
