@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from laser_fast.data.folders import replace_directory, whole_directory
 from laser_fast.data.items import ID_COLUMN, ItemTable, first_duplicate, update_with_strings
 from laser_fast.data.manifest import Manifest
+from laser_fast.data.pieces import pieces, update_with_array
 from laser_fast.data.sequences import PackedSequences
 
 MANIFEST_FILE = "manifest.json"
@@ -70,13 +71,7 @@ class SequenceDataset:
             )
         if (repeated := first_duplicate(self.user_ids)) is not None:
             raise ValueError(f"SequenceDataset: user ids must be distinct, got {repeated!r} twice")
-        if len(self.item_index):
-            lowest, highest = int(self.item_index.min()), int(self.item_index.max())
-            if lowest < 0 or highest >= len(self.items):
-                raise ValueError(
-                    f"SequenceDataset: item_index must lie in 0..{len(self.items) - 1}, "
-                    f"got {lowest if lowest < 0 else highest}"
-                )
+        self._check_items()
         self._check_times()
 
     def _check_types(self) -> None:
@@ -90,17 +85,29 @@ class SequenceDataset:
         if shapes != (1, 1, 1):
             raise ValueError(f"SequenceDataset: all arrays must be 1-D, got {shapes} dimensions")
 
+    def _check_items(self) -> None:
+        for _, piece in pieces(self.item_index):
+            lowest, highest = int(piece.min()), int(piece.max())
+            if lowest < 0 or highest >= len(self.items):
+                raise ValueError(
+                    f"SequenceDataset: item_index must lie in 0..{len(self.items) - 1}, "
+                    f"got {lowest if lowest < 0 else highest}"
+                )
+
     def _check_times(self) -> None:
-        if not np.isfinite(self.timestamps).all():
-            raise ValueError("SequenceDataset: timestamps must be finite, got NaN or infinity")
-        falls = self.timestamps[1:] < self.timestamps[:-1]
-        boundaries = self.offsets[1:-1]
-        boundaries = boundaries[(boundaries > 0) & (boundaries < len(self.timestamps))]
-        falls[boundaries - 1] = False
-        if falls.any():
-            event = int(np.flatnonzero(falls)[0]) + 1
-            user = self.user_ids[int(np.searchsorted(self.offsets, event, side="right")) - 1]
-            raise ValueError(f"SequenceDataset: timestamps must not fall within a user, got a fall for user {user!r}")
+        before = self.timestamps[:0]  # the last time of the piece before
+        for start, piece in pieces(self.timestamps):
+            if not np.isfinite(piece).all():
+                raise ValueError("SequenceDataset: timestamps must be finite, got NaN or infinity")
+            joined = np.concatenate([before, piece])
+            falls = 1 + start - len(before) + np.flatnonzero(joined[1:] < joined[:-1])  # positions of events
+            users = np.searchsorted(self.offsets, falls, side="right") - 1
+            if len(users := users[self.offsets[users] < falls]):  # no fall where a user begins
+                raise ValueError(
+                    "SequenceDataset: timestamps must not fall within a user, got a fall for user "
+                    f"{self.user_ids[int(users[0])]!r}"
+                )
+            before = joined[-1:]
 
     @classmethod
     def from_lists(
@@ -165,10 +172,11 @@ class SequenceDataset:
             update_with_strings(digest, [name])
             update_with_strings(digest, self.items.fields[name])
         update_with_strings(digest, self.user_ids)
-        digest.update(np.ascontiguousarray(self.offsets, dtype="<i8").data)
-        digest.update(np.ascontiguousarray(self.item_index, dtype="<i4").data)
+        update_with_array(digest, self.offsets, "<i8")
+        update_with_array(digest, self.item_index, "<i4")
         kind = "<f8" if self.timestamps.dtype == np.float64 else "<i8"
-        digest.update(kind.encode() + np.ascontiguousarray(self.timestamps, dtype=kind).tobytes())
+        digest.update(kind.encode())
+        update_with_array(digest, self.timestamps, kind)
         return digest.hexdigest()
 
 
@@ -225,17 +233,16 @@ def _load(directory: Path, verify: bool) -> SequenceDataset:
             )
     columns = _read_table(directory / ITEMS_FILE, None)
     users = _read_table(directory / USERS_FILE, [ID_COLUMN])
+    items = ItemTable(columns.pop(ID_COLUMN), columns)
+    return SequenceDataset(items, users[ID_COLUMN], *mapped_arrays(directory), manifest)
+
+
+def mapped_arrays(directory: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`offsets`, `item_index` and `timestamps` of a data set's folder, mapped into memory, read-only."""
     offsets, item_index, timestamps = (
-        np.load(directory / name, mmap_mode="r", allow_pickle=False) for name in ARRAY_FILES
+        np.asarray(np.load(directory / name, mmap_mode="r", allow_pickle=False)) for name in ARRAY_FILES
     )
-    return SequenceDataset(
-        items=ItemTable(columns.pop(ID_COLUMN), columns),
-        user_ids=users[ID_COLUMN],
-        offsets=np.asarray(offsets),
-        item_index=np.asarray(item_index),
-        timestamps=np.asarray(timestamps),
-        manifest=manifest,
-    )
+    return offsets, item_index, timestamps
 
 
 def check_target(directory: Path, overwrite: bool) -> None:
@@ -275,25 +282,30 @@ def write_dataset(
     target = Path(directory).resolve()
     check_target(target, overwrite)
     with replace_directory(target) as partial:
-        columns = {ID_COLUMN: dataset.items.ids, **dataset.items.fields}
-        pq.write_table(
-            pa.table({name: pa.array(column, pa.large_string()) for name, column in columns.items()}),
-            partial / ITEMS_FILE,
-        )
-        pq.write_table(pa.table({ID_COLUMN: pa.array(dataset.user_ids, pa.large_string())}), partial / USERS_FILE)
         arrays = (dataset.offsets, dataset.item_index, dataset.timestamps)
         for name, array in zip(ARRAY_FILES, arrays, strict=True):
             np.save(partial / name, array, allow_pickle=False)
-        manifest = replace(
-            dataset.manifest,
-            counts={
-                **dataset.manifest.counts,
-                "users": dataset.num_users,
-                "items": dataset.num_items,
-                "interactions": len(dataset.item_index),
-            },
-            files={name: file_sha256(partial / name) for name in DATA_FILES},
-            dataset_hash=dataset.hash(),
-        )
-        (partial / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+        write_around_arrays(partial, dataset)
     return SequenceDataset.load(target, verify=False)
+
+
+def write_around_arrays(directory: Path, dataset: SequenceDataset) -> None:
+    """Complete a folder that has the three arrays of `dataset` already: ids, texts and the manifest."""
+    columns = {ID_COLUMN: dataset.items.ids, **dataset.items.fields}
+    pq.write_table(
+        pa.table({name: pa.array(column, pa.large_string()) for name, column in columns.items()}),
+        directory / ITEMS_FILE,
+    )
+    pq.write_table(pa.table({ID_COLUMN: pa.array(dataset.user_ids, pa.large_string())}), directory / USERS_FILE)
+    manifest = replace(
+        dataset.manifest,
+        counts={
+            **dataset.manifest.counts,
+            "users": dataset.num_users,
+            "items": dataset.num_items,
+            "interactions": len(dataset.item_index),
+        },
+        files={name: file_sha256(directory / name) for name in DATA_FILES},
+        dataset_hash=dataset.hash(),
+    )
+    (directory / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")

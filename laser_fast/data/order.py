@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from laser_fast.data.pieces import pieces
+
 FILE_ORDER = "file-order"
 _HASH = "hash:"
 
@@ -41,13 +43,22 @@ def _mix(values: np.ndarray) -> np.ndarray:
     return mixed
 
 
-def tie_keys(
-    user_ids: Sequence[str], item_ids: Sequence[str], user_index: np.ndarray, item_index: np.ndarray, seed: int
-) -> np.ndarray:
-    """A hash of (seed, user id, item id) per event, uint64 [n]: the same on every machine and in any file order."""
-    users, items = _string_hashes(user_ids), _string_hashes(item_ids)
-    keyed = _mix(users ^ _mix(np.full(1, seed, dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15)))
-    return _mix(keyed[user_index] ^ _mix(items)[item_index])
+class TieKeys:
+    """A hash of (seed, user id, item id) for every event: the same on every machine and in any file order.
+
+    Args:
+        user_ids, item_ids: external ids, into which the indices of events point.
+        seed: of the tie rule.
+    """
+
+    def __init__(self, user_ids: Sequence[str], item_ids: Sequence[str], seed: int) -> None:
+        users, items = _string_hashes(user_ids), _string_hashes(item_ids)
+        self._users = _mix(users ^ _mix(np.full(1, seed, dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15)))
+        self._items = _mix(items)
+
+    def __call__(self, user_index: np.ndarray, item_index: np.ndarray) -> np.ndarray:
+        """Keys of events, uint64 [n]."""
+        return _mix(self._users[user_index] ^ self._items[item_index])
 
 
 def chronological_order(user_index: np.ndarray, timestamps: np.ndarray, keys: np.ndarray | None) -> np.ndarray:
@@ -57,32 +68,25 @@ def chronological_order(user_index: np.ndarray, timestamps: np.ndarray, keys: np
     return np.lexsort(columns).astype(np.int64)
 
 
-def core_mask(user_index: np.ndarray, item_index: np.ndarray, min_user: int, min_item: int) -> np.ndarray:
-    """Events left when users with fewer than `min_user` and items with fewer than `min_item` events are dropped.
-
-    Repeated until nothing more falls away (the k-core for `min_user = min_item = k`). bool [n].
-    """
-    keep = np.ones(len(user_index), dtype=bool)
-    while True:
-        left = int(keep.sum())
-        for index, lowest in ((user_index, min_user), (item_index, min_item)):
-            if lowest > 1 and keep.any():
-                keep &= np.bincount(index[keep], minlength=int(index.max()) + 1)[index] >= lowest
-        if int(keep.sum()) == left:
-            return keep
-
-
 def tie_counts(offsets: np.ndarray, timestamps: np.ndarray) -> dict[str, int]:
     """How much the tie rule decides: events that share their time with another event of the same user, and users
     whose last two events do. Timestamps are sorted per user."""
-    lengths = np.diff(offsets)
-    users = np.repeat(np.arange(len(lengths)), lengths)
-    same = (timestamps[1:] == timestamps[:-1]) & (users[1:] == users[:-1])
-    tied = np.zeros(len(timestamps), dtype=bool)
-    tied[1:] |= same
-    tied[:-1] |= same
-    ends = offsets[1:][lengths >= 2]
-    return {
-        "tied_interactions": int(tied.sum()),
-        "users_with_last_two_tied": int((timestamps[ends - 1] == timestamps[ends - 2]).sum()),
-    }
+    firsts, ends = offsets[:-1], offsets[1:][np.diff(offsets) >= 2]
+    tied = last_two = 0
+    before = timestamps[:0]  # the last time of the piece before
+    counted = False  # whether that event is among the tied
+    for start, piece in pieces(timestamps):
+        joined = np.concatenate([before, piece])
+        first = start - len(before)  # event of joined[0]
+        same = joined[1:] == joined[:-1]  # each event with the one before it
+        inside = firsts[np.searchsorted(firsts, first, side="right") : np.searchsorted(firsts, start + len(piece))]
+        same[inside - first - 1] = False
+        marked = np.zeros(len(joined), dtype=bool)
+        marked[1:] |= same
+        marked[:-1] |= same
+        tied += int(marked.sum()) - int(counted and marked[0])
+        counted = bool(marked[-1])
+        last = ends[np.searchsorted(ends, first + 2) : np.searchsorted(ends, start + len(piece), side="right")]
+        last_two += int(same[last - first - 2].sum())
+        before = joined[-1:]
+    return {"tied_interactions": tied, "users_with_last_two_tied": last_two}

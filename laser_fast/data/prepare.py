@@ -13,17 +13,19 @@ from laser_fast.data.dataset import (
     SequenceDataset,
     check_target,
     file_sha256,
+    mapped_arrays,
     read_manifest,
-    write_dataset,
+    write_around_arrays,
 )
-from laser_fast.data.filters import core, long_enough, newest, order_of, without_duplicates
-from laser_fast.data.folders import remove_leftovers
+from laser_fast.data.folders import remove_leftovers, replace_directory, scratch_directory
 from laser_fast.data.items import ItemTable
 from laser_fast.data.manifest import Manifest, SourceFile
-from laser_fast.data.order import parse_tie_rule, tie_counts
+from laser_fast.data.order import tie_counts
+from laser_fast.data.prepare_events import Log, events_of, order_and_filter, read_log, write_arrays
 from laser_fast.data.prepare_request import PrepareRequest
 from laser_fast.data.prepare_sources import TITLE_FIELD, Fields, PrepareSources, find_sources
-from laser_fast.data.readers import BadRows, EventRules, Interactions, read_interactions, read_items
+from laser_fast.data.readers import BadRows, read_items
+from laser_fast.data.readers.interactions import BUFFER_EVENTS
 from laser_fast.data.split import leave_one_out_rule, split_hash
 from laser_fast.data.text import clean_text, first_words
 from laser_fast.data.titles import normalize_title
@@ -101,65 +103,39 @@ def _with_title(request: PrepareRequest, sources: PrepareSources, title_column: 
     return {TITLE_FIELD: titles, **kept}
 
 
-def _read_log(
-    sources: PrepareSources, catalogue: list[str] | None, manifest: Manifest, bad_rows: BadRows
-) -> Interactions:
-    filters = manifest.filters
-    rules = EventRules(
-        filters["unknown_items"], filters["min_rating"], filters.get("from_time"), filters.get("to_time")
-    )
-    return read_interactions(
-        sources.log, sources.columns, catalogue, rules, layout=sources.log_layout, bad_rows=bad_rows
-    )
-
-
-def _filtered(events: Interactions, request: PrepareRequest) -> Interactions:
-    """All filters that look at the whole log, in the order in which `PrepareRequest` names them."""
-    seed = parse_tie_rule(request.tie_rule)
-    if request.duplicates != "all":
-        events = without_duplicates(events, request.duplicates, seed)
-    events = core(events, request.min_user_interactions, request.min_item_interactions)
-    if request.max_history is not None:
-        events = newest(events, request.max_history, seed)
-    if request.min_history > 1:
-        events = long_enough(events, request.min_history)
-    return events
-
-
-def _assemble(events: Interactions, fields: Fields, manifest: Manifest, bad_rows: BadRows) -> SequenceDataset:
-    seed = parse_tie_rule(manifest.tie_rule)
-    order = order_of(events, seed)
-    per_user = np.bincount(events.user_index, minlength=len(events.user_ids))
-    present = np.flatnonzero(per_user)  # the filters may have emptied a user
-    offsets = np.zeros(len(present) + 1, dtype=np.int64)
-    np.cumsum(per_user[present], out=offsets[1:])
-    items = events.item_index[order]
-    used = np.bincount(items, minlength=len(events.item_ids)) > 0
-    kept = np.flatnonzero(used) if manifest.filters["catalogue"] == "interacted" else np.arange(len(events.item_ids))
-    renumbered = np.full(len(events.item_ids), -1, dtype=np.int64)
-    renumbered[kept] = np.arange(len(kept))
-    timestamps = events.timestamps[order]
-    padded = {name: column + [""] * (len(events.item_ids) - len(column)) for name, column in fields.items()}
-    counts = {"items_in_sequences": int(used.sum()), **tie_counts(offsets, timestamps)}
-    counts |= {f"dropped_{reason}": count for reason, count in events.dropped.items()}
+def _counts(log: Log, dataset: SequenceDataset, per_item: np.ndarray, bad_rows: BadRows) -> dict[str, int]:
+    counts = {"items_in_sequences": int((per_item > 0).sum()), **tie_counts(dataset.offsets, dataset.timestamps)}
+    counts |= {f"dropped_{reason}": count for reason, count in log.ids.dropped.items()}
     if bad_rows.repeated_items:
         counts["repeated_items"] = bad_rows.repeated_items
     if bad_rows.skip:
         counts |= {BAD_ROWS: bad_rows.total}
         counts |= {f"{BAD_ROWS}: {reason}": count for reason, count in bad_rows.by_reason.items()}
-    dataset = SequenceDataset(
-        items=ItemTable(
-            [events.item_ids[index] for index in kept],
-            {name: [column[index] for index in kept] for name, column in padded.items()},
-        ),
-        user_ids=[events.user_ids[user] for user in present],
-        offsets=offsets,
-        item_index=renumbered[items].astype(np.int32),
-        timestamps=timestamps,
-        manifest=replace(manifest, counts=counts),
+    return counts
+
+
+def _write(directory: Path, log: Log, fields: Fields, manifest: Manifest, bad_rows: BadRows) -> None:
+    """Write the data set into an empty folder; what is written is mapped, checked, counted and hashed from there."""
+    item_ids, user_ids = log.ids.item_ids, log.ids.user_ids
+    per_user, per_item = events_of(log)
+    present = np.flatnonzero(per_user)  # the filters may have emptied a user
+    offsets = np.zeros(len(present) + 1, dtype=np.int64)
+    np.cumsum(per_user[present], out=offsets[1:])
+    kept = np.flatnonzero(per_item) if manifest.filters["catalogue"] == "interacted" else np.arange(len(item_ids))
+    renumbered = np.full(len(item_ids), -1, dtype=np.int64)
+    renumbered[kept] = np.arange(len(kept))
+    write_arrays(directory, log, offsets, renumbered)
+    padded = {name: column + [""] * (len(item_ids) - len(column)) for name, column in fields.items()}
+    texts = {name: [column[index] for index in kept] for name, column in padded.items()}
+    items = ItemTable([item_ids[index] for index in kept], texts)
+    users = [user_ids[user] for user in present]
+    dataset = SequenceDataset(items, users, *mapped_arrays(directory), manifest)
+    manifest = replace(
+        manifest,
+        counts=_counts(log, dataset, per_item, bad_rows),
+        split_hash=split_hash(dataset, leave_one_out_rule(manifest.tie_rule)),
     )
-    split = split_hash(dataset, leave_one_out_rule(manifest.tie_rule))
-    return replace(dataset, manifest=replace(dataset.manifest, split_hash=split))
+    write_around_arrays(directory, replace(dataset, manifest=manifest))
 
 
 def _existing(target: Path, manifest: Manifest, overwrite: bool) -> SequenceDataset | None:
@@ -200,16 +176,20 @@ def describe(dataset: SequenceDataset) -> str:
     return "\n".join(lines)
 
 
-def prepare(request: PrepareRequest, say: Say = _LOGGER.info) -> SequenceDataset:
+def prepare(request: PrepareRequest, say: Say = _LOGGER.info, *, buffer_events: int = BUFFER_EVENTS) -> SequenceDataset:
     """Read the sources, write the data set, return it as loaded from disk.
 
     The target appears whole or not at all, also when the process is killed; what a killed one left is removed by the
     next. If the target is there already and was made from the same files with the same settings, nothing is done.
     Items keep the order of the item file, users that of their first event.
 
+    Memory does not grow with the events of a log, but with its items and the ids of its users: events wait in files
+    beside the target, 32 bytes each, while they are ordered.
+
     Args:
         request: what to do.
         say: takes what a person wants to know, e.g. `print`.
+        buffer_events: most events in memory at once, or those of one user if these are more; decides nothing else.
 
     Raises:
         FileNotFoundError: a source is missing.
@@ -226,12 +206,18 @@ def prepare(request: PrepareRequest, say: Say = _LOGGER.info) -> SequenceDataset
         return dataset
     bad_rows = BadRows(skip=request.skip_bad_rows)
     ids, fields = _read_catalogue(request, sources, bad_rows)
-    events = _filtered(_read_log(sources, ids, manifest, bad_rows), request)
-    if bad_rows.total:
-        say(bad_rows.describe())
-    if not len(events.user_index):
-        raise ValueError(f"prepare: at least one interaction must be left, got none; dropped: {events.dropped}")
-    dataset = write_dataset(target, _assemble(events, fields, manifest, bad_rows), overwrite=request.overwrite)
+    with scratch_directory(target) as scratch:
+        log = read_log(sources, ids, manifest, bad_rows, scratch, buffer_events)
+        order_and_filter(log, request)
+        if bad_rows.total:
+            say(bad_rows.describe())
+        if not len(log.events):
+            raise ValueError(f"prepare: at least one interaction must be left, got none; dropped: {log.ids.dropped}")
+        check_target(target, request.overwrite)
+        with replace_directory(target) as fresh:
+            _write(fresh, log, fields, manifest, bad_rows)
+    del log, ids, fields  # the data set has its own
+    dataset = SequenceDataset.load(target, verify=False)
     unused = f"\nnot used: {', '.join(sources.unused)}" if sources.unused else ""
     say(f"{describe(dataset)}{unused}\nwrote {request.out}")
     return dataset

@@ -8,6 +8,7 @@ import numpy as np
 
 from laser_fast.data.dataset import SequenceDataset
 from laser_fast.data.items import update_with_strings
+from laser_fast.data.pieces import update_with_array
 from laser_fast.data.sequences import (
     EvaluationRows,
     PackedSequences,
@@ -62,9 +63,8 @@ def split_hash(dataset: SequenceDataset, rule: str) -> str:
     update_with_strings(digest, [rule])
     update_with_strings(digest, dataset.items.ids)
     update_with_strings(digest, dataset.user_ids)
-    # explicit little-endian copies: the hash must not depend on the machine
-    digest.update(np.ascontiguousarray(dataset.offsets, dtype="<i8").data)
-    digest.update(np.ascontiguousarray(dataset.item_index, dtype="<i4").data)
+    update_with_array(digest, dataset.offsets, "<i8")
+    update_with_array(digest, dataset.item_index, "<i4")
     return digest.hexdigest()
 
 

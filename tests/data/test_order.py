@@ -8,7 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from laser_fast.data.order import chronological_order, core_mask, parse_tie_rule, tie_counts, tie_keys
+from laser_fast.data import pieces
+from laser_fast.data.order import TieKeys, chronological_order, parse_tie_rule, tie_counts
 
 
 def test_order_by_user_then_time_then_position() -> None:
@@ -31,11 +32,11 @@ def test_equal_times_beyond_float_precision_are_not_mixed_up() -> None:
 def test_tie_keys_depend_on_ids_and_seed_not_on_file_order() -> None:
     user_ids, item_ids = ["u", "v"], ["a", "b", "c"]
     users, items = np.array([0, 0, 1, 1]), np.array([0, 1, 0, 2])
-    keys = tie_keys(user_ids, item_ids, users, items, seed=1)
-    swapped = tie_keys(user_ids[::-1], item_ids[::-1], 1 - users, 2 - items, seed=1)
+    keys = TieKeys(user_ids, item_ids, 1)(users, items)
+    swapped = TieKeys(user_ids[::-1], item_ids[::-1], 1)(1 - users, 2 - items)
     assert keys.tolist() == swapped.tolist()
     assert len(set(keys.tolist())) == 4
-    assert not set(keys.tolist()) & set(tie_keys(user_ids, item_ids, users, items, seed=2).tolist())
+    assert not set(keys.tolist()) & set(TieKeys(user_ids, item_ids, 2)(users, items).tolist())
 
 
 def test_tie_keys_equal_whole_number_arithmetic() -> None:
@@ -54,13 +55,13 @@ def test_tie_keys_equal_whole_number_arithmetic() -> None:
         mix(mix(hashed(user) ^ mix((seed + 0x9E3779B97F4A7C15) % 2**64)) ^ mix(hashed(item)))
         for user, item in (("u", "a"), ("v", "é"))
     ]
-    assert tie_keys(["u", "v"], ["a", "é"], np.array([0, 1]), np.array([0, 1]), seed).tolist() == expected
+    assert TieKeys(["u", "v"], ["a", "é"], seed)(np.array([0, 1]), np.array([0, 1])).tolist() == expected
 
 
 def test_tie_keys_do_not_depend_on_the_hash_seed_of_python() -> None:
     code = (
-        "import numpy as np; from laser_fast.data.order import tie_keys; "
-        "print(tie_keys(['u'], ['a', 'b'], np.array([0, 0]), np.array([0, 1]), 5).tolist())"
+        "import numpy as np; from laser_fast.data.order import TieKeys; "
+        "print(TieKeys(['u'], ['a', 'b'], 5)(np.array([0, 0]), np.array([0, 1])).tolist())"
     )
     printed = {
         subprocess.run(
@@ -68,7 +69,7 @@ def test_tie_keys_do_not_depend_on_the_hash_seed_of_python() -> None:
         ).stdout
         for seed in ("1", "2")
     }
-    here = tie_keys(["u"], ["a", "b"], np.array([0, 0]), np.array([0, 1]), 5).tolist()
+    here = TieKeys(["u"], ["a", "b"], 5)(np.array([0, 0]), np.array([0, 1])).tolist()
     assert printed == {f"{here}\n"}
 
 
@@ -87,16 +88,9 @@ def test_other_tie_rules_are_refused(rule: str) -> None:
         parse_tie_rule(rule)
 
 
-def test_core_falls_away_repeatedly() -> None:
-    # user 2 has one event, so item 2 is left with one, so user 1 is left with one
-    users = np.array([0, 0, 1, 1, 2])
-    items = np.array([0, 0, 0, 2, 2])
-    assert core_mask(users, items, 2, 2).tolist() == [True, True, False, False, False]
-    assert core_mask(users, items, 1, 1).all()
-    assert not core_mask(users, items, 9, 1).any()
-
-
-def test_tie_counts_by_hand() -> None:
+@pytest.mark.parametrize("piece", [1, 2, 3, 100])
+def test_tie_counts_by_hand(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "PIECE", piece)
     offsets = np.array([0, 4, 5, 5, 7])
     times = np.array([1, 1, 2, 2, 2, 5, 5])
     # user 0: all four tie, also the last two; user 1 has one event, equal to its neighbour's; user 3: both tie

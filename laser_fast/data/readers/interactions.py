@@ -1,21 +1,24 @@
-"""Reading the interaction log: flat arrays that grow with the events, nothing else."""
+"""Reading the interaction log: in memory are the ids, and as many events as are handed on at once."""
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from laser_fast.data.readers.bad_rows import BadRowError, BadRows
+from laser_fast.data.readers.events import TimeType, event_type
 from laser_fast.data.readers.layouts import Layout
 from laser_fast.data.readers.rows import Row, read_rows
 from laser_fast.data.readers.streams import Source
 from laser_fast.data.readers.values import parse_id, parse_number
 
 UnknownItems = Literal["error", "drop", "keep"]
-_EXACT_FLOAT = 2**53  # float64 holds every whole number up to here
+BUFFER_EVENTS = 2**19  # 8 MiB of events
+TakeEvents = Callable[[np.ndarray], None]
+"""Takes events in the order of the log: records of `event_type`, with the times of int64 or float64."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,26 +75,35 @@ class InteractionColumns:
     rating: str = "rating"
 
 
-def _times(values: array) -> np.ndarray:  # type: ignore[type-arg]  # array has no runtime subscript before 3.12
-    if values.typecode == "q":
-        return np.frombuffer(values, dtype=np.int64) if len(values) else np.zeros(0, dtype=np.int64)
-    times = np.frombuffer(values, dtype=np.float64)
-    if (np.abs(times) <= _EXACT_FLOAT).all() and (times == np.floor(times)).all():
-        return times.astype(np.int64)  # "978300760.0" is a whole number too
-    return times
+@dataclass(frozen=True, eq=False)
+class LogIds:
+    """What of a log is held in memory: `user_ids`, `item_ids` and `dropped` of `Interactions`."""
+
+    user_ids: list[str]
+    item_ids: list[str]
+    dropped: dict[str, int]
 
 
 class _Log:
-    """The events kept so far."""
+    """The ids so far, and the events that were not handed on yet."""
 
-    def __init__(self, columns: InteractionColumns, catalogue: Sequence[str] | None, rules: EventRules) -> None:
+    def __init__(
+        self,
+        columns: InteractionColumns,
+        catalogue: Sequence[str] | None,
+        rules: EventRules,
+        take: TakeEvents,
+        buffer_events: int,
+    ) -> None:
         self.users: dict[str, int] = {}
         self.items: dict[str, int] = {item: index for index, item in enumerate(catalogue or ())}
-        self.user_index, self.item_index = array("q"), array("q")
-        self.times: array = array("q")  # type: ignore[type-arg]
         self.dropped = {"low_rating": 0, "unknown_item": 0} | ({"outside_window": 0} if rules.has_window else {})
+        self._user_index, self._item_index = array("i"), array("i")
+        self._times: array = array("q")  # type: ignore[type-arg]  # array has no runtime subscript before 3.12
         self._columns = columns
         self._rules = rules
+        self._take = take
+        self._buffer_events = buffer_events
         self._growing = catalogue is None or rules.unknown_items == "keep"
         self._lowest = -math.inf if rules.from_time is None else rules.from_time
         self._end = math.inf if rules.to_time is None else rules.to_time
@@ -121,11 +133,57 @@ class _Log:
                 return
             else:
                 raise row.error("the item must be in the item file (or choose to drop or keep)", columns.item, item)
-        if isinstance(time, float) and self.times.typecode == "q":
-            self.times = array("d", self.times)
-        self.times.append(time)
-        self.user_index.append(self.users.setdefault(user, len(self.users)))
-        self.item_index.append(index)
+        if isinstance(time, float) and self._times.typecode == "q":
+            self.hand_on()
+            self._times = array("d")
+        self._times.append(time)
+        self._user_index.append(self.users.setdefault(user, len(self.users)))
+        self._item_index.append(index)
+        if len(self._times) >= self._buffer_events:
+            self.hand_on()
+
+    def hand_on(self) -> None:
+        """Hand on the events in the buffer, if any."""
+        if not self._times:
+            return
+        events = np.empty(len(self._times), event_type("i8" if self._times.typecode == "q" else "f8"))
+        for name, values in (("user", self._user_index), ("item", self._item_index), ("time", self._times)):
+            events[name] = values
+            del values[:]
+        self._take(events)
+
+
+def scan_interactions(
+    source: Source,
+    columns: InteractionColumns,
+    catalogue: Sequence[str] | None,
+    take: TakeEvents,
+    *,
+    rules: EventRules | None = None,
+    layout: Layout | None = None,
+    bad_rows: BadRows | None = None,
+    buffer_events: int = BUFFER_EVENTS,
+) -> LogIds:
+    """Read a log and hand its events on, at most `buffer_events` at once; beside them only the ids are in memory.
+
+    Args:
+        source, columns, catalogue, rules, layout, bad_rows: see `read_interactions`.
+        take: takes the events.
+        buffer_events: most events handed on at once.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_interactions`.
+    """
+    rules, bad_rows = rules or EventRules(), bad_rows or BadRows()
+    log = _Log(columns, catalogue, rules, take, buffer_events)
+    names = [columns.user, columns.item, columns.time] + ([columns.rating] if rules.min_rating is not None else [])
+    for row in read_rows(source, names, layout, bad_rows):
+        try:
+            log.add(row)
+        except BadRowError as error:
+            bad_rows.add(error)
+    log.hand_on()
+    return LogIds(list(log.users), list(log.items), log.dropped)
 
 
 def read_interactions(
@@ -151,19 +209,15 @@ def read_interactions(
         FileNotFoundError: there is no such file.
         ValueError: a column is missing, a value is bad or an item unknown; with the line number.
     """
-    rules, bad_rows = rules or EventRules(), bad_rows or BadRows()
-    log = _Log(columns, catalogue, rules)
-    names = [columns.user, columns.item, columns.time] + ([columns.rating] if rules.min_rating is not None else [])
-    for row in read_rows(source, names, layout, bad_rows):
-        try:
-            log.add(row)
-        except BadRowError as error:
-            bad_rows.add(error)
+    blocks: list[np.ndarray] = []
+    ids = scan_interactions(source, columns, catalogue, blocks.append, rules=rules, layout=layout, bad_rows=bad_rows)
+    time_type = TimeType()
+    for block in blocks:
+        time_type.add(block["time"])
+    nothing = np.zeros(0, event_type("i8"))
     return Interactions(
-        user_ids=list(log.users),
-        item_ids=list(log.items),
-        user_index=np.array(log.user_index, dtype=np.int64),
-        item_index=np.array(log.item_index, dtype=np.int64),
-        timestamps=_times(log.times),
-        dropped=log.dropped,
+        **vars(ids),
+        user_index=np.concatenate([block["user"] for block in (nothing, *blocks)]).astype(np.int64),
+        item_index=np.concatenate([block["item"] for block in (nothing, *blocks)]).astype(np.int64),
+        timestamps=np.concatenate([time_type.of(block["time"]) for block in (nothing, *blocks)], dtype=time_type.dtype),
     )
