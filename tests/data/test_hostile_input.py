@@ -77,6 +77,7 @@ def _parquet(rows: list[list[Any]], names: list[str]) -> bytes:
     for name, column in zip(names, zip(*rows, strict=True), strict=False):
         try:
             columns[name] = pa.array(column)
+            pq.write_table(pa.table({name: columns[name]}), io.BytesIO())  # objects without a key cannot be written
         except (pa.ArrowException, UnicodeError, OverflowError, TypeError, ValueError):
             columns[name] = pa.array([_text(value) for value in column])
     stream = io.BytesIO()
