@@ -22,16 +22,17 @@ from laser_fast.data.items import ItemTable
 from laser_fast.data.manifest import Manifest, SourceFile
 from laser_fast.data.order import tie_counts
 from laser_fast.data.prepare_events import Log, events_of, order_and_filter, read_log, write_arrays
+from laser_fast.data.prepare_progress import ordering_bar, reading_bar
 from laser_fast.data.prepare_request import PrepareRequest
 from laser_fast.data.prepare_sources import TITLE_FIELD, Fields, PrepareSources, find_sources
 from laser_fast.data.readers import BadRows, read_items
+from laser_fast.data.readers.bad_rows import BAD_ROWS
 from laser_fast.data.readers.interactions import BUFFER_EVENTS
 from laser_fast.data.split import leave_one_out_rule, split_hash
 from laser_fast.data.text import clean_text, first_words
 from laser_fast.data.titles import normalize_title
 
 _LOGGER = logging.getLogger(__name__)
-BAD_ROWS = "bad_rows"
 
 Say = Callable[[str], None]
 
@@ -108,10 +109,7 @@ def _counts(log: Log, dataset: SequenceDataset, per_item: np.ndarray, bad_rows: 
     counts |= {f"dropped_{reason}": count for reason, count in log.ids.dropped.items()}
     if bad_rows.repeated_items:
         counts["repeated_items"] = bad_rows.repeated_items
-    if bad_rows.skip:
-        counts |= {BAD_ROWS: bad_rows.total}
-        counts |= {f"{BAD_ROWS}: {reason}": count for reason, count in bad_rows.by_reason.items()}
-    return counts
+    return counts | bad_rows.counts()
 
 
 def _write(directory: Path, log: Log, fields: Fields, manifest: Manifest, bad_rows: BadRows) -> None:
@@ -176,7 +174,9 @@ def describe(dataset: SequenceDataset) -> str:
     return "\n".join(lines)
 
 
-def prepare(request: PrepareRequest, say: Say = _LOGGER.info, *, buffer_events: int = BUFFER_EVENTS) -> SequenceDataset:
+def prepare(
+    request: PrepareRequest, say: Say = _LOGGER.info, *, progress: bool = False, buffer_events: int = BUFFER_EVENTS
+) -> SequenceDataset:
     """Read the sources, write the data set, return it as loaded from disk.
 
     The target appears whole or not at all, also when the process is killed; what a killed one left is removed by the
@@ -189,6 +189,7 @@ def prepare(request: PrepareRequest, say: Say = _LOGGER.info, *, buffer_events: 
     Args:
         request: what to do.
         say: takes what a person wants to know, e.g. `print`.
+        progress: show bars for reading and ordering, if the standard error is a terminal.
         buffer_events: most events in memory at once, or those of one user if these are more; decides nothing else.
 
     Raises:
@@ -207,8 +208,10 @@ def prepare(request: PrepareRequest, say: Say = _LOGGER.info, *, buffer_events: 
     bad_rows = BadRows(skip=request.skip_bad_rows)
     ids, fields = _read_catalogue(request, sources, bad_rows)
     with scratch_directory(target) as scratch:
-        log = read_log(sources, ids, manifest, bad_rows, scratch, buffer_events)
-        order_and_filter(log, request)
+        with reading_bar(sources.log, progress) as source:
+            log = read_log(replace(sources, log=source), ids, manifest, bad_rows, scratch, buffer_events)
+        with ordering_bar(len(log.events), progress) as ordered:
+            order_and_filter(log, request, ordered)
         if bad_rows.total:
             say(bad_rows.describe())
         if not len(log.events):

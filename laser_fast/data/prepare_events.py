@@ -4,6 +4,7 @@ What grows in memory are the ids of the users and one integer for each; beside t
 (or those of one user if these are more) and the catalogue.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -55,12 +56,23 @@ def read_log(
     return Log(ids, spill.in_blocks(scratch / "events", buffer_events))
 
 
-def order_and_filter(log: Log, request: PrepareRequest) -> None:
-    """Order the events and apply the filters that look at the whole log, as `PrepareRequest` names them."""
+def order_and_filter(log: Log, request: PrepareRequest, ordered: Callable[[int], object]) -> None:
+    """Order the events and apply the filters that look at the whole log, as `PrepareRequest` names them.
+
+    Args:
+        log: its events are changed on disk, its drops are counted.
+        request: which filters.
+        ordered: told how many events were just put in order.
+    """
     events, dropped = log.events, log.ids.dropped
     seed = parse_tie_rule(request.tie_rule)
     keys = None if seed is None else TieKeys(log.ids.user_ids, log.ids.item_ids, seed)
-    events.transform(lambda block: by_user_and_time(block, keys))
+
+    def in_order(block: np.ndarray) -> np.ndarray:
+        ordered(len(block))
+        return by_user_and_time(block, keys)
+
+    events.transform(in_order)
     if (kept := request.duplicates) != "all":
         dropped["duplicate"] = events.keep(lambda block: not_duplicate(block, kept))
     dropped["core"] = keep_core(

@@ -1,5 +1,7 @@
 """What happens to a row that cannot be used: it ends the reading, or it is skipped, counted and listed."""
 
+BAD_ROWS = "bad_rows"
+
 
 class BadRowError(ValueError):
     """A row breaks a rule; the message names file, line, column and value.
@@ -45,6 +47,12 @@ class BadRows:
         self.by_reason[error.reason] = self.by_reason.get(error.reason, 0) + 1
         if len(self.first) < self.listed:
             self.first.append(str(error))
+
+    def counts(self) -> dict[str, int]:
+        """What a manifest counts: rows skipped, all and by reason, where rows may be skipped."""
+        if not self.skip:
+            return {}
+        return {BAD_ROWS: self.total} | {f"{BAD_ROWS}: {reason}": count for reason, count in self.by_reason.items()}
 
     def describe(self) -> str:
         """What was skipped: the count of every reason, then the first rows in full; "" if nothing was."""

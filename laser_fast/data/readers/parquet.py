@@ -1,6 +1,6 @@
 """Rows of a Parquet file, read in batches: memory does not grow with the file."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,8 +68,12 @@ def _decoded(value: bytes | None) -> str | bytes | None:
         return value
 
 
-def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[Any]]]:
+def parquet_rows(
+    path: Path, columns: Sequence[str], report: Callable[[int], object] | None = None
+) -> Iterator[tuple[int, list[Any]]]:
     """Number (from 1) and values of every row, for `columns` in that order; a missing value is None.
+
+    `report` is called after every batch with the part of the file's bytes that its rows so far make up.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -91,3 +95,5 @@ def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list
             for row in zip(*values, strict=True):
                 number += 1
                 yield number, list(row)
+            if report is not None:
+                report(path.stat().st_size * number // file.metadata.num_rows)

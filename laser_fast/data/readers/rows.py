@@ -10,7 +10,7 @@ from laser_fast.data.readers.archives import ArchiveMember
 from laser_fast.data.readers.bad_rows import BadRowError, BadRows
 from laser_fast.data.readers.layouts import RECBOLE_TYPES, Layout, layout_of
 from laser_fast.data.readers.parquet import parquet_columns, parquet_rows
-from laser_fast.data.readers.streams import Lines, Source
+from laser_fast.data.readers.streams import Lines, Source, WatchedSource
 
 
 class Row(NamedTuple):
@@ -148,6 +148,8 @@ def column_types(source: Source, layout: Layout | None = None, *, skip_bad_rows:
 
 
 def _file(source: Source) -> Path:
+    if isinstance(source, WatchedSource):
+        return _file(source.source)
     if isinstance(source, ArchiveMember):
         raise ValueError(f"read_rows: a Parquet file must lie outside of archives, got {source.name} in one")
     return source
@@ -210,7 +212,8 @@ def read_rows(
         )
     elif layout.kind == "parquet":
         _positions(source, names, columns)
-        rows = (Row(name, number, values, "row") for number, values in parquet_rows(_file(source), columns))
+        report = source.report if isinstance(source, WatchedSource) else None
+        rows = (Row(name, number, values, "row") for number, values in parquet_rows(_file(source), columns, report))
     else:
         rows = _text_rows(source, layout, columns, names, bad_rows)
     for row in rows:

@@ -1,39 +1,66 @@
 """Decoded lines of a file or of an archive's member, gzipped or not, with their numbers."""
 
 import gzip
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from laser_fast.data.readers.archives import BROKEN, ArchiveMember, open_member
 from laser_fast.data.readers.bad_rows import BadRowError, BadRows
 
-Source = Path | ArchiveMember
+
+@dataclass(frozen=True)
+class WatchedSource:
+    """A file, or a file in an archive, whose reading is reported.
+
+    Args:
+        source: what is read.
+        report: called now and then with how many bytes of the file are read so far: of a `.gz` the zipped ones, of a
+            file in an archive those it holds.
+    """
+
+    source: Path | ArchiveMember
+    report: Callable[[int], object]
+
+    @property
+    def name(self) -> str:
+        """That of the source."""
+        return self.source.name
+
+
+Source = Path | ArchiveMember | WatchedSource
 """Where rows come from: a file, or a file in an archive."""
+_REPORT_LINES = 2**13
 
 
 @contextmanager
-def opened(source: Source) -> Iterator[BinaryIO]:
-    """The bytes of a source, unzipped where the name ends in `.gz`."""
-    zipped = source.name.lower().endswith(".gz")
-    if isinstance(source, Path):
-        with cast(BinaryIO, gzip.open(source, "rb")) if zipped else source.open("rb") as stream:
-            yield stream
-        return
-    with open_member(source) as stream:
-        yield cast(BinaryIO, gzip.GzipFile(fileobj=stream)) if zipped else stream
+def _opened(source: Path | ArchiveMember) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """The bytes of a source, unzipped where the name ends in `.gz`, and the stream they are taken from."""
+    with source.open("rb") if isinstance(source, Path) else open_member(source) as raw:
+        if not source.name.lower().endswith(".gz"):
+            yield raw, raw
+            return
+        with gzip.GzipFile(fileobj=raw) as stream:
+            yield cast(BinaryIO, stream), raw
 
 
-def _raw_lines(source: Source) -> Iterator[bytes]:
+def _raw_lines(watched: Source) -> Iterator[bytes]:
     number = 0
+    source = watched.source if isinstance(watched, WatchedSource) else watched
+    report = watched.report if isinstance(watched, WatchedSource) else None
     if isinstance(source, Path) and not source.is_file():
         raise FileNotFoundError(f"read_rows: the source must be a file, got {source}")
     try:
-        with opened(source) as stream:
+        with _opened(source) as (stream, file):
             for raw in stream:
                 number += 1
+                if report is not None and number % _REPORT_LINES == 0:
+                    report(file.tell())
                 yield raw
+            if report is not None:
+                report(file.tell())
     except BROKEN as error:
         state = "whole gzip data" if source.name.lower().endswith(".gz") else "readable"
         if isinstance(source, ArchiveMember):
