@@ -13,7 +13,16 @@ from laser_fast.data.presplit import prepare_presplit
 from laser_fast.data.readers import MAX_UNPACKED_BYTES, InteractionColumns, UnknownItems
 
 _GB = 10**9
-_PRESPLIT_OPTIONS = ("out", "presplit", "item_id_column", "text_columns", "no_clean", "overwrite")
+_PRESPLIT_OPTIONS = (
+    "out",
+    "presplit",
+    "item_id_column",
+    "text_columns",
+    "no_clean",
+    "skip_bad_rows",
+    "no_progress",
+    "overwrite",
+)
 
 
 def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +39,7 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip-bad-rows", action="store_true", help="leave out rows that cannot be used, and say which"
     )
+    parser.add_argument("--no-progress", action="store_true", help="show no bars; none are shown without a terminal")
     parser.add_argument("--overwrite", action="store_true", help="replace a data set that is already there")
 
 
@@ -106,7 +116,7 @@ def prepare_from_arguments(arguments: argparse.Namespace, say: Say) -> SequenceD
         ValueError: options that do nothing for data that came split; see the two functions.
     """
     if arguments.presplit is None:
-        return prepare(request_from_arguments(arguments), say=say)
+        return prepare(request_from_arguments(arguments), say=say, progress=not arguments.no_progress)
     defaults = argparse.ArgumentParser()
     add_prepare_arguments(defaults)
     useless = [
@@ -124,6 +134,7 @@ def prepare_from_arguments(arguments: argparse.Namespace, say: Say) -> SequenceD
         item_id_column=arguments.item_id_column or names.item,
         text_columns=_names(arguments.text_columns),
         clean=not arguments.no_clean,
+        skip_bad_rows=arguments.skip_bad_rows,
         overwrite=arguments.overwrite,
         say=say,
     )

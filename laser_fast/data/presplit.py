@@ -21,11 +21,13 @@ from laser_fast.data.dataset import (
     read_manifest,
     write_dataset,
 )
+from laser_fast.data.folders import remove_leftovers
 from laser_fast.data.items import ItemTable
 from laser_fast.data.manifest import Manifest, SourceFile
 from laser_fast.data.order import FILE_ORDER
+from laser_fast.data.readers.bad_rows import BadRowError, BadRows
 from laser_fast.data.readers.items import default_text_columns, read_items
-from laser_fast.data.readers.rows import read_rows
+from laser_fast.data.readers.rows import Row, read_rows
 from laser_fast.data.readers.values import parse_id
 from laser_fast.data.split import Split, event_rows, first_events, parts_hash
 from laser_fast.data.text import clean_text
@@ -33,7 +35,7 @@ from laser_fast.data.text import clean_text
 _LOGGER = logging.getLogger(__name__)
 _PARTS = ("train", "valid", "test")
 _ROW_SUFFIXES = (".jsonl", ".jsonl.gz")
-_ITEM_SUFFIXES = (*_ROW_SUFFIXES, ".csv", ".csv.gz", ".tsv", ".tsv.gz")
+_ITEM_SUFFIXES = (*_ROW_SUFFIXES, ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
 _COLUMNS = ("user", "history", "target")
 _FORMAT = "presplit"
 
@@ -92,6 +94,7 @@ def prepare_presplit(
     item_id_column: str = "item_id",
     text_columns: tuple[str, ...] | None = None,
     clean: bool = True,
+    skip_bad_rows: bool = False,
     overwrite: bool = False,
     say: Callable[[str], None] = _LOGGER.info,
 ) -> SequenceDataset:
@@ -107,38 +110,35 @@ def prepare_presplit(
         item_id_column: of the item file.
         text_columns: columns of the item file to keep; None: all.
         clean: remove HTML and collapse white space in texts.
+        skip_bad_rows: leave out rows that cannot be used, and say which; the training row after such a one begins a new
+            sequence.
         overwrite: replace a data set that is already there.
         say: takes what a person wants to know, e.g. `print`.
 
     Raises:
         FileNotFoundError: no training rows or no item file.
         FileExistsError: the target holds something else.
-        ValueError: a row is not as it should be, with file, line, column and value.
+        ValueError: a row is not as it should be, with file, line, column and value, or no training row is left.
     """
-    files = {part: _find(folder, part, _ROW_SUFFIXES) for part in _PARTS}
-    item_file = _find(folder, "items", _ITEM_SUFFIXES)
-    for part, found in (("train", files["train"]), ("items", item_file)):
-        if found is None:
-            raise FileNotFoundError(f"prepare_presplit: the folder must hold {part}.jsonl, got none in {folder}")
-    assert item_file is not None
-    columns = default_text_columns(item_file, item_id_column) if text_columns is None else list(text_columns)
-    sources = [path for path in (*files.values(), item_file) if path is not None]
-    manifest = Manifest(
-        format=_FORMAT,
-        tie_rule=FILE_ORDER,
-        sources=tuple(SourceFile(path.name, file_sha256(path), path.stat().st_size) for path in sources),
-        options={"item_id_column": item_id_column, "text_columns": columns, "clean": clean},
-    )
     target = out.resolve()
+    remove_leftovers(target)
+    files = _find_files(folder)
+    manifest = _manifest(files, item_id_column, text_columns, clean, skip_bad_rows)
     if _up_to_date(target, manifest, overwrite):
         say(f"{out} is up to date: same sources, same settings; nothing written")
         return SequenceDataset.load(target)
-    ids, fields = read_items(item_file, item_id_column, columns)
+    bad_rows = BadRows(skip=skip_bad_rows)
+    ids, fields = read_items(files["items"], item_id_column, manifest.options["text_columns"], bad_rows=bad_rows)
     if clean:
         fields = {name: [clean_text(text) for text in column] for name, column in fields.items()}
     items = ItemTable(ids, fields)
-    parts = {part: _Rows([], []) if path is None else _read_part(path, items) for part, path in files.items()}
+    parts = {part: _read_part(files.get(part), items, bad_rows) for part in _PARTS}
+    if bad_rows.total:
+        say(bad_rows.describe())
+    if not parts["train"].users:
+        raise ValueError(f"prepare_presplit: at least one training row must be left, got {bad_rows.total} bad rows")
     parts["train"] = _joined(parts["train"])
+    manifest = replace(manifest, counts=bad_rows.counts())
     dataset = write_dataset(target, _assemble(parts, items, manifest), overwrite=overwrite)
     counts = given_split(dataset).counts()
     say(f"{folder.name}: {len(items):,} items, " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
@@ -146,8 +146,32 @@ def prepare_presplit(
     return dataset
 
 
-def _find(folder: Path, name: str, suffixes: tuple[str, ...]) -> Path | None:
-    return next((path for suffix in suffixes if (path := folder / (name + suffix)).is_file()), None)
+def _find_files(folder: Path) -> dict[str, Path]:
+    """The files of the parts there are, then that of the items."""
+    wanted = {**dict.fromkeys(_PARTS, _ROW_SUFFIXES), "items": _ITEM_SUFFIXES}
+    found: dict[str, Path] = {}
+    for name, suffixes in wanted.items():
+        path = next((path for suffix in suffixes if (path := folder / (name + suffix)).is_file()), None)
+        if path is not None:
+            found[name] = path
+        elif name in ("train", "items"):
+            raise FileNotFoundError(f"prepare_presplit: the folder must hold {name}.jsonl, got none in {folder}")
+    return found
+
+
+def _manifest(
+    files: dict[str, Path], item_id_column: str, text_columns: tuple[str, ...] | None, clean: bool, skip_bad_rows: bool
+) -> Manifest:
+    columns = list(text_columns or ())
+    if text_columns is None:
+        columns = default_text_columns(files["items"], item_id_column, skip_bad_rows=skip_bad_rows)
+    options = {"item_id_column": item_id_column, "text_columns": columns, "clean": clean}
+    return Manifest(
+        format=_FORMAT,
+        tie_rule=FILE_ORDER,
+        sources=tuple(SourceFile(path.name, file_sha256(path), path.stat().st_size) for path in files.values()),
+        options=options | ({"skip_bad_rows": True} if skip_bad_rows else {}),
+    )
 
 
 def _up_to_date(target: Path, manifest: Manifest, overwrite: bool) -> bool:
@@ -164,21 +188,33 @@ def _up_to_date(target: Path, manifest: Manifest, overwrite: bool) -> bool:
     return True
 
 
-def _read_part(path: Path, items: ItemTable) -> _Rows:
+def _read_part(path: Path | None, items: ItemTable, bad_rows: BadRows) -> _Rows:
+    """The rows of a file; none where there is no file."""
     rows = _Rows([], [])
-    for row in read_rows(path, _COLUMNS):
-        user, history, target = row.values
-        if not isinstance(history, list):
-            raise row.error("a history must be a list of item ids", "history", history)
-        rows.users.append(parse_id(row, "user", user))
-        ids = [parse_id(row, "history", item) for item in history] + [parse_id(row, "target", target)]
-        known = items.index_of(ids)
-        if (known < 0).any():
-            place = int(np.argmax(known < 0))
-            column, value = ("history", history[place]) if place < len(history) else ("target", target)
-            raise row.error("items must be in the item file", column, value)
-        rows.sequences.append(known.tolist())
+    for row in () if path is None else read_rows(path, _COLUMNS, bad_rows=bad_rows):
+        try:
+            user, sequence = _parsed(row, items)
+        except BadRowError as error:
+            bad_rows.add(error)
+            continue
+        rows.users.append(user)
+        rows.sequences.append(sequence)
     return rows
+
+
+def _parsed(row: Row, items: ItemTable) -> tuple[str, list[int]]:
+    """The user's id and the indices of history and target."""
+    user, history, target = row.values
+    if not isinstance(history, list):
+        raise row.error("a history must be a list of item ids", "history", history)
+    parsed = parse_id(row, "user", user)
+    ids = [parse_id(row, "history", item) for item in history] + [parse_id(row, "target", target)]
+    known = items.index_of(ids)
+    if (known < 0).any():
+        place = int(np.argmax(known < 0))
+        column, value = ("history", history[place]) if place < len(history) else ("target", target)
+        raise row.error("items must be in the item file", column, value)
+    return parsed, known.tolist()
 
 
 def _joined(rows: _Rows) -> _Rows:
@@ -205,7 +241,7 @@ def _assemble(parts: dict[str, _Rows], items: ItemTable, manifest: Manifest) -> 
         for number, user in enumerate(parts[part].users)
     ]
     dataset = SequenceDataset.from_lists([s for part in _PARTS for s in parts[part].sequences], items, names)
-    counts = {f"{part}_sequences": len(parts[part].users) for part in _PARTS}
+    counts = manifest.counts | {f"{part}_sequences": len(parts[part].users) for part in _PARTS}
     counts["items_in_sequences"] = len(np.unique(dataset.item_index))
     dataset = replace(dataset, manifest=replace(manifest, counts=counts))
     return replace(dataset, manifest=replace(dataset.manifest, split_hash=given_split(dataset).hash))

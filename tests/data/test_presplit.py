@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from laser_fast.cli import main
@@ -98,6 +100,56 @@ def test_bad_rows_are_named(row: tuple[Any, Any, Any], message: str, tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
+def test_bad_rows_can_be_left_out(tmp_path: Path) -> None:
+    bad: Rows = [("a", [1, 2], 9), ("x", "1,2", 1), (None, [1], 1)]
+    source = write(tmp_path / "source", train=[*TRAIN[:2], *bad, *TRAIN[2:]], valid=[*VALID, ("v", [7], 1)])
+    said: list[str] = []
+    dataset = prepare_presplit(source, tmp_path / "out", skip_bad_rows=True, say=said.append)
+    write(tmp_path / "good", train=TRAIN, valid=VALID)
+    good = prepare_presplit(tmp_path / "good", tmp_path / "good_out")
+    assert dataset.hash() == good.hash()
+    counts = dataset.manifest.counts
+    assert counts["bad_rows"] == 4
+    assert counts["bad_rows: train.jsonl.gz: items must be in the item file, column 'target'"] == 1
+    assert dataset.manifest.options["skip_bad_rows"] is True
+    assert "skip_bad_rows" not in good.manifest.options
+    assert "bad_rows" not in good.manifest.counts
+    assert said[0].startswith("skipped 4 bad rows:")
+    assert "got '1,2' in line 4, column 'history'" in said[0]
+    write(source, train=bad)
+    with pytest.raises(ValueError, match="at least one training row must be left, got 4 bad rows"):
+        prepare_presplit(source, tmp_path / "none", skip_bad_rows=True)
+
+
+def test_a_row_left_out_begins_a_new_sequence(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", train=[("a", [1], 2), ("a", [1, 2], 9), ("a", [1, 2, 9], 3), ("a", [1, 2], 3)])
+    dataset = prepare_presplit(source, tmp_path / "out", skip_bad_rows=True)
+    assert given_split(dataset).train.to_lists() == [[1, 2, 3]]
+    write(source, items=10, train=[("a", [1], 2), ("a", [1, 2], "?"), ("a", [1, 2, 9], 3)])
+    dataset = prepare_presplit(source, tmp_path / "other", skip_bad_rows=True)
+    assert given_split(dataset).train.to_lists() == [[1, 2], [1, 2, 9, 3]]
+
+
+def test_items_may_come_as_parquet(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", train=TRAIN, valid=VALID)
+    expected = prepare_presplit(source, tmp_path / "lines")
+    (source / "items.jsonl").unlink()
+    table = {"item_id": list(range(6)), "title": [f"t{item} <b>" for item in range(6)]}
+    pq.write_table(pa.table(table), source / "items.parquet")
+    assert prepare_presplit(source, tmp_path / "parquet").hash() == expected.hash()
+
+
+def test_leftovers_are_removed_and_a_lost_name_is_given_back(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", train=TRAIN)
+    dataset = prepare_presplit(source, tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / ".out.0123456789ab.old")
+    (tmp_path / ".out.0123456789ab.partial").mkdir()
+    said: list[str] = []
+    assert prepare_presplit(source, tmp_path / "out", say=said.append).hash() == dataset.hash()
+    assert "nothing written" in said[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
 def test_a_folder_without_training_rows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"the folder must hold train\.jsonl, got none in"):
         prepare_presplit(write(tmp_path / "source", valid=VALID), tmp_path / "out")
@@ -107,7 +159,7 @@ def test_the_command_takes_it_and_refuses_options_that_would_do_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = ["--presplit", str(write(tmp_path / "source", train=TRAIN, valid=VALID))]
-    assert main(["prepare", str(tmp_path / "out"), *source, "--no-clean"]) == 0
+    assert main(["prepare", str(tmp_path / "out"), *source, "--no-clean", "--skip-bad-rows", "--no-progress"]) == 0
     assert "13 train_events, 4 train_sequences, 2 valid_rows" in capsys.readouterr().out
     assert SequenceDataset.load(tmp_path / "out").items.field("title")[0] == "t0 <b>"
     refused = ["--min-rating", "3", "--user-column", "who"]
