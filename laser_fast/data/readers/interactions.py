@@ -115,8 +115,11 @@ class _Log:
             BadRowError: a value is bad, or the item is unknown and must not be; nothing was kept then.
         """
         columns, rules = self._columns, self._rules
-        user = parse_id(row, columns.user, row.values[0])
-        item = parse_id(row, columns.item, row.values[1])
+        user, item = row.values[:2]
+        if type(user) is not str or user not in self.users:  # what is known was parsed before, into itself
+            user = parse_id(row, columns.user, user)
+        if type(item) is not str or item not in self.items:
+            item = parse_id(row, columns.item, item)
         time = parse_number(row, columns.time, row.values[2])
         if rules.min_rating is not None and parse_number(row, columns.rating, row.values[3]) < rules.min_rating:
             self.dropped["low_rating"] += 1
