@@ -4,8 +4,8 @@
 
 Every log is drawn: a user for every 50 events, 100,000 items of which some are far more frequent, events in the order
 of time with users mixed. Each is prepared by a process of its own, whose peak is the kernel's high-water mark: imports,
-heap and pages of mapped files together (`VmHWM`, which begins anew with a program; `ru_maxrss` begins at what the process
-had that started it).
+heap and pages of mapped files together. It is read from `VmHWM`, which begins anew with a program; `ru_maxrss` begins
+at the peak of the process that started it.
 """
 
 import argparse
