@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from laser_fast.data import SequenceDataset, pieces, write_dataset
+from laser_fast.data import ItemTable, Manifest, SequenceDataset, pieces, write_dataset
 from laser_fast.data.pieces import update_with_array
 
 
@@ -42,6 +42,24 @@ def test_no_more_of_a_mapped_file_is_in_memory_than_a_piece(tmp_path: Path, monk
     # a piece is 1 MiB; the kernel maps up to 2 MiB around each place touched
     assert most - before < 8 * 2**20
     assert mapped_bytes() - before < 2**20
+
+
+def test_a_loaded_data_set_stays_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs /proc")
+    monkeypatch.setattr(pieces, "PIECE", 2**17)
+    times = np.arange(2**21)  # 16 MiB, and 8 MiB of items
+    items = np.zeros(len(times), dtype=np.int32)
+    manifest = Manifest(format="memory", tie_rule="file-order")
+    offsets = np.array([0, len(times)])
+    write_dataset(tmp_path / "set", SequenceDataset(ItemTable(["i"]), ["u"], offsets, items, times, manifest))
+    before = mapped_bytes()
+    dataset = SequenceDataset.load(tmp_path / "set")
+    assert mapped_bytes() - before < 2**21
+    assert dataset.hash() == dataset.manifest.dataset_hash
+    assert mapped_bytes() - before < 2**21
+    assert int(dataset.timestamps.sum()) == int(times.sum())  # looking at it all takes it into memory
+    assert mapped_bytes() - before >= 2**24
 
 
 def test_changes_to_a_private_mapping_are_not_lost(tmp_path: Path) -> None:
