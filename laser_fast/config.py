@@ -177,6 +177,24 @@ class BiTuningConfig(Settings):
     """On the read-out, before the head."""
 
 
+class TextConfig(Settings):
+    """The text residual: frozen text vectors of the items beside what the language model reads out."""
+
+    residual: bool = False
+    """Add them to the embeddings of users and items, through a head that starts as the identity; off = the paper."""
+    item_side: Literal["lm", "text"] = "lm"
+    """Item embeddings with the residual: the language model's read-out and the text vector, or the text vector alone,
+    which needs no pass over the catalogue and is trained against all of it at every step."""
+    templates: list[str] = Field(default_factory=list)
+    """Templates over the text fields whose unit vectors are averaged; none = `prompt.item_template` alone."""
+    max_tokens: PositiveInt = 96
+    """Of a text that is read for its vector."""
+    max_history: PositiveInt = 10
+    """Newest history items whose vectors make up the user's, with a learned weight for each age."""
+    dropout: Fraction = 0.2
+    """On the user's and the item's vector, before the head."""
+
+
 class ObjectiveConfig(Settings):
     """Losses of both stages."""
 
@@ -189,6 +207,12 @@ class ObjectiveConfig(Settings):
     """What a user's target stands against: the whole item matrix, or `num_negatives` drawn items (the authors)."""
     num_negatives: Annotated[int, Field(ge=0)] = 0
     """Items drawn for every user of a batch, uniformly among those outside its history."""
+    mask_history: bool = False
+    """Leave the items of a history out of what its target stands against in V: what a repeat is worth is then for the
+    calibrated score to say, and embeddings need not push away what is most alike. Off = the paper."""
+    popularity: bool = False
+    """Add p log(1 + count) to the scores of V in training, p trained, so that embeddings need not hold what every
+    user's ranking begins with; the calibrated score has its own. Off = the paper."""
     item_gradient: Literal["positives", "none"] = "positives"
     """Phase A: whether the positives of a batch, and the drawn negatives, are encoded with gradient, as candidates of
     each other."""
@@ -204,6 +228,11 @@ class ObjectiveConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "ObjectiveConfig":
+        if self.candidates == "sampled" and (self.mask_history or self.popularity):
+            raise ValueError(
+                'mask_history and popularity must be false when candidates is "sampled" (they are of the whole '
+                f"catalogue), got {self.mask_history} and {self.popularity}"
+            )
         if self.candidates == "sampled" and not self.num_negatives:
             raise ValueError('num_negatives must be at least 1 when candidates is "sampled", got 0')
         return self
@@ -227,6 +256,8 @@ class StageConfig(Settings):
     """0 skips it."""
     rows_per_epoch: PositiveInt | None = None
     """Training rows drawn for an epoch; None: all of them."""
+    batch_size: PositiveInt | None = None
+    """Rows of a step in this stage; None: `training.batch_size`."""
     patience: PositiveInt = 3
     """Epochs without a better validation NDCG@10 before it stops."""
 
@@ -247,11 +278,18 @@ class TrainingConfig(Settings):
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     tensorboard: bool = False
     """Also write the curves for TensorBoard, into `output`/tensorboard; needs the package `tensorboard`."""
+    text: StageConfig = StageConfig(epochs=0)
+    """Before all others: the text residual alone, without the language model."""
     pretrain: StageConfig = StageConfig(epochs=0)
     phase_a: StageConfig = StageConfig(epochs=10)
     phase_b: StageConfig = StageConfig(epochs=3)
+    text_optimizer: OptimizerConfig = OptimizerConfig()
     pretrain_optimizer: OptimizerConfig = OptimizerConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+
+    def rows_of_step(self, stage: StageConfig) -> int:
+        """Rows of a step of a stage."""
+        return stage.batch_size or self.batch_size
 
 
 class SplitConfig(Settings):
@@ -293,10 +331,13 @@ class ModelConfig(Settings):
     prompt: PromptConfig = PromptConfig()
     mformer: MFormerConfig = MFormerConfig()
     bituning: BiTuningConfig = BiTuningConfig()
+    text: TextConfig = TextConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
 
     @model_validator(mode="after")
     def _check_model(self) -> "ModelConfig":
+        if self.text.item_side == "text" and not self.text.residual:
+            raise ValueError('text.item_side must be "lm" when text.residual is false, got "text"')
         if self.bituning.prefix == "none" and self.bituning.prefix_mode == "kv":
             raise ValueError('bituning.prefix_mode must be "embedding" when bituning.prefix is "none", got "kv"')
         behind_instruction = self.bituning.prefix_mode == "kv" and self.prompt.order == "prompt-first"
@@ -330,6 +371,10 @@ class LaserConfig(ModelConfig):
             raise ValueError(
                 'training.pretrain.epochs must be 0 when bituning.prefix is not "mformer" (stage 1 trains M-Former), '
                 f"got {self.training.pretrain.epochs}"
+            )
+        if self.training.text.epochs and not self.text.residual:
+            raise ValueError(
+                f"training.text.epochs must be 0 when text.residual is false, got {self.training.text.epochs}"
             )
         objective = self.objective
         terms = objective.contrastive_weight, objective.matching_weight, objective.generation_weight

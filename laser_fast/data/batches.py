@@ -31,6 +31,9 @@ class PackedBatch:
         negative_places: int64 [B, n], where they stand in `positives`; None without one of the two.
         folds: int64 [B], whose states of a cross-fitted recommender M-Former reads, -1 for those of the model that has
             seen all users; None = for all rows.
+        text_items: int64 [M], history items (oldest first), known to the recommender or not, whose frozen text vectors
+            are read; None where none are.
+        text_cu_seqlens: int32 [B+1] over them.
     """
 
     items: Tensor
@@ -44,6 +47,8 @@ class PackedBatch:
     negatives: Tensor | None = None
     negative_places: Tensor | None = None
     folds: Tensor | None = None
+    text_items: Tensor | None = None
+    text_cu_seqlens: Tensor | None = None
 
     def __len__(self) -> int:
         return self.cu_seqlens.shape[0] - 1
@@ -72,6 +77,9 @@ class PackedBatch:
         part = PackedBatch(items, cu_seqlens, input_ids, token_cu_seqlens, self.instruction)
         if self.folds is not None:
             part = replace(part, folds=self.folds[chosen])
+        if self.text_items is not None and self.text_cu_seqlens is not None:
+            read, bounds = _select(self.text_items, self.text_cu_seqlens, index)
+            part = replace(part, text_items=read, text_cu_seqlens=bounds)
         if self.targets is not None:
             part = replace(part, targets=self.targets[chosen])
         if self.negatives is not None:
@@ -111,6 +119,7 @@ class BatchBuilder:
             are left out.
         max_history: newest items whose states M-Former reads.
         prompt_first: the words before the items stand in front of the prefix, as the batch's `instruction`.
+        text_history: newest items whose frozen text vectors are read; 0 = none are.
     """
 
     texts: TokenizedTexts
@@ -119,6 +128,7 @@ class BatchBuilder:
     known_items: np.ndarray
     max_history: int
     prompt_first: bool = False
+    text_history: int = 0
 
     @property
     def num_items(self) -> int:
@@ -181,13 +191,18 @@ class BatchBuilder:
     def _build(self, sequences: PackedSequences, layout: PromptLayout) -> PackedBatch:
         input_ids, token_cu_seqlens = history_tokens(sequences, self.texts, self._inner(layout))
         seen = self._known(sequences).truncate_left(self.max_history)
-        return PackedBatch(
+        batch = PackedBatch(
             torch.from_numpy(seen.items),
             torch.from_numpy(seen.cu_seqlens),
             torch.from_numpy(input_ids),
             torch.from_numpy(token_cu_seqlens),
             tuple(layout.left) if self.prompt_first else None,
         )
+        if not self.text_history:
+            return batch
+        read = sequences.truncate_left(self.text_history)
+        bounds = torch.from_numpy(read.cu_seqlens)
+        return replace(batch, text_items=torch.from_numpy(read.items), text_cu_seqlens=bounds)
 
     def _known(self, sequences: PackedSequences) -> PackedSequences:
         known = self.known_items[sequences.items]

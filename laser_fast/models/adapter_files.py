@@ -2,7 +2,8 @@
 
 laser.json               settings, which language model it belongs to, hashes, calibration
 adapter.safetensors      what was trained (`LaserModel.state_dict`)
-items.safetensors        the item matrix V that belongs to it, and how often each item was seen in training
+items.safetensors        the item matrix V that belongs to it, how often each item was seen in training, and the text
+                         vectors of the residual, where there is one
 items.json               the catalogue: external ids and text fields in index order
 recommender.*            the frozen recommender that M-Former reads, where it reads one
 README.md                a model card
@@ -120,7 +121,10 @@ class SavedLaser:
             model.load_state_dict(state)
         except RuntimeError as error:
             raise ValueError(f"load_weights: {self.folder.name} must fit the configuration, got {error}") from error
-        model.item_matrix = _read_tensors(self.folder / "items.safetensors")["item_matrix"].to(model.device)
+        items = _read_tensors(self.folder / "items.safetensors")
+        model.item_matrix = items["item_matrix"].to(model.device)
+        if model.text is not None and "text_vectors" in items:
+            model.text.set_vectors(items["text_vectors"])
 
 
 def find_saved(folder: Path) -> SavedLaser | None:
@@ -176,7 +180,10 @@ def write_laser(model: "LaserModel", directory: Path, card: str, **facts: Any) -
     counts = torch.from_numpy(np.asarray(origin.counts, dtype=np.int64))
     with replace_directory(directory) as fresh:
         save_file(state, fresh / "adapter.safetensors")
-        save_file({"item_matrix": model.item_matrix.cpu().contiguous(), "counts": counts}, fresh / "items.safetensors")
+        items = {"item_matrix": model.item_matrix.cpu().contiguous(), "counts": counts}
+        if model.text is not None:
+            items["text_vectors"] = model.text.fetch_vectors().cpu().contiguous()
+        save_file(items, fresh / "items.safetensors")
         write_json(fresh / "items.json", {"ids": origin.items.ids, "fields": origin.items.fields})
         if own is not None:
             write_recommender(own, fresh)

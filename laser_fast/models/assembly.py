@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
-from laser_fast.config import ExecutionConfig, MFormerConfig, ModelConfig, PromptConfig
+from laser_fast.config import ExecutionConfig, MFormerConfig, ModelConfig, PromptConfig, TextConfig
 from laser_fast.data.batches import BatchBuilder
 from laser_fast.data.items import ItemTable
 from laser_fast.data.text import ItemText
@@ -16,6 +17,7 @@ from laser_fast.nn.execution import Execution
 from laser_fast.nn.frozen_lm import FrozenLM
 from laser_fast.nn.mformer import MFormer
 from laser_fast.nn.prefix_kv import DeepPrefix
+from laser_fast.nn.text_residual import TextResidual
 
 
 def build_execution(config: ExecutionConfig) -> Execution:
@@ -34,14 +36,19 @@ def laser_parts(
     builder: BatchBuilder,
     item_ids: Sequence[str],
     recommender: SequentialRecommender | None,
+    counts: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Arguments of `LaserModel`: what is trained, around a frozen language model and a recommender.
 
     Its parameters are initialised from torch's global generator.
 
+    Args:
+        counts: int64 [I], events of each item in the training part; None = nobody counted.
+
     Raises:
         ValueError: the prefix is M-Former's and there is no recommender whose states it could read.
     """
+    known = np.zeros(len(item_ids), dtype=np.int64) if counts is None else np.asarray(counts, dtype=np.int64)
     bituning = BiTuning(
         lm.hidden_size,
         num_suffix_tokens=config.bituning.num_suffix_tokens,
@@ -75,7 +82,18 @@ def laser_parts(
         "balance_weight": config.objective.balance_weight,
         "candidates": config.objective.candidates,
         "dropout": config.bituning.dropout,
+        "text": build_text_residual(config.text, len(item_ids), lm.hidden_size),
+        "item_side": config.text.item_side,
+        "mask_history": config.objective.mask_history,
+        "item_counts": torch.from_numpy(known) if config.objective.popularity else None,
     }
+
+
+def build_text_residual(config: TextConfig, num_items: int, width: int) -> TextResidual | None:
+    """The text residual without its vectors; None where it is off."""
+    if not config.residual:
+        return None
+    return TextResidual(num_items, width, max_history=config.max_history, dropout=config.dropout)
 
 
 def check_tokens(builder: BatchBuilder, lm: FrozenLM) -> None:
@@ -122,12 +140,18 @@ def build_mformer(
 
 
 def build_batches(
-    prompt: PromptConfig, items: ItemTable, tokenizer: Tokenizer, *, known_items: np.ndarray, max_history: int
+    prompt: PromptConfig,
+    items: ItemTable,
+    tokenizer: Tokenizer,
+    *,
+    known_items: np.ndarray,
+    max_history: int,
+    text_history: int = 0,
 ) -> BatchBuilder:
     """What turns histories into packed batches of this tokenizer's tokens.
 
     Args:
-        known_items, max_history: see `BatchBuilder`.
+        known_items, max_history, text_history: see `BatchBuilder`.
     """
     texts = ItemText(prompt.item_template).render(items)
 
@@ -148,4 +172,19 @@ def build_batches(
         known_items=known_items,
         max_history=max_history,
         prompt_first=prompt.order == "prompt-first",
+        text_history=text_history,
+    )
+
+
+def build_model_batches(
+    config: ModelConfig, items: ItemTable, tokenizer: Tokenizer, known_items: np.ndarray
+) -> BatchBuilder:
+    """`build_batches` with the limits that the parts of a model need."""
+    return build_batches(
+        config.prompt,
+        items,
+        tokenizer,
+        known_items=known_items,
+        max_history=config.mformer.max_history,
+        text_history=config.text.max_history if config.text.residual else 0,
     )

@@ -1,8 +1,6 @@
 """Laser: a frozen language model as a sequential recommender, with M-Former's prefix and a suffix around the text."""
 
-import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,6 +16,8 @@ from laser_fast.models.objective import LaserOutput as LaserOutput
 from laser_fast.models.objective import Objective
 from laser_fast.models.pretrained import PretrainedLaser
 from laser_fast.models.recommender import FrozenRecommender, Scorer, SequentialRecommender, check_histories
+from laser_fast.models.requests import Recommendation as Recommendation
+from laser_fast.models.requests import best_items, blocked_items, pack_histories
 from laser_fast.models.serving import Serving
 from laser_fast.models.token_budget import TokenBudget
 from laser_fast.nn.bituning import BiTuning
@@ -25,15 +25,8 @@ from laser_fast.nn.data_parallel import ALONE
 from laser_fast.nn.frozen_lm import FrozenLM
 from laser_fast.nn.mformer import MFormer
 from laser_fast.nn.prefix_kv import DeepPrefix, KeyValuePrefix
+from laser_fast.nn.text_residual import TextResidual
 from laser_fast.ops import Routing
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    """One recommended item: its external id and its score (higher is better)."""
-
-    item_id: str
-    score: float
 
 
 class LaserModel(PretrainedLaser, nn.Module):
@@ -58,8 +51,13 @@ class LaserModel(PretrainedLaser, nn.Module):
         balance_weight: alpha.
         candidates: what a user's target stands against in training, "catalog" or "sampled"; see `Objective`.
         dropout: on the read-out.
+        text: the text residual; None = the paper, whose embeddings are the language model's read-out alone.
+        mask_history, item_counts: see `Objective`; counts int64 [I] add a trained popularity weight to its scores.
+        item_side: with `text`, whether items are read by the language model too ("lm") or not ("text").
 
     Attributes:
+        item_matrix_trains: with `item_side` "text", whether users are trained against the items as the head makes them
+            at every step, with gradient, or against `item_matrix` as it is.
         budget: packed tokens that `encode_users` and `encode_items` put through the language model at once; no limit
             unless one is set.
         serving: compiles the language model or captures it in CUDA graphs for requests, where it is told to.
@@ -67,6 +65,7 @@ class LaserModel(PretrainedLaser, nn.Module):
     """
 
     item_matrix: Tensor
+    log_counts: Tensor
 
     def __init__(
         self,
@@ -84,8 +83,14 @@ class LaserModel(PretrainedLaser, nn.Module):
         balance_weight: float = 0.01,
         candidates: str = "catalog",
         dropout: float = 0.0,
+        text: TextResidual | None = None,
+        item_side: str = "lm",
+        mask_history: bool = False,
+        item_counts: Tensor | None = None,
     ) -> None:
         super().__init__()
+        if item_side not in ("lm", "text") or (item_side == "text" and text is None):
+            raise ValueError(f'LaserModel: item_side must be "lm", or "text" where there is text, got {item_side!r}')
         if len(item_ids) != builder.num_items:
             raise ValueError(
                 f"LaserModel: item_ids must name the {builder.num_items} items of the catalogue, got {len(item_ids)}"
@@ -123,6 +128,14 @@ class LaserModel(PretrainedLaser, nn.Module):
         self.candidates = candidates
         Objective(temperature, balance_weight, candidates)  # refuses what it does not know
         self.dropout = dropout
+        self.text = text
+        self.item_side = item_side
+        self.mask_history = mask_history
+        self.popularity_weight: nn.Parameter | None = None
+        if item_counts is not None:
+            self.popularity_weight = nn.Parameter(torch.zeros(()))
+            self.register_buffer("log_counts", torch.log1p(item_counts.float()), persistent=False)
+        self.item_matrix_trains = True
         self.item_ids = list(item_ids)
         self.index_of_item = {item_id: index for index, item_id in enumerate(self.item_ids)}
         self.calibration: CalibratedScorer | None = None
@@ -153,8 +166,21 @@ class LaserModel(PretrainedLaser, nn.Module):
             state = self.lm(packed.inputs_embeds, packed.cu_seqlens, injected, last_only=True).float()
         else:
             state = self.bituning.read_out(self.lm(packed.inputs_embeds, packed.cu_seqlens, injected), packed)
+        if self.text is not None:
+            state = F.normalize(state, dim=-1)  # beside a unit vector
         embedding = F.dropout(state, self.dropout, self.training)
-        return (embedding if self.head is None else self.head(embedding)), routing
+        embedding = embedding if self.head is None else self.head(embedding)
+        return (embedding if self.text is None else embedding + self.encode_texts(batch)), routing
+
+    def encode_texts(self, batch: PackedBatch) -> Tensor:
+        """The text residual of the sequences of a batch, with gradient into it: float32 [B, d].
+
+        Raises:
+            ValueError: there is no residual, or the batch has no histories for it.
+        """
+        if self.text is None or batch.text_items is None or batch.text_cu_seqlens is None:
+            raise ValueError("LaserModel: encode_texts needs a text residual and a batch made for it, got none")
+        return self.text.users(batch.text_items, batch.text_cu_seqlens)
 
     def virtual_tokens(self, batch: PackedBatch) -> int:
         """Tokens that stand beside the text of every sequence of a batch in the language model."""
@@ -240,10 +266,24 @@ class LaserModel(PretrainedLaser, nn.Module):
             raise ValueError("LaserModel: the batch must have targets, got None; build it with training_batch")
         batch = batch.to(self.device)
         users, routing = self.encode(batch)
-        live = None if batch.positives is None else self.encode(batch.positives)[0]
+        live = None if batch.positives is None else self._encode_live(batch.positives)
         together = self.processes, self.balance_processes
-        objective = Objective(self.temperature, self.balance_weight, self.candidates, *together)
-        return objective(batch, users, live, routing, self._items)
+        objective = Objective(
+            self.temperature, self.balance_weight, self.candidates, *together, self.mask_history, self.popularity()
+        )
+        return objective(batch, users, live, routing, self._candidates)
+
+    def popularity(self) -> tuple[Tensor, Tensor] | None:
+        """The trained weight [] and log(1 + count) [I], where popularity is part of what is minimised."""
+        return None if self.popularity_weight is None else (self.popularity_weight, self.log_counts)
+
+    def _encode_live(self, batch: PackedBatch) -> Tensor:
+        return self.encode_texts(batch) if self.item_side == "text" else self.encode(batch)[0]
+
+    def _candidates(self) -> Tensor:
+        """V as training sees it."""
+        trains = self.item_side == "text" and self.item_matrix_trains
+        return self.text.items() if trains and self.text is not None else self._items()
 
     @torch.inference_mode()
     def encode_users(self, histories: PackedSequences, *, batch_size: int = 128) -> Tensor:
@@ -263,6 +303,8 @@ class LaserModel(PretrainedLaser, nn.Module):
     ) -> Tensor:
         """Embeddings of items, the whole catalogue by default: float32 [n, d], without gradient."""
         wanted = np.arange(self.num_items) if indices is None else np.asarray(indices, dtype=np.int64)
+        if self.item_side == "text" and self.text is not None:
+            return self.text.embeddings()[torch.from_numpy(wanted).to(self.device)]
         starts = tqdm(
             range(0, len(wanted), batch_size), desc="encode items", unit="batch", disable=not progress, leave=False
         )
@@ -316,55 +358,19 @@ class LaserModel(PretrainedLaser, nn.Module):
         """
         if k < 1:
             raise ValueError(f"recommend: k must be at least 1, got {k}")
-        packed = self._pack_histories(histories)
+        packed = pack_histories(histories, self.index_of_item)
         scores = self._score_for_serving(packed)
-        blocked = torch.zeros(self.num_items, dtype=torch.bool)
-        blocked[self._indices("exclude", exclude)] = True
-        if allow is not None:
-            allowed = torch.zeros_like(blocked)
-            allowed[self._indices("allow", allow)] = True
-            blocked |= ~allowed
+        blocked = blocked_items(exclude, allow, self.index_of_item)
         scores = scores.masked_fill(blocked.to(scores.device), -torch.inf)
         if exclude_seen:
             rows = torch.from_numpy(np.repeat(np.arange(len(packed)), packed.lengths)).to(scores.device)
             scores[rows, torch.from_numpy(packed.items).to(scores.device)] = -torch.inf
-        order = scores.sort(dim=1, descending=True, stable=True)
-        return [
-            [
-                Recommendation(self.item_ids[index], value)
-                for value, index in zip(values[:k].tolist(), indices[:k].tolist(), strict=True)
-                if value != -torch.inf
-            ]
-            for values, indices in zip(order.values, order.indices, strict=True)
-        ]
+        return best_items(scores, k, self.item_ids)
 
     def _score_for_serving(self, histories: PackedSequences) -> Tensor:
         scorer: Scorer = self if self.calibration is None else self.calibration
         items = torch.from_numpy(histories.items).to(self.device)
         return scorer.score(items, torch.from_numpy(histories.cu_seqlens).to(self.device))
-
-    def _pack_histories(self, histories: Sequence[Sequence[str]]) -> PackedSequences:
-        unknown: list[str] = []
-        rows = []
-        for history in histories:
-            if isinstance(history, str):
-                raise TypeError(f"recommend: a history must be a list of item ids, got the string {history!r}")
-            rows.append([self.index_of_item[item] for item in history if item in self.index_of_item])
-            unknown += [item for item in history if item not in self.index_of_item]
-        if unknown:
-            warnings.warn(
-                f"recommend: {len(unknown)} ids are not in the catalogue and were dropped, the first is {unknown[0]!r}",
-                stacklevel=3,
-            )
-        return PackedSequences.from_lists(rows)
-
-    def _indices(self, argument: str, ids: Iterable[str]) -> Tensor:
-        indices = []
-        for item_id in ids:
-            if item_id not in self.index_of_item:
-                raise ValueError(f"recommend: {argument} must name items of the catalogue, got {item_id!r}")
-            indices.append(self.index_of_item[item_id])
-        return torch.tensor(indices, dtype=torch.int64)
 
     def _encode_now(self, batch: PackedBatch, kept: KeptPrefixes | None = None) -> Tensor:
         """Encode in evaluation mode, whatever the mode now, within the budget."""

@@ -3,6 +3,9 @@
     candidates "catalog"   CE(users, V) + CE(users, live)     V: the item matrix, a constant of the epoch
     candidates "sampled"   CE(users, target and own negatives)                          (the Laser authors' form)
 
+With `popularity` p log(1 + count_i) is added to the scores of V, and with `mask_history` the items of a user's history
+take no part there, its target always does.
+
 Live candidates are the distinct positives and negatives of a batch, encoded in the step and with gradient. Where
 several processes train, those of all of them stand against each other, each item once.
 """
@@ -19,7 +22,9 @@ from laser_fast.data.batches import PackedBatch
 from laser_fast.nn.data_parallel import ALONE, Processes
 from laser_fast.nn.mformer import balance_across
 from laser_fast.ops import Routing, catalog_cross_entropy
+from laser_fast.ops.catalog import unit_rows
 from laser_fast.ops.precision import autocast_off, wide_dtype
+from laser_fast.ops.segments import segment_ids
 
 CANDIDATES = ("catalog", "sampled")
 
@@ -50,6 +55,8 @@ class Objective:
         candidates: "catalog" or "sampled".
         processes: whose live candidates stand against each other.
         balance_processes: whose load is balanced together.
+        mask_history: leave a user's history items out of V.
+        popularity: p [] and log(1 + count) [I]; None = not part of the scores.
 
     Raises:
         ValueError: other candidates.
@@ -60,6 +67,8 @@ class Objective:
     candidates: str = "catalog"
     processes: Processes = ALONE
     balance_processes: Processes = ALONE
+    mask_history: bool = False
+    popularity: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.candidates not in CANDIDATES:
@@ -85,8 +94,10 @@ class Objective:
             loss = cross_entropy = self._among_own(batch, users, live, item_matrix)
         else:
             assert batch.targets is not None
-            cross_entropy = catalog_cross_entropy(users, item_matrix(), batch.targets, temperature=self.temperature)
-            loss = cross_entropy
+            ignored = history_pairs(batch) if self.mask_history else None
+            loss = cross_entropy = whole_catalog_loss(
+                users, item_matrix(), batch.targets, self.temperature, ignored=ignored, popularity=self.popularity
+            )
             if live is not None:
                 items, places = gather_candidates(live, batch, self.processes)
                 loss = loss + catalog_cross_entropy(users, items, places, temperature=self.temperature)
@@ -113,6 +124,42 @@ class Objective:
         wanted = torch.cat([batch.targets[:, None], batch.negatives], dim=1)
         distinct, places = torch.unique(wanted, return_inverse=True)
         return sampled_cross_entropy(users, item_matrix().index_select(0, distinct), places, self.temperature)
+
+
+def whole_catalog_loss(
+    users: Tensor,
+    items: Tensor,
+    targets: Tensor,
+    temperature: float,
+    *,
+    ignored: tuple[Tensor, Tensor] | None = None,
+    popularity: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Cross-entropy against the whole catalogue by cos / temperature + p log(1 + count), a mean over users.
+
+    The popularity is one more coordinate on both sides, so no score of the catalogue is held for it either.
+
+    Args:
+        users: [B, d].
+        items: [I, d].
+        targets: int64 [B].
+        ignored: see `catalog_cross_entropy`.
+        popularity: p float32 [] and log(1 + count) float32 [I]; None = p is 0.
+    """
+    if popularity is None:
+        return catalog_cross_entropy(users, items, targets, temperature=temperature, ignored=ignored)
+    weight, log_counts = popularity
+    users = torch.cat([unit_rows(users.float()) / temperature, weight.expand(len(users), 1)], dim=1)
+    items = torch.cat([unit_rows(items.float()), log_counts[:, None]], dim=1)
+    return catalog_cross_entropy(users, items, targets, temperature=1.0, normalize=False, ignored=ignored)
+
+
+def history_pairs(batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """Every user of a batch with each item of the history that was read: rows int64 [N], items int64 [N]."""
+    items, bounds = batch.items, batch.cu_seqlens
+    if batch.text_items is not None and batch.text_cu_seqlens is not None:  # those unknown to the recommender as well
+        items, bounds = batch.text_items, batch.text_cu_seqlens
+    return segment_ids(bounds, items.shape[0]), items
 
 
 def gather_candidates(live: Tensor, batch: PackedBatch, processes: Processes) -> tuple[Tensor, Tensor]:

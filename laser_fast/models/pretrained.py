@@ -16,9 +16,10 @@ from laser_fast.config import LanguageModelConfig, LaserConfig, ModelConfig, bui
 from laser_fast.data.items import ItemTable
 from laser_fast.data.tokens import Tokenizer
 from laser_fast.models.adapter_files import Origin, SavedLaser, find_saved, weights_hash, write_laser
-from laser_fast.models.assembly import build_batches, build_execution, check_tokens, laser_parts
+from laser_fast.models.assembly import build_execution, build_model_batches, check_tokens, laser_parts
 from laser_fast.models.base_model import describe_base
 from laser_fast.models.calibration import CalibratedScorer, Calibration
+from laser_fast.models.catalogue_texts import read_texts
 from laser_fast.models.hub import HUB_SCHEME, commit_of, fetch
 from laser_fast.models.language_model import RANDOM_SCHEME, load_model, load_tokenizer
 from laser_fast.models.model_card import model_card
@@ -127,12 +128,10 @@ class PretrainedLaser(ModelHubMixin):
         config = origin.config
         lm = FrozenLM(base.model, build_execution(config.execution))
         origin.base.update(describe_base(lm, base.tokenizer))
-        max_history = config.mformer.max_history
-        builder = build_batches(
-            config.prompt, origin.items, base.tokenizer, known_items=known_items, max_history=max_history
-        )
+        builder = build_model_batches(config, origin.items, base.tokenizer, known_items)
         check_tokens(builder, lm)
-        model = cls(**laser_parts(config, lm, builder, origin.items.ids, recommender))
+        model = cls(**laser_parts(config, lm, builder, origin.items.ids, recommender, origin.counts))
+        read_texts(cast("LaserModel", model), config, origin.items, base.tokenizer)
         model.origin = origin
         return model
 

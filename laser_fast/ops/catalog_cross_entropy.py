@@ -4,6 +4,7 @@
 
 Forward walks over chunks of items with a running maximum and sum; backward computes each chunk's scores again.
 Compute-bound: 2 B I d FLOPs forward, 4 to 6 B I d backward. Memory O(B d + chunk), and O(I d) for the items' gradient.
+Items that a user is not asked about, of its history say, are left out of its sum (`ignored`), its target never.
 Source: the chunked form of Cut Cross-Entropy (Wijmans et al., arXiv:2411.09009), with nothing filtered: exact.
 """
 
@@ -26,6 +27,8 @@ from laser_fast.ops.catalog import inverse_norms, item_chunks, unit_rows
 from laser_fast.ops.precision import autocast_off, wide_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
+# far below every score, yet finite: of a chunk in which all is ignored nothing is left once a score was seen
+_IGNORED = -1e30
 
 
 def _reduce(losses: Tensor, reduction: str) -> Tensor:
@@ -42,6 +45,7 @@ def catalog_cross_entropy_reference(
     temperature: float,
     normalize: bool = True,
     reduction: str = "mean",
+    ignored: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`catalog_cross_entropy` in plain differentiable PyTorch, holding all scores [B, I]; arguments are trusted."""
     wide = wide_dtype(users, items)
@@ -50,6 +54,11 @@ def catalog_cross_entropy_reference(
         users, items = unit_rows(users), unit_rows(items)
     with autocast_off(users.device):
         scores = users @ items.T / temperature
+        if ignored is not None:
+            rows, places = ignored
+            out = torch.zeros_like(scores, dtype=torch.bool)
+            out[rows, places] = True
+            scores = scores.masked_fill(out.scatter(1, target[:, None], False), -torch.inf)
         return _reduce(F.cross_entropy(scores, target, reduction="none"), reduction)
 
 
@@ -65,8 +74,25 @@ def _locate(target: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
     return column.clamp(0, stop - start - 1), inside
 
 
+def _leave_out(scores: Tensor, rows: Tensor, ignored: Tensor, start: int) -> None:
+    """Put the scores [B, chunk] of the ignored items in the chunk far below all others, in place.
+
+    No shape depends on which lie in the chunk, so a GPU is not waited for.
+    """
+    column = ignored - start
+    inside = (column >= 0) & (column < scores.shape[1])
+    lowered = torch.zeros_like(column, dtype=scores.dtype).masked_fill_(inside, _IGNORED)
+    scores.index_put_((rows, column.clamp(0, scores.shape[1] - 1)), lowered, accumulate=True)
+
+
 def _losses(
-    users: Tensor, items: Tensor, target: Tensor, temperature: float, normalize: bool
+    users: Tensor,
+    items: Tensor,
+    target: Tensor,
+    temperature: float,
+    normalize: bool,
+    rows: Tensor | None,
+    ignored: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, largest score and sum of exp(score - largest) of every user, each [B].
 
@@ -82,6 +108,8 @@ def _losses(
             scores = scaled @ chunk.to(wide).T
             if normalize:
                 scores *= inverse_norms(chunk, wide).T
+            if rows is not None and ignored is not None:
+                _leave_out(scores, rows, ignored, start)
             column, inside = _locate(target, start, stop)
             target_score += scores.gather(1, column).masked_fill(~inside, 0.0)
             before, peak = peak, torch.maximum(peak, scores.amax(dim=1, keepdim=True))
@@ -93,14 +121,26 @@ def _losses(
 
 @torch.library.custom_op("laser_fast::catalog_cross_entropy", mutates_args=())
 def _catalog_cross_entropy(
-    users: Tensor, items: Tensor, target: Tensor, temperature: float, normalize: bool
+    users: Tensor,
+    items: Tensor,
+    target: Tensor,
+    temperature: float,
+    normalize: bool,
+    rows: Tensor | None = None,
+    ignored: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _losses(users, items, target, temperature, normalize)
+    return _losses(users, items, target, temperature, normalize, rows, ignored)
 
 
 @_catalog_cross_entropy.register_kernel("cpu")
 def _(
-    users: Tensor, items: Tensor, target: Tensor, temperature: float, normalize: bool
+    users: Tensor,
+    items: Tensor,
+    target: Tensor,
+    temperature: float,
+    normalize: bool,
+    rows: Tensor | None = None,
+    ignored: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # behind the dispatcher reading values is free and invisible to compile; on a GPU it would wait for the device
     if target.numel():
@@ -110,12 +150,18 @@ def _(
                 "catalog_cross_entropy: target must be between 0 and the number of items - 1 "
                 f"({items.shape[0] - 1}), got {low if low < 0 else high}"
             )
-    return _losses(users, items, target, temperature, normalize)
+    return _losses(users, items, target, temperature, normalize, rows, ignored)
 
 
 @_catalog_cross_entropy.register_fake
 def _(
-    users: Tensor, items: Tensor, target: Tensor, temperature: float, normalize: bool
+    users: Tensor,
+    items: Tensor,
+    target: Tensor,
+    temperature: float,
+    normalize: bool,
+    rows: Tensor | None = None,
+    ignored: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     losses = users.new_empty(users.shape[0], dtype=wide_dtype(users, items))
     return losses, torch.empty_like(losses), torch.empty_like(losses)
@@ -138,6 +184,8 @@ def _catalog_cross_entropy_backward(
     normalize: bool,
     needs_users: bool,
     needs_items: bool,
+    rows: Tensor | None = None,
+    ignored: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of users and items for `grad` [B]; what is not needed is empty."""
     wide = peak.dtype
@@ -155,6 +203,8 @@ def _catalog_cross_entropy_backward(
             scores = scaled @ chunk.T
             if normalize:
                 scores *= inverse.T
+            if rows is not None and ignored is not None:
+                _leave_out(scores, rows, ignored, start)
             grad_scores = scores.sub_(peak).exp_()
             column, inside = _locate(target, start, stop)
             grad_scores.scatter_(1, column, grad_scores.gather(1, column) - total.masked_fill(~inside, 0.0))
@@ -187,6 +237,8 @@ def _(
     normalize: bool,
     needs_users: bool,
     needs_items: bool,
+    rows: Tensor | None = None,
+    ignored: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return (
         users.new_empty(users.shape if needs_users else (0,)),
@@ -195,21 +247,42 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    users, items, target, ctx.temperature, ctx.normalize = inputs
+    users, items, target, ctx.temperature, ctx.normalize, rows, ignored = inputs
     _, peak, total = output
     ctx.mark_non_differentiable(peak, total)
-    ctx.save_for_backward(users, items, target, peak, total)
+    ctx.save_for_backward(users, items, target, peak, total, rows, ignored)
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> Any:
     needs_users, needs_items = ctx.needs_input_grad[:2]
+    *saved, rows, ignored = ctx.saved_tensors
     grad_users, grad_items = _catalog_cross_entropy_backward(
-        grad, *ctx.saved_tensors, ctx.temperature, ctx.normalize, needs_users, needs_items
+        grad, *saved, ctx.temperature, ctx.normalize, needs_users, needs_items, rows, ignored
     )
-    return grad_users if needs_users else None, grad_items if needs_items else None, None, None, None
+    return grad_users if needs_users else None, grad_items if needs_items else None, None, None, None, None, None
 
 
 _catalog_cross_entropy.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _checked_ignored(
+    ignored: tuple[Tensor, Tensor], users: Tensor, items: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The pairs to be left out, those of a user and its target moved to a place where they do nothing."""
+    name = "catalog_cross_entropy"
+    rows, left_out = ignored
+    check_dtype(name, torch.int64, ignored_rows=rows, ignored_items=left_out)
+    check_dimensions(name, 1, ignored_rows=rows, ignored_items=left_out)
+    check_one_device(name, users=users, ignored_rows=rows, ignored_items=left_out)
+    if rows.shape != left_out.shape:
+        raise ValueError(f"{name}: ignored must be pairs, got {rows.shape[0]} rows and {left_out.shape[0]} items")
+    if rows.device.type == "cpu" and rows.numel():
+        for what, values, size in (("rows", rows, users.shape[0]), ("items", left_out, items.shape[0])):
+            low, high = int(values.min()), int(values.max())
+            if low < 0 or high >= size:
+                value = low if low < 0 else high
+                raise ValueError(f"{name}: ignored {what} must be between 0 and {size - 1}, got {value}")
+    return rows, left_out.masked_fill(left_out == target[rows], -1)  # -1 lies in no chunk
 
 
 def catalog_cross_entropy(
@@ -220,6 +293,7 @@ def catalog_cross_entropy(
     temperature: float,
     normalize: bool = True,
     reduction: str = "mean",
+    ignored: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Cross-entropy of each user's target among all items (formula at the head of this file).
 
@@ -236,6 +310,8 @@ def catalog_cross_entropy(
         temperature: positive number that divides the scores.
         normalize: True: cosine, where a zero row has cosine 0 and gradient 0; False: inner product.
         reduction: "mean" (0 for no user), "sum" or "none".
+        ignored: (rows int64 [N], items int64 [N]), pairs of a user and an item that is left out of that user's sum; a
+            user's target stays in. Values are checked on the CPU only.
 
     Returns:
         Scalar, or [B] for "none"; float32, or float64 where an input is float64.
@@ -261,5 +337,6 @@ def catalog_cross_entropy(
         raise ValueError(f"{name}: target must have one entry per user ({users.shape[0]}), got {target.shape[0]}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"{name}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    losses, _, _ = _catalog_cross_entropy(users, items, target, float(temperature), normalize)
+    rows, left_out = (None, None) if ignored is None else _checked_ignored(ignored, users, items, target)
+    losses, _, _ = _catalog_cross_entropy(users, items, target, float(temperature), normalize, rows, left_out)
     return _reduce(losses, reduction)

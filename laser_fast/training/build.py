@@ -8,8 +8,9 @@ import numpy as np
 from laser_fast.config import LaserConfig, resolve_path
 from laser_fast.data import SequenceDataset, Split, make_split
 from laser_fast.models.adapter_files import Origin
-from laser_fast.models.assembly import build_batches, build_execution, check_tokens, laser_parts
+from laser_fast.models.assembly import build_execution, build_model_batches, check_tokens, laser_parts
 from laser_fast.models.base_model import describe_base
+from laser_fast.models.catalogue_texts import read_texts
 from laser_fast.models.language_model import load_language_model as load_language_model
 from laser_fast.models.laser import LaserModel
 from laser_fast.models.pretrained import only_model
@@ -49,11 +50,10 @@ def build_laser(config: LaserConfig, inputs: Inputs, model: "PreTrainedModel", t
     """Assemble a new `LaserModel`; its trained parameters are initialised from torch's global generator."""
     lm = FrozenLM(model, build_execution(config.execution))
     items, counts = inputs.dataset.items, training_counts(inputs.split, inputs.dataset.num_items)
-    builder = build_batches(
-        config.prompt, items, tokenizer, known_items=counts > 0, max_history=config.mformer.max_history
-    )
+    builder = build_model_batches(config, items, tokenizer, counts > 0)
     check_tokens(builder, lm)
-    laser = LaserModel(**laser_parts(config, lm, builder, items.ids, inputs.recommender))
+    laser = LaserModel(**laser_parts(config, lm, builder, items.ids, inputs.recommender, counts))
+    read_texts(laser, config, items, tokenizer)
     base = describe_base(lm, tokenizer)
     laser.origin = Origin(only_model(config), config.lm, base, items, counts, inputs.split.hash)
     return laser

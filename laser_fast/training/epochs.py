@@ -74,7 +74,7 @@ class Stage:
 def train_epochs(run: Run, stage: Stage, conclude: Callable[[int, dict[str, Any]], None]) -> None:
     """The epochs of a stage from where the run stands, each judged by `conclude`, which trains nothing."""
     first, sums = _take_up(run, stage)
-    size, trainer = run.config.training.batch_size, stage.trainer
+    size, trainer = run.config.training.rows_of_step(stage.settings), stage.trainer
     num_batches = stage.sampler.num_batches(size)
     for epoch in range(first, stage.settings.epochs):
         if stage.stopping.stop:
@@ -192,7 +192,8 @@ def _name_rows(run: Run, rows: np.ndarray) -> str:
 
 def _batches(run: Run, stage: Stage, epoch: int, first: int) -> Iterator[PackedBatch]:
     """Batches of an epoch from step `first` on."""
-    for rows in islice(stage.sampler.batches(epoch, run.config.training.batch_size), first, None):
+    size = run.config.training.rows_of_step(stage.settings)
+    for rows in islice(stage.sampler.batches(epoch, size), first, None):
         chosen = run.rows.select(rows)
         negatives = None if stage.negatives is None else stage.negatives.draw(chosen.users, epoch, rows)
         yield run.model.builder.training_batch(chosen, with_positives=stage.with_positives, negatives=negatives)

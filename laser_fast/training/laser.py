@@ -1,5 +1,6 @@
 """Training Laser: stage 1 (M-Former alone), then stage 2 in two phases, the best checkpoint kept.
 
+text      where there is a text residual: it alone, before stage 1
 phase A   the item matrix V is encoded anew at the start of each epoch; users are trained against all of it
 phase B   V stays as it was at the best epoch of phase A; only the user side goes on
 
@@ -39,6 +40,7 @@ from laser_fast.training.row_folds import laser_rows
 from laser_fast.training.run_directory import RunDirectory
 from laser_fast.training.shares import SharedScorer, refresh_items, separate_random_streams
 from laser_fast.training.tensorboard_log import TensorBoardLog, require_tensorboard
+from laser_fast.training.text_stage import train_text
 
 MAIN_METRIC = "NDCG@10"
 
@@ -140,6 +142,7 @@ def _train(run: Run, resume: bool) -> None:
     with run.interruption:
         _train_stages(run)
     model.processes = model.balance_processes = ALONE
+    model.item_matrix_trains = True
     run.directory.finish()
     run.states.clear()
     run.processes.wait()
@@ -172,7 +175,10 @@ def _resume(run: Run) -> None:
 def _train_stages(run: Run) -> None:
     """All stages, or those from the one on in which the run stands."""
     in_phase_b = run.stands_in("phase_b")
-    if run.config.training.pretrain.epochs and not (in_phase_b or run.stands_in("phase_a")):
+    past_stage_1 = in_phase_b or run.stands_in("phase_a")
+    if run.config.training.text.epochs and not (past_stage_1 or run.stands_in("pretrain")):
+        train_text(run)
+    if run.config.training.pretrain.epochs and not past_stage_1:
         pretrain(run)
     best = -1.0 if in_phase_b else _phase(run, "phase_a", -1.0)
     _phase(run, "phase_b", best)
@@ -185,8 +191,11 @@ def _phase(run: Run, name: str, best: float) -> float:
     stage = config.training.phase_b if frozen_items else config.training.phase_a
     stopping = EarlyStopping(stage.patience, best)
     with_positives = not frozen_items and config.objective.item_gradient == "positives"
+    model.item_matrix_trains = with_positives
+    if model.item_side == "text" and config.objective.candidates == "catalog":
+        with_positives = False  # all items are made anew in every step
     sampler = RowSampler(len(run.rows), stage.rows_per_epoch, config.training.seed + 1 + frozen_items)
-    num_batches = sampler.num_batches(config.training.batch_size)
+    num_batches = sampler.num_batches(config.training.rows_of_step(stage))
     trainer = StageTrainer(
         run.accelerator,
         model,

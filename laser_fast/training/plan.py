@@ -234,6 +234,7 @@ def _fixed(config: LaserConfig, model: LaserModel, on_gpu: bool) -> dict[str, in
         "trained parameters": sum(parameter.numel() * parameter.element_size() for parameter in trained),
         "optimizer": round(count * optimizer_bytes_per_parameter(config.training.optimizer)),
         "item matrix": model.item_matrix.numel() * 4,
+        **({} if model.text is None else {"text vectors": model.num_items * model.text.head.in_features * 4}),
     }
     return fixed | {"CUDA context": _CONTEXT_BYTES} if on_gpu else fixed
 
@@ -327,7 +328,7 @@ def with_layers(shape: "PretrainedConfig", num_layers: int) -> "PretrainedConfig
 
 def _step(workload: Workload, config: LaserConfig, rows: int) -> StepShape:
     objective = config.objective
-    live = objective.item_gradient == "positives"
+    live = objective.item_gradient == "positives" and config.text.item_side == "lm"
     return StepShape(
         rows=rows,
         user_tokens=workload.user_tokens,
@@ -336,6 +337,7 @@ def _step(workload: Workload, config: LaserConfig, rows: int) -> StepShape:
         num_items=workload.num_items,
         state_size=workload.state_size,
         num_negatives=objective.num_negatives if live or objective.candidates == "sampled" else 0,
+        text_history=config.text.max_history if config.text.residual else 0,
     )
 
 

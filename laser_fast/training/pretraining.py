@@ -30,7 +30,7 @@ def pretrain(run: Run) -> None:
     loss_function = pretraining_loss(model, heads)
     stage = config.training.pretrain
     sampler = RowSampler(len(run.rows), stage.rows_per_epoch, config.training.seed)
-    num_batches = sampler.num_batches(config.training.batch_size)
+    num_batches = sampler.num_batches(config.training.rows_of_step(stage))
     modules = nn.ModuleList([model.mformer, heads])
     trainer = StageTrainer(
         run.accelerator,

@@ -50,6 +50,8 @@ class StepShape:
     state_size: int
     num_negatives: int = 0
     """Items a user is given beside its positive."""
+    text_history: int = 0
+    """Items of a user, at most, whose text vectors are read."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ def model_without_values(
         ids = cast(Any, range(step.num_items))
         model = LaserModel(**laser_parts(config, lm, builder, ids, recommender))
         model.item_matrix = torch.empty(step.num_items, lm.hidden_size)
+        if model.text is not None:
+            model.text.set_vectors(torch.empty(step.num_items, lm.hidden_size))
     return model
 
 
@@ -215,11 +219,16 @@ def batch_without_values(step: StepShape) -> PackedBatch:
     users = _sequences(step.rows, step.user_tokens, step.history)
     with torch.device("meta"):
         users = _with(users, targets=torch.empty(step.rows, dtype=torch.int64))
+        if step.text_history:
+            read = torch.empty(round(step.rows * min(step.history, step.text_history)), dtype=torch.int64)
+            users = _with(users, text_items=read, text_cu_seqlens=users.cu_seqlens)
         negatives = torch.empty(step.rows, step.num_negatives, dtype=torch.int64)
         if step.num_negatives:
             users = _with(users, negatives=negatives)
         if step.item_tokens:
             items = _sequences(step.rows * (1 + step.num_negatives), step.item_tokens, 1.0)
+            if step.text_history:
+                items = _with(items, text_items=items.items, text_cu_seqlens=items.cu_seqlens)
             users = _with(users, positives=items, positive_targets=torch.empty(step.rows, dtype=torch.int64))
             users = _with(users, negative_places=negatives) if step.num_negatives else users
     return users

@@ -21,7 +21,7 @@ def laser_rows(config: LaserConfig, inputs: Inputs, *, warn: bool = True) -> Tra
     Raises:
         ValueError: `mformer.states` is "cross-fitted" and the recommender has no folds.
     """
-    max_history = max(config.prompt.max_items, config.mformer.max_history)
+    max_history = max(config.prompt.max_items, config.mformer.max_history, config.text.max_history)
     folds = _row_folds(config, inputs, warn) if config.bituning.prefix == "mformer" else None
     return training_rows(inputs.split.train, max_history, folds)
 

@@ -21,6 +21,7 @@ from laser_fast.data import ItemTable, SequenceDataset, leave_one_out
 from laser_fast.models import GRU4Rec, SASRec
 from laser_fast.models.calibration import CalibratedScorer, Calibration
 from laser_fast.models.recommender_files import load_recommender
+from laser_fast.models.requests import pack_histories
 from laser_fast.training.checkpoint import load_laser
 from laser_fast.training.laser import train_laser
 
@@ -40,7 +41,7 @@ HISTORIES = [["i1", "i2"], [], ["i7", "i3", "i20"]]
 
 
 def vectors(model: LaserModel) -> list[torch.Tensor]:
-    users = model.encode_users(model._pack_histories(HISTORIES))
+    users = model.encode_users(pack_histories(HISTORIES, model.index_of_item))
     return [users, model.encode_items(), model.item_matrix]
 
 

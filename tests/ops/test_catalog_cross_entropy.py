@@ -276,3 +276,52 @@ def _with(**changes: Any) -> dict[str, Any]:
 def test_arguments_are_checked(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^catalog_cross_entropy: .*{message}"):
         catalog_cross_entropy(**arguments)
+
+
+def _ignored(users: Tensor, items: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Half of all pairs of a user and an item, among them every user's target, some of them twice."""
+    generator = torch.Generator().manual_seed(7)
+    rows, places = (torch.rand(len(users), len(items), generator=generator) < 0.5).nonzero(as_tuple=True)
+    everyone = torch.arange(len(users))
+    return torch.cat([rows, everyone, rows[:3]]), torch.cat([places, target, places[:3]])
+
+
+@pytest.mark.parametrize("normalize", [True, False], ids=["cosine", "product"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_ignored_items_take_no_part_and_targets_always_do(shape: Shape, normalize: bool) -> None:
+    users, items, target = _inputs(shape)
+    ignored = _ignored(users, items, target)
+    inputs = (users.requires_grad_(), items.requires_grad_())
+    found = catalog_cross_entropy(*inputs, target, temperature=0.05, normalize=normalize, ignored=ignored)
+    if normalize:
+        users, items = F.normalize(users), F.normalize(items)
+    scores = users @ items.T / 0.05
+    for row, item in zip(*(part.tolist() for part in ignored), strict=True):
+        if item != target[row]:
+            scores[row, item] = -torch.inf
+    expected = F.cross_entropy(scores, target)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    gradients = torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs)
+    for own, exact in zip(*gradients, strict=True):
+        torch.testing.assert_close(own, exact, rtol=1e-9, atol=1e-9)
+    reference = catalog_cross_entropy_reference(*inputs, target, temperature=0.05, normalize=normalize, ignored=ignored)
+    torch.testing.assert_close(reference, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("rows", "places", "message"),
+    [
+        ([0, 1], [0], r"ignored must be pairs, got 2 rows and 1 items"),
+        ([0, 2], [0, 1], r"ignored rows must be between 0 and 1, got 2"),
+        ([0, 1], [-1, 1], r"ignored items must be between 0 and 3, got -1"),
+    ],
+)
+def test_ignored_pairs_must_be_of_these_users_and_items(rows: list[int], places: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        catalog_cross_entropy(
+            torch.randn(2, 3),
+            torch.randn(4, 3),
+            torch.tensor([0, 1]),
+            temperature=1.0,
+            ignored=(torch.tensor(rows), torch.tensor(places)),
+        )

@@ -1,5 +1,6 @@
 """A run that goes on from a state is the run that never stopped: bit by bit, wherever and however it was ended."""
 
+import json
 import os
 import re
 import shutil
@@ -107,6 +108,23 @@ def test_a_resumed_run_is_the_run_that_never_stopped(
     kill(config, at)
     train_laser(config, resume=True, progress=False)
     assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.filterwarnings("ignore:train_laser. .* has no state yet")
+def test_the_text_stage_goes_on_with_its_best_weights(
+    settings: dict[str, Any], assert_same_run: Same, states_stay: None, tmp_path: Path
+) -> None:
+    text = {"epochs": 3, "rows_per_epoch": 16, "batch_size": 8, "patience": 3}
+    stages = {"text": text, "pretrain": {"epochs": 0}, "phase_b": {"epochs": 0}}
+    with_text = {**settings, "text": {"residual": True, "item_side": "text"}}
+    train_laser(config_of(with_text, tmp_path / "whole", **stages), progress=False)
+    log = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["best"] for line in log if line["stage"] == "text"] == [True, False, False]  # the first is kept
+    for at in (1, 3, 6):  # in the first epoch, in the second, in phase A
+        config = config_of(with_text, tmp_path / f"run{at}", save_steps=1, **stages)
+        kill(config, at)
+        train_laser(config, resume=True, progress=False)
+        assert_same_run(tmp_path / f"run{at}", tmp_path / "whole")
 
 
 def test_a_run_may_be_killed_again_and_again(

@@ -1,0 +1,47 @@
+"""The text residual as a recommender of its own: cached text vectors, learned recency weights, one linear head."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from laser_fast.models.calibration import repeat_positions
+from laser_fast.models.recommender import check_histories, newest_items
+from laser_fast.nn.text_residual import TextResidual
+
+
+class TextRecommender:
+    """score = cos(R(history), R(item)) / tau: the line of cached vectors, which reads no text. A `Scorer`.
+
+    An empty history scores 0 everywhere.
+
+    Args:
+        text: the residual, with its vectors or their source.
+        temperature: tau.
+        without_history: give the items of the history the lowest score of all; a target among them is lost.
+    """
+
+    def __init__(self, text: TextResidual, temperature: float = 0.05, *, without_history: bool = False) -> None:
+        if temperature <= 0:
+            raise ValueError(f"TextRecommender: temperature must be positive, got {temperature}")
+        self.text = text
+        self.temperature = temperature
+        self.without_history = without_history
+        self.num_items = text.num_items
+
+    @torch.no_grad()
+    def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """See `Scorer.score`: float32 [B, I], on the device of `items`."""
+        check_histories("TextRecommender.score", items, cu_seqlens, self.num_items)
+        device = self.text.head.weight.device
+        read, bounds = newest_items(items, cu_seqlens, self.text.max_history)
+        was_training = self.text.training
+        self.text.eval()
+        try:
+            users = self.text.users(read.to(device), bounds.to(device))
+            scores = F.normalize(users, dim=-1) @ F.normalize(self.text.embeddings(), dim=-1).T / self.temperature
+        finally:
+            self.text.train(was_training)
+        scores = scores.to(items.device).masked_fill_((cu_seqlens.diff() == 0)[:, None], 0.0)
+        if self.without_history:
+            scores.view(-1)[repeat_positions(items, cu_seqlens, self.num_items)[0]] = -2.0 / self.temperature
+        return scores

@@ -1,0 +1,118 @@
+"""Frozen text vectors beside the language model's read-out, for users and items through one trained head.
+
+item i   R(x_i)
+user u   R(sum_k a_k x_{h_k}),   a_k = exp(w_age(k)) / sum over the history,   age 0 = the newest item
+
+R is linear and starts as the identity, w as a decay, so an untrained residual is a good text-only recommender already.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from laser_fast.ops.segments import segment_sum
+
+_DECAY = 0.7  # weight of an item relative to the next newer one, before training
+
+
+class TextResidual(nn.Module):
+    """Embeddings of users and items from frozen vectors of the items' texts.
+
+    The vectors are no part of `state_dict`; they are set, or come from `source` when they are first needed.
+
+    Args:
+        num_items: I.
+        width: `D_llm`, of the vectors and the embeddings.
+        max_history: newest items of a history that are read.
+        dropout: on both sides' vectors, before the head.
+
+    Attributes:
+        vectors: float32 [I, D], unit rows; [0, D] until they are needed.
+        source: gives the vectors.
+    """
+
+    vectors: Tensor
+
+    def __init__(self, num_items: int, width: int, *, max_history: int = 10, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.num_items = num_items
+        self.max_history = max_history
+        self.dropout = dropout
+        self.source: Callable[[], Tensor] | None = None
+        self.head = nn.Linear(width, width)
+        nn.init.eye_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.recency = nn.Parameter(math.log(_DECAY) * torch.arange(max_history, dtype=torch.float32))
+        self.register_buffer("vectors", torch.empty(0, width), persistent=False)
+
+    def set_vectors(self, vectors: Tensor) -> None:
+        """Take the frozen vectors, on the device of the head.
+
+        Args:
+            vectors: float32 [I, D], as `centred` gives them.
+
+        Raises:
+            ValueError: another shape.
+        """
+        expected = (self.num_items, self.head.in_features)
+        if tuple(vectors.shape) != expected:
+            raise ValueError(f"TextResidual: vectors must have shape {expected}, got {tuple(vectors.shape)}")
+        self.vectors = vectors.detach().to(self.head.weight.device, torch.float32)
+
+    def fetch_vectors(self) -> Tensor:
+        """The frozen vectors: float32 [I, D].
+
+        Raises:
+            RuntimeError: none were set and there is no source.
+        """
+        if self.vectors.shape[0] != self.num_items:
+            if self.source is None:
+                raise RuntimeError("TextResidual: the vectors must be set, got none; call set_vectors")
+            with torch.inference_mode(False):  # they outlive this call and enter training steps
+                self.set_vectors(self.source())
+        return self.vectors
+
+    def items(self) -> Tensor:
+        """Embeddings of the whole catalogue: float32 [I, D], with dropout while training, with gradient."""
+        embeddings: Tensor = self.head(F.dropout(self.fetch_vectors(), self.dropout, self.training))
+        return embeddings
+
+    @torch.no_grad()
+    def embeddings(self) -> Tensor:
+        """Embeddings of the whole catalogue, without dropout or gradient: float32 [I, D]."""
+        embeddings: Tensor = self.head(self.fetch_vectors())
+        return embeddings
+
+    def users(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Embeddings of histories, or of items as histories of one; an empty history gets the bias alone.
+
+        Args:
+            items: int64 [N], oldest first, each history at most `max_history` long.
+            cu_seqlens: int32 [B+1].
+
+        Returns:
+            float32 [B, D], with gradient into head and recency weights.
+        """
+        lengths = cu_seqlens.diff().long()
+        ends = cu_seqlens[1:].long().repeat_interleave(lengths, output_size=items.shape[0])
+        age = ends - 1 - torch.arange(items.shape[0], device=items.device)
+        weight = (self.recency - self.recency.max()).exp()[age]
+        total = segment_sum(weight, cu_seqlens).clamp_min(torch.finfo(torch.float32).tiny)
+        mean = segment_sum(weight[:, None] * self.fetch_vectors()[items], cu_seqlens) / total[:, None]
+        embeddings: Tensor = self.head(F.dropout(mean, self.dropout, self.training))
+        return embeddings
+
+
+def centred(vectors: Tensor) -> Tensor:
+    """Unit vectors of texts without what all of them share: rows minus their mean, scaled back to length 1.
+
+    The hidden states of a language model lie in a narrow cone, in which all cosines are near 1; a row that equals the
+    mean stays 0.
+
+    Args:
+        vectors: float32 [I, D].
+    """
+    return F.normalize(vectors - vectors.mean(dim=0, keepdim=True), dim=-1)

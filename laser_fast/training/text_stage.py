@@ -1,0 +1,118 @@
+"""The stage before all others: the text residual alone, on cached text vectors and without the language model."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laser_fast.data.batches import PackedBatch
+from laser_fast.evaluation import evaluate
+from laser_fast.models.laser import LaserModel
+from laser_fast.models.objective import history_pairs, whole_catalog_loss
+from laser_fast.models.text_recommender import TextRecommender
+from laser_fast.nn.text_residual import TextResidual
+from laser_fast.training.epochs import Run, Stage, train_epochs
+from laser_fast.training.loop import EarlyStopping, LossFunction, RowSampler, StageTrainer
+
+_METRIC = "NDCG@10"
+
+
+def train_text(run: Run) -> None:
+    """Users against the whole catalogue, both from frozen vectors through one head; the best epoch's weights are kept.
+
+    It stops early by NDCG@10 on the validation rows with the items of each history left out: what these are worth is
+    for the calibrated score to say, and they would stand in the first ranks of all epochs alike.
+    """
+    config, text = run.config, run.model.text
+    assert text is not None  # the configuration demands it
+    text.fetch_vectors()
+    stage = config.training.text
+    sampler = RowSampler(len(run.rows), stage.rows_per_epoch, config.training.seed + 3)
+    num_batches = sampler.num_batches(config.training.rows_of_step(stage))
+    trained = _Trained(run.model)
+    trainer = StageTrainer(
+        run.accelerator,
+        trained,
+        config.training.text_optimizer,
+        stage.epochs * num_batches,
+        plan=run.plan,
+        processes=run.processes,
+    )
+    stopping = EarlyStopping(stage.patience)
+    best = _BestWeights(trained)
+
+    def conclude(epoch: int, values: dict[str, Any]) -> None:
+        value = run.processes.of_first(_validate(run, text))
+        improved = stopping.improved(value, epoch)
+        if improved:
+            best.keep()
+        run.directory.log(stage="text", epoch=epoch, best=improved, **{f"validation_{_METRIC}": value}, **values)
+        if run.progress:
+            print(f"text epoch {epoch + 1}: validation {_METRIC} without the history {value:.4f}", flush=True)
+
+    current = Stage("text", "text", stage, sampler, trainer, stopping, text_loss(run.model))
+    current.heads = best
+    train_epochs(run, current, conclude)
+    best.put_back()
+    trained.zero_grad(set_to_none=True)
+
+
+def text_loss(model: LaserModel) -> LossFunction:
+    """Cross-entropy of a batch of users against the whole catalogue, as stage 2 has it, of the residual alone."""
+    text = model.text
+    assert text is not None
+
+    def loss_function(batch: PackedBatch) -> dict[str, Tensor]:
+        assert batch.targets is not None
+        ignored = history_pairs(batch) if model.mask_history else None
+        loss = whole_catalog_loss(
+            model.encode_texts(batch),
+            text.items(),
+            batch.targets,
+            model.temperature,
+            ignored=ignored,
+            popularity=model.popularity(),
+        )
+        return {"loss": loss}
+
+    return loss_function
+
+
+class _Trained(nn.Module):
+    """What this stage trains: the residual, and the weight of popularity where there is one."""
+
+    def __init__(self, model: LaserModel) -> None:
+        super().__init__()
+        self.text = model.text
+        self.popularity_weight = model.popularity_weight
+
+
+class _BestWeights(nn.Module):
+    """The weights of the best epoch so far; kept with the state, so that a resumed run has them too."""
+
+    def __init__(self, trained: nn.Module) -> None:
+        super().__init__()
+        self._trained = [trained]  # in a list: its parameters are not this module's
+        self.keep()
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Take the weights as they are now."""
+        for name, tensor in self._trained[0].state_dict().items():
+            self.register_buffer(name.replace(".", "_"), tensor.clone())
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Give back the weights that were kept."""
+        for name, tensor in self._trained[0].state_dict().items():
+            tensor.copy_(self.get_buffer(name.replace(".", "_")))
+
+
+def _validate(run: Run, text: TextResidual) -> float:
+    """NDCG@10 on the validation rows without the items of each history."""
+    scorer = TextRecommender(text, run.config.objective.temperature, without_history=True)
+    with run.processes.apart():
+        metrics = evaluate(
+            scorer, run.inputs.split.valid, batch_size=run.config.evaluation.batch_size, device=run.accelerator.device
+        )
+    return metrics[_METRIC].mean
