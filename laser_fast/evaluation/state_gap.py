@@ -60,16 +60,20 @@ def _of_folds(recommender: PackedRecommender, rows: EvaluationRows) -> tuple[Ten
         here = np.flatnonzero(folds == fold)
         part = rows.select(here)
         ranks[here] = evaluate(model, part, batch_size=_BATCH, device=_device(model)).ranks
-        states[here] = _last_states(model, part)
+        states[here] = _last_states(recommender, part, fold)
     return ranks, states
 
 
-def _last_states(model: PackedRecommender, rows: EvaluationRows) -> Tensor:
-    """State after the newest item of every row, zeros for an empty history: float32 [B, D] on the CPU."""
+def _last_states(model: PackedRecommender, rows: EvaluationRows, fold: int | None = None) -> Tensor:
+    """State after the newest item of every row, zeros for an empty history: float32 [B, D] on the CPU.
+
+    Args:
+        fold: whose states; None = those of the full model.
+    """
     found = [torch.zeros(0, model.state_size)]
     for items, cu_seqlens, _ in row_batches(rows, _BATCH, _device(model)):
         items, cu_seqlens = newest_items(items, cu_seqlens, model.max_length)
-        states = model.states(items, cu_seqlens)
+        states = model.states(items, cu_seqlens) if fold is None else model.fold_states(items, cu_seqlens, fold)
         last = states.new_zeros(len(cu_seqlens) - 1, model.state_size)
         filled = cu_seqlens.diff() > 0
         last[filled] = states[cu_seqlens[1:][filled].long() - 1]

@@ -6,7 +6,7 @@ learns from states that are too good: the states of a row's own fold are as good
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +16,7 @@ import torch
 if TYPE_CHECKING:
     from laser_fast.models.packed_recommender import PackedRecommender
 
-FoldItems = Literal["shared", "own"]
+FoldItems = Literal["aligned", "own", "shared"]
 
 
 @dataclass(eq=False)
@@ -26,17 +26,31 @@ class CrossFitted:
     Attributes:
         models: K recommenders in evaluation mode; `models[k]` has not seen the users of fold k.
         user_folds: int8 [U], fold 0..K-1 of every user of the split.
-        items: "shared": all read the item embeddings of the full model; "own": each has learned its own.
+        items: "shared": all read the item embeddings of the full model; else each has learned its own.
         split_hash: of the split.
+        bases: float32 [K, D, D], by which the states of each model are multiplied to lie where the full model's do;
+            None = they are left as they are.
     """
 
     models: list[PackedRecommender]
     user_folds: np.ndarray
     items: FoldItems
     split_hash: str | None
+    bases: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.models)
+
+    def states(self, items: torch.Tensor, cu_seqlens: torch.Tensor, fold: int) -> torch.Tensor:
+        """Of packed histories, by the model of a fold, in the full model's basis: float32 [N, D]."""
+        states = self.models[fold].states(items, cu_seqlens)
+        return states if self.bases is None else states @ self.bases[fold]
+
+    def move(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """To a device or a dtype, as `nn.Module` does it."""
+        for model in self.models:
+            model._apply(fn)
+        self.bases = None if self.bases is None else fn(self.bases)
 
     def of_users(self, users: np.ndarray) -> np.ndarray:
         """Fold of each of the users: int64 [B] -> int64 [B].

@@ -14,12 +14,15 @@ from laser_fast.models.packed_recommender import PackedRecommender
 
 FOLDS_FILE = "recommender_folds.safetensors"
 _USERS = "user_folds"
+_BASES = "bases"
 _ITEMS = "item_embedding."
 
 
 def write_folds(folds: CrossFitted, folder: Path) -> dict[str, Any]:
     """Write the file; what is to be recorded of it in recommender.json."""
     tensors = {_USERS: torch.from_numpy(np.ascontiguousarray(folds.user_folds, dtype=np.int8))}
+    if folds.bases is not None:
+        tensors[_BASES] = folds.bases.contiguous().cpu()
     for index, model in enumerate(folds.models):
         tensors |= {f"{index}.{name}": value.contiguous().cpu() for name, value in _own(model, folds.items).items()}
     save_file(tensors, folder / FOLDS_FILE)
@@ -45,11 +48,15 @@ def read_folds(model: PackedRecommender, folder: Path, recorded: dict[str, Any])
             f"got {recorded['split_hash']}"
         )
     number, users = recorded["number"], tensors.pop(_USERS, torch.zeros(0, dtype=torch.int8))
+    bases = tensors.pop(_BASES, None)
     if users.dtype != torch.int8 or not users.numel() or int(users.min()) < 0 or int(users.max()) >= number:
         raise ValueError(
             f"load_recommender: {_USERS} of {path.name} must be int8 in 0..{number - 1}, got {users.dtype} "
             f"{users.unique().tolist()[:8]}"
         )
+    shape = (number, model.state_size, model.state_size)
+    if bases is not None and bases.shape != shape:
+        raise ValueError(f"load_recommender: {_BASES} of {path.name} must have shape {shape}, got {tuple(bases.shape)}")
     with torch.random.fork_rng(devices=[]):  # the random weights are overwritten at once
         models = [fold_model(model, recorded["items"]) for _ in range(number)]
     expected = {f"{i}.{name}": value for i, fold in enumerate(models) for name, value in fold.state_dict().items()}
@@ -66,10 +73,10 @@ def read_folds(model: PackedRecommender, folder: Path, recorded: dict[str, Any])
         own = {name.partition(".")[2]: value for name, value in tensors.items() if name.startswith(f"{index}.")}
         fold.load_state_dict(own, strict=False)  # compared above
         fold.eval()
-    return CrossFitted(models, users.numpy(), recorded["items"], recorded["split_hash"])
+    return CrossFitted(models, users.numpy(), recorded["items"], recorded["split_hash"], bases)
 
 
 def _own(model: PackedRecommender, items: str) -> dict[str, Tensor]:
     """The weights of a fold that the full model does not have."""
     state: dict[str, Tensor] = model.state_dict()
-    return state if items == "own" else {name: value for name, value in state.items() if not name.startswith(_ITEMS)}
+    return {name: value for name, value in state.items() if items != "shared" or not name.startswith(_ITEMS)}

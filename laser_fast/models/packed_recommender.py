@@ -92,7 +92,7 @@ class PackedRecommender(nn.Module):
             self.train(was_training)
 
     def fold_states(self, items: Tensor, cu_seqlens: Tensor, fold: int) -> Tensor:
-        """`states` of the model that was fitted without the users of this fold.
+        """`states` of the model that was fitted without the users of this fold, brought into this model's basis.
 
         Raises:
             TypeError, ValueError: as `states`; ValueError also for a fold that does not exist.
@@ -100,12 +100,12 @@ class PackedRecommender(nn.Module):
         number = 0 if self.cross_fitted is None else len(self.cross_fitted)
         if self.cross_fitted is None or not 0 <= fold < number:
             raise ValueError(f"{type(self).__name__}.fold_states: fold must be one of {number}, got {fold}")
-        return self.cross_fitted.models[fold].states(items, cu_seqlens)
+        return self.cross_fitted.states(items, cu_seqlens, fold)
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """To a device or a dtype, and the folds along."""
-        for model in [] if self.cross_fitted is None else self.cross_fitted.models:
-            model._apply(fn, recurse)
+        if self.cross_fitted is not None:
+            self.cross_fitted.move(fn)
         return super()._apply(fn, recurse)
 
     def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:

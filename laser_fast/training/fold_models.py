@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from laser_fast.config import RecommenderConfig
@@ -26,14 +27,20 @@ def train_folds(
 ) -> CrossFitted:
     """The models of `config.folds` folds beside a finished `model`.
 
-    User u is in fold permutation(u) mod K, by the seed. With `config.fold_items` "shared" a fold's model reads the item
-    embeddings of `model` and learns everything else; with "own" it learns those too. It is fitted for a given number of
-    epochs and kept as it then is: nothing of its own users, nor their validation rows, has a say in it. The embeddings
-    that are shared have seen all users. The same seed gives the same weights on a CPU with as many threads. The global
-    random state is left as it was.
+    User u is in fold permutation(u) mod K, by the seed. `config.fold_items`:
+
+        aligned   begins with the weights that `model` began with, and learns all of them; its states are rotated onto
+                  those of `model`, and scaled to their length, on the sequences both have learned from
+        own       the same from random weights of its own, and its states stay as they are
+        shared    reads the item embeddings of `model`, which have seen all users, and learns everything else
+
+    A fold is fitted for a given number of epochs and kept as it then is: nothing of its own users, nor their validation
+    rows, has a say in its weights, but by what is shared, and in the rotation by the full model's states of others. The
+    same seed gives the same weights on a CPU with as many threads. The global random state is left as it was.
 
     Args:
         model: fitted on all of `split.train`.
+        seed: of the folds, and the one `model` was trained with.
         epochs: passes over the sequences of the other folds; those of `model` up to its best.
         run: where the loss of every epoch is logged, with the fold.
 
@@ -45,7 +52,7 @@ def train_folds(
     num_users = 1 + max(int(users.max(initial=-1)) for users in everyone)
     user_folds = assign_folds(num_users, config.folds, seed)
     device = model.item_embedding.weight.device
-    models = []
+    models, bases = [], []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for fold in range(config.folds):
             windows = Windows.cut(split.train.select(user_folds[split.train_users] != fold), config.max_length)
@@ -54,13 +61,31 @@ def train_folds(
                     f"train_folds: folds must each leave a sequence of two events to learn from, got fold {fold} of "
                     f"{config.folds} that leaves none"
                 )
-            torch.manual_seed(int(np.random.SeedSequence([seed, 1 + fold]).generate_state(1)[0]))
-            models.append(_train_fold(model, windows, config, fold, epochs, run=run, progress=progress))
-    return CrossFitted(models, user_folds, config.fold_items, split.hash)
+            twin = _start(model, config, seed, fold)
+            models.append(_train_fold(twin, windows, config, fold, epochs, run=run, progress=progress))
+            if config.fold_items == "shared":
+                twin.item_embedding = model.item_embedding  # to the last bit
+            if config.fold_items == "aligned":
+                bases.append(_rotation(model, twin, windows, config.batch_size))
+    return CrossFitted(models, user_folds, config.fold_items, split.hash, torch.stack(bases) if bases else None)
+
+
+def _start(model: PackedRecommender, config: RecommenderConfig, seed: int, fold: int) -> PackedRecommender:
+    """The model of a fold before its first step; torch's generator stands where the fitting is to begin."""
+    own_seed = int(np.random.SeedSequence([seed, 1 + fold]).generate_state(1)[0])
+    aligned = config.fold_items == "aligned"
+    torch.manual_seed(seed if aligned else own_seed)
+    twin = fold_model(model, "own").to(model.item_embedding.weight.device)
+    if aligned:
+        torch.manual_seed(own_seed)
+    if config.fold_items == "shared":
+        twin.item_embedding.load_state_dict(model.item_embedding.state_dict())
+        twin.item_embedding.requires_grad_(False)
+    return twin
 
 
 def _train_fold(
-    model: PackedRecommender,
+    twin: PackedRecommender,
     windows: Windows,
     config: RecommenderConfig,
     fold: int,
@@ -69,24 +94,32 @@ def _train_fold(
     run: RunDirectory | None,
     progress: bool,
 ) -> PackedRecommender:
-    """The model of one fold, in evaluation mode."""
-    table = model.item_embedding.weight
-    learned = table.requires_grad
-    twin = fold_model(model, config.fold_items).to(table.device)
-    try:
-        twin.item_embedding.weight.requires_grad_(config.fold_items == "own")
-        fitting = Fitting(twin, windows, config)
-        title = f"{type(model).__name__} without fold {fold + 1} of {config.folds}"
-        for epoch in tqdm(range(epochs), desc=title, unit="epoch", disable=not progress):
-            loss = fitting.epoch()
-            if run is not None:
-                run.log(fold=fold, epoch=epoch, loss=loss)
-    finally:
-        table.requires_grad_(learned)
-    own = {name: value for name, value in fitting.averaged.state_dict().items() if _is_own(name, config)}
-    twin.load_state_dict(own, strict=False)  # the shared table stays the full model's, to the last bit
+    """Fit the model of one fold in place; it ends in evaluation mode."""
+    fitting = Fitting(twin, windows, config)
+    title = f"{type(twin).__name__} without fold {fold + 1} of {config.folds}"
+    for epoch in tqdm(range(epochs), desc=title, unit="epoch", disable=not progress):
+        loss = fitting.epoch()
+        if run is not None:
+            run.log(fold=fold, epoch=epoch, loss=loss)
+    twin.load_state_dict(fitting.averaged.state_dict())
     return twin.eval()
 
 
-def _is_own(name: str, config: RecommenderConfig) -> bool:
-    return config.fold_items == "own" or not name.startswith("item_embedding.")
+def _rotation(model: PackedRecommender, twin: PackedRecommender, windows: Windows, batch_size: int) -> Tensor:
+    """The rotation that brings the states of `twin` closest to those of `model` over all windows, times the ratio of
+    their mean lengths: float32 [D, D].
+
+    Source: orthogonal Procrustes, Schoenemann 1966; summed in float64.
+    """
+    device = model.item_embedding.weight.device
+    cross = torch.zeros(model.state_size, model.state_size, dtype=torch.float64, device=device)
+    length = other = 0.0
+    for start in range(0, len(windows.starts), batch_size):
+        rows = np.arange(start, min(start + batch_size, len(windows.starts)))
+        items, cu_seqlens, _ = windows.batch(rows, device)
+        own, full = twin.states(items, cu_seqlens).double(), model.states(items, cu_seqlens).double()
+        cross += own.T @ full
+        length += float(own.norm(dim=1).sum())
+        other += float(full.norm(dim=1).sum())
+    left, _, right = torch.linalg.svd(cross)
+    return (left @ right * (other / length)).float()

@@ -27,7 +27,8 @@ def made(items: FoldItems = "shared", folds: int = 3) -> SASRec:
     model = SASRec(10, width=8, num_layers=1, max_length=6).eval()
     model.split_hash = "a hash"
     models = [fold_model(model, items).eval() for _ in range(folds)]
-    model.cross_fitted = CrossFitted(models, assign_folds(20, folds, 0), items, "a hash")
+    bases = torch.randn(folds, 8, 8) if items == "aligned" else None
+    model.cross_fitted = CrossFitted(models, assign_folds(20, folds, 0), items, "a hash", bases)
     return model
 
 
@@ -72,6 +73,16 @@ def test_a_fold_that_does_not_exist_is_refused() -> None:
         FrozenRecommender(Other()).states(_ITEMS, _BOUNDS, torch.zeros(6, dtype=torch.int64))
 
 
+def test_states_of_a_fold_are_brought_into_the_full_models_basis() -> None:
+    model = made("aligned")
+    folds = model.cross_fitted
+    assert folds is not None and folds.bases is not None
+    expected = folds.models[2].states(_ITEMS, _BOUNDS) @ folds.bases[2]
+    assert torch.equal(model.fold_states(_ITEMS, _BOUNDS, 2), expected)
+    model.double()
+    assert model.fold_states(_ITEMS, _BOUNDS, 2).dtype == torch.float64
+
+
 def test_folds_follow_the_model_and_are_no_part_of_its_state() -> None:
     model = made().double()
     assert model.cross_fitted is not None
@@ -80,7 +91,7 @@ def test_folds_follow_the_model_and_are_no_part_of_its_state() -> None:
     assert model.state_dict().keys() == SASRec(10, width=8, num_layers=1).state_dict().keys()
 
 
-@pytest.mark.parametrize("items", ["shared", "own"])
+@pytest.mark.parametrize("items", ["aligned", "own", "shared"])
 def test_folds_are_saved_and_loaded(items: FoldItems, tmp_path: Path) -> None:
     model = made(items)
     model.gap = _GAP
@@ -98,7 +109,7 @@ def test_folds_are_saved_and_loaded(items: FoldItems, tmp_path: Path) -> None:
     assert loaded.cross_fitted.user_folds.dtype == np.int8
     assert (loaded.cross_fitted.items, loaded.cross_fitted.split_hash) == (items, "a hash")
     names = load_file(tmp_path / "model" / "recommender_folds.safetensors").keys()
-    assert ("0.item_embedding.weight" in names) is (items == "own")
+    assert ("0.item_embedding.weight" in names) is (items != "shared") and ("bases" in names) is (items == "aligned")
     recorded = json.loads((tmp_path / "model" / "recommender.json").read_text())
     assert recorded["folds"] == {"number": 3, "items": items, "split_hash": "a hash"}
 
@@ -134,6 +145,8 @@ def test_damaged_folds_are_refused(tmp_path: Path) -> None:
     refused(r"recommender_folds.safetensors must hold the weights of 3 folds of this sasrec, got '1\.norm\.bias'")
     changed("3.norm.bias", torch.zeros(8))
     refused(r".* got '3\.norm\.bias' that is missing, unknown or of another shape")
+    changed("bases", torch.zeros(3, 8, 7))
+    refused(r"bases of recommender_folds.safetensors must have shape \(3, 8, 8\), got \(3, 8, 7\)")
     changed("user_folds", torch.full((20,), 3, dtype=torch.int8))
     refused(r"user_folds of recommender_folds.safetensors must be int8 in 0\.\.2, got torch.int8 \[3\]")
     record.write_text(text.replace('"split_hash": "a hash"', '"split_hash": "another"', 1))

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -16,8 +17,9 @@ from laser_fast.evaluation.state_gap import measure_state_gap
 from laser_fast.models.cross_fitted import CrossFitted, FoldItems
 from laser_fast.models.packed_recommender import PackedRecommender
 from laser_fast.models.recommender_files import load_recommender
-from laser_fast.training.fold_models import train_folds
+from laser_fast.training.fold_models import _rotation, train_folds
 from laser_fast.training.recommender import train_recommender
+from laser_fast.training.recommender_fit import Windows, build_recommender
 
 _NUM_ITEMS = 12
 _CONFIG = RecommenderConfig(
@@ -43,9 +45,11 @@ def trained() -> PackedRecommender:
     return train_recommender(_split(), _NUM_ITEMS, _CONFIG, seed=3, progress=False)
 
 
-def _folds(model: PackedRecommender, split: Split, items: FoldItems, seed: int = 3) -> CrossFitted:
+def _folds(
+    model: PackedRecommender, split: Split, items: FoldItems = "aligned", *, seed: int = 3, epochs: int = 2
+) -> CrossFitted:
     config = _CONFIG.model_copy(update={"fold_items": items})
-    return train_folds(model, split, config, epochs=2, seed=seed, progress=False)
+    return train_folds(model, split, config, epochs=epochs, seed=seed, progress=False)
 
 
 def _equal(first: PackedRecommender, second: PackedRecommender) -> bool:
@@ -53,7 +57,7 @@ def _equal(first: PackedRecommender, second: PackedRecommender) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("items", ["shared", "own"])
+@pytest.mark.parametrize("items", ["aligned", "own", "shared"])
 def test_a_folds_weights_do_not_depend_on_its_users(trained: PackedRecommender, items: FoldItems) -> None:
     split = _split()
     folds = _folds(trained, split, items)
@@ -82,11 +86,45 @@ def test_folds_share_the_items_of_the_full_model_or_learn_their_own(trained: Pac
 def test_one_seed_one_result(trained: PackedRecommender) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    again = _folds(trained, _split(), "shared")
+    again = _folds(trained, _split())
     assert torch.equal(torch.get_rng_state(), before)
     assert trained.cross_fitted is not None and len(again) == 3
     assert all(map(_equal, trained.cross_fitted.models, again.models))
-    assert not _equal(_folds(trained, _split(), "shared", seed=4).models[0], again.models[0])
+    assert again.bases is not None and torch.equal(again.bases, trained.cross_fitted.bases)
+    assert not _equal(_folds(trained, _split(), seed=4).models[0], again.models[0])
+
+
+def test_aligned_folds_begin_where_the_full_model_began(trained: PackedRecommender) -> None:
+    torch.manual_seed(3)
+    start = build_recommender(_NUM_ITEMS, _CONFIG)
+    assert all(_equal(model, start) for model in _folds(trained, _split(), epochs=0).models)
+    assert not any(_equal(model, start) for model in _folds(trained, _split(), "own", epochs=0).models)
+
+
+def test_states_are_rotated_onto_those_of_the_full_model(trained: PackedRecommender) -> None:
+    turn = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))[0]
+
+    class Turned:
+        def states(self, items: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+            return 0.5 * trained.states(items, cu_seqlens) @ turn
+
+    windows = Windows.cut(_split().train, 5)
+    basis = _rotation(trained, cast(PackedRecommender, Turned()), windows, 7)
+    torch.testing.assert_close(basis, 2 * turn.T, rtol=1e-4, atol=1e-4)
+    for model, found in zip(*_parts_of(_folds(trained, _split())), strict=True):
+        one, other = (states.norm(dim=1).mean() for states in _both(trained, model, found))
+        assert float(other / one) == pytest.approx(1.0, abs=0.1)  # scaled on the other folds' sequences
+        torch.testing.assert_close(found @ found.T, found.square().sum() / 8 * torch.eye(8), rtol=1e-3, atol=1e-3)
+
+
+def _parts_of(folds: CrossFitted) -> tuple[list[PackedRecommender], torch.Tensor]:
+    assert folds.bases is not None
+    return folds.models, folds.bases
+
+
+def _both(full: PackedRecommender, model: PackedRecommender, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    packed = torch.from_numpy(_split().train.items), torch.from_numpy(_split().train.cu_seqlens)
+    return full.states(*packed), model.states(*packed) @ basis
 
 
 def test_folds_change_nothing_of_the_full_model(trained: PackedRecommender) -> None:
@@ -98,7 +136,7 @@ def test_folds_change_nothing_of_the_full_model(trained: PackedRecommender) -> N
 def test_no_sequence_to_learn_from(trained: PackedRecommender) -> None:
     train = PackedSequences.from_lists([[1, 2]] + [[1]] * 23)
     with pytest.raises(ValueError, match=r"train_folds: folds must each .* got fold \d of 3 that leaves none"):
-        _folds(trained, replace(_split(), train=train), "shared")
+        _folds(trained, replace(_split(), train=train))
 
 
 def test_one_fold_is_refused() -> None:
@@ -121,16 +159,20 @@ def test_the_gap_is_that_of_ranking_by_hand(trained: PackedRecommender) -> None:
     total = sum(float(metrics["NDCG@10"].mean) * len(metrics) for metrics in by_fold)
     assert gap.held_out == pytest.approx(total / len(rows))
     assert gap.states.keys() == {"in_sample", "held_out", "valid", "held_out_valid"}
-    assert gap.states["in_sample"].to_full == pytest.approx(1.0) and gap.states["held_out"].to_full < 0.999
+    assert gap.states["in_sample"].to_full == pytest.approx(1.0)
+    assert 0.9 < gap.states["held_out"].to_full < 0.9999
+    turned = [_last(trained, row, fold) for row, fold in zip(histories, folds.user_folds[users], strict=True)]
+    assert gap.states["held_out"].norm == pytest.approx(float(torch.stack(turned).norm(dim=1).mean()), rel=1e-5)
     assert gap.states["valid"].norm == pytest.approx(
         float(torch.stack([_last(trained, row) for row in split.valid.histories.to_lists()]).norm(dim=1).mean()),
         rel=1e-5,
     )
 
 
-def _last(model: PackedRecommender, history: list[int]) -> torch.Tensor:
+def _last(model: PackedRecommender, history: list[int], fold: int | None = None) -> torch.Tensor:
     items = torch.tensor(history[-5:])
-    return model.states(items, torch.tensor([0, len(items)], dtype=torch.int32))[-1]
+    packed = items, torch.tensor([0, len(items)], dtype=torch.int32)
+    return (model.states(*packed) if fold is None else model.fold_states(*packed, int(fold)))[-1]
 
 
 def test_the_gap_of_a_sample_without_folds_and_without_validation(trained: PackedRecommender) -> None:
