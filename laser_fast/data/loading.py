@@ -31,7 +31,12 @@ class NextItem:
 
 
 class NextItemDataset:
-    """Training rows as a map-style data set, for any sampler and any number of workers."""
+    """Training rows as a map-style data set, for any sampler and any number of workers.
+
+    Args:
+        rows: of `training_rows`, which takes the folds of a cross-fitted recommender:
+            `training_rows(split.train, 10, recommender.cross_fitted.of_users(split.train_users))`.
+    """
 
     def __init__(self, rows: TrainingRows) -> None:
         self.rows = rows
