@@ -194,6 +194,9 @@ class TextConfig(Settings):
     """Newest history items whose vectors make up the user's, with a learned weight for each age."""
     dropout: Fraction = 0.2
     """On the user's and the item's vector, before the head."""
+    initialize_from: str | None = None
+    """Folder of a saved Laser, or a run, on the same catalogue, whose vectors and trained residual this one begins
+    with; None = vectors from the texts and a head that is the identity."""
 
 
 class ObjectiveConfig(Settings):

@@ -126,6 +126,22 @@ class SavedLaser:
         if model.text is not None and "text_vectors" in items:
             model.text.set_vectors(items["text_vectors"])
 
+    def put_text_into(self, model: "LaserModel") -> None:
+        """The trained text residual and its vectors alone, and the weight of popularity where both have one.
+
+        Raises:
+            ValueError: a file is damaged, or one of the two models has no text residual.
+        """
+        vectors = _read_tensors(self.folder / "items.safetensors").get("text_vectors")
+        if model.text is None or vectors is None:
+            raise ValueError(f"put_text_into: {self.folder.name} and the model must have a text residual, got none")
+        state = _read_tensors(self.folder / "adapter.safetensors")
+        prefix = "text."
+        model.text.load_state_dict({n[len(prefix) :]: value for n, value in state.items() if n.startswith(prefix)})
+        model.text.set_vectors(vectors)
+        if model.popularity_weight is not None and "popularity_weight" in state:
+            model.popularity_weight.data.copy_(state["popularity_weight"])
+
 
 def find_saved(folder: Path) -> SavedLaser | None:
     """What `write_laser` wrote there, or into the checkpoint of the run there; None if it wrote nothing.

@@ -40,7 +40,7 @@ from laser_fast.training.row_folds import laser_rows
 from laser_fast.training.run_directory import RunDirectory
 from laser_fast.training.shares import SharedScorer, refresh_items, separate_random_streams
 from laser_fast.training.tensorboard_log import TensorBoardLog, require_tensorboard
-from laser_fast.training.text_stage import train_text
+from laser_fast.training.text_stage import initialize_text, train_text
 
 MAIN_METRIC = "NDCG@10"
 
@@ -83,6 +83,8 @@ def train_laser(
         model = build_laser(config, inputs, language_model, tokenizer).to(accelerator.device)
         if model.mformer is not None and config.mformer.initialize_from is not None:
             initialize_qformer(model.mformer.qformer, load_bert(config.mformer.initialize_from, model.mformer.qformer))
+        if model.text is not None and config.text.initialize_from is not None:
+            initialize_text(model, config.text.initialize_from)
         directory = reopened or _open(config, processes, lock, resume=False)
         if directory.finished:
             if progress:

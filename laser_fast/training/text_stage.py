@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laser_fast.config import resolve_path
 from laser_fast.data.batches import PackedBatch
 from laser_fast.evaluation import evaluate
+from laser_fast.models.adapter_files import find_saved, item_map_hash, origin_of
 from laser_fast.models.laser import LaserModel
 from laser_fast.models.objective import history_pairs, whole_catalog_loss
 from laser_fast.models.text_recommender import TextRecommender
@@ -55,6 +57,34 @@ def train_text(run: Run) -> None:
     train_epochs(run, current, conclude)
     best.put_back()
     trained.zero_grad(set_to_none=True)
+
+
+def initialize_text(model: LaserModel, folder: str) -> None:
+    """Begin with the vectors and the trained residual of another model.
+
+    Args:
+        folder: what `text.initialize_from` names.
+
+    Raises:
+        FileNotFoundError: there is no saved Laser.
+        ValueError: it has another catalogue, language model, tokenizer or text settings; names what differs.
+    """
+    saved = find_saved(resolve_path(folder))
+    if saved is None:
+        raise FileNotFoundError(f"initialize_text: the folder must hold a saved Laser, got {folder!r}")
+    origin = origin_of(model)
+    own, others = origin.config.text.model_dump(), saved.config.text.model_dump()
+    free = {"initialize_from", "item_side", "dropout"}
+    differing = [name for name, value in own.items() if name not in free and others[name] != value]
+    if saved.description["item_map_hash"] != item_map_hash(model.item_ids):
+        differing.append("catalogue")
+    if differing:
+        raise ValueError(
+            f"initialize_text: {folder!r} must have this model's text settings and catalogue, got other "
+            + ", ".join(differing)
+        )
+    saved.refuse_another_base(model)
+    saved.put_text_into(model)
 
 
 def text_loss(model: LaserModel) -> LossFunction:

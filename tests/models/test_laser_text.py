@@ -122,6 +122,29 @@ def test_a_run_trains_the_residual_first_and_comes_back_whole(
     assert {"text.head.weight", "text.recency", "popularity_weight"} <= saved.keys()
 
 
+def test_a_residual_begins_with_that_of_another_run(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+    settings = settings_with_text(tiny_settings, output=str(tmp_path / "first"))
+    settings["training"] |= {"pretrain": {"epochs": 0}, "phase_a": {"epochs": 0}, "phase_b": {"epochs": 0}}
+    first, _ = train_laser(build_config(LaserConfig, settings), progress=False)
+    second = {**settings, "output": str(tmp_path / "second")}
+    second["text"] = {**TEXT, "item_side": "text", "initialize_from": str(tmp_path / "first")}
+    second["training"] = {**settings["training"], "text": {"epochs": 0}}
+    model, _ = train_laser(build_config(LaserConfig, second), progress=False)
+    assert model.text is not None and first.text is not None
+    assert not torch.equal(first.text.head.weight, torch.eye(*first.text.head.weight.shape))
+    for name, value in first.text.state_dict().items():
+        assert torch.equal(model.text.state_dict()[name], value)
+    assert torch.equal(model.text.vectors, first.text.vectors)
+    assert torch.equal(model.state_dict()["popularity_weight"], first.state_dict()["popularity_weight"])
+    second["text"] = {**second["text"], "templates": ["a {title}"]}
+    with pytest.raises(ValueError, match=r"must have this model's text settings and catalogue, got other templates"):
+        train_laser(build_config(LaserConfig, {**second, "output": str(tmp_path / "third")}), progress=False)
+    assert not (tmp_path / "third").exists()
+    second["text"] = {**TEXT, "initialize_from": str(tmp_path)}
+    with pytest.raises(FileNotFoundError, match="the folder must hold a saved Laser"):
+        train_laser(build_config(LaserConfig, {**second, "output": str(tmp_path / "third")}), progress=False)
+
+
 def test_templates_are_averaged(tiny_settings: dict[str, Any]) -> None:
     wordings = [["{title}"], ["a {title}"], ["{title}", "a {title}"]]
     vectors = []
