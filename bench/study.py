@@ -1,0 +1,51 @@
+"""What decides the ranking: variants of one configuration, each with several seeds, beside lines that train nothing.
+
+    laser-fast recommender train runs/amazon-scientific runs/study/sasrec --folds 3
+    python bench/study.py --config bench/studying/amazon-scientific.yaml --work runs/study/amazon-scientific \
+        --variants "cached text line" "shared prefix" "M-Former, cross-fitted states" --seeds 3 \
+        --out bench/results/cpu/study-amazon-scientific.json
+
+The configuration names data, recommender and language model. Every finished run stays in `--work` and is not repeated,
+so a study may be stopped and gone on with. Scalars of the calibrated score are fitted on the validation rows; test rows
+are ranked once per run. On data without test rows the validation rows are the ones that are ranked, half of them by
+scalars fitted on the other half; the epoch was still chosen on all of them. With `OMP_NUM_THREADS=1` the figures are
+those of one thread.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from bench.studying.results import report_of, summary
+from bench.studying.runs import lines, run_variant
+from bench.studying.variants import VARIANTS
+from laser_fast.config import LaserConfig
+from laser_fast.settings import load_config
+
+
+def main() -> None:
+    """Run what is missing, print the table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file of a training run")
+    parser.add_argument("--work", required=True, help="folder for the runs")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--seeds", type=int, default=3, help="runs with seeds 0..SEEDS-1")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
+    parser.add_argument("--out", help="JSON file to write")
+    arguments = parser.parse_args()
+    work = Path(arguments.work)
+    work.mkdir(parents=True, exist_ok=True)
+    config = load_config(LaserConfig, arguments.config, [*arguments.set, f"output={work / 'unused'}"])
+    results = {"lines": lines(config, work)}
+    for name in arguments.variants:
+        results[name] = [run_variant(config, VARIANTS[name], seed, work) for seed in range(arguments.seeds)]
+    report = report_of(config, results, shlex.join(["python", *sys.argv]))
+    print(summary(report))
+    if arguments.out:
+        Path(arguments.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

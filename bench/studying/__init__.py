@@ -1,0 +1,1 @@
+"""The parts of `bench/study.py`: variants, runs, lines without training, tables."""

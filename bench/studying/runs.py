@@ -1,0 +1,135 @@
+"""One run of a variant, ranked in every way the table shows; what was measured stays beside the run."""
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.studying.variants import CACHED, VARIANTS, Variant
+from laser_fast.config import LaserConfig, build_config
+from laser_fast.data import EvaluationRows, Split
+from laser_fast.data.folders import write_json
+from laser_fast.evaluation import evaluate, evaluate_candidates, llara_candidates, search_calibration
+from laser_fast.models import ItemKNN, LaserModel, Markov1, Popularity, Scorer
+from laser_fast.models.text_recommender import TextRecommender
+from laser_fast.models.zero_shot import TextSimilarity, text_vectors
+from laser_fast.settings import apply_overrides
+from laser_fast.training.build import build_laser, load_inputs, load_language_model, training_counts
+from laser_fast.training.laser import train_laser
+
+Ranked = dict[str, Any]
+"""Of one system: "valid", the NDCG@10 it was fitted to on validation rows, and "ranks" of the rows that count."""
+
+METRIC = "NDCG@10"
+_RECENCY = 0.8
+_DRAWS = 20
+
+
+def folder_of(work: Path, variant: Variant, seed: int) -> Path:
+    """Where a run is kept."""
+    return work / f"{re.sub(r'[^a-z0-9]+', '-', variant.name.lower()).strip('-')}-{seed}"
+
+
+def run_variant(config: LaserConfig, variant: Variant, seed: int, work: Path) -> dict[str, Ranked]:
+    """Ranked systems of one run, trained if it was not yet."""
+    folder = folder_of(work, variant, seed)
+    found = folder.with_suffix(".json")
+    if found.is_file():
+        known: dict[str, Ranked] = json.loads(found.read_text(encoding="utf-8"))
+        return known
+    values = config.model_dump(mode="json")
+    settings = [f"{key}={json.dumps(value)}" for key, value in variant.settings.items()]
+    values = apply_overrides(values, [*settings, f"output={folder}", f"training.seed={seed}"])
+    if not variant.own_text:
+        run_variant(config, VARIANTS[CACHED], seed, work)
+        values["text"]["initialize_from"] = str(folder_of(work, VARIANTS[CACHED], seed))
+        values["training"]["text"]["epochs"] = 0
+    start = time.perf_counter()
+    model, inputs = train_laser(build_config(LaserConfig, values), resume=folder.is_dir(), progress=False)
+    seconds = time.perf_counter() - start
+    counts = torch.from_numpy(training_counts(inputs.split, model.num_items))
+    systems: dict[str, dict[str, Scorer]] = {"": {"laser": model}}
+    if variant.name == CACHED:
+        assert model.text is not None
+        systems = {"": {"laser": TextRecommender(model.text, model.temperature)}}
+    if inputs.recommender is not None:
+        systems["with ID score"] = systems[""] | {"recommender": inputs.recommender}
+    ranked = {name: rank(parts, inputs.split, counts) for name, parts in systems.items()}
+    ranked["cosine only"] = {"valid": None, "ranks": rank_rows(systems[""]["laser"], inputs.split)}
+    write_json(found, ranked | {"seconds": {"valid": None, "ranks": [], "value": seconds}})
+    print(f"{variant.name}, seed {seed}: {seconds:.0f} s", flush=True)
+    return run_variant(config, variant, seed, work)
+
+
+def lines(config: LaserConfig, work: Path) -> dict[str, Ranked]:
+    """What trains nothing, or only the recommender: ranked once."""
+    found = work / "lines.json"
+    if found.is_file():
+        known: dict[str, Ranked] = json.loads(found.read_text(encoding="utf-8"))
+        return known
+    inputs = load_inputs(config)
+    model = _untrained(config)
+    split, counts = inputs.split, torch.from_numpy(training_counts(inputs.split, model.num_items))
+    train = torch.tensor(split.train.items), torch.tensor(split.train.cu_seqlens)
+    vectors = text_vectors(model.lm, model.builder)
+    zero_shot: dict[str, Scorer] = {
+        "text_last": TextSimilarity(vectors),
+        "text_history": TextSimilarity(vectors, _RECENCY),
+    }
+    raw: dict[str, Scorer] = {
+        "Popularity": Popularity.fit(*train, model.num_items),
+        "Markov-1": Markov1.fit(*train, model.num_items),
+        "ItemKNN": ItemKNN.fit(*train, model.num_items),
+        "zero-shot, last item": zero_shot["text_last"],
+    }
+    fitted: dict[str, dict[str, Scorer]] = {"zero-shot, calibrated": zero_shot}
+    if inputs.recommender is not None:
+        raw["SASRec"] = inputs.recommender
+        fitted["SASRec, calibrated"] = {"recommender": inputs.recommender}
+        fitted["no-training fusion"] = zero_shot | {"recommender": inputs.recommender}
+    ranked: dict[str, Ranked] = {
+        name: {"valid": None, "ranks": rank_rows(scorer, split)} for name, scorer in raw.items()
+    }
+    ranked |= {name: rank(parts, split, counts, standardize=tuple(parts)) for name, parts in fitted.items()}
+    write_json(found, ranked)
+    return ranked
+
+
+def _untrained(config: LaserConfig) -> LaserModel:
+    """The frozen language model with the catalogue's texts, for lines that train nothing."""
+    values = config.model_dump(mode="json")
+    values["bituning"]["prefix"], values["text"]["initialize_from"] = "none", None
+    plain = build_config(LaserConfig, values)
+    return build_laser(plain, load_inputs(plain), *load_language_model(plain.lm))
+
+
+def rank(
+    parts: dict[str, Scorer], split: Split, counts: Tensor, standardize: tuple[str, ...] = ("recommender",)
+) -> Ranked:
+    """Scalars fitted on the validation rows, and what the sum of the parts ranks with them."""
+    named = tuple(name for name in standardize if name in parts)
+    fitted, valid = search_calibration(parts, split.valid, counts, standardize=named)
+    if len(split.test):
+        return {"valid": valid, "ranks": rank_rows(fitted, split)}
+    halves = [np.arange(start, len(split.valid), 2) for start in (0, 1)]
+    ranks = np.zeros((len(split.valid), _DRAWS), dtype=np.int64)
+    for own, other in (halves, halves[::-1]):
+        half, _ = search_calibration(parts, split.valid.select(other), counts, standardize=named)
+        ranks[own] = np.array(rank_rows(half, split))[own]
+    return {"valid": valid, "ranks": ranks.tolist()}
+
+
+def rank_rows(scorer: Scorer, split: Split) -> list[Any]:
+    """Ranks of the test rows in the catalogue [B]; without test rows those of the validation rows among 20 [B, 20]."""
+    if len(split.test):
+        ranks: list[Any] = evaluate(scorer, split.test).ranks.tolist()
+        return ranks
+    rows: EvaluationRows = split.valid
+    drawn = llara_candidates(rows, scorer.num_items, draws=_DRAWS)
+    ranks = evaluate_candidates(scorer, rows, drawn).ranks.tolist()
+    return ranks
