@@ -217,11 +217,19 @@ def _compare(parsed: argparse.Namespace) -> None:
     import torch
 
     from laser_fast.evaluation.comparison import compare
+    from laser_fast.models.zero_shot import text_vectors
+    from laser_fast.nn.text_residual import centred
     from laser_fast.training.build import training_counts
+    from laser_fast.training.text_line import fit_text_line
 
     model, inputs, config = load_run(parsed, parsed.model)
     counts = torch.from_numpy(training_counts(inputs.split, model.num_items))
-    comparison = compare(model, inputs.split, counts, inputs.recommender, batch_size=config.evaluation.batch_size)
+    vectors = text_vectors(model.lm, model.builder)
+    read = centred(vectors) if model.text is None else model.text.fetch_vectors()
+    temperature, seed = config.objective.temperature, config.training.seed
+    cached = fit_text_line(read, inputs.split, counts, temperature=temperature, seed=seed)
+    settings: dict[str, Any] = {"vectors": vectors, "cached": cached, "batch_size": config.evaluation.batch_size}
+    comparison = compare(model, inputs.split, counts, inputs.recommender, **settings)
     print(comparison)
     write_figures(parsed.output, comparison.to_dict())
 

@@ -59,6 +59,7 @@ def test_compare_lists_every_system(trained: Path, tmp_path: Path, capsys: pytes
         "zero-shot LM",
         "zero-shot LM, calibrated",
         "no-training fusion",
+        "cached text line",
         "Laser, cosine only",
         "Laser",
     ]

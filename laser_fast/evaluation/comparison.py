@@ -51,6 +51,8 @@ def compare(
     counts: Tensor,
     recommender: Scorer | None = None,
     *,
+    cached: Scorer | None = None,
+    vectors: Tensor | None = None,
     batch_size: int = 128,
     progress: bool = False,
 ) -> Comparison:
@@ -63,6 +65,9 @@ def compare(
     Args:
         counts: int64 [I], events of each item in the training part.
         recommender: the ID-based recommender; None leaves its line out.
+        cached: the line of cached text vectors, trained without the language model (`training.text_line`); None leaves
+            it out. It too has the calibrated terms, and the recommender's score where there is one.
+        vectors: float32 [I, d], unit text vectors for the lines without training; None = of the model's item prompts.
     """
     train_items, train_cu_seqlens = torch.tensor(split.train.items), torch.tensor(split.train.cu_seqlens)
 
@@ -72,7 +77,7 @@ def compare(
             components, split.valid, counts, standardize=names, batch_size=batch_size, progress=progress
         )
 
-    vectors = text_vectors(model.lm, model.builder)
+    vectors = text_vectors(model.lm, model.builder) if vectors is None else vectors
     parts: dict[str, Scorer] = {"text_last": TextSimilarity(vectors), "text_history": TextSimilarity(vectors, _RECENCY)}
     systems: dict[str, Scorer] = {
         name: kind.fit(train_items, train_cu_seqlens, model.num_items)
@@ -85,6 +90,9 @@ def compare(
     systems[ZERO_SHOT] = parts["text_last"]
     systems[f"{ZERO_SHOT}, calibrated"] = calibrated({"text_last": parts["text_last"]})
     systems["no-training fusion"] = calibrated(parts)
+    if cached is not None:
+        fused = {} if recommender is None else {"recommender": recommender}
+        systems["cached text line"] = calibrated({"cached": cached, **fused})
     if model.calibration is not None:
         systems[f"{LASER}, cosine only"] = model
     systems[LASER] = model if model.calibration is None else model.calibration

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from laser_fast.config import resolve_path
+from laser_fast.data import EvaluationRows
 from laser_fast.data.batches import PackedBatch
 from laser_fast.evaluation import evaluate
 from laser_fast.models.adapter_files import find_saved, item_map_hash, origin_of
@@ -41,7 +42,7 @@ def train_text(run: Run) -> None:
         processes=run.processes,
     )
     stopping = EarlyStopping(stage.patience)
-    best = _BestWeights(trained)
+    best = BestWeights(trained)
 
     def conclude(epoch: int, values: dict[str, Any]) -> None:
         value = run.processes.of_first(_validate(run, text))
@@ -93,19 +94,23 @@ def text_loss(model: LaserModel) -> LossFunction:
     assert text is not None
 
     def loss_function(batch: PackedBatch) -> dict[str, Tensor]:
-        assert batch.targets is not None
-        ignored = history_pairs(batch) if model.mask_history else None
-        loss = whole_catalog_loss(
-            model.encode_texts(batch),
-            text.items(),
-            batch.targets,
-            model.temperature,
-            ignored=ignored,
-            popularity=model.popularity(),
-        )
-        return {"loss": loss}
+        return {"loss": residual_loss(text, batch, model.temperature, model.mask_history, model.popularity())}
 
     return loss_function
+
+
+def residual_loss(
+    text: TextResidual,
+    batch: PackedBatch,
+    temperature: float,
+    mask_history: bool,
+    popularity: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Mean over the users of a batch with targets and histories for the residual: float32 []; see `Objective`."""
+    assert batch.targets is not None and batch.text_items is not None and batch.text_cu_seqlens is not None
+    users = text.users(batch.text_items, batch.text_cu_seqlens)
+    ignored = history_pairs(batch) if mask_history else None
+    return whole_catalog_loss(users, text.items(), batch.targets, temperature, ignored=ignored, popularity=popularity)
 
 
 class _Trained(nn.Module):
@@ -117,7 +122,7 @@ class _Trained(nn.Module):
         self.popularity_weight = model.popularity_weight
 
 
-class _BestWeights(nn.Module):
+class BestWeights(nn.Module):
     """The weights of the best epoch so far; kept with the state, so that a resumed run has them too."""
 
     def __init__(self, trained: nn.Module) -> None:
@@ -140,9 +145,13 @@ class _BestWeights(nn.Module):
 
 def _validate(run: Run, text: TextResidual) -> float:
     """NDCG@10 on the validation rows without the items of each history."""
-    scorer = TextRecommender(text, run.config.objective.temperature, without_history=True)
     with run.processes.apart():
-        metrics = evaluate(
-            scorer, run.inputs.split.valid, batch_size=run.config.evaluation.batch_size, device=run.accelerator.device
-        )
-    return metrics[_METRIC].mean
+        return text_quality(text, run.config.objective.temperature, run.inputs.split.valid)
+
+
+def text_quality(text: TextResidual, temperature: float, rows: EvaluationRows) -> float:
+    """NDCG@10 of the residual alone, the items of each history ranked last; 0 without rows."""
+    if not len(rows):
+        return 0.0
+    scorer = TextRecommender(text, temperature, without_history=True)
+    return evaluate(scorer, rows, device=text.head.weight.device)[_METRIC].mean
