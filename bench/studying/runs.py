@@ -131,5 +131,5 @@ def rank_rows(scorer: Scorer, split: Split) -> list[Any]:
         return ranks
     rows: EvaluationRows = split.valid
     drawn = llara_candidates(rows, scorer.num_items, draws=_DRAWS)
-    ranks = evaluate_candidates(scorer, rows, drawn).ranks.tolist()
+    ranks = evaluate_candidates(scorer, rows, drawn).ranks.T.tolist()
     return ranks
