@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from bench.studying.results import report_of, summary
-from bench.studying.runs import lines, run_variant
+from bench.studying.runs import lines, read_texts_once, run_variant
 from bench.studying.variants import VARIANTS
 from laser_fast.config import LaserConfig
 from laser_fast.settings import load_config
@@ -37,6 +37,7 @@ def main() -> None:
     arguments = parser.parse_args()
     work = Path(arguments.work)
     work.mkdir(parents=True, exist_ok=True)
+    read_texts_once(work)
     config = load_config(LaserConfig, arguments.config, [*arguments.set, f"output={work / 'unused'}"])
     results = {"lines": lines(config, work)}
     for name in arguments.variants:

@@ -1,5 +1,6 @@
 """One run of a variant, ranked in every way the table shows; what was measured stays beside the run."""
 
+import hashlib
 import json
 import re
 import time
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bench.studying.variants import CACHED, VARIANTS, Variant
@@ -16,8 +18,10 @@ from laser_fast.data import EvaluationRows, Split
 from laser_fast.data.folders import write_json
 from laser_fast.evaluation import evaluate, evaluate_candidates, llara_candidates, search_calibration
 from laser_fast.models import ItemKNN, LaserModel, Markov1, Popularity, Scorer
+from laser_fast.models.catalogue_texts import CatalogueTexts
 from laser_fast.models.text_recommender import TextRecommender
 from laser_fast.models.zero_shot import TextSimilarity, text_vectors
+from laser_fast.nn.frozen_lm import FrozenLM
 from laser_fast.settings import apply_overrides
 from laser_fast.training.build import build_laser, load_inputs, load_language_model, training_counts
 from laser_fast.training.laser import train_laser
@@ -28,6 +32,20 @@ Ranked = dict[str, Any]
 METRIC = "NDCG@10"
 _RECENCY = 0.8
 _DRAWS = 20
+
+
+def read_texts_once(work: Path) -> None:
+    """Let all runs in `work` share the vectors of the catalogue's texts, which depend on no setting they vary."""
+    compute = CatalogueTexts.vectors
+
+    def vectors(self: CatalogueTexts, lm: FrozenLM, *, batch_size: int = 64) -> Tensor:
+        digest = hashlib.sha256(b"".join(builder.texts.input_ids.tobytes() for builder in self.builders))
+        known = work / f"vectors-{digest.hexdigest()[:16]}.safetensors"
+        if not known.is_file():
+            save_file({"vectors": compute(self, lm, batch_size=batch_size).cpu()}, known)
+        return load_file(known)["vectors"]
+
+    CatalogueTexts.vectors = vectors  # type: ignore[method-assign]
 
 
 def folder_of(work: Path, variant: Variant, seed: int) -> Path:
