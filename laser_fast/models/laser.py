@@ -1,6 +1,6 @@
 """Laser: a frozen language model as a sequential recommender, with M-Former's prefix and a suffix around the text."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,9 +15,9 @@ from laser_fast.models.kept_prefixes import KeptPrefixes
 from laser_fast.models.objective import LaserOutput as LaserOutput
 from laser_fast.models.objective import Objective
 from laser_fast.models.pretrained import PretrainedLaser
-from laser_fast.models.recommender import FrozenRecommender, Scorer, SequentialRecommender, check_histories
+from laser_fast.models.recommender import FrozenRecommender, SequentialRecommender
+from laser_fast.models.recommending import RecommendingLaser
 from laser_fast.models.requests import Recommendation as Recommendation
-from laser_fast.models.requests import best_items, blocked_items, pack_histories
 from laser_fast.models.serving import Serving
 from laser_fast.models.token_budget import TokenBudget
 from laser_fast.nn.bituning import BiTuning
@@ -29,7 +29,7 @@ from laser_fast.nn.text_residual import TextResidual
 from laser_fast.ops import Routing
 
 
-class LaserModel(PretrainedLaser, nn.Module):
+class LaserModel(RecommendingLaser, PretrainedLaser, nn.Module):
     """The recommender of the paper; both sides, users and items, go through the same frozen language model.
 
     `state_dict` holds what is trained and nothing of the frozen models. It is a `Scorer`: `score` is the cosine of
@@ -315,62 +315,6 @@ class LaserModel(PretrainedLaser, nn.Module):
         """Encode the catalogue with the current parameters and keep it as the item matrix V: float32 [I, d]."""
         self.item_matrix = self.encode_items(batch_size=batch_size, progress=progress).clone()  # leave inference mode
         return self.item_matrix
-
-    @torch.no_grad()
-    def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Cosine of each user with each item over the temperature: float32 [B, I]; nothing is filtered.
-
-        Args:
-            items: int64 [N], histories, oldest first.
-            cu_seqlens: int32 [B+1].
-        """
-        check_histories("LaserModel.score", items, cu_seqlens, self.num_items)
-        users = self.encode_users(PackedSequences(items.cpu().numpy(), cu_seqlens.cpu().numpy()))
-        return F.normalize(users, dim=-1) @ F.normalize(self._items(), dim=-1).T / self.temperature
-
-    def recommend(
-        self,
-        histories: Sequence[Sequence[str]],
-        k: int = 10,
-        *,
-        exclude_seen: bool = False,
-        exclude: Iterable[str] = (),
-        allow: Iterable[str] | None = None,
-    ) -> list[list[Recommendation]]:
-        """The k best items for each history of external item ids, oldest first; nobody needs to be a known user.
-
-        Scores are calibrated where the model carries a calibration, else cosine over temperature. Ids that are not in
-        the catalogue are dropped with one warning; an empty history is served from the prompt alone.
-
-        Args:
-            histories: B lists of external ids.
-            k: items wanted; the list is shorter when fewer are left.
-            exclude_seen: leave out the items of the history.
-            exclude: ids nobody gets.
-            allow: the only ids anybody gets; None = all.
-
-        Returns:
-            B lists of `Recommendation`, best first, ties by item index.
-
-        Raises:
-            TypeError: a history that is a string instead of a list of strings.
-            ValueError: k below 1, or an id of `exclude` or `allow` that is not in the catalogue.
-        """
-        if k < 1:
-            raise ValueError(f"recommend: k must be at least 1, got {k}")
-        packed = pack_histories(histories, self.index_of_item)
-        scores = self._score_for_serving(packed)
-        blocked = blocked_items(exclude, allow, self.index_of_item)
-        scores = scores.masked_fill(blocked.to(scores.device), -torch.inf)
-        if exclude_seen:
-            rows = torch.from_numpy(np.repeat(np.arange(len(packed)), packed.lengths)).to(scores.device)
-            scores[rows, torch.from_numpy(packed.items).to(scores.device)] = -torch.inf
-        return best_items(scores, k, self.item_ids)
-
-    def _score_for_serving(self, histories: PackedSequences) -> Tensor:
-        scorer: Scorer = self if self.calibration is None else self.calibration
-        items = torch.from_numpy(histories.items).to(self.device)
-        return scorer.score(items, torch.from_numpy(histories.cu_seqlens).to(self.device))
 
     def _encode_now(self, batch: PackedBatch, kept: KeptPrefixes | None = None) -> Tensor:
         """Encode in evaluation mode, whatever the mode now, within the budget."""

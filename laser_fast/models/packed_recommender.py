@@ -57,9 +57,15 @@ class PackedRecommender(nn.Module):
         self.cross_fitted: CrossFitted | None = None
         self.gap: StateGap | None = None
 
+    def output_layer(self) -> tuple[Tensor, Tensor | None]:
+        """What `logits` multiplies states with, [I, state_size], and adds, [I]: the item embeddings, and nothing."""
+        return self.item_embedding.weight, None
+
     def logits(self, states: Tensor) -> Tensor:
-        """[N, state_size] -> [N, I]: inner products with every item embedding."""
-        return states @ self.item_embedding.weight.T
+        """[N, state_size] -> [N, I]: inner products with every row of `output_layer`."""
+        weight, bias = self.output_layer()
+        logits = states @ weight.T
+        return logits if bias is None else logits + bias
 
     def states(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
         """State after each item, without dropout or gradient whatever the module's mode.
@@ -122,13 +128,26 @@ class PackedRecommender(nn.Module):
             TypeError, ValueError: see `check_histories`.
         """
         check_histories(f"{type(self).__name__}.score", items, cu_seqlens, self.num_items)
+        last, filled = self.last_states(items, cu_seqlens)
+        with torch.no_grad():
+            return self.logits(last).masked_fill_(~filled[:, None], 0.0)
+
+    def last_states(self, items: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+        """State after the newest item of each history, read from its newest `max_length` items.
+
+        Args:
+            items: [N] int64, packed histories, oldest first, of any length.
+            cu_seqlens: [B+1] int32; histories may be empty.
+
+        Returns:
+            (states [B, state_size] float32, 0 for an empty history; bool [B], whether a history has items).
+        """
         items, cu_seqlens = newest_items(items, cu_seqlens, self.max_length)
         states = self.states(items, cu_seqlens)
         last = states.new_zeros(cu_seqlens.numel() - 1, self.state_size)
         filled = cu_seqlens.diff() > 0
         last[filled] = states[cu_seqlens[1:][filled].long() - 1]
-        with torch.no_grad():
-            return self.logits(last).masked_fill_(~filled[:, None], 0.0)
+        return last, filled
 
 
 def positions_of(cu_seqlens: Tensor, num_items: int) -> Tensor:

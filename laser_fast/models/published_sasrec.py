@@ -191,10 +191,9 @@ class LLaRASASRec(PackedRecommender):
         states: Tensor = self.norm(hidden)
         return states
 
-    def logits(self, states: Tensor) -> Tensor:
-        """[N, width] -> [N, I]: the output layer, which shares nothing with the item embeddings."""
-        logits: Tensor = self.output(states)
-        return logits
+    def output_layer(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of a layer that shares nothing with the item embeddings."""
+        return self.output.weight, self.output.bias
 
 
 def _check_heads(function: str, width: int, num_heads: int) -> None:

@@ -58,20 +58,20 @@ def blocked_items(exclude: Iterable[str], allow: Iterable[str] | None, index_of_
     return blocked
 
 
-def best_items(scores: Tensor, k: int, item_ids: Sequence[str]) -> list[list[Recommendation]]:
-    """The k best items of each row that are not blocked, best first, ties by item index.
+def best_items(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best items of each row of scores [B, I], best first, ties by item index: scores and items, [B, min(k, I)].
 
-    Args:
-        scores: [B, I], -inf for items that are blocked.
+    Items with a score of -inf are blocked; they may stand at the end.
     """
     order = scores.sort(dim=1, descending=True, stable=True)
+    return order.values[:, :k], order.indices[:, :k]
+
+
+def name_items(scores: Tensor, items: Tensor, item_ids: Sequence[str]) -> list[list[Recommendation]]:
+    """Scores and item indices, [B, k] both, as recommendations; places with -inf are left out."""
     return [
-        [
-            Recommendation(item_ids[index], value)
-            for value, index in zip(values[:k].tolist(), indices[:k].tolist(), strict=True)
-            if value != -torch.inf
-        ]
-        for values, indices in zip(order.values, order.indices, strict=True)
+        [Recommendation(item_ids[index], value) for value, index in zip(*pair, strict=True) if value != -torch.inf]
+        for pair in zip(scores.tolist(), items.tolist(), strict=True)
     ]
 
 

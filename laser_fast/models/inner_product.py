@@ -1,0 +1,263 @@
+"""A score as the inner product of a user's vector with an item's, and the best items by it.
+
+    score_bi = q_b . m_i + history_bias [i in history_b] + last_bias [i is last_b]
+
+Both vectors are blocks side by side, one for each part of the score; here are those of `LaserModel`:
+
+    part         block of q_b             block of m_i
+    Laser        w * unit user / tau      unit item
+    recommender  w * state                row of its output layer
+    popularity   p                        log(1 + count_i)
+
+A part that is z-scored over the catalogue for each history keeps this form. With the mean e and the covariance C of its
+item rows E, the scores s . E_i have the mean s . e and the variance s' C s, so its blocks are w * s / sqrt(s' C s) and
+E_i - e: nothing of the size [B, I] is computed. The means and variances are float64.
+
+Source: our own.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from laser_fast.data.sequences import PackedSequences
+from laser_fast.models.calibration import repeat_positions
+from laser_fast.models.recommender import check_histories
+from laser_fast.ops import ItemLists, catalog_topk
+
+# elements of the rows gathered at once, to score items one by one
+_GATHERED = 2**22
+# as `standard_scores`: a row with less deviation than this share of its level is a constant
+_CONSTANT = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreBlock:
+    """A part of a score that is an inner product.
+
+    Attributes:
+        items: [I, D], floating point.
+        queries: B histories -> [B, D], floating point, on any device.
+        weight: factor of this part.
+        standardize: whether its scores are z-scored over the catalogue for each history before they are weighted.
+    """
+
+    items: Tensor
+    queries: Callable[[PackedSequences], Tensor]
+    weight: float = 1.0
+    standardize: bool = False
+
+
+class InnerProductIndex:
+    """Items and users as vectors whose inner products rank, for `search` here or any index of inner products.
+
+        index = model.index()
+        flat = faiss.IndexFlatIP(index.item_vectors.shape[1])
+        flat.add(index.item_vectors.cpu().numpy())
+        histories = PackedSequences.from_lists([[model.index_of_item[item] for item in ("50", "172")]])
+        queries = index.query_vectors(histories)
+        _, candidates = flat.search(queries.cpu().numpy(), k + int(histories.lengths.max()))
+        scores, items = index.rerank(histories, queries, torch.from_numpy(candidates), k)
+
+    `rerank` adds what is no inner product: the biases of the few items in a history. With that many candidates, the
+    result is as exact as the index that found them.
+
+    It is made of values as they are now; ask the model again after a change.
+
+    Args:
+        blocks: the parts of the score, at least one.
+        history_bias: added to every item of the history (once, however often it occurs there).
+        last_bias: added to the last item of the history, on top of `history_bias`.
+
+    Attributes:
+        item_vectors: m, float32 [I, D'].
+    """
+
+    def __init__(self, blocks: Sequence[ScoreBlock], *, history_bias: float = 0.0, last_bias: float = 0.0) -> None:
+        columns = [block.items.detach().float() for block in blocks]
+        self._blocks = [
+            _Queries(block, *(_moments(rows) if block.standardize else (None, None)))
+            for block, rows in zip(blocks, columns, strict=True)
+        ]
+        centred = [
+            rows if block.mean is None else rows - block.mean.to(rows)
+            for block, rows in zip(self._blocks, columns, strict=True)
+        ]
+        self.item_vectors = torch.cat(centred, dim=1)
+        self.history_bias = history_bias
+        self.last_bias = last_bias
+
+    @property
+    def num_items(self) -> int:
+        """Size of the catalogue I."""
+        return self.item_vectors.shape[0]
+
+    @torch.no_grad()
+    def query_vectors(self, histories: PackedSequences) -> Tensor:
+        """q of each history of item indices, oldest first: float32 [B, D'], on the device of `item_vectors`.
+
+        Raises:
+            ValueError: an item outside the catalogue.
+        """
+        packed = packed_tensors(histories, torch.device("cpu"))
+        check_histories("InnerProductIndex.query_vectors", *packed, self.num_items)
+        return torch.cat([block(histories).to(self.item_vectors.device) for block in self._blocks], dim=1)
+
+    @torch.no_grad()
+    def search(
+        self, histories: PackedSequences, k: int, *, exclude_seen: bool = False, blocked: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The k items with the highest scores for every history, biases included; never holds [B, I].
+
+        Exact: the biases touch items of the history only. Among all others, q . m is the score, so that the best k of
+        those that are no history items (`catalog_topk` leaves these out) hold every other item of the answer; the
+        history items are scored one by one beside them, whatever the sign of a bias.
+
+        Args:
+            histories: B histories of item indices, oldest first.
+            k: length of the lists, at least 1; may exceed I.
+            exclude_seen: leave out the items of the history.
+            blocked: bool [I], items that nobody gets.
+
+        Returns:
+            Scores float32 [B, k], descending, ties by item index, and item indices int64 [B, k]; -inf and -1 where
+            fewer are left.
+
+        Raises:
+            TypeError: `blocked` is not bool.
+            ValueError: k below 1, a `blocked` of another shape, or an item outside the catalogue.
+        """
+        allow = None if blocked is None else ~self._check_blocked("search", blocked)
+        queries = self.query_vectors(histories)
+        biased = bool(self.history_bias or self.last_bias) and not exclude_seen
+        seen = ItemLists(*packed_tensors(histories, self.item_vectors.device)) if biased or exclude_seen else None
+        scores, items = catalog_topk(queries, self.item_vectors, k, exclude=seen, allow=allow, normalize=False)
+        if not biased:
+            return scores, items
+        return self.rerank(histories, queries, items, k, blocked=blocked)
+
+    @torch.no_grad()
+    def rerank(
+        self,
+        histories: PackedSequences,
+        queries: Tensor,
+        candidates: Tensor,
+        k: int,
+        *,
+        exclude_seen: bool = False,
+        blocked: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The k best of the candidates and of the items of each history, by the score with its biases.
+
+        Args:
+            histories: B histories of item indices, oldest first.
+            queries: [B, D'], their `query_vectors`.
+            candidates: int64 [B, C], what an index found; places outside the catalogue (FAISS writes -1) are empty,
+                repetitions and items of the history do not matter.
+            k, exclude_seen, blocked: see `search`.
+
+        Returns:
+            As `search`.
+
+        Raises:
+            TypeError: `candidates` are not int64, or `blocked` is not bool.
+            ValueError: k below 1, or a shape that does not fit.
+        """
+        if k < 1:
+            raise ValueError(f"InnerProductIndex.rerank: k must be at least 1, got {k}")
+        batch, device = len(histories), self.item_vectors.device
+        if candidates.dtype != torch.int64:
+            raise TypeError(f"InnerProductIndex.rerank: candidates must be int64, got {candidates.dtype}")
+        if candidates.dim() != 2 or candidates.shape[0] != batch:
+            raise ValueError(
+                f"InnerProductIndex.rerank: candidates must be [{batch}, C], got {tuple(candidates.shape)}"
+            )
+        if tuple(queries.shape) != (batch, self.item_vectors.shape[1]):
+            raise ValueError(
+                f"InnerProductIndex.rerank: queries must be [{batch}, {self.item_vectors.shape[1]}], "
+                f"got {tuple(queries.shape)}"
+            )
+        candidates, queries = candidates.to(device), queries.to(device)
+        seen, last = repeat_positions(*packed_tensors(histories, device), self.num_items)
+        inside = (candidates >= 0) & (candidates < self.num_items)
+        found = (candidates + torch.arange(batch, device=device)[:, None] * self.num_items)[inside]
+        places = torch.unique(torch.cat([found, seen]))  # by user, then by item
+        row, item = places // self.num_items, places % self.num_items
+        scores = self._scores(queries, row, item)
+        repeated = torch.isin(places, seen)
+        if exclude_seen:
+            scores = scores.masked_fill(repeated, -torch.inf)
+        else:
+            scores = scores + self.history_bias * repeated + self.last_bias * torch.isin(places, last)
+        if blocked is not None:
+            scores = scores.masked_fill(self._check_blocked("rerank", blocked)[item], -torch.inf)
+        return _best_of_rows(scores, row, item, (batch, k))
+
+    def _scores(self, queries: Tensor, row: Tensor, item: Tensor) -> Tensor:
+        """q . m of pairs: float32 [n]; equal vectors have equal scores wherever they stand."""
+        step = max(1, _GATHERED // queries.shape[1])
+        parts = [
+            (queries[rows] * self.item_vectors[items]).sum(dim=1)
+            for rows, items in zip(row.split(step), item.split(step), strict=True)
+        ]
+        return torch.cat(parts)
+
+    def _check_blocked(self, function: str, blocked: Tensor) -> Tensor:
+        if blocked.dtype != torch.bool:
+            raise TypeError(f"InnerProductIndex.{function}: blocked must be bool, got {blocked.dtype}")
+        if tuple(blocked.shape) != (self.num_items,):
+            raise ValueError(
+                f"InnerProductIndex.{function}: blocked must be [{self.num_items}], got {tuple(blocked.shape)}"
+            )
+        return blocked.to(self.item_vectors.device)
+
+
+def packed_tensors(histories: PackedSequences, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Items int64 [N] and `cu_seqlens` int32 [B+1] on a device."""
+    return torch.from_numpy(histories.items).to(device), torch.from_numpy(histories.cu_seqlens).to(device)
+
+
+@dataclass(frozen=True, eq=False)
+class _Queries:
+    """A block of q; with the moments of its item rows, float64 [D] and [D, D], where it is z-scored."""
+
+    block: ScoreBlock
+    mean: Tensor | None
+    covariance: Tensor | None
+
+    def __call__(self, histories: PackedSequences) -> Tensor:
+        queries = self.block.queries(histories)
+        if self.mean is None or self.covariance is None:
+            return self.block.weight * queries.float()
+        wide = queries.to(self.mean)
+        deviation = ((wide @ self.covariance) * wide).sum(dim=1).clamp_min(0.0).sqrt()
+        constant = deviation <= _CONSTANT * (wide @ self.mean).abs()
+        factor = torch.where(constant, 0.0, self.block.weight / deviation.clamp_min(1e-30))
+        return (wide * factor[:, None]).float()
+
+
+def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [D] and covariance [D, D] of the rows of [I, D], float64; few rows at a time are held in float64."""
+    mean = rows.mean(dim=0, dtype=torch.float64)
+    covariance = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
+    for part in rows.split(max(1, _GATHERED // rows.shape[1])):
+        centred = part.double() - mean
+        covariance += centred.T @ centred
+    return mean, covariance / rows.shape[0]
+
+
+def _best_of_rows(scores: Tensor, row: Tensor, item: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Of packed scores [n], in the order of rows and in them of items, the k best of each row: [B, k] and items."""
+    batch, k = shape
+    count = torch.bincount(row, minlength=batch)
+    width = max(k, int(count.max()) if batch else 0)
+    position = torch.arange(row.numel(), device=row.device) - F.pad(count.cumsum(0), (1, 0))[row]
+    table = scores.new_full((batch, width), -torch.inf)
+    names = row.new_full((batch, width), -1)
+    table[row, position], names[row, position] = scores.nan_to_num(-torch.inf, torch.inf, -torch.inf), item
+    best = table.sort(dim=1, descending=True, stable=True)
+    values, places = best.values[:, :k], best.indices[:, :k]
+    return values, names.gather(1, places).masked_fill(values == -torch.inf, -1)

@@ -1,0 +1,224 @@
+"""What a `LaserModel` answers with: scores, an index of inner products, and the best items for a history."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from laser_fast.data.sequences import PackedSequences
+from laser_fast.models.calibration import CalibratedScorer
+from laser_fast.models.inner_product import InnerProductIndex, ScoreBlock, packed_tensors
+from laser_fast.models.packed_recommender import PackedRecommender
+from laser_fast.models.recommender import Scorer, check_histories
+from laser_fast.models.requests import Recommendation, best_items, blocked_items, name_items, pack_histories
+
+if TYPE_CHECKING:
+    from laser_fast.models.laser import LaserModel
+
+
+class RecommendingLaser:
+    """`score`, `index` and `recommend` of `LaserModel`."""
+
+    _kept_index: "tuple[_Sources, InnerProductIndex] | None" = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies make an index of their own: the one that is kept asks this very model for its users."""
+        return {name: value for name, value in vars(self).items() if name != "_kept_index"}
+
+    @torch.no_grad()
+    def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Cosine of each user with each item over the temperature: float32 [B, I]; nothing is filtered.
+
+        Args:
+            items: int64 [N], histories, oldest first.
+            cu_seqlens: int32 [B+1].
+        """
+        model = cast("LaserModel", self)
+        check_histories("LaserModel.score", items, cu_seqlens, model.num_items)
+        users = model.encode_users(PackedSequences(items.cpu().numpy(), cu_seqlens.cpu().numpy()))
+        return F.normalize(users, dim=-1) @ F.normalize(model._items(), dim=-1).T / model.temperature
+
+    def index(self) -> InnerProductIndex:
+        """The score that `recommend` ranks by as inner products of item vectors with user vectors.
+
+        Kept until the item matrix, the calibration, the recommender's output layer or the device changes (values
+        written through `.data` are not noticed). It takes as much memory as the item matrix and, beside it, the output
+        layer of the recommender in float32.
+
+        Raises:
+            RuntimeError: no item matrix yet (`refresh_items`).
+            ValueError: the calibrated score has a part that is no inner product.
+        """
+        model = cast("LaserModel", self)
+        stranger = _stranger(model)
+        if stranger is not None:
+            raise ValueError(
+                "LaserModel.index: the score must be made of Laser and a recommender with an output layer, "
+                f"got {stranger}; use score or recommend"
+            )
+        sources = _Sources.of(model)
+        if self._kept_index is None or not self._kept_index[0].same_as(sources):
+            self._kept_index = None  # its memory first
+            self._kept_index = sources, _index_of(model)
+        return self._kept_index[1]
+
+    def recommend(
+        self,
+        histories: Sequence[Sequence[str]],
+        k: int = 10,
+        *,
+        exclude_seen: bool = False,
+        exclude: Iterable[str] = (),
+        allow: Iterable[str] | None = None,
+    ) -> list[list[Recommendation]]:
+        """The k best items for each history of external item ids, oldest first; nobody needs to be a known user.
+
+        Scores are calibrated where the model carries a calibration, else cosine over temperature. Ids that are not in
+        the catalogue are dropped with one warning; an empty history is served from the prompt alone. The scores of the
+        whole catalogue are never held together, unless the calibration has a part that is no inner product: see
+        `index`.
+
+        Args:
+            histories: B lists of external ids.
+            k: items wanted; the list is shorter when fewer are left.
+            exclude_seen: leave out the items of the history.
+            exclude: ids nobody gets.
+            allow: the only ids anybody gets; None = all.
+
+        Returns:
+            B lists of `Recommendation`, best first, ties by item index.
+
+        Raises:
+            TypeError: a history that is a string instead of a list of strings.
+            ValueError: k below 1, or an id of `exclude` or `allow` that is not in the catalogue.
+            RuntimeError: no item matrix yet (`refresh_items`).
+        """
+        if k < 1:
+            raise ValueError(f"recommend: k must be at least 1, got {k}")
+        model = cast("LaserModel", self)
+        packed = pack_histories(histories, model.index_of_item)
+        blocked = blocked_items(exclude, allow, model.index_of_item)
+        if _stranger(model) is None:
+            wanted = blocked if bool(blocked.any()) else None
+            best = self.index().search(packed, min(k, model.num_items), exclude_seen=exclude_seen, blocked=wanted)
+        else:
+            best = best_items(_all_scores(model, packed, blocked, exclude_seen), k)
+        return name_items(*best, model.item_ids)
+
+
+def _all_scores(model: "LaserModel", histories: PackedSequences, blocked: Tensor, exclude_seen: bool) -> Tensor:
+    """The score of `recommend` for every item: [B, I], -inf for those that may not be recommended."""
+    scorer: Scorer = model if model.calibration is None else model.calibration
+    items, cu_seqlens = packed_tensors(histories, model.device)
+    scores = scorer.score(items, cu_seqlens)
+    scores = scores.masked_fill(blocked.to(scores.device), -torch.inf)
+    if exclude_seen:
+        row = torch.repeat_interleave(cu_seqlens.diff(), output_size=items.numel())
+        scores[row.to(scores.device), items.to(scores.device)] = -torch.inf
+    return scores
+
+
+def _parts(model: "LaserModel") -> dict[str, Any]:
+    """The scorers that the score of `recommend` adds up."""
+    if model.calibration is None:
+        return {"laser": model}
+    weights = model.calibration.calibration.weights
+    return {name: scorer for name, scorer in model.calibration.components.items() if weights[name]}
+
+
+def _stranger(model: "LaserModel") -> str | None:
+    """What in the score of `recommend` is not known to be an inner product; None = nothing."""
+    if model.calibration is not None and type(model.calibration) is not CalibratedScorer:
+        return f"a {type(model.calibration).__name__}"
+    for name, scorer in _parts(model).items():
+        if not (_has(scorer, RecommendingLaser, "score") or _has(scorer, PackedRecommender, "score", "logits")):
+            return f"a {type(scorer).__name__} as {name!r}"
+    return None
+
+
+def _has(scorer: Any, kind: type, *methods: str) -> bool:
+    """Whether it is of this kind, with these methods as they are there."""
+    return isinstance(scorer, kind) and all(
+        getattr(type(scorer), name) is getattr(kind, name) and name not in vars(scorer) for name in methods
+    )
+
+
+def _index_of(model: "LaserModel") -> InnerProductIndex:
+    if model.calibration is None:
+        return InnerProductIndex([_block_of(model, model)])
+    settings = model.calibration.calibration
+    blocks = [
+        replace(_block_of(scorer, model), weight=settings.weights[name], standardize=name in settings.standardize)
+        for name, scorer in _parts(model).items()
+    ]
+    log_counts = model.calibration.log_counts.to(model.device)[:, None]
+    blocks.append(ScoreBlock(log_counts, lambda histories: torch.ones(len(histories), 1), settings.popularity_weight))
+    return InnerProductIndex(blocks, history_bias=settings.history_bias, last_bias=settings.last_bias)
+
+
+def _block_of(scorer: Any, model: "LaserModel") -> ScoreBlock:
+    """The score of a Laser or a recommender as it stands, unweighted."""
+    if isinstance(scorer, RecommendingLaser):
+        laser = cast("LaserModel", scorer)
+
+        def unit_users(histories: PackedSequences) -> Tensor:
+            return F.normalize(laser.encode_users(histories).float(), dim=-1) / laser.temperature
+
+        return ScoreBlock(F.normalize(laser._items().to(model.device).float(), dim=-1), unit_users)
+    recommender = cast("PackedRecommender", scorer)
+    weight, bias = recommender.output_layer()
+    rows = weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
+
+    def states(histories: PackedSequences) -> Tensor:
+        device = recommender.output_layer()[0].device
+        last, filled = recommender.last_states(*packed_tensors(histories, device))
+        return last if bias is None else torch.cat([last, filled[:, None].to(last)], dim=1)
+
+    return ScoreBlock(rows.detach().to(model.device), states)
+
+
+@dataclass(frozen=True, eq=False)
+class _Sources:
+    """What an index is made of, so that a change is noticed without reading any values.
+
+    Attributes:
+        tensors: each with an alias, which keeps its memory from becoming another tensor's, and its version.
+    """
+
+    device: torch.device
+    settings: dict[str, Any] | None
+    scorers: tuple[Any, ...]
+    tensors: tuple[tuple[Tensor, Tensor, int], ...]
+
+    @classmethod
+    def of(cls, model: "LaserModel") -> "_Sources":
+        tensors: list[Tensor | None] = []
+        scorers = _parts(model)
+        for scorer in scorers.values():
+            laser = isinstance(scorer, RecommendingLaser)
+            tensors += [cast("LaserModel", scorer)._items()] if laser else scorer.output_layer()
+        settings = None
+        if model.calibration is not None:
+            settings = model.calibration.calibration.to_dict()
+            tensors.append(model.calibration.log_counts)
+        # tensors of inference mode have no version
+        known = tuple(
+            (one, one.detach(), -1 if one.is_inference() else one._version) for one in tensors if one is not None
+        )
+        return cls(model.device, settings, tuple(scorers.values()), known)
+
+    def same_as(self, other: "_Sources") -> bool:
+        """Whether an index made of the other is one made of this."""
+        return (
+            self.device == other.device
+            and self.settings == other.settings
+            and (len(self.scorers), len(self.tensors)) == (len(other.scorers), len(other.tensors))
+            and all(one is two for one, two in zip(self.scorers, other.scorers, strict=True))
+            and all(
+                one is two and version == known and alias.data_ptr() == then.data_ptr() and alias.dtype == then.dtype
+                for (one, alias, version), (two, then, known) in zip(self.tensors, other.tensors, strict=True)
+            )
+        )
