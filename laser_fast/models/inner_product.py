@@ -27,11 +27,15 @@ from laser_fast.data.sequences import PackedSequences
 from laser_fast.models.calibration import repeat_positions
 from laser_fast.models.recommender import check_histories
 from laser_fast.ops import ItemLists, catalog_topk
+from laser_fast.ops.precision import autocast_off
 
 # elements of the rows gathered at once, to score items one by one
 _GATHERED = 2**22
 # as `standard_scores`: a row with less deviation than this share of its level is a constant
 _CONSTANT = 1e-6
+# lists of at least this share of the catalogue are cut from all scores: they are as large as these, and to merge chunks
+# takes longer (4 users, 100k items, one core: k = 1,000 0.25 s against 0.17 s, k = 100k 4.3 s against 0.15 s)
+_LONG_LISTS = 1 / 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +114,9 @@ class InnerProductIndex:
     def search(
         self, histories: PackedSequences, k: int, *, exclude_seen: bool = False, blocked: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The k items with the highest scores for every history, biases included; never holds [B, I].
+        """The k items with the highest scores for every history, biases included.
+
+        The scores of all items are not held, [B, I], unless k is an eighth of I or more.
 
         Exact: the biases touch items of the history only. Among all others, q . m is the score, so that the best k of
         those that are no history items (`catalog_topk` leaves these out) hold every other item of the answer; the
@@ -130,8 +136,12 @@ class InnerProductIndex:
             TypeError: `blocked` is not bool.
             ValueError: k below 1, a `blocked` of another shape, or an item outside the catalogue.
         """
+        if k < 1:
+            raise ValueError(f"InnerProductIndex.search: k must be at least 1, got {k}")
         allow = None if blocked is None else ~self._check_blocked("search", blocked)
         queries = self.query_vectors(histories)
+        if k >= _LONG_LISTS * self.num_items:
+            return self._sort_all(histories, queries, k, exclude_seen, allow)
         biased = bool(self.history_bias or self.last_bias) and not exclude_seen
         seen = ItemLists(*packed_tensors(histories, self.item_vectors.device)) if biased or exclude_seen else None
         scores, items = catalog_topk(queries, self.item_vectors, k, exclude=seen, allow=allow, normalize=False)
@@ -196,6 +206,18 @@ class InnerProductIndex:
             scores = scores.masked_fill(self._check_blocked("rerank", blocked)[item], -torch.inf)
         return _best_of_rows(scores, row, item, (batch, k))
 
+    def _sort_all(
+        self, histories: PackedSequences, queries: Tensor, k: int, exclude_seen: bool, allow: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        with autocast_off(queries.device):
+            scores = queries @ self.item_vectors.T
+        seen, last = repeat_positions(*packed_tensors(histories, scores.device), self.num_items)
+        scores.view(-1)[seen] += -torch.inf if exclude_seen else self.history_bias
+        scores.view(-1)[last] += self.last_bias
+        if allow is not None:
+            scores.masked_fill_(~allow, -torch.inf)
+        return _first(scores.nan_to_num_(-torch.inf, torch.inf, -torch.inf), k)
+
     def _scores(self, queries: Tensor, row: Tensor, item: Tensor) -> Tensor:
         """q . m of pairs: float32 [n]; equal vectors have equal scores wherever they stand."""
         step = max(1, _GATHERED // queries.shape[1])
@@ -253,11 +275,18 @@ def _best_of_rows(scores: Tensor, row: Tensor, item: Tensor, shape: tuple[int, i
     """Of packed scores [n], in the order of rows and in them of items, the k best of each row: [B, k] and items."""
     batch, k = shape
     count = torch.bincount(row, minlength=batch)
-    width = max(k, int(count.max()) if batch else 0)
+    width = int(count.max()) if batch else 0
     position = torch.arange(row.numel(), device=row.device) - F.pad(count.cumsum(0), (1, 0))[row]
     table = scores.new_full((batch, width), -torch.inf)
     names = row.new_full((batch, width), -1)
     table[row, position], names[row, position] = scores.nan_to_num(-torch.inf, torch.inf, -torch.inf), item
-    best = table.sort(dim=1, descending=True, stable=True)
-    values, places = best.values[:, :k], best.indices[:, :k]
-    return values, names.gather(1, places).masked_fill(values == -torch.inf, -1)
+    values, places = _first(table, k)
+    return values, torch.where(places < 0, -1, names.gather(1, places.clamp_min(0)))
+
+
+def _first(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best columns of each row, ties by column; -inf and -1 where there are none."""
+    best = scores.sort(dim=1, descending=True, stable=True)
+    missing = max(k - scores.shape[1], 0)
+    values = F.pad(best.values[:, :k], (0, missing), value=-torch.inf)
+    return values, F.pad(best.indices[:, :k], (0, missing)).masked_fill(values == -torch.inf, -1)

@@ -78,8 +78,8 @@ class RecommendingLaser:
 
         Scores are calibrated where the model carries a calibration, else cosine over temperature. Ids that are not in
         the catalogue are dropped with one warning; an empty history is served from the prompt alone. The scores of the
-        whole catalogue are never held together, unless the calibration has a part that is no inner product: see
-        `index`.
+        whole catalogue are held together only where the calibration has a part that is no inner product (see `index`),
+        or k is an eighth of the catalogue or more.
 
         Args:
             histories: B lists of external ids.

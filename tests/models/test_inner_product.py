@@ -44,15 +44,18 @@ def reference(parts: dict[str, tuple[_Products, float, bool]], history_bias: flo
 
 def check(found: tuple[Tensor, Tensor], scores: Tensor, k: int) -> None:
     """The k best of these scores and no others."""
-    values, items = best_items(scores, k)
     assert found[0].shape == found[1].shape == (len(scores), k)
+    if k > ITEMS:
+        assert bool((found[0][:, ITEMS:] == -torch.inf).all()) and bool((found[1][:, ITEMS:] == -1).all())
+        found = found[0][:, :ITEMS], found[1][:, :ITEMS]
+    values, items = best_items(scores, k)
     torch.testing.assert_close(found[0], values, rtol=1e-5, atol=1e-5)
     assert torch.equal(found[1], items.masked_fill(values == -torch.inf, -1))
 
 
 @pytest.mark.parametrize("biases", [(0.0, 0.0), (-3.0, 0.0), (2.5, -1.0), (-3.0, 40.0), (0.0, 1.5)])
 @pytest.mark.parametrize("standardize", ["", "a", "ab"])
-@pytest.mark.parametrize("k", [1, 4, ITEMS])
+@pytest.mark.parametrize("k", [1, 4, ITEMS, 2 * ITEMS])
 def test_search_is_the_sorted_score(biases: tuple[float, float], standardize: str, k: int) -> None:
     parts = {
         "a": (_Products(rows(2) + 3.0), 0.7, "a" in standardize),
@@ -82,7 +85,9 @@ def test_any_index_of_inner_products_finds_the_best() -> None:
         candidates = (queries @ index.item_vectors.T).topk(k + int(HISTORIES.lengths.max())).indices
         check(index.rerank(HISTORIES, queries, candidates, k), scores, k)
         # what FAISS writes where it finds nothing, and what a careless one finds twice
-        candidates = torch.cat([candidates, candidates[:, :3], torch.full((5, 2), -1)], dim=1)
+        candidates = torch.cat(
+            [candidates, candidates[:, :3], torch.full((5, 2), -1), torch.full((5, 1), ITEMS)], dim=1
+        )
         check(index.rerank(HISTORIES, queries, candidates, k), scores, k)
     unseen = index.rerank(HISTORIES, queries, candidates, ITEMS, exclude_seen=True)[1]
     assert not bool(torch.isin(unseen[3], torch.arange(10)).any()) and bool((unseen[3] >= 10).any())
@@ -96,12 +101,13 @@ def test_equal_items_come_in_their_order() -> None:
     part = _Products(vectors)
     for biases in ((0.0, 0.0), (-1.0, 1.0), (1e-3, 0.0)):
         index = InnerProductIndex([part.block(1.0, False)], history_bias=biases[0], last_bias=biases[1])
-        items = index.search(HISTORIES, 10)[1]
-        assert torch.equal(items[1], items[1].sort().values)  # an empty history: ten copies of one item
         biased = {7, 3, 9} if biases[0] else set()
-        for kind in range(6):
-            same = [item for item in items[0].tolist() if item % 6 == kind and item not in biased]
-            assert same == sorted(same)
+        for k in (7, 12):
+            items = index.search(HISTORIES, k)[1]
+            assert items[1, :7].tolist() == sorted(items[1, :7].tolist())  # an empty history: copies of one item
+            for kind in range(6):
+                same = [item for item in items[0].tolist() if item % 6 == kind and item not in biased]
+                assert same == sorted(same)
 
 
 @pytest.mark.parametrize("offset", [0.0, 30.0, 1e3])
@@ -131,7 +137,7 @@ def test_no_histories_and_scores_that_are_none() -> None:
     nobody = PackedSequences.from_lists([])
     assert [found.shape for found in index.search(nobody, 3)] == [(0, 3), (0, 3)]
     broken = InnerProductIndex([ScoreBlock(rows(2), lambda histories: QUERIES * torch.nan)], history_bias=1.0)
-    assert bool((broken.search(HISTORIES, 3)[1] == -1).all())
+    assert all(bool((broken.search(HISTORIES, k)[1] == -1).all()) for k in (3, 30))
 
 
 def test_history_items_are_scored_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +157,7 @@ def test_what_does_not_fit_is_refused() -> None:
     found = torch.zeros(5, 2, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"query_vectors: items must be in 0\.\.59, got 60"):
         index.search(PackedSequences.from_lists([[60]]), 1)
-    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"InnerProductIndex\.search: k must be at least 1, got 0"):
         index.search(HISTORIES, 0)
     with pytest.raises(ValueError, match=r"InnerProductIndex\.rerank: k must be at least 1, got -1"):
         index.rerank(HISTORIES, queries, found, -1)
