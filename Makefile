@@ -50,7 +50,7 @@ lint: env ## format, lint, types, spelling
 demo: env ## train Laser on MovieLens-100K and recommend films (about a quarter of an hour on two cores)
 	rm -rf $(DEMO)
 	$(BIN)/laser-fast prepare $(DEMO)/data --recbole package:recbole/dataset_example/ml-100k
-	$(BIN)/laser-fast recommender train $(DEMO)/data $(DEMO)/sasrec
+	$(BIN)/laser-fast recommender train $(DEMO)/data $(DEMO)/sasrec --folds 2
 	$(BIN)/laser-fast train laser_fast/presets/movielens-100k.yaml
 	$(BIN)/laser-fast compare $(DEMO)/laser --output $(DEMO)/comparison.json
 	$(BIN)/laser-fast recommend $(DEMO)/laser --sample 3
