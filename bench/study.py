@@ -18,7 +18,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from bench.studying.results import report_of, summary
+from bench.studying.results import markdown, report_of, summary
 from bench.studying.runs import lines, read_texts_once, run_variant
 from bench.studying.variants import VARIANTS
 from laser_fast.config import LaserConfig
@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs with seeds 0..SEEDS-1")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
     parser.add_argument("--out", help="JSON file to write")
+    parser.add_argument("--markdown", action="store_true", help="print the table as it stands in the documentation")
     arguments = parser.parse_args()
     work = Path(arguments.work)
     work.mkdir(parents=True, exist_ok=True)
@@ -43,7 +44,7 @@ def main() -> None:
     for name in arguments.variants:
         results[name] = [run_variant(config, VARIANTS[name], seed, work) for seed in range(arguments.seeds)]
     report = report_of(config, results, shlex.join(["python", *sys.argv]))
-    print(summary(report))
+    print(markdown(report) if arguments.markdown else summary(report))
     if arguments.out:
         Path(arguments.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

@@ -84,15 +84,29 @@ def _difference(entries: list[dict[str, Any]], others: list[dict[str, Any]]) -> 
 
 
 def summary(report: dict[str, Any]) -> str:
-    """The table: validation, metrics with standard errors, differences to the reference."""
-    rows = [["system", "valid", "figure +- standard error", f"- {REFERENCE}", f"- {CACHED}"]]
+    """The table as aligned text."""
+    return aligned(_table(report))
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The table for a page."""
+    head, *rows = _table(report)
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _table(report: dict[str, Any]) -> list[list[str]]:
+    """A head, then validation, metrics with standard errors and differences of every system."""
+    rows = [["system", "validation", "figure ± standard error", f"minus {REFERENCE}", f"minus {CACHED}", "seeds"]]
     for name, figures in report["lines"].items():
-        rows.append([name, _number(figures["valid"]), _shown(figures), "", ""])
+        rows.append([name, _number(figures["valid"]), _shown(figures), "", "", ""])
     for name, variant in report["variants"].items():
         for kind, figures in variant["systems"].items():
             differences = [_signed(variant["differences"].get(other, {}).get(kind)) for other in (REFERENCE, CACHED)]
-            rows.append([f"{name}{', ' * bool(kind)}{kind}", _number(figures["valid"]), _shown(figures), *differences])
-    return aligned(rows)
+            label = f"{name}{', ' * bool(kind)}{kind}"
+            seeds = str(len(variant["seconds"]))
+            rows.append([label, _number(figures["valid"]), _shown(figures), *differences, seeds])
+    return rows
 
 
 def _number(value: float | None) -> str:
@@ -101,7 +115,7 @@ def _number(value: float | None) -> str:
 
 def _shown(figures: dict[str, Any]) -> str:
     return ", ".join(
-        f"{metric} {value['mean']:.4f} +- {value['standard_error']:.4f}"
+        f"{metric} {value['mean']:.4f} ± {value['standard_error']:.4f}"
         for metric, value in figures.items()
         if metric != "valid"
     )
@@ -111,4 +125,4 @@ def _signed(difference: dict[str, Any] | None) -> str:
     if difference is None:
         return ""
     value = difference.get(METRIC) or difference["HR@1"]
-    return f"{value['mean']:+.4f} +- {value['standard_error']:.4f}"
+    return f"{value['mean']:+.4f} ± {value['standard_error']:.4f}"

@@ -1,0 +1,102 @@
+"""The study from end to end on tiny data: runs are kept, differences are paired, figures are those of the rows."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from bench import study
+from bench.studying import runs
+from bench.studying.results import markdown, report_of
+from bench.studying.variants import CACHED, REFERENCE, VARIANTS
+from laser_fast.config import LaserConfig, build_config
+from laser_fast.evaluation import evaluate, rank_values
+from laser_fast.models import Popularity
+from laser_fast.models.catalogue_texts import CatalogueTexts
+from laser_fast.training.build import load_inputs
+
+
+@pytest.fixture
+def config_file(tiny_settings: dict[str, Any], tmp_path: Path) -> Path:
+    training = {**tiny_settings["training"], "text": {"epochs": 1}, "pretrain": {"epochs": 0}}
+    training["phase_a"] = {"epochs": 1, "rows_per_epoch": 8}
+    settings = {**tiny_settings, "text": {"residual": True, "item_side": "text"}, "training": training}
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def test_a_study_is_run_once_and_says_what_it_measured(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(CatalogueTexts, "vectors", CatalogueTexts.vectors)  # put back afterwards
+    out, work = tmp_path / "out.json", tmp_path / "work"
+    arguments = ["study", "--config", str(config_file), "--work", str(work), "--seeds", "2", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", [*arguments, "--variants", CACHED, REFERENCE])
+    study.main()
+    first = capsys.readouterr().out
+    assert f"{REFERENCE}, seed 1: " in first and "no-training fusion" in first
+    study.main()
+    assert "seed 1:" not in capsys.readouterr().out  # nothing was trained again
+    report = json.loads(out.read_text())
+    inputs = load_inputs(build_config(LaserConfig, yaml.safe_load(config_file.read_text())))
+    train = torch.tensor(inputs.split.train.items), torch.tensor(inputs.split.train.cu_seqlens)
+    popularity = evaluate(Popularity.fit(*train, inputs.dataset.num_items), inputs.split.test)["NDCG@10"]
+    assert report["lines"]["Popularity"]["NDCG@10"]["mean"] == pytest.approx(popularity.mean)
+    figures = report["variants"][REFERENCE]["systems"]["with ID score"]["NDCG@10"]
+    assert figures["mean"] == pytest.approx(np.mean(figures["seeds"])) and len(figures["seeds"]) == 2
+    difference = report["variants"][REFERENCE]["differences"][CACHED][""]["NDCG@10"]
+    kept = {name: [json.loads((work / f"{name}-{seed}.json").read_text()) for seed in (0, 1)] for name in FOLDERS}
+    values = {
+        name: torch.stack([rank_values(torch.tensor(run[""]["ranks"]), "NDCG@10") for run in both]).mean(dim=0)
+        for name, both in kept.items()
+    }
+    paired = values["shared-prefix"] - values["cached-text-line"]
+    assert difference["mean"] == pytest.approx(float(paired.mean()))
+    assert difference["standard_error"] == pytest.approx(float(paired.std()) / len(paired) ** 0.5)
+
+
+FOLDERS = ("shared-prefix", "cached-text-line")
+
+
+def test_without_test_rows_no_row_is_ranked_by_scalars_fitted_on_it(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = load_inputs(build_config(LaserConfig, yaml.safe_load(config_file.read_text()))).split
+    open_ended = type(split)(split.train, split.train_users, split.valid, split.test.select([]), "", "")
+    fitted: list[np.ndarray] = []
+    search = runs.search_calibration
+
+    def watched(parts: Any, rows: Any, counts: Any, **options: Any) -> Any:
+        fitted.append(rows.users)
+        return search(parts, rows, counts, **options)
+
+    monkeypatch.setattr(runs, "search_calibration", watched)
+    num_items = int(split.train.items.max()) + 1
+    scorer = Popularity.fit(torch.tensor(split.train.items), torch.tensor(split.train.cu_seqlens), 40 + num_items)
+    ranked = runs.rank({"laser": scorer}, open_ended, torch.ones(40 + num_items))
+    assert np.array(ranked["ranks"]).shape == (len(split.valid), 20)
+    halves = fitted[1:]
+    assert [len(half) for half in halves] == [len(split.valid) // 2, (len(split.valid) + 1) // 2]
+    assert not set(halves[0]) & set(halves[1])
+
+
+def test_variants_are_settings_the_library_knows(config_file: Path) -> None:
+    values = yaml.safe_load(config_file.read_text())
+    base = build_config(LaserConfig, values).model_dump(mode="json")
+    for variant in VARIANTS.values():
+        settings = [f"{key}={json.dumps(value)}" for key, value in variant.settings.items()]
+        changed = runs.apply_overrides(json.loads(json.dumps(base)), settings)
+        build_config(LaserConfig, changed)
+        assert changed != base or variant.name == "M-Former, cross-fitted states"
+
+
+def test_the_page_has_the_table(config_file: Path) -> None:
+    config = build_config(LaserConfig, yaml.safe_load(config_file.read_text()))
+    entry = {"valid": 0.5, "ranks": [1, 2, 30]}
+    page = markdown(report_of(config, {"lines": {"a line": entry}}, "a command"))
+    assert page.splitlines()[2].startswith("| a line | 0.5000 | HR@10 0.6667 ± 0.3333, NDCG@10 0.5436 ±")
