@@ -83,7 +83,7 @@ class InnerProductIndex:
     def __init__(self, blocks: Sequence[ScoreBlock], *, history_bias: float = 0.0, last_bias: float = 0.0) -> None:
         columns = [block.items.detach().float() for block in blocks]
         self._blocks = [
-            _Queries(block, *(_moments(rows) if block.standardize else (None, None)))
+            _Queries(block.queries, block.weight, *(_moments(rows) if block.standardize else (None, None)))
             for block, rows in zip(blocks, columns, strict=True)
         ]
         centred = [
@@ -246,18 +246,19 @@ def packed_tensors(histories: PackedSequences, device: torch.device) -> tuple[Te
 class _Queries:
     """A block of q; with the moments of its item rows, float64 [D] and [D, D], where it is z-scored."""
 
-    block: ScoreBlock
+    queries: Callable[[PackedSequences], Tensor]
+    weight: float
     mean: Tensor | None
     covariance: Tensor | None
 
     def __call__(self, histories: PackedSequences) -> Tensor:
-        queries = self.block.queries(histories)
+        queries = self.queries(histories)
         if self.mean is None or self.covariance is None:
-            return self.block.weight * queries.float()
+            return self.weight * queries.float()
         wide = queries.to(self.mean)
         deviation = ((wide @ self.covariance) * wide).sum(dim=1).clamp_min(0.0).sqrt()
         constant = deviation <= _CONSTANT * (wide @ self.mean).abs()
-        factor = torch.where(constant, 0.0, self.block.weight / deviation.clamp_min(1e-30))
+        factor = torch.where(constant, 0.0, self.weight / deviation.clamp_min(1e-30))
         return (wide * factor[:, None]).float()
 
 

@@ -1,5 +1,7 @@
 """Scores as inner products: z-scores without the scores, and the exact best with biases on history items."""
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -130,6 +132,13 @@ def test_constant_rows_have_no_z_score() -> None:
     index = InnerProductIndex([part.block(2.0, True)], history_bias=0.5)
     check(index.search(HISTORIES, 7), reference({"a": (part, 2.0, True)}, 0.5, 0.0), 7)
     assert bool((index.query_vectors(HISTORIES)[[0, 1, 2, 4]] == 0).all())
+
+
+def test_the_rows_of_the_blocks_are_not_kept_beside_the_vectors() -> None:
+    vectors = rows(2)
+    index, kept = InnerProductIndex([ScoreBlock(vectors, lambda histories: QUERIES, 1.0, True)]), weakref.ref(vectors)
+    del vectors
+    assert kept() is None and index.num_items == ITEMS
 
 
 def test_no_histories_and_scores_that_are_none() -> None:
