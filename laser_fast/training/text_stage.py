@@ -49,7 +49,8 @@ def train_text(run: Run) -> None:
         improved = stopping.improved(value, epoch)
         if improved:
             best.keep()
-        run.directory.log(stage="text", epoch=epoch, best=improved, **{f"validation_{_METRIC}": value}, **values)
+        quality = {f"validation_{_METRIC}_without_history": value}
+        run.directory.log(stage="text", epoch=epoch, best=improved, **quality, **values)
         if run.progress:
             print(f"text epoch {epoch + 1}: validation {_METRIC} without the history {value:.4f}", flush=True)
 

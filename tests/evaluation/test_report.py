@@ -23,7 +23,7 @@ from laser_fast.evaluation.reporting.experts import route_users
 from laser_fast.evaluation.reporting.html_page import to_html
 from laser_fast.evaluation.reporting.markdown_page import escape_markdown, to_markdown
 from laser_fast.evaluation.reporting.run_record import Epoch, RunRecord
-from laser_fast.evaluation.reporting.training_curves import loss_terms
+from laser_fast.evaluation.reporting.training_curves import loss_terms, training_section
 
 pytest.importorskip("matplotlib")
 
@@ -293,3 +293,21 @@ def test_losses_of_any_stage_are_found(run: tuple[Path, Subject]) -> None:
 def written(record: RunRecord, subject: Subject | None, folder: Path) -> str:
     """Text of the page."""
     return Page(write_report(record, subject, folder, date=DATE).read_text(encoding="utf-8")).text
+
+
+def test_the_text_stage_has_its_curve_and_stays_out_of_the_validation(run: tuple[Path, Subject]) -> None:
+    record = read_run(run[0])
+    quality = "validation_NDCG@10_without_history"
+    steps = [{"loss": 2.0 - number, "step": 4 * number, quality: 0.9, "text_tokens_per_s": 1e9} for number in (1, 2)]
+    stage = tuple(Epoch("text", number, values) for number, values in enumerate(steps, start=1))
+    with_text = replace(record, epochs=stage + record.epochs, config={**record.config, "text": {"item_side": "text"}})
+    blocks = {getattr(block, "name", ""): block for block in training_section(with_text).blocks}
+    assert "Text stage: the text residual alone" in blocks["loss-text"].caption
+    assert "Loss from 1.000 to 0.000." in blocks["loss-text"].caption
+    assert "the text residual makes anew in every step" in blocks["loss-phase-a"].caption
+    before = {getattr(block, "name", ""): block for block in training_section(record).blocks}
+    assert "loss-text" not in before and "encoded anew for every epoch" in before["loss-phase-a"].caption
+    assert blocks["validation"] == before["validation"] and blocks["speed"] == before["speed"]
+    table = training_section(with_text).blocks[-1]
+    assert isinstance(table, Table) and [row[0] for row in table.rows[:2]] == ["T1", "T2"]
+    assert table.caption.startswith("T: the text stage, P: stage 1")

@@ -10,7 +10,12 @@ import yaml
 
 from laser_fast.data.folders import whole_directory
 
-_STAGES = {"pretrain": ("P", "stage 1"), "phase_a": ("A", "phase A"), "phase_b": ("B", "phase B")}
+_STAGES = {
+    "text": ("T", "the text stage"),
+    "pretrain": ("P", "stage 1"),
+    "phase_a": ("A", "phase A"),
+    "phase_b": ("B", "phase B"),
+}
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,7 @@ class Epoch:
 
     @property
     def short(self) -> str:
-        """For an axis: P1, A0, A1, B1."""
+        """For an axis: T1, P1, A0, A1, B1."""
         return f"{_STAGES.get(self.stage, (self.stage, ''))[0]}{self.number}"
 
 
@@ -51,8 +56,13 @@ class RunRecord:
     kept: Mapping[str, Any] | None
 
     def of_stage(self, stage: str) -> list[Epoch]:
-        """The epochs of "pretrain", "phase_a" or "phase_b"."""
+        """The epochs of "text", "pretrain", "phase_a" or "phase_b"."""
         return [epoch for epoch in self.epochs if epoch.stage == stage]
+
+    @property
+    def items_are_texts(self) -> bool:
+        """Whether item embeddings come from the text residual alone."""
+        return (self.config.get("text") or {}).get("item_side") == "text"
 
     def is_kept(self, epoch: Epoch) -> bool:
         """Whether the checkpoint is of this epoch."""

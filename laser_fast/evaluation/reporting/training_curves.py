@@ -27,11 +27,16 @@ _MEANINGS = {
     "matching": "matching",
     "generation": "generation",
 }
-_TITLES = {"pretrain": "Stage 1", "phase_a": "Stage 2, phase A", "phase_b": "Stage 2, phase B"}
+_TITLES = {"text": "Text stage", "pretrain": "Stage 1", "phase_a": "Stage 2, phase A", "phase_b": "Stage 2, phase B"}
+_OPTIONAL = "text"  # most runs have none, and need not say so
+_BEFORE_THE_LM = ("text", "pretrain")
 _EXPLAINED = {
+    "text": "the text residual alone learns which texts follow which, from vectors that were computed once.",
     "pretrain": "M-Former alone learns to say in its virtual tokens what the text of the same history says.",
     "phase_a": "users are trained against the catalogue, whose vectors are encoded anew for every epoch; its loss has "
     "a further term among the items of a batch, where that is switched on.",
+    "phase_a, items from texts": "users are trained against the catalogue, whose vectors the text residual makes anew "
+    "in every step.",
     "phase_b": "the catalogue's vectors stay as they were at the best epoch; only the users' side goes on.",
 }
 
@@ -47,15 +52,15 @@ def training_section(record: RunRecord) -> Section:
     for stage, title in _TITLES.items():
         epochs = [epoch for epoch in record.of_stage(stage) if "step" in epoch.values]
         if epochs:
-            blocks.append(_losses(stage, title, epochs))
-        elif record.epochs:
+            blocks.append(_losses(stage, title, epochs, record.items_are_texts))
+        elif record.epochs and stage != _OPTIONAL:
             blocks.append(Paragraph(f"{title}: this run has no epoch of it.", "note"))
     measured = [epoch for epoch in record.epochs if _METRIC in epoch.values]
     if measured:
         blocks.append(_validation(record, measured))
     timed = [epoch for epoch in record.epochs if "text_tokens_per_s" in epoch.values]
     if timed:
-        blocks += [_speed([epoch for epoch in timed if epoch.stage != "pretrain"] or timed), _table(record)]
+        blocks += [_speed([epoch for epoch in timed if epoch.stage not in _BEFORE_THE_LM] or timed), _table(record)]
     if record.shortages:
         text = f"Memory ran out {record.shortages} times; the batches went through in smaller parts."
         blocks.append(Paragraph(text, "note"))
@@ -75,7 +80,7 @@ def loss_terms(epochs: Sequence[Epoch]) -> list[str]:
     return sorted(shown, key=lambda name: name != "loss")
 
 
-def _losses(stage: str, title: str, epochs: list[Epoch]) -> Picture:
+def _losses(stage: str, title: str, epochs: list[Epoch], items_are_texts: bool) -> Picture:
     lines = []
     for name in loss_terms(epochs):
         at = [epoch for epoch in epochs if name in epoch.values]
@@ -92,7 +97,8 @@ def _losses(stage: str, title: str, epochs: list[Epoch]) -> Picture:
     first, last = epochs[0].values["loss"], epochs[-1].values["loss"]
     course = f"from {first:.3f} to {last:.3f}" if len(epochs) > 1 else f"{first:.3f}; a single epoch, so a single point"
     dashed = " Dashed: on the validation users." if any(line.validation is not None for line in lines) else ""
-    caption = f"{title}: {_EXPLAINED[stage]} Loss {course}.{dashed}"
+    explained = _EXPLAINED["phase_a, items from texts" if items_are_texts and stage == "phase_a" else stage]
+    caption = f"{title}: {explained} Loss {course}.{dashed}"
     name = "loss-" + stage.replace("_", "-")
     svg = curves(lines, f"training steps of {stage_name(stage)}", "loss (nats)")
     return Picture(name, svg, f"{title}: loss over training steps", caption)
@@ -110,7 +116,8 @@ def _validation(record: RunRecord, epochs: list[Epoch]) -> Picture:
 def _speed(epochs: list[Epoch]) -> Picture:
     values = [epoch.values["text_tokens_per_s"] for epoch in epochs]
     svg = bars([epoch.short for epoch in epochs], values, "text tokens per second")
-    what = "stage 1, without the language model" if epochs[0].stage == "pretrain" else "stage 2"
+    early = epochs[0].stage in _BEFORE_THE_LM
+    what = "before stage 2, without the language model" if early else "stage 2"
     caption = f"Speed of the training steps: {min(values):,.0f} to {max(values):,.0f} text tokens per second ({what})."
     return Picture("speed", svg, "Text tokens per second, per epoch", caption)
 
@@ -134,5 +141,6 @@ def _table(record: RunRecord) -> Table:
         for epoch in record.epochs
     )
     kept = frozenset(place for place, epoch in enumerate(record.epochs) if record.is_kept(epoch))
-    caption = "P: stage 1, A and B: the phases of stage 2. Seconds are those of the training steps alone."
+    text = "T: the text stage, " if record.of_stage("text") else ""
+    caption = f"{text}P: stage 1, A and B: the phases of stage 2. Seconds are those of the training steps alone."
     return Table(header, rows, caption, strong=kept)
