@@ -1,4 +1,9 @@
-"""Fit the scalars of a `CalibratedScorer` on validation rows: coordinate search for the best NDCG@10."""
+"""Fit the scalars of a `CalibratedScorer` on validation rows: most likely targets first, then the best NDCG@10.
+
+The fused score is linear in its scalars, so that the likelihood of the targets under its softmax has one maximum, which
+a few Newton steps find from anywhere. NDCG@10 is what counts, but it is a staircase with many local maxima: it is
+searched around that point alone, one scalar at a time, by small factors.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +25,10 @@ if TYPE_CHECKING:
 
 _METRIC = "NDCG@10"
 _HISTORY, _LAST, _POPULARITY = "history_bias", "last_bias", "popularity_weight"
-# in units of the first component's deviation over the catalogue, so that no grid depends on a scorer's scale
-_WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
-_BIASES = (-16.0, -8.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0)
-_POPULARITIES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0)
-_FINE = (0.7, 0.85, 1.0, 1.18, 1.4)  # the last round: factors around what was found
+_FACTORS = ((0.6, 0.8, 1.0, 1.25, 1.6), (0.6, 0.8, 1.0, 1.25, 1.6), (0.7, 0.85, 1.0, 1.18, 1.4))  # of each round
+_NEWTON_STEPS = 30
+_LARGEST_STEP = 3.0  # of a scalar, in units of the first component's deviation: far from the maximum Newton overshoots
+_RIDGE = 1e-4  # keeps scalars finite where the rows do not bound them
 _ROWS_PER_CHUNK = 64  # a chunk of scores stays in the cache while a whole grid is tried on it
 
 
@@ -45,23 +49,22 @@ def search_calibration(
     counts: Tensor,
     *,
     standardize: Iterable[str] = (),
-    coarse_rounds: int = 2,
     max_scores: int = 2**26,
     batch_size: int = 256,
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> tuple[CalibratedScorer, float]:
-    """Maximise NDCG@10 on `rows` over one scalar at a time, on fixed grids; deterministic.
+    """Maximise NDCG@10 on `rows`, from where their targets are most likely; deterministic.
 
-    A common factor changes no ranking, so the first component keeps weight 1 and sets the unit of the others.
-    Components are scored once. A scalar moves only for a strictly better NDCG@10, so useless terms stay at 0.
+    Components are scored once. No component and no popularity gets a negative weight. A term that the best NDCG@10 is
+    reached without is left out, with weight 0. A common factor changes no ranking: the first component has weight 1
+    unless it is left out.
 
     Args:
-        components: name -> scorer; put the one you trust most first.
+        components: name -> scorer; the first sets the unit of the others.
         rows: validation rows, never test rows.
         counts: [I], events of each item in the training part.
         standardize: components to z-score per history (see `Calibration`).
-        coarse_rounds: passes over all scalars on the coarse grids, before one fine pass.
         max_scores: scores held per component (4 bytes each); of more rows an evenly spaced part is used.
         batch_size: rows scored at a time.
         device: where the histories are put before `score`.
@@ -71,7 +74,7 @@ def search_calibration(
         The fused scorer, and its NDCG@10 on the rows that were used.
 
     Raises:
-        ValueError: no rows or no component, or names that do not fit.
+        ValueError: no rows or no component, names that do not fit, or scores that are not finite.
     """
     if not len(rows):
         raise ValueError("fit_calibration: rows must not be empty, got 0 rows")
@@ -84,20 +87,10 @@ def search_calibration(
         wanted = max(1, max_scores // counts.numel())
         rows = rows.select(np.linspace(0, len(rows) - 1, wanted).round().astype(np.int64))
     terms = _Terms(components, start.standardize, rows, counts, batch_size, device, progress)
-    values = dict.fromkeys(terms.names, 0.0) | {names[0]: 1.0}
-    free = [_HISTORY, _LAST, *names[1:], _POPULARITY]
-    best = terms.quality(values, free[0], [values[free[0]]])[0]
-    with tqdm(total=(coarse_rounds + 1) * len(free), desc="calibrate", unit="scalar", disable=not progress) as bar:
-        for round_index in range(coarse_rounds + 1):
-            for name in free:
-                grid = _coarse_grid(name) if round_index < coarse_rounds else [values[name] / f for f in _FINE]
-                found = terms.quality(values, name, grid)
-                place = int(np.argmax(found))
-                if found[place] > best:
-                    best, values[name] = found[place], grid[place]
-                bar.set_postfix_str(f"{_METRIC} {best:.4f}")
-                bar.update()
-    scalars = {name: value * terms.units[name] for name, value in values.items()}
+    values, best = _climb(terms, _likeliest(terms, [*names, _POPULARITY]), progress)
+    values, best = _without_useless(terms, values, best)
+    scale = values[names[0]] or 1.0
+    scalars = {name: value / scale * terms.units[name] for name, value in values.items()}
     fitted = Calibration(
         {name: scalars[name] for name in names},
         start.standardize,
@@ -108,9 +101,53 @@ def search_calibration(
     return CalibratedScorer(components, fitted, counts), best
 
 
-def _coarse_grid(name: str) -> list[float]:
-    grids = {_HISTORY: _BIASES, _LAST: _BIASES, _POPULARITY: _POPULARITIES}
-    return list(grids.get(name, _WEIGHTS))
+def _likeliest(terms: _Terms, non_negative: list[str]) -> dict[str, float]:
+    """Scalars that maximise the likelihood of the targets, in units; those of `non_negative` that would not be are 0.
+
+    Newton's method on the mean cross-entropy of the softmax over the catalogue, which is convex in the scalars.
+    """
+    free = list(terms.names)
+    while True:
+        found = torch.zeros(len(free), dtype=torch.float64)
+        for _ in range(_NEWTON_STEPS):
+            gradient, curvature = terms.derivatives(free, found)
+            gradient += _RIDGE * found
+            step = torch.linalg.solve(curvature + _RIDGE * torch.eye(len(free), dtype=torch.float64), gradient)
+            length = float(step.abs().max())
+            found -= step * min(1.0, _LARGEST_STEP / max(length, _LARGEST_STEP))
+            if length < 1e-3:
+                break
+        values = dict(zip(free, found.tolist(), strict=True))
+        wrong = [name for name in free if name in non_negative and values[name] < 0]
+        if not wrong:
+            return dict.fromkeys(terms.names, 0.0) | values
+        free.remove(min(wrong, key=values.__getitem__))
+
+
+def _climb(terms: _Terms, values: dict[str, float], progress: bool) -> tuple[dict[str, float], float]:
+    """The best NDCG@10 by factors of one scalar at a time, and the scalars that reach it."""
+    free = [name for name in terms.names[1:] if values[name]]
+    best = terms.quality(values, terms.names[0], [values[terms.names[0]]])[0]
+    with tqdm(total=len(_FACTORS) * len(free), desc="calibrate", unit="scalar", disable=not progress) as bar:
+        for factors in _FACTORS:
+            for name in free:
+                grid = [values[name] * factor for factor in factors]
+                found = terms.quality(values, name, grid)
+                place = int(np.argmax(found))
+                if found[place] > best:
+                    best, values[name] = found[place], grid[place]
+                bar.set_postfix_str(f"{_METRIC} {best:.4f}")
+                bar.update()
+    return values, best
+
+
+def _without_useless(terms: _Terms, values: dict[str, float], best: float) -> tuple[dict[str, float], float]:
+    """One term after the other is left out where NDCG@10 is no lower without it, the smallest first."""
+    for name in sorted(filter(values.__getitem__, terms.names), key=lambda name: abs(values[name])):
+        without = terms.quality(values, name, [0.0])[0]
+        if without >= best and any(value for other, value in values.items() if other != name):
+            values[name], best = 0.0, without
+    return values, best
 
 
 class _Terms:
@@ -136,8 +173,9 @@ class _Terms:
             )
             parts = [component.score(items, cu_seqlens).float().cpu() for items, cu_seqlens, _ in batches]
             scores = torch.cat([standard_scores(part) for part in parts] if name in standardize else parts)
-            if bool(torch.isnan(scores).any()):
-                raise ValueError(f"fit_calibration: scores must not be NaN, got NaN from component {name!r}")
+            if not bool(torch.isfinite(scores).all()):
+                bad = scores[~torch.isfinite(scores)][0].item()
+                raise ValueError(f"fit_calibration: scores must be finite, got {bad} from component {name!r}")
             self.scores[name] = scores
         self.targets = torch.tensor(rows.targets)
         self.log_counts = torch.log1p(counts.float().cpu())
@@ -166,6 +204,25 @@ class _Terms:
                 ranks = (scores >= scores.gather(1, targets)).sum(dim=1)
                 totals[place] += rank_values(ranks, _METRIC).sum()
         return (totals / self.targets.numel()).tolist()
+
+    def derivatives(self, names: list[str], values: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the mean cross-entropy of the targets in the softmax over the catalogue: gradient [T], curvature [T, T].
+
+        Args:
+            names: T terms; the others are left out.
+            values: float64 [T], their scalars.
+        """
+        gradient = torch.zeros(len(names), dtype=torch.float64)
+        curvature = torch.zeros(len(names), len(names), dtype=torch.float64)
+        for start in range(0, self.targets.numel(), _ROWS_PER_CHUNK):
+            chunk = np.arange(start, min(start + _ROWS_PER_CHUNK, self.targets.numel()))
+            features = torch.stack([self._term(name, chunk) for name in names])  # [T, b, I]
+            shares = torch.einsum("t,tbi->bi", values.float(), features).softmax(dim=1)
+            weighted = features * shares
+            means = weighted.sum(dim=2)  # [T, b]
+            gradient += (means - features[:, np.arange(len(chunk)), self.targets[chunk]]).double().sum(dim=1)
+            curvature += (weighted.flatten(1) @ features.flatten(1).T - means @ means.T).double()
+        return gradient / self.targets.numel(), curvature / self.targets.numel()
 
     def _term(self, name: str, chunk: np.ndarray) -> Tensor:
         """One term with scalar 1 (in units) for the rows of `chunk`: [b, I]."""

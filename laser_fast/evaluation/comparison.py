@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from laser_fast.data import Split
 from laser_fast.evaluation.calibration import fit_calibration
 from laser_fast.evaluation.evaluate import evaluate
 from laser_fast.evaluation.metrics import RankingMetrics, paired_difference, table
-from laser_fast.models.baselines import ItemKNN, Markov1, Popularity
+from laser_fast.models.baselines import Markov1, Popularity
+from laser_fast.models.item_to_item import ItemKNN, SequentialRules
 from laser_fast.models.laser import LaserModel
 from laser_fast.models.recommender import Scorer
 from laser_fast.models.zero_shot import TextSimilarity, text_vectors
@@ -59,40 +59,45 @@ def compare(
     """Laser beside what needs no language model, and beside what the frozen language model does untrained.
 
     The calibrated lines have the repeat and popularity terms that Laser has: on data without repeats these matter more
-    than anything else. The fusion without training adds the zero-shot scores of the last item and of the whole history
-    and the recommender's score, with the same terms, all scalars fitted on validation: what Laser has to beat.
+    than anything else. The fusion without training adds the zero-shot scores of the last item and of the whole history,
+    the recommender's score and, where Laser has them, the sequential rules, with the same terms, all scalars fitted on
+    validation: what Laser has to beat.
 
     Args:
         counts: int64 [I], events of each item in the training part.
         recommender: the ID-based recommender; None leaves its line out.
         cached: the line of cached text vectors, trained without the language model (`training.text_line`); None leaves
-            it out. It too has the calibrated terms, and the recommender's score where there is one.
+            it out. It too has the calibrated terms, the recommender's score where there is one, and Laser's rules.
         vectors: float32 [I, d], unit text vectors for the lines without training; None = of the model's item prompts.
     """
-    train_items, train_cu_seqlens = torch.tensor(split.train.items), torch.tensor(split.train.cu_seqlens)
 
     def calibrated(components: dict[str, Scorer]) -> Scorer:
-        names = tuple(components)
+        names = tuple(name for name in components if name != "rules")
         return fit_calibration(
             components, split.valid, counts, standardize=names, batch_size=batch_size, progress=progress
         )
 
     vectors = text_vectors(model.lm, model.builder) if vectors is None else vectors
     parts: dict[str, Scorer] = {"text_last": TextSimilarity(vectors), "text_history": TextSimilarity(vectors, _RECENCY)}
+    train = split.train.items, split.train.cu_seqlens, model.num_items
     systems: dict[str, Scorer] = {
-        name: kind.fit(train_items, train_cu_seqlens, model.num_items)
-        for name, kind in (("Popularity", Popularity), ("Markov-1", Markov1), ("ItemKNN", ItemKNN))
+        "Popularity": Popularity.fit(*train),
+        "Markov-1": Markov1.fit(*train),
+        "ItemKNN": ItemKNN.fit(*train),
+        "SequentialRules": SequentialRules.fit(*train),
     }
+    laser_parts = {} if model.calibration is None else model.calibration.components
+    rules = {name: scorer for name, scorer in laser_parts.items() if name == "rules"}
     if recommender is not None:
         name = type(recommender).__name__
         systems[name] = parts["recommender"] = recommender
         systems[f"{name}, calibrated"] = calibrated({"recommender": recommender})
     systems[ZERO_SHOT] = parts["text_last"]
     systems[f"{ZERO_SHOT}, calibrated"] = calibrated({"text_last": parts["text_last"]})
-    systems["no-training fusion"] = calibrated(parts)
+    systems["no-training fusion"] = calibrated(parts | rules)
     if cached is not None:
         fused = {} if recommender is None else {"recommender": recommender}
-        systems["cached text line"] = calibrated({"cached": cached, **fused})
+        systems["cached text line"] = calibrated({"cached": cached, **fused, **rules})
     if model.calibration is not None:
         systems[f"{LASER}, cosine only"] = model
     systems[LASER] = model if model.calibration is None else model.calibration

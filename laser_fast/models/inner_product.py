@@ -1,6 +1,6 @@
 """A score as the inner product of a user's vector with an item's, and the best items by it.
 
-    score_bi = q_b . m_i + history_bias [i in history_b] + last_bias [i is last_b]
+    score_bi = q_b . m_i + history_bias [i in history_b] + last_bias [i is last_b] + w * rules_bi
 
 Both vectors are blocks side by side, one for each part of the score; here are those of `LaserModel`:
 
@@ -8,6 +8,8 @@ Both vectors are blocks side by side, one for each part of the score; here are t
     Laser        w * unit user / tau      unit item
     recommender  w * state                row of its output layer
     popularity   p                        log(1 + count_i)
+
+The rest differs from 0 for few items of each user: those of the history, and those that rules name for it.
 
 A part that is z-scored over the catalogue for each history keeps this form. With the mean e and the covariance C of its
 item rows E, the scores s . E_i have the mean s . e and the variance s' C s, so its blocks are w * s / sqrt(s' C s) and
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from laser_fast.data.sequences import PackedSequences
 from laser_fast.models.calibration import repeat_positions
+from laser_fast.models.item_to_item import ItemToItem
 from laser_fast.models.recommender import check_histories
 from laser_fast.ops import ItemLists, catalog_topk
 from laser_fast.ops.precision import autocast_off
@@ -66,8 +69,8 @@ class InnerProductIndex:
         _, candidates = flat.search(queries.cpu().numpy(), k + int(histories.lengths.max()))
         scores, items = index.rerank(histories, queries, torch.from_numpy(candidates), k)
 
-    `rerank` adds what is no inner product: the biases of the few items in a history. With that many candidates, the
-    result is as exact as the index that found them.
+    `rerank` adds what is no inner product: the biases of the items in a history, and what rules add to a few others.
+    With that many candidates, the result is as exact as the index that found them.
 
     It is made of values as they are now; ask the model again after a change.
 
@@ -75,12 +78,20 @@ class InnerProductIndex:
         blocks: the parts of the score, at least one.
         history_bias: added to every item of the history (once, however often it occurs there).
         last_bias: added to the last item of the history, on top of `history_bias`.
+        rules: what else is added to few items of each user, with its factor.
 
     Attributes:
         item_vectors: m, float32 [I, D'].
     """
 
-    def __init__(self, blocks: Sequence[ScoreBlock], *, history_bias: float = 0.0, last_bias: float = 0.0) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[ScoreBlock],
+        *,
+        history_bias: float = 0.0,
+        last_bias: float = 0.0,
+        rules: Sequence[tuple[ItemToItem, float]] = (),
+    ) -> None:
         columns = [block.items.detach().float() for block in blocks]
         self._blocks = [
             _Queries(block.queries, block.weight, *(_moments(rows) if block.standardize else (None, None)))
@@ -93,6 +104,7 @@ class InnerProductIndex:
         self.item_vectors = torch.cat(centred, dim=1)
         self.history_bias = history_bias
         self.last_bias = last_bias
+        self.rules = [(table, weight) for table, weight in rules if weight]
 
     @property
     def num_items(self) -> int:
@@ -114,13 +126,13 @@ class InnerProductIndex:
     def search(
         self, histories: PackedSequences, k: int, *, exclude_seen: bool = False, blocked: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The k items with the highest scores for every history, biases included.
+        """The k items with the highest scores for every history, biases and rules included.
 
         The scores of all items are not held, [B, I], unless k is an eighth of I or more.
 
-        Exact: the biases touch items of the history only. Among all others, q . m is the score, so that the best k of
-        those that are no history items (`catalog_topk` leaves these out) hold every other item of the answer; the
-        history items are scored one by one beside them, whatever the sign of a bias.
+        Exact: biases and rules touch few items. Among all others, q . m is the score, so that the best k of those
+        (`catalog_topk` leaves out what is touched) hold every other item of the answer; the touched items are scored
+        one by one beside them, whatever the sign of a bias.
 
         Args:
             histories: B histories of item indices, oldest first.
@@ -142,12 +154,12 @@ class InnerProductIndex:
         queries = self.query_vectors(histories)
         if k >= _LONG_LISTS * self.num_items:
             return self._sort_all(histories, queries, k, exclude_seen, allow)
-        biased = bool(self.history_bias or self.last_bias) and not exclude_seen
-        seen = ItemLists(*packed_tensors(histories, self.item_vectors.device)) if biased or exclude_seen else None
-        scores, items = catalog_topk(queries, self.item_vectors, k, exclude=seen, allow=allow, normalize=False)
-        if not biased:
+        places, _ = self._touched(histories, exclude_seen)
+        touched = _item_lists(places, len(histories), self.num_items) if places.numel() else None
+        scores, items = catalog_topk(queries, self.item_vectors, k, exclude=touched, allow=allow, normalize=False)
+        if touched is None:
             return scores, items
-        return self.rerank(histories, queries, items, k, blocked=blocked)
+        return self.rerank(histories, queries, items, k, exclude_seen=exclude_seen, blocked=blocked)
 
     @torch.no_grad()
     def rerank(
@@ -160,13 +172,13 @@ class InnerProductIndex:
         exclude_seen: bool = False,
         blocked: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The k best of the candidates and of the items of each history, by the score with its biases.
+        """The k best of the candidates and of the items that biases or rules touch, by the whole score.
 
         Args:
             histories: B histories of item indices, oldest first.
             queries: [B, D'], their `query_vectors`.
             candidates: int64 [B, C], what an index found; places outside the catalogue (FAISS writes -1) are empty,
-                repetitions and items of the history do not matter.
+                repetitions and items that are touched do not matter.
             k, exclude_seen, blocked: see `search`.
 
         Returns:
@@ -191,17 +203,13 @@ class InnerProductIndex:
                 f"got {tuple(queries.shape)}"
             )
         candidates, queries = candidates.to(device), queries.to(device)
-        seen, last = repeat_positions(*packed_tensors(histories, device), self.num_items)
+        touched, added = self._touched(histories, exclude_seen)
         inside = (candidates >= 0) & (candidates < self.num_items)
         found = (candidates + torch.arange(batch, device=device)[:, None] * self.num_items)[inside]
-        places = torch.unique(torch.cat([found, seen]))  # by user, then by item
+        places = torch.unique(torch.cat([found, touched]))  # by user, then by item
         row, item = places // self.num_items, places % self.num_items
         scores = self._scores(queries, row, item)
-        repeated = torch.isin(places, seen)
-        if exclude_seen:
-            scores = scores.masked_fill(repeated, -torch.inf)
-        else:
-            scores = scores + self.history_bias * repeated + self.last_bias * torch.isin(places, last)
+        scores[torch.searchsorted(places, touched)] += added
         if blocked is not None:
             scores = scores.masked_fill(self._check_blocked("rerank", blocked)[item], -torch.inf)
         return _best_of_rows(scores, row, item, (batch, k))
@@ -211,12 +219,33 @@ class InnerProductIndex:
     ) -> tuple[Tensor, Tensor]:
         with autocast_off(queries.device):
             scores = queries @ self.item_vectors.T
-        seen, last = repeat_positions(*packed_tensors(histories, scores.device), self.num_items)
-        scores.view(-1)[seen] += -torch.inf if exclude_seen else self.history_bias
-        scores.view(-1)[last] += self.last_bias
+        places, added = self._touched(histories, exclude_seen)
+        scores.view(-1)[places] += added
         if allow is not None:
             scores.masked_fill_(~allow, -torch.inf)
         return _first(scores.nan_to_num_(-torch.inf, torch.inf, -torch.inf), k)
+
+    def _touched(self, histories: PackedSequences, exclude_seen: bool) -> tuple[Tensor, Tensor]:
+        """What biases and rules add: places b * I + i, ascending and distinct, int64 [n], and float32 [n].
+
+        Items of the history get -inf where they are excluded.
+        """
+        device = self.item_vectors.device
+        seen, last = repeat_positions(*packed_tensors(histories, device), self.num_items)
+        parts = []
+        if exclude_seen:
+            parts.append((seen, -torch.inf))
+        elif self.history_bias or self.last_bias:
+            parts += [(seen, self.history_bias), (last, self.last_bias)]
+        filled = [(places, torch.full(places.shape, value, device=device)) for places, value in parts]
+        for table, weight in self.rules:
+            places, values = table.sparse_score(*packed_tensors(histories, torch.device("cpu")))
+            filled.append((places.to(device), weight * values.to(device)))
+        if not filled:
+            return seen[:0], torch.empty(0, device=device)
+        distinct, place = torch.unique(torch.cat([places for places, _ in filled]), return_inverse=True)
+        added = torch.zeros(distinct.shape, device=device)
+        return distinct, added.index_add_(0, place, torch.cat([values for _, values in filled]))
 
     def _scores(self, queries: Tensor, row: Tensor, item: Tensor) -> Tensor:
         """q . m of pairs: float32 [n]; equal vectors have equal scores wherever they stand."""
@@ -240,6 +269,12 @@ class InnerProductIndex:
 def packed_tensors(histories: PackedSequences, device: torch.device) -> tuple[Tensor, Tensor]:
     """Items int64 [N] and `cu_seqlens` int32 [B+1] on a device."""
     return torch.from_numpy(histories.items).to(device), torch.from_numpy(histories.cu_seqlens).to(device)
+
+
+def _item_lists(places: Tensor, batch: int, num_items: int) -> ItemLists:
+    """The items of places b * I + i, ascending, user by user."""
+    first = torch.arange(batch + 1, device=places.device) * num_items
+    return ItemLists(places % num_items, torch.searchsorted(places, first).int())
 
 
 @dataclass(frozen=True, eq=False)

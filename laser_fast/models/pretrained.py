@@ -21,6 +21,7 @@ from laser_fast.models.base_model import describe_base
 from laser_fast.models.calibration import CalibratedScorer, Calibration
 from laser_fast.models.catalogue_texts import read_texts
 from laser_fast.models.hub import HUB_SCHEME, commit_of, fetch
+from laser_fast.models.item_to_item import SequentialRules
 from laser_fast.models.language_model import RANDOM_SCHEME, load_model, load_tokenizer
 from laser_fast.models.model_card import model_card
 from laser_fast.models.recommender import Scorer, SequentialRecommender
@@ -230,15 +231,17 @@ def restore_calibration(
     values = saved.description["calibration"]
     if values is not None:
         settings = Calibration.from_json(json.dumps(values))
-        model.calibration = CalibratedScorer(calibration_components(model, recommender), settings, counts)
+        known = calibration_components(model, recommender, saved.rules())
+        components = {name: scorer for name, scorer in known.items() if name in settings.weights}
+        model.calibration = CalibratedScorer(components, settings, counts)
 
 
-def calibration_components(model: "LaserModel", recommender: SequentialRecommender | None) -> dict[str, Scorer]:
+def calibration_components(
+    model: "LaserModel", recommender: SequentialRecommender | None, rules: SequentialRules | None
+) -> dict[str, Scorer]:
     """The scores that Laser's calibration adds up, by name."""
-    scorers: dict[str, Scorer] = {"laser": model}
-    if recommender is not None:
-        scorers["recommender"] = recommender
-    return scorers
+    others: dict[str, Scorer | None] = {"recommender": recommender, "rules": rules}
+    return {"laser": model} | {name: scorer for name, scorer in others.items() if scorer is not None}
 
 
 def _load_base(

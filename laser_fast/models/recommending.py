@@ -11,6 +11,7 @@ from torch import Tensor
 from laser_fast.data.sequences import PackedSequences
 from laser_fast.models.calibration import CalibratedScorer
 from laser_fast.models.inner_product import InnerProductIndex, ScoreBlock, packed_tensors
+from laser_fast.models.item_to_item import ItemToItem
 from laser_fast.models.packed_recommender import PackedRecommender
 from laser_fast.models.recommender import Scorer, check_histories
 from laser_fast.models.requests import Recommendation, best_items, blocked_items, name_items, pack_histories
@@ -56,7 +57,7 @@ class RecommendingLaser:
         stranger = _stranger(model)
         if stranger is not None:
             raise ValueError(
-                "LaserModel.index: the score must be made of Laser and a recommender with an output layer, "
+                "LaserModel.index: the score must be made of Laser, a recommender with an output layer and rules, "
                 f"got {stranger}; use score or recommend"
             )
         sources = _Sources.of(model)
@@ -134,9 +135,17 @@ def _stranger(model: "LaserModel") -> str | None:
     if model.calibration is not None and type(model.calibration) is not CalibratedScorer:
         return f"a {type(model.calibration).__name__}"
     for name, scorer in _parts(model).items():
+        if _is_sparse(name, scorer, model):
+            continue
         if not (_has(scorer, RecommendingLaser, "score") or _has(scorer, PackedRecommender, "score", "logits")):
             return f"a {type(scorer).__name__} as {name!r}"
     return None
+
+
+def _is_sparse(name: str, scorer: Any, model: "LaserModel") -> bool:
+    """Whether a component differs from 0 for few items of a user."""
+    standardized = () if model.calibration is None else model.calibration.calibration.standardize
+    return name not in standardized and _has(scorer, ItemToItem, "score", "sparse_score")
 
 
 def _has(scorer: Any, kind: type, *methods: str) -> bool:
@@ -153,10 +162,14 @@ def _index_of(model: "LaserModel") -> InnerProductIndex:
     blocks = [
         replace(_block_of(scorer, model), weight=settings.weights[name], standardize=name in settings.standardize)
         for name, scorer in _parts(model).items()
+        if not _is_sparse(name, scorer, model)
+    ]
+    rules = [
+        (scorer, settings.weights[name]) for name, scorer in _parts(model).items() if _is_sparse(name, scorer, model)
     ]
     log_counts = model.calibration.log_counts.to(model.device)[:, None]
     blocks.append(ScoreBlock(log_counts, lambda histories: torch.ones(len(histories), 1), settings.popularity_weight))
-    return InnerProductIndex(blocks, history_bias=settings.history_bias, last_bias=settings.last_bias)
+    return InnerProductIndex(blocks, history_bias=settings.history_bias, last_bias=settings.last_bias, rules=rules)
 
 
 def _block_of(scorer: Any, model: "LaserModel") -> ScoreBlock:
@@ -198,8 +211,10 @@ class _Sources:
         tensors: list[Tensor | None] = []
         scorers = _parts(model)
         for scorer in scorers.values():
-            laser = isinstance(scorer, RecommendingLaser)
-            tensors += [cast("LaserModel", scorer)._items()] if laser else scorer.output_layer()
+            if isinstance(scorer, RecommendingLaser):
+                tensors.append(cast("LaserModel", scorer)._items())
+            elif not isinstance(scorer, ItemToItem):  # whose table is read at every request
+                tensors += scorer.output_layer()
         settings = None
         if model.calibration is not None:
             settings = model.calibration.calibration.to_dict()

@@ -1,6 +1,7 @@
 """What a training run is built on, from the files its configuration names."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from laser_fast.models.adapter_files import Origin
 from laser_fast.models.assembly import build_execution, build_model_batches, check_tokens, laser_parts
 from laser_fast.models.base_model import describe_base
 from laser_fast.models.catalogue_texts import read_texts
+from laser_fast.models.item_to_item import SequentialRules
 from laser_fast.models.language_model import load_language_model as load_language_model
 from laser_fast.models.laser import LaserModel
 from laser_fast.models.pretrained import only_model
@@ -29,6 +31,12 @@ class Inputs:
     dataset: SequenceDataset
     split: Split
     recommender: SequentialRecommender | None
+
+    @cached_property
+    def rules(self) -> SequentialRules:
+        """The sequential rules of the training part, counted when they are first asked for."""
+        train = self.split.train
+        return SequentialRules.fit(train.items, train.cu_seqlens, self.dataset.num_items)
 
 
 def load_inputs(config: LaserConfig) -> Inputs:

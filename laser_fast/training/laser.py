@@ -240,7 +240,8 @@ def _begin_phase(run: Run, stage: Stage) -> None:
 def _calibrate(run: Run) -> tuple[CalibratedScorer, float]:
     """Fit the scalars of the calibrated score on the validation rows; with the metric they reach there."""
     inputs = run.inputs
-    components = calibration_components(run.model, inputs.recommender)
+    rules = inputs.rules if run.config.evaluation.sequential_rules else None
+    components = calibration_components(run.model, inputs.recommender, rules)
     counts = torch.from_numpy(training_counts(inputs.split, run.model.num_items))
     fitted, value = search_calibration(
         components | {"laser": SharedScorer(run.model, run)},

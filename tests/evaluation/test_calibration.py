@@ -1,4 +1,4 @@
-"""The coordinate search finds what was planted, and nothing where nothing is."""
+"""The search finds what was planted, and nothing where nothing is."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from laser_fast.data import EvaluationRows, PackedSequences
-from laser_fast.evaluation import evaluate, fit_calibration
+from laser_fast.evaluation import calibration, evaluate, fit_calibration
 from laser_fast.models import CalibratedScorer
 
 _NUM_ITEMS = 40
@@ -80,6 +80,38 @@ def test_a_planted_popularity_is_found() -> None:
     assert _quality(fitted, rows) > _quality(_Table(scores), rows) + 0.1
 
 
+def test_a_component_that_misleads_gets_no_negative_weight() -> None:
+    scores = _noise(5)
+    components = {"a": _Table(scores + _noise(7)), "against": _Table(-scores)}
+    weights = fit_calibration(components, _rows(scores), torch.ones(_NUM_ITEMS)).calibration.weights
+    assert weights == {"a": 1.0, "against": 0.0}
+
+
+def test_a_first_component_of_noise_can_be_left_out() -> None:
+    scores = _noise(5)
+    rows, components = _rows(scores), {"noise": _Table(_noise(8)), "b": _Table(scores)}
+    fitted = fit_calibration(components, rows, torch.ones(_NUM_ITEMS))
+    assert fitted.calibration.weights["noise"] == 0 and fitted.calibration.weights["b"] > 0
+    assert _quality(fitted, rows) == 1
+
+
+def test_the_search_begins_where_the_targets_are_most_likely() -> None:
+    first, second, counts = _noise(1), _noise(2), torch.arange(_NUM_ITEMS)
+    rows = _rows(first + 0.5 * second + _noise(9))
+    parts = {"a": _Table(first), "b": _Table(3 * second)}
+    terms = calibration._Terms(parts, (), rows, counts, 64, "cpu", False)
+    values = calibration._likeliest(terms, ["a", "b", "popularity_weight"])
+    free = {name: torch.tensor(value, requires_grad=True) for name, value in values.items()}
+    chunk = np.arange(len(rows))
+    scores = torch.stack([value * terms._term(name, chunk) for name, value in free.items()]).sum(dim=0)
+    torch.nn.functional.cross_entropy(scores, terms.targets).backward()
+    slopes = {name: value.grad for name, value in free.items()}
+    assert all(value > 0.1 for name, value in values.items() if name in parts)
+    for name, slope in slopes.items():  # at the maximum; one that is held at 0 would go below it
+        assert slope is not None
+        assert abs(slope) < 2e-3 or (values[name] == 0 and slope > 0)
+
+
 def test_terms_without_use_stay_at_zero() -> None:
     scores = _noise(5)
     rows = _rows(scores)
@@ -117,7 +149,7 @@ def test_what_cannot_be_fitted_is_refused() -> None:
         fit_calibration({"a": _Table(scores)}, rows.select([]), counts)
     with pytest.raises(ValueError, match=r"components must not be called like a term, got \['last_bias'\]"):
         fit_calibration({"last_bias": _Table(scores)}, rows, counts)
-    with pytest.raises(ValueError, match="got NaN from component 'a'"):
+    with pytest.raises(ValueError, match="scores must be finite, got nan from component 'a'"):
         fit_calibration({"a": _Table(scores * float("nan"))}, rows, counts)
     with pytest.raises(ValueError, match="components must be those with a weight"):
         fit_calibration({}, rows, counts)

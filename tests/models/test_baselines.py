@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from laser_fast.models import ItemKNN, Markov1, Popularity, Scorer
+from laser_fast.models import ItemKNN, Markov1, Popularity, Scorer, SequentialRules, item_to_item
 
 # sequences 0 1 2 | 0 1 | 3 0 1 0 | (empty); catalogue of 5, item 4 unseen
 _ITEMS = torch.tensor([0, 1, 2, 0, 1, 3, 0, 1, 0])
@@ -78,8 +78,58 @@ def test_knn_equals_dense_arithmetic_on_random_data() -> None:
     np.testing.assert_allclose(ItemKNN.fit(items, cu_seqlens, 30).score(items, cu_seqlens).numpy(), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [Popularity, Markov1, ItemKNN])
-def test_edges(kind: type[Popularity | Markov1 | ItemKNN]) -> None:
+def test_rules_by_hand() -> None:
+    # what follows a 0: 1 (three times at once), 2 (after 2), 0 (after 2); a 1: 2 at once, 0 at once; a 3: 0, 1, 0
+    rules = np.zeros((5, 5))
+    rules[0, 1], rules[0, 2], rules[0, 0] = 3, 1 / 2, 1 / 2
+    rules[1, 2] = rules[1, 0] = 1
+    rules[3, 0], rules[3, 1] = 1 + 1 / 3, 1 / 2
+    table = np.log1p(rules)
+    fitted = SequentialRules.fit(_ITEMS, _CU_SEQLENS, 5)
+    scores = fitted.score(*_pack([2, 0, 1], [], [0, 0], [3]))
+    np.testing.assert_allclose(
+        scores.numpy(), np.stack([table[1] + 0.5 * table[0], np.zeros(5), 1.5 * table[0], table[3]]), rtol=1e-6
+    )
+    only_next = SequentialRules.fit(_ITEMS, _CU_SEQLENS, 5, max_gap=1, max_history=1).score(*_pack([3, 0]))
+    np.testing.assert_allclose(only_next.numpy(), [np.log1p([0, 3, 0, 0, 0])], rtol=1e-6)
+
+
+def test_the_strongest_rules_are_kept() -> None:
+    fitted = SequentialRules.fit(_ITEMS, _CU_SEQLENS, 5, max_neighbors=1)
+    expected = np.log1p([[0, 3, 0, 0, 0], [1, 0, 0, 0, 0]])  # of 1's two rules, equally strong, that of the lower item
+    np.testing.assert_allclose(fitted.score(*_pack([0], [1])).numpy(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("events", [1, 7, 10**9])
+def test_rules_are_counted_in_parts(monkeypatch: pytest.MonkeyPatch, events: int) -> None:
+    generator = np.random.default_rng(4)
+    histories = [generator.integers(0, 12, generator.integers(0, 15)).tolist() for _ in range(40)]
+    items, cu_seqlens = _pack(*histories)
+    counts = np.zeros((14, 14))  # two items nobody has seen
+    for history in histories:
+        for place, item in enumerate(history):
+            for gap, later in enumerate(history[place + 1 : place + 5], start=1):
+                counts[item, later] += 1 / gap
+    expected = np.stack(
+        [sum((0.9**age * np.log1p(counts[i]) for age, i in enumerate(h[::-1])), np.zeros(14)) for h in histories]
+    )
+    monkeypatch.setattr(item_to_item, "_EVENTS_PER_BLOCK", events)
+    fitted = SequentialRules.fit(items, cu_seqlens, 14, max_gap=4, decay=0.9, max_history=20)
+    np.testing.assert_allclose(fitted.score(items, cu_seqlens).numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [ItemKNN, SequentialRules])
+def test_sparse_scores_are_the_scores(kind: type[ItemKNN | SequentialRules]) -> None:
+    fitted, histories = kind.fit(_ITEMS, _CU_SEQLENS, 5), _pack([2, 0, 1], [], [4], [0, 0], [3])
+    places, values = fitted.sparse_score(*histories)
+    assert bool((places.diff() > 0).all())
+    dense = torch.zeros(5 * 5).index_put((places,), values).view(5, 5)
+    torch.testing.assert_close(dense, fitted.score(*histories))
+    assert (dense != 0).sum() == len(places)
+
+
+@pytest.mark.parametrize("kind", [Popularity, Markov1, ItemKNN, SequentialRules])
+def test_edges(kind: type[Popularity | Markov1 | ItemKNN | SequentialRules]) -> None:
     fitted = kind.fit(_ITEMS.numpy(), _CU_SEQLENS.numpy(), 5)
     assert isinstance(fitted, Scorer)
     assert fitted.score(*_pack()).shape == (0, 5)
@@ -95,8 +145,8 @@ def test_edges(kind: type[Popularity | Markov1 | ItemKNN]) -> None:
         kind.fit(*_pack([1, 4]), 3)
 
 
-@pytest.mark.parametrize("kind", [Popularity, Markov1, ItemKNN])
-def test_scores_can_be_changed_without_harm(kind: type[Popularity | Markov1 | ItemKNN]) -> None:
+@pytest.mark.parametrize("kind", [Popularity, Markov1, ItemKNN, SequentialRules])
+def test_scores_can_be_changed_without_harm(kind: type[Popularity | Markov1 | ItemKNN | SequentialRules]) -> None:
     fitted = kind.fit(_ITEMS, _CU_SEQLENS, 5)
     before = fitted.score(*_pack([0], [1]))
     fitted.score(*_pack([0], [1])).add_(7)
@@ -108,3 +158,10 @@ def test_knn_settings_are_checked() -> None:
         ItemKNN.fit(_ITEMS, _CU_SEQLENS, 5, shrinkage=-1.0)
     with pytest.raises(ValueError, match="must be at least 1, got 0 and 50"):
         ItemKNN.fit(_ITEMS, _CU_SEQLENS, 5, max_neighbors=0)
+
+
+def test_rule_settings_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"decay must be in 0\.\.1, got 1\.5"):
+        SequentialRules.fit(_ITEMS, _CU_SEQLENS, 5, decay=1.5)
+    with pytest.raises(ValueError, match="max_history must be at least 1, got 0, 200 and 10"):
+        SequentialRules.fit(_ITEMS, _CU_SEQLENS, 5, max_gap=0)

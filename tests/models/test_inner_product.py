@@ -8,7 +8,8 @@ from torch import Tensor
 
 from laser_fast.data import PackedSequences
 from laser_fast.models.calibration import CalibratedScorer, Calibration
-from laser_fast.models.inner_product import InnerProductIndex, ScoreBlock
+from laser_fast.models.inner_product import InnerProductIndex, ScoreBlock, packed_tensors
+from laser_fast.models.item_to_item import SequentialRules
 from laser_fast.models.requests import best_items
 
 ITEMS, WIDTH = 60, 5
@@ -77,6 +78,28 @@ def test_search_is_the_sorted_score(biases: tuple[float, float], standardize: st
     for row in range(len(HISTORIES)):
         unseen[row, torch.from_numpy(HISTORIES[row])] = -torch.inf
     check(index.search(HISTORIES, k, exclude_seen=True, blocked=blocked), unseen, k)
+
+
+@pytest.mark.parametrize("weight", [0.7, -2.0])
+@pytest.mark.parametrize("biases", [(0.0, 0.0), (-3.0, 1.0)])
+@pytest.mark.parametrize("k", [1, 4, ITEMS])
+def test_rules_are_added_to_the_few_items_they_name(weight: float, biases: tuple[float, float], k: int) -> None:
+    part = _Products(rows(2))
+    rules = SequentialRules.fit(*packed_tensors(HISTORIES, torch.device("cpu")), ITEMS)
+    index = InnerProductIndex(
+        [part.block(1.0, True)], history_bias=biases[0], last_bias=biases[1], rules=[(rules, weight)]
+    )
+    settings = Calibration({"a": 1.0, "rules": weight}, ("a",), *biases)
+    scorer = CalibratedScorer({"a": part, "rules": rules}, settings, torch.zeros(ITEMS))
+    scores = scorer.score(*packed_tensors(HISTORIES, torch.device("cpu")))
+    assert bool((scores - reference({"a": (part, 1.0, True)}, *biases)).any())
+    check(index.search(HISTORIES, k), scores, k)
+    blocked = torch.zeros(ITEMS, dtype=torch.bool)
+    blocked[[3, 10, 11, 12, 59]] = True
+    for row in range(len(HISTORIES)):
+        scores[row, torch.from_numpy(HISTORIES[row])] = -torch.inf
+    allowed = scores.masked_fill(blocked, -torch.inf)
+    check(index.search(HISTORIES, k, exclude_seen=True, blocked=blocked), allowed, k)
 
 
 def test_any_index_of_inner_products_finds_the_best() -> None:

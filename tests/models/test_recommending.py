@@ -11,7 +11,7 @@ from torch import Tensor
 
 from laser_fast.config import LaserConfig, build_config
 from laser_fast.data import PackedSequences
-from laser_fast.models import GRU4Rec, LaserModel, Popularity, SASRec
+from laser_fast.models import GRU4Rec, LaserModel, Popularity, SASRec, SequentialRules
 from laser_fast.models.calibration import CalibratedScorer, Calibration
 from laser_fast.models.packed_recommender import PackedRecommender
 from laser_fast.models.published_sasrec import LLaRASASRec, RecBoleSASRec
@@ -113,6 +113,19 @@ def test_recommend_with_every_recommender(model: LaserModel, kind: str, standard
     assert model.index().item_vectors.shape == (25, 16 + (9 if kind == "llara-sasrec" else 8) + 1)
 
 
+@pytest.mark.parametrize("standardize", [(), ("rules",)])
+def test_recommend_with_rules(model: LaserModel, standardize: tuple[str, ...]) -> None:
+    packed = PackedSequences.from_lists([[int(item[1:]) for item in history] for history in HISTORIES])
+    rules = SequentialRules.fit(packed.items, packed.cu_seqlens, 25)
+    calibrate(model, Calibration({"laser": 0.8, "rules": 5.0}, standardize, -2.0, 5.0, 0.5), rules=rules)
+    check(model)
+    if standardize:  # a z-score is nowhere 0
+        with pytest.raises(ValueError, match=r"got a SequentialRules as 'rules'"):
+            model.index()
+    else:
+        assert model.index().item_vectors.shape == (25, 17) and model.index() is model.index()
+
+
 def test_parts_without_weight_are_not_asked(model: LaserModel, monkeypatch: pytest.MonkeyPatch) -> None:
     model.item_matrix = torch.empty(0, 16)
     calibrate(model, Calibration({"laser": 0.0, "recommender": 1.0}), recommender=recommender_of("sasrec"))
@@ -156,7 +169,7 @@ def test_other_scores_are_sorted_as_a_whole(model: LaserModel, make: Callable[[]
     check(model)
     with pytest.raises(
         ValueError,
-        match=r"LaserModel\.index: the score must be made of Laser and a recommender with an output layer, "
+        match=r"LaserModel\.index: the score must be made of Laser, a recommender with an output layer and rules, "
         rf"got a {named} as 'recommender'; use score or recommend",
     ):
         model.index()
