@@ -30,6 +30,7 @@ Ranked = dict[str, Any]
 """Of one system: "valid", the NDCG@10 it was fitted to on validation rows, and "ranks" of the rows that count."""
 
 METRIC = "NDCG@10"
+WHOLE = "with ID score and rules"
 _RECENCY = 0.8
 _DRAWS = 20
 _ROWS_AT_ONCE = 256
@@ -55,19 +56,27 @@ def folder_of(work: Path, variant: Variant, seed: int) -> Path:
 
 
 class Remembered:
-    """A scorer that scores every history of a split once, however often it is asked. Satisfies `Scorer`."""
+    """A scorer that scores every history of a split once, however often it is asked. Satisfies `Scorer`.
 
-    def __init__(self, scorer: Scorer, split: Split) -> None:
+    Args:
+        kept: file with the scores of an earlier one, or to be written.
+    """
+
+    def __init__(self, scorer: Scorer, split: Split, kept: Path | None = None) -> None:
         self.num_items = scorer.num_items
         self._place: dict[bytes, int] = {}  # rows of one history have one score: the last is as good as the first
+        known = kept is not None and kept.is_file()
         parts, count = [], 0
         for rows in (split.valid, split.test):
             for start in range(0, len(rows), _ROWS_AT_ONCE):
                 histories = rows.histories.select(range(start, min(start + _ROWS_AT_ONCE, len(rows))))
                 self._place |= {histories[row].tobytes(): count + row for row in range(len(histories))}
                 count += len(histories)
-                parts.append(scorer.score(torch.from_numpy(histories.items), torch.from_numpy(histories.cu_seqlens)))
-        self._scores = torch.cat(parts)
+                packed = torch.from_numpy(histories.items), torch.from_numpy(histories.cu_seqlens)
+                parts += [] if known else [scorer.score(*packed)]
+        self._scores = load_file(kept)["scores"] if kept is not None and known else torch.cat(parts)
+        if kept is not None and not known:
+            save_file({"scores": self._scores}, kept)
 
     def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
         """See `Scorer.score`; of histories of the split alone."""
@@ -97,9 +106,10 @@ def run_variant(config: LaserConfig, variant: Variant, seed: int, work: Path) ->
     if variant.name == CACHED:
         assert model.text is not None
         systems = {"": {"laser": TextRecommender(model.text, model.temperature)}}
-    systems[""] = {"laser": Remembered(systems[""]["laser"], inputs.split)}
+    systems[""] = {"laser": Remembered(systems[""]["laser"], inputs.split, folder / "scores.safetensors")}
     if inputs.recommender is not None:
-        systems["with ID score"] = systems[""] | {"recommender": inputs.recommender}
+        systems["with ID score"] = systems[""] | {"recommender": Remembered(inputs.recommender, inputs.split)}
+        systems[WHOLE] = systems["with ID score"] | {"rules": Remembered(inputs.rules, inputs.split)}
     ranked = {name: rank(parts, inputs.split, counts) for name, parts in systems.items()}
     ranked["cosine only"] = {"valid": None, "ranks": rank_rows(systems[""]["laser"], inputs.split)}
     write_json(found, ranked | {"seconds": {"valid": None, "ranks": [], "value": seconds}})
@@ -126,6 +136,7 @@ def lines(config: LaserConfig, work: Path) -> dict[str, Ranked]:
         "Popularity": Popularity.fit(*train, model.num_items),
         "Markov-1": Markov1.fit(*train, model.num_items),
         "ItemKNN": ItemKNN.fit(*train, model.num_items),
+        "SequentialRules": inputs.rules,
         "zero-shot, last item": zero_shot["text_last"],
     }
     fitted: dict[str, dict[str, Scorer]] = {"zero-shot, calibrated": zero_shot}
@@ -133,10 +144,12 @@ def lines(config: LaserConfig, work: Path) -> dict[str, Ranked]:
         raw["SASRec"] = inputs.recommender
         fitted["SASRec, calibrated"] = {"recommender": inputs.recommender}
         fitted["no-training fusion"] = zero_shot | {"recommender": inputs.recommender}
+        fitted["no-training fusion, with rules"] = fitted["no-training fusion"] | {"rules": inputs.rules}
     ranked: dict[str, Ranked] = {
         name: {"valid": None, "ranks": rank_rows(scorer, split)} for name, scorer in raw.items()
     }
-    ranked |= {name: rank(parts, split, counts, standardize=tuple(parts)) for name, parts in fitted.items()}
+    scored = ("text_last", "text_history", "recommender")  # all but the rules, which are 0 for most items
+    ranked |= {name: rank(parts, split, counts, standardize=scored) for name, parts in fitted.items()}
     write_json(found, ranked)
     return ranked
 
