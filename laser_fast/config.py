@@ -46,9 +46,9 @@ class RecommenderConfig(Settings):
     epochs: PositiveInt = 100
     patience: PositiveInt = 8
     """Epochs without a better validation NDCG@10 before training stops."""
-    folds: Annotated[int, Field(ge=0, le=127)] = 0
+    folds: Annotated[int, Field(ge=0, le=127)] = 3
     """Models beside this one, each fitted without the users of its fold, whose states Laser's training rows are read
-    with; 0 = none, else at least 2."""
+    with; 0 = none (the paper), else at least 2."""
     fold_items: Literal["aligned", "own", "shared"] = "aligned"
     """"aligned": each fold learns its own item embeddings from the start this model had, and its states are rotated
     onto this model's; "own": from a start of its own, not rotated; "shared": all read the finished item embeddings of
@@ -126,20 +126,23 @@ class PromptConfig(Settings):
 
 
 class MFormerConfig(Settings):
-    """M-Former: router, query experts and one shared querying transformer (algorithm: Laser, section 3.2)."""
+    """M-Former: router, query experts and one shared querying transformer (algorithm: Laser, section 3.2).
 
-    width: PositiveInt = 768
-    num_layers: PositiveInt = 12
-    num_heads: PositiveInt = 12
+    The default sizes are those of the study in docs/what-decides-the-ranking.md; the paper's are in presets/paper.yaml.
+    """
+
+    width: PositiveInt = 128
+    num_layers: PositiveInt = 2
+    num_heads: PositiveInt = 4
     cross_attention_freq: PositiveInt = 2
     """Cross-attention to the history in every so-many-th layer, the first included."""
-    num_experts: PositiveInt = 8
+    num_experts: PositiveInt = 4
     top_k: PositiveInt = 2
-    num_queries: PositiveInt = 32
+    num_queries: PositiveInt = 4
     """Query tokens per expert, which is also the number of prefix tokens."""
     weighting: Literal["softmax", "renormalize"] = "softmax"
     dropout: Fraction = 0.1
-    max_history: PositiveInt = 10
+    max_history: PositiveInt = 20
     """Newest history items whose states are read."""
     states: Literal["auto", "cross-fitted", "in-sample"] = "auto"
     """Which states training rows are read with: those of the recommender's fold that has not seen the row's user, or
@@ -169,9 +172,9 @@ class BiTuningConfig(Settings):
     deep_prefix_rank: PositiveInt = 64
     """With "kv": rank of the map from prefix tokens to keys and values."""
     num_suffix_tokens: PositiveInt = 1
-    readout: Literal["suffix", "mean"] = "suffix"
+    readout: Literal["auto", "suffix", "mean"] = "auto"
     """"suffix": last hidden state at the suffix (the paper); "mean": mean over the text and the suffix, for encoders
-    that were trained with mean pooling."""
+    that were trained with mean pooling. "auto": "suffix" of a causal language model, "mean" of an encoder."""
     head: Literal["none", "linear"] = "linear"
     """"linear" is trained and starts as the identity."""
     dropout: Fraction = 0.1
@@ -181,11 +184,12 @@ class BiTuningConfig(Settings):
 class TextConfig(Settings):
     """The text residual: frozen text vectors of the items beside what the language model reads out."""
 
-    residual: bool = False
+    residual: bool = True
     """Add them to the embeddings of users and items, through a head that starts as the identity; off = the paper."""
-    item_side: Literal["lm", "text"] = "lm"
+    item_side: Literal["auto", "lm", "text"] = "auto"
     """Item embeddings with the residual: the language model's read-out and the text vector, or the text vector alone,
-    which needs no pass over the catalogue and is trained against all of it at every step."""
+    which needs no pass over the catalogue and is trained against all of it at every step. "auto": "text" with the
+    residual, "lm" without."""
     templates: list[str] = Field(default_factory=list)
     """Templates over the text fields whose unit vectors are averaged; none = `prompt.item_template` alone."""
     max_tokens: PositiveInt = 96
@@ -197,6 +201,11 @@ class TextConfig(Settings):
     initialize_from: str | None = None
     """Folder of a saved Laser, or a run, on the same catalogue, whose vectors and trained residual this one begins
     with; None = vectors from the texts and a head that is the identity."""
+
+    @property
+    def items_are_texts(self) -> bool:
+        """Whether item embeddings come from the text residual alone."""
+        return self.residual and self.item_side != "lm"
 
 
 class ObjectiveConfig(Settings):
@@ -211,12 +220,14 @@ class ObjectiveConfig(Settings):
     """What a user's target stands against: the whole item matrix, or `num_negatives` drawn items (the authors)."""
     num_negatives: Annotated[int, Field(ge=0)] = 0
     """Items drawn for every user of a batch, uniformly among those outside its history."""
-    mask_history: bool = False
+    mask_history: bool = True
     """Leave the items of a history out of what its target stands against in V: what a repeat is worth is then for the
-    calibrated score to say, and embeddings need not push away what is most alike. Off = the paper."""
-    popularity: bool = False
+    calibrated score to say, and embeddings need not push away what is most alike. Off = the paper, and the default with
+    sampled candidates."""
+    popularity: bool = True
     """Add p log(1 + count) to the scores of V in training, p trained, so that embeddings need not hold what every
-    user's ranking begins with; the calibrated score has its own. Off = the paper."""
+    user's ranking begins with; the calibrated score has its own. Off = the paper, and the default with sampled
+    candidates."""
     item_gradient: Literal["positives", "none"] = "positives"
     """Phase A: whether the positives of a batch, and the drawn negatives, are encoded with gradient, as candidates of
     each other."""
@@ -229,6 +240,13 @@ class ObjectiveConfig(Settings):
     contrastive_temperature: PositiveFloat = 0.07
     """Initial value of the learned temperature of stage 1."""
     label_smoothing: Fraction = 0.1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_catalogue(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("candidates") == "sampled":
+            return {"mask_history": False, "popularity": False} | values
+        return values
 
     @model_validator(mode="after")
     def _check(self) -> "ObjectiveConfig":
@@ -282,12 +300,12 @@ class TrainingConfig(Settings):
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     tensorboard: bool = False
     """Also write the curves for TensorBoard, into `output`/tensorboard; needs the package `tensorboard`."""
-    text: StageConfig = StageConfig(epochs=0)
-    """Before all others: the text residual alone, without the language model."""
+    text: StageConfig = StageConfig(epochs=10, batch_size=256)
+    """Before all others, with `text.residual`: the residual alone, without the language model."""
     pretrain: StageConfig = StageConfig(epochs=0)
-    phase_a: StageConfig = StageConfig(epochs=10)
-    phase_b: StageConfig = StageConfig(epochs=3)
-    text_optimizer: OptimizerConfig = OptimizerConfig()
+    phase_a: StageConfig = StageConfig(epochs=2)
+    phase_b: StageConfig = StageConfig(epochs=0)
+    text_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3)
     pretrain_optimizer: OptimizerConfig = OptimizerConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
 
@@ -344,7 +362,7 @@ class ModelConfig(Settings):
     @model_validator(mode="after")
     def _check_model(self) -> "ModelConfig":
         if self.text.item_side == "text" and not self.text.residual:
-            raise ValueError('text.item_side must be "lm" when text.residual is false, got "text"')
+            raise ValueError('text.item_side must be "lm" or "auto" when text.residual is false, got "text"')
         if self.bituning.prefix == "none" and self.bituning.prefix_mode == "kv":
             raise ValueError('bituning.prefix_mode must be "embedding" when bituning.prefix is "none", got "kv"')
         behind_instruction = self.bituning.prefix_mode == "kv" and self.prompt.order == "prompt-first"
@@ -367,7 +385,7 @@ class LaserConfig(ModelConfig):
     """The run directory; must not exist yet, unless the run in it is resumed."""
     lm: LanguageModelConfig
     split: SplitConfig = SplitConfig()
-    training: TrainingConfig
+    training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
@@ -378,10 +396,6 @@ class LaserConfig(ModelConfig):
             raise ValueError(
                 'training.pretrain.epochs must be 0 when bituning.prefix is not "mformer" (stage 1 trains M-Former), '
                 f"got {self.training.pretrain.epochs}"
-            )
-        if self.training.text.epochs and not self.text.residual:
-            raise ValueError(
-                f"training.text.epochs must be 0 when text.residual is false, got {self.training.text.epochs}"
             )
         objective = self.objective
         terms = objective.contrastive_weight, objective.matching_weight, objective.generation_weight

@@ -70,7 +70,7 @@ def tiny_recommender(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) 
 
     folder = tmp_path_factory.mktemp("recommender") / "sasrec"
     dataset = SequenceDataset.load(tiny_data)
-    config = RecommenderConfig(width=8, num_layers=1, max_length=10, epochs=2)
+    config = RecommenderConfig(width=8, num_layers=1, max_length=10, epochs=2, folds=0)
     train_recommender(leave_one_out(dataset), dataset.num_items, config, seed=0, run_dir=folder, progress=False)
     return folder
 
@@ -85,6 +85,9 @@ def tiny_settings(tiny_lm: Path, tiny_data: Path, tiny_recommender: Path, tmp_pa
         "lm": {"path": str(tiny_lm)},
         "prompt": {"user_template": "{history}", "separator": ",", "max_items": 4},
         "mformer": {"width": 16, "num_layers": 2, "num_heads": 2, "num_experts": 3, "num_queries": 2, "max_history": 4},
+        "bituning": {"readout": "suffix"},
+        "text": {"residual": False},
+        "objective": {"mask_history": False, "popularity": False},
         "training": {
             "batch_size": 16,
             "pretrain": {"epochs": 1},

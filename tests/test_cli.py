@@ -54,6 +54,7 @@ def test_compare_lists_every_system(trained: Path, tmp_path: Path, capsys: pytes
         "Popularity",
         "Markov-1",
         "ItemKNN",
+        "SequentialRules",
         "SASRec",
         "SASRec, calibrated",
         "zero-shot LM",

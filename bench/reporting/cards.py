@@ -42,6 +42,8 @@ def card_settings(context: Context, mode: str) -> dict[str, Any]:
         },
         "execution": {"checkpointing": mode, "checkpoint_mformer": True},
         "bituning": {"head": "none"},
+        "text": {"residual": False},
+        "objective": {"mask_history": False, "popularity": False},
         "mformer": dict(context.settings.card_mformer),
         "training": {"optimizer": {"eight_bit": packed}},
     }

@@ -63,7 +63,7 @@ def main(order: dict[str, str]) -> dict[str, Any]:
         dataset = SequenceDataset.load(folder / "data")
         split = leave_one_out(dataset)
     with timed("train SASRec"):
-        small = {"epochs": 3, "width": 32} if reduced else {}
+        small: dict[str, Any] = {"epochs": 3, "width": 32, "folds": 2} if reduced else {}
         sasrec = train_recommender(
             split,
             dataset.num_items,

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from laser_fast.config import ExecutionConfig, MFormerConfig, ModelConfig, PromptConfig, TextConfig
+from laser_fast.config import BiTuningConfig, ExecutionConfig, MFormerConfig, ModelConfig, PromptConfig, TextConfig
 from laser_fast.data.batches import BatchBuilder
 from laser_fast.data.items import ItemTable
 from laser_fast.data.text import ItemText
@@ -53,7 +53,7 @@ def laser_parts(
         lm.hidden_size,
         num_suffix_tokens=config.bituning.num_suffix_tokens,
         num_shared_prefix_tokens=config.mformer.num_queries if config.bituning.prefix == "shared" else 0,
-        readout=config.bituning.readout,
+        readout=read_out_of(config.bituning, lm),
         embedding_rms=lm.embedding_rms,
     )
     deep = config.bituning.prefix_mode == "kv"
@@ -83,10 +83,17 @@ def laser_parts(
         "candidates": config.objective.candidates,
         "dropout": config.bituning.dropout,
         "text": build_text_residual(config.text, len(item_ids), lm.hidden_size),
-        "item_side": config.text.item_side,
+        "item_side": "text" if config.text.items_are_texts else "lm",
         "mask_history": config.objective.mask_history,
         "item_counts": torch.from_numpy(known) if config.objective.popularity else None,
     }
+
+
+def read_out_of(config: BiTuningConfig, lm: FrozenLM) -> str:
+    """How the embedding is read out of this language model: "suffix" or "mean"."""
+    if config.readout != "auto":
+        return config.readout
+    return "suffix" if lm.causal else "mean"
 
 
 def build_text_residual(config: TextConfig, num_items: int, width: int) -> TextResidual | None:

@@ -178,7 +178,8 @@ def _train_stages(run: Run) -> None:
     """All stages, or those from the one on in which the run stands."""
     in_phase_b = run.stands_in("phase_b")
     past_stage_1 = in_phase_b or run.stands_in("phase_a")
-    if run.config.training.text.epochs and not (past_stage_1 or run.stands_in("pretrain")):
+    trains_text = run.model.text is not None and run.config.training.text.epochs
+    if trains_text and not (past_stage_1 or run.stands_in("pretrain")):
         train_text(run)
     if run.config.training.pretrain.epochs and not past_stage_1:
         pretrain(run)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from laser_fast.config import LaserConfig, resolve_path
+from laser_fast.models.assembly import read_out_of
 from laser_fast.models.laser import LaserModel
 from laser_fast.nn.execution import CHECKPOINTING
 from laser_fast.nn.frozen_lm import FrozenLM
@@ -304,7 +305,7 @@ def _step_bytes(
 
 
 def _rehearse_pass(config: LaserConfig, lm: FrozenLM, tokens: float, sequences: int) -> Rehearsal:
-    last_only = config.bituning.readout == "suffix"
+    last_only = read_out_of(config.bituning, lm) == "suffix"
     return rehearse_language_model(lm, round(tokens), sequences, last_only=last_only)
 
 
@@ -328,7 +329,7 @@ def with_layers(shape: "PretrainedConfig", num_layers: int) -> "PretrainedConfig
 
 def _step(workload: Workload, config: LaserConfig, rows: int) -> StepShape:
     objective = config.objective
-    live = objective.item_gradient == "positives" and config.text.item_side == "lm"
+    live = objective.item_gradient == "positives" and not config.text.items_are_texts
     return StepShape(
         rows=rows,
         user_tokens=workload.user_tokens,

@@ -82,7 +82,10 @@ class LiveBytes(TorchDispatchMode):
         self._seen = {storage._cdata for storage in self._before}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._unique2.default and args[0].is_meta:
+            output = _all_distinct(args[0])
+        else:
+            output = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor):
                 self._count(leaf.untyped_storage())
@@ -100,6 +103,12 @@ class LiveBytes(TorchDispatchMode):
     def _forget(self, address: int, num_bytes: int) -> None:
         self._seen.discard(address)
         self.live -= num_bytes
+
+
+def _all_distinct(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `torch.unique` gives where no value occurs twice, the most it can be: distinct values, places, counts."""
+    flat = torch.empty(values.numel(), dtype=values.dtype, device="meta")
+    return flat, torch.empty(values.shape, dtype=torch.int64, device="meta"), torch.empty_like(flat)
 
 
 def model_without_values(
@@ -121,7 +130,7 @@ def model_without_values(
         model.item_matrix = torch.empty(step.num_items, lm.hidden_size)
         if model.text is not None:
             model.text.set_vectors(torch.empty(step.num_items, lm.hidden_size))
-    return model
+    return model.to("meta")
 
 
 def language_model_without_values(config: LaserConfig, shape: "PretrainedConfig", dtype: torch.dtype) -> FrozenLM:

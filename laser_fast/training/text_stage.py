@@ -27,7 +27,7 @@ def train_text(run: Run) -> None:
     for the calibrated score to say, and they would stand in the first ranks of all epochs alike.
     """
     config, text = run.config, run.model.text
-    assert text is not None  # the configuration demands it
+    assert text is not None  # else this stage is skipped
     text.fetch_vectors()
     stage = config.training.text
     sampler = RowSampler(len(run.rows), stage.rows_per_epoch, config.training.seed + 3)

@@ -80,6 +80,7 @@ def run(
         "lm": {"path": str(tiny_lm)},
         "prompt": {"user_template": "{history}", "separator": ",", "max_items": 4},
         "mformer": {"width": 16, "num_layers": 1, "num_heads": 2, "num_experts": 3, "num_queries": 2, "max_history": 4},
+        "text": {"residual": False},
         "training": {
             "batch_size": 16,
             "pretrain": {"epochs": 1, "rows_per_epoch": 32},
@@ -300,7 +301,7 @@ def test_the_text_stage_has_its_curve_and_stays_out_of_the_validation(run: tuple
     quality = "validation_NDCG@10_without_history"
     steps = [{"loss": 2.0 - number, "step": 4 * number, quality: 0.9, "text_tokens_per_s": 1e9} for number in (1, 2)]
     stage = tuple(Epoch("text", number, values) for number, values in enumerate(steps, start=1))
-    with_text = replace(record, epochs=stage + record.epochs, config={**record.config, "text": {"item_side": "text"}})
+    with_text = replace(record, epochs=stage + record.epochs, config={**record.config, "text": {"residual": True}})
     blocks = {getattr(block, "name", ""): block for block in training_section(with_text).blocks}
     assert "Text stage: the text residual alone" in blocks["loss-text"].caption
     assert "Loss from 1.000 to 0.000." in blocks["loss-text"].caption

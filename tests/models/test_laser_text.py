@@ -13,6 +13,7 @@ from torch import Tensor
 from laser_fast import LaserModel
 from laser_fast.config import LaserConfig, build_config
 from laser_fast.data import EvaluationRows, PackedSequences, training_rows
+from laser_fast.evaluation.reporting.run_record import read_run
 from laser_fast.models.text_recommender import TextRecommender
 from laser_fast.training.build import build_laser, load_inputs, load_language_model
 from laser_fast.training.laser import train_laser
@@ -178,7 +179,11 @@ def test_the_cached_line_scores_by_the_residual_alone(tiny_settings: dict[str, A
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
-        ("text", {"item_side": "text"}, r'text.item_side must be "lm" when text.residual is false, got "text"'),
+        (
+            "text",
+            {"residual": False, "item_side": "text"},
+            r'must be "lm" or "auto" when text.residual is false, got "text"',
+        ),
         ("objective", {"candidates": "sampled", "num_negatives": 1, "popularity": True}, r"must be false when"),
     ],
 )
@@ -189,10 +194,27 @@ def test_settings_that_do_not_go_together_are_refused(
         build_config(LaserConfig, {**tiny_settings, section: values})
 
 
-def test_a_text_stage_needs_a_residual(tiny_settings: dict[str, Any]) -> None:
+def test_the_defaults_follow_from_one_another(tiny_settings: dict[str, Any]) -> None:
+    def config(**sections: Any) -> LaserConfig:
+        left = {name: value for name, value in tiny_settings.items() if name in ("data", "recommender", "output", "lm")}
+        return build_config(LaserConfig, left | sections)
+
+    assert config().text.items_are_texts and config().objective.mask_history and config().objective.popularity
+    assert not config(text={"residual": False}).text.items_are_texts
+    assert not config(text={"item_side": "lm"}).text.items_are_texts
+    sampled = config(objective={"candidates": "sampled", "num_negatives": 1}).objective
+    assert not sampled.mask_history and not sampled.popularity
+    encoder = build_laser(config(), load_inputs(config()), *load_language_model(config().lm))
+    assert encoder.bituning.readout == "mean" and encoder.item_side == "text"
+    plain = config(text={"residual": False})
+    assert build_laser(plain, load_inputs(plain), *load_language_model(plain.lm)).item_side == "lm"
+
+
+def test_without_a_residual_there_is_no_text_stage(tiny_settings: dict[str, Any]) -> None:
     training = {**tiny_settings["training"], "text": {"epochs": 1}}
-    with pytest.raises(ValueError, match=r"training.text.epochs must be 0 when text.residual is false, got 1"):
-        build_config(LaserConfig, {**tiny_settings, "training": training})
+    config = build_config(LaserConfig, {**tiny_settings, "training": training})
+    train_laser(config, progress=False)
+    assert {epoch.stage for epoch in read_run(Path(config.output)).epochs} == {"pretrain", "phase_a", "phase_b"}
 
 
 def test_parts_without_text_are_refused(tiny_settings: dict[str, Any]) -> None:

@@ -53,7 +53,13 @@ def build(settings: dict[str, Any], tmp_path: Path, order: str, candidates: str)
     """A model around a decoder (an instruction is reused), in evaluation mode."""
     sections: dict[str, Any] = {
         "prompt": {"user_template": "red , {history}", "separator": ",", "max_items": 4, "order": order},
-        "objective": {"candidates": candidates, "num_negatives": 2, "balance_weight": 0.5},
+        "objective": {
+            "candidates": candidates,
+            "num_negatives": 2,
+            "balance_weight": 0.5,
+            "mask_history": False,
+            "popularity": False,
+        },
     }
     config = build_config(LaserConfig, settings | sections)
     inputs = load_inputs(config)

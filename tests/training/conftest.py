@@ -23,7 +23,9 @@ def staged_settings(tiny_lm: Path, tiny_data: Path, tiny_recommender: Path) -> d
         "lm": {"path": str(tiny_lm)},
         "prompt": {"user_template": "{history}", "separator": ",", "max_items": 4},
         "mformer": {"width": 16, "num_layers": 2, "num_heads": 2, "num_experts": 3, "num_queries": 2, "max_history": 4},
-        "objective": {"num_negatives": 1},
+        "bituning": {"readout": "suffix"},
+        "text": {"residual": False},
+        "objective": {"num_negatives": 1, "mask_history": False, "popularity": False},
         "training": {
             "batch_size": 16,
             "micro_batch_tokens": 160,

@@ -45,6 +45,7 @@ def test_a_run_leaves_the_best_model_and_its_records(tiny_settings: dict[str, An
         "laser.json",
         "recommender.json",
         "recommender.safetensors",
+        "rules.safetensors",
     }
     log = log_of(config)
     assert [(entry["stage"], entry["epoch"]) for entry in log] == [
@@ -64,7 +65,8 @@ def test_a_run_leaves_the_best_model_and_its_records(tiny_settings: dict[str, An
 
 def test_training_lowers_the_loss_and_beats_the_start(tiny_settings: dict[str, Any]) -> None:
     training = {**LEARNING, "phase_a": {"epochs": 12, "patience": 12}, "phase_b": {"epochs": 0}}
-    config = config_of(tiny_settings, bituning={"readout": "mean"}, training=training)
+    own = {"sequential_rules": False}  # which know these users as well as anybody can
+    config = config_of(tiny_settings, bituning={"readout": "mean"}, training=training, evaluation=own)
     train_laser(config, progress=False)
     phase_a = [entry for entry in log_of(config) if entry["stage"] == "phase_a"]
     assert phase_a[-1]["cross_entropy"] < 0.9 * phase_a[1]["cross_entropy"]
@@ -96,7 +98,8 @@ def test_loading_gives_the_model_that_was_saved(tiny_settings: dict[str, Any]) -
 
 def test_phase_b_keeps_the_item_matrix(tiny_settings: dict[str, Any]) -> None:
     training = {**LEARNING, "phase_a": {"epochs": 0}, "phase_b": {"epochs": 6, "patience": 6}}
-    config = config_of(tiny_settings, bituning={"readout": "mean"}, training=training)
+    own = {"sequential_rules": False}
+    config = config_of(tiny_settings, bituning={"readout": "mean"}, training=training, evaluation=own)
     model, _ = train_laser(config, progress=False)
     description = json.loads((Path(config.output) / "checkpoint" / "laser.json").read_text())
     assert description["stage"] == "phase_b"  # the user side alone got better than the untrained model

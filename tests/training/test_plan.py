@@ -23,6 +23,7 @@ from laser_fast.training.plan import GIB, Line, MemoryPlan, Proposal, StepBytes,
 from laser_fast.training.plan_table import card_bytes, one_line, table, to_dict, workload_of
 
 NUM_ITEMS = 500
+PLAIN = {"mask_history": False, "popularity": False}
 
 
 def settings(**sections: Any) -> LaserConfig:
@@ -34,6 +35,8 @@ def settings(**sections: Any) -> LaserConfig:
         "training": {},
         "mformer": {"width": 64, "num_layers": 2, "num_heads": 2, "num_queries": 4, "dropout": 0.0},
         "bituning": {"dropout": 0.0},
+        "text": {"residual": False},
+        "objective": PLAIN,
     }
     return build_config(LaserConfig, values | sections)
 
@@ -78,24 +81,28 @@ def allocated_peak(run: Callable[[], object]) -> int:
     importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes (pip install laser-fast[4bit])"
 )
 @pytest.mark.parametrize(
-    ("sizes", "rows", "modes", "negatives"),
+    ("sizes", "rows", "modes", "negatives", "residual"),
     [
-        ((128, 384, 3, 4, 2), 16, ["none", "full"], 0),
-        ((128, 384, 3, 4, 2), 8, ["full"], 3),
-        ((256, 768, 6, 8, 2), 12, ["mlp"], 0),
-        ((512, 1536, 4, 8, 8), 6, ["full"], 0),
+        ((128, 384, 3, 4, 2), 16, ["none", "full"], 0, False),
+        ((128, 384, 3, 4, 2), 8, ["full"], 3, False),
+        ((256, 768, 6, 8, 2), 12, ["mlp"], 0, False),
+        ((512, 1536, 4, 8, 8), 6, ["full"], 0, False),
+        ((128, 384, 3, 4, 2), 16, ["none", "full"], 0, True),
+        ((128, 384, 3, 4, 2), 8, ["full"], 3, True),
     ],
-    ids=["width-128", "negatives", "width-256", "width-512"],
+    ids=["width-128", "negatives", "width-256", "width-512", "defaults", "defaults-negatives"],
 )
 def test_the_plan_is_what_the_allocator_hands_out(
-    sizes: tuple[int, ...], rows: int, modes: list[str], negatives: int, tmp_path: Path
+    sizes: tuple[int, ...], rows: int, modes: list[str], negatives: int, residual: bool, tmp_path: Path
 ) -> None:
     """Measured on the day this was written: between 2.3% too low and 3.5% too high."""
     lm = {"path": llama(tmp_path, *sizes), "quantization": "nf4", "dtype": "float32"}
     workload = Workload(NUM_ITEMS, user_tokens=59, item_tokens=27, history=10, state_size=32)
     for mode in modes:
         objective = {"num_negatives": negatives, "candidates": "sampled" if negatives else "catalog"}
-        config = settings(lm=lm, execution={"checkpointing": mode}, objective=objective)
+        objective |= {} if residual else PLAIN
+        text = {"residual": residual, "dropout": 0.0}
+        config = settings(lm=lm, execution={"checkpointing": mode}, objective=objective, text=text)
         plan = estimate_memory(config, workload, on_gpu=False, modes=[mode])
         builder: Any = SimpleNamespace(num_items=NUM_ITEMS)
         recommender = SASRec(NUM_ITEMS, width=32, max_length=10, num_heads=2)
@@ -103,15 +110,18 @@ def test_the_plan_is_what_the_allocator_hands_out(
         ids = [str(index) for index in range(NUM_ITEMS)]
         model = LaserModel(**laser_parts(config, frozen, builder, ids, recommender)).train()
         model.item_matrix = torch.randn(NUM_ITEMS, sizes[0])
-        batch = replace(
-            packed(rows, 59, 10),
-            targets=torch.arange(rows),
-            positives=packed(rows * (1 + negatives), 27, 1),
-            positive_targets=torch.arange(rows),
-        )
+        batch = replace(packed(rows, 59, 10), targets=torch.arange(rows))
+        places = rows + torch.arange(rows * negatives).view(rows, negatives)
         if negatives:
-            places = rows + torch.arange(rows * negatives).view(rows, negatives)
-            batch = replace(batch, negatives=places, negative_places=places)
+            batch = replace(batch, negatives=places)
+        if residual:  # items are made of their texts, so that none are encoded
+            assert model.text is not None
+            model.text.set_vectors(torch.randn(NUM_ITEMS, sizes[0]))
+            batch = replace(batch, text_items=batch.items, text_cu_seqlens=batch.cu_seqlens)
+        else:
+            positives = packed(rows * (1 + negatives), 27, 1)
+            batch = replace(batch, positives=positives, positive_targets=torch.arange(rows))
+            batch = replace(batch, negative_places=places) if negatives else batch
         peak = allocated_peak(lambda: model(batch).loss.backward())
         assert plan.step[mode].peak(round(plan.row_tokens * rows)) == pytest.approx(peak, rel=0.15)
 
@@ -157,7 +167,7 @@ def test_settings_that_save_memory_are_seen() -> None:
     assert eight.fixed["optimizer"] / plain.fixed["optimizer"] == pytest.approx(2.03125 / 8, rel=1e-4)
     again = plan(execution={"checkpoint_mformer": True})
     assert again.step["none"].kept.per_token < plain.step["none"].kept.per_token
-    alone = plan(objective={"item_gradient": "none"})
+    alone = plan(objective={"item_gradient": "none", **PLAIN})
     assert alone.row_tokens < plain.row_tokens and len(alone.step["none"].moments) == 1
     on_cpu = estimate_memory(settings(), Workload(1000, 60, 30, 5), on_gpu=False, modes=["full", "offload"])
     assert "CUDA context" not in on_cpu.fixed

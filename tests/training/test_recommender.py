@@ -27,6 +27,7 @@ _CONFIG = RecommenderConfig(
     learning_rate=5e-3,
     epochs=25,
     patience=25,
+    folds=0,
 )
 
 

@@ -62,7 +62,8 @@ class RunRecord:
     @property
     def items_are_texts(self) -> bool:
         """Whether item embeddings come from the text residual alone."""
-        return (self.config.get("text") or {}).get("item_side") == "text"
+        text = self.config.get("text") or {}
+        return bool(text.get("residual")) and text.get("item_side") != "lm"
 
     def is_kept(self, epoch: Epoch) -> bool:
         """Whether the checkpoint is of this epoch."""
