@@ -5,8 +5,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
+from laser_fast import LaserModel
 from laser_fast.cli import parser
+from laser_fast.config import LaserConfig, build_config
+from laser_fast.training.laser import train_laser
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -35,7 +39,6 @@ def test_a_model_is_built_saved_and_trained_as_shown(
 ) -> None:
     from transformers import TrainingArguments
 
-    from laser_fast import LaserModel
     from laser_fast.data import SequenceDataset
 
     uploads: list[str] = []
@@ -65,6 +68,21 @@ def test_a_model_is_built_saved_and_trained_as_shown(
             code = code.replace(shown, ours)
         exec(compile(code, "README.md", "exec"), names)
     assert uploads == [f"me/{tmp_path / 'my-laser'}"]
+
+
+def test_the_configuration_trains(tiny_lm: Path, tiny_data: Path, tiny_recommender: Path, tmp_path: Path) -> None:
+    (text,) = blocks("yaml")
+    values = yaml.safe_load(text)
+    assert set(re.findall(r"{(\w+)}", values["prompt"]["item_template"])) == {"title", "brand"}
+    values["prompt"]["item_template"] = "{title}"
+    ours = {"data": str(tiny_data), "recommender": str(tiny_recommender), "lm": {"path": str(tiny_lm)}}
+    config = build_config(LaserConfig, values | ours | {"output": str(tmp_path / "laser")})
+    with pytest.warns(UserWarning, match="M-Former should read states of a recommender that has not seen the targets"):
+        model, inputs = train_laser(config, progress=False)
+    assert model.calibration is not None and set(model.calibration.components) == {"laser", "recommender", "rules"}
+    loaded = LaserModel.from_pretrained(tmp_path / "laser")
+    history = [[model.item_ids[item] for item in inputs.split.test.histories[0]]]
+    assert len(loaded.recommend(history, 5)[0]) == 5
 
 
 def test_commands_parse() -> None:
