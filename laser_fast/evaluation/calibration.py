@@ -30,6 +30,7 @@ _NEWTON_STEPS = 30
 _LARGEST_STEP = 3.0  # of a scalar, in units of the first component's deviation: far from the maximum Newton overshoots
 _RIDGE = 1e-4  # keeps scalars finite where the rows do not bound them
 _ROWS_PER_CHUNK = 64  # a chunk of scores stays in the cache while a whole grid is tried on it
+_SCORES_PER_CHUNK = 2**22  # of one term, at most, in a chunk of several rows
 
 
 def fit_calibration(
@@ -191,8 +192,7 @@ class _Terms:
     def quality(self, values: Mapping[str, float], name: str, grid: list[float]) -> list[float]:
         """Mean metric over the rows for each value of `name` in `grid`, the other scalars as in `values`."""
         totals = torch.zeros(len(grid), dtype=torch.float64)
-        for start in range(0, self.targets.numel(), _ROWS_PER_CHUNK):
-            chunk = np.arange(start, min(start + _ROWS_PER_CHUNK, self.targets.numel()))
+        for chunk in self._chunks():
             base = torch.zeros(len(chunk), self.num_items)
             for other in self.names:
                 if other != name and values[other]:
@@ -214,8 +214,7 @@ class _Terms:
         """
         gradient = torch.zeros(len(names), dtype=torch.float64)
         curvature = torch.zeros(len(names), len(names), dtype=torch.float64)
-        for start in range(0, self.targets.numel(), _ROWS_PER_CHUNK):
-            chunk = np.arange(start, min(start + _ROWS_PER_CHUNK, self.targets.numel()))
+        for chunk in self._chunks():
             features = torch.stack([self._term(name, chunk) for name in names])  # [T, b, I]
             shares = torch.einsum("t,tbi->bi", values.float(), features).softmax(dim=1)
             weighted = features * shares
@@ -223,6 +222,12 @@ class _Terms:
             gradient += (means - features[:, np.arange(len(chunk)), self.targets[chunk]]).double().sum(dim=1)
             curvature += (weighted.flatten(1) @ features.flatten(1).T - means @ means.T).double()
         return gradient / self.targets.numel(), curvature / self.targets.numel()
+
+    def _chunks(self) -> list[np.ndarray]:
+        """The rows, a few at a time."""
+        size = max(1, min(_ROWS_PER_CHUNK, _SCORES_PER_CHUNK // self.num_items))
+        rows = np.arange(self.targets.numel())
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def _term(self, name: str, chunk: np.ndarray) -> Tensor:
         """One term with scalar 1 (in units) for the rows of `chunk`: [b, I]."""

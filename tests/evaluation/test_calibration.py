@@ -121,12 +121,15 @@ def test_terms_without_use_stay_at_zero() -> None:
     assert (calibration.history_bias, calibration.last_bias, calibration.popularity_weight) == (0, 0, 0)
 
 
-def test_the_fit_is_deterministic_and_does_not_depend_on_chunks() -> None:
+def test_the_fit_is_deterministic_and_does_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = _noise(1), _noise(2)
     rows, counts = _rows(first + second), torch.ones(_NUM_ITEMS)
     components = {"a": _Table(first), "b": _Table(second)}
     fits = [fit_calibration(components, rows, counts, batch_size=size).calibration for size in (7, 7, 200)]
     assert fits[0] == fits[1] == fits[2]
+    monkeypatch.setattr(calibration, "_SCORES_PER_CHUNK", 3 * _NUM_ITEMS)
+    found = fit_calibration(components, rows, counts).calibration.weights
+    assert found == pytest.approx(fits[0].weights, rel=1e-4)
 
 
 def test_many_rows_are_thinned_out_evenly() -> None:
