@@ -111,7 +111,8 @@ class PromptConfig(Settings):
     a causal language model; a bidirectional one needs `false`."""
     separator: str = "; "
     newest_first: bool = True
-    max_items: PositiveInt = 10
+    max_items: PositiveInt = 5
+    """Newest history items that the language model reads; M-Former and the text residual read more at little cost."""
     max_item_tokens: PositiveInt = 32
     max_tokens: PositiveInt = 256
     """Item tokens of one history; the oldest items are dropped first."""
@@ -303,7 +304,7 @@ class TrainingConfig(Settings):
     text: StageConfig = StageConfig(epochs=10, batch_size=256)
     """Before all others, with `text.residual`: the residual alone, without the language model."""
     pretrain: StageConfig = StageConfig(epochs=0)
-    phase_a: StageConfig = StageConfig(epochs=2)
+    phase_a: StageConfig = StageConfig(epochs=1)
     phase_b: StageConfig = StageConfig(epochs=0)
     text_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3)
     pretrain_optimizer: OptimizerConfig = OptimizerConfig()
