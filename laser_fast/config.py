@@ -345,6 +345,8 @@ class EvaluationConfig(Settings):
     batch_size: PositiveInt = 128
     calibrate: bool = True
     """Fit the calibrated score (repeat, popularity, recommender terms) on validation; off = the cosine of the paper."""
+    recommender_score: bool = True
+    """Let the calibrated score add the recommender's own, z-scored per history."""
     sequential_rules: bool = True
     """Count which items followed which in the training part, themselves included, and let the calibrated score add it
     (`SequentialRules`)."""

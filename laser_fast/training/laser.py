@@ -241,14 +241,16 @@ def _begin_phase(run: Run, stage: Stage) -> None:
 def _calibrate(run: Run) -> tuple[CalibratedScorer, float]:
     """Fit the scalars of the calibrated score on the validation rows; with the metric they reach there."""
     inputs = run.inputs
-    rules = inputs.rules if run.config.evaluation.sequential_rules else None
-    components = calibration_components(run.model, inputs.recommender, rules)
+    wanted = run.config.evaluation
+    recommender = inputs.recommender if wanted.recommender_score else None
+    rules = inputs.rules if wanted.sequential_rules else None
+    components = calibration_components(run.model, recommender, rules)
     counts = torch.from_numpy(training_counts(inputs.split, run.model.num_items))
     fitted, value = search_calibration(
         components | {"laser": SharedScorer(run.model, run)},
         inputs.split.valid,
         counts,
-        standardize=("recommender",) if inputs.recommender is not None else (),
+        standardize=("recommender",) if recommender is not None else (),
         batch_size=run.config.evaluation.batch_size,
         device=run.accelerator.device,
     )

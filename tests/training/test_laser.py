@@ -96,6 +96,22 @@ def test_loading_gives_the_model_that_was_saved(tiny_settings: dict[str, Any]) -
     assert loaded.calibration.calibration == model.calibration.calibration
 
 
+@pytest.mark.parametrize("left_out", ["recommender_score", "sequential_rules"])
+def test_parts_of_the_calibrated_score_can_be_left_out(tiny_settings: dict[str, Any], left_out: str) -> None:
+    training = {"pretrain": {"epochs": 0}, "phase_a": {"epochs": 0}, "phase_b": {"epochs": 0}}
+    config = config_of(tiny_settings, training=training, evaluation={left_out: False})
+    model, inputs = train_laser(config, progress=False)
+    kept = {"laser", "recommender", "rules"} - {left_out.split("_")[0], left_out.split("_")[1]}
+    assert model.calibration is not None and set(model.calibration.components) == kept
+    loaded = load_laser(config.output)[0]
+    assert loaded.calibration is not None and loaded.calibration.calibration == model.calibration.calibration
+    histories = (
+        torch.from_numpy(inputs.split.test.histories.items),
+        torch.from_numpy(inputs.split.test.histories.cu_seqlens),
+    )
+    assert torch.equal(loaded.calibration.score(*histories), model.calibration.score(*histories))
+
+
 def test_phase_b_keeps_the_item_matrix(tiny_settings: dict[str, Any]) -> None:
     training = {**LEARNING, "phase_a": {"epochs": 0}, "phase_b": {"epochs": 6, "patience": 6}}
     own = {"sequential_rules": False}
