@@ -350,6 +350,8 @@ class EvaluationConfig(Settings):
     sequential_rules: bool = True
     """Count which items followed which in the training part, themselves included, and let the calibrated score add it
     (`SequentialRules`)."""
+    neighbors: bool = True
+    """Count which items belong to the same histories, and let the calibrated score add it (`ItemKNN`)."""
 
 
 class ModelConfig(Settings):

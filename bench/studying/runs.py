@@ -30,7 +30,7 @@ Ranked = dict[str, Any]
 """Of one system: "valid", the NDCG@10 it was fitted to on validation rows, and "ranks" of the rows that count."""
 
 METRIC = "NDCG@10"
-WHOLE = "with ID score and rules"
+WHOLE = "whole system"
 _RECENCY = 0.8
 _DRAWS = 20
 _ROWS_AT_ONCE = 256
@@ -109,7 +109,9 @@ def run_variant(config: LaserConfig, variant: Variant, seed: int, work: Path) ->
     systems[""] = {"laser": Remembered(systems[""]["laser"], inputs.split, folder / "scores.safetensors")}
     if inputs.recommender is not None:
         systems["with ID score"] = systems[""] | {"recommender": Remembered(inputs.recommender, inputs.split)}
-        systems[WHOLE] = systems["with ID score"] | {"rules": Remembered(inputs.rules, inputs.split)}
+        counted = {"rules": inputs.rules, "neighbors": inputs.neighbors}
+        known = {name: Remembered(table, inputs.split) for name, table in counted.items()}
+        systems[WHOLE] = systems["with ID score"] | known
     ranked = {name: rank(parts, inputs.split, counts) for name, parts in systems.items()}
     ranked["cosine only"] = {"valid": None, "ranks": rank_rows(systems[""]["laser"], inputs.split)}
     write_json(found, ranked | {"seconds": {"valid": None, "ranks": [], "value": seconds}})
@@ -144,11 +146,12 @@ def lines(config: LaserConfig, work: Path) -> dict[str, Ranked]:
         raw["SASRec"] = inputs.recommender
         fitted["SASRec, calibrated"] = {"recommender": inputs.recommender}
         fitted["no-training fusion"] = zero_shot | {"recommender": inputs.recommender}
-        fitted["no-training fusion, with rules"] = fitted["no-training fusion"] | {"rules": inputs.rules}
+        counted = {"rules": inputs.rules, "neighbors": inputs.neighbors}
+        fitted["no-training fusion, whole"] = fitted["no-training fusion"] | counted
     ranked: dict[str, Ranked] = {
         name: {"valid": None, "ranks": rank_rows(scorer, split)} for name, scorer in raw.items()
     }
-    scored = ("text_last", "text_history", "recommender")  # all but the rules, which are 0 for most items
+    scored = ("text_last", "text_history", "recommender")  # all but what is 0 for most items
     ranked |= {name: rank(parts, split, counts, standardize=scored) for name, parts in fitted.items()}
     write_json(found, ranked)
     return ranked

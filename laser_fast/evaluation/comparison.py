@@ -60,19 +60,19 @@ def compare(
 
     The calibrated lines have the repeat and popularity terms that Laser has: on data without repeats these matter more
     than anything else. The fusion without training adds the zero-shot scores of the last item and of the whole history,
-    the recommender's score and, where Laser has them, the sequential rules, with the same terms, all scalars fitted on
-    validation: what Laser has to beat.
+    the recommender's score and, where Laser's score is calibrated, sequential rules and item neighbours, with the same
+    terms, all scalars fitted on validation: what Laser has to beat.
 
     Args:
         counts: int64 [I], events of each item in the training part.
         recommender: the ID-based recommender; None leaves its line out.
         cached: the line of cached text vectors, trained without the language model (`training.text_line`); None leaves
-            it out. It too has the calibrated terms, the recommender's score where there is one, and Laser's rules.
+            it out. It too has the calibrated terms, the recommender's score where there is one, rules and neighbours.
         vectors: float32 [I, d], unit text vectors for the lines without training; None = of the model's item prompts.
     """
 
     def calibrated(components: dict[str, Scorer]) -> Scorer:
-        names = tuple(name for name in components if name != "rules")
+        names = tuple(name for name in components if name not in ("rules", "neighbors"))
         return fit_calibration(
             components, split.valid, counts, standardize=names, batch_size=batch_size, progress=progress
         )
@@ -86,18 +86,19 @@ def compare(
         "ItemKNN": ItemKNN.fit(*train),
         "SequentialRules": SequentialRules.fit(*train),
     }
-    laser_parts = {} if model.calibration is None else model.calibration.components
-    rules = {name: scorer for name, scorer in laser_parts.items() if name == "rules"}
+    counted = {"rules": systems["SequentialRules"], "neighbors": systems["ItemKNN"]}
+    if model.calibration is None:
+        counted = {}
     if recommender is not None:
         name = type(recommender).__name__
         systems[name] = parts["recommender"] = recommender
         systems[f"{name}, calibrated"] = calibrated({"recommender": recommender})
     systems[ZERO_SHOT] = parts["text_last"]
     systems[f"{ZERO_SHOT}, calibrated"] = calibrated({"text_last": parts["text_last"]})
-    systems["no-training fusion"] = calibrated(parts | rules)
+    systems["no-training fusion"] = calibrated(parts | counted)
     if cached is not None:
         fused = {} if recommender is None else {"recommender": recommender}
-        systems["cached text line"] = calibrated({"cached": cached, **fused, **rules})
+        systems["cached text line"] = calibrated({"cached": cached, **fused, **counted})
     if model.calibration is not None:
         systems[f"{LASER}, cosine only"] = model
     systems[LASER] = model if model.calibration is None else model.calibration

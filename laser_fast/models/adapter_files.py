@@ -7,6 +7,7 @@ items.safetensors        the item matrix V that belongs to it, how often each it
 items.json               the catalogue: external ids and text fields in index order
 recommender.*            the frozen recommender that M-Former reads, where it reads one
 rules.safetensors        the sequential rules of the calibrated score, where it has some
+neighbors.safetensors    its item neighbours, where it has some
 README.md                a model card
 """
 
@@ -26,7 +27,7 @@ from laser_fast.config import LanguageModelConfig, ModelConfig, build_config
 from laser_fast.data.folders import replace_directory, whole_directory, write_json
 from laser_fast.data.items import ItemTable
 from laser_fast.models.base_model import differences
-from laser_fast.models.item_to_item import SequentialRules
+from laser_fast.models.item_to_item import ItemKNN, ItemToItem, SequentialRules
 from laser_fast.models.packed_recommender import PackedRecommender
 from laser_fast.models.recommender_files import is_saved_by_kind, read_recommender, write_recommender
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 _FORMAT = 2
 _DESCRIPTION = "laser.json"
-_RULES = "rules.safetensors"
+_TABLES: dict[str, type[ItemToItem]] = {"rules": SequentialRules, "neighbors": ItemKNN}
 _IN_RUN = "checkpoint"
 
 
@@ -95,22 +96,23 @@ class SavedLaser:
         """The recommender that was saved with the model; None where there is none in the folder."""
         return read_recommender(self.folder) if (self.description["recommender"] or {}).get("saved") else None
 
-    def rules(self) -> SequentialRules | None:
-        """The rules that the calibrated score adds; None where there are none in the folder.
+    def tables(self) -> dict[str, ItemToItem]:
+        """The rules and neighbours that the calibrated score adds, by their name in it.
 
         Raises:
-            ValueError: the file is damaged or belongs to another catalogue.
+            ValueError: a file is damaged or belongs to another catalogue.
         """
-        settings = self.description.get("rules")
-        if settings is None:
-            return None
-        table = _read_tensors(self.folder / _RULES)
-        rules = SequentialRules(table["bounds"], table["columns"], table["values"], **settings)
-        if rules.num_items != self.description["num_items"]:
-            raise ValueError(
-                f"checkpoint: {_RULES} must be of {self.description['num_items']} items, got {rules.num_items}"
-            )
-        return rules
+        found = {}
+        for name, settings in self.description.get("tables", {}).items():
+            values = _read_tensors(self.folder / f"{name}.safetensors")
+            table = _TABLES[name](values["bounds"], values["columns"], values["values"], **settings)
+            if table.num_items != self.description["num_items"]:
+                raise ValueError(
+                    f"checkpoint: {name}.safetensors must be of {self.description['num_items']} items, "
+                    f"got {table.num_items}"
+                )
+            found[name] = table
+        return found
 
     def refuse_another_base(self, model: "LaserModel") -> None:
         """Make sure that a model stands on the language model and the tokenizer this one was trained with.
@@ -198,7 +200,7 @@ def write_laser(model: "LaserModel", directory: Path, card: str, **facts: Any) -
     origin = origin_of(model)
     recommender = _recommender_of(model)
     own = recommender if is_saved_by_kind(recommender) else None
-    rules = _rules_of(model)
+    tables = _tables_of(model)
     description = {
         "format": _FORMAT,
         "model": origin.config.model_dump(mode="json"),
@@ -211,7 +213,7 @@ def write_laser(model: "LaserModel", directory: Path, card: str, **facts: Any) -
         if recommender is None
         else {"kind": type(recommender).__name__, "saved": own is not None, "sha256": weights_hash(recommender)},
         "calibration": None if model.calibration is None else asdict(model.calibration.calibration),
-        "rules": None if rules is None else {"decay": rules.decay, "max_history": rules.max_history},
+        "tables": {name: {"decay": table.decay, "max_history": table.max_history} for name, table in tables.items()},
         **facts,
     }
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
@@ -225,9 +227,9 @@ def write_laser(model: "LaserModel", directory: Path, card: str, **facts: Any) -
         write_json(fresh / "items.json", {"ids": origin.items.ids, "fields": origin.items.fields})
         if own is not None:
             write_recommender(own, fresh)
-        if rules is not None:
-            table = {"bounds": rules.bounds, "columns": rules.columns, "values": rules.values}
-            save_file(table, fresh / _RULES)
+        for name, table in tables.items():
+            values = {"bounds": table.bounds, "columns": table.columns, "values": table.values}
+            save_file(values, fresh / f"{name}.safetensors")
         write_json(fresh / _DESCRIPTION, description)
         (fresh / "README.md").write_text(card, encoding="utf-8")
 
@@ -253,10 +255,15 @@ def _recommender_of(model: "LaserModel") -> object:
     return None if model.calibration is None else model.calibration.components.get("recommender")
 
 
-def _rules_of(model: "LaserModel") -> SequentialRules | None:
-    """Those whose scores its calibration adds; None."""
-    rules = None if model.calibration is None else model.calibration.components.get("rules")
-    return rules if isinstance(rules, SequentialRules) else None
+def _tables_of(model: "LaserModel") -> dict[str, ItemToItem]:
+    """The rules and neighbours whose scores its calibration adds."""
+    known = {} if model.calibration is None else model.calibration.components
+    found = {}
+    for name, kind in _TABLES.items():
+        table = known.get(name)
+        if isinstance(table, kind):
+            found[name] = table
+    return found
 
 
 def weights_hash(recommender: object) -> str | None:

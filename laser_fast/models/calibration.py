@@ -1,8 +1,9 @@
 """Several scorers fused into one, with terms for repeats and popularity: a few scalars on top of frozen scores."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from copy import copy
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -89,6 +90,15 @@ class CalibratedScorer:
         self.calibration = calibration
         self.log_counts = torch.log1p(counts.float())
         self.num_items = counts.numel()
+
+    def without_unused(self, names: Iterable[str]) -> "CalibratedScorer":
+        """The same score without those of these components that have no weight, which need not be saved then."""
+        unused = {name for name in names if not self.calibration.weights.get(name)}
+        kept = {name: scorer for name, scorer in self.components.items() if name not in unused}
+        weights = {name: self.calibration.weights[name] for name in kept}
+        scorer = copy(self)
+        scorer.components, scorer.calibration = kept, replace(self.calibration, weights=weights)
+        return scorer
 
     def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
         """See `Scorer.score`; the result is on the device of `items`."""

@@ -21,7 +21,7 @@ from laser_fast.models.base_model import describe_base
 from laser_fast.models.calibration import CalibratedScorer, Calibration
 from laser_fast.models.catalogue_texts import read_texts
 from laser_fast.models.hub import HUB_SCHEME, commit_of, fetch
-from laser_fast.models.item_to_item import SequentialRules
+from laser_fast.models.item_to_item import ItemToItem
 from laser_fast.models.language_model import RANDOM_SCHEME, load_model, load_tokenizer
 from laser_fast.models.model_card import model_card
 from laser_fast.models.recommender import Scorer, SequentialRecommender
@@ -231,16 +231,16 @@ def restore_calibration(
     values = saved.description["calibration"]
     if values is not None:
         settings = Calibration.from_json(json.dumps(values))
-        known = calibration_components(model, recommender, saved.rules())
+        known = calibration_components(model, recommender, saved.tables())
         components = {name: scorer for name, scorer in known.items() if name in settings.weights}
         model.calibration = CalibratedScorer(components, settings, counts)
 
 
 def calibration_components(
-    model: "LaserModel", recommender: SequentialRecommender | None, rules: SequentialRules | None
+    model: "LaserModel", recommender: SequentialRecommender | None, tables: Mapping[str, ItemToItem | None]
 ) -> dict[str, Scorer]:
     """The scores that Laser's calibration adds up, by name."""
-    others: dict[str, Scorer | None] = {"recommender": recommender, "rules": rules}
+    others: dict[str, Scorer | None] = {"recommender": recommender, **tables}
     return {"laser": model} | {name: scorer for name, scorer in others.items() if scorer is not None}
 
 

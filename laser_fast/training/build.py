@@ -12,7 +12,7 @@ from laser_fast.models.adapter_files import Origin
 from laser_fast.models.assembly import build_execution, build_model_batches, check_tokens, laser_parts
 from laser_fast.models.base_model import describe_base
 from laser_fast.models.catalogue_texts import read_texts
-from laser_fast.models.item_to_item import SequentialRules
+from laser_fast.models.item_to_item import ItemKNN, SequentialRules
 from laser_fast.models.language_model import load_language_model as load_language_model
 from laser_fast.models.laser import LaserModel
 from laser_fast.models.pretrained import only_model
@@ -22,6 +22,11 @@ from laser_fast.nn.frozen_lm import FrozenLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+# of the item neighbours that the calibrated score adds: they are saved with it
+_MAX_NEIGHBORS = 200
+_MAX_HISTORY = 20
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,18 @@ class Inputs:
         """The sequential rules of the training part, counted when they are first asked for."""
         train = self.split.train
         return SequentialRules.fit(train.items, train.cu_seqlens, self.dataset.num_items)
+
+    @cached_property
+    def neighbors(self) -> ItemKNN:
+        """The item neighbours of the training part, found when they are first asked for."""
+        train = self.split.train
+        return ItemKNN.fit(
+            train.items,
+            train.cu_seqlens,
+            self.dataset.num_items,
+            max_neighbors=_MAX_NEIGHBORS,
+            max_history=_MAX_HISTORY,
+        )
 
 
 def load_inputs(config: LaserConfig) -> Inputs:

@@ -243,8 +243,11 @@ def _calibrate(run: Run) -> tuple[CalibratedScorer, float]:
     inputs = run.inputs
     wanted = run.config.evaluation
     recommender = inputs.recommender if wanted.recommender_score else None
-    rules = inputs.rules if wanted.sequential_rules else None
-    components = calibration_components(run.model, recommender, rules)
+    tables = {
+        "rules": inputs.rules if wanted.sequential_rules else None,
+        "neighbors": inputs.neighbors if wanted.neighbors else None,
+    }
+    components = calibration_components(run.model, recommender, tables)
     counts = torch.from_numpy(training_counts(inputs.split, run.model.num_items))
     fitted, value = search_calibration(
         components | {"laser": SharedScorer(run.model, run)},
@@ -254,7 +257,7 @@ def _calibrate(run: Run) -> tuple[CalibratedScorer, float]:
         batch_size=run.config.evaluation.batch_size,
         device=run.accelerator.device,
     )
-    return CalibratedScorer(components, fitted.calibration, counts), value
+    return CalibratedScorer(components, fitted.calibration, counts).without_unused(tables), value
 
 
 def _token_budget(run: Run) -> TokenBudget:

@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoTokenizer
 from laser_fast import LaserModel
 from laser_fast.config import LaserConfig, ModelConfig, build_config, dump_config
 from laser_fast.data import ItemTable, PackedSequences, SequenceDataset, leave_one_out
-from laser_fast.models import GRU4Rec, SASRec, SequentialRules
+from laser_fast.models import GRU4Rec, ItemKNN, SASRec, SequentialRules
 from laser_fast.models.calibration import CalibratedScorer, Calibration
 from laser_fast.models.recommender_files import load_recommender
 from laser_fast.models.requests import pack_histories
@@ -118,20 +118,26 @@ def test_the_calibration_comes_along(saved: tuple[LaserModel, Path]) -> None:
     assert loaded.recommend(HISTORIES, 5) == model.recommend(HISTORIES, 5)
 
 
-def test_the_rules_of_the_calibration_come_along(saved: tuple[LaserModel, Path]) -> None:
+def test_rules_and_neighbours_of_the_calibration_come_along(saved: tuple[LaserModel, Path]) -> None:
     model, folder = saved
     sequences = PackedSequences.from_lists([[place, (3 * place + 1) % 25, place] for place in range(25)])
     rules = SequentialRules.fit(sequences.items, sequences.cu_seqlens, 25, decay=0.7, max_history=4)
-    settings = Calibration({"laser": 1.0, "rules": 7.0})
-    model.calibration = CalibratedScorer({"laser": model, "rules": rules}, settings, torch.zeros(25))
+    settings = Calibration({"laser": 1.0, "rules": 7.0, "neighbors": 90.0})
+    neighbors = ItemKNN.fit(sequences.items, sequences.cu_seqlens, 25, max_history=3)
+    parts = {"laser": model, "rules": rules, "neighbors": neighbors}
+    model.calibration = CalibratedScorer(parts, settings, torch.zeros(25))
     model.save_pretrained(folder)
     loaded = LaserModel.from_pretrained(folder)
     assert loaded.calibration is not None and loaded.calibration.calibration == settings
     known = loaded.calibration.components["rules"]
     assert isinstance(known, SequentialRules) and (known.decay, known.max_history) == (0.7, 4)
+    assert isinstance(loaded.calibration.components["neighbors"], ItemKNN)
     assert loaded.recommend(HISTORIES, 5) == model.recommend(HISTORIES, 5)
-    model.calibration = CalibratedScorer({"laser": model}, Calibration({"laser": 1.0}), torch.zeros(25))
-    assert loaded.recommend(HISTORIES, 5) != model.recommend(HISTORIES, 5)
+    for left_out in ("rules", "neighbors"):
+        without = Calibration({**settings.weights, left_out: 0.0})
+        model.calibration = CalibratedScorer(parts, without, torch.zeros(25)).without_unused(["rules", "neighbors"])
+        assert set(model.calibration.components) == set(parts) - {left_out}
+        assert loaded.recommend(HISTORIES, 5) != model.recommend(HISTORIES, 5)
     save_file(
         {"bounds": torch.zeros(4), "columns": rules.columns, "values": rules.values}, folder / "rules.safetensors"
     )

@@ -1,6 +1,7 @@
 """Training Laser end to end on a tiny data set: it learns, it repeats itself, and what it saves is what it had."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from laser_fast.config import LaserConfig, build_config
 from laser_fast.data import PackedSequences
+from laser_fast.training import laser
 from laser_fast.training.checkpoint import load_laser
 from laser_fast.training.laser import train_laser
 from laser_fast.training.loop import EarlyStopping, RowSampler, warmup_cosine
@@ -65,7 +67,7 @@ def test_a_run_leaves_the_best_model_and_its_records(tiny_settings: dict[str, An
 
 def test_training_lowers_the_loss_and_beats_the_start(tiny_settings: dict[str, Any]) -> None:
     training = {**LEARNING, "phase_a": {"epochs": 12, "patience": 12}, "phase_b": {"epochs": 0}}
-    own = {"sequential_rules": False}  # which know these users as well as anybody can
+    own = {"sequential_rules": False, "neighbors": False}  # which know these users as well as anybody can
     config = config_of(tiny_settings, bituning={"readout": "mean"}, training=training, evaluation=own)
     train_laser(config, progress=False)
     phase_a = [entry for entry in log_of(config) if entry["stage"] == "phase_a"]
@@ -96,13 +98,28 @@ def test_loading_gives_the_model_that_was_saved(tiny_settings: dict[str, Any]) -
     assert loaded.calibration.calibration == model.calibration.calibration
 
 
-@pytest.mark.parametrize("left_out", ["recommender_score", "sequential_rules"])
-def test_parts_of_the_calibrated_score_can_be_left_out(tiny_settings: dict[str, Any], left_out: str) -> None:
+@pytest.mark.parametrize(
+    ("left_out", "name"),
+    [("recommender_score", "recommender"), ("sequential_rules", "rules"), ("neighbors", "neighbors")],
+)
+def test_parts_of_the_calibrated_score_can_be_left_out(
+    tiny_settings: dict[str, Any], left_out: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     training = {"pretrain": {"epochs": 0}, "phase_a": {"epochs": 0}, "phase_b": {"epochs": 0}}
     config = config_of(tiny_settings, training=training, evaluation={left_out: False})
+    fitted: list[Mapping[str, float]] = []
+    search = laser.search_calibration
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        found = search(*arguments, **options)
+        fitted.append(found[0].calibration.weights)
+        return found
+
+    monkeypatch.setattr(laser, "search_calibration", watched)
     model, inputs = train_laser(config, progress=False)
-    kept = {"laser", "recommender", "rules"} - {left_out.split("_")[0], left_out.split("_")[1]}
-    assert model.calibration is not None and set(model.calibration.components) == kept
+    assert model.calibration is not None and set(fitted[0]) == {"laser", "recommender", "rules", "neighbors"} - {name}
+    unused = {part for part in ("rules", "neighbors") if part in fitted[0] and not fitted[0][part]}
+    assert set(model.calibration.components) == set(fitted[0]) - unused
     loaded = load_laser(config.output)[0]
     assert loaded.calibration is not None and loaded.calibration.calibration == model.calibration.calibration
     histories = (
@@ -114,7 +131,7 @@ def test_parts_of_the_calibrated_score_can_be_left_out(tiny_settings: dict[str, 
 
 def test_phase_b_keeps_the_item_matrix(tiny_settings: dict[str, Any]) -> None:
     training = {**LEARNING, "phase_a": {"epochs": 0}, "phase_b": {"epochs": 6, "patience": 6}}
-    own = {"sequential_rules": False}
+    own = {"sequential_rules": False, "neighbors": False}
     config = config_of(tiny_settings, bituning={"readout": "mean"}, training=training, evaluation=own)
     model, _ = train_laser(config, progress=False)
     description = json.loads((Path(config.output) / "checkpoint" / "laser.json").read_text())

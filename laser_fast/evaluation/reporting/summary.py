@@ -108,6 +108,6 @@ def _how_to_read(subject: Subject) -> str:
         return "Laser's score is the cosine of the paper: this run fitted no calibrated score (evaluation.calibrate)."
     return (
         "“calibrated” adds scalars fitted on validation: for items of the history, for the last item, for popularity "
-        "and, in Laser's case, the recommender's score and the sequential rules. “no-training fusion” is such a sum "
-        "without any training of Laser."
+        "and, in Laser's case, the recommender's score, sequential rules and item neighbours. “no-training fusion” is "
+        "such a sum without any training of Laser."
     )
