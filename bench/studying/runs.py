@@ -98,7 +98,7 @@ def run_variant(config: LaserConfig, variant: Variant, seed: int, work: Path) ->
         run_variant(config, VARIANTS[CACHED], seed, work)
         values["text"]["initialize_from"] = str(folder_of(work, VARIANTS[CACHED], seed))
         values["training"]["text"]["epochs"] = 0
-    start = time.perf_counter()
+    start, finished = time.perf_counter(), (folder / "finished.json").is_file()
     model, inputs = train_laser(build_config(LaserConfig, values), resume=folder.is_dir(), progress=False)
     seconds = time.perf_counter() - start
     counts = torch.from_numpy(training_counts(inputs.split, model.num_items))
@@ -114,7 +114,7 @@ def run_variant(config: LaserConfig, variant: Variant, seed: int, work: Path) ->
         systems[WHOLE] = systems["with ID score"] | known
     ranked = {name: rank(parts, inputs.split, counts) for name, parts in systems.items()}
     ranked["cosine only"] = {"valid": None, "ranks": rank_rows(systems[""]["laser"], inputs.split)}
-    write_json(found, ranked | {"seconds": {"valid": None, "ranks": [], "value": seconds}})
+    write_json(found, ranked | {"seconds": {"valid": None, "ranks": [], "value": None if finished else seconds}})
     print(f"{variant.name}, seed {seed}: {seconds:.0f} s", flush=True)
     return run_variant(config, variant, seed, work)
 
