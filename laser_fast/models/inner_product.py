@@ -154,12 +154,10 @@ class InnerProductIndex:
         queries = self.query_vectors(histories)
         if k >= _LONG_LISTS * self.num_items:
             return self._sort_all(histories, queries, k, exclude_seen, allow)
-        places, _ = self._touched(histories, exclude_seen)
-        touched = _item_lists(places, len(histories), self.num_items) if places.numel() else None
-        scores, items = catalog_topk(queries, self.item_vectors, k, exclude=touched, allow=allow, normalize=False)
-        if touched is None:
-            return scores, items
-        return self.rerank(histories, queries, items, k, exclude_seen=exclude_seen, blocked=blocked)
+        touched = self._touched(histories, exclude_seen)
+        exclude = _item_lists(touched[0], len(histories), self.num_items) if touched[0].numel() else None
+        scores, items = catalog_topk(queries, self.item_vectors, k, exclude=exclude, allow=allow, normalize=False)
+        return (scores, items) if exclude is None else self._merge(queries, items, touched, k, allow)
 
     @torch.no_grad()
     def rerank(
@@ -202,16 +200,23 @@ class InnerProductIndex:
                 f"InnerProductIndex.rerank: queries must be [{batch}, {self.item_vectors.shape[1]}], "
                 f"got {tuple(queries.shape)}"
             )
-        candidates, queries = candidates.to(device), queries.to(device)
-        touched, added = self._touched(histories, exclude_seen)
+        allow = None if blocked is None else ~self._check_blocked("rerank", blocked)
+        touched = self._touched(histories, exclude_seen)
+        return self._merge(queries.to(device), candidates.to(device), touched, k, allow)
+
+    def _merge(
+        self, queries: Tensor, candidates: Tensor, touched: tuple[Tensor, Tensor], k: int, allow: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The k best of the candidates [B, C] and of what is `touched`, scored one by one."""
+        (places_touched, added), batch, device = touched, len(queries), queries.device
         inside = (candidates >= 0) & (candidates < self.num_items)
         found = (candidates + torch.arange(batch, device=device)[:, None] * self.num_items)[inside]
-        places = torch.unique(torch.cat([found, touched]))  # by user, then by item
+        places = torch.unique(torch.cat([found, places_touched]))  # by user, then by item
         row, item = places // self.num_items, places % self.num_items
         scores = self._scores(queries, row, item)
-        scores[torch.searchsorted(places, touched)] += added
-        if blocked is not None:
-            scores = scores.masked_fill(self._check_blocked("rerank", blocked)[item], -torch.inf)
+        scores[torch.searchsorted(places, places_touched)] += added
+        if allow is not None:
+            scores = scores.masked_fill(~allow[item], -torch.inf)
         return _best_of_rows(scores, row, item, (batch, k))
 
     def _sort_all(

@@ -74,7 +74,7 @@ class ItemKNN(ItemToItem):
 
     c_ij is the number of sequences with both items and n_i with item i (repeats inside a sequence count once); an item
     is not its own neighbour. Only the `max_neighbors` most similar items are kept of each item (ties: the lower index),
-    which bounds memory by `20 * max_neighbors` bytes per item, and only the newest `max_history` items are read. Scores
+    which bounds memory by `12 * max_neighbors` bytes per item, and only the newest `max_history` items are read. Scores
     of empty histories are 0 everywhere.
     """
 
@@ -130,7 +130,7 @@ class SequentialRules(ItemToItem):
 
     The gap is the number of events from j to i, 1 for the next one, at most `max_gap`. Unlike `ItemKNN` the rules are
     directed, and an item may follow itself: they know which items are bought again. Only the `max_neighbors` strongest
-    rules are kept of each item (ties: the lower index), which bounds memory by `20 * max_neighbors` bytes per item.
+    rules are kept of each item (ties: the lower index), which bounds memory by `12 * max_neighbors` bytes per item.
 
     Source: sequential rules (Kamehkhosh, Jannach & Ludewig, 2017), which read the last item alone; here the whole
     history is read, and a logarithm keeps one frequent pair from outweighing everything else.
