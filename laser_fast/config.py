@@ -165,8 +165,9 @@ class MFormerConfig(Settings):
 class BiTuningConfig(Settings):
     """Trainable virtual tokens around the text, and how the embedding is read out."""
 
-    prefix: Literal["mformer", "shared", "none"] = "mformer"
-    """Who writes the prefix: M-Former per user, one learned matrix for everybody, nobody."""
+    prefix: Literal["mformer", "linear", "shared", "none"] = "mformer"
+    """Who writes the prefix: M-Former per user, a linear map of the recommender's newest state per user, one learned
+    matrix for everybody, nobody. It has `mformer.num_queries` tokens, whoever writes it."""
     prefix_mode: Literal["embedding", "kv"] = "embedding"
     """How it enters: as input embeddings that run through the language model (the paper), or as keys and values of
     every layer (deep prompt tuning), which costs no token."""
@@ -180,6 +181,11 @@ class BiTuningConfig(Settings):
     """"linear" is trained and starts as the identity."""
     dropout: Fraction = 0.1
     """On the read-out, before the head."""
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether the prefix is written from the states of a recommender."""
+        return self.prefix in ("mformer", "linear")
 
 
 class TextConfig(Settings):
@@ -385,7 +391,7 @@ class LaserConfig(ModelConfig):
     data: str
     """Folder written by `laser-fast prepare`."""
     recommender: str | None = None
-    """Folder written by `laser-fast recommender train`; needed when `bituning.prefix` is "mformer"."""
+    """Folder written by `laser-fast recommender train`; needed when `bituning.prefix` is "mformer" or "linear"."""
     output: str
     """The run directory; must not exist yet, unless the run in it is resumed."""
     lm: LanguageModelConfig
@@ -395,8 +401,8 @@ class LaserConfig(ModelConfig):
 
     @model_validator(mode="after")
     def _check(self) -> "LaserConfig":
-        if self.bituning.prefix == "mformer" and self.recommender is None:
-            raise ValueError('recommender must be set when bituning.prefix is "mformer", got None')
+        if self.bituning.reads_states and self.recommender is None:
+            raise ValueError(f'recommender must be set when bituning.prefix is "{self.bituning.prefix}", got None')
         if self.bituning.prefix != "mformer" and self.training.pretrain.epochs:
             raise ValueError(
                 'training.pretrain.epochs must be 0 when bituning.prefix is not "mformer" (stage 1 trains M-Former), '

@@ -40,9 +40,13 @@ def test_what_was_written_reads_back(tmp_path: Path) -> None:
         ({"mformer": {"num_experts": 0}}, "mformer.num_experts: .*greater than or equal to 1, got 0"),
         ({"mformer": {"num_experts": 2, "top_k": 3}}, "mformer: top_k must be at most num_experts, got 3 and 2"),
         ({"mformer": {"width": 10, "num_heads": 4}}, "width must be a multiple of num_heads, got 10 and 4"),
-        ({"bituning": {"prefix": "soft"}}, "bituning.prefix: .*'mformer', 'shared' or 'none', got 'soft'"),
+        ({"bituning": {"prefix": "soft"}}, "bituning.prefix: .*'mformer', 'linear', 'shared' or 'none', got 'soft'"),
         ({"prompt": {"user_template": "films"}}, r"user_template must contain \{history\} once, got 'films'"),
         ({"recommender": None}, 'recommender must be set when bituning.prefix is "mformer", got None'),
+        (
+            {"recommender": None, "bituning": {"prefix": "linear"}},
+            'recommender must be set when bituning.prefix is "linear", got None',
+        ),
         (
             {"bituning": {"prefix": "none"}, "training": {"pretrain": {"epochs": 1}}},
             "training.pretrain.epochs must be 0 .* got 1",

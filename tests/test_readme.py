@@ -77,7 +77,9 @@ def test_the_configuration_trains(tiny_lm: Path, tiny_data: Path, tiny_recommend
     values["prompt"]["item_template"] = "{title}"
     ours = {"data": str(tiny_data), "recommender": str(tiny_recommender), "lm": {"path": str(tiny_lm)}}
     config = build_config(LaserConfig, values | ours | {"output": str(tmp_path / "laser")})
-    with pytest.warns(UserWarning, match="M-Former should read states of a recommender that has not seen the targets"):
+    with pytest.warns(
+        UserWarning, match="the prefix should be written from states of a recommender that has not seen the targets"
+    ):
         model, inputs = train_laser(config, progress=False)
     assert model.calibration is not None and set(model.calibration.components) >= {"laser", "recommender"}
     loaded = LaserModel.from_pretrained(tmp_path / "laser")

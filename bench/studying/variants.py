@@ -35,6 +35,16 @@ _ALL = (
     Variant(REFERENCE, "the reference: no ID input to the language model", {"bituning.prefix": "shared"}),
     Variant("no prefix", "virtual tokens in front of the text or none", {"bituning.prefix": "none"}),
     Variant(
+        "linear prefix",
+        "a prefix per user without a transformer, from cross-fitted states",
+        {"bituning.prefix": "linear", "mformer.states": "cross-fitted"},
+    ),
+    Variant(
+        "linear prefix, in-sample states",
+        "and from those of the published recipe",
+        {"bituning.prefix": "linear", "mformer.states": "in-sample"},
+    ),
+    Variant(
         "M-Former, cross-fitted states",
         "a prefix per user from states that have not seen the user",
         _MFORMER | {"mformer.states": "cross-fitted"},

@@ -15,6 +15,7 @@ from laser_fast.models.recommender import SequentialRecommender
 from laser_fast.nn.bituning import BiTuning
 from laser_fast.nn.execution import Execution
 from laser_fast.nn.frozen_lm import FrozenLM
+from laser_fast.nn.linear_prefix import LinearPrefix
 from laser_fast.nn.mformer import MFormer
 from laser_fast.nn.prefix_kv import DeepPrefix
 from laser_fast.nn.text_residual import TextResidual
@@ -46,7 +47,7 @@ def laser_parts(
         counts: int64 [I], events of each item in the training part; None = nobody counted.
 
     Raises:
-        ValueError: the prefix is M-Former's and there is no recommender whose states it could read.
+        ValueError: the prefix is written from states, and there is no recommender that has any.
     """
     known = np.zeros(len(item_ids), dtype=np.int64) if counts is None else np.asarray(counts, dtype=np.int64)
     bituning = BiTuning(
@@ -57,24 +58,17 @@ def laser_parts(
         embedding_rms=lm.embedding_rms,
     )
     deep = config.bituning.prefix_mode == "kv"
-    uses_mformer = config.bituning.prefix == "mformer"
-    mformer = None
-    if uses_mformer:
-        if recommender is None:
-            raise ValueError('laser_parts: recommender must be given when bituning.prefix is "mformer", got None')
-        recompute = config.execution.checkpoint_mformer
-        mformer = build_mformer(config.mformer, recommender.state_size, lm, project=not deep, recompute=recompute)
+    writer = _prefix_writer(config, lm, recommender)
     deep_prefix = None
     if deep:
-        width, rms = (config.mformer.width, 1.0) if uses_mformer else (lm.hidden_size, lm.embedding_rms)
+        width, rms = (config.mformer.width, 1.0) if "mformer" in writer else (lm.hidden_size, lm.embedding_rms)
         deep_prefix = DeepPrefix(width, lm.layers, rank=config.bituning.deep_prefix_rank, token_rms=rms)
     return {
         "lm": lm,
         "builder": builder,
         "item_ids": item_ids,
         "bituning": bituning,
-        "mformer": mformer,
-        "recommender": recommender if uses_mformer else None,
+        **writer,
         "deep_prefix": deep_prefix,
         "reuse_instruction": config.prompt.order == "prompt-first" and config.prompt.reuse_instruction,
         "head": config.bituning.head,
@@ -87,6 +81,24 @@ def laser_parts(
         "mask_history": config.objective.mask_history,
         "item_counts": torch.from_numpy(known) if config.objective.popularity else None,
     }
+
+
+def _prefix_writer(config: ModelConfig, lm: FrozenLM, recommender: SequentialRecommender | None) -> dict[str, Any]:
+    """What writes the prefix from a recommender's states, and the recommender; nothing where it is not written so."""
+    if not config.bituning.reads_states:
+        return {}
+    if recommender is None:
+        raise ValueError(
+            f'laser_parts: recommender must be given when bituning.prefix is "{config.bituning.prefix}", got None'
+        )
+    writer: dict[str, Any] = {"recommender": recommender}
+    if config.bituning.prefix == "linear":
+        tokens = config.mformer.num_queries
+        linear = LinearPrefix(recommender.state_size, lm.hidden_size, num_tokens=tokens, rms=lm.embedding_rms)
+        return writer | {"linear_prefix": linear}
+    recompute, project = config.execution.checkpoint_mformer, config.bituning.prefix_mode == "embedding"
+    mformer = build_mformer(config.mformer, recommender.state_size, lm, project=project, recompute=recompute)
+    return writer | {"mformer": mformer}
 
 
 def read_out_of(config: BiTuningConfig, lm: FrozenLM) -> str:

@@ -36,7 +36,7 @@ class KeptPrefixes:
     def __init__(self, model: "LaserModel", capacity: int) -> None:
         if capacity < 1:
             raise ValueError(f"keep_prefixes: capacity must not be negative, got {capacity}")
-        if model.mformer is None and model.bituning.prefix_tokens is None:
+        if model.mformer is None and model.linear_prefix is None and model.bituning.prefix_tokens is None:
             raise ValueError("keep_prefixes: the model must have a prefix, got none")
         if model.deep_prefix is None and not model.lm.causal:
             raise ValueError(

@@ -23,6 +23,7 @@ from laser_fast.models.token_budget import TokenBudget
 from laser_fast.nn.bituning import BiTuning
 from laser_fast.nn.data_parallel import ALONE
 from laser_fast.nn.frozen_lm import FrozenLM
+from laser_fast.nn.linear_prefix import LinearPrefix
 from laser_fast.nn.mformer import MFormer
 from laser_fast.nn.prefix_kv import DeepPrefix, KeyValuePrefix
 from laser_fast.nn.text_residual import TextResidual
@@ -40,12 +41,13 @@ class LaserModel(RecommendingLaser, PretrainedLaser, nn.Module):
         builder: texts, prompts and catalogue; turns histories into packed batches.
         item_ids: external ids in index order.
         bituning: suffix, shared prefix and read-out.
-        mformer: writes the prefix; None = the shared prefix of `bituning`, or none.
+        mformer: writes the prefix; None = `linear_prefix`, or the shared prefix of `bituning`, or none.
+        linear_prefix: writes it in place of M-Former.
         deep_prefix: makes keys and values of every layer from the prefix (`prefix_mode="kv"`); None = the prefix enters
             as input embeddings.
         reuse_instruction: where a batch has an instruction in front of its prefix, compute its keys and values once
             and inject them; needs a causal language model.
-        recommender: whose states M-Former reads; needed with `mformer`.
+        recommender: whose states the writer of the prefix reads; needed with `mformer` and `linear_prefix`.
         head: "linear" (trained, starts as the identity, one for both sides) or "none".
         temperature: tau.
         balance_weight: alpha.
@@ -75,6 +77,7 @@ class LaserModel(RecommendingLaser, PretrainedLaser, nn.Module):
         bituning: BiTuning,
         *,
         mformer: MFormer | None = None,
+        linear_prefix: LinearPrefix | None = None,
         recommender: SequentialRecommender | None = None,
         deep_prefix: DeepPrefix | None = None,
         reuse_instruction: bool = False,
@@ -95,8 +98,11 @@ class LaserModel(RecommendingLaser, PretrainedLaser, nn.Module):
             raise ValueError(
                 f"LaserModel: item_ids must name the {builder.num_items} items of the catalogue, got {len(item_ids)}"
             )
-        if mformer is not None and recommender is None:
-            raise ValueError("LaserModel: recommender must be given with mformer (it reads its states), got None")
+        if mformer is not None and linear_prefix is not None:
+            raise ValueError("LaserModel: linear_prefix must be None with mformer (one of them writes), got both")
+        if recommender is None and (mformer is not None or linear_prefix is not None):
+            writer = "mformer" if mformer is not None else "linear_prefix"
+            raise ValueError(f"LaserModel: recommender must be given with {writer} (it reads its states), got None")
         if recommender is not None and recommender.num_items != builder.num_items:
             raise ValueError(
                 f"LaserModel: the recommender must know the {builder.num_items} items of the catalogue, "
@@ -111,6 +117,7 @@ class LaserModel(RecommendingLaser, PretrainedLaser, nn.Module):
         self.builder = builder
         self.bituning = bituning
         self.mformer = mformer
+        self.linear_prefix = linear_prefix
         self.deep_prefix = deep_prefix
         self.reuse_instruction = reuse_instruction
         self.kept_prefixes: KeptPrefixes | None = None
@@ -187,6 +194,8 @@ class LaserModel(RecommendingLaser, PretrainedLaser, nn.Module):
         tokens = self.bituning.suffix_tokens.shape[0]
         if self.deep_prefix is None and self.mformer is not None:
             tokens += self.mformer.query_experts.shape[1]
+        elif self.deep_prefix is None and self.linear_prefix is not None:
+            tokens += self.linear_prefix.num_tokens
         elif self.deep_prefix is None and self.bituning.prefix_tokens is not None:
             tokens += self.bituning.prefix_tokens.shape[0]
         return tokens if self.reuse_instruction else tokens + len(batch.instruction or ())
@@ -195,10 +204,10 @@ class LaserModel(RecommendingLaser, PretrainedLaser, nn.Module):
         """What stands in front of the text: input embeddings [B, Q, D_llm], keys and values, and the routing."""
         tokens, routing = self.bituning.shared_prefix(1 if self.deep_prefix is not None else len(batch)), None
         if self.mformer is not None:
-            assert self.recommender is not None
-            states = self.recommender.states(batch.items, batch.cu_seqlens, batch.folds)
-            written = self.mformer(states, batch.cu_seqlens)
+            written = self.mformer(self._states(batch), batch.cu_seqlens)
             tokens, routing = written.queries if self.deep_prefix is not None else written.prefix, written.routing
+        elif self.linear_prefix is not None:
+            tokens = self.linear_prefix(self._states(batch), batch.cu_seqlens)
         injected = None
         if self.deep_prefix is not None:
             assert tokens is not None
@@ -214,6 +223,10 @@ class LaserModel(RecommendingLaser, PretrainedLaser, nn.Module):
             )
         words = self._embed_words(batch.instruction).expand(len(batch), -1, -1)
         return words if tokens is None else torch.cat([words, tokens.to(words.dtype)], dim=1), None, routing
+
+    def _states(self, batch: PackedBatch) -> Tensor:
+        assert self.recommender is not None
+        return self.recommender.states(batch.items, batch.cu_seqlens, batch.folds)
 
     @torch.no_grad()
     def _instruction(self, input_ids: tuple[int, ...]) -> KeyValuePrefix:

@@ -26,6 +26,7 @@ def model_card(model: "LaserModel", *, repo_id: str | None = None, figures: dict
     writer = {
         "mformer": f"M-Former with {origin.config.mformer.num_experts} query experts, "
         f"{origin.config.mformer.top_k} a user, over a frozen {_recommender_name(model)}",
+        "linear": f"a linear map of the newest state of a frozen {_recommender_name(model)}",
         "shared": "one learned prefix for everybody",
         "none": "no prefix",
     }[prefix]

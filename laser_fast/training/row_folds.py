@@ -15,14 +15,14 @@ def laser_rows(config: LaserConfig, inputs: Inputs, *, warn: bool = True) -> Tra
     """Every position after the first of every training sequence, with its fold where the states of folds are read.
 
     Args:
-        warn: say so, with the measured gap, when M-Former is to learn from states of a recommender that has seen the
-            targets.
+        warn: say so, with the measured gap, when the prefix is to be learned from states of a recommender that has seen
+            the targets.
 
     Raises:
         ValueError: `mformer.states` is "cross-fitted" and the recommender has no folds.
     """
     max_history = max(config.prompt.max_items, config.mformer.max_history, config.text.max_history)
-    folds = _row_folds(config, inputs, warn) if config.bituning.prefix == "mformer" else None
+    folds = _row_folds(config, inputs, warn) if config.bituning.reads_states else None
     return training_rows(inputs.split.train, max_history, folds)
 
 
@@ -49,7 +49,7 @@ def _warn(inputs: Inputs, *, has_folds: bool) -> None:
         figures = f" ({recommender.gap or measure_state_gap(recommender, inputs.split)})"
     cure = 'set mformer.states to "auto"' if has_folds else "train it with `laser-fast recommender train ... --folds 3`"
     warnings.warn(
-        "train_laser: M-Former should read states of a recommender that has not seen the targets of the rows, got one "
-        f"that has{figures}; {cure}",
+        "train_laser: the prefix should be written from states of a recommender that has not seen the targets of the "
+        f"rows, got one that has{figures}; {cure}",
         stacklevel=4,
     )

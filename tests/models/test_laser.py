@@ -15,6 +15,7 @@ from laser_fast.data.batches import PackedBatch
 from laser_fast.models import LaserModel, SASRec, Scorer
 from laser_fast.models.calibration import CalibratedScorer, Calibration
 from laser_fast.nn.bituning import BiTuning
+from laser_fast.nn.linear_prefix import LinearPrefix
 from laser_fast.training.build import Inputs, build_laser, load_inputs, load_language_model
 
 
@@ -33,7 +34,7 @@ def training_batch(model: LaserModel, inputs: Inputs, rows: list[int], *, positi
 
 
 @pytest.mark.parametrize("readout", ["suffix", "mean"])
-@pytest.mark.parametrize("prefix", ["mformer", "shared", "none"])
+@pytest.mark.parametrize("prefix", ["mformer", "linear", "shared", "none"])
 def test_gradients_reach_all_that_is_trained_and_nothing_else(
     tiny_settings: dict[str, Any], prefix: str, readout: str
 ) -> None:
@@ -51,6 +52,8 @@ def test_gradients_reach_all_that_is_trained_and_nothing_else(
     if prefix == "mformer":
         assert {"mformer.router.weight", "mformer.query_experts", "mformer.lm_projection.weight"} <= touched
         assert any(name.startswith("mformer.qformer.layers.0.cross_attention") for name in touched)
+    if prefix == "linear":
+        assert {"linear_prefix.weight", "linear_prefix.tokens"} <= touched
     if prefix == "shared":
         assert "bituning.prefix_tokens" in touched
     optimizer.step()
@@ -212,6 +215,11 @@ def test_wrong_parts_are_refused(tiny_settings: dict[str, Any], tiny_lm: Path) -
         LaserModel(model.lm, model.builder, ["a"], tuning)
     with pytest.raises(ValueError, match="recommender must be given with mformer"):
         LaserModel(model.lm, model.builder, model.item_ids, tuning, mformer=model.mformer)
+    linear = LinearPrefix(8, 16, num_tokens=2)
+    with pytest.raises(ValueError, match="recommender must be given with linear_prefix"):
+        LaserModel(model.lm, model.builder, model.item_ids, tuning, linear_prefix=linear)
+    with pytest.raises(ValueError, match="linear_prefix must be None with mformer"):
+        LaserModel(model.lm, model.builder, model.item_ids, tuning, mformer=model.mformer, linear_prefix=linear)
     with pytest.raises(ValueError, match="the recommender must know the 25 items of the catalogue, got 7"):
         LaserModel(model.lm, model.builder, model.item_ids, tuning, recommender=SASRec(7, width=8))
     with pytest.raises(ValueError, match='head must be "linear" or "none", got \'mlp\''):

@@ -63,7 +63,7 @@ def losses(model: LaserModel, inputs: Inputs, steps: int = 4) -> list[float]:
 
 
 @pytest.mark.parametrize("readout", ["suffix", "mean"])
-@pytest.mark.parametrize("prefix", ["mformer", "shared", "none"])
+@pytest.mark.parametrize("prefix", ["mformer", "linear", "shared", "none"])
 def test_an_instruction_computed_once_changes_nothing(tiny_settings: dict[str, Any], prefix: str, readout: str) -> None:
     bituning = {"prefix": prefix, "readout": readout}
     results = []
@@ -99,7 +99,7 @@ def test_an_encoder_takes_either_order_but_no_reuse(tiny_settings: dict[str, Any
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["decoder", "encoder"])
-@pytest.mark.parametrize("prefix", ["mformer", "shared"])
+@pytest.mark.parametrize("prefix", ["mformer", "linear", "shared"])
 def test_a_deep_prefix_is_trained_and_costs_no_token(tiny_settings: dict[str, Any], prefix: str, causal: bool) -> None:
     model, inputs = build(tiny_settings, causal=causal, bituning={"prefix": prefix, "prefix_mode": "kv"})
     lengths: list[int] = []
@@ -115,7 +115,12 @@ def test_a_deep_prefix_is_trained_and_costs_no_token(tiny_settings: dict[str, An
     model.train()(model.builder.training_batch(rows, with_positives=True)).loss.backward()
     touched = {name for name, p in model.named_parameters() if p.grad is not None and float(p.grad.abs().max()) > 0}
     assert {"deep_prefix.down.weight", "deep_prefix.up.weight", "bituning.suffix_tokens"} <= touched
-    producer = {"mformer": "mformer.query_experts", "shared": "bituning.prefix_tokens"}[prefix]
+    producers = {
+        "mformer": "mformer.query_experts",
+        "linear": "linear_prefix.weight",
+        "shared": "bituning.prefix_tokens",
+    }
+    producer = producers[prefix]
     assert producer in touched
     assert not any(name.startswith("mformer.lm_projection") for name, _ in model.named_parameters())
 

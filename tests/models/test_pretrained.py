@@ -82,6 +82,22 @@ def test_a_saved_model_gives_identical_vectors(saved: tuple[LaserModel, Path]) -
     assert same(LaserModel.from_pretrained(str(folder)), model)
 
 
+def test_a_linear_prefix_is_saved_with_the_recommender_it_reads(
+    new_model: Callable[..., LaserModel], tmp_path: Path
+) -> None:
+    model = new_model(config={**CONFIG, "bituning": {"prefix": "linear"}})
+    model.eval().refresh_items()
+    model.save_pretrained(tmp_path / "laser")
+    loaded = LaserModel.from_pretrained(tmp_path / "laser")
+    assert same(loaded, model) and loaded.linear_prefix is not None and loaded.mformer is None
+    assert loaded.recommend(HISTORIES, 3) == model.recommend(HISTORIES, 3)
+    assert "Prefix: a linear map of the newest state of a frozen SASRec" in (
+        tmp_path / "laser" / "README.md"
+    ).read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match='recommender must be given when bituning.prefix is "linear", got None'):
+        new_model(recommender=None, config={**CONFIG, "bituning": {"prefix": "linear"}})
+
+
 def test_only_what_was_trained_is_written(saved: tuple[LaserModel, Path], tiny_lm: Path) -> None:
     model, folder = saved
     assert {path.name for path in folder.iterdir()} == {

@@ -152,7 +152,7 @@ def test_other_errors_pass_through() -> None:
 
 
 @pytest.mark.parametrize("order", ["prefix-first", "prompt-first"])
-@pytest.mark.parametrize("prefix", ["mformer", "shared", "none"])
+@pytest.mark.parametrize("prefix", ["mformer", "linear", "shared", "none"])
 def test_the_count_is_what_the_language_model_sees(tiny_settings: dict[str, Any], prefix: str, order: str) -> None:
     prompt = {"order": order, "reuse_instruction": False, "user_template": "red blue : {history} , saw"}
     no_pretraining = {**tiny_settings["training"], "pretrain": {"epochs": 0}}

@@ -167,6 +167,9 @@ def test_settings_that_save_memory_are_seen() -> None:
     assert eight.fixed["optimizer"] / plain.fixed["optimizer"] == pytest.approx(2.03125 / 8, rel=1e-4)
     again = plan(execution={"checkpoint_mformer": True})
     assert again.step["none"].kept.per_token < plain.step["none"].kept.per_token
+    linear = plan(bituning={"prefix": "linear"})
+    assert linear.row_tokens == plain.row_tokens
+    assert linear.step["none"].kept.per_token < plain.step["none"].kept.per_token
     alone = plan(objective={"item_gradient": "none", **PLAIN})
     assert alone.row_tokens < plain.row_tokens and len(alone.step["none"].moments) == 1
     on_cpu = estimate_memory(settings(), Workload(1000, 60, 30, 5), on_gpu=False, modes=["full", "offload"])

@@ -212,6 +212,12 @@ def test_cross_fitted_states_need_folds(tiny_settings: dict[str, Any], tiny_reco
         laser_rows(config, load_inputs(config))
 
 
+def test_a_linear_prefix_reads_the_same_states(tiny_settings: dict[str, Any], crossed: Path) -> None:
+    config = config_of(tiny_settings, crossed, bituning={"prefix": "linear"}, training={"pretrain": {"epochs": 0}})
+    folds = laser_rows(config, load_inputs(config)).folds
+    assert folds is not None and set(folds.tolist()) == {0, 1, 2}
+
+
 def test_a_prefix_that_reads_no_state_needs_no_folds(tiny_settings: dict[str, Any], crossed: Path) -> None:
     config = config_of(tiny_settings, crossed, bituning={"prefix": "shared"}, training={"pretrain": {"epochs": 0}})
     assert laser_rows(config, load_inputs(config)).folds is None

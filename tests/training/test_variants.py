@@ -73,7 +73,7 @@ def test_any_number_of_experts_trains_in_both_stages(
 
 
 @pytest.mark.parametrize("candidates", ["catalog", "sampled"])
-@pytest.mark.parametrize("prefix", ["shared", "none"])
+@pytest.mark.parametrize("prefix", ["linear", "shared", "none"])
 def test_without_mformer_the_rest_trains(tiny_settings: dict[str, Any], prefix: str, candidates: str) -> None:
     training = {**tiny_settings["training"], "pretrain": {"epochs": 0}}
     objective = {"num_negatives": 2, "candidates": candidates}
@@ -81,9 +81,8 @@ def test_without_mformer_the_rest_trains(tiny_settings: dict[str, Any], prefix: 
     model.refresh_items()
     batch = model.builder.training_batch(rows, with_positives=True, negatives=np.tile([[21, 22]], (12, 1)))
     moved, value = step(model, config, batch, stage_2(model))
-    assert moved == {"bituning.suffix_tokens", "head.weight", "head.bias"} | (
-        {"bituning.prefix_tokens"} if prefix == "shared" else set()
-    )
+    of_prefix = {"linear": {"linear_prefix.weight", "linear_prefix.tokens"}, "shared": {"bituning.prefix_tokens"}}
+    assert moved == {"bituning.suffix_tokens", "head.weight", "head.bias"} | of_prefix.get(prefix, set())
     assert np.isfinite(value)
 
 

@@ -15,9 +15,9 @@ _SETS = {
 
 def state_blocks(record: RunRecord, subject: Subject | None) -> list[Block]:
     """NDCG@10 and the spread of the states, in-sample, cross-fitted and as served; nothing where no state is read."""
-    if subject is None or subject.model.mformer is None:
+    if subject is None or subject.model.recommender is None:
         return []
-    blocks: list[Block] = [Heading("States that M-Former reads")]
+    blocks: list[Block] = [Heading("States that the prefix is written from")]
     gap: StateGap | None = getattr(subject.recommender, "gap", None)
     blocks.append(Paragraph(_which(record, subject)))
     if gap is None:
@@ -49,7 +49,7 @@ def _which(record: RunRecord, subject: Subject) -> str:
         )
     return (
         "Training rows were read with the whole recommender, which has seen their targets, so its states were better "
-        "in training than they are in service, and M-Former learned to trust them too much by that."
+        "in training than they are in service, and the prefix learned to trust them too much by that."
     )
 
 

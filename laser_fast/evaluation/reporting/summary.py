@@ -39,6 +39,7 @@ def _what_was_trained(record: RunRecord, subject: Subject | None) -> str:
     who = {
         "mformer": f"M-Former ({mformer.get('num_experts')} experts, {mformer.get('top_k')} for each user, "
         f"{mformer.get('num_queries')} virtual tokens) writes what an ID-based recommender knows about the user",
+        "linear": "a linear map writes what an ID-based recommender knows about the user",
         "shared": "one learned text of virtual tokens, the same for everybody, stands",
         "none": "nothing stands",
     }[prefix]
