@@ -229,6 +229,7 @@ def _compare(parsed: argparse.Namespace) -> None:
     temperature, seed = config.objective.temperature, config.training.seed
     cached = fit_text_line(read, inputs.split, counts, temperature=temperature, seed=seed)
     settings: dict[str, Any] = {"vectors": vectors, "cached": cached, "batch_size": config.evaluation.batch_size}
+    settings["tables"] = inputs.tables(config.evaluation)
     comparison = compare(model, inputs.split, counts, inputs.recommender, **settings)
     print(comparison)
     write_figures(parsed.output, comparison.to_dict())

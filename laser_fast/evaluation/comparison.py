@@ -51,6 +51,7 @@ def compare(
     counts: Tensor,
     recommender: Scorer | None = None,
     *,
+    tables: Mapping[str, Scorer] | None = None,
     cached: Scorer | None = None,
     vectors: Tensor | None = None,
     batch_size: int = 128,
@@ -60,19 +61,23 @@ def compare(
 
     The calibrated lines have the repeat and popularity terms that Laser has: on data without repeats these matter more
     than anything else. The fusion without training adds the zero-shot scores of the last item and of the whole history,
-    the recommender's score and, where Laser's score is calibrated, sequential rules and item neighbours, with the same
-    terms, all scalars fitted on validation: what Laser has to beat.
+    the recommender's score and the counted tables, with the same terms, all scalars fitted on validation: what Laser
+    has to beat.
 
     Args:
         counts: int64 [I], events of each item in the training part.
         recommender: the ID-based recommender; None leaves its line out.
+        tables: what Laser's calibrated score could add beside the recommender's, by its name there
+            (`training.build.Inputs.tables`); the fusion and the cached line may add it too.
         cached: the line of cached text vectors, trained without the language model (`training.text_line`); None leaves
-            it out. It too has the calibrated terms, the recommender's score where there is one, rules and neighbours.
+            it out. It too has the calibrated terms, the recommender's score where there is one, and the tables.
         vectors: float32 [I, d], unit text vectors for the lines without training; None = of the model's item prompts.
     """
 
+    counted = dict(tables or {})
+
     def calibrated(components: dict[str, Scorer]) -> Scorer:
-        names = tuple(name for name in components if name not in ("rules", "neighbors"))
+        names = tuple(name for name in components if name not in counted)
         return fit_calibration(
             components, split.valid, counts, standardize=names, batch_size=batch_size, progress=progress
         )
@@ -86,9 +91,6 @@ def compare(
         "ItemKNN": ItemKNN.fit(*train),
         "SequentialRules": SequentialRules.fit(*train),
     }
-    counted = {"rules": systems["SequentialRules"], "neighbors": systems["ItemKNN"]}
-    if model.calibration is None:
-        counted = {}
     if recommender is not None:
         name = type(recommender).__name__
         systems[name] = parts["recommender"] = recommender

@@ -237,11 +237,10 @@ def restore_calibration(
 
 
 def calibration_components(
-    model: "LaserModel", recommender: SequentialRecommender | None, tables: Mapping[str, ItemToItem | None]
+    model: "LaserModel", recommender: SequentialRecommender | None, tables: Mapping[str, ItemToItem]
 ) -> dict[str, Scorer]:
     """The scores that Laser's calibration adds up, by name."""
-    others: dict[str, Scorer | None] = {"recommender": recommender, **tables}
-    return {"laser": model} | {name: scorer for name, scorer in others.items() if scorer is not None}
+    return {"laser": model} | ({} if recommender is None else {"recommender": recommender}) | dict(tables)
 
 
 def _load_base(

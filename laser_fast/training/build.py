@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from laser_fast.config import LaserConfig, resolve_path
+from laser_fast.config import EvaluationConfig, LaserConfig, resolve_path
 from laser_fast.data import SequenceDataset, Split, make_split
 from laser_fast.models.adapter_files import Origin
 from laser_fast.models.assembly import build_execution, build_model_batches, check_tokens, laser_parts
 from laser_fast.models.base_model import describe_base
 from laser_fast.models.catalogue_texts import read_texts
-from laser_fast.models.item_to_item import ItemKNN, SequentialRules
+from laser_fast.models.item_to_item import ItemKNN, ItemToItem, SequentialRules
 from laser_fast.models.language_model import load_language_model as load_language_model
 from laser_fast.models.laser import LaserModel
 from laser_fast.models.pretrained import only_model
@@ -54,6 +54,13 @@ class Inputs:
             max_neighbors=_MAX_NEIGHBORS,
             max_history=_MAX_HISTORY,
         )
+
+    def tables(self, wanted: EvaluationConfig) -> dict[str, ItemToItem]:
+        """What was counted in the training part and may be added to a calibrated score, by its name there."""
+        if not wanted.calibrate:
+            return {}
+        found: dict[str, ItemToItem] = {"rules": self.rules} if wanted.sequential_rules else {}
+        return found | {"neighbors": self.neighbors} if wanted.neighbors else found
 
 
 def load_inputs(config: LaserConfig) -> Inputs:

@@ -243,10 +243,7 @@ def _calibrate(run: Run) -> tuple[CalibratedScorer, float]:
     inputs = run.inputs
     wanted = run.config.evaluation
     recommender = inputs.recommender if wanted.recommender_score else None
-    tables = {
-        "rules": inputs.rules if wanted.sequential_rules else None,
-        "neighbors": inputs.neighbors if wanted.neighbors else None,
-    }
+    tables = inputs.tables(wanted)
     components = calibration_components(run.model, recommender, tables)
     counts = torch.from_numpy(training_counts(inputs.split, run.model.num_items))
     fitted, value = search_calibration(
