@@ -142,6 +142,9 @@ def test_figures_are_those_of_the_evaluation(run: tuple[Path, Subject], report: 
     kept = json.loads((folder / "checkpoint" / "laser.json").read_text())
     assert f"validation NDCG@10 {kept['validation']['NDCG@10']:.4f}" in text
     assert "SASRec, calibrated" in text and "zero-shot LM" in text
+    assert subject.model.calibration is not None
+    for term, weight in subject.model.calibration.calibration.weights.items():
+        assert re.search(rf"{term}\s+{re.escape(f'{weight:.3g}')}\s", text)
     for fact in (
         subject.split.hash,
         subject.split.rule,

@@ -1,4 +1,4 @@
-"""The part of a report about the states that M-Former reads, and the sentence where it does not know."""
+"""The part of a report about the states that the prefix is written from, and the sentence where it does not know."""
 
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,11 +16,11 @@ _GAP = StateGap(2000, 0.4473, 0.4152, 0.1119, 0.1111, _SPREADS)
 
 
 def blocks_of(
-    gap: StateGap | None, *, states: str | None = "auto", folds: bool = True, mformer: bool = True
+    gap: StateGap | None, *, states: str | None = "auto", folds: bool = True, read: bool = True
 ) -> list[Block]:
     recommender = SimpleNamespace(gap=gap, cross_fitted=object() if folds else None)
     subject: Any = SimpleNamespace(
-        model=SimpleNamespace(mformer=object() if mformer else None),
+        model=SimpleNamespace(recommender=object() if read else None),
         recommender=recommender,
         split=SimpleNamespace(valid=range(3285)),
     )
@@ -52,4 +52,4 @@ def test_it_says_when_the_states_had_seen_the_targets(states: str | None, folds:
 def test_what_was_not_measured_is_said_and_what_is_not_read_is_not() -> None:
     last = blocks_of(None)[-1]
     assert isinstance(last, Paragraph) and "was not measured: the recommender's folder does not tell" in last.text
-    assert blocks_of(_GAP, mformer=False) == [] == state_blocks(cast(RunRecord, None), None)
+    assert blocks_of(_GAP, read=False) == [] == state_blocks(cast(RunRecord, None), None)

@@ -1,9 +1,10 @@
-"""What a reader needs to do the run again: data, split, the recommender's states, environment, configuration."""
+"""What a reader needs to do the run again: data, split, score, the recommender's states, environment, configuration."""
 
 from typing import Any
 
 from laser_fast.evaluation.reporting.document import Block, Heading, Listing, Paragraph, Section, Table
 from laser_fast.evaluation.reporting.run_record import RunRecord
+from laser_fast.evaluation.reporting.score_terms import score_blocks
 from laser_fast.evaluation.reporting.states import state_blocks
 from laser_fast.evaluation.reporting.subject import Subject
 
@@ -27,6 +28,7 @@ def setup_section(record: RunRecord, subject: Subject | None) -> Section:
             ("training / validation / test rows", _rows(subject)),
         ]
         blocks.append(_facts(facts))
+    blocks += score_blocks(subject)
     blocks += state_blocks(record, subject)
     blocks.append(Heading("Environment of the training"))
     environment = dict(record.environment)
