@@ -18,9 +18,10 @@ import shlex
 import sys
 from pathlib import Path
 
-from bench.studying.results import markdown, report_of, summary
-from bench.studying.runs import lines, read_texts_once, run_variant
-from bench.studying.variants import VARIANTS
+from studying.results import markdown, report_of, summary
+from studying.runs import is_kept, lines, read_texts_once, run_variant
+from studying.variants import VARIANTS
+
 from laser_fast.config import LaserConfig
 from laser_fast.settings import load_config
 
@@ -32,9 +33,11 @@ def main() -> None:
     parser.add_argument("--work", required=True, help="folder for the runs")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=3, help="runs with seeds 0..SEEDS-1")
+    parser.add_argument("--kept", action="store_true", help="train nothing: report the runs that the folder has")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
     parser.add_argument("--out", help="JSON file to write")
     parser.add_argument("--markdown", action="store_true", help="print the table as it stands in the documentation")
+    parser.add_argument("--questions", action="store_true", help="a line for every variant, with the question it asks")
     arguments = parser.parse_args()
     work = Path(arguments.work)
     work.mkdir(parents=True, exist_ok=True)
@@ -42,9 +45,11 @@ def main() -> None:
     config = load_config(LaserConfig, arguments.config, [*arguments.set, f"output={work / 'unused'}"])
     results = {"lines": lines(config, work)}
     for name in arguments.variants:
-        results[name] = [run_variant(config, VARIANTS[name], seed, work) for seed in range(arguments.seeds)]
+        seeds = [seed for seed in range(arguments.seeds) if not arguments.kept or is_kept(VARIANTS[name], seed, work)]
+        results[name] = [run_variant(config, VARIANTS[name], seed, work) for seed in seeds]
+    results = {name: runs for name, runs in results.items() if runs}
     report = report_of(config, results, shlex.join(["python", *sys.argv]))
-    print(markdown(report) if arguments.markdown else summary(report))
+    print((markdown if arguments.markdown else summary)(report, by_question=arguments.questions))
     if arguments.out:
         Path(arguments.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

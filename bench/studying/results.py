@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.studying.runs import METRIC
-from bench.studying.variants import CACHED, REFERENCE, VARIANTS
 from laser_fast.config import LaserConfig
 from laser_fast.evaluation.metrics import aligned, rank_values
 from laser_fast.training.run_directory import describe_environment
+from studying.runs import METRIC, WHOLE
+from studying.variants import CACHED, REFERENCE, VARIANTS
 
 
 def report_of(config: LaserConfig, results: dict[str, Any], command: str) -> dict[str, Any]:
@@ -31,8 +31,8 @@ def report_of(config: LaserConfig, results: dict[str, Any], command: str) -> dic
                     for kind in kinds
                     if kind in results[other][0]
                 }
-                for other in (REFERENCE, CACHED)
-                if other in results and other != name and len(results[other]) == len(runs)
+                for other in dict.fromkeys((REFERENCE, CACHED, VARIANTS[name].against))
+                if other in results and other != name
             },
         }
     return {
@@ -73,24 +73,25 @@ def _figures(entries: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _difference(entries: list[dict[str, Any]], others: list[dict[str, Any]]) -> dict[str, Any]:
-    """Paired over rows, seeds averaged first."""
+    """Paired over rows, the seeds that both have averaged first."""
+    both = min(len(entries), len(others))
     return {
         metric: _mean(
-            torch.stack([_values(entry, metric) for entry in entries]).mean(dim=0)
-            - torch.stack([_values(entry, metric) for entry in others]).mean(dim=0)
+            torch.stack([_values(entry, metric) for entry in entries[:both]]).mean(dim=0)
+            - torch.stack([_values(entry, metric) for entry in others[:both]]).mean(dim=0)
         )
         for metric in _metrics(entries[0])
     }
 
 
-def summary(report: dict[str, Any]) -> str:
-    """The table as aligned text."""
-    return aligned(_table(report))
+def summary(report: dict[str, Any], *, by_question: bool = False) -> str:
+    """The table as aligned text: a line for every system, or for every question."""
+    return aligned(_questions(report) if by_question else _table(report))
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """The table for a page."""
-    head, *rows = _table(report)
+def markdown(report: dict[str, Any], *, by_question: bool = False) -> str:
+    """The same table for a page."""
+    head, *rows = _questions(report) if by_question else _table(report)
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -109,6 +110,27 @@ def _table(report: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _questions(report: dict[str, Any]) -> list[list[str]]:
+    """A head, then for every variant its means and how far they are from those of the variant it asks about."""
+    kinds = [
+        kind for kind in ("cosine only", "", WHOLE) if all(kind in v["systems"] for v in report["variants"].values())
+    ]
+    named = [kind or "calibrated" for kind in kinds]
+    rows = [["variant", "question", "seeds", *named, "against", *(f"{name}, difference" for name in named)]]
+    for name, variant in report["variants"].items():
+        means = [f"{_main(variant['systems'][kind])['mean']:.4f}" for kind in kinds]
+        found = variant["differences"].get(VARIANTS[name].against)
+        against = "" if found is None else VARIANTS[name].against
+        differences = ["" if found is None else _signed(found[kind]) for kind in kinds]
+        rows.append([name, variant["question"], str(len(variant["seconds"])), *means, against, *differences])
+    return rows
+
+
+def _main(figures: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = figures.get(METRIC) or figures["HR@1"]
+    return found
+
+
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
@@ -124,5 +146,5 @@ def _shown(figures: dict[str, Any]) -> str:
 def _signed(difference: dict[str, Any] | None) -> str:
     if difference is None:
         return ""
-    value = difference.get(METRIC) or difference["HR@1"]
+    value = _main(difference)
     return f"{value['mean']:+.4f} ± {value['standard_error']:.4f}"

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bench.studying.variants import CACHED, VARIANTS, Variant
 from laser_fast.config import LaserConfig, build_config
 from laser_fast.data import EvaluationRows, PackedSequences, Split
 from laser_fast.data.folders import write_json
@@ -25,6 +24,7 @@ from laser_fast.nn.frozen_lm import FrozenLM
 from laser_fast.settings import apply_overrides
 from laser_fast.training.build import build_laser, load_inputs, load_language_model, training_counts
 from laser_fast.training.laser import train_laser
+from studying.variants import CACHED, VARIANTS, Variant
 
 Ranked = dict[str, Any]
 """Of one system: "valid", the NDCG@10 it was fitted to on validation rows, and "ranks" of the rows that count."""
@@ -53,6 +53,11 @@ def read_texts_once(work: Path) -> None:
 def folder_of(work: Path, variant: Variant, seed: int) -> Path:
     """Where a run is kept."""
     return work / f"{re.sub(r'[^a-z0-9]+', '-', variant.name.lower()).strip('-')}-{seed}"
+
+
+def is_kept(variant: Variant, seed: int, work: Path) -> bool:
+    """Whether a run was trained and ranked, by an earlier command."""
+    return folder_of(work, variant, seed).with_suffix(".json").is_file()
 
 
 class Remembered:
@@ -94,6 +99,8 @@ def run_variant(config: LaserConfig, variant: Variant, seed: int, work: Path) ->
     values = config.model_dump(mode="json")
     settings = [f"{key}={json.dumps(value)}" for key, value in variant.settings.items()]
     values = apply_overrides(values, [*settings, f"output={folder}", f"training.seed={seed}"])
+    if variant.recommender:
+        values["recommender"] += variant.recommender
     if not variant.own_text:
         run_variant(config, VARIANTS[CACHED], seed, work)
         values["text"]["initialize_from"] = str(folder_of(work, VARIANTS[CACHED], seed))

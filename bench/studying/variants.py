@@ -5,6 +5,7 @@ from typing import Any
 
 REFERENCE = "shared prefix"
 CACHED = "cached text line"
+MFORMER = "M-Former, cross-fitted states"
 _MFORMER = {"bituning.prefix": "mformer"}
 
 
@@ -14,15 +15,19 @@ class Variant:
 
     Attributes:
         name: in tables and file names.
-        question: what its difference to the reference answers.
+        question: what its difference to the variant `against` answers.
         settings: dotted keys of the configuration.
         own_text: trains its text residual itself, instead of beginning with that of the cached line.
+        against: name of another variant.
+        recommender: what the name of its recommender's folder ends in, behind that of the configuration.
     """
 
     name: str
     question: str
     settings: dict[str, Any]
     own_text: bool = False
+    against: str = REFERENCE
+    recommender: str = ""
 
 
 _ALL = (
@@ -43,21 +48,42 @@ _ALL = (
         "linear prefix, in-sample states",
         "and from those of the published recipe",
         {"bituning.prefix": "linear", "mformer.states": "in-sample"},
+        against="linear prefix",
     ),
     Variant(
-        "M-Former, cross-fitted states",
+        MFORMER,
         "a prefix per user from states that have not seen the user",
         _MFORMER | {"mformer.states": "cross-fitted"},
     ),
-    Variant("M-Former, in-sample states", "the published recipe's states", _MFORMER | {"mformer.states": "in-sample"}),
+    Variant(
+        "M-Former, folds with the full model's items",
+        "fold designs: folds that share the finished item embeddings",
+        _MFORMER | {"mformer.states": "cross-fitted"},
+        against=MFORMER,
+        recommender="-shared",
+    ),
+    Variant(
+        "M-Former, folds from starts of their own",
+        "and folds whose states are not rotated onto those of the full model",
+        _MFORMER | {"mformer.states": "cross-fitted"},
+        against=MFORMER,
+        recommender="-own",
+    ),
+    Variant(
+        "M-Former, in-sample states",
+        "the published recipe's states",
+        _MFORMER | {"mformer.states": "in-sample"},
+        against=MFORMER,
+    ),
     Variant(
         "M-Former, 1 expert",
         "a querying transformer without a mixture",
         _MFORMER | {"mformer.num_experts": 1, "mformer.top_k": 1},
+        against=MFORMER,
     ),
-    Variant("M-Former, k = 1", "one expert a user", _MFORMER | {"mformer.top_k": 1}),
-    Variant("M-Former, k = 3", "three experts a user", _MFORMER | {"mformer.top_k": 3}),
-    Variant("M-Former, stage 1", "M-Former pre-trained", _MFORMER | {"training.pretrain.epochs": 1}),
+    Variant("M-Former, k = 1", "one expert a user", _MFORMER | {"mformer.top_k": 1}, against=MFORMER),
+    Variant("M-Former, k = 3", "three experts a user", _MFORMER | {"mformer.top_k": 3}, against=MFORMER),
+    Variant("M-Former, stage 1", "M-Former pre-trained", _MFORMER | {"training.pretrain.epochs": 1}, against=MFORMER),
     Variant("read-out at the suffix", "suffix or mean", {"bituning.prefix": "shared", "bituning.readout": "suffix"}),
     Variant(
         "items by the language model",
@@ -87,6 +113,7 @@ _ALL = (
             "objective.popularity": False,
         },
         own_text=True,
+        against="M-Former, in-sample states",
     ),
 )
 VARIANTS = {variant.name: variant for variant in _ALL}

@@ -1,6 +1,9 @@
 """The study from end to end on tiny data: runs are kept, differences are paired, figures are those of the rows."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +12,18 @@ import pytest
 import torch
 import yaml
 
-from bench import study
-from bench.studying import runs
-from bench.studying.results import markdown, report_of
-from bench.studying.variants import CACHED, REFERENCE, VARIANTS
 from laser_fast.config import LaserConfig, build_config
 from laser_fast.evaluation import evaluate, rank_values
 from laser_fast.models import Popularity
 from laser_fast.models.catalogue_texts import CatalogueTexts
 from laser_fast.training.build import load_inputs
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
+
+import study
+from studying import runs
+from studying.results import markdown, report_of
+from studying.variants import CACHED, REFERENCE, VARIANTS
 
 
 @pytest.fixture
@@ -58,6 +64,23 @@ def test_a_study_is_run_once_and_says_what_it_measured(
     paired = values["shared-prefix"] - values["cached-text-line"]
     assert difference["mean"] == pytest.approx(float(paired.mean()))
     assert difference["standard_error"] == pytest.approx(float(paired.std()) / len(paired) ** 0.5)
+    (work / "cached-text-line-1.json").unlink()
+    wanted = [*arguments, "--kept", "--questions", "--markdown", "--variants", CACHED, REFERENCE, "no prefix"]
+    monkeypatch.setattr("sys.argv", wanted)
+    study.main()
+    table = capsys.readouterr().out
+    assert "seed 1:" not in table and not (work / "cached-text-line-1.json").exists()  # nothing was trained for it
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert [row[:3] for row in rows] == [
+        [CACHED, VARIANTS[CACHED].question, "1"],
+        [REFERENCE, VARIANTS[REFERENCE].question, "2"],
+    ]
+    first_seeds = [rank_values(torch.tensor(kept[name][0][""]["ranks"]), "NDCG@10") for name in FOLDERS]
+    assert rows[0][head.index("against")] == REFERENCE and rows[1][head.index("against")] == ""
+    shown = rows[0][head.index("calibrated, difference")]
+    assert float(shown.split(" ± ")[0]) == pytest.approx(
+        float((first_seeds[1] - first_seeds[0]).mean()), abs=6e-5
+    )  # of the seed that both have
 
 
 FOLDERS = ("shared-prefix", "cached-text-line")
@@ -92,7 +115,8 @@ def test_variants_are_settings_the_library_knows(config_file: Path) -> None:
         settings = [f"{key}={json.dumps(value)}" for key, value in variant.settings.items()]
         changed = runs.apply_overrides(json.loads(json.dumps(base)), settings)
         build_config(LaserConfig, changed)
-        assert changed != base or variant.name == "M-Former, cross-fitted states"
+        assert changed != base or variant.recommender or variant.name == "M-Former, cross-fitted states"
+        assert variant.against in VARIANTS
 
 
 def test_the_page_has_the_table(config_file: Path) -> None:
@@ -100,3 +124,10 @@ def test_the_page_has_the_table(config_file: Path) -> None:
     entry = {"valid": 0.5, "ranks": [1, 2, 30]}
     page = markdown(report_of(config, {"lines": {"a line": entry}}, "a command"))
     assert page.splitlines()[2].startswith("| a line | 0.5000 | HR@10 0.6667 ± 0.3333, NDCG@10 0.5436 ±")
+
+
+def test_it_starts_from_a_clone_as_it_is_documented(tmp_path: Path) -> None:
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HOME": str(tmp_path)}
+    command = [sys.executable, str(study.__file__), "--help"]
+    printed = subprocess.run(command, cwd=tmp_path, env=alone, capture_output=True, text=True, check=True).stdout
+    assert "--variants" in printed and "--kept" in printed
