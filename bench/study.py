@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from studying.results import markdown, report_of, summary
-from studying.runs import is_kept, lines, read_texts_once, run_variant
+from studying.runs import encode_users_once, is_kept, lines, read_texts_once, run_variant
 from studying.variants import VARIANTS
 
 from laser_fast.config import LaserConfig
@@ -42,6 +42,7 @@ def main() -> None:
     work = Path(arguments.work)
     work.mkdir(parents=True, exist_ok=True)
     read_texts_once(work)
+    encode_users_once()
     config = load_config(LaserConfig, arguments.config, [*arguments.set, f"output={work / 'unused'}"])
     results = {"lines": lines(config, work)}
     for name in arguments.variants:

@@ -6,6 +6,7 @@ import re
 import time
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -48,6 +49,24 @@ def read_texts_once(work: Path) -> None:
         return load_file(known)["vectors"]
 
     CatalogueTexts.vectors = vectors  # type: ignore[method-assign]
+
+
+def encode_users_once() -> None:
+    """Let a model encode a history once for the weights it has: validation rows are scored in training and after it."""
+    compute = LaserModel.encode_users
+    known: WeakKeyDictionary[LaserModel, dict[bytes, Tensor]] = WeakKeyDictionary()
+
+    def encode_users(self: LaserModel, histories: PackedSequences, *, batch_size: int = 128) -> Tensor:
+        trained = [parameter.detach().cpu().numpy() for parameter in self.parameters() if parameter.requires_grad]
+        weights = hashlib.sha256(b"".join(values.tobytes() for values in trained)).digest()
+        users = known.setdefault(self, {})
+        keys = [weights + histories[row].tobytes() for row in range(len(histories))]
+        new = [row for row, key in enumerate(keys) if key not in users]
+        encoded = compute(self, histories.select(new), batch_size=batch_size)
+        users.update(zip((keys[row] for row in new), encoded, strict=True))
+        return torch.stack([users[key] for key in keys]) if keys else encoded
+
+    LaserModel.encode_users = encode_users  # type: ignore[method-assign]
 
 
 def folder_of(work: Path, variant: Variant, seed: int) -> Path:

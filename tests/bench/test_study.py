@@ -14,9 +14,9 @@ import yaml
 
 from laser_fast.config import LaserConfig, build_config
 from laser_fast.evaluation import evaluate, rank_values
-from laser_fast.models import Popularity
+from laser_fast.models import LaserModel, Popularity
 from laser_fast.models.catalogue_texts import CatalogueTexts
-from laser_fast.training.build import load_inputs
+from laser_fast.training.build import build_laser, load_inputs, load_language_model
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 
@@ -39,7 +39,8 @@ def config_file(tiny_settings: dict[str, Any], tmp_path: Path) -> Path:
 def test_a_study_is_run_once_and_says_what_it_measured(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(CatalogueTexts, "vectors", CatalogueTexts.vectors)  # put back afterwards
+    for place, name in ((CatalogueTexts, "vectors"), (LaserModel, "encode_users")):
+        monkeypatch.setattr(place, name, getattr(place, name))  # put back afterwards
     out, work = tmp_path / "out.json", tmp_path / "work"
     arguments = ["study", "--config", str(config_file), "--work", str(work), "--seeds", "2", "--out", str(out)]
     monkeypatch.setattr("sys.argv", [*arguments, "--variants", CACHED, REFERENCE])
@@ -84,6 +85,32 @@ def test_a_study_is_run_once_and_says_what_it_measured(
 
 
 FOLDERS = ("shared-prefix", "cached-text-line")
+
+
+def test_users_are_encoded_once_for_the_same_weights(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = build_config(LaserConfig, yaml.safe_load(config_file.read_text()))
+    inputs = load_inputs(config)
+    model = build_laser(config, inputs, *load_language_model(config.lm)).eval()
+    histories = inputs.split.test.histories
+    expected = model.encode_users(histories)
+    encoded: list[int] = []
+    plain = LaserModel.encode_users
+
+    def counting(self: LaserModel, asked: Any, **options: Any) -> Any:
+        encoded.append(len(asked))
+        return plain(self, asked, **options)
+
+    monkeypatch.setattr(LaserModel, "encode_users", counting)
+    runs.encode_users_once()
+    torch.testing.assert_close(model.encode_users(histories.select(range(4))), expected[:4])
+    torch.testing.assert_close(model.encode_users(histories), expected)
+    different = len({histories[row].tobytes() for row in range(len(histories))})
+    assert sum(encoded) <= len(histories) and sum(encoded) >= different
+    torch.testing.assert_close(model.encode_users(histories), expected)
+    assert encoded[-1] == 0
+    with torch.no_grad():
+        model.bituning.suffix_tokens.add_(1.0)
+    assert not torch.allclose(model.encode_users(histories), expected) and encoded[-1] > 0
 
 
 def test_without_test_rows_no_row_is_ranked_by_scalars_fitted_on_it(
