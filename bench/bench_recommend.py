@@ -1,7 +1,8 @@
 """The ten best items by a calibrated score: searched as inner products, against all scores of the catalogue, sorted.
 
 What both do alike is left out: the language model, whose embeddings of the users are given. The recommender reads the
-histories in both. Both forms recommend the same before they are timed.
+histories in both. Both forms recommend the same before they are timed. With "rules" sequential rules are a part of the
+score: for most items they say nothing, which the search makes use of.
 """
 
 from __future__ import annotations
@@ -16,14 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from laser_fast.data import PackedSequences
-from laser_fast.models import CalibratedScorer, Calibration, SASRec
+from laser_fast.models import CalibratedScorer, Calibration, SASRec, SequentialRules
 from laser_fast.models.inner_product import InnerProductIndex, ScoreBlock, packed_tensors
 from laser_fast.models.requests import best_items
 
 Compare = Callable[..., dict[str, float]]
+Tables = dict[str, SequentialRules]
 
-# device, users of a request, items, width of the embeddings
-CASES = [("cpu", 1, 100_000, 384), ("cpu", 64, 100_000, 384), ("cuda", 1, 10**6, 1024), ("cuda", 64, 10**6, 1024)]
+# device, users of a request, items, width of the embeddings, whether rules are added
+CASES = [
+    ("cpu", 1, 100_000, 384, "plain"),
+    ("cpu", 64, 100_000, 384, "plain"),
+    ("cpu", 64, 100_000, 384, "rules"),
+    ("cuda", 1, 10**6, 1024, "plain"),
+    ("cuda", 64, 10**6, 1024, "plain"),
+    ("cuda", 64, 10**6, 1024, "rules"),
+]
 _K, _TEMPERATURE, _WEIGHT, _WIDTH = 10, 0.05, 2.0, 64
 
 
@@ -45,17 +54,17 @@ class Cosine:
 
 
 def matrix_form(
-    laser: Cosine, recommender: SASRec, settings: Calibration, histories: PackedSequences
+    laser: Cosine, recommender: SASRec, tables: Tables, settings: Calibration, histories: PackedSequences
 ) -> Callable[[], tuple[Tensor, Tensor]]:
     """All scores, sorted."""
     counts = torch.arange(laser.num_items) % 97
-    scorer = CalibratedScorer({"laser": laser, "recommender": recommender}, settings, counts)
+    scorer = CalibratedScorer({"laser": laser, "recommender": recommender, **tables}, settings, counts)
     packed = packed_tensors(histories, laser.users.device)
     return lambda: best_items(scorer.score(*packed), _K)
 
 
 def search_form(
-    laser: Cosine, recommender: SASRec, settings: Calibration, histories: PackedSequences
+    laser: Cosine, recommender: SASRec, tables: Tables, settings: Calibration, histories: PackedSequences
 ) -> Callable[[], tuple[Tensor, Tensor]]:
     """The index, made once, and a search in it."""
     device = laser.users.device
@@ -74,13 +83,14 @@ def search_form(
         ),
         ScoreBlock(log_counts, lambda histories: torch.ones(len(histories), 1), settings.popularity_weight),
     ]
-    index = InnerProductIndex(blocks, history_bias=settings.history_bias, last_bias=settings.last_bias)
+    rules = [(table, settings.weights[name]) for name, table in tables.items()]
+    index = InnerProductIndex(blocks, history_bias=settings.history_bias, last_bias=settings.last_bias, rules=rules)
     return lambda: index.search(histories, _K)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_recommend(case: tuple[str, int, int, int], device: torch.device, compare: Compare) -> None:
-    wanted_device, users, items, width = case
+def test_recommend(case: tuple[str, int, int, int, str], device: torch.device, compare: Compare) -> None:
+    wanted_device, users, items, width, kind = case
     if wanted_device != device.type:
         pytest.skip("needs a CUDA device, and torch sees none" if wanted_device == "cuda" else "a workload for the CPU")
     generator = torch.Generator(device).manual_seed(0)
@@ -93,8 +103,14 @@ def test_recommend(case: tuple[str, int, int, int], device: torch.device, compar
         recommender = SASRec(items, width=_WIDTH).to(device).eval()
     draw = np.random.default_rng(2)
     histories = PackedSequences.from_lists([draw.integers(0, items, draw.integers(1, 51)) for _ in range(users)])
-    settings = Calibration({"laser": 1.0, "recommender": _WEIGHT}, ("recommender",), -4.0, -2.0, 0.3)
-    matrix, search = (form(laser, recommender, settings, histories) for form in (matrix_form, search_form))
+    tables: Tables = {}
+    if kind == "rules":  # of a log with as many events as items, so that an item has ten or so followers
+        log = [draw.integers(0, items, 50) for _ in range(items // 50)]
+        packed = packed_tensors(PackedSequences.from_lists(log), torch.device("cpu"))
+        tables["rules"] = SequentialRules.fit(*packed, items)
+    weights = {"laser": 1.0, "recommender": _WEIGHT} | dict.fromkeys(tables, 3.0)
+    settings = Calibration(weights, ("recommender",), -4.0, -2.0, 0.3)
+    matrix, search = (form(laser, recommender, tables, settings, histories) for form in (matrix_form, search_form))
     (found, names), (expected, wanted) = search(), matrix()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert float((names == wanted).float().mean()) > 0.99  # two may be as good as equal
@@ -102,5 +118,5 @@ def test_recommend(case: tuple[str, int, int, int], device: torch.device, compar
         search,
         {"matrix": matrix},
         moved_bytes=items * (width + _WIDTH + 1) * 4,
-        shape={"users": users, "items": items, "width": width, "k": _K, "dtype": "torch.float32"},
+        shape={"users": users, "items": items, "width": width, "k": _K, "score": kind, "dtype": "torch.float32"},
     )
