@@ -18,7 +18,7 @@ from laser_fast.models.recommender import check_histories, newest_items
 Array = Tensor | np.ndarray
 
 _ITEMS_PER_BLOCK = 4096  # items whose neighbours are found at a time
-_EVENTS_PER_BLOCK = 2**20  # events whose followers are counted at a time
+_EVENTS_PER_BLOCK = 2**18  # events whose followers are counted at a time
 
 
 class ItemToItem:
@@ -143,7 +143,7 @@ class SequentialRules(ItemToItem):
         cu_seqlens: Array,
         num_items: int,
         *,
-        max_gap: int = 10,
+        max_gap: int = 30,
         decay: float = 0.5,
         max_neighbors: int = 200,
         max_history: int = 10,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # of the item neighbours that the calibrated score adds: they are saved with it
 _MAX_NEIGHBORS = 200
 _MAX_HISTORY = 20
+_SHRINKAGE = 0.0  # it would leave nothing of the rare pairs that a short log consists of
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Inputs:
             self.dataset.num_items,
             max_neighbors=_MAX_NEIGHBORS,
             max_history=_MAX_HISTORY,
+            shrinkage=_SHRINKAGE,
         )
 
     def tables(self, wanted: EvaluationConfig) -> dict[str, ItemToItem]:
