@@ -5,11 +5,14 @@
         --variants "cached text line" "shared prefix" "M-Former, cross-fitted states" --seeds 3 \
         --out bench/results/cpu/study-amazon-scientific.json
 
-The configuration names data, recommender and language model. Every finished run stays in `--work` and is not repeated,
-so a study may be stopped and gone on with. Scalars of the calibrated score are fitted on the validation rows; test rows
-are ranked once per run. On data without test rows the validation rows are the ones that are ranked, half of them by
-scalars fitted on the other half; the epoch was still chosen on all of them. With `OMP_NUM_THREADS=1` the figures are
-those of one thread.
+The configuration names data, recommender and language model; the two variants of fold designs read recommenders beside
+it, `recommender train ... runs/study/sasrec-shared --folds 3 --set fold_items=shared` and `-own` with `fold_items=own`.
+Every finished run stays in `--work` and is not repeated, so a study may be stopped and gone on with; with `--kept`
+nothing is trained, and what is there is reported.
+
+Scalars of the calibrated score are fitted on the validation rows; test rows are ranked once per run. On data without
+test rows the validation rows are the ones that are ranked, half of them by scalars fitted on the other half; the epoch
+was still chosen on all of them. With `OMP_NUM_THREADS=1` the figures are those of one thread.
 """
 
 import argparse
