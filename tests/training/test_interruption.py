@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,7 +11,15 @@ import pytest
 from laser_fast.training.interruption import Interruption
 
 
-def test_a_second_signal_acts_as_always() -> None:
+@pytest.fixture
+def in_the_foreground() -> Iterator[None]:
+    """Ctrl-C as Python has it, where the tests themselves were started in the background, with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_signal_acts_as_always(in_the_foreground: None) -> None:
     with Interruption() as interruption:
         os.kill(os.getpid(), signal.SIGINT)
         assert interruption.requested
