@@ -27,7 +27,8 @@ _METRIC = "NDCG@10"
 _HISTORY, _LAST, _POPULARITY = "history_bias", "last_bias", "popularity_weight"
 _FACTORS = ((0.6, 0.8, 1.0, 1.25, 1.6), (0.6, 0.8, 1.0, 1.25, 1.6), (0.7, 0.85, 1.0, 1.18, 1.4))  # of each round
 _NEWTON_STEPS = 30
-_LARGEST_STEP = 3.0  # of a scalar, in units of the first component's deviation: far from the maximum Newton overshoots
+_HALVINGS = 30  # of a Newton step, which far from the maximum overshoots and would never arrive
+_SUFFICIENT = 1e-4  # share of the decrease that a straight line promises
 _RIDGE = 1e-4  # keeps scalars finite where the rows do not bound them
 _ROWS_PER_CHUNK = 64  # a chunk of scores stays in the cache while a whole grid is tried on it
 _SCORES_PER_CHUNK = 2**22  # of one term, at most, in a chunk of several rows
@@ -109,20 +110,34 @@ def _likeliest(terms: _Terms, non_negative: list[str]) -> dict[str, float]:
     """
     free = list(terms.names)
     while True:
-        found = torch.zeros(len(free), dtype=torch.float64)
-        for _ in range(_NEWTON_STEPS):
-            gradient, curvature = terms.derivatives(free, found)
-            gradient += _RIDGE * found
-            step = torch.linalg.solve(curvature + _RIDGE * torch.eye(len(free), dtype=torch.float64), gradient)
-            length = float(step.abs().max())
-            found -= step * min(1.0, _LARGEST_STEP / max(length, _LARGEST_STEP))
-            if length < 1e-3:
-                break
-        values = dict(zip(free, found.tolist(), strict=True))
+        values = dict(zip(free, _minimum(terms, free).tolist(), strict=True))
         wrong = [name for name in free if name in non_negative and values[name] < 0]
         if not wrong:
             return dict.fromkeys(terms.names, 0.0) | values
         free.remove(min(wrong, key=values.__getitem__))
+
+
+def _minimum(terms: _Terms, names: list[str]) -> Tensor:
+    """Scalars of `names` with the lowest cross-entropy: float64 [T]. Newton steps, each halved until it helps."""
+    found = torch.zeros(len(names), dtype=torch.float64)
+    loss = terms.cross_entropy(names, found)
+    for _ in range(_NEWTON_STEPS):
+        gradient, curvature = terms.derivatives(names, found)
+        gradient += _RIDGE * found
+        step = torch.linalg.solve(curvature + _RIDGE * torch.eye(len(names), dtype=torch.float64), gradient)
+        promised = float(gradient @ step)
+        for halving in range(_HALVINGS):
+            share = 0.5**halving
+            trial = found - share * step
+            reached = terms.cross_entropy(names, trial) + 0.5 * _RIDGE * float(trial @ trial)
+            if reached <= loss - _SUFFICIENT * share * promised:
+                found, loss = trial, reached
+                break
+        else:
+            return found  # no step helps: rounding is all that is left
+        if float(step.abs().max()) < 1e-3:
+            return found
+    return found
 
 
 def _climb(terms: _Terms, values: dict[str, float], progress: bool) -> tuple[dict[str, float], float]:
@@ -204,6 +219,17 @@ class _Terms:
                 ranks = (scores >= scores.gather(1, targets)).sum(dim=1)
                 totals[place] += rank_values(ranks, _METRIC).sum()
         return (totals / self.targets.numel()).tolist()
+
+    def cross_entropy(self, names: list[str], values: Tensor) -> float:
+        """Mean cross-entropy of the targets in the softmax over the catalogue, of the T terms `names` alone."""
+        total = 0.0
+        for chunk in self._chunks():
+            scores = torch.zeros(len(chunk), self.num_items)
+            for name, value in zip(names, values.tolist(), strict=True):
+                scores += value * self._term(name, chunk)
+            of_targets = scores.gather(1, self.targets[chunk][:, None])[:, 0]
+            total += float((scores.logsumexp(dim=1) - of_targets).double().sum())
+        return total / self.targets.numel()
 
     def derivatives(self, names: list[str], values: Tensor) -> tuple[Tensor, Tensor]:
         """Of the mean cross-entropy of the targets in the softmax over the catalogue: gradient [T], curvature [T, T].

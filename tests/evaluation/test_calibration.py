@@ -112,6 +112,28 @@ def test_the_search_begins_where_the_targets_are_most_likely() -> None:
         assert abs(slope) < 2e-3 or (values[name] == 0 and slope > 0)
 
 
+@pytest.mark.parametrize("spike", [3.0, 30.0, 300.0])
+def test_a_component_that_says_little_and_that_loudly_is_not_lost(spike: float) -> None:
+    """Newton's method alone runs in circles here, and a circle may end where the component seems to mislead."""
+    first, second = _noise(5), _noise(6)
+    loud = torch.where(second >= second.topk(8, dim=1).values[:, -1:], second.exp() * spike, 0.0)
+    rows = _rows(first + (second >= second.topk(8, dim=1).values[:, -1:]) * 2.0)
+    names = ["a", "b"]
+    terms = calibration._Terms(
+        {"a": _Table(first), "b": _Table(loud)}, (), rows, torch.ones(_NUM_ITEMS), 64, "cpu", False
+    )
+    found = calibration._minimum(terms, names)
+    gradient, _ = terms.derivatives(names, found)
+    assert float((gradient + calibration._RIDGE * found).abs().max()) < 1e-4
+    loss = terms.cross_entropy(names, found)
+    for place in range(2):  # the lowest point, not one that is merely flat
+        for change in (-0.1, 0.1):
+            assert terms.cross_entropy(names, found + change * torch.eye(2, dtype=torch.float64)[place]) > loss
+    fitted = fit_calibration({"a": _Table(first), "b": _Table(loud)}, rows, torch.ones(_NUM_ITEMS))
+    assert fitted.calibration.weights["b"] > 0
+    assert _quality(fitted, rows) > _quality(_Table(first), rows) + 0.05
+
+
 def test_terms_without_use_stay_at_zero() -> None:
     scores = _noise(5)
     rows = _rows(scores)
