@@ -280,8 +280,8 @@ def _report(parsed: argparse.Namespace) -> None:
     if record.kept is not None:
         model, inputs, config = load_run(parsed, parsed.model)
         counts = torch.from_numpy(training_counts(inputs.split, model.num_items))
-        size = config.evaluation.batch_size
-        subject = Subject(model, inputs.dataset, inputs.split, counts, inputs.recommender, size)
+        tables, size = inputs.tables(config.evaluation), config.evaluation.batch_size
+        subject = Subject(model, inputs.dataset, inputs.split, counts, inputs.recommender, tables, size)
     print(f"written to {write_report(record, subject, folder)}")
 
 

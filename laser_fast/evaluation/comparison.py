@@ -51,7 +51,7 @@ def compare(
     counts: Tensor,
     recommender: Scorer | None = None,
     *,
-    tables: Mapping[str, Scorer] | None = None,
+    tables: Mapping[str, Scorer],
     cached: Scorer | None = None,
     vectors: Tensor | None = None,
     batch_size: int = 128,
@@ -74,10 +74,8 @@ def compare(
         vectors: float32 [I, d], unit text vectors for the lines without training; None = of the model's item prompts.
     """
 
-    counted = dict(tables or {})
-
     def calibrated(components: dict[str, Scorer]) -> Scorer:
-        names = tuple(name for name in components if name not in counted)
+        names = tuple(name for name in components if name not in tables)
         return fit_calibration(
             components, split.valid, counts, standardize=names, batch_size=batch_size, progress=progress
         )
@@ -97,10 +95,10 @@ def compare(
         systems[f"{name}, calibrated"] = calibrated({"recommender": recommender})
     systems[ZERO_SHOT] = parts["text_last"]
     systems[f"{ZERO_SHOT}, calibrated"] = calibrated({"text_last": parts["text_last"]})
-    systems["no-training fusion"] = calibrated(parts | counted)
+    systems["no-training fusion"] = calibrated(parts | dict(tables))
     if cached is not None:
         fused = {} if recommender is None else {"recommender": recommender}
-        systems["cached text line"] = calibrated({"cached": cached, **fused, **counted})
+        systems["cached text line"] = calibrated({"cached": cached, **fused, **tables})
     if model.calibration is not None:
         systems[f"{LASER}, cosine only"] = model
     systems[LASER] = model if model.calibration is None else model.calibration

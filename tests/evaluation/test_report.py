@@ -16,6 +16,7 @@ import torch
 from laser_fast.config import LaserConfig, build_config
 from laser_fast.data.items import ItemTable
 from laser_fast.evaluation import evaluate
+from laser_fast.evaluation.comparison import compare
 from laser_fast.evaluation.reporting import Subject, check_report_folder, read_run, write_report
 from laser_fast.evaluation.reporting.document import Document, Listing, Paragraph, Section, Table
 from laser_fast.evaluation.reporting.expert_words import experts_section
@@ -66,7 +67,8 @@ def train(settings: dict[str, Any], output: Path) -> Subject:
     config = build_config(LaserConfig, settings | {"output": str(output)})
     model, inputs = train_laser(config, progress=False)
     counts = torch.from_numpy(training_counts(inputs.split, model.num_items))
-    return Subject(model, inputs.dataset, inputs.split, counts, inputs.recommender, 16)
+    tables = inputs.tables(config.evaluation)
+    return Subject(model, inputs.dataset, inputs.split, counts, inputs.recommender, tables, 16)
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +155,19 @@ def test_figures_are_those_of_the_evaluation(run: tuple[Path, Subject], report: 
         f"{len(subject.split.test)} test users",
     ):
         assert fact in text
+
+
+def test_the_lines_beside_laser_are_those_of_compare(run: tuple[Path, Subject], report: Path) -> None:
+    _, subject = run
+    arguments = (subject.model, subject.split, subject.counts, subject.recommender)
+    assert set(subject.tables) == {"rules", "neighbors"}
+    (line,) = re.findall(
+        r"^\| no-training fusion \|.*$", (report / "report.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    fused = compare(*arguments, tables=subject.tables, batch_size=16).metrics["no-training fusion"]["NDCG@10"]
+    without = compare(*arguments, tables={}, batch_size=16).metrics["no-training fusion"]["NDCG@10"]
+    assert f"{fused.mean:.4f} ± {fused.ci95:.4f}" in line
+    assert f"{without.mean:.4f} ± {without.ci95:.4f}" not in line
 
 
 def test_the_same_run_gives_the_same_bytes_but_the_date(

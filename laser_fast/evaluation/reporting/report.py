@@ -74,7 +74,12 @@ def build_report(record: RunRecord, subject: Subject | None, date: str) -> Docum
     comparison = routing = None
     if subject is not None and len(subject.split.test):
         comparison = compare(
-            subject.model, subject.split, subject.counts, subject.recommender, batch_size=subject.batch_size
+            subject.model,
+            subject.split,
+            subject.counts,
+            subject.recommender,
+            tables=subject.tables,
+            batch_size=subject.batch_size,
         )
         routing = _route(subject)
     sections = (

@@ -27,4 +27,8 @@ def score_blocks(subject: Subject | None) -> list[Block]:
     caption = "Fitted on the validation rows; a term that their best NDCG@10 is reached without is 0 or left out"
     caption += f" (here: {', '.join(missing)})." if missing else "."
     said = Paragraph("An item's score is the sum of these terms. Their scales differ, so do not compare the scalars.")
-    return [Heading("Calibrated score"), said, Table(("term", "scalar", "of what"), tuple(rows), caption)]
+    return [
+        Heading("Calibrated score"),
+        said,
+        Table(("term", "scalar", "of what"), tuple(rows), caption, wide=frozenset({0, 2})),
+    ]

@@ -1,5 +1,6 @@
 """What a report is about beside the run's own files: the model that was kept, and the data it was built on."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,6 +20,7 @@ class Subject:
         model: in evaluation mode, with its item matrix and, where the run has one, its calibration.
         counts: int64 [I], events of each item in the training part.
         recommender: the ID-based recommender; None where the run has none.
+        tables: what was counted in the training part and Laser's calibrated score could add, see `compare`.
         batch_size: rows scored at a time.
     """
 
@@ -27,6 +29,7 @@ class Subject:
     split: Split
     counts: Tensor
     recommender: Scorer | None
+    tables: Mapping[str, Scorer]
     batch_size: int = 128
 
     @property
