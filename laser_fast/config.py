@@ -143,6 +143,8 @@ class MFormerConfig(Settings):
     """Query tokens per expert, which is also the number of prefix tokens."""
     weighting: Literal["softmax", "renormalize"] = "softmax"
     dropout: Fraction = 0.1
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of the products in the querying transformer; routing is float32 always. "auto": bfloat16 on a GPU that has it."""
     max_history: PositiveInt = 20
     """Newest history items whose states are read."""
     states: Literal["auto", "cross-fitted", "in-sample"] = "auto"

@@ -153,16 +153,17 @@ def _bitsandbytes() -> Component:
 def _flash_attention() -> Component:
     import torch
 
-    from laser_fast.nn.attention_flash import AttentionKind, choose_fast
+    from laser_fast.nn import attention_flash
 
     name = "flash attention"
-    chosen, _ = choose_fast(AttentionKind(causal=True, scale=1.0), grouped=True)
     fallback = "packed attention runs on torch's scaled_dot_product_attention, one call per bucket of lengths"
     if not torch.cuda.is_available():
         return Component(name, "", False, f"no CUDA device; {fallback}")
-    if chosen == "buckets":
+    kind, device = attention_flash.AttentionKind(causal=True, scale=1.0), torch.device("cuda", 0)
+    chosen, _ = attention_flash.choose_fast(kind, device, grouped=True)
+    if chosen == attention_flash.BUCKETS:
         return Component(name, "", False, f"this torch has none; {fallback}", "pip install -U torch")
-    version = _version("flash-attn") if chosen == "flash-attn" else torch.__version__
+    version = _version("flash-attn") if chosen == attention_flash.FLASH_ATTN else torch.__version__
     return Component(name, version or "", True, f"{chosen}, in half precision")
 
 

@@ -141,12 +141,13 @@ def test_operations_with_a_triton_kernel(
     ("chosen", "on", "reason"),
     [
         ("flash-attn", True, "flash-attn, in half precision"),
-        ("torch varlen", True, "torch varlen, in half precision"),
+        ("torch flash", True, "torch flash, in half precision"),
+        ("torch flash, keys expanded", True, "torch flash, keys expanded, in half precision"),
         ("buckets", False, "this torch has none; packed attention runs on torch's scaled_dot_product_attention"),
     ],
 )
 def test_the_attention_that_runs(chosen: str, on: bool, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_flash, "choose_fast", lambda kind, grouped: (chosen, None))
+    monkeypatch.setattr(attention_flash, "choose_fast", lambda kind, device, grouped: (chosen, None))
     assert not report("flash attention").on or torch.cuda.is_available()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     line = report("flash attention")

@@ -155,6 +155,7 @@ def build_mformer(
         dropout=config.dropout,
         prefix_rms=lm.embedding_rms,
         recompute=recompute,
+        dtype=config.dtype,
     )
 
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from laser_fast.data.batches import BatchBuilder, PackedBatch
 from laser_fast.data.sequences import PackedSequences
 from laser_fast.models.calibration import CalibratedScorer
+from laser_fast.models.device_batches import on_device
 from laser_fast.models.kept_prefixes import KeptPrefixes
 from laser_fast.models.objective import LaserOutput as LaserOutput
 from laser_fast.models.objective import Objective
@@ -28,6 +29,7 @@ from laser_fast.nn.mformer import MFormer
 from laser_fast.nn.prefix_kv import DeepPrefix, KeyValuePrefix
 from laser_fast.nn.text_residual import TextResidual
 from laser_fast.ops import Routing
+from laser_fast.ops.host_copies import to_device
 
 
 class LaserModel(RecommendingLaser, PretrainedLaser, nn.Module):
@@ -239,7 +241,7 @@ class LaserModel(RecommendingLaser, PretrainedLaser, nn.Module):
         return known
 
     def _embed_words(self, input_ids: tuple[int, ...]) -> Tensor:
-        return self.lm.embed(torch.tensor(input_ids, device=self.device))[None]
+        return self.lm.embed(to_device(torch.tensor(input_ids), self.device))[None]
 
     def keep_prefixes(self, capacity: int) -> None:
         """Serve users who come back unchanged without M-Former and the model's pass over their prefix.
@@ -277,7 +279,7 @@ class LaserModel(RecommendingLaser, PretrainedLaser, nn.Module):
         """
         if batch.targets is None:
             raise ValueError("LaserModel: the batch must have targets, got None; build it with training_batch")
-        batch = batch.to(self.device)
+        batch = on_device(batch, self.device)
         users, routing = self.encode(batch)
         live = None if batch.positives is None else self._encode_live(batch.positives)
         together = self.processes, self.balance_processes
@@ -339,7 +341,7 @@ class LaserModel(RecommendingLaser, PretrainedLaser, nn.Module):
             self.train(was_training)
 
     def _encode_part(self, batch: PackedBatch, kept: KeptPrefixes | None) -> Tensor:
-        batch = batch.to(self.device)
+        batch = on_device(batch, self.device)
         if kept is None or not len(batch):
             return self.encode(batch)[0]
         return self._encode_behind(batch, None, kept.of(batch), None)[0]

@@ -23,6 +23,7 @@ from laser_fast.nn.data_parallel import ALONE, Processes
 from laser_fast.nn.mformer import balance_across
 from laser_fast.ops import Routing, catalog_cross_entropy
 from laser_fast.ops.catalog import unit_rows
+from laser_fast.ops.host_copies import on_host, to_device
 from laser_fast.ops.precision import autocast_off, wide_dtype
 from laser_fast.ops.segments import segment_ids
 
@@ -121,8 +122,8 @@ class Objective:
             assert batch.positive_targets is not None and batch.negative_places is not None
             places = torch.cat([batch.positive_targets[:, None], batch.negative_places], dim=1)
             return sampled_cross_entropy(users, live, places, self.temperature)
-        wanted = torch.cat([batch.targets[:, None], batch.negatives], dim=1)
-        distinct, places = torch.unique(wanted, return_inverse=True)
+        wanted = torch.cat([on_host(batch.targets)[:, None], on_host(batch.negatives)], dim=1)
+        distinct, places = (to_device(one, users.device) for one in torch.unique(wanted, return_inverse=True))
         return sampled_cross_entropy(users, item_matrix().index_select(0, distinct), places, self.temperature)
 
 

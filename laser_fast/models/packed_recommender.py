@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from laser_fast.models.cross_fitted import CrossFitted, StateGap
 from laser_fast.models.recommender import check_histories, newest_items
+from laser_fast.ops.segments import lengths_on_host
 
 Self = TypeVar("Self", bound="PackedRecommender")
 
@@ -82,7 +83,7 @@ class PackedRecommender(nn.Module):
         """
         name = type(self).__name__
         check_histories(f"{name}.states", items, cu_seqlens, self.num_items)
-        longest = int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
+        longest = max(lengths_on_host(cu_seqlens), default=0)
         if longest > self.max_length:
             raise ValueError(
                 f"{name}.states: histories must have at most {self.max_length} items, got {longest}; "

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from laser_fast.nn.frozen import FrozenModule
+from laser_fast.ops.host_copies import on_host, to_device
 
 
 @runtime_checkable
@@ -85,6 +86,7 @@ def check_histories(function: str, items: Tensor, cu_seqlens: Tensor, num_items:
         raise ValueError(
             f"{function}: items and cu_seqlens must share a device, got {items.device} and {cu_seqlens.device}"
         )
+    items, cu_seqlens = on_host(items), on_host(cu_seqlens)
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
     if first != 0 or last != items.numel():
         raise ValueError(f"{function}: cu_seqlens must run from 0 to {items.numel()}, got {first} to {last}")
@@ -133,20 +135,22 @@ class FrozenRecommender(FrozenModule):
         Raises:
             ValueError: a fold, and the recommender has none.
         """
-        if folds is None or not bool((folds >= 0).any()):
+        if folds is None or not bool((on_host(folds) >= 0).any()):
             return self.recommender.states(items, cu_seqlens)
         if not isinstance(self.recommender, CrossFittedRecommender):
             raise ValueError(
                 f"FrozenRecommender: the recommender must have fold_states for rows with a fold, got a "
                 f"{type(self.recommender).__name__} without"
             )
-        lengths, parts = cu_seqlens.diff(), []
+        # whose rows are whose is found on the host, which knows all three in training
+        folds, lengths, host_items = on_host(folds), on_host(cu_seqlens).diff(), on_host(items)
         fold_of_item = torch.repeat_interleave(folds, lengths, output_size=items.numel())
-        places = fold_of_item.argsort(stable=True)  # within a fold in their order
+        parts = []
         for fold in folds.unique().tolist():
             part = F.pad(lengths[folds == fold].cumsum(0), (1, 0)).to(torch.int32)
-            own = items[fold_of_item == fold]
+            own = to_device(host_items[fold_of_item == fold], items.device), to_device(part, items.device)
             read = self.recommender
-            parts.append(read.states(own, part) if fold < 0 else read.fold_states(own, part, fold))
+            parts.append(read.states(*own) if fold < 0 else read.fold_states(*own, fold))
         states = torch.cat(parts)
+        places = to_device(fold_of_item.argsort(stable=True), items.device)  # within a fold in their order
         return torch.empty_like(states).index_copy_(0, places, states)

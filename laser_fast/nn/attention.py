@@ -8,14 +8,33 @@ batch (`AttentionPlan`) and shared by all layers.
 """
 
 import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from laser_fast.nn.attention_buckets import BucketLayout, attend_in_buckets
 from laser_fast.nn.attention_flash import AttentionKind, PackedLengths, choose_backend
 from laser_fast.nn.attention_meta import attend_without_values
+from laser_fast.ops.segments import lengths_on_host
+
+_recorders: list[Counter[str]] = []
+
+
+@contextmanager
+def record_backends() -> Iterator[Counter[str]]:
+    """Count the attentions that are computed while this is open, in whatever thread, by backend and dtype.
+
+    A figure of a GPU names what ran: "torch flash, bfloat16", "buckets, float32", ... (`attention_flash`).
+    """
+    counts: Counter[str] = Counter()
+    _recorders.append(counts)
+    try:
+        yield counts
+    finally:
+        _recorders.remove(counts)
 
 
 class AttentionPlan:
@@ -33,7 +52,7 @@ class AttentionPlan:
         causal: bool,
         sliding_window: int | None = None,
     ) -> None:
-        """Read the lengths on the host (one synchronisation on a GPU).
+        """Take the lengths as the host knows them; where it does not, wait for the device (`ops.host_copies`).
 
         Args:
             cu_seqlens_q: int32 [B+1], where the queries of each sequence start.
@@ -47,8 +66,8 @@ class AttentionPlan:
         """
         self.causal = causal
         self.sliding_window = sliding_window
-        self.lengths_q: list[int] = _lengths(cu_seqlens_q)
-        self.lengths_k: list[int] = self.lengths_q if cu_seqlens_k is None else _lengths(cu_seqlens_k)
+        self.lengths_q = lengths_on_host(cu_seqlens_q)
+        self.lengths_k = self.lengths_q if cu_seqlens_k is None else lengths_on_host(cu_seqlens_k)
         if len(self.lengths_q) != len(self.lengths_k):
             raise ValueError(
                 "AttentionPlan: cu_seqlens_q and cu_seqlens_k must describe the same number of sequences, "
@@ -84,9 +103,7 @@ class AttentionPlan:
         """bool [Tq, 1, 1], queries of sequences without any key; None where every query has one."""
         if all(keys or not queries for queries, keys in zip(self.lengths_q, self.lengths_k, strict=True)):
             return None
-        device = self._cu_seqlens_q.device
-        empty = torch.tensor([keys == 0 for keys in self.lengths_k], device=device)
-        lengths = torch.tensor(self.lengths_q, device=device)
+        empty, lengths = self._cu_seqlens_k.diff() == 0, self._cu_seqlens_q.diff()
         return empty.repeat_interleave(lengths, output_size=self.num_queries)[:, None, None]
 
 
@@ -139,15 +156,13 @@ def varlen_attention(
     if sinks is not None and tuple(sinks.shape) != (query.shape[1],):
         raise ValueError(f"varlen_attention: sinks must be [{query.shape[1]}], got {tuple(sinks.shape)}")
     kind = AttentionKind(plan.causal, scale or 1 / math.sqrt(query.shape[2]), plan.sliding_window, dropout, softcap)
-    backend = choose_backend(query, key, kind, has_sinks=sinks is not None)[1]
+    name, backend = choose_backend(query, key, kind, has_sinks=sinks is not None)
+    for counts in _recorders:
+        counts[f"{name}, {str(query.dtype).removeprefix('torch.')}"] += 1
     if backend is None or not plan.num_queries or not plan.num_keys:
         return attend_in_buckets(query, key, value, plan.buckets, kind, sinks)
     output = backend(query, key, value, plan.packed, kind)
     return output if plan.keyless is None else output.masked_fill(plan.keyless, 0.0)
-
-
-def _lengths(cu_seqlens: Tensor) -> list[int]:
-    return [0] * (cu_seqlens.shape[0] - 1) if cu_seqlens.is_meta else cu_seqlens.diff().tolist()
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:

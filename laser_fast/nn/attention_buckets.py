@@ -53,7 +53,7 @@ class BucketLayout:
     def build(
         lengths_q: list[int], lengths_k: list[int], device: torch.device, causal: bool, sliding_window: int | None
     ) -> "BucketLayout":
-        """Lay out sequences of these lengths."""
+        """Lay out sequences of these lengths: on the host, then copied to the device without waiting for it."""
         groups: dict[tuple[int, int], list[int]] = {}
         for sequence, (length_q, length_k) in enumerate(zip(lengths_q, lengths_k, strict=True)):
             if length_q:
@@ -62,13 +62,14 @@ class BucketLayout:
         first_key_slot = [0] * len(lengths_k)
         buckets, query_start, key_start = [], 0, 0
         for members in groups.values():
-            counts_q = torch.tensor([lengths_q[i] for i in members], device=device)
-            counts_k = torch.tensor([lengths_k[i] for i in members], device=device)
+            counts_q = torch.tensor([lengths_q[i] for i in members])
+            counts_k = torch.tensor([lengths_k[i] for i in members])
             query_length, key_length = max(lengths_q[i] for i in members), max(1, *(lengths_k[i] for i in members))
             for row, sequence in enumerate(members):
                 first_query_slot[sequence] = query_start + row * query_length
                 first_key_slot[sequence] = key_start + row * key_length
-            mask, keyless = _bucket_mask(counts_q, counts_k, query_length, key_length, causal, sliding_window)
+            masks = _bucket_mask(counts_q, counts_k, query_length, key_length, causal, sliding_window)
+            mask, keyless = (None if one is None else one.to(device, non_blocking=True) for one in masks)
             buckets.append(Bucket(len(members), query_start, query_length, key_start, key_length, mask, keyless))
             query_start += len(members) * query_length
             key_start += len(members) * key_length
@@ -163,7 +164,8 @@ def _slots(first_slot: list[int], lengths: list[int], device: torch.device) -> T
     starts = counts.cumsum(0) - counts
     shift = torch.tensor(first_slot, dtype=torch.int64) - starts
     total = sum(lengths)
-    return (torch.arange(total) + shift.repeat_interleave(counts, output_size=total)).to(device)
+    slots = torch.arange(total) + shift.repeat_interleave(counts, output_size=total)
+    return slots.to(device, non_blocking=True)
 
 
 def _lay_out(tokens: Tensor, slots: Tensor, num_slots: int) -> Tensor:
@@ -188,12 +190,11 @@ class _LayOut(torch.autograd.Function):
 def _bucket_mask(
     counts_q: Tensor, counts_k: Tensor, query_length: int, key_length: int, causal: bool, sliding_window: int | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Mask and keyless rows of one bucket; None where they would change nothing."""
-    device = counts_q.device
+    """Mask and keyless rows of one bucket, on the host; None where they would change nothing."""
     if not causal and sliding_window is None and bool((counts_k == key_length).all()):
         return None, None  # padded queries may attend anywhere: their outputs are dropped
-    query_index = torch.arange(query_length, device=device)[:, None]
-    key_index = torch.arange(key_length, device=device)
+    query_index = torch.arange(query_length)[:, None]
+    key_index = torch.arange(key_length)
     mask = (key_index < counts_k[:, None])[:, None, :].expand(-1, query_length, -1)
     position = query_index + (counts_k - counts_q)[:, None, None]  # of the query on the axis of the keys
     if causal:

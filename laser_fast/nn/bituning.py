@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from laser_fast.ops.segments import segment_mean
+from laser_fast.ops.segments import lengthened_cu_seqlens, segment_mean
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,12 @@ class BiTuning(nn.Module):
         destination = torch.cat([prefix_to.flatten(), text_to, suffix_to.flatten()])
         rows = torch.cat(sources)
         embeds = torch.zeros_like(rows).index_copy(0, destination, rows)
-        steps = torch.arange(batch_size + 1, device=device, dtype=torch.int32)
-        inner_cu_seqlens = cu_seqlens + steps * num_suffix
         inner_of_token = sequences.repeat_interleave(
             ends - starts + num_suffix, output_size=num_text + batch_size * num_suffix
         )
         inner = torch.arange(inner_of_token.shape[0], device=device) + (inner_of_token + 1) * num_prefix
-        return BiTunedInput(embeds, cu_seqlens + steps * shift, inner, inner_cu_seqlens)
+        bounds, inner_bounds = (lengthened_cu_seqlens(cu_seqlens, rows) for rows in (shift, num_suffix))
+        return BiTunedInput(embeds, bounds, inner, inner_bounds)
 
     def read_out(self, hidden: Tensor, packed: BiTunedInput) -> Tensor:
         """Embedding of each sequence: hidden [T', D] -> [B, D], float32."""

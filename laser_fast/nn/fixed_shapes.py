@@ -127,8 +127,6 @@ def _slots(cu_seqlens: Tensor, num_tokens: int, width: int) -> Tensor:
 class FixedLayout(PackedLayout):
     """A layout of one shape, wherever its sequences start."""
 
-    unread = True
-
     def __init__(
         self,
         shape: FixedShape,

@@ -18,6 +18,7 @@ from laser_fast.nn.frozen import FrozenModule
 from laser_fast.nn.packed_layout import PackedLayout
 from laser_fast.nn.packing_check import check_calls, first_position, name_refusals, probe_tokens
 from laser_fast.nn.prefix_kv import KeyValuePrefix, LayerShape
+from laser_fast.ops.segments import even_cu_seqlens, lengths_on_host
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -189,8 +190,8 @@ class FrozenLM(FrozenModule):
             prefix: what stands in front of them already; not part of the result.
         """
         batch_size, length = inputs_embeds.shape[:2]
-        steps = torch.arange(batch_size + 1, device=inputs_embeds.device, dtype=torch.int32)
-        layout = PackedLayout(steps * length, self.layer_of, prefix, keep=True)
+        bounds = even_cu_seqlens(batch_size, length, inputs_embeds.device)
+        layout = PackedLayout(bounds, self.layer_of, prefix, keep=True)
         self._run(inputs_embeds.flatten(0, 1), layout)
         ordered = [layout.read[layer] for layer in range(len(layout.read))]
         return KeyValuePrefix(
@@ -207,7 +208,7 @@ class FrozenLM(FrozenModule):
         if inputs_embeds.shape[0] == 0:
             return inputs_embeds
         if self.max_length is not None and not layout.cu_seqlens_k.is_meta and layout.first_position is None:
-            self.check_length(int(layout.cu_seqlens_k.diff().max()))
+            self.check_length(max(lengths_on_host(layout.cu_seqlens_k), default=0))
         return self.run_layers(inputs_embeds, layout)
 
     def check_length(self, longest: int) -> None:
@@ -231,8 +232,8 @@ class FrozenLM(FrozenModule):
         """
         first = self.first_position if layout.first_position is None else layout.first_position
         options: dict[str, Any] = {"use_cache": False} if self.causal else {}
-        if layout.unread:  # transformers would read positions; it takes a mask of four dimensions as it is
-            options["attention_mask"] = inputs_embeds.new_empty(1, 1, 1, 1)
+        # without a mask transformers reads the positions on the host; one of four dimensions it takes as it is
+        options["attention_mask"] = inputs_embeds.new_empty(1, 1, 1, 1)
         with running(layout):
             output = self.model(
                 inputs_embeds=inputs_embeds[None],

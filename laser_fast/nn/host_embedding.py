@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from laser_fast.ops.host_copies import on_host
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -28,9 +30,11 @@ class HostEmbedding(nn.Module):
         return self.table.weight
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """int64 [...] on any device -> [..., D_llm] on the same device."""
-        rows: Tensor = self.table(input_ids.to("cpu"))
-        return rows.to(input_ids.device)
+        """int64 [...] on any device -> [..., D_llm] on the same device; waits for it where the host knows no ids."""
+        rows: Tensor = self.table(on_host(input_ids))
+        if input_ids.device.type == "cuda":  # so the copy runs beside what the device is at
+            rows = rows.pin_memory()
+        return rows.to(input_ids.device, non_blocking=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HostEmbedding":
         # every move and cast of a module that holds this one ends here

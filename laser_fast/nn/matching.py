@@ -4,21 +4,23 @@ import torch
 from torch import Tensor
 
 from laser_fast.nn.text_branch import positions_of
+from laser_fast.ops.host_copies import on_host, to_device
 
 
 @torch.no_grad()
 def same_rows(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Which packed sequences are equal, int64 [T] and int32 [B+1] -> bool [B, B]."""
+    """Which packed sequences are equal, int64 [T] and int32 [B+1] -> bool [B, B]; found on the host."""
+    device, values, cu_seqlens = values.device, on_host(values), on_host(cu_seqlens)
     lengths = cu_seqlens.diff().long()
     batch_size, total = lengths.shape[0], values.shape[0]
     if batch_size == 0:
-        return torch.zeros(0, 0, dtype=torch.bool, device=values.device)
+        return torch.zeros(0, 0, dtype=torch.bool, device=device)
     padded = values.new_zeros(batch_size, int(lengths.max()) + 1)
     padded[:, 0] = lengths  # tells a short sequence from one that ends in the padding's value
-    row = torch.arange(batch_size, device=values.device).repeat_interleave(lengths, output_size=total)
+    row = torch.arange(batch_size).repeat_interleave(lengths, output_size=total)
     padded[row, positions_of(cu_seqlens, total) + 1] = values
     group = torch.unique(padded, dim=0, return_inverse=True)[1]
-    return group[:, None] == group[None]
+    return to_device(group[:, None] == group[None], device)
 
 
 @torch.no_grad()

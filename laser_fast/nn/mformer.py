@@ -7,6 +7,7 @@ P_b = sum_j w_b[j] Y_{b,j}            combined queries                          
 prefix_b = P_b W_llm + b_llm          virtual tokens of the language model         [B, Q, D_llm]
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,11 @@ from torch import Tensor, nn
 from laser_fast.nn.data_parallel import Processes
 from laser_fast.nn.qformer import QFormer, initialize_like_bert
 from laser_fast.ops.dispatch import combine_queries
+from laser_fast.ops.precision import autocast_off
 from laser_fast.ops.routing import Routing, route_experts
+
+MFORMER_DTYPES = ("auto", "bfloat16", "float32")
+_BF16_PRODUCTS = (8, 0)  # CUDA capability
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,12 @@ class MFormer(nn.Module):
         num_experts, top_k: E and k; E = 1 is the single-expert ablation.
         prefix_rms: scale of the prefix at the start (that of the language model's token embeddings).
         recompute: see `QFormer`.
+        dtype: of the products in the querying transformer and the projection behind it; weights are float32, and so is
+            everything up to the choice of experts. "auto": bfloat16 on a GPU that has it, else float32. An autocast
+            that is on already is left alone.
+
+    Raises:
+        ValueError: more chosen experts than there are, or another dtype.
     """
 
     def __init__(
@@ -81,8 +92,12 @@ class MFormer(nn.Module):
         dropout: float = 0.1,
         prefix_rms: float = 0.02,
         recompute: bool = False,
+        dtype: str = "auto",
     ) -> None:
         super().__init__()
+        if dtype not in MFORMER_DTYPES:
+            raise ValueError(f"MFormer: dtype must be one of {', '.join(MFORMER_DTYPES)}, got {dtype!r}")
+        self.dtype = dtype
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"MFormer: top_k must be from 1 to num_experts = {num_experts}, got {top_k}")
         self.state_size = state_size
@@ -117,13 +132,24 @@ class MFormer(nn.Module):
         """
         if states.dim() != 2 or states.shape[1] != self.state_size:
             raise ValueError(f"MFormer: states must be [N, {self.state_size}], got {tuple(states.shape)}")
-        projected = self.state_projection(states)
+        with autocast_off(states.device):  # who is routed where must not depend on the precision
+            projected = self.state_projection(states.to(self.state_projection.weight.dtype))
         routing = self.router(projected, cu_seqlens)
         kept: list[Tensor] | None = [] if keep_layer_inputs else None
-        outputs = self.qformer(self.query_experts, routing.expert, projected, cu_seqlens, kept)
-        queries = combine_queries(outputs, routing.weight)
-        prefix = None if self.lm_projection is None else self.lm_projection(queries)
+        with self.products(states.device):
+            outputs = self.qformer(self.query_experts, routing.expert, projected, cu_seqlens, kept)
+            queries = combine_queries(outputs, routing.weight)
+            prefix = None if self.lm_projection is None else self.lm_projection(queries)
         return MFormerOutput(prefix, queries, routing, projected, tuple(kept or ()))
+
+    def products(self, device: torch.device) -> AbstractContextManager[object]:
+        """Context in which matrix products on a device have the dtype that `dtype` says."""
+        if torch.is_autocast_enabled(device.type) or self.query_experts.dtype != torch.float32:
+            return nullcontext()
+        narrow = self.dtype == "bfloat16"
+        if self.dtype == "auto" and device.type == "cuda":
+            narrow = torch.cuda.get_device_capability(device) >= _BF16_PRODUCTS
+        return torch.autocast(device.type, dtype=torch.bfloat16) if narrow else nullcontext()
 
 
 def balance_across(routing: Routing, cu_seqlens: Tensor, processes: Processes) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from laser_fast.nn.attention import AttentionPlan, varlen_attention
 from laser_fast.nn.prefix_kv import KeyValuePrefix
+from laser_fast.ops.segments import even_cu_seqlens, lengthened_cu_seqlens
 
 
 class PackedLayout:
@@ -43,10 +44,7 @@ class PackedLayout:
         self._collected: tuple[Tensor, Tensor] | None = None
         self._plans: dict[tuple[bool, int | None, bool], AttentionPlan] = {}
         self.num_attention_calls = 0
-        self.cu_seqlens_k = cu_seqlens
-        if prefix is not None:
-            steps = torch.arange(cu_seqlens.shape[0], device=cu_seqlens.device, dtype=torch.int32)
-            self.cu_seqlens_k = cu_seqlens + steps * prefix.length
+        self.cu_seqlens_k = cu_seqlens if prefix is None else lengthened_cu_seqlens(cu_seqlens, prefix.length)
 
     def positions(self, num_tokens: int) -> Tensor:
         """Position of every token in its sequence, the prefix counted: int64 [T]."""
@@ -54,11 +52,6 @@ class PackedLayout:
         first = self.cu_seqlens[:-1].long() - (0 if self._prefix is None else self._prefix.length)
         of_token = first.repeat_interleave(lengths, output_size=num_tokens)
         return torch.arange(num_tokens, device=of_token.device) - of_token
-
-    @property
-    def unread(self) -> bool:
-        """Whether nothing on the device may be read by the host."""
-        return self.cu_seqlens.is_meta
 
     @property
     def keeps_inputs(self) -> bool:
@@ -128,7 +121,7 @@ class PackedLayout:
         if kind not in self._plans:
             queries = self.cu_seqlens
             if rows_only:  # one query a sequence
-                queries = torch.arange(queries.shape[0], device=queries.device, dtype=torch.int32)
+                queries = even_cu_seqlens(queries.shape[0] - 1, 1, queries.device)
             self._plans[kind] = self._new_plan(queries, causal, sliding_window)
         return self._plans[kind]
 

@@ -157,6 +157,13 @@ class PretrainingHeads(nn.Module):
             float32 [] each: "loss", the weighted sum; and without their weights those of "contrastive", "matching",
             "matching_accuracy" and "generation" that are on.
         """
+        with self._mformer[0].products(written.queries.device):
+            values = self._terms(written, pairs, gather)
+        weights = vars(self.weights)
+        terms = [weights[name] * value for name, value in values.items() if name in weights]
+        return {"loss": torch.stack(terms).sum(), **values}
+
+    def _terms(self, written: MFormerOutput, pairs: Pairs, gather: Gather | None) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
         similarity = None
         if self.weights.contrastive or self.match is not None:
@@ -170,13 +177,12 @@ class PretrainingHeads(nn.Module):
             values["matching"], values["matching_accuracy"] = self._matching(written, pairs, hidden, similarity)
         if self.decoder is not None:
             values["generation"] = self._generation(written, pairs)
-        weights = vars(self.weights)
-        terms = [weights[name] * value for name, value in values.items() if name in weights]
-        return {"loss": torch.stack(terms).sum(), **values}
+        return values
 
     def encode_text(self, token_embeds: Tensor, cu_seqlens: Tensor) -> Tensor:
         """First-token feature of each packed text: token_embeds [T, D_emb] -> unit vectors [B, projection]."""
-        return self._text_features(self.text.embed(token_embeds, cu_seqlens), cu_seqlens)
+        with self._mformer[0].products(token_embeds.device):
+            return self._text_features(self.text.embed(token_embeds, cu_seqlens), cu_seqlens)
 
     def _text_features(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
         first = self.text.alone(hidden, cu_seqlens).index_select(0, cu_seqlens[:-1].long())

@@ -13,7 +13,7 @@ from laser_fast.nn.attention import AttentionPlan, varlen_attention
 from laser_fast.nn.attention_meta import attend_without_values
 from laser_fast.ops.dispatch import dispatch_queries
 from laser_fast.ops.prefix_kv import inject_prefix_kv
-from laser_fast.ops.segments import cu_seqlens_from_lengths
+from laser_fast.ops.segments import cu_seqlens_from_lengths, even_cu_seqlens
 
 _FEED_FORWARD_FACTOR = 4
 _INITIAL_STD = 0.02  # BERT's
@@ -116,8 +116,7 @@ class CrossBoundaries:
         if isinstance(rows_per_user, Tensor):
             self.queries = cu_seqlens_from_lengths(rows_per_user)
         else:
-            steps = torch.arange(cu_seqlens.shape[0], device=cu_seqlens.device, dtype=torch.int32)
-            self.queries = steps * rows_per_user
+            self.queries = even_cu_seqlens(cu_seqlens.shape[0] - 1, rows_per_user, cu_seqlens.device)
         self.plan = AttentionPlan(self.queries, cu_seqlens, causal=False)
 
 

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from laser_fast.nn.attention import AttentionPlan
 from laser_fast.nn.qformer import CrossBoundaries, FeedForward, QFormer, QFormerLayer, initialize_like_bert
-from laser_fast.ops.segments import cu_seqlens_from_lengths
+from laser_fast.ops.host_copies import on_host, to_device
+from laser_fast.ops.segments import cu_seqlens_from_lengths, lengthened_cu_seqlens, lengths_on_host
 
 _INITIAL_STD = 0.02  # BERT's
 
@@ -130,10 +131,10 @@ class _JointRows:
     def __init__(self, cu_seqlens: Tensor, num_queries: int) -> None:
         device, groups = cu_seqlens.device, cu_seqlens.shape[0] - 1
         steps = torch.arange(groups + 1, device=device)
-        self.cu_seqlens = (cu_seqlens + steps * num_queries).to(torch.int32)
+        self.cu_seqlens = lengthened_cu_seqlens(cu_seqlens, num_queries)
         self.queries = (self.cu_seqlens[:-1, None] + torch.arange(num_queries, device=device)).flatten()
         lengths = cu_seqlens.diff().long()
-        total = int(lengths.sum())
+        total = sum(lengths_on_host(cu_seqlens))
         before = ((steps[:-1] + 1) * num_queries).repeat_interleave(lengths, output_size=total)
         self.text = torch.arange(total, device=device) + before
         self._order = torch.argsort(torch.cat([self.queries, self.text]))
@@ -184,9 +185,13 @@ def positions_of(cu_seqlens: Tensor, total: int) -> Tensor:
 
 
 def select_sequences(cu_seqlens: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
-    """Packed sequences `which` (int64 [G], repeats allowed): rows int64 [T'] to take, and their int32 [G+1]."""
-    chosen = cu_seqlens_from_lengths(cu_seqlens.diff().index_select(0, which))
-    total = int(chosen[-1])
+    """Packed sequences `which` (int64 [G], repeats allowed): rows int64 [T'] to take, and their int32 [G+1].
+
+    Waits for the device where the host does not know `which`, since the number of rows depends on it.
+    """
+    host, device = on_host(which), cu_seqlens.device
+    chosen = to_device(cu_seqlens_from_lengths(on_host(cu_seqlens).diff().index_select(0, host)), device)
+    total = sum(lengths_on_host(chosen))
     starts = cu_seqlens[:-1].long().index_select(0, which)
     rows = starts.repeat_interleave(chosen.diff().long(), output_size=total) + positions_of(chosen, total)
     return rows, chosen

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from laser_fast.ops.precision import wide_dtype
-from laser_fast.ops.segments import segment_ids, segment_sum, validate_cu_seqlens
+from laser_fast.ops.segments import lengthened_cu_seqlens, segment_ids, segment_sum, validate_cu_seqlens
 
 Injected = tuple[Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of key, value, prefix_key, prefix_value
@@ -32,8 +32,7 @@ def _prefix_rows(cu_seqlens: Tensor, prefix_length: int) -> Tensor:
 
 def output_cu_seqlens(cu_seqlens: Tensor, prefix_length: int) -> Tensor:
     """Where every sequence starts once it has its prefix: int32 [B + 1]."""
-    steps = torch.arange(cu_seqlens.shape[0], device=cu_seqlens.device, dtype=torch.int32)
-    return cu_seqlens + steps * prefix_length
+    return lengthened_cu_seqlens(cu_seqlens, prefix_length)
 
 
 def inject_rows(text: Tensor, prefix: Tensor, cu_seqlens: Tensor, prefix_index: Tensor | None) -> Tensor:

@@ -1,6 +1,6 @@
 """Sums and means over the sequences of a packed batch, `x[cu_seqlens[b]:cu_seqlens[b + 1]]` for every b.
 
-All functions run without host synchronisation (but `validate_cu_seqlens`, which says so), are deterministic on every
+All functions run without host synchronisation (but those that say so), are deterministic on every
 device, treat a sequence independently of the others in the batch, and give 0 for an empty sequence.
 """
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from laser_fast.ops.arguments import check_floating
+from laser_fast.ops.host_copies import known_on_host, on_host, remember_on_host
 
 
 def check_cu_seqlens(function: str, cu_seqlens: Tensor, device: torch.device) -> None:
@@ -28,13 +29,14 @@ def check_cu_seqlens(function: str, cu_seqlens: Tensor, device: torch.device) ->
 
 
 def validate_cu_seqlens(function: str, cu_seqlens: Tensor, num_rows: int) -> None:
-    """Check content: starts at 0, never decreases, ends at `num_rows`. Reads the values, so it waits for a GPU.
+    """Check content: starts at 0, never decreases, ends at `num_rows`. Waits for a GPU where the host does not know it.
 
     Raises:
         TypeError: Not int32.
         ValueError: One of the rules is broken.
     """
     check_cu_seqlens(function, cu_seqlens, cu_seqlens.device)
+    cu_seqlens = on_host(cu_seqlens)
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
     if first != 0:
         raise ValueError(f"{function}: cu_seqlens must start at 0, got {first}")
@@ -65,6 +67,29 @@ def cu_seqlens_from_lengths(lengths: Tensor) -> Tensor:
     if lengths.dim() != 1:
         raise ValueError(f"cu_seqlens_from_lengths: lengths must have shape [B], got {tuple(lengths.shape)}")
     return torch.cat([lengths.new_zeros(1, dtype=torch.int32), lengths.cumsum(0, dtype=torch.int32)])
+
+
+def even_cu_seqlens(num_sequences: int, length: int, device: torch.device) -> Tensor:
+    """Offsets of sequences of one length, which the host knows: int32 [B + 1]."""
+    host = torch.arange(num_sequences + 1, dtype=torch.int32) * length
+    if device.type == "cpu":
+        return host
+    return remember_on_host(torch.arange(num_sequences + 1, dtype=torch.int32, device=device) * length, host)
+
+
+def lengthened_cu_seqlens(cu_seqlens: Tensor, rows: int) -> Tensor:
+    """Offsets where every sequence has so many rows more; the host knows them if it knew the others: int32 [B + 1]."""
+    longer = cu_seqlens + torch.arange(cu_seqlens.shape[0], device=cu_seqlens.device, dtype=torch.int32) * rows
+    host = known_on_host(cu_seqlens)
+    return longer if host is None or host is cu_seqlens else remember_on_host(longer, lengthened_cu_seqlens(host, rows))
+
+
+def lengths_on_host(cu_seqlens: Tensor) -> list[int]:
+    """Rows of every sequence; waits for the device where the host does not know them. On the meta device all are 0."""
+    if cu_seqlens.is_meta:
+        return [0] * (cu_seqlens.shape[0] - 1)
+    found: list[int] = on_host(cu_seqlens).diff().tolist()
+    return found
 
 
 def segment_lengths(cu_seqlens: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from laser_fast.config import OptimizerConfig
 from laser_fast.data.batches import PackedBatch
 from laser_fast.data.micro_batches import VirtualTokens
+from laser_fast.models.device_batches import on_device
 from laser_fast.models.token_budget import TokenBudget, is_out_of_memory, release_memory
 from laser_fast.nn.data_parallel import ALONE, Processes
 from laser_fast.training.memory import Plan, explain_optimizer_shortage
@@ -291,8 +292,10 @@ class StageTrainer:
         self.processes.sum_gradients(self._parameters())
         try:
             norm = self.accelerator.clip_grad_norm_(self.modules.parameters(), self.config.max_grad_norm)
+            checks = list(done.losses)
             if self.accelerator.scaler is None:  # which skips such a step and lowers its scale
-                self._check_finite("gradient", norm, partial(name_rows, np.arange(len(batch))))
+                checks.append(_Check("gradient", norm, partial(name_rows, np.arange(len(batch)))))
+            self._check_finite(checks)
             self.optimizer.step()
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -303,17 +306,17 @@ class StageTrainer:
         self.scheduler.step()
         self.optimizer.zero_grad()
         self.step += 1
-        return self.processes.sum_values(done[0]), done[1]
+        return self.processes.sum_values(done.values), len(done.losses)
 
     def _add_gradients(
         self, batch: PackedBatch, loss_function: LossFunction, name_rows: Callable[[np.ndarray], str]
-    ) -> tuple[dict[str, Tensor], int] | None:
-        """Gradients of this process's share of one batch, by micro-batches, and its part of the means over rows.
+    ) -> "_Done | None":
+        """Gradients of this process's share of one batch, by micro-batches.
 
         None when memory ran out and all is as it was before.
         """
         before = RandomState.now(self.accelerator.device) if self.budget.halve else None
-        totals: dict[str, Tensor] = {}
+        done = _Done()
         parts = self._parts(batch)
         for index, (rows, share) in enumerate(parts):
             part = batch.select(rows) if len(rows) < len(batch) else batch
@@ -323,7 +326,7 @@ class StageTrainer:
                     nullcontext() if last else self.accelerator.no_sync(self.modules),
                     self.processes.standing_in(not share),
                 ):
-                    values = self._backward(part, share, loss_function, partial(name_rows, rows))
+                    values = self._backward(part, share, loss_function)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -332,9 +335,10 @@ class StageTrainer:
                 if before is not None:
                     before.put_back()
                 return None
+            done.losses.append(_Check("loss", values["loss"], partial(name_rows, rows)))
             for name, value in values.items():
-                totals[name] = totals.get(name, torch.zeros_like(value)) + value
-        return totals, len(parts)
+                done.values[name] = done.values.get(name, torch.zeros_like(value)) + value * share
+        return done
 
     def _parts(self, batch: PackedBatch) -> list[tuple[np.ndarray, float]]:
         """Rows of the micro-batches of this process and their share of all rows of the batch.
@@ -354,26 +358,42 @@ class StageTrainer:
         stand_ins = [(np.zeros(1, dtype=np.int64), 0.0)] * missing
         return [(rows, len(rows) / len(batch)) for rows in own] + stand_ins
 
-    def _backward(
-        self, part: PackedBatch, share: float, loss_function: LossFunction, names: Callable[[], str]
-    ) -> dict[str, Tensor]:
-        """Add the gradients of a micro-batch that has this share of the rows; its part of the means over rows."""
+    def _backward(self, part: PackedBatch, share: float, loss_function: LossFunction) -> dict[str, Tensor]:
+        """Add the gradients of a micro-batch that has this share of the rows; its means over rows."""
         with self.accelerator.autocast():
-            values = loss_function(part.to(self.accelerator.device))
-        loss = values["loss"]
-        self._check_finite("loss", loss, names)
-        self.accelerator.backward(loss * share)
-        return {name: value.detach() * share for name, value in values.items()}
+            values = loss_function(on_device(part, self.accelerator.device))
+        self.accelerator.backward(values["loss"] * share)
+        return {name: value.detach() for name, value in values.items()}
 
-    def _check_finite(self, what: str, value: Tensor, names: Callable[[], str]) -> None:
-        finite = bool(torch.isfinite(value))
-        if not self.processes.any(not finite):
+    def _check_finite(self, checks: list["_Check"]) -> None:
+        """Read all of them at once: the one time in a step that the host waits for the device."""
+        finite = torch.stack([torch.isfinite(check.value) for check in checks]).tolist()
+        if not self.processes.any(not all(finite)):
             return
-        error = FloatingPointError(
-            f"training: the {what} must be finite, got {value.item()} at step {self.step} in {names()}; "
-            "lower the learning rate, or train in float32 or bf16"
-        )
-        self.processes.raise_together(None if finite else error)
+        error = None
+        if not all(finite):
+            first = checks[finite.index(False)]
+            error = FloatingPointError(
+                f"training: the {first.what} must be finite, got {first.value.item()} at step {self.step} in "
+                f"{first.names()}; lower the learning rate, or train in float32 or bf16"
+            )
+        self.processes.raise_together(error)
+
+
+class _Check(NamedTuple):
+    """A number that has to be finite, and the rows it is of."""
+
+    what: str
+    value: Tensor
+    names: Callable[[], str]
+
+
+@dataclass
+class _Done:
+    """What the micro-batches of a step gave: parts of the means over rows, and the loss of each."""
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    losses: list[_Check] = field(default_factory=list)
 
 
 def _peak_memory(device: torch.device) -> dict[str, int]:

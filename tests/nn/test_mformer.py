@@ -1,5 +1,7 @@
 """M-Former against a loop over users and experts, its invariances, and where its gradients go."""
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor
@@ -162,3 +164,54 @@ def test_bad_arguments() -> None:
         make(num_heads=3)
     with pytest.raises(ValueError, match="num_layers must be at least 1, got 0"):
         make(num_layers=0)
+
+
+def test_bfloat16_products_change_no_route_and_hardly_the_prefix() -> None:
+    exact, narrow = make(width=64, num_heads=4).float(), make(width=64, num_heads=4, dtype="bfloat16").float()
+    states, cu_seqlens = batch()
+    found = []
+    for model in (exact, narrow):
+        output = model(states.float(), cu_seqlens)
+        assert output.prefix is not None
+        output.prefix.float().square().sum().backward()
+        found.append((output, {name: parameter.grad for name, parameter in model.named_parameters()}))
+    (one, grads), (other, narrow_grads) = found
+    for name in ("expert", "weight", "pooled", "balance_loss", "load"):
+        assert torch.equal(getattr(one.routing, name), getattr(other.routing, name)), name
+    assert other.prefix.dtype == torch.bfloat16 and not torch.equal(one.prefix, other.prefix.float())
+    # a product of bfloat16 is off by 2^-9 of its terms; there are three layers of a handful
+    difference = (one.prefix - other.prefix.float()).detach()
+    assert float(difference.norm() / one.prefix.detach().norm()) < 0.02
+    for name, grad in grads.items():
+        if name.endswith(("query.bias", "qkv.bias", "key_value.bias")):
+            continue  # partly biases of keys, of which a softmax takes no notice: their gradients are rounding
+        narrow_grad = narrow_grads[name]
+        assert (grad is None) == (narrow_grad is None), name
+        if grad is not None and narrow_grad is not None:
+            assert narrow_grad.dtype == torch.float32
+            assert float((grad - narrow_grad).norm() / grad.norm()) < 0.1, name
+
+
+def test_auto_is_bfloat16_on_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, gpu = make().float(), torch.device("cuda", 0)
+
+    def products(capability: tuple[int, int]) -> object:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # this torch may have no autocast of that kind
+            return model.products(gpu)
+
+    chosen = products((8, 0))
+    assert isinstance(chosen, torch.autocast) and chosen.fast_dtype == torch.bfloat16
+    assert not isinstance(products((7, 5)), torch.autocast)
+    assert not isinstance(model.products(torch.device("cpu")), torch.autocast)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # somebody has chosen
+        narrow = make(dtype="bfloat16").float()
+        assert not isinstance(narrow.products(torch.device("cpu")), torch.autocast)
+    model.dtype = "float32"
+    assert not isinstance(products((9, 0)), torch.autocast)
+
+
+def test_another_dtype_is_refused() -> None:
+    with pytest.raises(ValueError, match="dtype must be one of auto, bfloat16, float32, got 'float16'"):
+        make(dtype="float16")
