@@ -135,7 +135,9 @@ class _Queueing(TorchDispatchMode):
         self._device = device
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
+        if kwargs.get("pin_memory"):  # not without a GPU
+            kwargs["pin_memory"] = False
         if func is torch.ops.aten._local_scalar_dense.default:
             self._device.read_by_host()
             return func(*args, **kwargs)
