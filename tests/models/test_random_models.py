@@ -193,6 +193,30 @@ def test_a_packed_model_runs(name: str, tmp_path: Path) -> None:
     assert states.isfinite().all() and 0.1 < float(states.std()) < 10
 
 
+@pytest.mark.gpu
+@needs_bitsandbytes
+def test_packed_weights_are_drawn_on_the_device_and_stay_there(tmp_path: Path) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    config = random_config(folder_of("llama", tmp_path))
+    model = random_model(config, Placement(torch.bfloat16, device, CPU, packed=True))
+    assert model.get_input_embeddings().weight.device == CPU
+    places = {}
+    for key, layer in packed_layers(model).items():
+        state = layer.weight.quant_state
+        held = [layer.weight, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+        assert {tensor.device for tensor in held} == {device}, key
+        places[key] = [tensor.data_ptr() for tensor in held]
+        assert float(unpacked(layer).float().std()) == pytest.approx(0.02, rel=0.1)
+    model.to(device)
+    for key, layer in packed_layers(model).items():
+        state = layer.weight.quant_state
+        held = [layer.weight, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+        assert [tensor.data_ptr() for tensor in held] == places[key], key
+    lm = FrozenLM(model)
+    states = lm(lm.embed(torch.arange(9, device=device)), torch.tensor([0, 4, 9], dtype=torch.int32, device=device))
+    assert states.device == device and states.isfinite().all()
+
+
 @needs_bitsandbytes
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "nf4"])
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "bert"])  # gemma's table scales, bert's has a row of padding
