@@ -22,6 +22,7 @@ from laser_fast.config import resolve_path
 from laser_fast.data import PromptLayout, TokenizedTexts
 from laser_fast.data.batches import BatchBuilder, PackedBatch
 from laser_fast.models import LaserModel, SASRec
+from laser_fast.models.random_models import Placement, random_model
 from laser_fast.nn.bituning import BiTuning
 from laser_fast.nn.frozen_lm import FrozenLM
 from laser_fast.nn.mformer import MFormer
@@ -76,40 +77,24 @@ class StepShape:
 def frozen_model(name: str, device: torch.device, *, quantization: str = "none") -> PreTrainedModel:
     """A frozen language model, "minilm" or one of `LLAMAS` with random weights; no dropout, also while it trains.
 
-    On a GPU in bfloat16, else in float32; "nf4" packs its linear layers in 4 bits, with double quantisation.
+    On a GPU in bfloat16, else in float32; with "nf4" the linear layers of a random one are drawn in 4 bits.
 
     Raises:
-        RuntimeError: MiniLM or bitsandbytes is not installed.
+        RuntimeError: MiniLM is not installed.
+        ValueError: MiniLM in 4 bits.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if name == "minilm":
+        if quantization != "none":
+            raise ValueError(f'frozen_model: quantization of minilm must be "none", got {quantization!r}')
         if importlib.util.find_spec(MINILM) is None:
             raise RuntimeError(f"frozen_model: the model must be installed, got no package {MINILM}")
         off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         folder = resolve_path(f"package:{MINILM}/model")
         model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=dtype, **off).to(device)
-    else:
-        with device, torch.random.fork_rng(enabled=device.type == "cpu"):
-            torch.manual_seed(0)
-            model = AutoModel.from_config(LlamaConfig(**LLAMAS[name]), dtype=dtype)
-    if quantization == "nf4":
-        _pack_in_four_bits(model, dtype)
-    return model.eval().requires_grad_(False)
-
-
-def _pack_in_four_bits(model: nn.Module, dtype: torch.dtype) -> None:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise RuntimeError('frozen_model: "nf4" needs bitsandbytes, got none; pip install "laser-fast[4bit]"')
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    for parent in list(model.modules()):
-        for name, linear in list(parent.named_children()):
-            if type(linear) is nn.Linear:
-                device, sizes = linear.weight.device, (linear.in_features, linear.out_features)
-                packed = Linear4bit(*sizes, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta")
-                packed.weight = Params4bit(linear.weight.data.cpu(), requires_grad=False, quant_type="nf4")
-                packed.bias = linear.bias
-                setattr(parent, name, packed.to(device))  # packs, with double quantisation by default
+        return model.eval().requires_grad_(False)
+    placement = Placement(dtype, device, device, packed=quantization == "nf4")
+    return random_model(LlamaConfig(**LLAMAS[name]), placement)
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:

@@ -79,7 +79,7 @@ def _beside_padded(
     context: Context, shape: str, weights: str, deadline: Deadline, form: Callable[..., Any], prefix: str
 ) -> Rows:
     """A padded form, also with its checkpointing, over the weights and the batch of ours."""
-    frozen = load(context, shape, weights, table_on_host=False)
+    frozen = load(context, shape, weights, reads_tokens=True)
     plain_model, checkpointed = sharing_twin(frozen), with_checkpointing(sharing_twin(frozen))
     sizes = step_shape(context, context.settings.users)
     model = build_laser(frozen, sizes, prefix=prefix)
@@ -99,7 +99,7 @@ def _beside_padded(
 
 def _authors(context: Context, shape: str, weights: str, deadline: Deadline) -> Rows:
     """Their loss over lists of negatives: our method beside it, and the same sequences in our form."""
-    frozen = load(context, shape, weights, table_on_host=False)
+    frozen = load(context, shape, weights, reads_tokens=True)
     padded = sharing_twin(frozen)
     sizes = step_shape(context, _AUTHORS_USERS)
     model = build_laser(frozen, sizes)

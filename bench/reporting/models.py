@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from workloads import draw_lengths
 
-from laser_fast.config import LanguageModelConfig, build_config
-from laser_fast.models.language_model import load_model
-from laser_fast.models.random_models import known_shapes
+from laser_fast.models.language_model import RANDOM_SCHEME
+from laser_fast.models.random_models import Placement, known_shapes, random_config, random_model
 from laser_fast.nn.frozen_lm import FrozenLM
 from laser_fast.ops import cu_seqlens_from_lengths
 from reporting.context import package_missing
@@ -50,24 +49,21 @@ def path_of(shape: str, folder: Path) -> str:
     return f"random:{place}"
 
 
-def settings_of(context: Context, shape: str, weights: str, *, table_on_host: bool = True) -> dict[str, Any]:
-    """The section `lm` of a configuration for a shape with weights "nf4" or "none".
-
-    Args:
-        table_on_host: whether a GPU is spared the token embeddings, which a step from embeddings does not need.
-    """
+def settings_of(context: Context, shape: str, weights: str) -> dict[str, Any]:
+    """The section `lm` of a configuration for a shape with weights "nf4" or "none"; token embeddings stay off a GPU."""
     return {
         "path": path_of(shape, context.folder),
         "quantization": weights,
         "dtype": context.settings.dtype,
-        "embedding_device": "cpu" if context.on_gpu and table_on_host else "model",
+        "embedding_device": "cpu" if context.on_gpu else "model",
     }
 
 
-def load(context: Context, shape: str, weights: str, *, table_on_host: bool = True) -> PreTrainedModel:
-    """A random model on the device of the report."""
-    settings = settings_of(context, shape, weights, table_on_host=table_on_host)
-    return load_model(build_config(LanguageModelConfig, settings)).to(context.device)
+def load(context: Context, shape: str, weights: str, *, reads_tokens: bool = False) -> PreTrainedModel:
+    """A random model on the device of the report; without token embeddings for steps that start from embeddings."""
+    dtype, device = getattr(torch, context.settings.dtype), context.device
+    placement = Placement(dtype, device, device, packed=weights == "nf4", token_embeddings=reads_tokens)
+    return random_model(random_config(path_of(shape, context.folder).removeprefix(RANDOM_SCHEME)), placement)
 
 
 def usable_weights(context: Context) -> tuple[tuple[str, ...], list[str]]:

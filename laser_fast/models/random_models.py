@@ -6,7 +6,7 @@ shape never holds a weight in 16 bits.
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,12 +32,40 @@ class Placement:
         device: of the layers; weights are drawn there.
         embedding_device: of the table of token embeddings.
         packed: linear weights in NF4 with double quantisation, as bitsandbytes holds them.
+        token_embeddings: whether they are drawn, a quarter of the bytes of an 8B model in 4 bits; False = one row of
+            them, on `device`, for a model that is given embeddings.
     """
 
     dtype: torch.dtype
     device: torch.device
     embedding_device: torch.device
     packed: bool = False
+    token_embeddings: bool = True
+
+
+class OneRowEmbedding(nn.Module):
+    """A table of token embeddings in which all tokens have the same row, the only one that takes memory.
+
+    Args:
+        table: the model's own module, cut to one row.
+        num_tokens: rows it stands for.
+    """
+
+    def __init__(self, table: nn.Module, num_tokens: int) -> None:
+        super().__init__()
+        self.table = table
+        self.num_tokens = num_tokens
+
+    @property
+    def weight(self) -> Any:
+        """[num_tokens, D_llm] over the memory of one row: not to be written."""
+        row: Any = self.table.weight
+        return row.detach().expand(self.num_tokens, -1)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """int64 [...] -> [..., D_llm]."""
+        rows: Tensor = self.table(torch.zeros_like(input_ids))
+        return rows
 
 
 def known_shapes() -> list[str]:
@@ -79,6 +107,9 @@ def random_model(config: "PretrainedConfig", placement: Placement, *, seed: int 
 
     with torch.device("meta"):
         model = AutoModel.from_config(config, dtype=placement.dtype)
+    if not placement.token_embeddings:
+        _keep_one_row(model)
+        placement = replace(placement, embedding_device=placement.device)
     devices = {device for device in (placement.device, placement.embedding_device) if device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(devices, key=str)), torch.no_grad():
         torch.manual_seed(seed)
@@ -102,6 +133,14 @@ def _shape_file(shape: str) -> Path:
             f"got {shape!r}"
         )
     return file
+
+
+def _keep_one_row(model: "PreTrainedModel") -> None:
+    table = model.get_input_embeddings()
+    num_tokens = table.weight.shape[0]
+    table.weight = nn.Parameter(table.weight[:1], requires_grad=False)
+    table.num_embeddings, table.padding_idx = 1, None  # the row of padding would be zero
+    model.set_input_embeddings(OneRowEmbedding(table, num_tokens))
 
 
 def _materialise(model: "PreTrainedModel", placement: Placement) -> None:
@@ -162,7 +201,7 @@ def _pack(model: nn.Module, placement: Placement, deviation: float, generator: t
 
 
 def _random_linear(linear: nn.Linear, dtype: torch.dtype, deviation: float, generator: torch.Generator) -> nn.Module:
-    """A `Linear4bit` of this shape with the bias of `linear`."""
+    """A `Linear4bit` of this shape with the bias of `linear`; on a GPU the host waits for nothing that is drawn."""
     from bitsandbytes.functional import QuantState, get_4bit_type, quantize_blockwise
     from bitsandbytes.nn import Linear4bit, Params4bit
 
@@ -172,7 +211,7 @@ def _random_linear(linear: nn.Linear, dtype: torch.dtype, deviation: float, gene
     num_weights = linear.in_features * linear.out_features
     code = get_4bit_type("nf4", device=generator.device)
     scales = _random_scales(math.ceil(num_weights / _BLOCK_SIZE), generator)
-    scales *= deviation / float((scales.square().mean() * code.square().mean()).sqrt())
+    scales *= deviation / (scales.square().mean() * code.square().mean()).sqrt()
     offset = scales.mean()
     absmax, nested = quantize_blockwise(scales - offset, blocksize=_NESTED_BLOCK_SIZE)
     state = QuantState(

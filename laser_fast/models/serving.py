@@ -50,6 +50,8 @@ class Serving:
         if mode == "graphs" and lm.device.type != "cuda":
             raise RuntimeError(f'Serving: mode "graphs" needs a language model on a CUDA device, got {lm.device}')
         plain_layers(lm.model)
+        if lm.fixed_shapes is not None:
+            lm.fixed_shapes.clear()
         lm.fixed_shapes = None
         self.mode = "none"
         if mode != "none":

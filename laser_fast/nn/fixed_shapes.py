@@ -6,7 +6,8 @@ real sequences start is read on the device, so that one recording serves all bat
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,17 +18,14 @@ from torch import Tensor, nn
 from laser_fast.nn.attention import AttentionPlan
 from laser_fast.nn.attention_buckets import Bucket, BucketLayout
 from laser_fast.nn.attention_flash import PackedLengths
+from laser_fast.nn.cuda_graphs import CudaGraphs, Recorder, Run
 from laser_fast.nn.frozen_lm import FrozenLM
 from laser_fast.nn.packed_layout import PackedLayout
 from laser_fast.nn.prefix_kv import KeyValuePrefix
-
-Run = Callable[[], Tensor]
-Capture = Callable[[Run], Run]
-"""Turns a run on fixed tensors into one that does the same again, into the same output."""
+from laser_fast.ops.segments import lengths_on_host
 
 _LEAST_TOKENS = 64
 _STEPS_PER_DOUBLING = 4  # numbers of tokens 64, 80, 96, 112, 128, 160, ...: 8 % more than needed on average, at most 25
-_WARMUP_RUNS = 2  # before a capture: compilation, tuning and the workspaces of libraries happen there
 
 
 @dataclass(frozen=True)
@@ -150,33 +148,6 @@ class FixedLayout(PackedLayout):
         return FixedPlan(lengths, num_queries, num_keys, causal, sliding_window)
 
 
-class CudaGraphCapture:
-    """Captures runs in CUDA graphs that share one pool of memory, so they must not run at the same time."""
-
-    def __init__(self) -> None:
-        self._pool: Any = None
-
-    def __call__(self, run: Run) -> Run:
-        """Run it a few times, record it once, and give what replays it."""
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARMUP_RUNS):
-                run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            output = run()
-
-        def replay() -> Tensor:
-            graph.replay()
-            return output
-
-        return replay
-
-
 class _Recording:
     """A run on tensors of its own, which `load` fills."""
 
@@ -237,11 +208,12 @@ def _length_of(prefix: KeyValuePrefix | None) -> int:
 class FixedShapes:
     """Recordings of a frozen model, one for each shape and form of call; the one unused for longest is dropped.
 
-    Any change of a weight drops all of them. Calls from several threads run one after another.
+    Any change of a weight drops all of them. Threads may call it on streams of their own: their calls run one after
+    another, on the device as well.
 
     Args:
         lm: what is recorded.
-        capture: how; the default makes CUDA graphs.
+        recorder: how; the default makes CUDA graphs.
         capacity: recordings kept.
         max_tokens: larger batches are not taken; their launches hide behind their arithmetic.
 
@@ -253,7 +225,7 @@ class FixedShapes:
     """
 
     def __init__(
-        self, lm: FrozenLM, capture: Capture | None = None, *, capacity: int = 64, max_tokens: int = 2048
+        self, lm: FrozenLM, recorder: Recorder | None = None, *, capacity: int = 64, max_tokens: int = 2048
     ) -> None:
         if capacity < 1 or max_tokens < 1:
             raise ValueError(
@@ -263,7 +235,7 @@ class FixedShapes:
         self.max_tokens = max_tokens
         self.num_captures = 0
         self._lm = lm
-        self._capture = capture or CudaGraphCapture()
+        self._recorder = recorder or CudaGraphs(lm.device)
         self._recordings: OrderedDict[tuple[object, ...], _Recording] = OrderedDict()  # oldest use first
         self._forms: dict[tuple[object, ...], tuple[KeyValuePrefix | None, bool]] = {}
         self._places: list[tuple[dict[str, Any], str]] = []
@@ -284,13 +256,12 @@ class FixedShapes:
         num_tokens, num_sequences = inputs_embeds.shape[0], cu_seqlens.shape[0] - 1
         if not 0 < num_tokens <= self.max_tokens or inputs_embeds.is_meta:
             return None
-        longest = int(cu_seqlens.diff().max())
+        longest = max(lengths_on_host(cu_seqlens))
         self._lm.check_length(longest + _length_of(prefix))
         shape = self._shape(num_tokens, num_sequences, longest, prefix)
         if shape.tokens > self.max_tokens:
             return None
-        # tensors made in inference mode could not be filled outside of it
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._turn():
             recording = self._recording(shape, prefix, last_only)
             recording.load(inputs_embeds, cu_seqlens, prefix)
             return recording.replay()[: num_sequences if last_only else num_tokens].clone()
@@ -305,19 +276,35 @@ class FixedShapes:
         Raises:
             ValueError: more shapes than are kept.
         """
-        self._forms.clear()
+        with self._lock:
+            self._forms.clear()
         call()
+        with self._lock:
+            forms = dict(self._forms)
         wanted: dict[tuple[FixedShape, tuple[object, ...]], None] = {}
-        for form, (prefix, _) in self._forms.items():
+        for form, (prefix, _) in forms.items():
             for sequences, tokens in batches:
                 if self._lm.max_length is None or tokens + _length_of(prefix) <= self._lm.max_length:
                     wanted[self._shape(sequences * tokens, sequences, tokens, prefix), form] = None
         fitting = [(shape, form) for shape, form in wanted if shape.tokens <= self.max_tokens]
         if len(fitting) > self.capacity:
             raise ValueError(f"FixedShapes: shapes must be at most capacity = {self.capacity}, got {len(fitting)}")
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._turn():
             for shape, form in fitting:
-                self._recording(shape, *self._forms[form])
+                self._recording(shape, *forms[form])
+
+    def clear(self) -> None:
+        """Drop all recordings, once the device has done with them."""
+        with self._lock:
+            self._recorder.finish()
+            self._recordings.clear()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One thread at a time, on the host and on the device."""
+        # tensors made in inference mode could not be filled outside of it
+        with self._lock, torch.inference_mode(False), torch.no_grad(), self._recorder.in_turn():
+            yield
 
     def _shape(self, num_tokens: int, num_sequences: int, longest: int, prefix: KeyValuePrefix | None) -> FixedShape:
         limit = None if self._lm.max_length is None else self._lm.max_length - _length_of(prefix)
@@ -332,9 +319,10 @@ class FixedShapes:
             self._forms[form] = None if prefix is None else _fixed_prefix(prefix, 2), last_only
         if found is None:
             if len(self._recordings) >= self.capacity:
+                self._recorder.finish()
                 self._recordings.popitem(last=False)
             found = _Recording(self._lm, shape, prefix, last_only)
-            found.replay = self._capture(found.replay)
+            found.replay = self._recorder.record(found.replay)
             self._recordings[key] = found
             self.num_captures += 1
         self._recordings.move_to_end(key)
@@ -348,6 +336,7 @@ class FixedShapes:
         tensors = [table.get(name) for table, name in self._places]
         version = tuple(None if tensor is None else (tensor.data_ptr(), _changes(tensor)) for tensor in tensors)
         if version != self._version:
+            self._recorder.finish()
             self._recordings.clear()
             self._version = version
 

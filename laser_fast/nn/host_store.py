@@ -1,89 +1,96 @@
 """Tensors that wait for their backward in host memory, copied there and back beside the computation."""
 
+import weakref
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-@dataclass
+@dataclass(eq=False)
 class _Stored:
-    """One tensor away from its device; `fetched` once the copy back was started."""
+    """One tensor away from its device, and the one that was put before it if backward still wants it."""
 
-    host: Tensor
-    device: torch.device
-    written: torch.cuda.Event
-    before: "_Stored | None"
-    fetched: Tensor | None = None
-    arrived: torch.cuda.Event | None = None
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """A tensor without values that is away."""
-
+    host: Tensor | None  # None: of a tensor without values
     shape: torch.Size
     dtype: torch.dtype
+    device: torch.device
+    before: "weakref.ref[_Stored] | None"
+    fetched: Tensor | None = None
 
 
 class HostStore:
     """The two hooks of `saved_tensors_hooks`: `put` copies to pinned host memory, `get` brings back.
 
-    Copies run on a stream of their own. Backward asks in the opposite order of forward, so `get` also starts the copy
-    of the tensor that was put before. A tensor that is in host memory already stays as it is; one on the
-    meta device goes as if that were a GPU.
+    Copies run on a stream of their own, one at a time. Backward asks in the opposite order of forward, so `get` also
+    starts the copy of the tensor that was put before. A tensor that is in host memory already stays as it is; one on
+    the meta device goes as if that were a GPU.
+
+    The computation waits for a copy before the next one starts (a layer later, when it should be done), and what was
+    copied is held until then. So the device holds two of the tensors at most, however far the host runs ahead of it;
+    `record_stream` would keep memory until the host sees that the copy is done, which on a slow step is that of all
+    layers. The graph alone holds what is away: a step that is given up leaves nothing behind but the running copy.
     """
 
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
-        self._last: _Stored | None = None
+        self._last: weakref.ref[_Stored] | None = None
+        self._running: tuple[Tensor, torch.cuda.Event | None] | None = None  # what is read or written, until when
 
-    def put(self, tensor: Tensor) -> "Tensor | _Stored | _Shape":
+    def put(self, tensor: Tensor) -> "Tensor | _Stored":
         """Start the copy to the host; the tensor itself may be freed at once."""
-        if tensor.is_meta:
-            return _Shape(tensor.shape, tensor.dtype)
-        if not tensor.is_cuda:
+        if not self._leaves(tensor):
             return tensor
-        stream = self._copies(tensor.device)
-        stream.wait_stream(torch.cuda.current_stream(tensor.device))
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        with torch.cuda.stream(stream):
-            host.copy_(tensor, non_blocking=True)
-            written = torch.cuda.Event()
-            written.record(stream)
-        tensor.record_stream(stream)
-        self._last = _Stored(host, tensor.device, written, self._last)
-        return self._last
+        tensor = tensor.detach()  # held with its graph it would hold what is away
+        # torch keeps pinned memory for later steps, and gives none out again before copies of it are done
+        host = None if tensor.is_meta else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._copy(host, tensor, on_device=tensor)
+        stored = _Stored(host, tensor.shape, tensor.dtype, tensor.device, self._last)
+        self._last = weakref.ref(stored)
+        return stored
 
-    def get(self, stored: "Tensor | _Stored | _Shape") -> Tensor:
+    def get(self, stored: "Tensor | _Stored") -> Tensor:
         """The tensor on its device again."""
-        if isinstance(stored, _Shape):
-            return torch.empty(stored.shape, dtype=stored.dtype, device="meta")
         if isinstance(stored, Tensor):
             return stored
         self._last = None  # the next forward starts a chain of its own
         self._fetch(stored)
-        assert stored.fetched is not None and stored.arrived is not None
-        current = torch.cuda.current_stream(stored.device)
-        current.wait_event(stored.arrived)
-        tensor = stored.fetched
-        tensor.record_stream(current)
-        before, stored.before, stored.fetched = stored.before, None, None
+        self._wait()
+        tensor, stored.fetched = stored.fetched, None
+        assert tensor is not None
+        before = None if stored.before is None else stored.before()
         if before is not None:
             self._fetch(before)
         return tensor
 
     def _fetch(self, stored: _Stored) -> None:
-        if stored.fetched is not None:
-            return
-        stream = self._copies(stored.device)
-        with torch.cuda.stream(stream):
-            stream.wait_event(stored.written)
-            stored.fetched = stored.host.to(stored.device, non_blocking=True)
-            stored.arrived = torch.cuda.Event()
-            stored.arrived.record(stream)
+        if stored.fetched is None:
+            # memory of the computation's stream, which the copy waits for
+            stored.fetched = torch.empty(stored.shape, dtype=stored.dtype, device=stored.device)
+            self._copy(stored.fetched, stored.host, on_device=stored.fetched)
 
-    def _copies(self, device: torch.device) -> torch.cuda.Stream:
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(device)
-        return self._stream
+    def _copy(self, target: Tensor | None, source: Tensor | None, *, on_device: Tensor) -> None:
+        """Start a copy, which begins after all that the computation was given so far."""
+        self._wait()
+        done = None
+        if target is not None and source is not None:
+            if self._stream is None:
+                self._stream = torch.cuda.Stream(on_device.device)
+            self._stream.wait_stream(torch.cuda.current_stream(on_device.device))
+            done = torch.cuda.Event()
+            with torch.cuda.stream(self._stream):
+                target.copy_(source, non_blocking=True)
+                done.record(self._stream)
+        self._running = (on_device, done)
+
+    def _wait(self) -> None:
+        """From here on the computation may read, write and free what the running copy does."""
+        if self._running is not None:
+            tensor, done = self._running
+            if done is not None:
+                torch.cuda.current_stream(tensor.device).wait_event(done)
+            self._running = None
+
+    @staticmethod
+    def _leaves(tensor: Tensor) -> bool:
+        return tensor.is_cuda or tensor.is_meta

@@ -1,5 +1,6 @@
 """Models with random weights: built as transformers builds them, and packed as bitsandbytes packs them."""
 
+import copy
 import importlib.util
 import json
 from pathlib import Path
@@ -189,6 +190,57 @@ def test_a_seed_gives_one_model_and_leaves_the_global_generator(packed: bool, tm
 def test_a_packed_model_runs(name: str, tmp_path: Path) -> None:
     lm = FrozenLM(build(name, tmp_path, packed=True))
     states = lm(lm.embed(torch.arange(9)), torch.tensor([0, 4, 9], dtype=torch.int32))
+    assert states.isfinite().all() and 0.1 < float(states.std()) < 10
+
+
+@pytest.mark.gpu
+@needs_bitsandbytes
+def test_packed_weights_are_drawn_on_the_device_and_stay_there(tmp_path: Path) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    config = random_config(folder_of("llama", tmp_path))
+    model = random_model(config, Placement(torch.bfloat16, device, CPU, packed=True))
+    assert model.get_input_embeddings().weight.device == CPU
+    places = {}
+    for key, layer in packed_layers(model).items():
+        state = layer.weight.quant_state
+        held = [layer.weight, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+        assert {tensor.device for tensor in held} == {device}, key
+        places[key] = [tensor.data_ptr() for tensor in held]
+        assert float(unpacked(layer).float().std()) == pytest.approx(0.02, rel=0.1)
+    model.to(device)
+    for key, layer in packed_layers(model).items():
+        state = layer.weight.quant_state
+        held = [layer.weight, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+        assert [tensor.data_ptr() for tensor in held] == places[key], key
+    lm = FrozenLM(model)
+    states = lm(lm.embed(torch.arange(9, device=device)), torch.tensor([0, 4, 9], dtype=torch.int32, device=device))
+    assert states.device == device and states.isfinite().all()
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "nf4"])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "bert"])  # gemma's table scales, bert's has a row of padding
+def test_without_token_embeddings_one_row_stands_for_all(name: str, packed: bool, tmp_path: Path) -> None:
+    config = random_config(folder_of(name, tmp_path))
+    host = torch.device("meta")  # where the table would lie
+    model = random_model(config, Placement(torch.float32, CPU, host, packed=packed, token_embeddings=False))
+    whole = random_model(config, Placement(torch.float32, CPU, CPU, packed=packed))
+    table = model.get_input_embeddings()
+    assert table.weight.shape == (80, 64) and table.weight.device == CPU
+    assert sum(parameter.numel() for parameter in whole.parameters()) - 79 * 64 == sum(
+        parameter.numel() for parameter in model.parameters()
+    )
+    for moved in (model, copy.deepcopy(model), model.to(torch.float64) if not packed else model.to(CPU)):
+        kept = moved.get_input_embeddings().weight
+        assert kept.stride() == (0, 1) and kept.untyped_storage().nbytes() == 64 * kept.element_size()
+        assert kept.dtype == next(moved.parameters()).dtype
+    model = model.to(torch.float32)
+    lm, other = FrozenLM(model), FrozenLM(whole)
+    assert lm.device == CPU and lm.embedding_rms == pytest.approx(other.embedding_rms, rel=6 * 64**-0.5)
+    embedded = lm.embed(torch.tensor([3, 79, 0]))
+    assert embedded.shape == (3, 64) and torch.equal(embedded, embedded[:1].expand(3, 64))
+    assert float(embedded.norm()) == pytest.approx(float(other.embed(torch.tensor([3, 79, 1])).norm()), rel=0.5)
+    states = lm(torch.randn(9, 64), torch.tensor([0, 4, 9], dtype=torch.int32))
     assert states.isfinite().all() and 0.1 < float(states.std()) < 10
 
 

@@ -1,6 +1,6 @@
 """The choice of how the language model runs for requests: same recommendations, nothing compiled after `warmup`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from transformers import AutoModel, LlamaConfig
 from laser_fast.config import LaserConfig, build_config
 from laser_fast.data import PackedSequences, training_rows
 from laser_fast.models import LaserModel
+from laser_fast.nn.cuda_graphs import Recorder
 from laser_fast.nn.execution import frozen_layers
 from laser_fast.nn.fixed_shapes import FixedShapes
 from laser_fast.training.build import build_laser, load_inputs, load_language_model
@@ -90,7 +91,7 @@ def test_after_warmup_nothing_is_compiled(tiny_settings: dict[str, Any], form: s
 def test_filled_batches_recommend_the_same(tiny_settings: dict[str, Any], form: str) -> None:
     model = build(tiny_settings, **FORMS[form])
     plain = [(histories, model.encode_users(histories)) for histories in requests(50)]
-    model.lm.fixed_shapes = shapes = FixedShapes(model.lm, lambda run: run)
+    model.lm.fixed_shapes = shapes = FixedShapes(model.lm, Recorder())
     for histories, expected in plain:
         assert_same_embeddings(model, histories, expected)
     assert 1 <= shapes.num_captures <= 12
@@ -106,7 +107,7 @@ def test_kept_prefixes_are_served(tiny_settings: dict[str, Any], mode: str) -> N
     if mode == "compile":
         model.serving.use("compile", backend="eager")
     else:
-        model.lm.fixed_shapes = FixedShapes(model.lm, lambda run: run)
+        model.lm.fixed_shapes = FixedShapes(model.lm, Recorder())
     for histories, expected in (*plain, *plain):
         assert_same_embeddings(model, histories, expected)
     assert model.kept_prefixes is not None and model.kept_prefixes.store.hits > 20
@@ -117,18 +118,17 @@ def test_kept_prefixes_are_served(tiny_settings: dict[str, Any], mode: str) -> N
 
 def test_warmup_captures_what_requests_of_one_user_need(tiny_settings: dict[str, Any]) -> None:
     model = build(tiny_settings)
-    captured: list[Callable[[], Tensor]] = []
-    model.lm.fixed_shapes = FixedShapes(model.lm, lambda run: captured.append(run) or run, max_tokens=128)
+    model.lm.fixed_shapes = shapes = FixedShapes(model.lm, Recorder(), max_tokens=128)
     model.serving.warmup()
-    before = len(captured)
+    before = shapes.num_captures
     assert 5 <= before <= 8
     for histories in requests(30, users=1):
         model.encode_users(histories)
-    assert len(captured) == before
+    assert shapes.num_captures == before
     model.serving.warmup([(4, 10), (1, 30), (2, 9)])
-    before = len(captured)
+    before = shapes.num_captures
     model.encode_users(PackedSequences.from_lists([[1, 2], [3], [4, 5, 6, 7]]))
-    assert len(captured) == before
+    assert shapes.num_captures == before
     with pytest.raises(ValueError, match=r"shapes must be pairs of at least 1, got \[\(0, 3\)\]"):
         model.serving.warmup([(0, 3)])
 

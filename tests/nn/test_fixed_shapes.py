@@ -1,13 +1,13 @@
 """Batches filled up to few shapes: the same results, few shapes, and recordings that are bounded and never outdated."""
 
 import copy
-from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModel, BertConfig, Gemma2Config, GptOssConfig, LlamaConfig
 
+from laser_fast.nn.cuda_graphs import Recorder, Run
 from laser_fast.nn.execution import Execution
 from laser_fast.nn.fixed_shapes import FixedShape, FixedShapes, filled_offsets, fixed_shape
 from laser_fast.nn.frozen_lm import FrozenLM
@@ -54,11 +54,6 @@ def a_prefix(lm: FrozenLM, size: int, *, slots: Tensor | None = None) -> KeyValu
     return KeyValuePrefix(tuple(keys), tuple(values), slots)
 
 
-def again(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """In place of a CUDA graph: nothing but the fixed tensors reaches the run."""
-    return run
-
-
 def close(actual: Tensor, expected: Tensor) -> None:
     assert actual.shape == expected.shape
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
@@ -70,7 +65,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_filled_batches_give_what_the_batches_alone_give(name: str, prefix: str, last_only: bool) -> None:
     lm = build(name)
-    recorded = FixedShapes(lm, again)
+    recorded = FixedShapes(lm, Recorder())
     for lengths in (*BATCHES, *BATCHES):  # the second time from recordings that hold other batches
         embeds, cu_seqlens = batch(lengths, seed=recorded.num_captures)
         size = len(lengths)
@@ -91,7 +86,7 @@ def test_filled_batches_give_what_the_batches_alone_give(name: str, prefix: str,
 def test_with_the_whole_last_layer() -> None:
     lm = build("llama", Execution(last_layer="all", fused=False))
     embeds, cu_seqlens = batch([7, 12])
-    actual = FixedShapes(lm, again)(embeds, cu_seqlens, None, last_only=True)
+    actual = FixedShapes(lm, Recorder())(embeds, cu_seqlens, None, last_only=True)
     assert actual is not None
     close(actual, lm(embeds, cu_seqlens, last_only=True))
 
@@ -99,14 +94,13 @@ def test_with_the_whole_last_layer() -> None:
 @torch.no_grad()
 def test_one_recording_serves_every_batch_of_its_shape_and_of_either_kind_of_tensor() -> None:
     lm = build("llama")
-    captured: list[Callable[[], Tensor]] = []
 
-    def capture(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        captured.append(run)
-        output = run().clone()
-        return lambda: output.copy_(run())  # as a graph: always into the same output
+    class SameOutput(Recorder):
+        def record(self, run: Run) -> Run:
+            output = run().clone()
+            return lambda: output.copy_(run())  # as a graph
 
-    lm.fixed_shapes = FixedShapes(lm, capture)
+    lm.fixed_shapes = FixedShapes(lm, SameOutput())
     kept: list[tuple[Tensor, Tensor]] = []
     for seed, lengths in enumerate([[20, 31, 9], [33, 5, 18, 2], [28, 30, 3]]):
         embeds, cu_seqlens = batch(lengths, seed)
@@ -114,14 +108,14 @@ def test_one_recording_serves_every_batch_of_its_shape_and_of_either_kind_of_ten
             actual = lm(embeds + 0, cu_seqlens, last_only=True)
         with torch.enable_grad():  # the plain path
             kept.append((actual, lm(embeds, cu_seqlens, last_only=True)))
-    assert len(captured) == 1
+    assert lm.fixed_shapes.num_captures == 1
     for actual, expected in kept:  # later calls wrote into the same tensors
         close(actual, expected)
 
 
 def test_calls_with_gradient_are_never_recorded() -> None:
     lm = build("llama")
-    lm.fixed_shapes = FixedShapes(lm, again)
+    lm.fixed_shapes = FixedShapes(lm, Recorder())
     embeds, cu_seqlens = batch([9, 4])
     lm(embeds.requires_grad_(), cu_seqlens).sum().backward()
     assert embeds.grad is not None and not len(lm.fixed_shapes)
@@ -134,7 +128,7 @@ def test_calls_with_gradient_are_never_recorded() -> None:
 @pytest.mark.parametrize("change", ["in place", "another tensor", "data"])
 def test_a_changed_weight_drops_all_recordings(change: str) -> None:
     lm = build("llama")
-    recorded = FixedShapes(lm, again)
+    recorded = FixedShapes(lm, Recorder())
     embeds, cu_seqlens = batch([9, 4])
     recorded(embeds, cu_seqlens, None, last_only=False)
     linear = lm.model.layers[1].mlp.down_proj
@@ -151,7 +145,7 @@ def test_a_changed_weight_drops_all_recordings(change: str) -> None:
 
 @torch.no_grad()
 def test_the_recording_unused_for_longest_is_dropped() -> None:
-    recorded = FixedShapes(build("bert"), again, capacity=2)
+    recorded = FixedShapes(build("bert"), Recorder(), capacity=2)
     for lengths in ([10], [90], [10], [10, 10]):  # the last takes the place of the second
         recorded(*batch(lengths), None, last_only=False)
     assert len(recorded) == 2 and recorded.num_captures == 3
@@ -164,7 +158,7 @@ def test_the_recording_unused_for_longest_is_dropped() -> None:
 @torch.no_grad()
 def test_what_is_too_large_or_empty_is_left_to_the_plain_path() -> None:
     lm = build("bert")
-    recorded = FixedShapes(lm, again, max_tokens=100)
+    recorded = FixedShapes(lm, Recorder(), max_tokens=100)
     assert recorded(*batch([50, 51]), None, last_only=False) is None
     assert recorded(*batch([50, 49]), None, last_only=False) is None  # fills up to 112
     assert recorded(torch.zeros(0, 32), torch.zeros(3, dtype=torch.int32), None, last_only=False) is None
@@ -177,7 +171,7 @@ def test_what_is_too_large_or_empty_is_left_to_the_plain_path() -> None:
 @torch.no_grad()
 def test_prepared_shapes_are_captured_before_they_are_needed() -> None:
     lm = build("llama")
-    recorded = FixedShapes(lm, again)
+    recorded = FixedShapes(lm, Recorder())
     prefix = a_prefix(lm, 1)
     recorded.prepare([(1, n) for n in range(1, 200)], lambda: recorded(*batch([4]), prefix, last_only=True))
     before = recorded.num_captures
@@ -188,14 +182,14 @@ def test_prepared_shapes_are_captured_before_they_are_needed() -> None:
 
 @torch.no_grad()
 def test_more_shapes_than_are_kept_are_refused() -> None:
-    recorded = FixedShapes(build("llama"), again, capacity=2)
+    recorded = FixedShapes(build("llama"), Recorder(), capacity=2)
     with pytest.raises(ValueError, match="shapes must be at most capacity = 2, got 3"):
         recorded.prepare([(n, 8) for n in (1, 2, 4)], lambda: recorded(*batch([4]), None, last_only=True))
 
 
 def test_numbers_below_one_are_refused() -> None:
     with pytest.raises(ValueError, match="capacity and max_tokens must be at least 1, got 0 and 2048"):
-        FixedShapes(build("bert"), again, capacity=0)
+        FixedShapes(build("bert"), Recorder(), capacity=0)
 
 
 def test_shapes_are_few_and_waste_little() -> None:

@@ -68,8 +68,8 @@ def test_offloaded_inputs_are_not_on_the_device() -> None:
     for mode in ("full", "offload"):
         lm = language_model_without_values(settings(mode), SHAPES["llama"], torch.float32)
         kept[mode] = rehearse_language_model(lm, 1000, 10, last_only=True).kept
-    # four of the five layers are computed again, and their inputs go to the host
-    assert kept["full"] - kept["offload"] == 1000 * 64 * 4 * 4
+    # four of the five layers are computed again, and their inputs go to the host, the last of them still on its way
+    assert kept["full"] - kept["offload"] == 1000 * 64 * 4 * 3
 
 
 def test_bytes_are_counted_while_their_tensors_live() -> None:
