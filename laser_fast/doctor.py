@@ -21,6 +21,7 @@ _OPERATIONS = (
     "combine_queries",
     "inject_prefix_kv",
     "inject_prefix_kv_layers",
+    "rotary_embedding",
     "catalog_cross_entropy",
     "catalog_topk",
 )
