@@ -149,7 +149,7 @@ def cases() -> dict[str, Run]:
     found = {"control": _control}
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         found[f"streams-{name}"] = _streams(dtype)
-        for size, width in ((64, 64), (128, 128), (256, 256), (96, 96), (80, 32)):
+        for size, width in ((64, 64), (128, 128), (96, 96), (80, 32)):
             found[f"rotary-{size}-{width}-{name}"] = _rotary(size, width, dtype, dtype)
         found[f"rotary-128-128-wide-tables-{name}"] = _rotary(128, 128, dtype, torch.float32)
         found[f"routing-E8-few-items-{name}"] = _routing(5120, 8, 3, dtype)
