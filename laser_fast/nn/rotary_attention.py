@@ -23,6 +23,7 @@ _PROBE_SEEDS = (0, 1)  # options that depend on the input differ
 _TWIN_WIDTH = 8
 _FORMS = (("q_proj", "k_proj", "v_proj", "o_proj"), ("qkv_proj", "o_proj"))  # the second: all in one matrix (Phi-3)
 _NORMS = ("q_norm", "k_norm")
+_OWN_ARGUMENTS = ("position_embeddings", "past_key_values", "attention_mask")  # of a module; others are handed on
 
 
 @dataclass(frozen=True)
@@ -91,19 +92,16 @@ def rotary_attention(module: Any, form: AttentionForm, hidden_states: Tensor, *a
     A call that was not tried (another attention than an exchanged one, a cache, several rows) goes to the module's own
     forward. Backward keeps the tables and what the attention keeps.
     """
-    own = partial(type(module).forward, module, hidden_states, *args)
-    attend, tables = _exchanged_attention(module), kwargs.get("position_embeddings")
-    if args or attend is None or module.training or kwargs.get("past_key_values") is not None:
-        return own(**kwargs)
-    if hidden_states.shape[0] != 1 or not _fit(tables, form, hidden_states.shape[1]):
-        return own(**kwargs)
+    attend, tables = _exchanged_attention(module), kwargs.get("position_embeddings", ())
+    tried = not args and not module.training and kwargs.get("past_key_values") is None and hidden_states.shape[0] == 1
+    if attend is None or not tried or not _fit(tables, form, hidden_states.shape[1]):
+        return type(module).forward(module, hidden_states, *args, **kwargs)
     layout = kwargs.get("laser_layout")
-    heads = _project(module, form, hidden_states[0], with_queries=layout is None or not layout.keys_only)
-    cos, sin = (table[0] for table in kwargs.pop("position_embeddings"))
-    query, key = rotary_embedding(heads[0], heads[1], cos, sin)
-    given = [tensor.transpose(0, 1)[None] for tensor in (query, key, heads[2])]
-    kwargs.pop("past_key_values", None)
-    attended, weights = attend(module, *given, kwargs.pop("attention_mask", None), **form.options, **kwargs)
+    query, key, value = _project(module, form, hidden_states[0], with_queries=layout is None or not layout.keys_only)
+    query, key = rotary_embedding(query, key, *(table[0] for table in tables))
+    heads_first = [tensor.transpose(0, 1)[None] for tensor in (query, key, value)]
+    options = {name: given for name, given in kwargs.items() if name not in _OWN_ARGUMENTS}
+    attended, weights = attend(module, *heads_first, kwargs.get("attention_mask"), **form.options, **options)
     return module.o_proj(attended.flatten(2)), weights
 
 
@@ -127,18 +125,20 @@ def _project(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values by heads: [T, D] -> [T, H, d], [T, H_kv, d] twice; queries that nobody reads have no
     heads."""
+    query: Any = None
     if form.splits is not None:
         query, key, value = module.qkv_proj(hidden_states).split(form.splits, dim=-1)
         value = value.contiguous()  # kept for backward as a view it would keep the raw queries and keys as well
     else:
         key, value = module.k_proj(hidden_states), module.v_proj(hidden_states)
-        query = module.q_proj(hidden_states) if with_queries else key
-    query, key, value = (x.unflatten(-1, (-1, form.head_size)) for x in (query, key, value))
+        if with_queries:
+            query = module.q_proj(hidden_states)
+    key, value = (tensor.unflatten(-1, (-1, form.head_size)) for tensor in (key, value))
+    key = module.k_norm(key) if form.normed else key
     if not with_queries:
-        query = key.detach()[:, :0]
-    if form.normed:
-        query, key = module.q_norm(query) if with_queries else query, module.k_norm(key)
-    return query, key, value
+        return key.detach()[:, :0], key, value
+    query = query.unflatten(-1, (-1, form.head_size))
+    return module.q_norm(query) if form.normed else query, key, value
 
 
 def _record(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> tuple[Tensor, None]:
