@@ -18,7 +18,7 @@ from torch import Tensor
 from workloads import Case
 
 from laser_fast.nn.attention import varlen_attention
-from laser_fast.ops import inject_prefix_kv, inject_prefix_kv_layers, inject_prefix_kv_rotary
+from laser_fast.ops import inject_prefix_kv, inject_prefix_kv_layers
 
 Compare = Callable[..., dict[str, float]]
 
@@ -109,30 +109,6 @@ def test_inject_prefix_kv(case: Case, name: str, compare_forms: CompareForms) ->
     candidate = Form(lambda *tensors: inject_prefix_kv(*tensors, cu_seqlens)[:2], inputs)
     moved = moved_bytes(shape, name)
     compare_forms(case, name, candidate, {**baselines, "padded": padded_form(shape, inputs)}, moved_bytes=moved)
-
-
-def rotate(key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As transformers does, in float32."""
-    wide = key.float()
-    first, second = wide.chunk(2, dim=-1)
-    return (wide * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]).to(key.dtype)
-
-
-@pytest.mark.parametrize("name", PASSES)
-@pytest.mark.parametrize("case", SHARED, ids=str, indirect=True)
-def test_inject_prefix_kv_rotary(case: Case, name: str, compare_forms: CompareForms) -> None:
-    shape = case.workload
-    inputs, cu_seqlens = make_tensors(shape), make_offsets(shape)
-    angles = torch.rand(shape.sequences * shape.tokens, shape.size, device=shape.device) * 6
-    cos, sin = angles.cos(), angles.sin()
-
-    def rotate_then_inject(key: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
-        return inject_prefix_kv(rotate(key, cos, sin), *others, cu_seqlens)[:2]
-
-    candidate = Form(lambda *tensors: inject_prefix_kv_rotary(*tensors, cu_seqlens, cos, sin)[:2], inputs)
-    tables = 2 * cos.numel() * cos.element_size() * (2 if name == "forward+backward" else 1)
-    baselines = {"rotate_then_inject": Form(rotate_then_inject, inputs)}
-    compare_forms(case, name, candidate, baselines, moved_bytes=moved_bytes(shape, name) + tables)
 
 
 @pytest.mark.parametrize("case", SHARED, ids=str, indirect=True)

@@ -1,8 +1,8 @@
-// Prefix injection on the CPU: checks, then the loops of prefix_kv_rows.h and prefix_kv_rotary.h.
+// Prefix injection on the CPU: checks, then the loops of prefix_kv_rows.h.
 #include <tvm/ffi/function.h>
 
 #include "prefix_kv_arguments.h"
-#include "prefix_kv_rotary.h"
+#include "prefix_kv_rows.h"
 
 namespace laser_fast {
 namespace {
@@ -35,19 +35,6 @@ void inject_prefix_kv_layers_cpu(TensorView keys, TensorView values, TensorView 
   inject_rows(arguments, num_threads);
 }
 
-void inject_prefix_kv_rotary_cpu(TensorView key, TensorView value, TensorView prefix_key, TensorView prefix_value,
-                                 TensorView cu_seqlens, TensorView cos, TensorView sin, OptionalTensor prefix_index,
-                                 TensorView output_key, TensorView output_value, TensorView output_cu_seqlens,
-                                 int64_t num_threads) {
-  const char* function = "inject_prefix_kv_rotary";
-  const InjectionTensors given = {key,          value,      prefix_key,   prefix_value,     cu_seqlens,
-                                  prefix_index, output_key, output_value, output_cu_seqlens};
-  const PrefixArguments arguments = check_injection(function, given, kDLCPU);
-  const Rotary rotary = check_rotary(function, key, arguments.layout.num_text_rows, cos, sin);
-  check_values(function, arguments.layout);
-  inject_rows_rotary(arguments, rotary, num_threads);
-}
-
 void inject_prefix_kv_backward_cpu(OptionalTensor grad_key, OptionalTensor grad_value, TensorView cu_seqlens,
                                    OptionalTensor prefix_index, int64_t num_prefixes, int64_t prefix_length,
                                    OptionalTensor key, OptionalTensor value, OptionalTensor prefix_key,
@@ -58,22 +45,6 @@ void inject_prefix_kv_backward_cpu(OptionalTensor grad_key, OptionalTensor grad_
   const PrefixGradArguments arguments = check_gradients(function, given, kDLCPU);
   check_values(function, arguments.layout);
   gather_rows(arguments, num_threads);
-  sum_prefixes(arguments, num_threads);
-}
-
-void inject_prefix_kv_rotary_backward_cpu(OptionalTensor grad_key, OptionalTensor grad_value, TensorView cu_seqlens,
-                                          TensorView cos, TensorView sin, OptionalTensor prefix_index,
-                                          int64_t num_prefixes, int64_t prefix_length, OptionalTensor key,
-                                          OptionalTensor value, OptionalTensor prefix_key, OptionalTensor prefix_value,
-                                          int64_t num_threads) {
-  const char* function = "inject_prefix_kv_rotary_backward";
-  const GradientTensors given = {grad_key,      grad_value, cu_seqlens, prefix_index, num_prefixes,
-                                 prefix_length, key,        value,      prefix_key,   prefix_value};
-  const PrefixGradArguments arguments = check_gradients(function, given, kDLCPU);
-  const TensorView& output = grad_key.has_value() ? grad_key.value() : grad_value.value();
-  const Rotary rotary = check_rotary(function, output, arguments.layout.num_text_rows, cos, sin);
-  check_values(function, arguments.layout);
-  gather_rows_rotary(arguments, rotary, num_threads);
   sum_prefixes(arguments, num_threads);
 }
 
@@ -98,7 +69,5 @@ void prefix_sources_cpu(TensorView cu_seqlens, OptionalTensor prefix_index, int6
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(inject_prefix_kv_cpu, laser_fast::inject_prefix_kv_cpu);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(inject_prefix_kv_layers_cpu, laser_fast::inject_prefix_kv_layers_cpu);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(inject_prefix_kv_rotary_cpu, laser_fast::inject_prefix_kv_rotary_cpu);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(inject_prefix_kv_backward_cpu, laser_fast::inject_prefix_kv_backward_cpu);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(inject_prefix_kv_rotary_backward_cpu, laser_fast::inject_prefix_kv_rotary_backward_cpu);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(prefix_sources_cpu, laser_fast::prefix_sources_cpu);

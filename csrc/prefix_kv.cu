@@ -33,9 +33,9 @@ __global__ void probe_kernel() {}
 cudaError_t launch_inject(const PrefixArguments& arguments, cudaStream_t stream) {
   const dim3 blocks(blocks_of(arguments.layout.num_output_rows()),
                     static_cast<unsigned>(std::max<int64_t>(1, arguments.num_layers)));
-  if (all_aligned(arguments, arguments.row_bytes, sizeof(uint4))) {
+  if (all_aligned(arguments, sizeof(uint4))) {
     inject_prefix_kv_kernel<uint4><<<blocks, kThreadsPerBlock, 0, stream>>>(arguments);
-  } else if (all_aligned(arguments, arguments.row_bytes, sizeof(uint32_t))) {
+  } else if (all_aligned(arguments, sizeof(uint32_t))) {
     inject_prefix_kv_kernel<uint32_t><<<blocks, kThreadsPerBlock, 0, stream>>>(arguments);
   } else {
     inject_prefix_kv_kernel<uint16_t><<<blocks, kThreadsPerBlock, 0, stream>>>(arguments);

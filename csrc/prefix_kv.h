@@ -63,14 +63,6 @@ struct PrefixGradArguments {
   Element element;
 };
 
-// Rotary embedding of the text keys: x * cos + rotate_half(x) * sin, in float32 (float64 for float64).
-struct Rotary {
-  const char* cos;  // [T, d]
-  const char* sin;  // [T, d]
-  int64_t num_heads, head_size;
-  Element element, table_element;  // of the keys; of cos and sin: float32, or that of the keys
-};
-
 // Where an output row comes from. row < 0: offsets or slot are malformed and no row belongs here.
 struct PrefixSource {
   bool from_prefix;

@@ -203,18 +203,6 @@ inline PrefixGradArguments check_gradients(const char* function, const GradientT
   return {layout, key, value, heads * size * element_bytes(element), element};
 }
 
-// cos and sin [T, d] in the dtype of the keys or float32.
-inline Rotary check_rotary(const char* function, const TensorView& keys, int64_t num_text_rows, const TensorView& cos,
-                           const TensorView& sin) {
-  const ArgumentCheck check = {function, keys.device()};
-  const Element element = check.element_of(keys, "key"), table = check.element_of(cos, "cos");
-  const int64_t size = keys.size(2);
-  check.holds(size % 2 == 0, "key", "have an even head size", size);
-  check.tensor(cos, "cos", table == Element::kFloat ? cos.dtype() : keys.dtype(), {num_text_rows, size});
-  check.tensor(sin, "sin", cos.dtype(), {num_text_rows, size});
-  return {data_of<const char>(cos), data_of<const char>(sin), keys.size(1), size, element, table};
-}
-
 }  // namespace laser_fast
 
 #endif  // LASER_FAST_PREFIX_KV_ARGUMENTS_H_

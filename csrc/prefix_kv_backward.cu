@@ -72,7 +72,7 @@ void launch_sum_of(const PrefixGradArguments& arguments, cudaStream_t stream) {
 
 template <typename T>
 void launch_sum_of(const PrefixGradArguments& arguments, cudaStream_t stream) {
-  if (all_aligned(arguments, arguments.row_bytes, 16)) {
+  if (all_aligned(arguments, 16)) {
     launch_sum_of<T, 16 / sizeof(T)>(arguments, stream);
   } else {
     launch_sum_of<T, 1>(arguments, stream);
@@ -83,9 +83,9 @@ void launch_sum_of(const PrefixGradArguments& arguments, cudaStream_t stream) {
 
 cudaError_t launch_gather(const PrefixGradArguments& arguments, cudaStream_t stream) {
   const unsigned blocks = blocks_of(arguments.layout.num_output_rows());
-  if (all_aligned(arguments, arguments.row_bytes, sizeof(uint4))) {
+  if (all_aligned(arguments, sizeof(uint4))) {
     gather_prefix_kv_kernel<uint4><<<blocks, kThreadsPerBlock, 0, stream>>>(arguments);
-  } else if (all_aligned(arguments, arguments.row_bytes, sizeof(uint32_t))) {
+  } else if (all_aligned(arguments, sizeof(uint32_t))) {
     gather_prefix_kv_kernel<uint32_t><<<blocks, kThreadsPerBlock, 0, stream>>>(arguments);
   } else {
     gather_prefix_kv_kernel<uint16_t><<<blocks, kThreadsPerBlock, 0, stream>>>(arguments);

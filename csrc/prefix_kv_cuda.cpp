@@ -35,18 +35,6 @@ void inject_prefix_kv_layers_cuda(TensorView keys, TensorView values, TensorView
   on_device_of(keys, [&](cudaStream_t stream) { TVM_FFI_CHECK_CUDA_ERROR(launch_inject(arguments, stream)); });
 }
 
-void inject_prefix_kv_rotary_cuda(TensorView key, TensorView value, TensorView prefix_key, TensorView prefix_value,
-                                  TensorView cu_seqlens, TensorView cos, TensorView sin, OptionalTensor prefix_index,
-                                  TensorView output_key, TensorView output_value, TensorView output_cu_seqlens) {
-  const char* function = "inject_prefix_kv_rotary";
-  const InjectionTensors given = {key,          value,      prefix_key,   prefix_value,     cu_seqlens,
-                                  prefix_index, output_key, output_value, output_cu_seqlens};
-  const PrefixArguments arguments = check_injection(function, given, kDLCUDA);
-  const Rotary rotary = check_rotary(function, key, arguments.layout.num_text_rows, cos, sin);
-  on_device_of(key,
-               [&](cudaStream_t stream) { TVM_FFI_CHECK_CUDA_ERROR(launch_inject_rotary(arguments, rotary, stream)); });
-}
-
 void inject_prefix_kv_backward_cuda(OptionalTensor grad_key, OptionalTensor grad_value, TensorView cu_seqlens,
                                     OptionalTensor prefix_index, int64_t num_prefixes, int64_t prefix_length,
                                     OptionalTensor key, OptionalTensor value, OptionalTensor prefix_key,
@@ -56,23 +44,6 @@ void inject_prefix_kv_backward_cuda(OptionalTensor grad_key, OptionalTensor grad
   const PrefixGradArguments arguments = check_gradients("inject_prefix_kv_backward", given, kDLCUDA);
   on_device_of(cu_seqlens, [&](cudaStream_t stream) {
     TVM_FFI_CHECK_CUDA_ERROR(launch_gather(arguments, stream));
-    TVM_FFI_CHECK_CUDA_ERROR(launch_sum(arguments, stream));
-  });
-}
-
-void inject_prefix_kv_rotary_backward_cuda(OptionalTensor grad_key, OptionalTensor grad_value, TensorView cu_seqlens,
-                                           TensorView cos, TensorView sin, OptionalTensor prefix_index,
-                                           int64_t num_prefixes, int64_t prefix_length, OptionalTensor key,
-                                           OptionalTensor value, OptionalTensor prefix_key,
-                                           OptionalTensor prefix_value) {
-  const char* function = "inject_prefix_kv_rotary_backward";
-  const GradientTensors given = {grad_key,      grad_value, cu_seqlens, prefix_index, num_prefixes,
-                                 prefix_length, key,        value,      prefix_key,   prefix_value};
-  const PrefixGradArguments arguments = check_gradients(function, given, kDLCUDA);
-  const TensorView& output = grad_key.has_value() ? grad_key.value() : grad_value.value();
-  const Rotary rotary = check_rotary(function, output, arguments.layout.num_text_rows, cos, sin);
-  on_device_of(cu_seqlens, [&](cudaStream_t stream) {
-    TVM_FFI_CHECK_CUDA_ERROR(launch_gather_rotary(arguments, rotary, stream));
     TVM_FFI_CHECK_CUDA_ERROR(launch_sum(arguments, stream));
   });
 }
@@ -96,7 +67,5 @@ tvm::ffi::String probe_cuda(int64_t device_id) {
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(inject_prefix_kv_cuda, laser_fast::inject_prefix_kv_cuda);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(inject_prefix_kv_layers_cuda, laser_fast::inject_prefix_kv_layers_cuda);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(inject_prefix_kv_rotary_cuda, laser_fast::inject_prefix_kv_rotary_cuda);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(inject_prefix_kv_backward_cuda, laser_fast::inject_prefix_kv_backward_cuda);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(inject_prefix_kv_rotary_backward_cuda, laser_fast::inject_prefix_kv_rotary_backward_cuda);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(probe_cuda, laser_fast::probe_cuda);

@@ -56,21 +56,16 @@ __device__ __forceinline__ void write_output_offsets(const PrefixLayout& layout,
   }
 }
 
-// Whether all addresses (null ones count as aligned) and sizes are multiples of a word.
-inline bool all_aligned(std::initializer_list<const void*> pointers, int64_t size, uint64_t bytes) {
-  uint64_t bits = static_cast<uint64_t>(size);
-  for (const void* pointer : pointers) bits |= reinterpret_cast<uint64_t>(pointer);
-  return bits % bytes == 0;
-}
-
-inline bool all_aligned(const PrefixArguments& arguments, int64_t size, uint64_t bytes) {
-  const PrefixCopy &key = arguments.key, &value = arguments.value;
-  return all_aligned({key.text, key.prefix, key.output, value.text, value.prefix, value.output}, size, bytes);
-}
-
-inline bool all_aligned(const PrefixGradArguments& arguments, int64_t size, uint64_t bytes) {
-  const PrefixGrad &key = arguments.key, &value = arguments.value;
-  return all_aligned({key.text, key.prefix, key.output, value.text, value.prefix, value.output}, size, bytes);
+// Whether rows and all addresses (null ones count as aligned) are multiples of a word.
+template <typename Arguments>  // PrefixArguments or PrefixGradArguments
+bool all_aligned(const Arguments& arguments, uint64_t word_bytes) {
+  const auto &key = arguments.key, &value = arguments.value;
+  uint64_t bits = static_cast<uint64_t>(arguments.row_bytes);
+  for (const void* pointer :
+       std::initializer_list<const void*>{key.text, key.prefix, key.output, value.text, value.prefix, value.output}) {
+    bits |= reinterpret_cast<uint64_t>(pointer);
+  }
+  return bits % word_bytes == 0;
 }
 
 // Element types of the kernels that compute, and N of them in one access of up to 16 bytes.

@@ -10,9 +10,7 @@ namespace laser_fast {
 
 // All launch on the current device and return without waiting.
 cudaError_t launch_inject(const PrefixArguments& arguments, cudaStream_t stream);
-cudaError_t launch_inject_rotary(const PrefixArguments& arguments, const Rotary& rotary, cudaStream_t stream);
 cudaError_t launch_gather(const PrefixGradArguments& arguments, cudaStream_t stream);
-cudaError_t launch_gather_rotary(const PrefixGradArguments& arguments, const Rotary& rotary, cudaStream_t stream);
 cudaError_t launch_sum(const PrefixGradArguments& arguments, cudaStream_t stream);
 cudaError_t launch_probe();
 

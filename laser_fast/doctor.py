@@ -20,12 +20,12 @@ _OPERATIONS = (
     "dispatch_queries",
     "combine_queries",
     "inject_prefix_kv",
-    "inject_prefix_kv_rotary",
     "inject_prefix_kv_layers",
+    "rotary_embedding",
     "catalog_cross_entropy",
     "catalog_topk",
 )
-_COMPILED_OPERATIONS = ("inject_prefix_kv", "inject_prefix_kv_rotary", "inject_prefix_kv_layers")
+_COMPILED_OPERATIONS = ("inject_prefix_kv", "inject_prefix_kv_layers")
 
 
 @dataclass(frozen=True)

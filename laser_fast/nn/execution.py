@@ -1,7 +1,7 @@
 """How a frozen Hugging Face model runs a step: what backward keeps, what it computes again, what it need not compute.
 
 Nothing of transformers is changed: single module instances get another `forward`, found by what they compute
-(`recognise_norm`, `recognise_gated_mlp`) and not by the name of the model.
+(`recognise_norm`, `recognise_gated_mlp`, `recognise_rotary_attention`) and not by the name of the model.
 """
 
 from collections.abc import Callable
@@ -19,6 +19,7 @@ from laser_fast.nn.frozen_linear import UnpackedWeights, is_packed, packed_linea
 from laser_fast.nn.frozen_mlp import activation_of, gated_mlp, recognise_gated_mlp
 from laser_fast.nn.frozen_norm import NormKind, frozen_rms_norm, recognise_norm
 from laser_fast.nn.host_store import HostStore
+from laser_fast.nn.rotary_attention import recognise_rotary_attention, rotary_attention, rotary_widths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,7 +36,7 @@ class Execution:
     Attributes:
         checkpointing: what backward computes again: "none"; "mlp": the inner activations of gated MLPs; "full": every
             layer from its input; "offload": as "full", with those inputs in host memory meanwhile.
-        fused: RMSNorm and gated MLPs that keep only what backward needs.
+        fused: RMSNorm and gated MLPs that keep only what backward needs; queries and keys rotated in one launch.
         share_dequantization: with "full" and "offload", unpack a 4-bit weight once for recomputation and backward; the
             unpacked weights of one layer then exist together.
         last_layer: "readout": where only the last position of every sequence is read, the last layer computes all
@@ -61,12 +62,13 @@ class Replaced:
     """What `apply_execution` found: how many modules of each kind it gave another forward.
 
     Attributes:
-        norms, mlps, packed_linears, checkpointed_layers: their numbers.
+        norms, mlps, attentions, packed_linears, checkpointed_layers: their numbers.
         last_layer: whether the last layer can run for the last position of every sequence alone.
     """
 
     norms: int
     mlps: int
+    attentions: int
     packed_linears: int
     checkpointed_layers: int
     last_layer: bool
@@ -86,6 +88,7 @@ def apply_execution(model: "PreTrainedModel", execution: Execution) -> Replaced:
     packed = [module for module in model.modules() if is_packed(module)]
     for module in packed:
         _replace(module, packed_linear, module, unpacked)
+    attentions = _fuse_attentions(model) if execution.fused else 0
     norms = _fuse_norms(model) if execution.fused else 0
     mlps = _fuse_mlps(model, unpacked, execution.checkpointing == "mlp") if execution.fused else 0
     if execution.checkpointing == "mlp" and not mlps:
@@ -106,7 +109,8 @@ def apply_execution(model: "PreTrainedModel", execution: Execution) -> Replaced:
         _replace(layer, _checkpointed, layer.forward, shared, store)
     if layers and execution.last_layer == "readout":
         _replace(layers[-1], only_last_positions, layers[-1].forward)
-    return Replaced(norms, mlps, len(packed), len(again), bool(layers) and execution.last_layer == "readout")
+    spared = bool(layers) and execution.last_layer == "readout"
+    return Replaced(norms, mlps, attentions, len(packed), len(again), spared)
 
 
 def frozen_layers(model: nn.Module) -> list[nn.Module]:
@@ -151,6 +155,16 @@ def _fuse_mlps(model: nn.Module, unpacked: UnpackedWeights, recompute: bool) -> 
         activation = activations[key]
         if activation is not None:
             _replace(module, gated_mlp, module, activation, unpacked, recompute)
+            count += 1
+    return count
+
+
+def _fuse_attentions(model: nn.Module) -> int:
+    widths, count = rotary_widths(model), 0
+    for module in model.modules():  # each is tried: their windows and scales may differ
+        form = recognise_rotary_attention(module, widths)
+        if form is not None:
+            _replace(module, rotary_attention, module, form)
             count += 1
     return count
 

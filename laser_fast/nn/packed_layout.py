@@ -58,6 +58,11 @@ class PackedLayout:
         """Whether keys and values outlive the attention that they are given to."""
         return self._keep
 
+    @property
+    def keys_only(self) -> bool:
+        """Whether the attention ends once it has its keys and values, so that no query is read."""
+        return self._stop is not None
+
     def attend(
         self,
         module: nn.Module | None,

@@ -10,7 +10,7 @@ from laser_fast.ops.dispatch import (
 )
 from laser_fast.ops.prefix_kv import inject_prefix_kv, inject_prefix_kv_reference
 from laser_fast.ops.prefix_kv_layers import inject_prefix_kv_layers, inject_prefix_kv_layers_reference
-from laser_fast.ops.prefix_kv_rotary import inject_prefix_kv_rotary, inject_prefix_kv_rotary_reference
+from laser_fast.ops.rotary import rotary_embedding, rotary_embedding_reference
 from laser_fast.ops.routing import Routing, route_experts, route_experts_reference
 from laser_fast.ops.segments import (
     check_cu_seqlens,
@@ -39,8 +39,8 @@ __all__ = [
     "inject_prefix_kv_layers",
     "inject_prefix_kv_layers_reference",
     "inject_prefix_kv_reference",
-    "inject_prefix_kv_rotary",
-    "inject_prefix_kv_rotary_reference",
+    "rotary_embedding",
+    "rotary_embedding_reference",
     "route_experts",
     "route_experts_reference",
     "segment_ids",

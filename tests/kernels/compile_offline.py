@@ -26,7 +26,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 from ttir_offsets import narrow_offsets
 
-from laser_fast.kernels import dispatch, routing, routing_backward
+from laser_fast.kernels import dispatch, rotary, routing, routing_backward
 
 Run = Callable[[], object]
 
@@ -129,6 +129,18 @@ def _streams(dtype: torch.dtype) -> Run:
     return run
 
 
+def _rotary(head_size: int, width: int, dtype: torch.dtype, table: torch.dtype) -> Run:
+    """As the projections of a model hand them over: 32 heads of queries, 8 of keys, both ways."""
+
+    def run() -> None:
+        query, key = (torch.empty(16, heads, head_size, dtype=dtype) for heads in (32, 8))
+        cos, sin = torch.empty(2, 16, width, dtype=table)
+        for transposed in (False, True):
+            rotary.rotary(query, key, cos, sin, transposed=transposed)
+
+    return run
+
+
 def cases() -> dict[str, Run]:
     """Every tile of the tables: the sizes of the papers in both precisions, and each padded number of experts.
 
@@ -137,6 +149,9 @@ def cases() -> dict[str, Run]:
     found = {"control": _control}
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         found[f"streams-{name}"] = _streams(dtype)
+        for size, width in ((64, 64), (128, 128), (96, 96), (80, 32)):
+            found[f"rotary-{size}-{width}-{name}"] = _rotary(size, width, dtype, dtype)
+        found[f"rotary-128-128-wide-tables-{name}"] = _rotary(128, 128, dtype, torch.float32)
         found[f"routing-E8-few-items-{name}"] = _routing(5120, 8, 3, dtype)
         found[f"odd-{name}"] = _routing(20480, 33, 3, dtype, "renormalize", given=True)
         for num_experts in (8, 32, 64, 128, 256):

@@ -23,6 +23,7 @@ SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # a block's limit (CUD
 CAPABILITIES = list(SHARED_KIB)
 DTYPES = ("bf16", "fp32")
 EXPERTS = (8, 32, 64, 128, 256)
+ROTARY = ("64-64", "128-128", "128-128-wide-tables", "96-96", "80-32")  # head size, width of the tables
 
 _ROUTING = ("_route_items_kernel", "_route_users_kernel", "_grad_logits_kernel", "_grad_items_kernel")
 _KERNELS_OF_A_CASE = {
@@ -30,6 +31,7 @@ _KERNELS_OF_A_CASE = {
     "odd": (*_ROUTING, "_sum_partials_kernel"),
     "routing": (*_ROUTING, "_sum_partials_kernel"),
     "dispatch-backward": ("_dispatch_backward_kernel",),
+    "rotary": ("_rotary_kernel",),
 }
 
 # Registers a lane at 8 experts: the largest of any architecture and dtype, rounded up to the eight in which they are
@@ -44,6 +46,7 @@ REGISTERS = {
     "_grad_logits_kernel": 64,
     "_grad_items_kernel": 184,
     "_sum_partials_kernel": 56,
+    "_rotary_kernel": 72,
 }
 
 # Loads of 8 and of 4 bytes a lane at 8 experts that are no slab and no state: indices, weights, biases, and the
@@ -55,18 +58,20 @@ NARROW_LOADS = {
     "_dispatch_backward_kernel": (0, 3),
     "_route_items_kernel": (2, 1),
     "_grad_items_kernel": (3, 0),
+    "_rotary_kernel": (0, 0),
 }
 # Bytes that may be spilled: none, but the ptxas of older Triton (3.6.0) trades up to eight registers for one more
 # block per multiprocessor.
 SPILLS_BEFORE = Version("3.9"), 32
 WIDE_STORES = ("_dispatch_kernel", "_combine_kernel", "_combine_backward_kernel", "_dispatch_backward_kernel")
-WIDE_STORES += ("_grad_items_kernel",)
+WIDE_STORES += ("_grad_items_kernel", "_rotary_kernel")
 
 
 def _expected() -> set[tuple[str, str]]:
     """Every kernel in every case."""
     cases = [f"routing-E{experts}" for experts in EXPERTS] + ["routing-E8-few-items", "odd", "streams"]
     cases += [f"dispatch-backward-E{experts}" for experts in EXPERTS]
+    cases += [f"rotary-{sizes}" for sizes in ROTARY]
     found = set()
     for case in cases:
         kernels = next(names for prefix, names in _KERNELS_OF_A_CASE.items() if case.startswith(prefix))
@@ -113,8 +118,9 @@ def rows(request: pytest.FixtureRequest, compiled: dict[int, list[Row]]) -> list
 
 
 def _at_the_papers_size(rows: list[Row]) -> list[Row]:
-    """8 experts, and the kernels that do not depend on their number."""
-    return [row for row in rows if "-E8-" in row["case"] or row["case"].startswith("streams")]
+    """8 experts, and what does not depend on their number: heads of 64 and 128, rotated as a whole."""
+    whole = ("streams", "rotary-64", "rotary-128")
+    return [row for row in rows if "-E8-" in row["case"] or row["case"].startswith(whole)]
 
 
 def _offenders(rows: list[Row], field: str) -> list[tuple[str, str, Any]]:

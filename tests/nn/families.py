@@ -203,10 +203,11 @@ def page() -> str:
         "sequences go through it packed and alone, and a difference is an error. The families below were tried with",
         "tiny random weights: prefixes of their own in front of packed texts against one padded sequence after the",
         "other through transformers' own eager attention, last states and gradients of the prefixes. In decoders the",
-        "prefixes were injected as keys and values as well. This page is written by `python tests/nn/families.py`; a",
-        "test fails when it is out of date.",
+        "prefixes were injected as keys and values as well. Fused is what was recognised by what it computes: norms,",
+        "MLPs, and the rotation of queries and keys in one launch; the rest runs as in transformers. This page is",
+        "written by `python tests/nn/families.py`; a test fails when it is out of date.",
         "",
-        "| family (`model_type`) | kind | prefix | norms and MLPs | positions |",
+        "| family (`model_type`) | kind | prefix | fused | positions |",
         "|---|---|---|---|---|",
     ]
     refused = ["", "## Refused", "", "| family | because |", "|---|---|"]
@@ -218,11 +219,12 @@ def page() -> str:
             refused.append(f"| {name} | {reason} |")
             continue
         found = outcome.lm.replaced
-        fused = [text for text, count in (("RMSNorm", found.norms), ("gated MLP", found.mlps)) if count]
+        kinds = {"RMSNorm": found.norms, "gated MLP": found.mlps, "rotation": found.attentions}
+        fused = [text for text, count in kinds.items() if count]
         start = outcome.lm.first_position
         lines.append(
             f"| {name} | {'decoder | embeddings or injected' if outcome.lm.causal else 'encoder | embeddings'} "
-            f"| {' and '.join(fused) + ' fused' if fused else 'as in transformers'} | from {start} |"
+            f"| {', '.join(fused) if fused else 'nothing'} | from {start} |"
         )
     return "\n".join([*lines, *refused, ""])
 

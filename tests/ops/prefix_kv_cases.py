@@ -79,12 +79,6 @@ def inject_by_hand(text: Tensor, prefix: Tensor, inputs: Inputs) -> Tensor:
     return torch.cat(pieces)
 
 
-def rotary_tables(num_tokens: int, size: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, d]; the halves differ, as no rule says that they must not."""
-    angles = torch.randn(num_tokens, size, generator=torch.Generator().manual_seed(11), dtype=torch.float64) * 3
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
 def compiled_function(name: str) -> object:
     """An exported function of the library, called as C++ sees it; the test is skipped where there is none."""
     function = native.load_native().function(name)

@@ -1,7 +1,6 @@
 // Runs the loops of prefix injection on the CPU with random layouts, built with the address and undefined-behaviour
 // sanitizers: every buffer is exactly as large as it must be, so a step outside ends the program.
 // Usage: prefix_kv_fuzz <iterations>. Prints one line; exit status 1 where a result is wrong.
-#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -9,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/prefix_kv_rotary.h"
+#include "../../csrc/prefix_kv_rows.h"
 
 namespace {
 
@@ -42,16 +41,6 @@ struct Buffer {
     return true;
   }
 };
-
-template <typename T>
-Buffer numbers(int64_t count) {
-  Buffer buffer(count * static_cast<int64_t>(sizeof(T)));
-  for (int64_t i = 0; i < count; ++i) {
-    const T number = static_cast<T>(std::ldexp(static_cast<double>(random_up_to(200)) - 100, -5));
-    std::memcpy(buffer.data() + i * sizeof(T), &number, sizeof(T));
-  }
-  return buffer;
-}
 
 struct Case {
   std::vector<int32_t> offsets, slots;
@@ -136,25 +125,6 @@ void check_backward(Element element) {
   if (!with_prefix && !key.prefix.untouched()) fail("a prefix gradient that nobody needs");
 }
 
-template <typename E, typename Table>
-void check_rotary(Element element, Element table) {
-  using Stored = typename E::Stored;
-  const Case given;
-  const PrefixLayout& layout = given.layout;
-  const int64_t heads = random_up_to(3), size = 2 * random_up_to(9);
-  const int64_t row_bytes = heads * size * static_cast<int64_t>(sizeof(Stored));
-  const Buffer cos = numbers<typename Table::Stored>(layout.num_text_rows * size);
-  const Buffer sin = numbers<typename Table::Stored>(layout.num_text_rows * size);
-  const Rotary rotary = {cos.data(), sin.data(), heads, size, element, table};
-  const Tensors key(layout, 1, row_bytes, true), value(layout, 1, row_bytes, true);
-  std::vector<int32_t> output_offsets(layout.num_sequences + 1, -1);
-  inject_rows_rotary({layout, key.copy(), value.copy(), output_offsets.data(), row_bytes, 1}, rotary, given.threads());
-  if (!key.rows_match(layout, false, true) || !value.rows_match(layout, true, true)) fail("rotary forward");
-  const Tensors key_grad(layout, 1, row_bytes, false), value_grad(layout, 1, row_bytes, false);
-  gather_rows_rotary({layout, key_grad.grad(), value_grad.grad(), row_bytes, element}, rotary, given.threads());
-  if (!value_grad.rows_match(layout, true, layout.one_prefix_each())) fail("rotary backward");
-}
-
 // One number of a good layout is spoilt: it must be refused, and nothing may have been written by then.
 void check_refusal() {
   Case given;
@@ -182,10 +152,6 @@ int main(int, char** arguments) {
     check_backward<Bfloat16>(Element::kBfloat16);
     check_backward<Single>(Element::kFloat);
     check_backward<Double>(Element::kDouble);
-    check_rotary<Half, Single>(Element::kHalf, Element::kFloat);
-    check_rotary<Half, Half>(Element::kHalf, Element::kHalf);
-    check_rotary<Bfloat16, Bfloat16>(Element::kBfloat16, Element::kBfloat16);
-    check_rotary<Double, Single>(Element::kDouble, Element::kFloat);
   }
   std::printf("%lld iterations\n", static_cast<long long>(iterations));
   return 0;

@@ -17,14 +17,11 @@ from laser_fast.ops import native
 LIBRARY = Path(native.__file__).resolve().parents[1] / "_native" / "laser_fast_native.so"
 NEWEST, OLDEST = 120, 80
 
-# 65536 registers of a multiprocessor: 48 leave room for 5 blocks of 256 threads, 80 for 3. A copy needs many rows in
-# flight; the rotation has 16 bytes of six tensors in its hands.
+# 65536 registers of a multiprocessor: 48 leave room for 5 blocks of 256 threads. A copy needs many rows in flight.
 MOST_REGISTERS = {
     "inject_prefix_kv_kernel": 48,
     "gather_prefix_kv_kernel": 48,
     "sum_prefix_kv_kernel": 48,
-    "inject_prefix_kv_rotary_kernel": 80,
-    "gather_prefix_kv_rotary_kernel": 80,
     "probe_kernel": 16,
 }
 
@@ -81,7 +78,7 @@ def instructions() -> dict[int, dict[str, str]]:
 
 def kernel_of(mangled: str) -> str:
     """The name of a kernel within a mangled one."""
-    found = re.search(r"(?:inject|gather|sum)_prefix_kv(?:_rotary)?_kernel|probe_kernel", mangled)
+    found = re.search(r"(?:inject|gather|sum)_prefix_kv_kernel|probe_kernel", mangled)
     assert found is not None, mangled
     return found.group()
 
@@ -123,7 +120,7 @@ def test_wide_kernels_load_and_store_128_bits() -> None:
         for name in names:
             where = f"sm_{architecture} {name}"
             loads = re.findall(r"\bLDG\.E\.128\b", kernels[name])
-            # key and value; a copy has four of either under way, a rotation both halves of a head
+            # key and value; a copy has four of either under way
             assert len(loads) >= (8 if "5uint4" in name else 1), where
             # a sum reads B rows for one that it writes, and that one some compilers write in parts
             if kernel_of(name) != "sum_prefix_kv_kernel":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,8 +10,6 @@ from laser_fast.ops import (
     inject_prefix_kv,
     inject_prefix_kv_layers,
     inject_prefix_kv_reference,
-    inject_prefix_kv_rotary,
-    inject_prefix_kv_rotary_reference,
     native,
 )
 
@@ -24,7 +20,6 @@ from .prefix_kv_cases import (
     kind_cases,
     lengths_cases,
     make_inputs,
-    rotary_tables,
 )
 
 pytestmark = pytest.mark.gpu
@@ -89,36 +84,6 @@ def test_nothing_is_written_outside() -> None:
             assert torch.equal(tensor[4:-4], exact)
             assert (tensor[:4] == 7).all()
             assert (tensor[-4:] == 7).all()
-
-
-@pytest.mark.parametrize("heads", [(2, 16), (3, 6), (8, 128), (1, 2)], ids=str)
-@pytest.mark.parametrize("table", ["float32", "as-keys"])
-@dtype_cases
-@kind_cases
-def test_rotation(
-    kind: str, dtype: torch.dtype, table: str, heads: tuple[int, int], assert_accurate: Callable[..., None]
-) -> None:
-    inputs = make_inputs([30, 0, 2, 17], 3, kind, dtype, heads)
-    cos, sin = rotary_tables(49, heads[1], torch.float32 if table == "float32" else dtype)
-    on_gpu = inputs.on("cuda")
-    for tensor in on_gpu.leaves:
-        tensor.requires_grad_()
-    index = on_gpu.prefix_index
-    actual = inject_prefix_kv_rotary(*on_gpu[:5], cos.cuda(), sin.cuda(), prefix_index=index)
-    double = [tensor.double().requires_grad_() for tensor in inputs.leaves]
-    exact = inject_prefix_kv_rotary_reference(
-        *double, inputs.cu_seqlens, cos.double(), sin.double(), prefix_index=inputs.prefix_index
-    )
-    on_cpu = [tensor.detach().clone().requires_grad_() for tensor in inputs.leaves]
-    eager = inject_prefix_kv_rotary_reference(*on_cpu, inputs.cu_seqlens, cos, sin, prefix_index=inputs.prefix_index)
-    for name, ours, plain, true in zip(("key", "value"), actual, eager, exact, strict=False):
-        assert_accurate(ours.cpu(), plain, true, name)
-    probes = [torch.randn(x.shape, generator=torch.Generator().manual_seed(5)).to(dtype) for x in exact[:2]]
-    ours = torch.autograd.grad(actual[:2], on_gpu.leaves, [probe.cuda() for probe in probes])
-    plain = torch.autograd.grad(eager[:2], on_cpu, probes)
-    true = torch.autograd.grad(exact[:2], double, [probe.double() for probe in probes])
-    for name, one, other, third in zip(inputs._fields, ours, plain, true, strict=False):
-        assert_accurate(one.cpu(), other, third, name)
 
 
 @kind_cases

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from .prefix_kv_cases import KINDS, LENGTHS, compiled_function, inject_by_hand, make_inputs, rotary_tables
+from .prefix_kv_cases import KINDS, LENGTHS, compiled_function, inject_by_hand, make_inputs
 
 Change = tuple[int, Any, type[Exception], str]
 
@@ -63,8 +63,6 @@ def test_bad_values_are_refused_before_anything_is_written(offsets: list[int], s
     outputs = poisoned((9, 2, 8), (9, 2, 8))
     with pytest.raises(ValueError, match=f"inject_prefix_kv: {message}"):
         compiled_function("inject_prefix_kv_cpu")(*inputs.leaves, bad, index, *outputs, 1)
-    with pytest.raises(ValueError, match=f"inject_prefix_kv_rotary: {message}"):
-        compiled_function("inject_prefix_kv_rotary_cpu")(*inputs.leaves, bad, *rotary_tables(5, 8), index, *outputs, 1)
     assert all((tensor == 7).all() for tensor in outputs)
     layered = poisoned((1, 9, 2, 8), (1, 9, 2, 8))
     with pytest.raises(ValueError, match=f"inject_prefix_kv_layers: {message}"):
@@ -74,9 +72,6 @@ def test_bad_values_are_refused_before_anything_is_written(offsets: list[int], s
     given = torch.zeros(9, 2, 8), torch.zeros(9, 2, 8), bad
     with pytest.raises(ValueError, match=f"inject_prefix_kv_backward: {message}"):
         compiled_function("inject_prefix_kv_backward_cpu")(*given, index, 2, 2, *grads, 1)
-    tables = rotary_tables(5, 8)
-    with pytest.raises(ValueError, match=f"inject_prefix_kv_rotary_backward: {message}"):
-        compiled_function("inject_prefix_kv_rotary_backward_cpu")(*given, *tables, index, 2, 2, *grads, 1)
     assert all((tensor == 7).all() for tensor in grads)
 
 
@@ -120,7 +115,7 @@ def test_the_library_checks_the_arguments_of_an_injection() -> None:
     assert_each_is_refused("inject_prefix_kv", with_index, of_index)
 
 
-def test_the_library_checks_layers_and_tables() -> None:
+def test_the_library_checks_layers() -> None:
     key, value, prefix_key, prefix_value, cu_seqlens, _ = make_inputs([3, 2], 2, "per-sequence")
     outputs = torch.empty(9, 2, 8), torch.empty(9, 2, 8), torch.empty(3, dtype=torch.int32)
     layered = [x[None] for x in (key, value, prefix_key, prefix_value)]
@@ -132,20 +127,6 @@ def test_the_library_checks_layers_and_tables() -> None:
         (6, torch.empty(2, 9, 2, 8), ValueError, "output_key must have size 1 in dimension 0, got 2"),
     ]
     assert_each_is_refused("inject_prefix_kv_layers", good, changes)
-    cos, sin = rotary_tables(5, 8)
-    good = [key, value, prefix_key, prefix_value, cu_seqlens, cos, sin, None, *outputs]
-    tables: list[Change] = [
-        (5, cos.half(), TypeError, "cos must have DLPack type"),
-        (5, cos.long(), TypeError, "cos must be float16, bfloat16, float32 or float64"),
-        (5, cos[:4], ValueError, "cos must have size 5 in dimension 0, got 4"),
-        (6, sin[:, :6].contiguous(), ValueError, "sin must have size 8 in dimension 1, got 6"),
-        (6, sin.double(), TypeError, "sin must have DLPack type"),
-    ]
-    assert_each_is_refused("inject_prefix_kv_rotary", good, tables)
-    odd = [x[..., :7].contiguous() for x in (key, value, prefix_key, prefix_value, cos, sin, *outputs[:2])]
-    function = compiled_function("inject_prefix_kv_rotary_cpu")
-    with pytest.raises(ValueError, match="inject_prefix_kv_rotary: key must have an even head size, got 7"):
-        function(*odd[:4], cu_seqlens, *odd[4:6], None, *odd[6:], outputs[2], 1)
 
 
 def test_the_library_checks_the_arguments_of_a_gradient() -> None:
