@@ -309,3 +309,21 @@ def test_a_training_step_waits_once(
                 waits.append(list(device.waits))
     assert waits == [["tolist in loop.py:_check_finite"]] * 2
     assert any(backend.startswith("torch flash, bfloat16") for backend in ran), ran
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", VARIANTS)
+def test_on_a_gpu_forward_and_backward_wait_for_nothing(
+    name: str, tiny_settings: dict[str, Any], tiny_decoder: str
+) -> None:
+    model, batch = build(tiny_settings, tiny_decoder, VARIANTS[name])
+    model.to("cuda").train()
+    model(batch).loss.backward()  # kernels are compiled and tried, and tables made, the first time
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with record_backends() as ran:
+            model(batch).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert any(backend.startswith(("torch flash", "flash-attn")) for backend in ran), ran
