@@ -20,9 +20,7 @@ _aten = torch.ops.aten
 
 def gated_product_reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """`act(gate) * up` in plain differentiable PyTorch, on any device; arguments are trusted."""
-    if activation == "silu":
-        return F.silu(gate) * up
-    return F.gelu(gate, approximate=_approximate(activation)) * up
+    return _activated(gate, activation) * up
 
 
 def gated_product_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -48,7 +46,7 @@ def gated_product_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     if gate.is_meta:  # what the kernel allocates, so that plans are those of a GPU
         return gate.new_empty(gate.shape)
     if not _kernel_serves(gate):
-        return gated_product_reference(gate, up, activation)
+        return _activated(gate, activation).mul_(up)
     from laser_fast.kernels.gated_product import gated_product_forward as launch  # triton is needed only on a GPU
 
     return launch(gate, up, activation)
@@ -62,7 +60,7 @@ def gated_product_backward(
     Args:
         grad: [..., F], floating point, of the product.
         gate, up, activation: as in `gated_product_forward`.
-        grad_gate, grad_up: [..., F], overwritten, with dense rows: new tensors, halves of one, or gate and up themselves.
+        grad_gate, grad_up: [..., F] with dense rows, overwritten: new tensors, halves of one, or gate and up.
 
     Raises:
         TypeError, ValueError: A dtype, shape, stride, device or `activation` does not fit.
@@ -95,6 +93,10 @@ def _backward_in_torch(
         approximate = _approximate(activation)
         _aten.gelu.out(gate, approximate=approximate, out=grad_up).mul_(grad)
         _aten.gelu_backward.grad_input(scaled, gate, approximate=approximate, grad_input=grad_gate)
+
+
+def _activated(gate: Tensor, activation: str) -> Tensor:
+    return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate=_approximate(activation))
 
 
 def _approximate(activation: str) -> str:
