@@ -4,7 +4,7 @@ Memory-bound, one pass: forward reads gate and up and writes out, backward reads
 gradients. A row of F numbers of b bytes moves 3 F b forward and 5 F b backward: 86,016 and 143,360 bytes of an 8B
 Llama's 14,336 numbers in half precision. Hugging Face's forward writes act(gate) and reads it back: 5 F b.
 
-All three activations are x times a share of x in [0, 1], written so that nothing overflows before it is multiplied:
+All three activations are x times a share in [0, 1], written so that nothing overflows before it is multiplied:
 
     silu       share = sigmoid(x)
     gelu_tanh  share = (1 + tanh u) / 2 = sigmoid(2 u),  u = sqrt(2 / pi) (x + 0.044715 x^3)
@@ -27,30 +27,26 @@ _BLOCK = 1024  # numbers a program moves of each tensor: 16 bytes a lane in half
 
 
 @triton.jit
-def _share(x, ACTIVATION: tl.constexpr):
-    """`act(x) / x`."""
-    if ACTIVATION == "silu":
-        share = tl.sigmoid(x)
-    elif ACTIVATION == "gelu_tanh":
-        # beyond 16 the share is 0 or 1 in float32, and the cube of a large bfloat16 is infinite
-        near = tl.minimum(tl.maximum(x, -16.0), 16.0)
-        share = tl.sigmoid(1.5957691216057308 * near * (1.0 + 0.044715 * near * near))
-    else:
+def _share_and_slope(x, ACTIVATION: tl.constexpr):
+    """`act(x) / x`, and the derivative of that; forward leaves the second out, and so does the compiler."""
+    if ACTIVATION == "gelu":
         share = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
-    return share
-
-
-@triton.jit
-def _derivative(x, share, ACTIVATION: tl.constexpr):
-    """`d act(x) / dx` = share + x * d share / dx."""
-    if ACTIVATION == "silu":
-        slope = share * (1.0 - share)
-    elif ACTIVATION == "gelu_tanh":
-        near = tl.minimum(tl.maximum(x, -16.0), 16.0)
-        slope = share * (1.0 - share) * 1.5957691216057308 * (1.0 + 0.134145 * near * near)
-    else:
         slope = 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    return share + x * slope
+    else:
+        if ACTIVATION == "gelu_tanh":
+            # beyond 16 the share is 0 or 1 in float32, and the cube of a large bfloat16 is infinite
+            near = tl.minimum(tl.maximum(x, -16.0), 16.0)
+            z = 1.5957691216057308 * near * (1.0 + 0.044715 * near * near)
+            slope_z = 1.5957691216057308 * (1.0 + 0.134145 * near * near)
+        else:
+            z = x
+            slope_z = 1.0
+        # exp(-|z|) never overflows, and neither sigmoid(z) nor sigmoid(-z) is a difference, which would lose digits
+        decay = tl.exp(-tl.abs(z))
+        upper = 1.0 / (1.0 + decay)
+        share = tl.where(z < 0.0, decay * upper, upper)
+        slope = decay * upper * upper * slope_z
+    return share, slope
 
 
 @triton.jit
@@ -70,7 +66,8 @@ def _gated_product_forward_kernel(
     mask = columns < num_columns
     gate = tl.load(gate_ptr + row * stride_gate_row + columns, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * stride_up_row + columns, mask=mask, other=0.0).to(tl.float32)
-    out = gate * _share(gate, ACTIVATION) * up
+    share, _ = _share_and_slope(gate, ACTIVATION)
+    out = gate * share * up
     tl.store(out_ptr + row * num_columns + columns, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -97,8 +94,8 @@ def _gated_product_backward_kernel(
     grad = tl.load(grad_ptr + row * stride_grad_row + columns, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + row * stride_gate_row + columns, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * stride_up_row + columns, mask=mask, other=0.0).to(tl.float32)
-    share = _share(gate, ACTIVATION)
-    grad_gate = grad * up * _derivative(gate, share, ACTIVATION)
+    share, slope = _share_and_slope(gate, ACTIVATION)
+    grad_gate = grad * up * (share + gate * slope)
     grad_up = grad * (gate * share)
     grad_gate_ptrs = grad_gate_ptr + row * stride_grad_gate_row + columns
     grad_up_ptrs = grad_up_ptr + row * stride_grad_up_row + columns

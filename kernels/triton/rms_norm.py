@@ -44,7 +44,7 @@ def _rms_norm_forward_kernel(
     stride_x_row,
     num_rows,
     num_columns,
-    eps,
+    EPS: tl.constexpr,
     OFFSET: tl.constexpr,
     LATE_WEIGHT: tl.constexpr,
     NEEDS_RECIPROCAL: tl.constexpr,
@@ -58,7 +58,7 @@ def _rms_norm_forward_kernel(
     x = tl.load(x_ptr + rows[:, None] * stride_x_row + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + columns, mask=is_column, other=0.0).to(tl.float32)
     if NEEDS_RECIPROCAL:
-        reciprocal = tl.rsqrt(tl.sum(x * x, axis=1) / num_columns + eps.to(tl.float32))
+        reciprocal = tl.rsqrt(tl.sum(x * x, axis=1) / num_columns + EPS)
         tl.store(reciprocal_ptr + rows, reciprocal, mask=is_row)
     else:
         reciprocal = tl.load(reciprocal_ptr + rows, mask=is_row, other=0.0)
@@ -134,7 +134,7 @@ def rms_norm_forward(
                 stride_x,
                 num_rows,
                 num_columns,
-                eps,
+                EPS=eps,
                 OFFSET=offset,
                 LATE_WEIGHT=late_weight,
                 NEEDS_RECIPROCAL=needs_reciprocal,

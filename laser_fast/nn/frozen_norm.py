@@ -89,11 +89,12 @@ class _FrozenRMSNorm(torch.autograd.Function):
         y, reciprocal = rms_norm_forward(x, weight, kind)
         ctx.save_for_backward(x, weight, reciprocal)
         ctx.mark_non_differentiable(reciprocal)
+        ctx.set_materialize_grads(False)  # else a launch would fill zeros for it
         return y, reciprocal
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None, None
         x, weight, reciprocal = ctx.saved_tensors

@@ -15,7 +15,7 @@ from laser_fast.ops.arguments import check_one_device
 from laser_fast.ops.precision import wide_dtype
 from laser_fast.ops.triton_kernels import triton_serves
 
-MAX_WIDTH = 65536  # a tile of the kernels holds whole rows; wider ones run as the torch reference
+MAX_WIDTH = 32768  # a tile of the kernels holds whole rows; wider ones run as the torch reference
 
 
 @dataclass(frozen=True)
