@@ -109,7 +109,7 @@ def gated_product_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     if num_elements := gate.numel():
         num_columns = gate.shape[-1]
         (gate, stride_gate), (up, stride_up) = as_rows(gate), as_rows(up)
-        grid = (num_elements // num_columns * triton.cdiv(num_columns, _BLOCK),)
+        grid = (num_elements // num_columns * -(-num_columns // _BLOCK),)
         with torch.cuda.device_of(gate):
             _gated_product_forward_kernel[grid](
                 gate, up, out, stride_gate, stride_up, num_columns, ACTIVATION=activation, BLOCK=_BLOCK, num_warps=4
@@ -127,7 +127,7 @@ def gated_product_backward(
     if num_elements := gate.numel():
         num_columns = gate.shape[-1]
         (grad, stride_grad), (gate, stride_gate), (up, stride_up) = as_rows(grad), as_rows(gate), as_rows(up)
-        grid = (num_elements // num_columns * triton.cdiv(num_columns, _BLOCK),)
+        grid = (num_elements // num_columns * -(-num_columns // _BLOCK),)
         with torch.cuda.device_of(gate):
             _gated_product_backward_kernel[grid](
                 grad,

@@ -16,6 +16,8 @@ Source: Zhang & Sennrich 2019, arXiv:1910.07467; the kernels are our own.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -97,6 +99,7 @@ def _rms_norm_backward_kernel(
     tl.store(grad_x_ptr + rows[:, None] * num_columns + columns[None, :], grad_x, mask=mask)
 
 
+@cache  # of a few widths a model: triton's own arithmetic costs microseconds of a call
 def _tile(num_columns: int) -> dict[str, int]:
     """Whole rows of a program, and its warps: 16 numbers a lane; 32 where 32 warps are not enough."""
     columns = triton.next_power_of_2(num_columns)
@@ -126,7 +129,7 @@ def rms_norm_forward(
         x, stride_x = as_rows(x)
         tile = _tile(num_columns)
         with torch.cuda.device_of(x):
-            _rms_norm_forward_kernel[(triton.cdiv(num_rows, tile["BLOCK_R"]),)](
+            _rms_norm_forward_kernel[(-(-num_rows // tile["BLOCK_R"]),)](
                 x,
                 weight.contiguous(),
                 y,
@@ -151,7 +154,7 @@ def rms_norm_backward(grad: Tensor, x: Tensor, reciprocal: Tensor, weight: Tenso
         (grad, stride_grad), (x, stride_x) = as_rows(grad), as_rows(x)
         tile = _tile(num_columns)
         with torch.cuda.device_of(x):
-            _rms_norm_backward_kernel[(triton.cdiv(num_rows, tile["BLOCK_R"]),)](
+            _rms_norm_backward_kernel[(-(-num_rows // tile["BLOCK_R"]),)](
                 grad,
                 x,
                 weight.contiguous(),
