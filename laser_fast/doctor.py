@@ -24,8 +24,11 @@ _OPERATIONS = (
     "rotary_embedding",
     "catalog_cross_entropy",
     "catalog_topk",
+    "gated_product",
+    "rms_norm",
 )
 _COMPILED_OPERATIONS = ("inject_prefix_kv", "inject_prefix_kv_layers")
+_PLAIN_OPERATIONS = ("gated_product", "rms_norm")  # functions over Triton kernels, which no registry knows
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,9 @@ def _operation(name: str) -> Component:
         reason = f"compiled {'CUDA' if gpu else 'CPU'} code: {absence or library.reason}"
         return Component(f"op {name}", "torch reference", True, reason, native.REMEDY)
     # the registry of torch.library tells whether an operation has a kernel of its own for the GPU
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"laser_fast::{name}", "CUDA")
+    has_kernel = name in _PLAIN_OPERATIONS or torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"laser_fast::{name}", "CUDA"
+    )
     if not gpu or not has_kernel:
         reason = "no GPU kernel in this version" if gpu else "no CUDA device"
         return Component(f"op {name}", "torch reference", True, reason)

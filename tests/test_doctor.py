@@ -131,7 +131,7 @@ def test_operations_with_a_triton_kernel(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(triton_kernels, "triton_absence", lambda index: absence)
-    for name in ("route_experts", "dispatch_queries", "combine_queries"):
+    for name in ("route_experts", "dispatch_queries", "combine_queries", "gated_product", "rms_norm"):
         line = report(f"op {name}")
         assert (line.version, line.reason, line.remedy) == (version, absence, remedy)
     assert report("op catalog_topk").reason == "no GPU kernel in this version"

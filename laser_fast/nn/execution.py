@@ -17,9 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from laser_fast.nn.frozen_linear import UnpackedWeights, is_packed, packed_linear
 from laser_fast.nn.frozen_mlp import activation_of, gated_mlp, recognise_gated_mlp
-from laser_fast.nn.frozen_norm import NormKind, frozen_rms_norm, recognise_norm
+from laser_fast.nn.frozen_norm import frozen_rms_norm, recognise_norm
 from laser_fast.nn.host_store import HostStore
 from laser_fast.nn.rotary_attention import recognise_rotary_attention, rotary_attention, rotary_widths
+from laser_fast.ops.rms_norm import NormKind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

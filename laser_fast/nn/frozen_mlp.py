@@ -1,7 +1,8 @@
 """Gated MLP with frozen weights: `y = (act(x W_gate^T) * x W_up^T) W_down^T` (Shazeer 2020, arXiv:2002.05202).
 
 Backward to x keeps gate and up alone (the product is made again), or with `recompute` nothing but x: and where x came
-from a frozen RMSNorm, not even that, since the norm keeps its own input.
+from a frozen RMSNorm, not even that, since the norm keeps its own input. Their gradients are two new tensors, or with
+`recompute` lie where gate and up lay. On a GPU either direction is one pass (`laser_fast.ops.gated_product`).
 """
 
 import copy
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from laser_fast.nn.frozen_linear import UnpackedWeights, is_frozen_linear, is_packed, linear_input_gradient
-from laser_fast.nn.frozen_norm import NormRecipe, recipe_of, uses_liger
+from laser_fast.nn.frozen_norm import NormRecipe, recipe_of
+from laser_fast.ops.gated_product import ACTIVATIONS, gated_product_backward, gated_product_forward
 
 _PROBE_ROWS = 2
 _TWIN_WIDTH, _TWIN_INNER = 16, 24
@@ -44,7 +46,7 @@ def recognise_gated_mlp(module: nn.Module) -> str | None:
     x = x.to(first.weight.device, torch.float32 if is_packed(first) else first.weight.dtype)
     with torch.no_grad():
         expected = tried(x)
-        gate, up = _gate_and_up(tried, x)
+        gate, up = _halves(_projected(tried, x))
         actual = tried.down_proj(act(gate) * up)
     same = torch.allclose(actual, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
     return _name_of(act) if same else None
@@ -67,25 +69,25 @@ def gated_mlp(module: Any, activation: str, unpacked: UnpackedWeights, recompute
     # the down projection keeps nothing and stands outside, so that a recomputation of the layer stops before it
     if recompute:
         return module.down_proj(_RecomputedProduct.apply(x, module, activation, unpacked, recipe_of(x)))
-    gate, up = _gate_and_up(module, x)
-    return module.down_proj(_GatedProduct.apply(gate, up, activation, activation_of(module)))
+    return module.down_proj(_GatedProduct.apply(activation, activation_of(module), *_projected(module, x)))
 
 
 class _GatedProduct(torch.autograd.Function):
     """`act(gate) * up`: keeps gate and up."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str, function: Activation) -> Tensor:
+    def forward(ctx: Any, activation: str, function: Activation, *projected: Tensor) -> Tensor:
         ctx.activation, ctx.function = activation, function
-        ctx.save_for_backward(gate, up)
-        return _product(activation, function, gate, up)
+        ctx.save_for_backward(*projected)
+        return _product(activation, function, projected)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        gate, up = ctx.saved_tensors
-        grads = _product_backward(ctx.activation, ctx.function, gate, up, grad, may_overwrite=False)
-        return *grads, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        projected = ctx.saved_tensors
+        grads = tuple(tensor.new_empty(tensor.shape) for tensor in projected)
+        _product_backward(ctx.activation, ctx.function, grad, projected, grads)
+        return None, None, *grads
 
 
 class _RecomputedProduct(torch.autograd.Function):
@@ -102,8 +104,7 @@ class _RecomputedProduct(torch.autograd.Function):
             ctx.save_for_backward(x)
         else:
             ctx.save_for_backward(recipe.x, recipe.reciprocal)
-        gate, up = _gate_and_up(module, x)
-        return _product(activation, ctx.function, gate, up)
+        return _product(activation, ctx.function, _projected(module, x))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -114,61 +115,52 @@ class _RecomputedProduct(torch.autograd.Function):
         if ctx.recipe is not None:
             x = NormRecipe(x, ctx.saved_tensors[1], *ctx.recipe).output()
         with unpacked.kept():
-            gate, up = _gate_and_up(module, x)
+            projected = _projected(module, x)
         del x
-        grads = _product_backward(ctx.activation, ctx.function, gate, up, grad, may_overwrite=True)
-        del gate, up
+        # nobody else has what was made here, so the gradients may take its place
+        _product_backward(ctx.activation, ctx.function, grad, projected, projected)
         if hasattr(module, "gate_up_proj"):
-            grad_x = linear_input_gradient(module.gate_up_proj, torch.cat(grads, dim=-1), unpacked)
+            grad_x = linear_input_gradient(module.gate_up_proj, projected[0], unpacked)
         else:
-            grad_x = linear_input_gradient(module.gate_proj, grads[0], unpacked)
-            grad_x.add_(linear_input_gradient(module.up_proj, grads[1], unpacked))
+            grad_x = linear_input_gradient(module.gate_proj, projected[0], unpacked)
+            grad_x.add_(linear_input_gradient(module.up_proj, projected[1], unpacked))
         return grad_x, None, None, None, None
 
 
-def _gate_and_up(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+def _projected(module: Any, x: Tensor) -> tuple[Tensor, ...]:
+    """Gate and up, [..., F] each; one [..., 2 F] where one matrix gives both."""
     if hasattr(module, "gate_up_proj"):
-        gate, up = module.gate_up_proj(x).chunk(2, dim=-1)
-        return gate, up
+        return (module.gate_up_proj(x),)
     return module.gate_proj(x), module.up_proj(x)
 
 
-def _product(activation: str, function: Activation, gate: Tensor, up: Tensor) -> Tensor:
-    if activation == "silu" and uses_liger(gate):
-        from liger_kernel.ops.swiglu import swiglu_forward
+def _halves(projected: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """Gate and up, or their gradients, where they lie."""
+    gate, up = projected if len(projected) == 2 else projected[0].chunk(2, dim=-1)
+    return gate, up
 
-        return swiglu_forward(gate.contiguous(), up.contiguous())[2]
-    if activation == "gelu_tanh" and uses_liger(gate):
-        from liger_kernel.ops.geglu import geglu_forward
 
-        return geglu_forward(gate.contiguous(), up.contiguous())[2]
+def _product(activation: str, function: Activation, projected: tuple[Tensor, ...]) -> Tensor:
+    gate, up = _halves(projected)
+    if activation in ACTIVATIONS:
+        return gated_product_forward(gate, up, activation)
     return function(gate) * up
 
 
 def _product_backward(
-    activation: str, function: Activation, gate: Tensor, up: Tensor, grad: Tensor, *, may_overwrite: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up: each [..., F]."""
-    if activation in ("silu", "gelu_tanh") and uses_liger(gate):
-        from liger_kernel.ops.geglu import geglu_backward
-        from liger_kernel.ops.swiglu import swiglu_backward
-
-        if not may_overwrite:  # these kernels leave their results in gate and up, which belong to the graph here
-            gate, up = gate.clone(), up.clone()
-        backward = swiglu_backward if activation == "silu" else geglu_backward
-        grad_gate, grad_up = backward(gate.contiguous(), up.contiguous(), grad.contiguous())[:2]
-        return grad_gate, grad_up
-    if activation == "silu":
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
-    if activation in ("gelu", "gelu_tanh"):
-        approximate = "tanh" if activation == "gelu_tanh" else "none"
-        grad_gate = torch.ops.aten.gelu_backward(grad * up, gate, approximate=approximate)
-        return grad_gate, F.gelu(gate, approximate=approximate).mul_(grad)
+    activation: str, function: Activation, grad: Tensor, projected: tuple[Tensor, ...], grads: tuple[Tensor, ...]
+) -> None:
+    """Write the gradients of `projected` into `grads`, which may be the same tensors."""
+    (gate, up), (grad_gate, grad_up) = _halves(projected), _halves(grads)
+    if activation in ACTIVATIONS:
+        gated_product_backward(grad, gate, up, activation, grad_gate, grad_up)
+        return
     with torch.enable_grad():
         leaf = gate.detach().requires_grad_()
         activated = function(leaf)
-        (grad_gate,) = torch.autograd.grad(activated, leaf, grad * up)
-    return grad_gate, activated.detach() * grad
+        (found,) = torch.autograd.grad(activated, leaf, grad * up)
+    torch.mul(activated.detach(), grad, out=grad_up)
+    grad_gate.copy_(found)
 
 
 def _name_of(function: Activation) -> str:

@@ -1,34 +1,19 @@
 """RMSNorm with a frozen weight: `y = x / sqrt(mean(x^2) + eps) * (offset + w)` (Zhang & Sennrich 2019, 1910.07467).
 
-Backward keeps x in its own dtype and one float32 per row; Hugging Face's modules keep x in float32 twice. On a GPU
-liger-kernel does the arithmetic where it is installed, in one pass each way.
+Backward keeps x in its own dtype and one float32 per row; Hugging Face's modules keep x in float32 twice. On a GPU the
+arithmetic is one pass each way (`laser_fast.ops.rms_norm`).
 """
 
 import copy
-import importlib.util
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from laser_fast.ops.rms_norm import NormKind, rms_norm_backward, rms_norm_forward, rms_norm_reference
+
 _PROBE_ROWS = 3
-
-
-@dataclass(frozen=True)
-class NormKind:
-    """How a model writes its RMSNorm.
-
-    Attributes:
-        offset: 1.0 where the stored weight is the deviation from one (Gemma), else 0.0.
-        late_weight: the normalised row is rounded to the model's dtype before the weight multiplies it (Llama).
-        eps: under the root.
-    """
-
-    offset: float
-    late_weight: bool
-    eps: float
 
 
 @dataclass(frozen=True)
@@ -42,7 +27,8 @@ class NormRecipe:
 
     def output(self) -> Tensor:
         """The normalised tensor, without gradient."""
-        return _scale(self.x, self.reciprocal, self.weight, self.kind)
+        with torch.no_grad():
+            return rms_norm_forward(self.x, self.weight, self.kind, self.reciprocal)[0]
 
 
 def recognise_norm(module: nn.Module) -> NormKind | None:
@@ -74,7 +60,7 @@ def _computes(module: nn.Module, kind: NormKind, dtype: torch.dtype) -> bool:
             expected = twin(x)
         except (RuntimeError, TypeError):  # wants something else than rows
             return False
-        actual = _scale(x, _reciprocal(x, kind), twin.weight, kind)
+        actual = rms_norm_reference(x, twin.weight, kind)
     same_form = isinstance(expected, Tensor) and expected.dtype == dtype and expected.shape == actual.shape
     return same_form and torch.allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
@@ -100,69 +86,16 @@ class _FrozenRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, kind: NormKind) -> tuple[Tensor, Tensor]:
         ctx.kind = kind
-        if uses_liger(x):
-            from liger_kernel.ops.rms_norm import rms_norm_forward
-
-            casting = "llama" if kind.late_weight else "gemma"
-            y, _, reciprocal, *ctx.launch = rms_norm_forward(
-                x.contiguous(), weight, kind.eps, kind.offset, casting, False
-            )
-            reciprocal = reciprocal.view(*x.shape[:-1], 1)
-        else:
-            reciprocal = _reciprocal(x, kind)
-            y = _scale(x, reciprocal, weight, kind)
+        y, reciprocal = rms_norm_forward(x, weight, kind)
         ctx.save_for_backward(x, weight, reciprocal)
         ctx.mark_non_differentiable(reciprocal)
+        ctx.set_materialize_grads(False)  # else a launch would fill zeros for it
         return y, reciprocal
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None, None
         x, weight, reciprocal = ctx.saved_tensors
-        kind: NormKind = ctx.kind
-        if uses_liger(x):
-            from liger_kernel.ops.rms_norm import rms_norm_backward
-
-            block_size, num_warps, casting = ctx.launch
-            grad_x, _ = rms_norm_backward(
-                grad.contiguous(),
-                x.reshape(-1, x.shape[-1]),
-                weight,
-                reciprocal.flatten(),
-                kind.offset,
-                casting,
-                block_size,
-                num_warps,
-                False,
-                False,
-                needs_dw=False,
-            )
-            return grad_x, None, None
-        rows = x.to(reciprocal.dtype) * reciprocal
-        scaled = grad.to(rows.dtype) * (weight.to(rows.dtype) + kind.offset)
-        grad_x = (scaled - rows * (scaled * rows).mean(-1, keepdim=True)) * reciprocal
-        return grad_x.to(x.dtype), None, None
-
-
-def _reciprocal(x: Tensor, kind: NormKind) -> Tensor:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return torch.rsqrt(wide.square().mean(-1, keepdim=True) + kind.eps)
-
-
-def _scale(x: Tensor, reciprocal: Tensor, weight: Tensor, kind: NormKind) -> Tensor:
-    rows = x.to(reciprocal.dtype) * reciprocal
-    if kind.late_weight:
-        return weight * rows.to(x.dtype)
-    return (rows * (weight.to(rows.dtype) + kind.offset)).to(x.dtype)
-
-
-@cache
-def _has_liger() -> bool:
-    return importlib.util.find_spec("liger_kernel") is not None
-
-
-def uses_liger(x: Tensor) -> bool:
-    """Whether the kernels of liger-kernel take this tensor: on a GPU, where they are installed."""
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16, torch.float32) and _has_liger()
+        return rms_norm_backward(grad, x, reciprocal, weight, ctx.kind), None, None

@@ -1,4 +1,7 @@
-"""Operations on tensors: each a custom op with a torch reference, a fake, autograd and one public, checked function."""
+"""Operations on tensors: each a custom op with a torch reference, a fake, autograd and one public, checked function.
+
+Those of the frozen model, called in every layer, are plain functions for autograd functions (gated_product, rms_norm).
+"""
 
 from laser_fast.ops.catalog_cross_entropy import catalog_cross_entropy, catalog_cross_entropy_reference
 from laser_fast.ops.catalog_topk import ItemLists, catalog_topk, catalog_topk_reference
@@ -8,8 +11,10 @@ from laser_fast.ops.dispatch import (
     dispatch_queries,
     dispatch_queries_reference,
 )
+from laser_fast.ops.gated_product import gated_product_backward, gated_product_forward, gated_product_reference
 from laser_fast.ops.prefix_kv import inject_prefix_kv, inject_prefix_kv_reference
 from laser_fast.ops.prefix_kv_layers import inject_prefix_kv_layers, inject_prefix_kv_layers_reference
+from laser_fast.ops.rms_norm import NormKind, rms_norm_backward, rms_norm_forward, rms_norm_reference
 from laser_fast.ops.rotary import rotary_embedding, rotary_embedding_reference
 from laser_fast.ops.routing import Routing, route_experts, route_experts_reference
 from laser_fast.ops.segments import (
@@ -24,6 +29,7 @@ from laser_fast.ops.segments import (
 
 __all__ = [
     "ItemLists",
+    "NormKind",
     "Routing",
     "catalog_cross_entropy",
     "catalog_cross_entropy_reference",
@@ -35,10 +41,16 @@ __all__ = [
     "cu_seqlens_from_lengths",
     "dispatch_queries",
     "dispatch_queries_reference",
+    "gated_product_backward",
+    "gated_product_forward",
+    "gated_product_reference",
     "inject_prefix_kv",
     "inject_prefix_kv_layers",
     "inject_prefix_kv_layers_reference",
     "inject_prefix_kv_reference",
+    "rms_norm_backward",
+    "rms_norm_forward",
+    "rms_norm_reference",
     "rotary_embedding",
     "rotary_embedding_reference",
     "route_experts",

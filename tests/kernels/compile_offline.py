@@ -160,7 +160,8 @@ def cases() -> dict[str, Run]:
     return found
 
 
-def main() -> None:
+def main(cases: Callable[[], dict[str, Run]]) -> None:
+    """Compile these cases, whose result and architectures the command line names."""
     result, capabilities = Path(sys.argv[1]), [int(argument) for argument in sys.argv[2:]]
     rows: list[dict[str, Any]] = []
     launch = JITFunction.run
@@ -180,4 +181,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(cases)

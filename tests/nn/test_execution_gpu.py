@@ -1,4 +1,4 @@
-"""On a GPU: kernels of liger-kernel, 4-bit weights, inputs of layers in host memory."""
+"""On a GPU: kernels of norms and gated MLPs, 4-bit weights, inputs of layers in host memory."""
 
 import copy
 import importlib.util
@@ -7,19 +7,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModel, Gemma2Config, LlamaConfig, Qwen3Config
+from transformers import AutoModel, Gemma2Config, LlamaConfig, Phi3Config, Qwen3Config
 
 from laser_fast.nn.execution import Execution
 from laser_fast.nn.frozen_lm import FrozenLM
 
 pytestmark = pytest.mark.gpu
-needs_liger = pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="needs liger-kernel")
 SIZES = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "vocab_size": 61}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
 CONFIGS = {
     "llama": LlamaConfig(**SIZES, **HEADS),
     "qwen3": Qwen3Config(**SIZES, **HEADS),
     "gemma2": Gemma2Config(**SIZES, **HEADS),
+    "phi3": Phi3Config(**SIZES, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0),  # one matrix for both
 }
 LENGTHS = [130, 1, 77, 300]
 
@@ -44,7 +44,6 @@ def error(actual: Tensor, exact: Tensor) -> float:
     return float((actual.double() - exact).norm() / exact.norm())
 
 
-@needs_liger
 @pytest.mark.parametrize("checkpointing", ["none", "mlp", "full", "offload"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_fused_kernels_err_at_most_twice_as_much_as_eager_modules(name: str, checkpointing: str) -> None:

@@ -24,7 +24,7 @@ from laser_fast.config import LaserConfig, OptimizerConfig, build_config
 from laser_fast.data import training_rows
 from laser_fast.data.batches import PackedBatch
 from laser_fast.models import LaserModel
-from laser_fast.nn import attention_flash, frozen_mlp, frozen_norm
+from laser_fast.nn import attention_flash
 from laser_fast.nn.attention import record_backends
 from laser_fast.nn.execution import Execution, apply_execution
 from laser_fast.ops import native, triton_kernels
@@ -167,8 +167,6 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGpu]:
     monkeypatch.setattr(triton_kernels, "triton_absence", lambda _: "no such kernel on a pretended GPU")
     monkeypatch.setattr(triton_kernels, "warn_fallback", lambda *_: None)
     monkeypatch.setattr(native, "compiled_operation", lambda *_: None)
-    monkeypatch.setattr(frozen_norm, "uses_liger", lambda _: False)
-    monkeypatch.setattr(frozen_mlp, "uses_liger", lambda _: False)
     monkeypatch.setattr(attention_flash, "flash_attn_function", lambda: None)
     monkeypatch.setattr(attention_flash, "torch_flash_function", lambda: flash_reference)
     monkeypatch.setattr(attention_flash, "takes_grouped_queries", lambda _: True)
