@@ -94,8 +94,8 @@ class _FrozenRMSNorm(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, None, None]:
-        if not ctx.needs_input_grad[0]:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
+        if grad is None or not ctx.needs_input_grad[0]:  # None: queries of a last layer that nobody read
             return None, None, None
         x, weight, reciprocal = ctx.saved_tensors
         return rms_norm_backward(grad, x, reciprocal, weight, ctx.kind), None, None
