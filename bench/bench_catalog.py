@@ -31,7 +31,8 @@ WORKLOADS = {
 }
 BASELINES = {"broadcast": cross_entropy_broadcast, "product": cross_entropy_product}
 TEMPERATURE = 0.05
-# the item table in half precision, as it is trained against and served; the last one has more than 2^31 elements
+# the item table in half precision (on a GPU), as it is trained against and served; the last has over 2^31 elements
+HALF_DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 HALF = {
     "cpu-8-500-32": Workload(8, 500, 32),
     "cuda-256-100000-4096": Workload(256, 100_000, 4096),
@@ -107,7 +108,7 @@ def test_catalog_cross_entropy_half(
 ) -> None:
     """A frozen table in bfloat16 against all scores at once, the table normalised each time or once and for all."""
     shape = _of(size, HALF, device)
-    users, items, target = _inputs(shape, device, torch.bfloat16)
+    users, items, target = _inputs(shape, device, HALF_DTYPE[device.type])
     inputs, normalised = [users.requires_grad_()], F.normalize(items)
 
     def scored(table: Tensor) -> Callable[[Tensor], Tensor]:
@@ -161,5 +162,5 @@ def test_catalog_topk(num_users: int, device: torch.device, compare: Callable[..
 @pytest.mark.parametrize("size", HALF_TOPK)
 def test_catalog_topk_half(size: str, device: torch.device, compare: Callable[..., None]) -> None:
     shape = _of(size, HALF_TOPK, device)
-    users, items, _ = _inputs(shape, device, torch.bfloat16)
+    users, items, _ = _inputs(shape, device, HALF_DTYPE[device.type])
     _compare_topk(shape, users, items, compare)

@@ -154,7 +154,7 @@ def compare(benchmark: Any, device: torch.device, copy_gb_per_s: float, quick: b
 
 
 @pytest.fixture
-def compare_steps(benchmark: Any, device: torch.device) -> Compare:
+def compare_steps(benchmark: Any, device: torch.device, quick: bool) -> Compare:
     """Time whole steps of a model, too long to repeat often, against named baselines, as `compare` does."""
 
     def run(
@@ -162,7 +162,8 @@ def compare_steps(benchmark: Any, device: torch.device) -> Compare:
     ) -> Speedups:
         """`tokens` of "candidate" and every baseline: the useful ones, and those that run through the model."""
         runs = {"candidate": candidate, **baselines}
-        seconds = interleaved_medians(runs, _plain_clock(device), _STEP_BUDGET_S[device.type], least_rounds=2)
+        budget_s = _QUICK_S if quick else _STEP_BUDGET_S[device.type]
+        seconds = interleaved_medians(runs, _plain_clock(device), budget_s, least_rounds=2)
         speedups = {name: seconds[name] / seconds["candidate"] for name in baselines}
         benchmark.extra_info.update(
             facts,

@@ -5,8 +5,9 @@
     python3 bench/gpu_run.py OUT --rehearse       # every item in small on the CPU; no figure is kept
     python3 bench/gpu_run.py OUT --table          # what OUT holds, as Markdown
 
-OUT gets results.jsonl, a line for everything measured, and what the items said. It may be killed at any moment: the same
-command goes on with the lines that are missing. Nothing is downloaded; what is not installed is skipped by name.
+OUT gets results.jsonl, a line for everything measured, and what the items said. The run may be killed at any moment:
+the same command goes on with the lines that are missing. Nothing is downloaded; what is not installed is skipped by
+name.
 The exit status is 0 unless the run itself broke: a measurement that fails is a line that says so.
 """
 

@@ -26,6 +26,16 @@ class Benchmark(NamedTuple):
     operation: str | None = None
 
 
+def names_of(table: Mapping[str, Benchmark], rehearse: bool) -> list[str]:
+    """Of its lines; in a rehearsal the first of every function."""
+    if not rehearse:
+        return list(table)
+    first: dict[str, str] = {}
+    for name, benchmark in table.items():
+        first.setdefault(benchmark.test, name)
+    return list(first.values())
+
+
 def run_benchmarks(work: Work, table: Mapping[str, Benchmark], *, options: Sequence[str] = ()) -> None:
     """Make the wanted lines of the table, in its order, in one call of pytest.
 

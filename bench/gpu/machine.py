@@ -80,7 +80,7 @@ def digest(root: Path, parts: Sequence[str]) -> str:
 def environment(sites: Sequence[Path], *, rehearse: bool) -> dict[str, str]:
     """Of an item's process: these folders and bench/ first, and never the root of the checkout.
 
-    There `laser_fast` has no `laser_fast.kernels`, and the folder kernels/ may stand in front of Hugging Face's package.
+    There `laser_fast` has no `laser_fast.kernels`, and the folder kernels/ may hide Hugging Face's package.
     """
     given = [Path(part).resolve() for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
     folders = dict.fromkeys([*(site.resolve() for site in sites), BENCH, *(part for part in given if part != ROOT)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gpu.benchmarks import Benchmark, run_benchmarks
+from gpu.benchmarks import Benchmark, names_of, run_benchmarks
 from gpu.work import Prediction, Work
 
 _LOSS, _TOPK = "bench_catalog.py::test_catalog_cross_entropy_half", "bench_catalog.py::test_catalog_topk_half"
@@ -43,11 +43,8 @@ CATALOGUE = {
 
 
 def names(rehearse: bool) -> list[str]:
-    """Losses and top-k; in a rehearsal of every kind the first, for all have the one tiny size."""
-    if rehearse:
-        kinds = {(benchmark.test, benchmark.on_cpu): name for name, benchmark in reversed(CATALOGUE.items())}
-        return [name for name in CATALOGUE if name in kinds.values()]
-    return list(CATALOGUE)
+    """Losses and top-k."""
+    return names_of(CATALOGUE, rehearse)
 
 
 def run(work: Work) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpu.benchmarks import Benchmark, run_benchmarks
+from gpu.benchmarks import Benchmark, names_of, run_benchmarks
 from gpu.work import Found, Prediction, Work
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ KERNELS = {
 def names(rehearse: bool) -> list[str]:
     """Roofs, kernels, and the sweep where its script is there."""
     sweep = [_SWEEP] if _SWEEP_FILE.exists() and not rehearse else []
-    return [_COPY, *(_PRODUCT.format(dtype) for dtype in _dtypes(rehearse)), *KERNELS, *sweep]
+    return [_COPY, *(_PRODUCT.format(dtype) for dtype in _dtypes(rehearse)), *names_of(KERNELS, rehearse), *sweep]
 
 
 def _dtypes(rehearse: bool) -> list[str]:
