@@ -1,4 +1,4 @@
-"""What the frozen model does between its products: 4-bit weights unpacked, RMSNorm, the gated product.
+"""What the frozen model does between its products: weights unpacked, RMSNorm, the gated product, rotation.
 
 Sizes are those of an 8B Llama and 4,096 packed tokens. The other forms are those of Hugging Face, of torch, of
 bitsandbytes and of liger-kernel, where these are installed.
@@ -7,6 +7,7 @@ bitsandbytes and of liger-kernel, where these are installed.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -16,9 +17,10 @@ import torch.nn.functional as F
 from forms import CompareForms, CompileForms, Form
 from timing import Captured, clock_of
 from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 from workloads import Case
 
+import laser_fast.ops
 from laser_fast.nn.frozen_linear import UnpackedWeights
 from laser_fast.nn.frozen_mlp import gated_mlp
 from laser_fast.nn.frozen_norm import frozen_rms_norm, recognise_norm
@@ -26,6 +28,7 @@ from laser_fast.nn.frozen_norm import frozen_rms_norm, recognise_norm
 from .conftest import Compare
 
 PASSES = ("forward", "forward+backward")  # backward alone cannot be timed of forms that overwrite what they kept
+Rotate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 _EPS = 1e-5
 
 
@@ -40,6 +43,16 @@ class Rows(NamedTuple):
     @property
     def nbytes(self) -> int:
         return self.tokens * self.width * self.dtype.itemsize
+
+
+class Heads(NamedTuple):
+    """Packed tokens, and key heads of so many numbers."""
+
+    device: str
+    tokens: int
+    heads_k: int
+    size: int
+    dtype: torch.dtype
 
 
 class Matrix(NamedTuple):
@@ -57,10 +70,11 @@ def cases(cpu: NamedTuple, gpu: NamedTuple) -> list[Case]:
 
 NORMS = cases(Rows("cpu", 64, 256, torch.float32), Rows("cuda", 4096, 4096, torch.bfloat16))
 PRODUCTS = cases(Rows("cpu", 64, 704, torch.float32), Rows("cuda", 4096, 14336, torch.bfloat16))
+ROTATIONS = cases(Heads("cpu", 64, 2, 16, torch.float32), Heads("cuda", 4096, 8, 128, torch.bfloat16))
 WEIGHTS = cases(Matrix("cpu", 256, 128, torch.float32), Matrix("cuda", 14336, 4096, torch.bfloat16))
 
 
-def has_liger(shape: Rows) -> bool:
+def has_liger(shape: Rows | Heads) -> bool:
     """Its kernels are Triton's, which run on a GPU."""
     return shape.device == "cuda" and importlib.util.find_spec("liger_kernel") is not None
 
@@ -123,6 +137,44 @@ def test_gated_product(case: Case, name: str, compiled: CompileForms, compare_fo
         )
     moved = {"forward": 3, "forward+backward": 8}[name] * shape.nbytes
     compare_forms(case, name, Form(candidate, inputs), baselines, moved_bytes=moved)
+
+
+@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("case", ROTATIONS, ids=str, indirect=True)
+def test_rotary(case: Case, name: str, compiled: CompileForms, compare_forms: CompareForms) -> None:
+    """Queries and keys of a layer, 4 query heads a key head: reads and writes each once, backward likewise."""
+    rotary_embedding = getattr(laser_fast.ops, "rotary_embedding", None)
+    if rotary_embedding is None:
+        pytest.skip("no rotary_embedding in this version")
+    shape: Heads = case.workload  # type: ignore[assignment]
+    generator = torch.Generator(shape.device).manual_seed(0)
+    draw = {"generator": generator, "device": shape.device}
+    inputs = [
+        torch.randn(shape.tokens, heads, shape.size, **draw).to(shape.dtype).requires_grad_()
+        for heads in (4 * shape.heads_k, shape.heads_k)
+    ]
+    angles = (torch.rand(shape.tokens, shape.size // 2, **draw) * 6).repeat(1, 2)
+    cos, sin = angles.cos().to(shape.dtype), angles.sin().to(shape.dtype)
+
+    def heads_first(rotate: Rotate) -> Rotate:
+        def packed(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+            turned = rotate(query.transpose(0, 1)[None], key.transpose(0, 1)[None])
+            return turned[0][0].transpose(0, 1), turned[1][0].transpose(0, 1)
+
+        return packed
+
+    eager = Form(heads_first(lambda query, key: apply_rotary_pos_emb(query, key, cos[None], sin[None])), inputs)
+    baselines = {"hugging_face": eager} | compiled({"hugging_face": eager})
+    if has_liger(shape):
+        from liger_kernel.ops.rope import LigerRopeFunction
+
+        rope = heads_first(lambda query, key: LigerRopeFunction.apply(query, key, cos[None], sin[None]))
+        own = [tensor.detach().clone().requires_grad_() for tensor in inputs]  # it rotates where they lie
+        baselines["liger"] = Form(rope, own, comparable=lambda query, key: rope(query.clone(), key.clone()))
+    tables = cos.nbytes + sin.nbytes
+    moved = {"forward": 1, "forward+backward": 2}[name] * (2 * sum(tensor.nbytes for tensor in inputs) + tables)
+    candidate = Form(lambda query, key: rotary_embedding(query, key, cos, sin), inputs)
+    compare_forms(case, name, candidate, baselines, moved_bytes=moved)
 
 
 @pytest.mark.parametrize("case", WEIGHTS, ids=str, indirect=True)

@@ -73,9 +73,9 @@ def run_benchmarks(work: Work, table: Mapping[str, Benchmark], *, options: Seque
         }
         return found
 
-    files = dict.fromkeys(f"bench/{table[name].test.partition('::')[0]}" for name in names)
+    files = {name: f"bench/{table[name].test.partition('::')[0]}" for name in names}
     words = ["--benchmark-only", "--benchmark-disable-gc", *options]
-    run_tests(work, list(files), ids.get, summary, names=names, options=words, attention="fast")
+    run_tests(work, files, ids.get, summary, options=words, attention="fast")
 
 
 def _backends() -> dict[str, str]:

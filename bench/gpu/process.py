@@ -32,12 +32,11 @@ class Ended(Exception):
     Attributes:
         name: of the line that was being measured, None where it was none.
         cut: whether its time was over, else it failed.
-        whole: whether that was the time of the item, else that of one line.
     """
 
-    def __init__(self, reason: str, name: str | None, *, cut: bool = False, whole: bool = False) -> None:
+    def __init__(self, reason: str, name: str | None, *, cut: bool = False) -> None:
         super().__init__(reason)
-        self.name, self.cut, self.whole = name, cut, whole
+        self.name, self.cut = name, cut
 
 
 def carry_out(
@@ -61,9 +60,8 @@ def carry_out(
     try:
         for message in _messages(messages, lambda: min(end, line_end)):
             if message is None:
-                whole = end <= line_end
-                limit = order.seconds if whole else line_s if name else _START_S
-                raise Ended(f"over its limit of {limit:.0f} s", name, cut=True, whole=whole)
+                limit = order.seconds if end <= line_end else line_s if name else _START_S
+                raise Ended(f"over the limit of {limit:.3g} s", name, cut=True)
             if "start" in message:
                 name, line_end = message["start"], monotonic() + line_s
             else:

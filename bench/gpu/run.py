@@ -20,7 +20,7 @@ from gpu.table import tables
 from gpu.work import Order, Work
 
 _MINUTES = 14.0
-_WORTH_S = 5.0  # a process that imports torch and measures nothing takes longer
+_WORTH_S = 1.0  # with less, a process measures nothing
 
 
 @dataclass(frozen=True)
@@ -140,28 +140,24 @@ def _run_item(job: Job, item: Item) -> None:
             job.write(item, name, f"skipped: {max(0, left_s):.0f} s left", again=True)
         return
     end = start + min(item.seconds, left_s)
-    given_up: set[str] = set()  # of this call: a line that took too long is tried by the next one
-    reason = ""
-    while names := [name for name in job.missing(item) if name not in given_up]:
-        if end - monotonic() < min(_WORTH_S, item.least_s):
-            reason = reason or "the time of the item was over"
-            break
-        before = len(job.missing(item))
+    tried: set[str] = set()  # lines that took too long: the next call tries them again, this one goes on
+    why, again = "cut: the time of the item was over", True
+    while (names := [name for name in job.missing(item) if name not in tried]) and end - monotonic() > _WORTH_S:
         try:
             _carry_out(job, item, names, end - monotonic())
-            if len(job.missing(item)) == before:
-                reason = "the item ended without this line"
+            if set(names) <= set(job.missing(item)):
+                why, again = "failed: the item ended without this line", False
                 break
         except Ended as ended:
-            reason = str(ended)
-            if ended.name is not None:
-                job.write(item, ended.name, f"{'cut' if ended.cut else 'failed'}: {reason}", again=ended.cut)
-                given_up.add(ended.name)
-            if ended.whole or ended.name is None:
+            why, again = f"{'cut' if ended.cut else 'failed'}: {ended}", ended.cut
+            if ended.name is None:
                 break
-    over = monotonic() >= end - _WORTH_S
-    for name in [name for name in job.missing(item) if name not in given_up]:
-        job.write(item, name, f"{'cut' if over else 'failed'}: {reason}", again=over)
+            job.write(item, ended.name, why, again=again)
+            tried.add(ended.name)
+            why, again = "cut: the time of the item was over", True
+    for name in job.missing(item):
+        if name not in tried:
+            job.write(item, name, why, again=again)
     print(f"gpu_run: item {item.number}, {item.title}: {monotonic() - start:.1f} s", file=sys.stderr, flush=True)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -175,28 +175,29 @@ def _last_line(report: Any) -> str:
 
 def run_tests(
     work: Work,
-    files: Sequence[str],
+    files: Mapping[str, str],
     group: Group,
     summary: Summary,
     *,
-    names: Sequence[str] | None = None,
     options: Sequence[str] = (),
     most: int | None = None,
     attention: str = "",
 ) -> None:
-    """Make the wanted lines from tests of these files; a line without any test is a failed one.
+    """Make lines from tests; one whose file is there and has no such test is a failed line.
 
     Args:
         work: of the item.
-        files: from the root of the checkout.
+        files: by name of the line where its tests are, from the root of the checkout; those not wanted are left out.
         group, summary, most, attention: see `Lines`.
-        names: lines that these tests make; None = all that are wanted.
         options: more words for pytest.
     """
-    there = [file for file in files if (ROOT / file).exists()]
+    files = {name: file for name, file in files.items() if name in work.wanted}
+    there = [file for file in dict.fromkeys(files.values()) if (ROOT / file).exists()]
     lines = Lines(work, group, summary, most=most, attention=attention)
-    pytest.main([*_OPTIONS, *options, *(str(ROOT / file) for file in there)], plugins=[lines])
-    why = "; ".join(f"{Path(file).name}: {reason}" for file, reason in lines.unusable.items())
-    for name in work.wanted if names is None else names:
+    if there:
+        pytest.main([*_OPTIONS, *options, *(str(ROOT / file) for file in there)], plugins=[lines])
+    for name, file in files.items():
         if name in work.wanted:
-            work.finish(name, Found(None, ""), f"failed: {why or 'no such test'}", work.start(name), counts=Counter())
+            why = lines.unusable.get(file, "no such test")
+            status = f"failed: {why}" if file in there else f"skipped: no {file}"
+            work.finish(name, Found(None, ""), status, work.start(name), counts=Counter())

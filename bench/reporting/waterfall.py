@@ -140,7 +140,7 @@ class States:
     def __init__(self, context: Context, shape: str, weights: str, lengths: Tensor) -> None:
         self._context, self._shape, self._weights, self._lengths = context, shape, weights, lengths
         self._packed: PackedStep | None = None
-        self._models = {weights: load(context, shape, weights, table_on_host=False)}
+        self._models = {weights: load(context, shape, weights)}
 
     def changes_nothing(self, state: State) -> bool:
         """Whether it asks for weights that are not packed where they were not in the first place."""
@@ -154,7 +154,7 @@ class States:
         """
         kind = state.weights or self._weights
         if kind not in self._models:
-            self._models[kind] = load(self._context, self._shape, kind, table_on_host=False)
+            self._models[kind] = load(self._context, self._shape, kind)
         model = sharing_twin(self._models[kind])
         if state.execution is not None:
             return PackedStep(FrozenLM(model, state.execution), self._lengths)

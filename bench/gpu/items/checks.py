@@ -30,9 +30,11 @@ FAMILIES = {
     "dispatch, gradients": Family("kernels/test_dispatch.py::test_dispatch_backward"),
     "combine, gradients": Family("kernels/test_dispatch.py::test_combine"),
     "prefix KV": Family("ops/test_prefix_kv_gpu.py::test_copies_and_sums_equal_the_cpu_bit_by_bit", "bfloat16", ""),
-    "prefix KV with rotation": Family("ops/test_prefix_kv_gpu.py::test_rotation", "bfloat16", ""),
+    "RMSNorm": Family("kernels/test_rms_norm.py::test_as_accurate_as_autograd"),
+    "gated product": Family("kernels/test_gated_product.py::test_as_accurate_as_autograd"),
+    "rotation": Family("kernels/test_rotary.py::test_rotation"),
     "4-bit weights": Family("nn/test_execution_gpu.py::test_four_bit_weights_give_the_gradient", "", ""),
-    "norms and gated MLPs": Family("nn/test_execution_gpu.py::test_fused_kernels_err_at_most_twice", "", ""),
+    "fused modules": Family("nn/test_execution_gpu.py::test_fused_kernels_err_at_most_twice", "", ""),
 }
 
 
@@ -54,5 +56,5 @@ def run(work: Work) -> None:
     def summary(outcomes: list[Outcome]) -> Found:
         return Found(sum(outcome.status == "passed" for outcome in outcomes), "cases within bounds")
 
-    files = dict.fromkeys(f"tests/{family.test.partition('::')[0]}" for family in FAMILIES.values())
-    run_tests(work, list(files), group, summary, most=_MOST)
+    files = {name: f"tests/{family.test.partition('::')[0]}" for name, family in FAMILIES.items()}
+    run_tests(work, files, group, summary, most=_MOST)

@@ -43,6 +43,9 @@ KERNELS = {
     "gated product of 4,096 x 14,336, both ways": Benchmark(
         "bench_frozen.py::test_gated_product", f"gpu-{_BOTH}", "cpu-plain-forward+backward", _moved(368, 939, 0.85)
     ),
+    "rotation of queries and keys, 4,096 tokens": Benchmark(
+        "bench_frozen.py::test_rotary", "gpu-graph-forward", "cpu-plain-forward", _moved(33, 83.9, 0.85)
+    ),
     "dispatch to 2,048 users, both ways": Benchmark(
         "bench_dispatch.py::test_dispatch_queries",
         f"gpu-large-{_BOTH}",
@@ -70,13 +73,6 @@ KERNELS = {
         "cpu-16-shared-plain",
         _moved(449, 1145, 0.85),
         "inject_prefix_kv_layers",
-    ),
-    "shared prefix KV and rotation, 16 x 256 tokens": Benchmark(
-        "bench_prefix_kv.py::test_inject_prefix_kv_rotary",
-        "gpu-16-shared-graph-forward",
-        "cpu-16-shared-plain-forward",
-        None,
-        "inject_prefix_kv_rotary",
     ),
     "routing of 5,120 items, both ways": Benchmark(
         "bench_routing.py::test_route_experts",

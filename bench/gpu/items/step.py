@@ -52,7 +52,7 @@ class Models:
         if self._weights == "nf4" and package_missing("bitsandbytes"):
             raise Skip("no bitsandbytes")
         context = self._work.context
-        return load(context, context.settings.waterfall[0], self._weights, table_on_host=False)
+        return load(context, context.settings.waterfall[0], self._weights)
 
     def measure(self, tokens: int, prediction: Prediction | None) -> Found:
         """Tokens a second, in turn with the padded forms that fit into the memory."""

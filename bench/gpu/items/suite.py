@@ -32,4 +32,4 @@ def run(work: Work) -> None:
 
     at_once = 1 if work.rehearse else _AT_ONCE
     spread = ["-n", str(at_once), "--dist", "load"] if importlib.util.find_spec("xdist") else []
-    run_tests(work, [f"tests/{name}" for name in work.wanted], group, summary, options=["-m", "gpu", *spread])
+    run_tests(work, {name: f"tests/{name}" for name in work.wanted}, group, summary, options=["-m", "gpu", *spread])
