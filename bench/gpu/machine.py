@@ -23,6 +23,7 @@ _PACKAGES = (
     *("cut-cross-entropy", "peft", "pydantic", "pytest", "pytest-benchmark", "pytest-xdist", "laser-fast"),
 )
 _CODE = ("laser_fast", "kernels", "csrc", "bench", "setup.py", "pyproject.toml")
+_SITES = ROOT / "build" / "gpu-site"
 _BUILD_S = 120
 _FIELDS = {"device": "name", "capability": "compute_cap", "memory": "memory.total", "driver": "driver_version"}
 
@@ -101,7 +102,7 @@ def importable(sites: Sequence[Path], *, rehearse: bool) -> tuple[dict[str, str]
     found = environment(sites, rehearse=rehearse)
     if _imports_ours(found):
         return found, "as it is installed"
-    site = ROOT / "build" / "gpu-site" / digest(ROOT, ("laser_fast", "kernels", "csrc", "setup.py"))[:12]
+    site = _SITES / digest(ROOT, ("laser_fast", "kernels", "csrc", "setup.py"))[:12]
     found = environment([site, *sites], rehearse=rehearse)
     if (site / "done").exists():
         return found, (site / "done").read_text(encoding="utf-8")

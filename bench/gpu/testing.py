@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gpu.work import Found, Work, backends_recorded, first_line
+from gpu.work import Attention, Found, Work, backends_recorded, first_line
 
 ROOT = Path(__file__).resolve().parents[2]
 _OPTIONS = (
@@ -61,7 +61,7 @@ class Lines:
         attention: see `Work.measure`.
     """
 
-    def __init__(self, work: Work, group: Group, summary: Summary, *, most: int | None, attention: str) -> None:
+    def __init__(self, work: Work, group: Group, summary: Summary, *, most: int | None, attention: Attention) -> None:
         self._work, self._group, self._summary = work, group, summary
         self._most, self._attention = most, attention
         self._expected: Counter[str] = Counter()
@@ -181,7 +181,7 @@ def run_tests(
     *,
     options: Sequence[str] = (),
     most: int | None = None,
-    attention: str = "",
+    attention: Attention = "none",
 ) -> None:
     """Make lines from tests; one whose file is there and has no such test is a failed line.
 

@@ -7,12 +7,12 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from reporting.reasons import Skip, without_paths
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from reporting.settings import Settings
 
 RESTART = 75  # exit status: the device is lost to this process, and lines are left
+Attention = Literal["fast", "mixed", "named", "none"]
 SLOW = "buckets"  # name of the attention that must not be measured in place of a fast one
 
 
@@ -112,19 +113,20 @@ class Work:
         self._send({"start": name})
         return monotonic()
 
-    def measure(self, name: str, function: Callable[[], Found], *, attention: str = "fast") -> None:
+    def measure(self, name: str, function: Callable[[], Found], *, attention: Attention = "fast") -> None:
         """Make the line `name` if it is wanted: what `function` found, or why it did not.
 
         Args:
             name: of the line.
             function: measures.
-            attention: "fast" where a figure is void if attention ran in buckets on a GPU, "any" where the part that is
-                measured has attention in float32 too (the line then names both), "" for what is no benchmark.
+            attention: which backend of packed attention may run on a GPU for the figure to count: "fast" = no buckets,
+                "mixed" = buckets beside a fast one (for parts that train in float32), "named" = any, the line says
+                which, "none" = not looked at.
         """
         if name not in self._wanted:
             return
         start = self.start(name)
-        with backends_recorded() as counts:
+        with backends_recorded() if attention != "none" else nullcontext(Counter[str]()) as counts:
             try:
                 found, status = function(), "ok"
             except Exception as error:
@@ -137,7 +139,7 @@ class Work:
         self.finish(name, found, status, start, attention=attention, counts=counts)
 
     def finish(
-        self, name: str, found: Found, status: str, start: float, *, attention: str = "", counts: Counter[str]
+        self, name: str, found: Found, status: str, start: float, *, attention: Attention = "none", counts: Counter[str]
     ) -> None:
         """Send the line of a measurement that has ended.
 
@@ -152,7 +154,7 @@ class Work:
             status = f"failed: {found.failure}"
         if counts and found.backend is None:
             found.backend = ", ".join(f"{backend} x {calls}" for backend, calls in sorted(counts.items()))
-        slow = counts[SLOW] and (attention == "fast" or (attention == "any" and len(counts) == 1))
+        slow = SLOW in counts and (attention == "fast" or (attention == "mixed" and len(counts) == 1))
         if status == "ok" and slow and not self.rehearse:
             status = f"failed: attention ran in {SLOW}"
         self._send({"line": _line(self.order, name, found, status, monotonic() - start)})

@@ -16,13 +16,13 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 
 from reporting import card_job, cards, kernels, predictions, run, waterfall
 from reporting.context import Context, Deadline, run_script
-from reporting.reasons import Skip, without_paths
 from reporting.document import document
 from reporting.flops import floor_operations
 from reporting.kernels import row_of
 from reporting.limits import gaps, missed
 from reporting.models import VIRTUAL_TOKENS, PackedStep, load, packed_lengths
 from reporting.pictures import draw
+from reporting.reasons import Skip, without_paths
 from reporting.roofs import Roofs
 from reporting.settings import ON_CPU, ON_GPU, Settings
 

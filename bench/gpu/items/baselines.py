@@ -54,7 +54,7 @@ def run(work: Work) -> None:
     """Everything that is installed."""
     run_benchmarks(work, BENCHMARKS)
     for name, comparison in _STEPS.items():
-        work.measure(name, partial(_step, work, comparison), attention="any")
+        work.measure(name, partial(_step, work, comparison), attention="mixed")
 
 
 def _step(work: Work, comparison: str) -> Found:

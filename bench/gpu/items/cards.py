@@ -22,8 +22,8 @@ def run(work: Work) -> None:
     plans = Plans(work)
     for card in _CARDS:
         emulated = Emulated(work, plans, card)
-        work.measure(_PEAK.format(card), emulated.peak, attention="any")
-        work.measure(_MOST.format(card), emulated.most, attention="any")
+        work.measure(_PEAK.format(card), emulated.peak, attention="mixed")
+        work.measure(_MOST.format(card), emulated.most, attention="mixed")
         emulated.__dict__.clear()
         if "context" in work.__dict__:
             from reporting.memory import release

@@ -124,11 +124,11 @@ def _dtypes(rehearse: bool) -> list[str]:
 
 def run(work: Work) -> None:
     """Roofs first: every share is one of theirs."""
-    work.measure(_COPY, lambda: _copy(work.context.roofs), attention="")
+    work.measure(_COPY, lambda: _copy(work.context.roofs), attention="none")
     for dtype in _dtypes(work.rehearse):
-        work.measure(_PRODUCT.format(dtype), partial(_product, work, dtype), attention="")
+        work.measure(_PRODUCT.format(dtype), partial(_product, work, dtype), attention="none")
     run_benchmarks(work, KERNELS, options=["--quick"])
-    work.measure(_SWEEP, _sweep, attention="")
+    work.measure(_SWEEP, _sweep, attention="none")
 
 
 def _copy(roofs: Roofs) -> Found:

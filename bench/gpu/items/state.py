@@ -32,14 +32,14 @@ def names(rehearse: bool) -> list[str]:
 
 def run(work: Work) -> None:
     """Look, then try grouped queries against float64."""
-    work.measure("laser-fast doctor", _doctor, attention="")
+    work.measure("laser-fast doctor", _doctor, attention="none")
     device = "cpu" if work.rehearse else "cuda"
     for name, index in _PROBES.items():
-        work.measure(name, partial(_grouped_queries, device, index), attention="")
+        work.measure(name, partial(_grouped_queries, device, index), attention="named")
     for name in _SCHEMAS:
-        work.measure(name, partial(_schema, name), attention="")
+        work.measure(name, partial(_schema, name), attention="none")
     for name, place in _SIGNATURES.items():
-        work.measure(name, partial(_signature, *place), attention="")
+        work.measure(name, partial(_signature, *place), attention="none")
 
 
 def _doctor() -> Found:

@@ -28,9 +28,9 @@ def run(work: Work) -> None:
     """Parts that an earlier call has timed are done again where later ones need them."""
     done: dict[str, Any] = {}
     for name in _PARTS:
-        work.measure(name, partial(_part, work, done, name), attention="any" if name == _LASER else "")
-    work.measure(_RANKED, partial(_ranked, work, done), attention="")
-    work.measure(_MEMORY, partial(_memory, work), attention="")
+        work.measure(name, partial(_part, work, done, name), attention="mixed" if name == _LASER else "")
+    work.measure(_RANKED, partial(_ranked, work, done), attention="mixed")
+    work.measure(_MEMORY, partial(_memory, work), attention="none")
 
 
 def _job(work: Work, done: dict[str, Any]) -> Any:
