@@ -130,7 +130,9 @@ def _build(site: Path, found: dict[str, str]) -> str:
     """Empty, or why it failed."""
     words = ["-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
     capability = device()["capability"]
-    build = found | ({"TORCH_CUDA_ARCH_LIST": capability} if capability else {})
+    build = found | ({"TORCH_CUDA_ARCH_LIST": capability} if capability else {"LASER_FAST_BUILD": "cpu"})
+    for stale in (ROOT / "build").glob("lib*"):  # setuptools would install what an earlier build left there
+        shutil.rmtree(stale)
     try:
         said = subprocess.run(
             [sys.executable, *words, "--target", str(site), str(ROOT)],

@@ -26,6 +26,7 @@ from gpu.table import tables
 from gpu.testing import evenly
 from gpu.work import Found, Order, Prediction, Work, status_of
 
+BENCH = Path(__file__).resolve().parents[2] / "bench"
 FAKE = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
