@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import traceback
 from collections import Counter
@@ -159,7 +160,8 @@ class Work:
             status = f"failed: attention ran in {SLOW}"
         self._send({"line": _line(self.order, name, found, status, monotonic() - start)})
         if status.startswith("failed") and device_is_lost():
-            sys.exit(RESTART if self._wanted else 0)
+            sys.stdout.flush()
+            os._exit(RESTART)  # pytest would catch a SystemExit, and go on without a device
 
     @cached_property
     def context(self) -> Context:

@@ -30,6 +30,7 @@ BENCH = Path(__file__).resolve().parents[2] / "bench"
 FAKE = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from gpu.run import Item
 from gpu.work import Found
 from reporting.reasons import Skip
@@ -53,15 +54,28 @@ def hangs():
     Path(os.environ["PIDS"]).write_text(f"{os.getpid()} {sleeper.pid}")
     time.sleep(60)
 
+def sleeps():
+    Path(os.environ["PIDS"]).write_text(str(os.getpid()))
+    time.sleep(60)
+
 def dies():
     os.kill(os.getpid(), signal.SIGSEGV)
+
+def loses():
+    def synchronize():
+        raise RuntimeError("an illegal memory access was encountered")
+    sys.modules["torch"] = SimpleNamespace(cuda=SimpleNamespace(is_initialized=lambda: True, synchronize=synchronize))
+    raise RuntimeError("an illegal memory access was encountered")
+
+def same_process():
+    return Found(1.0, "", failure="the device is lost" if "torch" in sys.modules else None)
 
 def lost():
     return Found(float("nan"), "us")
 
 FIRST = {"ok": ok, "fails": fails, "needs": needs, "skips": skips, "lost": lost}
 SECOND = {"before": ok, "hangs": hangs, "after": ok}
-THIRD = {"lives": ok, "dies": dies, "goes on": ok}
+THIRD = {"lives": ok, "dies": dies, "goes on": ok, "loses": loses, "afresh": same_process}
 MANY = {f"line {index}": ok for index in range(20)}
 
 def runner(table):
@@ -80,7 +94,7 @@ def item(number, table, run=None, **options):
 ITEMS = [
     item(1, FIRST), item(2, SECOND, line_s=1), item(3, THIRD), item(4, {"too late": ok}, least_s=10_000),
     item(5, {"first": ok, "second": ok}, breaks), item(6, MANY), item(7, {"long": hangs, "never": ok}, seconds=2),
-    item(8, {"made": ok, "forgotten": ok}, runner({"made": ok})),
+    item(8, {"made": ok, "forgotten": ok}, runner({"made": ok})), item(9, {"sleeps": sleeps}),
 ]
 """
 
@@ -136,6 +150,8 @@ def test_whatever_happens_in_a_line_the_others_are_measured(fakes: Path, tmp_pat
         "lives": "ok",
         "dies": "failed: the process was ended by SIGSEGV",
         "goes on": "ok",
+        "loses": "failed: RuntimeError: an illegal memory access was encountered",
+        "afresh": "ok",
         "too late": status["too late"],
         "first": "failed: the process ended with status 1: RuntimeError: before any line",
         "second": "failed: the process ended with status 1: RuntimeError: before any line",
@@ -182,6 +198,17 @@ def test_a_call_that_is_killed_at_any_moment_loses_one_line(fakes: Path, tmp_pat
     assert set(found_in(tmp_path)) == expected
     counts = Counter(json.loads(line)["name"] for line in results.read_text().splitlines())
     assert all(counts[name] == 1 for _, name in expected)  # a line that is there is not measured again
+
+
+def test_what_is_being_measured_ends_with_the_call(fakes: Path, tmp_path: Path) -> None:
+    pids = fakes / "pids"
+    pids.unlink(missing_ok=True)
+    process = subprocess.Popen(**command(fakes, tmp_path, "--items", "9"), stderr=subprocess.DEVNULL)
+    while not pids.exists() or not pids.read_text():
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    wait_until_gone([int(pids.read_text())])  # or else it would go on using the device
 
 
 def test_a_torn_line_is_cut_off_and_the_file_has_one_writer(tmp_path: Path) -> None:
@@ -301,6 +328,7 @@ def test_items_are_numbered_and_names_are_unique() -> None:
     from reporting.waterfall import CUMULATIVE
 
     assert [item.number for item in ITEMS] == list(range(1, 11))
+    assert sum(item.seconds for item in ITEMS[:7]) <= 370  # one command of about six minutes
     assert _numbers("1-3,9") == [1, 2, 3, 9]
     for item in ITEMS:
         for rehearse in (False, True):

@@ -30,7 +30,7 @@ def run(work: Work) -> None:
     for name in _PARTS:
         work.measure(name, partial(_part, work, done, name), attention="mixed" if name == _LASER else "")
     work.measure(_RANKED, partial(_ranked, work, done), attention="mixed")
-    work.measure(_MEMORY, partial(_memory, work), attention="none")
+    work.measure(_MEMORY, partial(_memory, work, done), attention="none")
 
 
 def _job(work: Work, done: dict[str, Any]) -> Any:
@@ -81,9 +81,10 @@ def _ranked(work: Work, done: dict[str, Any]) -> Found:
     return Found(ours, "", baseline="SASRec", speedup=ratio, more={"systems": found, "of": done["what"]})
 
 
-def _memory(work: Work) -> Found:
+def _memory(work: Work, done: dict[str, Any]) -> Found:
     import torch
 
+    assert _job(work, done).laser is not None  # trained in this process
     if work.rehearse:
         return Found(0.0, "GiB allocated")
     return Found(torch.cuda.max_memory_allocated() / 2**30, "GiB allocated")
