@@ -13,6 +13,8 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from reporting.reasons import without_paths
+
 from gpu import machine
 from gpu.lines import MACHINE, Lines, line_of
 from gpu.process import Ended, carry_out
@@ -66,7 +68,7 @@ class Job:
     def write(self, item: Item, name: str, status: str, **facts: Any) -> None:
         """A line that the scheduler itself has to say."""
         facts |= {"rehearsal": True} if self.rehearse else {}
-        self.lines.append(line_of(item.number, name, status, **facts))
+        self.lines.append(line_of(item.number, name, without_paths(status), **facts))
 
     def missing(self, item: Item) -> list[str]:
         """Names of the item without a final line."""
@@ -96,8 +98,8 @@ def main(words: Sequence[str] | None = None, items: str = "gpu.items") -> int:
     sys.path[:0] = map(str, arguments.site)  # versions of what lies there are part of the record
     environment, package = machine.importable(arguments.site, rehearse=arguments.rehearse)
     given = sys.argv[1:] if words is None else [str(word) for word in words]
-    facts = machine.facts(shlex.join(["python3", "bench/gpu_run.py", *given]), arguments.commit)
-    facts |= {"package": package, **({"rehearsal": True} if arguments.rehearse else {})}
+    facts = machine.facts(without_paths(shlex.join(["python3", "bench/gpu_run.py", *given])), arguments.commit)
+    facts |= {"package": without_paths(package), **({"rehearsal": True} if arguments.rehearse else {})}
     lines.append(line_of(0, MACHINE, "ok", **facts))
     job = Job(items, arguments.out, lines, environment, arguments.rehearse, end)
     for item in known:

@@ -161,6 +161,7 @@ def test_whatever_happens_in_a_line_the_others_are_measured(fakes: Path, tmp_pat
     assert status["too late"].startswith("skipped: ") and status["too late"].endswith(" s left")
     wait_until_gone([int(pid) for pid in (fakes / "pids").read_text().split()])  # also the child of the one that hung
     before = (tmp_path / "results.jsonl").read_bytes()
+    assert str(tmp_path.parent).encode() not in before  # it is published
     call(fakes, tmp_path, "--items", "1-5,8")  # the next call tries what was cut, and nothing else
     again = [json.loads(line) for line in (tmp_path / "results.jsonl").read_bytes()[len(before) :].splitlines()]
     assert [line["name"] for line in again] == ["machine", "hangs", "too late"]
