@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env test lint bench report demo clean
+.PHONY: help env test lint bench report gpu demo clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -60,6 +60,10 @@ bench: env ## run the benchmarks; without a GPU those of the CPU
 
 report: env ## one report of speed and memory in runs/report; without a GPU: REPORT_ARGS=--cpu
 	$(BIN)/python bench/report.py runs/report $(REPORT_ARGS)
+
+# no env: on a machine that is lent for minutes, without an index, the Python that is there has to do
+gpu: ## everything that needs a GPU, line by line in runs/gpu, with the Python at hand; GPU_ARGS is passed on
+	$(PYTHON) bench/gpu_run.py runs/gpu $(GPU_ARGS)
 
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) build dist laser_fast/_native laser_fast.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -16,7 +16,7 @@ from baselines.dispatch_packed import (
 )
 from forms import PASSES, CompareForms, CompileForms, Form
 from torch import Tensor, nn
-from workloads import DISPATCH, Case, Workload
+from workloads import DISPATCH, Case, Draw, Workload, random_draw
 
 from laser_fast.ops import combine_queries, dispatch_queries
 
@@ -36,10 +36,9 @@ def combine_bytes(shape: Workload, name: str) -> int:
     return slab * {"forward": forward, "backward": backward}.get(name, forward + backward)
 
 
-def random_choice(shape: Workload, generator: torch.Generator) -> Tensor:
+def random_choice(shape: Workload, draw: Draw) -> Tensor:
     """int32 [B, k], distinct for a user."""
-    scores = torch.rand(shape.users, shape.experts, generator=generator)
-    return scores.argsort(dim=1)[:, : shape.top_k].int().to(shape.device)
+    return draw(shape.users, shape.experts).argsort(dim=1)[:, : shape.top_k].int()
 
 
 def loop_table(queries: Tensor) -> nn.ParameterList:
@@ -49,10 +48,9 @@ def loop_table(queries: Tensor) -> nn.ParameterList:
 
 def dispatch_forms(shape: Workload) -> tuple[Form, dict[str, Form], dict[str, Form]]:
     """The candidate, the forms timed as they are, and the forms worth compiling."""
-    generator = torch.Generator().manual_seed(0)
-    queries = torch.randn(shape.experts, shape.queries, shape.width, generator=generator)
-    inputs = [queries.to(shape.device, shape.dtype).requires_grad_()]
-    expert = random_choice(shape, generator)
+    draw = random_draw(shape)
+    inputs = [draw(shape.experts, shape.queries, shape.width).to(shape.dtype).requires_grad_()]
+    expert = random_choice(shape, draw)
     table, long_expert = loop_table(inputs[0]), expert.long()
 
     def loop_of_tensor(queries: Tensor) -> Tensor:
@@ -68,10 +66,9 @@ def dispatch_forms(shape: Workload) -> tuple[Form, dict[str, Form], dict[str, Fo
 
 def combine_forms(shape: Workload) -> tuple[Form, dict[str, Form], dict[str, Form]]:
     """The candidate, the forms timed as they are, and the forms worth compiling."""
-    generator = torch.Generator().manual_seed(0)
-    outputs = torch.randn(shape.users * shape.top_k, shape.queries, shape.width, generator=generator)
-    weight = torch.rand(shape.users, shape.top_k, generator=generator).softmax(dim=1)
-    outputs, weight = outputs.to(shape.device, shape.dtype), weight.to(shape.device)
+    draw = random_draw(shape)
+    outputs = draw(shape.users * shape.top_k, shape.queries, shape.width).to(shape.dtype)
+    weight = draw(shape.users, shape.top_k).softmax(dim=1)
     inputs = [outputs.requires_grad_(), weight.requires_grad_()]
     by_user = outputs.detach().view(shape.users, shape.top_k, shape.queries, shape.width)
     groups = [group.contiguous().requires_grad_() for group in by_user.unbind(1)]

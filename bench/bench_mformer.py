@@ -16,7 +16,7 @@ from bench_dispatch import combine_bytes, dispatch_bytes, loop_table
 from bench_routing import routing_bytes
 from forms import PASSES, CompareForms, CompileForms, Form
 from torch import Tensor
-from workloads import DISPATCH, Case, Workload
+from workloads import DISPATCH, Case, Workload, random_draw
 
 from laser_fast.ops import combine_queries, cu_seqlens_from_lengths, dispatch_queries, route_experts
 
@@ -25,12 +25,10 @@ _SAFE_SPEEDUP = 1.2  # over the loop, forward, with the demo's query tokens; 2.2
 
 def bookkeeping_forms(shape: Workload) -> tuple[Form, dict[str, Form], dict[str, Form]]:
     """The candidate, the loop, and the form worth compiling; all give the combined queries and the balance loss."""
-    generator = torch.Generator().manual_seed(0)
-    states = torch.randn(shape.users * shape.items, shape.width, generator=generator)
-    weight = torch.randn(shape.experts, shape.width, generator=generator) / shape.width**0.5
-    queries = torch.randn(shape.experts, shape.queries, shape.width, generator=generator)
-    states, queries = states.to(shape.device, shape.dtype), queries.to(shape.device, shape.dtype)
-    weight = weight.to(shape.device)
+    draw = random_draw(shape)
+    states = draw(shape.users * shape.items, shape.width).to(shape.dtype)
+    weight = draw(shape.experts, shape.width) / shape.width**0.5
+    queries = draw(shape.experts, shape.queries, shape.width).to(shape.dtype)
     inputs = [tensor.requires_grad_() for tensor in (states, weight, torch.zeros_like(weight[:, 0]), queries)]
     cu_seqlens = cu_seqlens_from_lengths(torch.full((shape.users,), shape.items)).to(shape.device)
     mask = torch.ones(shape.users, shape.items, dtype=torch.long, device=shape.device)

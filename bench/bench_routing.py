@@ -10,7 +10,7 @@ from baselines.routing_loop import routing_loop
 from baselines.routing_packed import mean_index_add, mean_segment_reduce, routing_rounds, routing_topk
 from forms import PASSES, CompareForms, CompileForms, Form, relative_error
 from torch import Tensor
-from workloads import ROUTING, Case, Workload
+from workloads import ROUTING, Case, Workload, random_draw
 
 from laser_fast.ops import cu_seqlens_from_lengths, route_experts
 
@@ -25,10 +25,9 @@ def routing_bytes(shape: Workload, name: str) -> int:
 
 def routing_forms(shape: Workload) -> tuple[Form, dict[str, Form], dict[str, Form]]:
     """The candidate, the forms timed as they are, and the forms worth compiling."""
-    generator = torch.Generator().manual_seed(0)
-    states = torch.randn(shape.users * shape.items, shape.width, generator=generator)
-    weight = torch.randn(shape.experts, shape.width, generator=generator) / shape.width**0.5
-    states, weight = states.to(shape.device, shape.dtype), weight.to(shape.device)
+    draw = random_draw(shape)
+    states = draw(shape.users * shape.items, shape.width).to(shape.dtype)
+    weight = draw(shape.experts, shape.width) / shape.width**0.5
     inputs = [tensor.requires_grad_() for tensor in (states, weight, torch.zeros_like(weight[:, 0]))]
     cu_seqlens = cu_seqlens_from_lengths(torch.full((shape.users,), shape.items)).to(shape.device)
     mask = torch.ones(shape.users, shape.items, dtype=torch.long, device=shape.device)

@@ -26,8 +26,15 @@ from workloads import Case
 __all__ = ["PASSES", "one_pass"]  # bench_catalog reads them here
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+_BUDGET_S, _QUICK_S = 1.0, 0.3  # of measuring one operation, for all forms together
 _STEP_BUDGET_S = {"cpu": 4.0, "cuda": 3.0}  # of measuring, for all forms together
-_NO_COMPILATION = "compiled forms are timed on a GPU only"
+_NO_COMPILATION = "compiled forms are timed on a GPU only, and not with --quick"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """For runs whose minutes are counted."""
+    words = "nothing compiled, nothing that a CUDA graph cannot hold, and a third of the time for each"
+    parser.addoption("--quick", action="store_true", help=words)
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
@@ -105,8 +112,14 @@ Speedups = dict[str, float]
 Compare = Callable[..., Speedups]
 
 
+@pytest.fixture(scope="session")
+def quick(request: pytest.FixtureRequest) -> bool:
+    """Whether the minutes are counted."""
+    return bool(request.config.getoption("--quick"))
+
+
 @pytest.fixture
-def compare(benchmark: Any, device: torch.device, copy_gb_per_s: float) -> Compare:
+def compare(benchmark: Any, device: torch.device, copy_gb_per_s: float, quick: bool) -> Compare:
     """Time a candidate against named baselines; the figures go into `benchmark.extra_info`, the speedups come back."""
 
     def run(
@@ -118,7 +131,7 @@ def compare(benchmark: Any, device: torch.device, copy_gb_per_s: float) -> Compa
         **facts: object,
     ) -> Speedups:
         clock = clock or _plain_clock(device)
-        seconds = interleaved_medians({"candidate": candidate, **baselines}, clock, budget_s=1.0)
+        seconds = interleaved_medians({"candidate": candidate, **baselines}, clock, _QUICK_S if quick else _BUDGET_S)
         speedups = {name: seconds[name] / seconds["candidate"] for name in baselines}
         bandwidth = moved_bytes / seconds["candidate"] / 1e9
         benchmark.extra_info.update(
@@ -141,7 +154,7 @@ def compare(benchmark: Any, device: torch.device, copy_gb_per_s: float) -> Compa
 
 
 @pytest.fixture
-def compare_steps(benchmark: Any, device: torch.device) -> Compare:
+def compare_steps(benchmark: Any, device: torch.device, quick: bool) -> Compare:
     """Time whole steps of a model, too long to repeat often, against named baselines, as `compare` does."""
 
     def run(
@@ -149,7 +162,8 @@ def compare_steps(benchmark: Any, device: torch.device) -> Compare:
     ) -> Speedups:
         """`tokens` of "candidate" and every baseline: the useful ones, and those that run through the model."""
         runs = {"candidate": candidate, **baselines}
-        seconds = interleaved_medians(runs, _plain_clock(device), _STEP_BUDGET_S[device.type], least_rounds=2)
+        budget_s = _QUICK_S if quick else _STEP_BUDGET_S[device.type]
+        seconds = interleaved_medians(runs, _plain_clock(device), budget_s, least_rounds=2)
         speedups = {name: seconds[name] / seconds["candidate"] for name in baselines}
         benchmark.extra_info.update(
             facts,
@@ -170,12 +184,14 @@ def compare_steps(benchmark: Any, device: torch.device) -> Compare:
 
 
 @pytest.fixture
-def compare_forms(compare: Compare, device: torch.device) -> CompareForms:
+def compare_forms(compare: Compare, device: torch.device, quick: bool) -> CompareForms:
     """Time one pass of forms of an operation in the mode of a case, after all of them have proven equal."""
 
     def run(case: Case, name: str, candidate: Form, baselines: Mapping[str, Form], **facts: Any) -> Speedups:
+        if quick and case.mode != "plain":
+            baselines = {key: form for key, form in baselines.items() if form.captured}
         assert_agreement(candidate, baselines)
-        left_out = {"compiled": _NO_COMPILATION} if device.type == "cpu" else {}
+        left_out = {"compiled": _NO_COMPILATION} if device.type == "cpu" or quick else {}
         runs = {}
         for key, form in {"candidate": candidate, **baselines}.items():
             if case.mode == "plain":
@@ -198,9 +214,9 @@ def compare_forms(compare: Compare, device: torch.device) -> CompareForms:
 
 
 @pytest.fixture
-def compiled(device: torch.device) -> CompileForms:
+def compiled(device: torch.device, quick: bool) -> CompileForms:
     """Adds the compiled form of every form, on a GPU."""
-    return lambda forms: forms if device.type == "cpu" else forms | compile_forms(forms)
+    return lambda forms: forms if device.type == "cpu" or quick else forms | compile_forms(forms)
 
 
 @pytest.fixture

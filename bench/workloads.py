@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,15 @@ class Workload(NamedTuple):
     dtype: torch.dtype
     experts: int = 8
     top_k: int = 3
+
+
+Draw = Callable[..., Tensor]  # of sizes, to standard normal numbers, float32
+
+
+def random_draw(shape: Workload) -> Draw:
+    """Draws on the device of the workload: on the host the larger ones would take longer than everything measured."""
+    generator = torch.Generator(shape.device).manual_seed(0)
+    return lambda *sizes: torch.randn(*sizes, generator=generator, device=shape.device)
 
 
 class Case(NamedTuple):

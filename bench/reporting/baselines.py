@@ -23,9 +23,10 @@ from steps import (
 from timing import Run, interleaved_medians
 from torch import Tensor
 
-from reporting.context import Skip, package_missing
+from reporting.context import package_missing
 from reporting.memory import release
 from reporting.models import DATASET, load, sharing_twin, usable_weights, weights_name
+from reporting.reasons import Skip
 from reporting.tables import plain, table, times
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def measure(context: Context, deadline: Deadline) -> dict[str, Any]:
     shape = context.settings.waterfall[0]
     weights, left_out = usable_weights(context)
     found: dict[str, Rows] = {}
-    for name, compare in {"padded": _padded, "peft": _peft, "authors": _authors}.items():
+    for name, compare in COMPARISONS.items():
         if deadline.over:
             left_out.append(f"{name}: the time was over")
         elif name == "peft" and package_missing("peft"):
@@ -161,6 +162,9 @@ def _fits(run: Run) -> bool:
         return False
     return True
 
+
+COMPARISONS = {"padded": _padded, "peft": _peft, "authors": _authors}
+"""By name; each gives its rows, ours among them."""
 
 _TITLES = {
     "padded": "users with a target each; the item matrix stands still, so nothing but the users is encoded",

@@ -81,55 +81,78 @@ def largest_that_fits(fits: Callable[[int], bool], tokens: int, seconds: float) 
     return low, high is not None and high - low <= _RESOLUTION
 
 
-def main(order: dict[str, Any]) -> dict[str, Any]:
-    """Carry out one order of the section."""
-    start = monotonic()
-    device = torch.device("cuda", torch.cuda.current_device())
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, order["limit_bytes"] / total), device)
-    config, work = build_config(LaserConfig, order["settings"]), Workload(**order["workload"])
-    model = build_model(config, work, device)
-    optimizer = build_optimizer(model, config.training.optimizer)
+class Card:
+    """A model in training that may take no more memory than a card has; on a CPU as much as there is.
 
-    def fits(tokens: int) -> bool:
-        rows = max(1, round(tokens / order["row_tokens"]))
-        batch = batch_of(rows, work, model.lm.model.config.vocab_size)
+    Args:
+        order: of the section: "settings", "workload", "limit_bytes", "row_tokens".
+        device: where it trains.
+    """
+
+    def __init__(self, order: dict[str, Any], device: torch.device) -> None:
+        if device.type == "cuda":
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, order["limit_bytes"] / total), device)
+        config = build_config(LaserConfig, order["settings"])
+        self._device, self._row_tokens, self._work = device, order["row_tokens"], Workload(**order["workload"])
+        self._model = build_model(config, self._work, device)
+        self._optimizer = build_optimizer(self._model, config.training.optimizer)
+
+    def fits(self, tokens: int) -> bool:
+        """Whether a step of so many tokens does."""
+        rows = max(1, round(tokens / self._row_tokens))
+        batch = batch_of(rows, self._work, self._model.lm.model.config.vocab_size)
         try:
-            model(batch.to(device)).loss.backward()
-            optimizer.step()
-            torch.cuda.synchronize()
+            self._model(batch.to(self._device)).loss.backward()
+            self._optimizer.step()
+            self._on_gpu(torch.cuda.synchronize)
             return True
         except torch.OutOfMemoryError:
             return False
         finally:
-            optimizer.zero_grad(set_to_none=True)
+            self._optimizer.zero_grad(set_to_none=True)
             gc.collect()
 
-    def peak(tokens: int) -> dict[str, Any]:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        done = fits(tokens)
+    def peak(self, tokens: int) -> dict[str, Any]:
+        """Of a step, with the optimizer's state in its place."""
+        found = self._peak(tokens)
+        return self._peak(tokens) if found["fits"] else found
+
+    def _peak(self, tokens: int) -> dict[str, Any]:
+        self._on_gpu(torch.cuda.empty_cache)
+        self._on_gpu(torch.cuda.reset_peak_memory_stats)
         return {
-            "fits": done,
-            "allocated_bytes": torch.cuda.max_memory_allocated(),
-            "reserved_bytes": torch.cuda.max_memory_reserved(),
+            "fits": self.fits(tokens),
+            "allocated_bytes": self._on_gpu(torch.cuda.max_memory_allocated),
+            "reserved_bytes": self._on_gpu(torch.cuda.max_memory_reserved),
         }
 
-    found = peak(order["tokens"])
-    if found["fits"]:  # again with the optimizer's state in its place
-        found = peak(order["tokens"])
+    def largest(self, tokens: int, fits: bool, seconds: float) -> tuple[int, bool]:
+        """See `largest_that_fits`.
 
-    def fits_afresh(tokens: int) -> bool:
-        torch.cuda.empty_cache()
-        return fits(tokens)
+        Args:
+            tokens: of a step that was taken.
+            fits: whether it did.
+            seconds: for the search.
+        """
 
-    left_s = order["seconds"] - (monotonic() - start)
-    known = order["tokens"] if found["fits"] else 0
-    if known:
-        largest, bisected = largest_that_fits(fits_afresh, known, left_s)
-    else:
-        largest, bisected = _below(fits_afresh, order["tokens"], left_s)
-    return found | {"tokens": order["tokens"], "largest_tokens": largest, "bisected": bisected}
+        def afresh(tokens: int) -> bool:
+            self._on_gpu(torch.cuda.empty_cache)
+            return self.fits(tokens)
+
+        return largest_that_fits(afresh, tokens, seconds) if fits else _below(afresh, tokens, seconds)
+
+    def _on_gpu(self, function: Callable[[], Any]) -> Any:
+        return function() if self._device.type == "cuda" else None
+
+
+def main(order: dict[str, Any]) -> dict[str, Any]:
+    """Carry out one order of the section."""
+    start, tokens = monotonic(), order["tokens"]
+    card = Card(order, torch.device("cuda", torch.cuda.current_device()))
+    found = card.peak(tokens)
+    largest, bisected = card.largest(tokens, found["fits"], order["seconds"] - (monotonic() - start))
+    return found | {"tokens": tokens, "largest_tokens": largest, "bisected": bisected}
 
 
 def _below(fits: Callable[[int], bool], tokens: int, seconds: float) -> tuple[int, bool]:

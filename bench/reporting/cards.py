@@ -52,7 +52,7 @@ def card_settings(context: Context, mode: str) -> dict[str, Any]:
 def measure(context: Context, deadline: Deadline) -> dict[str, Any]:
     """The plan for every mode and card, and for every card a step of the proposed size and the largest that fits."""
     plan = estimate_memory(build_config(LaserConfig, card_settings(context, "none")), WORKLOAD, on_gpu=True)
-    cards = [_planned(plan, card) for card in context.settings.cards]
+    cards = [planned(plan, card) for card in context.settings.cards]
     left_out = [] if context.on_gpu else ["measurements on cards: there is no GPU, so these are plans"]
     for index, row in enumerate(cards):
         if context.on_gpu and row["proposal"] is not None:
@@ -72,7 +72,8 @@ def measure(context: Context, deadline: Deadline) -> dict[str, Any]:
     }
 
 
-def _planned(plan: MemoryPlan, card: str) -> dict[str, Any]:
+def planned(plan: MemoryPlan, card: str) -> dict[str, Any]:
+    """What fits on a card by mode, and what the plan proposes for it."""
     budget = card_bytes(card)
     proposal = plan.propose(budget)
     row: dict[str, Any] = {
@@ -86,25 +87,29 @@ def _planned(plan: MemoryPlan, card: str) -> dict[str, Any]:
     return row
 
 
+def card_order(context: Context, plan: MemoryPlan, row: Mapping[str, Any]) -> dict[str, Any]:
+    """What `reporting.card_job` is asked for a card: the proposed step, in what the CUDA context leaves."""
+    return {
+        "settings": card_settings(context, row["proposal"]["checkpointing"]),
+        "workload": vars(WORKLOAD),
+        "limit_bytes": row["bytes"] - plan.fixed["CUDA context"],
+        "tokens": row["proposal"]["micro_batch_tokens"],
+        "row_tokens": plan.row_tokens,
+    }
+
+
 def _measured(
     context: Context, plan: MemoryPlan, row: Mapping[str, Any], share_s: float, left_out: list[str]
 ) -> dict[str, Any]:
     """Of a process that may take no more of the GPU than the card has beside the CUDA context."""
-    card, proposal, outside = row["card"], row["proposal"], plan.fixed["CUDA context"]
+    card, outside = row["card"], plan.fixed["CUDA context"]
     if share_s < _START_S:
         left_out.append(f"{card}: {share_s:.0f} s were left, and a measurement takes {_START_S}")
         return {}
     if row["bytes"] > torch.cuda.mem_get_info()[0]:
         left_out.append(f"{card}: the GPU has less free memory than that")
         return {}
-    order = {
-        "settings": card_settings(context, proposal["checkpointing"]),
-        "workload": vars(WORKLOAD),
-        "limit_bytes": row["bytes"] - outside,
-        "tokens": proposal["micro_batch_tokens"],
-        "row_tokens": plan.row_tokens,
-        "seconds": share_s - _START_S / 2,
-    }
+    order = card_order(context, plan, row) | {"seconds": share_s - _START_S / 2}
     try:
         said = run_script(["-m", "reporting.card_job", json.dumps(order)], timeout_s=share_s + _START_S / 2)
     except subprocess.TimeoutExpired:

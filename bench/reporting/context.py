@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,10 +19,6 @@ from reporting.settings import Settings
 
 BENCH = Path(__file__).resolve().parents[1]
 GIB = 2**30
-
-
-class Skip(Exception):
-    """Raised by a section that has nothing to measure here; the message says why."""
 
 
 class Deadline:
@@ -102,11 +97,6 @@ def run_script(words: Sequence[str], timeout_s: float) -> str:
         said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()
         raise RuntimeError(f"run_script: {words[0]} must end with status 0, got {done.returncode}: {said[-1]}")
     return done.stdout
-
-
-def without_paths(text: str) -> str:
-    """The text with the last part alone of every absolute path: a report is published."""
-    return re.sub(r"(?<![\w.:/])/(?:[^\s/'\"]+/)+", "", text)
 
 
 def package_missing(name: str) -> bool:

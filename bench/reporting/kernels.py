@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reporting.context import BENCH, Skip, package_missing
+from reporting.context import BENCH, package_missing
 from reporting.predictions import on_any_device, predictions_for
+from reporting.reasons import Skip
 from reporting.roofs import Roofs
 from reporting.tables import NONE, percent, plain, table, times
 
@@ -35,7 +36,7 @@ def measure(context: Context, deadline: Deadline) -> dict[str, Any]:
     if not stored.exists():
         raise RuntimeError(f"kernels: the benchmarks must record their figures, got none after {finished}")
     entries = json.loads(stored.read_text(encoding="utf-8"))["benchmarks"]
-    rows = [_row(entry, context.roofs) for entry in entries]
+    rows = [row_of(entry, context.roofs) for entry in entries]
     return {"rows": rows, "chosen": context.settings.kernels, "ended": finished, "failures": failures}
 
 
@@ -68,7 +69,8 @@ def _interrupt(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _row(entry: Mapping[str, Any], roofs: Roofs) -> dict[str, Any]:
+def row_of(entry: Mapping[str, Any], roofs: Roofs) -> dict[str, Any]:
+    """What a report shows of a benchmark, from its `fullname` and `extra_info`."""
     info = entry["extra_info"]
     name = entry["fullname"].rpartition("::")[2].removeprefix("test_")
     shape = info["shape"]

@@ -116,10 +116,14 @@ class PackedStep:
 
 
 def sharing_twin(model: PreTrainedModel) -> PreTrainedModel:
-    """Another module with the very same weights and their scales, so that two forms can run them in different ways."""
+    """Another module with the very same weights and their scales, so that two forms can run them in different ways.
+
+    It trains, which changes no number of a model without dropout: one that does not has its 4-bit weights packed anew
+    by bitsandbytes where the processor has products of bfloat16, and the weights are shared.
+    """
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for module in model.modules():
         state = getattr(module, "quant_state", None)
         if state is not None:
             shared[id(state)] = state
-    return copy.deepcopy(model, shared)
+    return copy.deepcopy(model, shared).train()

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from reporting import baselines, cards, environment, kernels, roofs, step, training, waterfall
-from reporting.context import Context, Deadline, Skip, without_paths
+from reporting.context import Context, Deadline
 from reporting.document import document
 from reporting.memory import release
 from reporting.pictures import draw
+from reporting.reasons import Skip, without_paths
 from reporting.settings import ON_CPU, ON_GPU, Settings
 
 Found = dict[str, Any]

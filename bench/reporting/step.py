@@ -6,16 +6,16 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timing import interleaved_medians
+from timing import Run, interleaved_medians
 from torch import Tensor
 
 from laser_fast.nn.execution import CHECKPOINTING, Execution
 from laser_fast.nn.frozen_lm import FrozenLM
 from laser_fast.training.plan import MemoryPlan
-from reporting.context import Skip
 from reporting.flops import floor_operations
 from reporting.memory import peak_of, plan_of_language_model, release
 from reporting.models import PackedStep, load, packed_lengths, usable_weights, weights_name
+from reporting.reasons import Skip
 from reporting.roofs import Product
 from reporting.tables import NONE, percent, plain, size, table, times
 
@@ -80,7 +80,7 @@ def _wanted(context: Context, shape: str, weights: str) -> Iterator[tuple[str, i
 def _measure_row(
     context: Context, model: PreTrainedModel, mode: str, lengths: Tensor, plan: MemoryPlan
 ) -> dict[str, Any]:
-    tokens, settings = int(lengths.sum()), context.settings
+    tokens = int(lengths.sum())
     planned = plan.step[mode].peak(tokens)
     resident = plan.fixed_bytes - plan.fixed.get("CUDA context", 0)
     operations = floor_operations(model, lengths)
@@ -89,25 +89,42 @@ def _measure_row(
     try:
         step()
         peak = peak_of(step, context.device)
-        # timed beside the step, since its rate changes with clock and load; made after the peak was read
-        product = Product(context.device, settings.dtype, settings.matmul_size)
-        runs = {"step": step, "product": product}
-        medians = interleaved_medians(runs, context.clock, settings.rounds_s, _LEAST_ROUNDS)
+        timed = timed_step(context, step, operations, tokens)
     except torch.OutOfMemoryError:
         return found | {"out_of_memory": True}
     if peak.reserved is not None:
         found |= {"planned_bytes": resident + planned, "reserved_bytes": peak.reserved}
         found["reserved_over_planned"] = peak.reserved / (resident + planned)
-    seconds, rate = medians["step"], product.operations / medians["product"]
-    return found | {
+    timed.pop("others")
+    return found | timed | {"step_bytes": peak.step, "step_over_planned": peak.step / planned}
+
+
+def timed_step(
+    context: Context, step: Run, operations: int, tokens: int, others: Mapping[str, Run] | None = None
+) -> dict[str, Any]:
+    """A step in turn with a product of matrices, and with other forms of it.
+
+    Args:
+        context: of the report.
+        step: of so many tokens.
+        operations: that it cannot do without.
+        tokens: of the step.
+        others: by name; their seconds are under "others".
+    """
+    settings = context.settings
+    # timed beside the step, since its rate changes with clock and load
+    product = Product(context.device, settings.dtype, settings.matmul_size)
+    runs: dict[str, Run] = {"step": step, "product": product, **(others or {})}
+    medians = interleaved_medians(runs, context.clock, settings.rounds_s, _LEAST_ROUNDS)
+    seconds, rate = medians.pop("step"), product.operations / medians.pop("product")
+    return {
         "seconds": seconds,
         "us_per_token": 1e6 * seconds / tokens,
         "tokens_per_s": tokens / seconds,
         "tflops": operations / seconds / 1e12,
         "matmul_tflops": rate / 1e12,
         "share_of_floor": operations / seconds / rate,
-        "step_bytes": peak.step,
-        "step_over_planned": peak.step / planned,
+        "others": medians,
     }
 
 

@@ -7,7 +7,8 @@ import subprocess
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from reporting.context import Skip, package_missing, run_script
+from reporting.context import package_missing, run_script
+from reporting.reasons import Skip
 from reporting.tables import table
 
 if TYPE_CHECKING:

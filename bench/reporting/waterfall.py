@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -127,29 +128,51 @@ def measure(context: Context, deadline: Deadline) -> dict[str, Any]:
     }
 
 
+class States:
+    """Makes steps in any state, over the same weights where they are of the same kind.
+
+    Args:
+        context: of the report.
+        shape, weights: of the model.
+        lengths: int64 [B] of the sequences.
+    """
+
+    def __init__(self, context: Context, shape: str, weights: str, lengths: Tensor) -> None:
+        self._context, self._shape, self._weights, self._lengths = context, shape, weights, lengths
+        self._packed: PackedStep | None = None
+        self._models = {weights: load(context, shape, weights)}
+
+    def changes_nothing(self, state: State) -> bool:
+        """Whether it asks for weights that are not packed where they were not in the first place."""
+        return state.weights == self._weights
+
+    def step(self, state: State) -> Callable[[], Tensor]:
+        """A step with modules of its own.
+
+        Raises:
+            torch.OutOfMemoryError: weights of its kind do not fit beside the others.
+        """
+        kind = state.weights or self._weights
+        if kind not in self._models:
+            self._models[kind] = load(self._context, self._shape, kind)
+        model = sharing_twin(self._models[kind])
+        if state.execution is not None:
+            return PackedStep(FrozenLM(model, state.execution), self._lengths)
+        self._packed = self._packed or PackedStep(FrozenLM(sharing_twin(model), _FINAL), self._lengths)
+        return PaddedStep(with_checkpointing(model) if state.checkpointed else model, self._packed, self._lengths)
+
+
 def _steps(context: Context, shape: str, weights: str, lengths: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """By "on NAME" and "off NAME"; modules of their own for each, over the same weights."""
-    models = {weights: load(context, shape, weights)}
+    """By "on NAME" and "off NAME"."""
+    states = States(context, shape, weights, lengths)
     wanted = {f"on {name}": state for name, state in CUMULATIVE.items()}
     wanted |= {f"off {name}": state for name, state in TURNED_OFF.items()}
     wanted.pop(f"off {FINAL}")
     steps: dict[str, Callable[[], Tensor]] = {}
-    packed: PackedStep | None = None
     for name, state in wanted.items():
-        kind = state.weights or weights
-        if kind not in models:
-            try:
-                models[kind] = load(context, shape, kind)
-            except torch.OutOfMemoryError:
-                continue
-        elif state.weights == weights:
-            continue  # nothing was packed in the first place
-        model = sharing_twin(models[kind])
-        if state.execution is None:
-            packed = packed or PackedStep(FrozenLM(sharing_twin(model), _FINAL), lengths)
-            steps[name] = PaddedStep(with_checkpointing(model) if state.checkpointed else model, packed, lengths)
-        else:
-            steps[name] = PackedStep(FrozenLM(model, state.execution), lengths)
+        if not states.changes_nothing(state):
+            with suppress(torch.OutOfMemoryError):
+                steps[name] = states.step(state)
     return steps
 
 
@@ -166,13 +189,14 @@ def _peaks(context: Context, steps: Mapping[str, Callable[[], Tensor]]) -> dict[
             results: list[Tensor] = []
             found[name] = {"step_bytes": peak_of(lambda step=step: results.append(step()), context.device).step}
             if "weights not packed" not in name:  # those are other random weights
-                _check(name, relative_error(results[0].float(), expected), context.settings.dtype)
+                check_gradient(name, relative_error(results[0].float(), expected), context.settings.dtype)
         except torch.OutOfMemoryError:
             release()
     return found
 
 
-def _check(name: str, error: float, dtype: str) -> None:
+def check_gradient(name: str, error: float, dtype: str) -> None:
+    """Raise RuntimeError where a state's gradient is further off than rounding explains."""
     if not error < _WORST_ERROR[dtype]:
         raise RuntimeError(
             f'waterfall: "{name}" must give the gradients of the final state, got one that is off by {error:.1e}'

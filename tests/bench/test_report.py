@@ -15,13 +15,14 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 
 from reporting import card_job, cards, kernels, predictions, run, waterfall
-from reporting.context import Context, Deadline, Skip, run_script, without_paths
+from reporting.context import Context, Deadline, run_script
 from reporting.document import document
 from reporting.flops import floor_operations
-from reporting.kernels import _row
+from reporting.kernels import row_of
 from reporting.limits import gaps, missed
 from reporting.models import VIRTUAL_TOKENS, PackedStep, load, packed_lengths
 from reporting.pictures import draw
+from reporting.reasons import Skip, without_paths
 from reporting.roofs import Roofs
 from reporting.settings import ON_CPU, ON_GPU, Settings
 
@@ -225,9 +226,9 @@ def test_the_padded_form_is_the_same_step(tmp_path: Path) -> None:
     assert isinstance(ours, PackedStep) and isinstance(padded, waterfall.PaddedStep)
     torch.testing.assert_close(padded.states(), ours.states(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(padded(), ours(), rtol=1e-4, atol=1e-5)
-    waterfall._check("a state", 1e-4, "float32")
+    waterfall.check_gradient("a state", 1e-4, "float32")
     with pytest.raises(RuntimeError, match='waterfall: "a state" must give the gradients of the final state, got one'):
-        waterfall._check("a state", float("nan"), "float32")
+        waterfall.check_gradient("a state", float("nan"), "float32")
 
 
 def recorded(name: str, **info: Any) -> dict[str, Any]:
@@ -239,18 +240,18 @@ def recorded(name: str, **info: Any) -> dict[str, Any]:
 def test_a_kernel_is_held_against_the_nearer_roof_and_its_predictions() -> None:
     roofs = Roofs(1.0, {"float32": 50.0})
     name = "route_experts[gpu-large-graph-forward+backward]"
-    row = _row(recorded(name, speedup_over_topk_one_hot=2.5), roofs)
+    row = row_of(recorded(name, speedup_over_topk_one_hot=2.5), roofs)
     assert row["share_of_limit"] == pytest.approx(0.5) and row["limit"] == "copy"
     assert [(known["figure"], known["measured"]) for known in row["predicted"]] == [
         ("share_of_limit", pytest.approx(0.5)),
         ("speedup_over_topk_one_hot", 2.5),
     ]
-    products = _row(recorded("catalog_x", floating_point_operations=4 * 10**9), roofs)
+    products = row_of(recorded("catalog_x", floating_point_operations=4 * 10**9), roofs)
     assert products["share_of_limit"] == pytest.approx(0.8) and products["limit"] == "products"
     sizes = {"users": 64, "items": 10**6, "width": 25, "dtype": "torch.float32"}
-    scores = _row(recorded("catalog_topk[64]", shape=sizes), roofs)
+    scores = row_of(recorded("catalog_topk[64]", shape=sizes), roofs)
     assert scores["share_of_limit"] == pytest.approx(0.64) and scores["limit"] == "products"
-    elsewhere = _row(recorded("route_experts[cpu-demo]", speedup_over_topk_one_hot=2.5), roofs)
+    elsewhere = row_of(recorded("route_experts[cpu-demo]", speedup_over_topk_one_hot=2.5), roofs)
     assert elsewhere["predicted"] == [] and elsewhere["predicted_elsewhere"][0]["value"] == 6.0
     sections = {"kernels": {"status": "measured", "seconds": 1.0, "rows": [row, products]}}
     assert [gap.name for gap in gaps(sections)] == [name, "catalog_x"]

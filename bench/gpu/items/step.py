@@ -1,0 +1,107 @@
+"""Item 4: forward and backward of a frozen 8B model in 4 bits, beside the same padded by Hugging Face."""
+
+from __future__ import annotations
+
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+from gpu.work import Found, Prediction, Work
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_TOKENS = (4096, 1024, 16384)
+_NAME, _HALF = "8B in 4 bits, {:,} packed tokens", "8B in bfloat16, {:,} packed tokens"
+_PREDICTED = {
+    4096: Prediction(18_800, "products at 75 % of the peak, one pass for everything else, 4 bits unpacked twice"),
+}
+
+
+def names(rehearse: bool) -> list[str]:
+    """By tokens; the same weights in 16 bits come last."""
+    tokens = _TOKENS[:1] if rehearse else _TOKENS
+    return [*map(_NAME.format, tokens), _HALF.format(_TOKENS[0])]
+
+
+def run(work: Work) -> None:
+    """The model is loaded once for all lines of its kind."""
+    packed, half = Models(work, "nf4"), Models(work, "none")
+    for tokens in _TOKENS:
+        work.measure(_NAME.format(tokens), partial(packed.measure, tokens, _PREDICTED.get(tokens)))
+    packed.__dict__.clear()  # its memory, before the other comes
+    work.measure(_HALF.format(_TOKENS[0]), partial(half.measure, _TOKENS[0], None))
+
+
+class Models:
+    """A model with weights of one kind, and its steps.
+
+    Args:
+        work: of the item.
+        weights: "nf4" or "none".
+    """
+
+    def __init__(self, work: Work, weights: str) -> None:
+        self._work, self._weights = work, weights
+
+    @cached_property
+    def _model(self) -> PreTrainedModel:
+        from reporting.context import package_missing
+        from reporting.models import load
+        from reporting.reasons import Skip
+
+        if self._weights == "nf4" and package_missing("bitsandbytes"):
+            raise Skip("no bitsandbytes")
+        context = self._work.context
+        return load(context, context.settings.waterfall[0], self._weights)
+
+    def measure(self, tokens: int, prediction: Prediction | None) -> Found:
+        """Tokens a second, in turn with the padded forms that fit into the memory."""
+        from reporting.flops import floor_operations
+        from reporting.memory import peak_of
+        from reporting.models import PackedStep, packed_lengths, sharing_twin
+        from reporting.step import timed_step
+
+        from laser_fast.nn.execution import Execution
+        from laser_fast.nn.frozen_lm import FrozenLM
+
+        context = self._work.context
+        lengths = packed_lengths(context.settings.mode_tokens if self._work.rehearse else tokens)
+        operations = floor_operations(self._model, lengths)
+        step = PackedStep(FrozenLM(sharing_twin(self._model), Execution(checkpointing="none")), lengths)
+        step()  # compiles what there is to compile
+        peak = peak_of(step, context.device)
+        timed = timed_step(context, step, operations, int(lengths.sum()), self._padded(step, lengths))
+        others = {name: seconds / timed["seconds"] for name, seconds in timed.pop("others").items()}
+        baseline = min(others, key=others.__getitem__, default=None)
+        return Found(
+            timed["tokens_per_s"],
+            "tokens/s",
+            limit="FLOP floor",
+            share_of_limit=timed["share_of_floor"],
+            baseline=baseline,
+            speedup=others[baseline] if baseline else None,
+            prediction=prediction,
+            more={"step": timed | vars(peak), "speedups": others, "sequences": len(lengths)},
+        )
+
+    def _padded(self, step: Any, lengths: Any) -> dict[str, Any]:
+        """Hugging Face's forms over the same weights, after they gave the same gradient; without those that are too
+        large."""
+        import torch
+        from baselines.padded_step import with_checkpointing
+        from forms import relative_error
+        from reporting.memory import release
+        from reporting.models import sharing_twin
+        from reporting.waterfall import PaddedStep, check_gradient
+
+        expected, found = step().float(), {}
+        for name, change in {"padded": lambda model: model, "padded and recomputed": with_checkpointing}.items():
+            form = PaddedStep(change(sharing_twin(self._model)), step, lengths)
+            try:
+                error = relative_error(form().float(), expected)
+            except torch.OutOfMemoryError:
+                release()
+                continue
+            check_gradient(name, error, self._work.context.settings.dtype)
+            found[name] = form
+        return found
