@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gpu.work import Attention, Found, Work, backends_recorded, first_line
+from gpu.work import Attention, Found, Work, first_line, recorded_attention
 
 ROOT = Path(__file__).resolve().parents[2]
 _OPTIONS = (
@@ -104,7 +104,7 @@ class Lines:
         """Which attention runs inside a test."""
         outcome = self._outcome(item.nodeid)
         with ExitStack() as stack:
-            outcome.attention = stack.enter_context(backends_recorded())
+            outcome.attention = stack.enter_context(recorded_attention())
             yield
 
     @pytest.hookimpl(hookwrapper=True)

@@ -7,8 +7,8 @@ import os
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 RESTART = 75  # exit status: the device is lost to this process, and lines are left
 Attention = Literal["fast", "mixed", "named", "none"]
-SLOW = "buckets"  # name of the attention that must not be measured in place of a fast one
+SLOW = "buckets"  # the attention that must not be measured in place of a fast one
 
 
 @dataclass(frozen=True)
@@ -121,13 +121,13 @@ class Work:
             name: of the line.
             function: measures.
             attention: which backend of packed attention may run on a GPU for the figure to count: "fast" = no buckets,
-                "mixed" = buckets beside a fast one (for parts that train in float32), "named" = any, the line says
-                which, "none" = not looked at.
+                "mixed" = buckets in float32 alone (the frozen recommender's), "named" = any, the line says which,
+                "none" = not looked at.
         """
         if name not in self._wanted:
             return
         start = self.start(name)
-        with backends_recorded() if attention != "none" else nullcontext(Counter[str]()) as counts:
+        with nullcontext(Counter[str]()) if attention == "none" else recorded_attention() as counts:
             try:
                 found, status = function(), "ok"
             except Exception as error:
@@ -155,7 +155,9 @@ class Work:
             status = f"failed: {found.failure}"
         if counts and found.backend is None:
             found.backend = ", ".join(f"{backend} x {calls}" for backend, calls in sorted(counts.items()))
-        slow = SLOW in counts and (attention == "fast" or (attention == "mixed" and len(counts) == 1))
+        allowed = f"{SLOW}, float32" if attention == "mixed" else None
+        looked_at = attention in ("fast", "mixed")
+        slow = looked_at and any(name.startswith(SLOW) and name != allowed for name in counts)
         if status == "ok" and slow and not self.rehearse:
             status = f"failed: attention ran in {SLOW}"
         self._send({"line": _line(self.order, name, found, status, monotonic() - start)})
@@ -197,6 +199,13 @@ def _line(order: Order, name: str, found: Found, status: str, seconds: float) ->
     return line_of(order.item, name, status, **facts, **more) | {"seconds": round(seconds, 2)}
 
 
+def recorded_attention() -> AbstractContextManager[Counter[str]]:
+    """Counts calls of packed attention by backend and dtype while it is open."""
+    from laser_fast.nn.attention import record_backends  # the library takes seconds to import
+
+    return record_backends()
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in a line without the paths of the machine."""
     said = str(error).strip().splitlines()
@@ -210,22 +219,6 @@ def status_of(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("laser_fast"):
         return f"skipped: no {error.name.partition('.')[0]}"
     return f"failed: {type(error).__name__}: {first_line(error)}"
-
-
-@contextmanager
-def backends_recorded() -> Iterator[Counter[str]]:
-    """Counts calls of packed attention by backend inside the block; nothing where the library cannot be imported."""
-    counts: Counter[str] = Counter()
-    try:
-        from laser_fast.nn.attention import record_backends
-    except ImportError:
-        yield counts
-        return
-    with record_backends() as recorded:
-        try:
-            yield counts
-        finally:
-            counts.update(recorded)
 
 
 def device_is_lost() -> bool:

@@ -238,11 +238,11 @@ def work_of(names: list[str], *, rehearse: bool = False) -> tuple[Work, list[dic
 @pytest.mark.parametrize(
     ("attention", "counts", "status"),
     [
-        ("fast", {"torch flash": 4}, "ok"),
-        ("fast", {"torch flash": 4, "buckets": 1}, "failed: attention ran in buckets"),
-        ("mixed", {"torch flash": 4, "buckets": 1}, "ok"),
-        ("mixed", {"buckets": 1}, "failed: attention ran in buckets"),
-        ("named", {"buckets": 1}, "ok"),
+        ("fast", {"torch flash, bfloat16": 4}, "ok"),
+        ("fast", {"torch flash, bfloat16": 4, "buckets, float32": 1}, "failed: attention ran in buckets"),
+        ("mixed", {"torch flash, bfloat16": 4, "buckets, float32": 1}, "ok"),
+        ("mixed", {"torch flash, bfloat16": 4, "buckets, bfloat16": 1}, "failed: attention ran in buckets"),
+        ("named", {"buckets, bfloat16": 1}, "ok"),
         ("fast", {}, "ok"),
     ],
 )
@@ -257,11 +257,10 @@ def test_buckets_are_never_measured_silently(attention: Any, counts: dict[str, i
         assert work.wanted == ["b"]
 
 
-def test_what_the_attention_records_reaches_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    attention = pytest.importorskip("laser_fast.nn.attention")
-    if not hasattr(attention, "record_backends"):
-        pytest.skip("laser_fast.nn.attention has no record_backends")
+def test_what_the_attention_records_reaches_the_line() -> None:
     import torch
+
+    from laser_fast.nn import attention
 
     tensors = [torch.randn(5, 2, 8) for _ in range(3)]
     work, sent = work_of(["a"])
@@ -272,7 +271,7 @@ def test_what_the_attention_records_reaches_the_line(monkeypatch: pytest.MonkeyP
 
     work.measure("a", attend)
     assert sent[-1]["line"]["status"] == "failed: attention ran in buckets"
-    assert sent[-1]["line"]["backend"] == "buckets x 1"
+    assert sent[-1]["line"]["backend"] == "buckets, float32 x 1"
 
 
 def test_a_part_of_ours_that_is_missing_is_a_failure() -> None:
