@@ -144,6 +144,8 @@ class MFormer(nn.Module):
 
     def products(self, device: torch.device) -> AbstractContextManager[object]:
         """Context in which matrix products on a device have the dtype that `dtype` says."""
+        if not torch.amp.is_autocast_available(device.type):  # on the meta device
+            return nullcontext()
         if torch.is_autocast_enabled(device.type) or self.query_experts.dtype != torch.float32:
             return nullcontext()
         narrow = self.dtype == "bfloat16"
