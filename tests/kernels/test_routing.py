@@ -121,10 +121,16 @@ def test_tile_of_large_batches(
     assert_accurate: Check,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(routing, "_SMALL_BATCH", 0)
+    monkeypatch.setattr(routing, "SMALL_BATCH", 0)
     inputs = routing_inputs(lengths, width, 8, 3, dtype)
     assert routing._forward_options(inputs.states, 8)["BLOCK_N"] == 32
     _check(_forward(inputs), inputs, "softmax", assert_accurate)
+
+
+def _limit(monkeypatch: pytest.MonkeyPatch, max_programs: int) -> None:
+    """As many programs as a device of that few multiprocessors would have."""
+    monkeypatch.setattr(routing, "_PROGRAMS", 1)
+    monkeypatch.setattr(routing, "multiprocessors", lambda device: max_programs)
 
 
 @pytest.mark.parametrize("max_programs", [1, 3])
@@ -133,7 +139,7 @@ def test_programs_that_take_several_tiles(
 ) -> None:
     inputs = routing_inputs((65, 0, 10, 31, 3), 20, 8, 3)
     one_tile_each = _forward(inputs)
-    monkeypatch.setattr(routing, "_MAX_ITEM_PROGRAMS", max_programs)
+    _limit(monkeypatch, max_programs)
     assert routing.rows_per_program(109, 16, max_programs) > 16
     result = _forward(inputs)
     _check(result, inputs, "softmax", assert_accurate)
@@ -276,7 +282,7 @@ def test_strides_do_not_matter_and_inputs_stay_as_they_were(how: str, routing_in
 
 
 def test_two_launches_are_bit_equal(routing_inputs: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routing, "_MAX_ITEM_PROGRAMS", 3)
+    _limit(monkeypatch, 3)
     inputs = routing_inputs((65, 10, 31), 33, 7, 3, torch.float16)
     first, second = _forward(inputs), _forward(inputs)
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))

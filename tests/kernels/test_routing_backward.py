@@ -127,6 +127,12 @@ def test_as_accurate_as_autograd(
     _check(_backward(inputs, result, grads, weighting), inputs, result, grads, weighting, assert_accurate)
 
 
+def _limit(monkeypatch: pytest.MonkeyPatch, max_programs: int) -> None:
+    """As many programs as a device of that few multiprocessors would have."""
+    monkeypatch.setattr(routing_backward, "_RANGES", 1)
+    monkeypatch.setattr(routing_backward, "multiprocessors", lambda device: max_programs)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("max_programs", [1, 3])
 def test_programs_that_take_several_tiles(
@@ -136,7 +142,7 @@ def test_programs_that_take_several_tiles(
     assert_accurate: Check,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(routing_backward, "_MAX_PROGRAMS", max_programs)
+    _limit(monkeypatch, max_programs)
     assert routing.rows_per_program(109, 32, max_programs) > 32
     inputs = routing_inputs((65, 0, 10, 31, 3), 20, 8, 3, dtype)
     result = route_forward(*inputs, "softmax", None)
@@ -239,7 +245,7 @@ def test_strides_do_not_matter_and_inputs_stay_as_they_were(how: str, routing_in
 
 
 def test_two_launches_are_bit_equal(routing_inputs: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routing_backward, "_MAX_PROGRAMS", 2)
+    _limit(monkeypatch, 2)
     inputs = routing_inputs((65, 10, 31), 33, 7, 3, torch.float16)
     result = route_forward(*inputs, "softmax", None)
     first, second = (_backward(inputs, result, _grads(result)) for _ in range(2))

@@ -13,7 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from laser_fast.ops import combine_queries, dispatch, dispatch_queries, route_experts, routing
 from laser_fast.ops.operation import Operation, operation
 
-OPERATIONS = [value for module in (routing, dispatch) for value in vars(module).values() if isinstance(value, Operation)]
+OPERATIONS = [
+    value for module in (routing, dispatch) for value in vars(module).values() if isinstance(value, Operation)
+]
 
 
 @operation("laser_fast_test::scale")
