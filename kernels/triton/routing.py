@@ -60,7 +60,7 @@ def dot(left, values, total, PRODUCT: tl.constexpr):
     "split": `left` comes from half precision, which TF32 holds exactly, so two TF32 products keep 22 of the 24 bits of
     `values`. "tf32x3": three keep as many of both factors; at 495 TFLOP/s, where float32 multiplications ("ieee") have
     67 (NVIDIA's figures for H100), that is twice as fast. Three products of bfloat16 ("bf16x3") would be faster again,
-    but keep 16 bits: a hundred times the error of float32 sums, and experts would be chosen by it.
+    but keep 16 bits: over ten times the error of float32 sums at width 768, and experts would be chosen by it.
     """
     if PRODUCT == "split":
         high, low = _split(values)

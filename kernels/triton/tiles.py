@@ -59,10 +59,9 @@ def _of_users(experts: int) -> dict[Key, tuple[Tile, ...]]:
     """
     rows = min(max(512 // experts, 4), 32)
     warps = max(1, rows * experts // 256)
-    partials = [(max(numbers // experts, 8), max(least, warps)) for numbers, least in ((1024, 2), (2048, 4), (512, 1))]
     return {
-        Key("route_users", experts): tuple(Tile(rows, columns, count) for columns, count in partials),
-        Key("grad_logits", experts): (Tile(rows, experts, warps), Tile(rows, experts, 2 * warps)),
+        Key("route_users", experts): (Tile(rows, max(1024 // experts, 8), max(2, warps)),),
+        Key("grad_logits", experts): (Tile(rows, experts, warps),),
     }
 
 

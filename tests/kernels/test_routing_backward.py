@@ -42,12 +42,11 @@ CASES = [  # history lengths, width, experts, chosen experts
     pytest.param((9, 5, 21), 50, 33, 4, id="E33"),
     pytest.param((9, 3), 40, 100, 5, id="E100"),
     pytest.param((5, 4), 24, 256, 2, id="E256"),
-    pytest.param((10, 5), 63, 8, 3, id="one-short-of-a-float-tile"),
-    pytest.param((16, 1), 65, 8, 3, id="one-past-a-float-tile"),
-    pytest.param((20, 11), 127, 8, 3, id="one-short-of-a-half-tile"),
-    pytest.param((33,), 129, 8, 3, id="one-past-a-half-tile"),
+    pytest.param((10, 5), 63, 8, 3, id="15-rows-of-63"),
+    pytest.param((16, 1), 65, 8, 3, id="17-rows-of-65"),
+    pytest.param((20, 11), 127, 8, 3, id="one-short-of-a-tile"),
+    pytest.param((33,), 129, 8, 3, id="one-past-a-tile"),
     pytest.param((31, 1, 32, 127), 16, 8, 3, id="one-short-of-and-past-a-users-tile"),
-    pytest.param((264,), 4, 8, 3, id="more-partial-sums-than-a-step-adds"),
 ]
 
 
