@@ -41,6 +41,12 @@ def _forward_options(states: Tensor, num_experts: int) -> dict[str, Any]:
     return {"BLOCK_E": experts, "PRODUCT": product, **chosen.options("BLOCK_N", "BLOCK_D")}
 
 
+def _user_options(num_experts: int) -> dict[str, int]:
+    """BLOCK_E and the tile of the pass over the users."""
+    experts = triton.next_power_of_2(num_experts)
+    return {"BLOCK_E": experts, **tile("route_users", experts).options("BLOCK_ROWS", "BLOCK_PARTIALS")}
+
+
 def rows_per_program(num_items: int, block_rows: int, max_programs: int) -> int:
     """Whole tiles a program, so that at most `max_programs` serve all items."""
     return triton.cdiv(triton.cdiv(num_items, max_programs), block_rows) * block_rows
@@ -287,18 +293,17 @@ def route_forward(
         expert: int32 [B, k] to be kept, or None.
     """
     (num_items, width), num_experts, num_users = states.shape, router.shape[0], cu_seqlens.shape[0] - 1
-    states, router, bias = row_major(states), router.contiguous(), bias.contiguous()
+    states = row_major(states)
     options = _forward_options(states, num_experts)
     rows = rows_per_program(num_items, options["BLOCK_N"], _PROGRAMS * multiprocessors(states.device))
     num_programs = triton.cdiv(num_items, rows) if num_items else 0
     result, partial = _new_results(states, num_users, num_experts, top_k, num_programs)
-    block_experts = triton.next_power_of_2(num_experts)
     with torch.cuda.device_of(states):
         if num_items:
             _route_items_kernel[(num_programs,)](
                 states,
-                router,
-                bias,
+                router.contiguous(),
+                bias.contiguous(),
                 result.probability,
                 partial,
                 num_items,
@@ -323,10 +328,9 @@ def route_forward(
             num_programs,
             NUM_EXPERTS=num_experts,
             TOP_K=top_k,
-            BLOCK_E=block_experts,
             BLOCK_K=triton.next_power_of_2(top_k),
             SOFTMAX=weighting == "softmax",
             HAS_DECISION=expert is not None,
-            **tile("route_users", block_experts).options("BLOCK_ROWS", "BLOCK_PARTIALS"),
+            **_user_options(num_experts),
         )
     return result

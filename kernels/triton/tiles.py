@@ -78,11 +78,11 @@ TILES |= {
     for size in ("few", "many")
     for experts, precision, candidates in (
         (32, "half", (Tile(16, 64, 4), Tile(16, 64, 8))),
-        (32, "float", (Tile(16, 64, 4), Tile(16, 64, 4, 2))),
+        (32, "float", (Tile(16, 64, 4), Tile(16, 64, 4, 4))),
         (64, "half", (Tile(16, 32, 8), Tile(16, 32, 8, 2))),
         (64, "float", (Tile(16, 32, 8), Tile(16, 32, 8, 2))),
         (128, "half", (Tile(16, 32, 8), Tile(16, 32, 8, 2))),
-        (128, "float", (Tile(16, 32, 8), Tile(16, 32, 8, 2))),
+        (128, "float", (Tile(16, 16, 4, 2), Tile(16, 16, 8, 2))),
         (256, "half", (Tile(16, 16, 4, 2), Tile(16, 16, 8, 2))),
         (256, "float", (Tile(16, 16, 8, 2), Tile(16, 16, 8))),
     )
@@ -94,7 +94,12 @@ TILES |= {
     Key("grad_items", 64, "float"): (Tile(16, 32, 4), Tile(16, 32, 4, 2)),
 }
 # one stage where float32 products are unrolled: each further stage multiplies the registers
-TILES |= {Key("grad_items", experts, name): (Tile(16, 16, 8, 1),) for experts in (128, 256) for name in _HALF_AND_FLOAT}
+TILES |= {
+    Key("grad_items", 128, "half"): (Tile(16, 16, 8, 1),),
+    Key("grad_items", 128, "float"): (Tile(16, 16, 8, 1),),
+    Key("grad_items", 256, "half"): (Tile(16, 32, 8, 1), Tile(16, 16, 4, 1)),
+    Key("grad_items", 256, "float"): (Tile(16, 16, 8, 1),),
+}
 TILES |= {
     Key("dispatch_backward", experts, name): (Tile(32, 32, 8), Tile(32, 32, 8, 2))
     for experts in (32, 64, 128, 256)

@@ -269,7 +269,8 @@ def route_experts(
     """Choose and weigh `top_k` experts per user from the packed item states (formula at the head of this file).
 
     Logits, softmax, means and sums are float32 whatever autocast says (float64 stays float64). Every user is pooled
-    in item order, independently of the others; the result is deterministic. Backward keeps the states and the item
+    in item order, independently of the others; results are bit-equal from run to run, the sums over the batch (`load`,
+    `balance_loss`, gradients) on devices with equally many multiprocessors. Backward keeps the states and the item
     probabilities, 4 E bytes an item. Gradients reach `weight`, `pooled` and `balance_loss`; the choice has none.
 
     Args:

@@ -47,11 +47,11 @@ REGISTERS = {
     "_combine_kernel": 56,
     "_combine_backward_kernel": 56,
     "_dispatch_backward_kernel": 72,
-    "_route_items_kernel": 224,
-    "_route_users_kernel": 64,
+    "_route_items_kernel": 240,
+    "_route_users_kernel": 72,
     "_grad_logits_kernel": 64,
     "_grad_items_kernel": 184,
-    "_sum_partials_kernel": 56,
+    "_sum_partials_kernel": 80,
 }
 
 # Loads of 8 and of 4 bytes a lane at 8 experts that are no slab and no state: indices, weights, biases, and the
