@@ -120,7 +120,12 @@ def _grad_items_kernel(
     is_column = columns < width
     is_router = is_expert[:, None] & is_column[None, :]
     router = tl.load(router_ptr + experts[:, None] * width + columns[None, :], mask=is_router, other=0.0).to(tl.float32)
-    grad_router = tl.zeros((BLOCK_D, BLOCK_E), dtype=tl.float32)
+    # the states of the product stand on the left where half precision makes them exact, [D, N] x [N, E]; float32 on the
+    # right, [E, N] x [N, D], where they need no transposition, for which Triton would load them 4 bytes at a time
+    if PRODUCT == "tf32x3":
+        grad_router = tl.zeros((BLOCK_E, BLOCK_D), dtype=tl.float32)
+    else:
+        grad_router = tl.zeros((BLOCK_D, BLOCK_E), dtype=tl.float32)
     grad_bias = tl.zeros((BLOCK_E,), dtype=tl.float32)
     for start in range(first, last, BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
@@ -136,8 +141,10 @@ def _grad_items_kernel(
             states = tl.load(
                 states_ptr + rows[:, None] * stride_states + columns[None, :], mask=is_state, other=0.0
             ).to(tl.float32)
-            # [D, E]: the states stay on the left, where they are exact
-            grad_router = dot(tl.trans(states), grad, grad_router, PRODUCT)
+            if PRODUCT == "tf32x3":
+                grad_router = dot(tl.trans(grad), states, grad_router, PRODUCT)
+            else:
+                grad_router = dot(tl.trans(states), grad, grad_router, PRODUCT)
         if NEEDS_STATES:
             grad_states = tl.dot(grad, router, input_precision="ieee" if PRODUCT == "ieee" else "tf32x3")
             tl.store(
@@ -147,7 +154,9 @@ def _grad_items_kernel(
             )
     partial = partial_ptr + program * pitch
     if NEEDS_ROUTER:
-        tl.store(partial + experts[:, None] * width + columns[None, :], tl.trans(grad_router), mask=is_router)
+        if PRODUCT != "tf32x3":
+            grad_router = tl.trans(grad_router)
+        tl.store(partial + experts[:, None] * width + columns[None, :], grad_router, mask=is_router)
     if tl.program_id(0) == 0:
         tl.store(partial + NUM_EXPERTS * width + experts, grad_bias, mask=is_expert)
 
