@@ -92,7 +92,7 @@ TILES |= {
     Key("grad_items", 32, "half"): (Tile(32, 64, 4, 2), Tile(16, 64, 4, 2)),
     Key("grad_items", 32, "float"): (Tile(16, 64, 4, 2), Tile(16, 32, 4)),
     Key("grad_items", 64, "half"): (Tile(16, 32, 4), Tile(16, 32, 8, 2)),
-    Key("grad_items", 64, "float"): (Tile(16, 32, 4), Tile(16, 32, 4, 2)),
+    Key("grad_items", 64, "float"): (Tile(16, 32, 8, 2), Tile(16, 32, 4)),
 }
 # one stage where float32 products are unrolled: each further stage multiplies the registers
 TILES |= {
@@ -109,7 +109,7 @@ TILES |= {
 
 # At 8 experts, as the sweep prints them. 1024 numbers are 16 bytes a lane in half precision with 4 warps.
 TILES |= {
-    Key("route_items", 16, "half", "few"): (Tile(16, 64, 2, 4), Tile(16, 64, 1, 4), Tile(16, 64, 4, 3)),
+    Key("route_items", 16, "half", "few"): (Tile(16, 64, 2, 3), Tile(16, 64, 1, 4), Tile(16, 64, 4, 3)),
     Key("route_items", 16, "half", "many"): (Tile(32, 64, 2, 3), Tile(32, 64, 1, 4), Tile(32, 64, 4, 3)),
     Key("route_items", 16, "float", "few"): (Tile(16, 64, 2, 3), Tile(16, 64, 2, 4)),
     Key("route_items", 16, "float", "many"): (Tile(32, 64, 4, 4), Tile(16, 64, 2, 3), Tile(32, 64, 4, 3)),
