@@ -13,16 +13,14 @@ Source: Laser (Zhang et al., arXiv:2409.01605), M-Former; the kernels are our ow
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 1024  # numbers a program moves at a time: 16 bytes a lane in half precision with 4 warps
+from laser_fast.kernels.tiles import precision_of, tile
+
 _MIN_DOT = 16  # smallest side of a matrix product on tensor cores
-# Segmented sum: slabs and columns per step, and warps. 64 columns are 128 bytes of half precision, and 384 programs for
-# 32 queries of width 768; with many experts fewer, so that no register spills. Not yet timed on a GPU.
-_SUM_FEW_EXPERTS = (64, 64, 4)
-_SUM_MANY_EXPERTS = (32, 32, 8)
 
 
 @triton.jit
@@ -67,7 +65,8 @@ def _dispatch_backward_kernel(
             other=0.0,
         )
         chosen = tl.load(expert_ptr + slabs, mask=is_slab, other=-1)
-        # 0 and 1 are exact in every dtype, and products are added up in float32
+        # 0 and 1 are exact in every dtype, and products are added up in float32. A float32 gradient is multiplied
+        # exactly too: a sum of few slabs has no rounding behind which one to TF32 parts could hide
         one_hot = (experts[:, None] == chosen[None, :]).to(grad.dtype)
         total = tl.dot(one_hot, grad, total, input_precision="ieee")
     tl.store(
@@ -135,10 +134,12 @@ def dispatch_forward(queries: Tensor, expert: Tensor) -> Tensor:
     queries, num_slabs, num_columns = queries.contiguous(), expert.numel(), queries.shape[1] * queries.shape[2]
     out = queries.new_empty(num_slabs, *queries.shape[1:])
     if num_slabs and num_columns:
-        num_blocks = triton.cdiv(num_columns, _BLOCK)
-        _dispatch_kernel[(num_slabs * num_blocks,)](
-            queries, expert.contiguous(), out, num_columns, num_blocks, BLOCK=_BLOCK, num_warps=4
-        )
+        options = tile("dispatch", precision=precision_of(queries)).options(columns="BLOCK")
+        num_blocks = triton.cdiv(num_columns, options["BLOCK"])
+        with torch.cuda.device_of(queries):
+            _dispatch_kernel[(num_slabs * num_blocks,)](
+                queries, expert.contiguous(), out, num_columns, num_blocks, **options
+            )
     return out
 
 
@@ -151,19 +152,18 @@ def dispatch_backward(grad: Tensor, expert: Tensor, num_experts: int) -> Tensor:
     out = grad.new_empty(num_experts, *grad.shape[1:])
     if num_columns:
         block_experts = max(_MIN_DOT, triton.next_power_of_2(num_experts))
-        rows, columns, num_warps = _SUM_FEW_EXPERTS if block_experts == _MIN_DOT else _SUM_MANY_EXPERTS
-        _dispatch_backward_kernel[(triton.cdiv(num_columns, columns),)](
-            grad,
-            expert.contiguous(),
-            out,
-            num_slabs,
-            num_columns,
-            NUM_EXPERTS=num_experts,
-            BLOCK_R=rows,
-            BLOCK_C=columns,
-            BLOCK_E=block_experts,
-            num_warps=num_warps,
-        )
+        options = tile("dispatch_backward", block_experts, precision_of(grad)).options("BLOCK_R", "BLOCK_C")
+        with torch.cuda.device_of(grad):
+            _dispatch_backward_kernel[(triton.cdiv(num_columns, options["BLOCK_C"]),)](
+                grad,
+                expert.contiguous(),
+                out,
+                num_slabs,
+                num_columns,
+                NUM_EXPERTS=num_experts,
+                BLOCK_E=block_experts,
+                **options,
+            )
     return out
 
 
@@ -172,17 +172,12 @@ def combine_forward(outputs: Tensor, weight: Tensor) -> Tensor:
     (num_users, top_k), num_columns = weight.shape, outputs.shape[1] * outputs.shape[2]
     out = outputs.new_empty(num_users, *outputs.shape[1:])
     if num_users and num_columns:
-        num_blocks = triton.cdiv(num_columns, _BLOCK)
-        _combine_kernel[(num_users * num_blocks,)](
-            outputs.contiguous(),
-            weight.contiguous(),
-            out,
-            num_columns,
-            num_blocks,
-            TOP_K=top_k,
-            BLOCK=_BLOCK,
-            num_warps=4,
-        )
+        options = tile("combine", precision=precision_of(outputs)).options(columns="BLOCK")
+        num_blocks = triton.cdiv(num_columns, options["BLOCK"])
+        with torch.cuda.device_of(outputs):
+            _combine_kernel[(num_users * num_blocks,)](
+                outputs.contiguous(), weight.contiguous(), out, num_columns, num_blocks, TOP_K=top_k, **options
+            )
     return out
 
 
@@ -194,17 +189,17 @@ def combine_backward(
     grad_outputs = outputs.new_empty(outputs.shape if needs_outputs else (0,))
     grad_weight = weight.new_empty(weight.shape if needs_weight else (0,))
     if num_slabs and (needs_outputs or needs_weight):
-        _combine_backward_kernel[(num_slabs,)](
-            grad.contiguous(),
-            outputs.contiguous(),
-            weight.contiguous(),
-            grad_outputs,
-            grad_weight,
-            num_columns,
-            TOP_K=weight.shape[1],
-            BLOCK=_BLOCK,
-            NEEDS_OUTPUTS=needs_outputs,
-            NEEDS_WEIGHT=needs_weight,
-            num_warps=4,
-        )
+        with torch.cuda.device_of(outputs):
+            _combine_backward_kernel[(num_slabs,)](
+                grad.contiguous(),
+                outputs.contiguous(),
+                weight.contiguous(),
+                grad_outputs,
+                grad_weight,
+                num_columns,
+                TOP_K=weight.shape[1],
+                NEEDS_OUTPUTS=needs_outputs,
+                NEEDS_WEIGHT=needs_weight,
+                **tile("combine_backward", precision=precision_of(outputs)).options(columns="BLOCK"),
+            )
     return grad_outputs, grad_weight

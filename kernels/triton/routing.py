@@ -5,53 +5,26 @@ probabilities s [N, E], reads them back per user, and writes B (E + 2 k) numbers
 and passes E numbers an item twice. At D = 768, E = 8 and half precision X is 98 % of the forward bytes.
 
 Sums are float32 and in a fixed order: within a tile, then over the tiles of a program, then over the programs, whose
-number depends on shapes alone. No atomics, so results are bit-equal from run to run, and a user's results do not depend
-on who else is in the batch. Source: our own; Laser (Zhang et al., arXiv:2409.01605) for the mathematics.
+number depends on shapes and on how many multiprocessors the device has. No atomics, so results are bit-equal from run
+to run on one kind of device, and a user's results do not depend on who else is in the batch. Source: our own; Laser
+(Zhang et al., arXiv:2409.01605) for the mathematics.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from laser_fast.kernels.device import multiprocessors
+from laser_fast.kernels.tiles import precision_of, tile
+
 _MIN_DOT = 16  # smallest side of a matrix product on tensor cores
-_MAX_ITEM_PROGRAMS = 1024  # 2 E partial sums each: 64 KiB to add up at E = 8, and about 8 programs per multiprocessor
-_USER_TILE = 512  # probabilities of a user per step, and per two warps
-
-
-class Tile(NamedTuple):
-    """Items and columns of X per step of a program, and how it runs."""
-
-    rows: int
-    columns: int
-    num_warps: int
-    num_stages: int
-
-    def options(self) -> dict[str, int]:
-        """As the kernels and the compiler name them."""
-        return {
-            "BLOCK_N": self.rows,
-            "BLOCK_D": self.columns,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
-
-
-# By padded number of experts. Chosen from what compiles for sm_90: no spilled register, then the most bytes in flight
-# per multiprocessor (at 8 experts 24 KiB and more, where 14 KiB hide 600 ns at 3 TB/s). Not yet timed on a GPU.
-_FORWARD = {
-    16: Tile(32, 64, 2, 3),
-    32: Tile(16, 64, 4, 3),
-    64: Tile(16, 32, 8, 3),
-    128: Tile(16, 32, 8, 3),
-    256: Tile(16, 16, 4, 2),
-}
-_SMALL_BATCH = 16384  # items; fewer would leave multiprocessors idle at 32 rows a program
-_FORWARD_SMALL = _FORWARD | {16: Tile(16, 64, 2, 3)}  # of equal columns, so that every item adds up in one order
+_PROGRAMS = 8  # per multiprocessor: 2 E partial sums each, 66 KiB to add up at E = 8 on an H100
+SMALL_BATCH = 16384  # items; fewer would leave multiprocessors idle at 32 rows a program
 
 
 def padded_experts(num_experts: int) -> int:
@@ -59,18 +32,19 @@ def padded_experts(num_experts: int) -> int:
     return max(_MIN_DOT, triton.next_power_of_2(num_experts))
 
 
-def _forward_options(states: Tensor, num_experts: int) -> dict[str, int]:
-    """BLOCK_E, the tile and SPLIT of the forward pass over the items."""
+def _forward_options(states: Tensor, num_experts: int) -> dict[str, Any]:
+    """BLOCK_E, the tile and PRODUCT of the forward pass over the items."""
     experts = padded_experts(num_experts)
-    table = _FORWARD_SMALL if states.shape[0] < _SMALL_BATCH else _FORWARD
-    return {"BLOCK_E": experts, "SPLIT": states.dtype != torch.float32, **table[experts].options()}
+    size = "few" if states.shape[0] < SMALL_BATCH else "many"
+    chosen = tile("route_items", experts, precision_of(states), size)
+    product = "tf32x3" if states.dtype == torch.float32 else "split"
+    return {"BLOCK_E": experts, "PRODUCT": product, **chosen.options("BLOCK_N", "BLOCK_D")}
 
 
-def user_tile(num_experts: int) -> dict[str, int]:
-    """Rows per step, padded experts and warps of the kernels with one program per user."""
-    block_experts = triton.next_power_of_2(num_experts)
-    rows = min(max(_USER_TILE // block_experts, 4), 32)
-    return {"BLOCK_ROWS": rows, "BLOCK_E": block_experts, "num_warps": max(1, rows * block_experts // 256)}
+def _user_options(num_experts: int) -> dict[str, int]:
+    """BLOCK_E and the tile of the pass over the users."""
+    experts = triton.next_power_of_2(num_experts)
+    return {"BLOCK_E": experts, **tile("route_users", experts).options("BLOCK_ROWS", "BLOCK_PARTIALS")}
 
 
 def rows_per_program(num_items: int, block_rows: int, max_programs: int) -> int:
@@ -86,15 +60,20 @@ def _split(values):
 
 
 @triton.jit
-def dot(exact, values, total, SPLIT: tl.constexpr):
-    """total + exact @ values in float32. Where SPLIT, `exact` comes from half precision, which TF32 holds exactly, so
-    two TF32 products keep 22 of the 24 bits of `values` at the speed of tensor cores; else full float32 products."""
-    if SPLIT:
+def dot(left, values, total, PRODUCT: tl.constexpr):
+    """total + left @ values in float32, by a kind of product.
+
+    "split": `left` comes from half precision, which TF32 holds exactly, so two TF32 products keep 22 of the 24 bits of
+    `values`. "tf32x3": three keep as many of both factors; at 495 TFLOP/s, where float32 multiplications ("ieee") have
+    67 (NVIDIA's figures for H100), that is twice as fast. Three products of bfloat16 ("bf16x3") would be faster again,
+    but keep 16 bits: over ten times the error of float32 sums at width 768, and experts would be chosen by it.
+    """
+    if PRODUCT == "split":
         high, low = _split(values)
-        total = tl.dot(exact, low, total, input_precision="tf32")
-        total = tl.dot(exact, high, total, input_precision="tf32")
+        total = tl.dot(left, low, total, input_precision="tf32")
+        total = tl.dot(left, high, total, input_precision="tf32")
     else:
-        total = tl.dot(exact, values, total, input_precision="ieee")
+        total = tl.dot(left, values, total, input_precision=PRODUCT)
     return total
 
 
@@ -121,7 +100,7 @@ def _route_items_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    SPLIT: tl.constexpr,
+    PRODUCT: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     first = program * rows_per_program
@@ -149,7 +128,7 @@ def _route_items_kernel(
                 mask=is_expert[None, :] & is_column[:, None],
                 other=0.0,
             )
-            logits = dot(states.to(tl.float32), router.to(tl.float32), logits, SPLIT)
+            logits = dot(states.to(tl.float32), router.to(tl.float32), logits, PRODUCT)
         logits += bias[None, :]
         raised = tl.exp(logits - tl.max(logits, axis=1)[:, None])
         probability = raised / tl.sum(raised, axis=1)[:, None]
@@ -174,7 +153,7 @@ def _balance(
     num_items,
     num_programs,
     NUM_EXPERTS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
+    BLOCK_PARTIALS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     """Load per expert and the balance loss from the partial sums; both 0 without items."""
@@ -182,8 +161,9 @@ def _balance(
     is_expert = experts < NUM_EXPERTS
     total = tl.zeros((BLOCK_E,), dtype=tl.float32)
     votes = tl.zeros((BLOCK_E,), dtype=tl.float32)
-    for start in range(0, num_programs, BLOCK_ROWS):
-        programs = start + tl.arange(0, BLOCK_ROWS)
+    # tall tiles: a step waits for memory once, and all users may be through before these few steps are
+    for start in range(0, num_programs, BLOCK_PARTIALS):
+        programs = start + tl.arange(0, BLOCK_PARTIALS)
         mask = (programs < num_programs)[:, None] & is_expert[None, :]
         partial = partial_ptr + programs[:, None].to(tl.int64) * (2 * NUM_EXPERTS) + experts[None, :]
         total += tl.sum(tl.load(partial, mask=mask, other=0.0), axis=0)
@@ -210,6 +190,7 @@ def _route_users_kernel(
     NUM_EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    BLOCK_PARTIALS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SOFTMAX: tl.constexpr,
@@ -217,7 +198,7 @@ def _route_users_kernel(
 ):
     # the first program adds up the batch, so that its longer loop runs beside the users of all others
     if tl.program_id(0) == 0:
-        _balance(partial_ptr, load_ptr, balance_ptr, num_items, num_programs, NUM_EXPERTS, BLOCK_ROWS, BLOCK_E)
+        _balance(partial_ptr, load_ptr, balance_ptr, num_items, num_programs, NUM_EXPERTS, BLOCK_PARTIALS, BLOCK_E)
     else:
         user = tl.program_id(0).to(tl.int64) - 1
         experts = tl.arange(0, BLOCK_E)
@@ -272,6 +253,25 @@ def row_major(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
 
 
+def _new_results(
+    states: Tensor, num_users: int, num_experts: int, top_k: int, num_programs: int
+) -> tuple[RoutingResult, Tensor]:
+    """Memory for the results and for the partial sums [programs, 2, E]."""
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return states.new_empty(shape, dtype=dtype)
+
+    result = RoutingResult(
+        weight=new(num_users, top_k),
+        pooled=new(num_users, num_experts),
+        balance_loss=new(),
+        expert=new(num_users, top_k, dtype=torch.int32),
+        load=new(num_experts),
+        probability=new(states.shape[0], num_experts),
+    )
+    return result, new(num_programs, 2, num_experts)
+
+
 def route_forward(
     states: Tensor,
     router: Tensor,
@@ -293,55 +293,44 @@ def route_forward(
         expert: int32 [B, k] to be kept, or None.
     """
     (num_items, width), num_experts, num_users = states.shape, router.shape[0], cu_seqlens.shape[0] - 1
-    states, router, bias = row_major(states), router.contiguous(), bias.contiguous()
+    states = row_major(states)
     options = _forward_options(states, num_experts)
-    rows = rows_per_program(num_items, options["BLOCK_N"], _MAX_ITEM_PROGRAMS)
+    rows = rows_per_program(num_items, options["BLOCK_N"], _PROGRAMS * multiprocessors(states.device))
     num_programs = triton.cdiv(num_items, rows) if num_items else 0
-
-    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return states.new_empty(shape, dtype=dtype)
-
-    partial = new(num_programs, 2, num_experts)
-    result = RoutingResult(
-        weight=new(num_users, top_k),
-        pooled=new(num_users, num_experts),
-        balance_loss=new(),
-        expert=new(num_users, top_k, dtype=torch.int32),
-        load=new(num_experts),
-        probability=new(num_items, num_experts),
-    )
-    if num_items:
-        _route_items_kernel[(num_programs,)](
-            states,
-            router,
-            bias,
+    result, partial = _new_results(states, num_users, num_experts, top_k, num_programs)
+    with torch.cuda.device_of(states):
+        if num_items:
+            _route_items_kernel[(num_programs,)](
+                states,
+                router.contiguous(),
+                bias.contiguous(),
+                result.probability,
+                partial,
+                num_items,
+                width,
+                states.stride(0),
+                rows,
+                NUM_EXPERTS=num_experts,
+                TOP_K=top_k,
+                **options,
+            )
+        _route_users_kernel[(num_users + 1,)](
             result.probability,
             partial,
+            cu_seqlens.contiguous(),
+            result.expert if expert is None else expert.contiguous(),
+            result.expert,
+            result.weight,
+            result.pooled,
+            result.load,
+            result.balance_loss,
             num_items,
-            width,
-            states.stride(0),
-            rows,
+            num_programs,
             NUM_EXPERTS=num_experts,
             TOP_K=top_k,
-            **options,
+            BLOCK_K=triton.next_power_of_2(top_k),
+            SOFTMAX=weighting == "softmax",
+            HAS_DECISION=expert is not None,
+            **_user_options(num_experts),
         )
-    _route_users_kernel[(num_users + 1,)](
-        result.probability,
-        partial,
-        cu_seqlens.contiguous(),
-        result.expert if expert is None else expert.contiguous(),
-        result.expert,
-        result.weight,
-        result.pooled,
-        result.load,
-        result.balance_loss,
-        num_items,
-        num_programs,
-        NUM_EXPERTS=num_experts,
-        TOP_K=top_k,
-        BLOCK_K=triton.next_power_of_2(top_k),
-        SOFTMAX=weighting == "softmax",
-        HAS_DECISION=expert is not None,
-        **user_tile(num_experts),
-    )
     return result

@@ -7,36 +7,30 @@ of items at a time, the router's gradient, and last the sum of those. At D = 768
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from laser_fast.kernels.routing import RoutingResult, Tile, dot, padded_experts, row_major, rows_per_program, user_tile
+from laser_fast.kernels.device import multiprocessors
+from laser_fast.kernels.routing import RoutingResult, dot, padded_experts, row_major, rows_per_program
+from laser_fast.kernels.tiles import precision_of, tile
 
 _PARTIAL_BYTES = 8 << 20  # bound on the partial sums of the router's gradient, which stay in the L2 cache
-_MAX_PROGRAMS = 256  # ranges of items; times the column blocks, 3072 programs at width 768
-_SUM_COLUMNS = 64
-_SUM_ROWS = 16
-
-# By padded number of experts, chosen like the tiles of the forward pass (see there).
-_BACKWARD_HALF = {16: Tile(32, 64, 4, 3), 32: Tile(32, 64, 4, 2), 64: Tile(16, 32, 4, 3)}
-# one stage where float32 products are unrolled: each further stage multiplies the registers
-_BACKWARD_FLOAT = {
-    16: Tile(16, 64, 4, 3),
-    32: Tile(16, 32, 4, 3),
-    64: Tile(16, 32, 4, 1),
-    128: Tile(16, 16, 8, 1),
-    256: Tile(16, 16, 8, 1),
-}
+_RANGES = 2  # of items, per multiprocessor; times the column blocks, 24 programs at width 768
+_MOST_ON_TENSOR_CORES = 64  # experts; the parts of more would not fit into registers
 
 
-def _backward_options(states: Tensor, num_experts: int) -> dict[str, int]:
-    """BLOCK_E, the tile and SPLIT of the backward pass; float32 products where split ones would not fit."""
+def _backward_options(states: Tensor, num_experts: int) -> dict[str, Any]:
+    """BLOCK_E, the tile and PRODUCT of the backward pass."""
     experts = padded_experts(num_experts)
-    split = states.dtype != torch.float32 and experts in _BACKWARD_HALF
-    table = _BACKWARD_HALF if split else _BACKWARD_FLOAT
-    return {"BLOCK_E": experts, "SPLIT": split, **table[experts].options()}
+    product = "tf32x3" if states.dtype == torch.float32 else "split"
+    if experts > _MOST_ON_TENSOR_CORES:
+        product = "ieee"
+    chosen = tile("grad_items", experts, precision_of(states))
+    return {"BLOCK_E": experts, "PRODUCT": product, **chosen.options("BLOCK_N", "BLOCK_D")}
 
 
 @triton.jit(do_not_specialize=["num_items"])
@@ -112,7 +106,7 @@ def _grad_items_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    SPLIT: tl.constexpr,
+    PRODUCT: tl.constexpr,
     NEEDS_STATES: tl.constexpr,
     NEEDS_ROUTER: tl.constexpr,
 ):
@@ -126,7 +120,12 @@ def _grad_items_kernel(
     is_column = columns < width
     is_router = is_expert[:, None] & is_column[None, :]
     router = tl.load(router_ptr + experts[:, None] * width + columns[None, :], mask=is_router, other=0.0).to(tl.float32)
-    grad_router = tl.zeros((BLOCK_D, BLOCK_E), dtype=tl.float32)
+    # the states of the product stand on the left where half precision makes them exact, [D, N] x [N, E]; float32 on the
+    # right, [E, N] x [N, D], where they need no transposition, for which Triton would load them 4 bytes at a time
+    if PRODUCT == "tf32x3":
+        grad_router = tl.zeros((BLOCK_E, BLOCK_D), dtype=tl.float32)
+    else:
+        grad_router = tl.zeros((BLOCK_D, BLOCK_E), dtype=tl.float32)
     grad_bias = tl.zeros((BLOCK_E,), dtype=tl.float32)
     for start in range(first, last, BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
@@ -142,10 +141,12 @@ def _grad_items_kernel(
             states = tl.load(
                 states_ptr + rows[:, None] * stride_states + columns[None, :], mask=is_state, other=0.0
             ).to(tl.float32)
-            # [D, E]: the states stay on the left, where they are exact
-            grad_router = dot(tl.trans(states), grad, grad_router, SPLIT)
+            if PRODUCT == "tf32x3":
+                grad_router = dot(tl.trans(grad), states, grad_router, PRODUCT)
+            else:
+                grad_router = dot(tl.trans(states), grad, grad_router, PRODUCT)
         if NEEDS_STATES:
-            grad_states = tl.dot(grad, router, input_precision="tf32x3" if SPLIT else "ieee")
+            grad_states = tl.dot(grad, router, input_precision="ieee" if PRODUCT == "ieee" else "tf32x3")
             tl.store(
                 grad_states_ptr + rows[:, None] * width + columns[None, :],
                 grad_states.to(grad_states_ptr.dtype.element_ty),
@@ -153,7 +154,9 @@ def _grad_items_kernel(
             )
     partial = partial_ptr + program * pitch
     if NEEDS_ROUTER:
-        tl.store(partial + experts[:, None] * width + columns[None, :], tl.trans(grad_router), mask=is_router)
+        if PRODUCT != "tf32x3":
+            grad_router = tl.trans(grad_router)
+        tl.store(partial + experts[:, None] * width + columns[None, :], grad_router, mask=is_router)
     if tl.program_id(0) == 0:
         tl.store(partial + NUM_EXPERTS * width + experts, grad_bias, mask=is_expert)
 
@@ -169,11 +172,11 @@ def _sum_partials_kernel(
     pitch,
     num_programs,
     BLOCK_ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
 ):
-    columns = first_column + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    columns = first_column + tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     is_column = columns < num_columns
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    total = tl.zeros((BLOCK_COLUMNS,), dtype=tl.float32)
     for start in range(0, num_programs, BLOCK_ROWS):
         rows = start + tl.arange(0, BLOCK_ROWS)
         mask = (rows < num_programs)[:, None] & is_column[None, :]
@@ -194,6 +197,7 @@ def _grad_logits(
     """Gradient of the logits, float32 [N, E], one program per user."""
     (num_items, num_experts), (num_users, top_k) = result.probability.shape, result.expert.shape
     grad_logits = torch.empty_like(result.probability)
+    block_experts = triton.next_power_of_2(num_experts)
     _grad_logits_kernel[(num_users,)](
         grad_weight.contiguous(),
         grad_pooled.contiguous(),
@@ -208,11 +212,30 @@ def _grad_logits(
         num_items,
         NUM_EXPERTS=num_experts,
         TOP_K=top_k,
+        BLOCK_E=block_experts,
         BLOCK_K=triton.next_power_of_2(top_k),
         SOFTMAX=weighting == "softmax",
-        **user_tile(num_experts),
+        **tile("grad_logits", block_experts).options("BLOCK_ROWS"),
     )
     return grad_logits
+
+
+def _sum_partials(partial: Tensor, grad_router: Tensor, grad_bias: Tensor, first_column: int) -> None:
+    """Adds up `partial` [programs, pitch] into the gradients, from the first column that is needed."""
+    router_size = grad_router.numel() or first_column
+    num_columns = router_size + grad_bias.numel()
+    options = tile("sum_partials").options("BLOCK_ROWS", "BLOCK_COLUMNS")
+    _sum_partials_kernel[(triton.cdiv(num_columns - first_column, options["BLOCK_COLUMNS"]),)](
+        partial,
+        grad_router,
+        grad_bias,
+        first_column,
+        router_size,
+        num_columns,
+        partial.stride(0),
+        partial.shape[0],
+        **options,
+    )
 
 
 def route_backward(
@@ -241,43 +264,32 @@ def route_backward(
     grad_router = result.load.new_empty((num_experts, width) if needs_router else (0,))
     grad_bias = result.load.new_empty(num_experts)
 
-    grad_logits = _grad_logits(grad_weight, grad_pooled, grad_balance, cu_seqlens, result, weighting)
     options = _backward_options(states, num_experts)
     router_size = num_experts * width
-    max_programs = min(max(_PARTIAL_BYTES // (4 * router_size), 16), _MAX_PROGRAMS)
+    max_programs = max(_PARTIAL_BYTES // (4 * router_size), 16)
+    max_programs = min(max_programs, _RANGES * multiprocessors(states.device))
     rows = rows_per_program(num_items, options["BLOCK_N"], max_programs)
     num_programs = triton.cdiv(num_items, rows)
     pitch = triton.cdiv(router_size + num_experts, 16) * 16  # rows start where 16-byte loads may
     partial = result.load.new_empty(num_programs, pitch)
     column_blocks = triton.cdiv(width, options["BLOCK_D"]) if needs_states or needs_router else 1
-    _grad_items_kernel[(column_blocks, num_programs)](
-        grad_logits,
-        states,
-        router,
-        grad_states,
-        partial,
-        num_items,
-        width,
-        states.stride(0),
-        rows,
-        pitch,
-        NUM_EXPERTS=num_experts,
-        NEEDS_STATES=needs_states,
-        NEEDS_ROUTER=needs_router,
-        **options,
-    )
-    first_column = 0 if needs_router else router_size
-    _sum_partials_kernel[(triton.cdiv(router_size + num_experts - first_column, _SUM_COLUMNS),)](
-        partial,
-        grad_router,
-        grad_bias,
-        first_column,
-        router_size,
-        router_size + num_experts,
-        pitch,
-        num_programs,
-        BLOCK_ROWS=_SUM_ROWS,
-        BLOCK=_SUM_COLUMNS,
-        num_warps=4,
-    )
+    with torch.cuda.device_of(states):
+        grad_logits = _grad_logits(grad_weight, grad_pooled, grad_balance, cu_seqlens, result, weighting)
+        _grad_items_kernel[(column_blocks, num_programs)](
+            grad_logits,
+            states,
+            router,
+            grad_states,
+            partial,
+            num_items,
+            width,
+            states.stride(0),
+            rows,
+            pitch,
+            NUM_EXPERTS=num_experts,
+            NEEDS_STATES=needs_states,
+            NEEDS_ROUTER=needs_router,
+            **options,
+        )
+        _sum_partials(partial, grad_router, grad_bias, 0 if needs_router else router_size)
     return grad_states, grad_router, grad_bias

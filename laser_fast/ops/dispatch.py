@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from laser_fast.ops.arguments import check_dimensions, check_dtype, check_floating, check_one_device
+from laser_fast.ops.operation import operation
 from laser_fast.ops.precision import autocast_off, wide_dtype
 from laser_fast.ops.triton_kernels import triton_serves
 
@@ -22,7 +23,7 @@ def dispatch_queries_reference(queries: Tensor, expert: Tensor) -> Tensor:
     return queries.index_select(0, expert.reshape(-1))
 
 
-@torch.library.custom_op("laser_fast::dispatch_queries", mutates_args=())
+@operation("laser_fast::dispatch_queries")
 def _dispatch_queries(queries: Tensor, expert: Tensor) -> Tensor:
     return dispatch_queries_reference(queries, expert).contiguous()
 
@@ -41,7 +42,7 @@ def _(queries: Tensor, expert: Tensor) -> Tensor:
     return queries.new_empty((expert.shape[0] * expert.shape[1], *queries.shape[1:]))
 
 
-@torch.library.custom_op("laser_fast::dispatch_queries_backward", mutates_args=())
+@operation("laser_fast::dispatch_queries_backward")
 def _dispatch_queries_backward(grad: Tensor, expert: Tensor, num_experts: int) -> Tensor:
     # a product with the one-hot choice: one pass over grad in a fixed order, where index_add would use atomics on a GPU
     wide = wide_dtype(grad)
@@ -61,7 +62,7 @@ def _(grad: Tensor, expert: Tensor, num_experts: int) -> Tensor:
 @_dispatch_queries_backward.register_kernel("cuda")
 def _dispatch_queries_backward_fused(grad: Tensor, expert: Tensor, num_experts: int) -> Tensor:
     if not triton_serves("dispatch_queries", grad, num_experts=num_experts):
-        return _dispatch_queries_backward._init_fn(grad, expert, num_experts)
+        return _dispatch_queries_backward.default(grad, expert, num_experts)
     from laser_fast.kernels.dispatch import dispatch_backward
 
     return dispatch_backward(grad, expert, num_experts)
@@ -123,7 +124,7 @@ def combine_queries_reference(outputs: Tensor, weight: Tensor) -> Tensor:
     return total.view(num_users, num_queries, width).to(outputs.dtype)
 
 
-@torch.library.custom_op("laser_fast::combine_queries", mutates_args=())
+@operation("laser_fast::combine_queries")
 def _combine_queries(outputs: Tensor, weight: Tensor) -> Tensor:
     return combine_queries_reference(outputs, weight)
 
@@ -142,7 +143,7 @@ def _(outputs: Tensor, weight: Tensor) -> Tensor:
     return outputs.new_empty((weight.shape[0], *outputs.shape[1:]))
 
 
-@torch.library.custom_op("laser_fast::combine_queries_backward", mutates_args=())
+@operation("laser_fast::combine_queries_backward")
 def _combine_queries_backward(
     grad: Tensor, outputs: Tensor, weight: Tensor, needs_outputs: bool, needs_weight: bool
 ) -> tuple[Tensor, Tensor]:
@@ -164,7 +165,7 @@ def _combine_queries_backward_fused(
     grad: Tensor, outputs: Tensor, weight: Tensor, needs_outputs: bool, needs_weight: bool
 ) -> tuple[Tensor, Tensor]:
     if not triton_serves("combine_queries", outputs, weight):
-        return _combine_queries_backward._init_fn(grad, outputs, weight, needs_outputs, needs_weight)
+        return _combine_queries_backward.default(grad, outputs, weight, needs_outputs, needs_weight)
     from laser_fast.kernels.dispatch import combine_backward
 
     return combine_backward(grad, outputs, weight, needs_outputs=needs_outputs, needs_weight=needs_weight)

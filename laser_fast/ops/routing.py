@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from laser_fast.ops.arguments import check_dimensions, check_dtype, check_floating, check_one_device
+from laser_fast.ops.operation import operation
 from laser_fast.ops.precision import autocast_off, wide_dtype
 from laser_fast.ops.segments import check_cu_seqlens, segment_ids, segment_lengths, segment_mean
 from laser_fast.ops.triton_kernels import triton_serves
@@ -95,7 +96,7 @@ def route_experts_reference(
     return _route(_probabilities(states, weight, bias), cu_seqlens, top_k, weighting, expert)
 
 
-@torch.library.custom_op("laser_fast::route_experts", mutates_args=())
+@operation("laser_fast::route_experts")
 def _route_experts(
     states: Tensor,
     weight: Tensor,
@@ -115,7 +116,7 @@ def _route_experts(
 def _route_experts_fused(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     states, weight, bias = arguments[:3]
     if not triton_serves("route_experts", states, weight, bias, num_experts=weight.shape[0]):
-        return _route_experts._init_fn(*arguments)
+        return _route_experts.default(*arguments)
     from laser_fast.kernels.routing import route_forward  # triton is needed only on a GPU
 
     result = route_forward(*arguments)
@@ -144,7 +145,7 @@ def _(
     )
 
 
-@torch.library.custom_op("laser_fast::route_experts_backward", mutates_args=())
+@operation("laser_fast::route_experts_backward")
 def _route_experts_backward(
     grad_weight: Tensor,
     grad_pooled: Tensor,
@@ -189,7 +190,7 @@ def _route_experts_backward_fused(*arguments: Any) -> tuple[Tensor, Tensor, Tens
     weighting, needs_states, needs_router = arguments[11:]
     # probabilities are float64 where any input of the forward pass was
     if not triton_serves("route_experts", states, router, probabilities, num_experts=router.shape[0]):
-        return _route_experts_backward._init_fn(*arguments)
+        return _route_experts_backward.default(*arguments)
     from laser_fast.kernels.routing import RoutingResult
     from laser_fast.kernels.routing_backward import route_backward
 
@@ -268,7 +269,8 @@ def route_experts(
     """Choose and weigh `top_k` experts per user from the packed item states (formula at the head of this file).
 
     Logits, softmax, means and sums are float32 whatever autocast says (float64 stays float64). Every user is pooled
-    in item order, independently of the others; the result is deterministic. Backward keeps the states and the item
+    in item order, independently of the others; results are bit-equal from run to run, the sums over the batch (`load`,
+    `balance_loss`, gradients) on devices with equally many multiprocessors. Backward keeps the states and the item
     probabilities, 4 E bytes an item. Gradients reach `weight`, `pooled` and `balance_loss`; the choice has none.
 
     Args:

@@ -1,8 +1,9 @@
 """Compile every Triton kernel as the launchers would launch it, for GPUs that are not there.
 
-`python compile_offline.py RESULT.json 80 90` runs each launcher on CPU tensors with a driver that names the target and
-never launches; what would have been launched is compiled with Triton's own ptxas and described in RESULT.json. It is a
-program of its own because Triton decides at import whether kernels are interpreted or compiled.
+`python compile_offline.py RESULT.json candidates 80 90` runs each launcher on CPU tensors with a driver that names the
+target and never launches; what would have been launched is compiled with Triton's own ptxas and described in
+RESULT.json. "chosen" in place of "candidates" leaves out the tiles that do not run yet. It is a program of its own
+because Triton decides at import whether kernels are interpreted or compiled, and which Triton it is (PYTHONPATH).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,12 @@ from triton.runtime.jit import JITFunction
 from ttir_offsets import narrow_offsets
 
 from laser_fast.kernels import dispatch, rotary, routing, routing_backward
+from laser_fast.kernels.tiles import TILES, Key, Tile, running
 
 Run = Callable[[], object]
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+EXPERTS = (8, 32, 64, 128, 256)
 
 
 class OfflineDriver:
@@ -47,6 +53,7 @@ class OfflineDriver:
         return 0
 
 
+@cache
 def _resources(cubin: bytes) -> dict[str, int]:
     """Registers a lane, and bytes of stack and local memory, where spilled registers go."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -142,43 +149,75 @@ def _rotary(head_size: int, width: int, dtype: torch.dtype, table: torch.dtype) 
 
 
 def cases() -> dict[str, Run]:
-    """Every tile of the tables: the sizes of the papers in both precisions, and each padded number of experts.
+    """Every tile that runs: the sizes of the papers in both precisions, and each padded number of experts.
 
     Sizes that are no powers of two, so that a tile's length is no other size, and the other branches: `odd`.
     """
     found = {"control": _control}
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+    for name, dtype in DTYPES.items():
         found[f"streams-{name}"] = _streams(dtype)
         for size, width in ((64, 64), (128, 128), (96, 96), (80, 32)):
             found[f"rotary-{size}-{width}-{name}"] = _rotary(size, width, dtype, dtype)
         found[f"rotary-128-128-wide-tables-{name}"] = _rotary(128, 128, dtype, torch.float32)
         found[f"routing-E8-few-items-{name}"] = _routing(5120, 8, 3, dtype)
         found[f"odd-{name}"] = _routing(20480, 33, 3, dtype, "renormalize", given=True)
-        for num_experts in (8, 32, 64, 128, 256):
+        for num_experts in EXPERTS:
             found[f"routing-E{num_experts}-{name}"] = _routing(20480, num_experts, 2, dtype)
             found[f"dispatch-backward-E{num_experts}-{name}"] = _dispatch_backward(num_experts, dtype)
     return found
 
 
-def main(cases: Callable[[], dict[str, Run]]) -> None:
-    """Compile these cases, whose result and architectures the command line names."""
-    result, capabilities = Path(sys.argv[1]), [int(argument) for argument in sys.argv[2:]]
+def _launcher(key: Key) -> Run:
+    """What launches the kernel of a key, among others."""
+    dtype = torch.float32 if key.precision == "float" else torch.bfloat16
+    num_experts = 8 if key.experts <= 16 else key.experts
+    if key.kernel == "dispatch_backward":
+        return _dispatch_backward(num_experts, dtype)
+    if key.kernel in ("dispatch", "combine", "combine_backward"):
+        return _streams(dtype)
+    return _routing(5120 if key.size == "few" else 20480, num_experts, 2, dtype)
+
+
+def candidates() -> dict[str, tuple[Key, Run]]:
+    """Every tile that could run instead."""
+    found = {}
+    for key, tiles in TILES.items():
+        for candidate in tiles[1:]:
+
+            def run(key: Key = key, candidate: Tile = candidate) -> None:
+                with running(key, candidate):
+                    _launcher(key)()
+
+            found[f"candidate-{key}-{candidate}"] = key, run
+    return found
+
+
+def main(cases: Callable[[], dict[str, Run]], candidates: Callable[[], dict[str, tuple[Key, Run]]] = dict) -> None:
+    """Compile these cases, and where the command line says "candidates" also those, of which one kernel each counts."""
+    result, wanted, *capabilities = sys.argv[1:]
     rows: list[dict[str, Any]] = []
     launch = JITFunction.run
-    case = ""
+    case, only = "", ""
 
     def record(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if only and self.fn.__name__ != only:
+            return None
         kernel = launch(self, *args, **{**kwargs, "warmup": True})
         rows.append(describe(self.fn.__name__, case, driver.active.get_current_target().arch, kernel))
         return kernel
 
     JITFunction.run = record
     for capability in capabilities:
-        driver.set_active(OfflineDriver(capability))
+        driver.set_active(OfflineDriver(int(capability)))
+        only = ""
         for case, run in cases().items():  # noqa: B007, `record` reads it
             run()
-    result.write_text(json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1), encoding="utf-8")
+        for case, (key, run) in (candidates() if wanted == "candidates" else {}).items():  # noqa: B007
+            only = f"_{key.kernel}_kernel"
+            run()
+    facts = {"triton": triton.__version__, "folder": str(Path(triton.__file__).parent), "kernels": rows}
+    Path(result).write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(cases)
+    main(cases, candidates)

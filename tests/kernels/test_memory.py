@@ -139,9 +139,10 @@ def test_routing_reads_the_states_once_forward_and_once_backward(
     routing_inputs: Make,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(routing, "_SMALL_BATCH", small_batch)
-    monkeypatch.setattr(routing, "_MAX_ITEM_PROGRAMS", 2)
-    monkeypatch.setattr(routing_backward, "_MAX_PROGRAMS", 2)
+    monkeypatch.setattr(routing, "SMALL_BATCH", small_batch)
+    for module, name in ((routing, "_PROGRAMS"), (routing_backward, "_RANGES")):
+        monkeypatch.setattr(module, name, 1)
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 2)
     inputs = routing_inputs((100, 0, 37, 1), 150, 8, 3, dtype)
     result = route_forward(*inputs, "softmax", None)
     assert traffic.counts("load", inputs.states) == [1]

@@ -47,7 +47,6 @@ CASES = [  # history lengths, width, experts, chosen experts
     pytest.param((10, 6), 128, 8, 3, id="a-tile"),
     pytest.param((16, 1), 129, 8, 3, id="one-past-a-tile"),
     pytest.param((31, 1, 33, 32, 127), 16, 8, 3, id="one-short-of-and-past-a-users-tile"),
-    pytest.param((536,), 4, 8, 3, id="more-partial-sums-than-a-step-adds"),
 ]
 
 
@@ -121,10 +120,16 @@ def test_tile_of_large_batches(
     assert_accurate: Check,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(routing, "_SMALL_BATCH", 0)
+    monkeypatch.setattr(routing, "SMALL_BATCH", 0)
     inputs = routing_inputs(lengths, width, 8, 3, dtype)
     assert routing._forward_options(inputs.states, 8)["BLOCK_N"] == 32
     _check(_forward(inputs), inputs, "softmax", assert_accurate)
+
+
+def _limit(monkeypatch: pytest.MonkeyPatch, max_programs: int) -> None:
+    """As many programs as a device of that few multiprocessors would have."""
+    monkeypatch.setattr(routing, "_PROGRAMS", 1)
+    monkeypatch.setattr(routing, "multiprocessors", lambda device: max_programs)
 
 
 @pytest.mark.parametrize("max_programs", [1, 3])
@@ -133,7 +138,7 @@ def test_programs_that_take_several_tiles(
 ) -> None:
     inputs = routing_inputs((65, 0, 10, 31, 3), 20, 8, 3)
     one_tile_each = _forward(inputs)
-    monkeypatch.setattr(routing, "_MAX_ITEM_PROGRAMS", max_programs)
+    _limit(monkeypatch, max_programs)
     assert routing.rows_per_program(109, 16, max_programs) > 16
     result = _forward(inputs)
     _check(result, inputs, "softmax", assert_accurate)
@@ -191,6 +196,33 @@ def test_a_router_cut_to_tf32_would_break_the_rule(routing_inputs: Make, worst_r
     cut = (inputs.router.view(torch.int32) & -8192).view(torch.float32)
     assert worst_row_error(_forward(inputs).pooled, exact) <= limit
     assert worst_row_error(_forward(inputs._replace(router=cut)).pooled, exact) > 10 * limit
+
+
+def _in_parts(tensor: Tensor, bits: int, count: int) -> list[Tensor]:
+    """Parts of that many significant bits, rounded to nearest, that add up to the tensor as far as they reach."""
+    parts = []
+    for _ in range(count):
+        mantissa, exponent = torch.frexp(tensor)
+        parts.append(torch.ldexp(mantissa.ldexp(torch.tensor(bits)).round().ldexp(torch.tensor(-bits)), exponent))
+        tensor = tensor - parts[-1]
+    return parts
+
+
+def _three_products(states: Tensor, router: Tensor, bits: int) -> Tensor:
+    """Logits of two parts a factor without the product of the small ones, as tensor cores compute `tf32x3` (11 bits)
+    and `bf16x3` (8 bits); added up in float64, for only the parts matter."""
+    (high, low), (router_high, router_low) = (_in_parts(tensor, bits, 2) for tensor in (states, router))
+    pairs = (high, router_high), (high, router_low), (low, router_high)
+    return sum(left.double() @ right.double().T for left, right in pairs)
+
+
+def test_three_products_of_tf32_hold_the_rule_and_three_of_bfloat16_would_break_it(routing_inputs: Make) -> None:
+    inputs = routing_inputs((40, 23), 768, 8, 3)
+    exact, eager = (F.linear(*given[:2]) for given in (inputs.double(), inputs))
+    limit = 2 * (eager - exact).norm() / exact.norm() + torch.finfo(torch.float32).eps
+    errors = [(_three_products(inputs.states, inputs.router, bits) - exact).norm() / exact.norm() for bits in (11, 8)]
+    assert errors[0] < limit
+    assert errors[1] > 5 * limit
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -276,7 +308,7 @@ def test_strides_do_not_matter_and_inputs_stay_as_they_were(how: str, routing_in
 
 
 def test_two_launches_are_bit_equal(routing_inputs: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routing, "_MAX_ITEM_PROGRAMS", 3)
+    _limit(monkeypatch, 3)
     inputs = routing_inputs((65, 10, 31), 33, 7, 3, torch.float16)
     first, second = _forward(inputs), _forward(inputs)
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))

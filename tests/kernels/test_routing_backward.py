@@ -42,12 +42,11 @@ CASES = [  # history lengths, width, experts, chosen experts
     pytest.param((9, 5, 21), 50, 33, 4, id="E33"),
     pytest.param((9, 3), 40, 100, 5, id="E100"),
     pytest.param((5, 4), 24, 256, 2, id="E256"),
-    pytest.param((10, 5), 63, 8, 3, id="one-short-of-a-float-tile"),
-    pytest.param((16, 1), 65, 8, 3, id="one-past-a-float-tile"),
-    pytest.param((20, 11), 127, 8, 3, id="one-short-of-a-half-tile"),
-    pytest.param((33,), 129, 8, 3, id="one-past-a-half-tile"),
+    pytest.param((10, 5), 63, 8, 3, id="15-rows-of-63"),
+    pytest.param((16, 1), 65, 8, 3, id="17-rows-of-65"),
+    pytest.param((20, 11), 127, 8, 3, id="one-short-of-a-tile"),
+    pytest.param((33,), 129, 8, 3, id="one-past-a-tile"),
     pytest.param((31, 1, 32, 127), 16, 8, 3, id="one-short-of-and-past-a-users-tile"),
-    pytest.param((264,), 4, 8, 3, id="more-partial-sums-than-a-step-adds"),
 ]
 
 
@@ -127,6 +126,12 @@ def test_as_accurate_as_autograd(
     _check(_backward(inputs, result, grads, weighting), inputs, result, grads, weighting, assert_accurate)
 
 
+def _limit(monkeypatch: pytest.MonkeyPatch, max_programs: int) -> None:
+    """As many programs as a device of that few multiprocessors would have."""
+    monkeypatch.setattr(routing_backward, "_RANGES", 1)
+    monkeypatch.setattr(routing_backward, "multiprocessors", lambda device: max_programs)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("max_programs", [1, 3])
 def test_programs_that_take_several_tiles(
@@ -136,7 +141,7 @@ def test_programs_that_take_several_tiles(
     assert_accurate: Check,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(routing_backward, "_MAX_PROGRAMS", max_programs)
+    _limit(monkeypatch, max_programs)
     assert routing.rows_per_program(109, 32, max_programs) > 32
     inputs = routing_inputs((65, 0, 10, 31, 3), 20, 8, 3, dtype)
     result = route_forward(*inputs, "softmax", None)
@@ -239,7 +244,7 @@ def test_strides_do_not_matter_and_inputs_stay_as_they_were(how: str, routing_in
 
 
 def test_two_launches_are_bit_equal(routing_inputs: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routing_backward, "_MAX_PROGRAMS", 2)
+    _limit(monkeypatch, 2)
     inputs = routing_inputs((65, 10, 31), 33, 7, 3, torch.float16)
     result = route_forward(*inputs, "softmax", None)
     first, second = (_backward(inputs, result, _grads(result)) for _ in range(2))

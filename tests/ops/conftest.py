@@ -11,8 +11,9 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from laser_fast.ops.operation import Operation
+
 _READBACKS = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::masked_select", "aten::equal"}
-_FUSED = ("route_experts", "dispatch_queries", "combine_queries")
 
 
 class InnerOperations(TorchDispatchMode):
@@ -72,10 +73,11 @@ def triton_on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for module in (routing, dispatch):
         monkeypatch.setattr(module, "triton_serves", serves)
-    for name in (f"laser_fast::{fused}{suffix}" for fused in _FUSED for suffix in ("", "_backward")):
-        operation = OPDEFS[name]
-        if "cpu" not in operation._backend_fns:
-            # stays registered, and is what serves the CPU without it
-            operation.register_kernel("cpu", operation._init_fn)
-        monkeypatch.setitem(operation._backend_fns, "cpu", operation._backend_fns["cuda"])
+        for operation in (value for value in vars(module).values() if isinstance(value, Operation)):
+            fused = operation.kernels["cuda"]
+            if "cpu" not in operation.kernels:
+                # stays registered, and is what serves the CPU without it
+                operation.register_kernel("cpu")(operation.default)
+            monkeypatch.setitem(operation.kernels, "cpu", fused)
+            monkeypatch.setitem(operation.registered._backend_fns, "cpu", operation.registered._backend_fns["cuda"])
     return served

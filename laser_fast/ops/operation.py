@@ -1,0 +1,94 @@
+"""A custom op that eager code calls as a plain autograd function, past the dispatcher.
+
+`torch.library.custom_op` gives an operation what compilation and export need: a schema, a fake and an autograd
+formula. A call through it costs several times as much Python as the same formula in a `torch.autograd.Function`
+(`pytest bench/bench_operation.py`), and on a GPU, where a kernel takes microseconds, that Python is what is waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+Function = Callable[..., Any]
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)  # anything else, a fake tensor among them, may hold no memory to compute on
+
+
+class Operation:
+    """A function of tensors that has a kernel per kind of device, a fake and a gradient; made by `operation`.
+
+    Registration is that of `torch.library.custom_op`, by the methods of the same names; both ways of a call run the
+    same functions. Where the gradient is an operation without a gradient of its own, differentiating it raises, either
+    way.
+
+    Attributes:
+        default: serves the devices that have no kernel of their own.
+        kernels: functions by type of device, with the arguments of `default`.
+        registered: the custom op itself, which the dispatcher calls.
+    """
+
+    def __init__(self, name: str, default: Function) -> None:
+        self.default = default
+        self.kernels: dict[str, Function] = {}
+        self.registered = torch.library.custom_op(name, default, mutates_args=())
+        self._function: type[torch.autograd.Function] | None = None
+
+    def register_kernel(self, device_type: str) -> Callable[[Function], Function]:
+        """Decorator of what serves that type of device."""
+
+        def register(kernel: Function) -> Function:
+            self.kernels[device_type] = kernel
+            self.registered.register_kernel(device_type)(kernel)
+            return kernel
+
+        return register
+
+    def register_fake(self, fake: Function) -> Function:
+        """Decorator of what gives shape, dtype and strides of the results."""
+        return self.registered.register_fake(fake)
+
+    def register_autograd(self, backward: Function, *, setup_context: Function) -> None:
+        """The gradient: `setup_context(ctx, inputs, output)` saves what `backward(ctx, *grads)` needs."""
+        self.registered.register_autograd(backward, setup_context=setup_context)
+
+        # one `forward` that does both: with a `setup_context` of its own, torch inspects the signature at every call
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            output = self._run(*arguments)
+            setup_context(ctx, arguments, output)
+            return output
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self._function = type(self.default.__name__, (torch.autograd.Function,), methods)
+
+    def _run(self, *arguments: Any) -> Any:
+        device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+        return self.kernels.get(device.type, self.default)(*arguments)
+
+    def __call__(self, *arguments: Any) -> Any:
+        # compilers and dispatch modes have to see the call; where there are neither, only tensors without memory do
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+            return self.registered(*arguments)
+        wants_grad = False
+        for argument in arguments:
+            if isinstance(argument, Tensor):
+                if type(argument) not in _PLAIN or argument.is_meta:
+                    return self.registered(*arguments)
+                wants_grad = wants_grad or argument.requires_grad
+        if not (wants_grad and torch.is_grad_enabled()):
+            return self._run(*arguments)
+        # without a gradient of its own the registered form runs, which says so in backward
+        return self._function.apply(*arguments) if self._function else self.registered(*arguments)
+
+
+def operation(name: str) -> Callable[[Function], Operation]:
+    """Decorator that makes a function an `Operation`, as `torch.library.custom_op` makes it a custom op of that name.
+
+    The function mutates none of its arguments, and is annotated, so that torch can read a schema off it.
+    """
+    return lambda default: Operation(name, default)

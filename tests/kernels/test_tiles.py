@@ -1,0 +1,174 @@
+"""The table of tiles: complete, safe to reorder, and of candidates that all compute the same; and where kernels run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="the kernels are written in Triton")
+
+from laser_fast.kernels import dispatch, routing
+from laser_fast.kernels.device import multiprocessors
+from laser_fast.kernels.routing import route_forward
+from laser_fast.kernels.routing_backward import route_backward
+from laser_fast.kernels.tiles import TILES, Key, Tile, precision_of, running, tile
+
+Make = Callable[..., Any]
+
+AT_8_EXPERTS = [
+    pytest.param(key, candidate, id=f"{'-'.join(str(part) for part in key if part)}-{place}")
+    for key, tiles in TILES.items()
+    for place, candidate in enumerate(tiles)
+    if place and key.experts in (0, 8 if key.kernel in ("route_users", "grad_logits") else 16)
+]
+
+
+def test_every_number_of_experts_has_its_tiles() -> None:
+    for exponent in range(9):
+        for kernel in ("route_users", "grad_logits"):
+            assert tile(kernel, 2**exponent).rows >= 1
+    for experts in (16, 32, 64, 128, 256):
+        for precision in ("half", "float"):
+            for size in ("few", "many"):
+                assert tile("route_items", experts, precision, size)
+            for kernel in ("grad_items", "dispatch_backward"):
+                assert tile(kernel, experts, precision)
+    assert precision_of(torch.ones(1)) == "float"
+    assert {precision_of(torch.ones(1, dtype=dtype)) for dtype in (torch.float16, torch.bfloat16)} == {"half"}
+
+
+def test_candidates_differ_and_no_order_of_them_changes_what_a_user_gets() -> None:
+    for key, tiles in TILES.items():
+        assert len(set(tiles)) == len(tiles) <= 3, key
+        if key.kernel == "route_items":
+            alike = [other for size in ("few", "many") for other in TILES[key._replace(size=size)]]
+            assert len({candidate.columns for candidate in alike}) == 1, key
+            assert max(candidate.rows for candidate in alike) <= 32, key
+
+
+def test_a_candidate_runs_for_a_while_only() -> None:
+    key, before = Key("sum_partials"), TILES[Key("sum_partials")]
+    with running(key, Tile(4, 32, 4)):
+        assert tile("sum_partials") == Tile(4, 32, 4)
+    assert TILES[key] is before
+    with pytest.raises(ZeroDivisionError), running(key, Tile(4, 32, 4)):
+        _ = 1 / 0
+    assert TILES[key] is before
+
+
+def test_options_have_the_kernels_names() -> None:
+    some = Tile(8, 64, 4, 2)
+    assert some.options("BLOCK_N", "BLOCK_D") == {"BLOCK_N": 8, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2}
+    assert some.options(columns="BLOCK") == {"BLOCK": 64, "num_warps": 4, "num_stages": 2}
+
+
+def _everything(inputs: Any, dtype: torch.dtype) -> list[Tensor]:
+    """Results of all kernels, without the experts that two near-ties could swap."""
+    result = route_forward(*inputs, "softmax", None)
+    ones, some = torch.ones_like(result.weight), result.pooled.sin()
+    needs = {"needs_states": True, "needs_router": True}
+    arguments = (inputs.states, inputs.router, inputs.cu_seqlens, result, "softmax")
+    grads = route_backward(ones, some, result.balance_loss, *arguments, **needs)
+    queries = inputs.states[:24].reshape(8, 3, -1).to(dtype)
+    outputs = dispatch.dispatch_forward(queries, result.expert)
+    combined = dispatch.combine_forward(outputs, result.weight)
+    both = {"needs_outputs": True, "needs_weight": True}
+    spread = dispatch.combine_backward(combined, outputs, result.weight, **both)
+    return [*result[:3], *result[4:], *grads, combined, *spread, dispatch.dispatch_backward(outputs, result.expert, 8)]
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[tuple[torch.dtype, str], list[Tensor]]:
+    """What the first candidates gave, by dtype and size."""
+    return {}
+
+
+@pytest.mark.parametrize(("key", "candidate"), AT_8_EXPERTS)
+def test_every_candidate_gives_what_the_first_gives(
+    key: Key,
+    candidate: Tile,
+    routing_inputs: Make,
+    known: dict[tuple[torch.dtype, str], list[Tensor]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if key.size == "many":
+        monkeypatch.setattr(routing, "SMALL_BATCH", 0)
+    dtype = torch.float32 if key.precision == "float" else torch.float16
+    inputs = routing_inputs((65, 0, 10), 70, 8, 3, dtype)
+    place = dtype, "many" if key.size == "many" else ""
+    if place not in known:
+        known[place] = _everything(inputs, dtype)
+    expected = known[place]
+    with running(key, candidate):
+        actual = _everything(inputs, dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-3  # sums in another order, and one rounding to the dtype
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * max(1e-3, other.abs().max().item()))
+
+
+@pytest.mark.parametrize("key", [Key("route_users", 8), Key("sum_partials")], ids=["route_users", "sum_partials"])
+def test_partial_sums_of_several_steps(key: Key, routing_inputs: Make) -> None:
+    inputs = routing_inputs((300,), 4, 8, 3)
+    expected = _everything(inputs, torch.float32)
+    with running(key, Tile(4, 4, 1)):  # of 19 partial sums forward, and of 10 backward
+        actual = _everything(inputs, torch.float32)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_multiprocessors_are_looked_up_once_per_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+
+    class Properties:
+        multi_processor_count = 7
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: asked.append(device) or Properties())
+    multiprocessors.cache_clear()
+    try:
+        devices = [torch.device("cuda", index) for index in (0, 1, 0, 1)]
+        assert [multiprocessors(device) for device in devices] == [7] * 4
+        assert multiprocessors(torch.device("cpu")) == 132
+    finally:
+        multiprocessors.cache_clear()
+    assert asked == devices[:2]
+
+
+def test_kernels_are_launched_under_the_device_of_their_tensors(
+    routing_inputs: Make, interpreter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    under: list[Tensor] = []
+    launched: list[str] = []
+    launch = interpreter.GridExecutor.__call__
+
+    @contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        under.append(tensor)
+        yield
+        under.pop()
+
+    def recorded(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        assert under, executor.fn
+        launched.append(executor.fn.__name__)
+        return launch(executor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", recorded)
+    _everything(routing_inputs((30, 10), 8, 8, 3), torch.float32)
+    assert len(set(launched)) == 9
+
+
+@pytest.mark.gpu
+def test_the_second_gpu_serves_its_own_tensors(routing_inputs: Make) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    inputs = routing_inputs((30, 10), 8, 8, 3)
+    other = type(inputs)(*[tensor.to("cuda:1") for tensor in inputs[:4]], 3)
+    results = [_everything(given, torch.float32) for given in (inputs, other)]
+    for one, two in zip(*results, strict=True):
+        assert two.device == torch.device("cuda", 1)
+        torch.testing.assert_close(one.cpu(), two.cpu(), rtol=1e-5, atol=1e-6)
