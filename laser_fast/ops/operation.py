@@ -39,12 +39,12 @@ class Operation:
         self.registered = torch.library.custom_op(name, default, mutates_args=())
         self._function: type[torch.autograd.Function] | None = None
 
-    def register_kernel(self, device_type: str) -> Callable[[Function], Function]:
-        """Decorator of what serves that type of device."""
+    def register_kernel(self, *device_types: str) -> Callable[[Function], Function]:
+        """Decorator of what serves these types of devices."""
 
         def register(kernel: Function) -> Function:
-            self.kernels[device_type] = kernel
-            self.registered.register_kernel(device_type)(kernel)
+            self.kernels |= dict.fromkeys(device_types, kernel)
+            self.registered.register_kernel(device_types)(kernel)
             return kernel
 
         return register

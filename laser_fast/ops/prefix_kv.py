@@ -14,6 +14,7 @@ from torch import Tensor
 
 from laser_fast.ops import native
 from laser_fast.ops.arguments import check_dimensions, check_dtype, check_one_device
+from laser_fast.ops.operation import operation
 from laser_fast.ops.prefix_kv_rows import (
     Gradients,
     Injected,
@@ -51,7 +52,7 @@ def inject_prefix_kv_reference(
     )
 
 
-@torch.library.custom_op("laser_fast::inject_prefix_kv", mutates_args=())
+@operation("laser_fast::inject_prefix_kv")
 def _inject_prefix_kv(
     key: Tensor,
     value: Tensor,
@@ -68,7 +69,7 @@ def _(key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor, cu_s
     return empty_outputs(key, prefix_key, cu_seqlens)
 
 
-@_inject_prefix_kv.register_kernel(["cpu", "cuda"])
+@_inject_prefix_kv.register_kernel("cpu", "cuda")
 def _(
     key: Tensor,
     value: Tensor,
@@ -88,7 +89,7 @@ def _(
     return inject_prefix_kv_reference(*tensors, prefix_index=prefix_index)
 
 
-@torch.library.custom_op("laser_fast::inject_prefix_kv_backward", mutates_args=())
+@operation("laser_fast::inject_prefix_kv_backward")
 def _inject_prefix_kv_backward(
     grad_key: Tensor | None,
     grad_value: Tensor | None,
@@ -112,7 +113,7 @@ def _(
     return empty_gradients((grad_key, grad_value), cu_seqlens, prefix_size, needs)
 
 
-@_inject_prefix_kv_backward.register_kernel(["cpu", "cuda"])
+@_inject_prefix_kv_backward.register_kernel("cpu", "cuda")
 def _(
     grad_key: Tensor | None,
     grad_value: Tensor | None,

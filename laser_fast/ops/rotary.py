@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from laser_fast.ops.arguments import check_dimensions, check_dtype, check_floating, check_one_device
+from laser_fast.ops.operation import operation
 from laser_fast.ops.precision import wide_dtype
 from laser_fast.ops.triton_kernels import triton_serves
 
@@ -40,7 +41,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tensor:
     return torch.cat([*(part.to(x.dtype) for part in rotated), x[..., 2 * half :]], dim=-1)
 
 
-@torch.library.custom_op("laser_fast::rotary_embedding", mutates_args=())
+@operation("laser_fast::rotary_embedding")
 def _rotary_embedding(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
     return rotary_embedding_reference(query, key, cos, sin, transposed=transposed)
 

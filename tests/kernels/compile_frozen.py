@@ -1,4 +1,7 @@
-"""Compile the frozen model's kernels as `compile_offline.py` does the others: `compile_frozen.py RESULT.json chosen 80 90`."""
+"""Compile the frozen model's kernels as `compile_offline.py` does the others.
+
+`python compile_frozen.py RESULT.json chosen 80 90`
+"""
 
 from __future__ import annotations
 
