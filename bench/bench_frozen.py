@@ -20,10 +20,10 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 from workloads import Case
 
-import laser_fast.ops
 from laser_fast.nn.frozen_linear import UnpackedWeights
 from laser_fast.nn.frozen_mlp import gated_mlp
 from laser_fast.nn.frozen_norm import frozen_rms_norm, recognise_norm
+from laser_fast.ops import rotary_embedding
 
 from .conftest import Compare
 
@@ -143,9 +143,6 @@ def test_gated_product(case: Case, name: str, compiled: CompileForms, compare_fo
 @pytest.mark.parametrize("case", ROTATIONS, ids=str, indirect=True)
 def test_rotary(case: Case, name: str, compiled: CompileForms, compare_forms: CompareForms) -> None:
     """Queries and keys of a layer, 4 query heads a key head: reads and writes each once, backward likewise."""
-    rotary_embedding = getattr(laser_fast.ops, "rotary_embedding", None)
-    if rotary_embedding is None:
-        pytest.skip("no rotary_embedding in this version")
     shape: Heads = case.workload  # type: ignore[assignment]
     generator = torch.Generator(shape.device).manual_seed(0)
     draw = {"generator": generator, "device": shape.device}

@@ -54,7 +54,7 @@ class State:
 CUMULATIVE = {  # in the order in which the switches are turned on; named as the predictions name them
     "padded, every layer recomputed": State(None, checkpointed=True),
     "packing": State(_PACKED),
-    "fused norms and MLPs": State(_FUSED),
+    "fused norms, MLPs and rotation": State(_FUSED),
     "one unpacking for recomputation and backward": State(_SHARED),
     "gate and up alone recomputed": State(_MLP),
     "nothing recomputed": State(_NONE),
@@ -63,7 +63,7 @@ CUMULATIVE = {  # in the order in which the switches are turned on; named as the
 }
 TURNED_OFF = {  # of the state before the last
     "packing (padded, nothing recomputed)": State(None),
-    "fused norms and MLPs": State(replace(_FINAL, fused=False)),
+    "fused norms, MLPs and rotation": State(replace(_FINAL, fused=False)),
     "last layer for what is read out": State(_NONE),  # the line above the last, so it runs once
     "keeping gate and up": State(replace(_FINAL, checkpointing="mlp")),
     "keeping anything": State(replace(_FINAL, checkpointing="full")),

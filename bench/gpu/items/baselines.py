@@ -1,7 +1,9 @@
-"""Item 10: what takes longest to get ready: compiled forms, FlexAttention, other libraries, other ways to train."""
+"""Item 10: what takes longest to get ready: the sweep of tiles, compiled forms, other libraries, whole steps."""
 
 from __future__ import annotations
 
+import json
+import os
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ from gpu.work import Found, Prediction, Work
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+_SWEEP, _SWEEP_S = "sweep of tiles", 45.0
 _FLEX = "bench_prefix_kv.py::test_attention_behind_a_shared_prefix"
 _LAUNCHES = "36 launches of about 5 us against 2 or 3"
 _COMPILED = {  # the names of items 3 and 6, whose forms are compiled or complete here
@@ -46,15 +49,30 @@ _REHEARSED = ("RMSNorm of 4,096 x 4,096, both ways", "shared prefix KV and atten
 
 
 def names(rehearse: bool) -> list[str]:
-    """Benchmarks, then whole steps; of a rehearsal those that items 3 and 6 have not shown to run."""
-    return [*(_REHEARSED if rehearse else BENCHMARKS), *_STEPS]
+    """The sweep, benchmarks, whole steps; of a rehearsal what items 3 and 6 have not shown to run."""
+    return [_SWEEP, *(_REHEARSED if rehearse else BENCHMARKS), *_STEPS]
 
 
 def run(work: Work) -> None:
     """Everything that is installed."""
+    work.measure(_SWEEP, partial(_sweep, work), attention="none")
     run_benchmarks(work, BENCHMARKS)
     for name, comparison in _STEPS.items():
         work.measure(name, partial(_step, work, comparison), attention="mixed")
+
+
+def _sweep(work: Work) -> Found:
+    """Candidates that were faster than the tile that runs; the whole table lies in tiles.json beside the results."""
+    if work.rehearse:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+    import tune_kernels
+
+    out = work.folder.parent / "tiles.json"
+    words = ["--seconds", f"{_SWEEP_S:g}", *(["--rehearse"] if work.rehearse else [])]
+    tune_kernels.main([str(out), *words])
+    found = json.loads(out.read_text(encoding="utf-8"))
+    faster = sum(row["was_first"] > 0 for row in found["tiles"])
+    return Found(faster, f"of {len(found['tiles'])} tiles have a faster one", more={"left_out": found["left_out"]})
 
 
 def _step(work: Work, comparison: str) -> Found:

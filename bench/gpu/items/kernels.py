@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import runpy
-import sys
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpu.benchmarks import Benchmark, names_of, run_benchmarks
@@ -14,7 +11,6 @@ from gpu.work import Found, Prediction, Work
 if TYPE_CHECKING:
     from reporting.roofs import Roofs
 
-_SWEEP, _SWEEP_FILE = "sweep of tiles", Path(__file__).resolve().parents[2] / "tune_kernels.py"
 _COPY, _PRODUCT = "roof: copy", "roof: product in {}"
 _BOTH = "graph-forward+backward"
 
@@ -113,9 +109,8 @@ KERNELS = {
 
 
 def names(rehearse: bool) -> list[str]:
-    """Roofs, kernels, and the sweep where its script is there."""
-    sweep = [_SWEEP] if _SWEEP_FILE.exists() and not rehearse else []
-    return [_COPY, *(_PRODUCT.format(dtype) for dtype in _dtypes(rehearse)), *names_of(KERNELS, rehearse), *sweep]
+    """Roofs and kernels."""
+    return [_COPY, *(_PRODUCT.format(dtype) for dtype in _dtypes(rehearse)), *names_of(KERNELS, rehearse)]
 
 
 def _dtypes(rehearse: bool) -> list[str]:
@@ -128,7 +123,6 @@ def run(work: Work) -> None:
     for dtype in _dtypes(work.rehearse):
         work.measure(_PRODUCT.format(dtype), partial(_product, work, dtype), attention="none")
     run_benchmarks(work, KERNELS, options=["--quick"])
-    work.measure(_SWEEP, _sweep, attention="none")
 
 
 def _copy(roofs: Roofs) -> Found:
@@ -138,17 +132,3 @@ def _copy(roofs: Roofs) -> Found:
 def _product(work: Work, dtype: str) -> Found:
     expected = Prediction(798, "measured in public on the chip") if dtype == "bfloat16" else None
     return Found(work.context.roofs.matmul_tflops[dtype], "TFLOP/s", prediction=expected)
-
-
-def _sweep() -> Found:
-    """Its own report goes to what this item prints."""
-    before = sys.argv
-    sys.argv = [str(_SWEEP_FILE)]
-    try:
-        runpy.run_path(str(_SWEEP_FILE), run_name="__main__")
-    except SystemExit as ended:
-        if ended.code not in (None, 0):
-            return Found(None, "", failure=f"it ended with status {ended.code}")
-    finally:
-        sys.argv = before
-    return Found(None, "see item-3.txt")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _FIRST = "padded, every layer recomputed"
 _SWITCHES = [  # as `reporting.waterfall` names them, which cannot be imported without torch
     "packing",
-    "fused norms and MLPs",
+    "fused norms, MLPs and rotation",
     "one unpacking for recomputation and backward",
     "gate and up alone recomputed",
     "nothing recomputed",
