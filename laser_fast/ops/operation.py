@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 Function = Callable[..., Any]
 
@@ -72,7 +71,7 @@ class Operation:
 
     def __call__(self, *arguments: Any) -> Any:
         # compilers and dispatch modes have to see the call; where there are neither, only tensors without memory do
-        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             return self.registered(*arguments)
         wants_grad = False
         for argument in arguments:

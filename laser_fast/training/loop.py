@@ -366,18 +366,22 @@ class StageTrainer:
         return {name: value.detach() for name, value in values.items()}
 
     def _check_finite(self, checks: list["_Check"]) -> None:
-        """Read all of them at once: the one time in a step that the host waits for the device."""
+        """Read all of them at once: the one time in a step that the host waits for the device.
+
+        A loss goes before the gradient, which every process sees spoilt by the loss of one.
+        """
         finite = torch.stack([torch.isfinite(check.value) for check in checks]).tolist()
-        if not self.processes.any(not all(finite)):
-            return
-        error = None
-        if not all(finite):
-            first = checks[finite.index(False)]
-            error = FloatingPointError(
-                f"training: the {first.what} must be finite, got {first.value.item()} at step {self.step} in "
-                f"{first.names()}; lower the learning rate, or train in float32 or bf16"
-            )
-        self.processes.raise_together(error)
+        first = next((check for check, fine in zip(checks, finite, strict=True) if not fine), None)
+        for what in ("loss", "gradient"):
+            mine = first if first is not None and first.what == what else None
+            if self.processes.any(mine is not None):
+                self.processes.raise_together(None if mine is None else self._not_finite(mine))
+
+    def _not_finite(self, check: "_Check") -> FloatingPointError:
+        return FloatingPointError(
+            f"training: the {check.what} must be finite, got {check.value.item()} at step {self.step} in "
+            f"{check.names()}; lower the learning rate, or train in float32 or bf16"
+        )
 
 
 class _Check(NamedTuple):

@@ -73,14 +73,14 @@ def calls_of_the_loss(act: Callable[[int], None] = lambda call: None) -> Iterato
     calls: list[int] = []
     backward = StageTrainer._backward
 
-    def counted(self: StageTrainer, part: PackedBatch, share: float, loss_function: Any, names: Any) -> Any:
+    def counted(self: StageTrainer, part: PackedBatch, share: float, loss_function: Any) -> Any:
         def loss(batch: PackedBatch) -> dict[str, Tensor]:
             calls.append(len(calls))
             act(calls[-1])
             values: dict[str, Tensor] = loss_function(batch)
             return values
 
-        return backward(self, part, share, loss, names)
+        return backward(self, part, share, loss)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StageTrainer, "_backward", counted)
@@ -217,7 +217,7 @@ def test_a_loss_that_is_not_finite_names_users_and_leaves_the_last_state(
             train_laser(config, progress=False)
     users = re.findall(r"(u\d+) \((\d+)\)", str(error.value))
     rows = training_rows(leave_one_out(SequenceDataset.load(settings["data"])).train, 4)
-    assert len(users) == seen[-1]  # the micro-batch, not the whole batch
+    assert len(users) == seen[3]  # the micro-batch, not the whole batch
     assert [user for user, _ in users] == [f"u{rows.users[int(row)]}" for _, row in users]
     drawn = RowSampler(len(rows), 24, seed=1).epoch(1)[:16]
     assert {int(row) for _, row in users} <= set(drawn.tolist())
