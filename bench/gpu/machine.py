@@ -85,7 +85,8 @@ def environment(sites: Sequence[Path], *, rehearse: bool) -> dict[str, str]:
     """
     given = [Path(part).resolve() for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
     folders = dict.fromkeys([*(site.resolve() for site in sites), BENCH, *(part for part in given if part != ROOT)])
-    known = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders)), "PYTHONSAFEPATH": "1"}
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # of a test around us
+    known = own | {"PYTHONPATH": os.pathsep.join(map(str, folders)), "PYTHONSAFEPATH": "1"}
     known |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     if rehearse:
         known |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
