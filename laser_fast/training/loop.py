@@ -370,9 +370,13 @@ class StageTrainer:
         finite = torch.stack([torch.isfinite(check.value) for check in checks]).tolist()
         if not self.processes.any(not all(finite)):
             return
+        blamed = [check for check, good in zip(checks, finite, strict=True) if not good]
+        # the loss of one process makes the summed gradient infinite in all of them, so no other is to blame
+        if self.processes.any(any(check.what == "loss" for check in blamed)):
+            blamed = [check for check in blamed if check.what == "loss"]
         error = None
-        if not all(finite):
-            first = checks[finite.index(False)]
+        if blamed:
+            first = blamed[0]
             error = FloatingPointError(
                 f"training: the {first.what} must be finite, got {first.value.item()} at step {self.step} in "
                 f"{first.names()}; lower the learning rate, or train in float32 or bf16"

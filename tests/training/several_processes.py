@@ -98,10 +98,10 @@ def _watch(record: Path, disturb: dict[str, Any] | None, rank: int) -> None:
             file.write(f"{float(done[0]['loss'])!r}\n")
         return done
 
-    def disturbed(self: StageTrainer, part: PackedBatch, share: float, loss_function: Any, names: Any) -> Any:
+    def disturbed(self: StageTrainer, part: PackedBatch, share: float, loss_function: Any) -> Any:
         calls.append(1)
         if disturb is None or rank != disturb["rank"] or len(calls) != disturb["call"]:
-            return backward(self, part, share, loss_function, names)
+            return backward(self, part, share, loss_function)
         if disturb["how"] == "raise":
             raise RuntimeError("this process broke")
         if disturb["how"] == "terminate":
@@ -112,7 +112,7 @@ def _watch(record: Path, disturb: dict[str, Any] | None, rank: int) -> None:
             values: dict[str, Tensor] = loss_function(batch)
             return values | {"loss": values["loss"] * factor}
 
-        return backward(self, part, share, loss, names)
+        return backward(self, part, share, loss)
 
     StageTrainer._train_step = recorded  # type: ignore[method-assign]
     StageTrainer._backward = disturbed  # type: ignore[method-assign]
