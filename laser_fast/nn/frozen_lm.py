@@ -274,7 +274,7 @@ def _register_attention() -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    AttentionInterface.register(ATTENTION_NAME, _packed_attention)
+    AttentionInterface.register(ATTENTION_NAME, _laser_varlen)
     AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
 
 
@@ -282,7 +282,7 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
     """The layout says who sees whom, so no [T, T] mask is ever made."""
 
 
-def _packed_attention(
+def _laser_varlen(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
