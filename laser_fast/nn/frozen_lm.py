@@ -232,8 +232,9 @@ class FrozenLM(FrozenModule):
         """
         first = self.first_position if layout.first_position is None else layout.first_position
         options: dict[str, Any] = {"use_cache": False} if self.causal else {}
-        # without a mask transformers reads the positions on the host; one of four dimensions it takes as it is
-        options["attention_mask"] = inputs_embeds.new_empty(1, 1, 1, 1)
+        # without a mask transformers reads the positions on the host; one of four dimensions it takes as it is. Nobody
+        # masks by it, and to whoever multiplies by it all the same, a one is no mask
+        options["attention_mask"] = inputs_embeds.new_ones(1, 1, 1, 1)
         with running(layout):
             output = self.model(
                 inputs_embeds=inputs_embeds[None],
