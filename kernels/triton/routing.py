@@ -287,9 +287,7 @@ def route_forward(
 
     Args:
         states: [N, D], fp16/bf16/fp32; a copy is made only where its rows are not contiguous.
-        router: [E, D].
-        bias: [E].
-        cu_seqlens: int32 [B + 1].
+        router, bias, cu_seqlens: [E, D], [E] and int32 [B + 1].
         expert: int32 [B, k] to be kept, or None.
     """
     (num_items, width), num_experts, num_users = states.shape, router.shape[0], cu_seqlens.shape[0] - 1
