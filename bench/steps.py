@@ -98,9 +98,17 @@ def frozen_model(name: str, device: torch.device, *, quantization: str = "none")
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
-    """Another module with the very same weights, so that two forms can run them in different ways."""
+    """Another module with the very same weights and their scales, so that two forms can run them in different ways.
+
+    It trains, which changes no number of a model without dropout: one that does not has its 4-bit weights packed anew
+    by bitsandbytes where the processor has products of bfloat16, and the weights are shared.
+    """
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)
+    for module in model.modules():
+        state = getattr(module, "quant_state", None)
+        if state is not None:
+            shared[id(state)] = state
+    return copy.deepcopy(model, shared).train()
 
 
 def build_laser(language_model: PreTrainedModel, shape: StepShape, *, prefix: str = "mformer") -> LaserModel:

@@ -89,7 +89,7 @@ class ExecutionConfig(Settings):
     checkpoint_mformer: bool = False
     """Compute the layers of M-Former again too. At the paper's size what they keep outweighs a checkpointed LLM."""
     fused: bool = True
-    """RMSNorm and gated MLPs that keep only what backward needs; on a GPU by Triton kernels."""
+    """RMSNorm, gated MLPs and rotation that keep only what backward needs; on a GPU by Triton kernels."""
     share_dequantization: bool = True
     """4-bit weights unpacked once for the recomputation and the backward of a layer, not twice."""
     last_layer: Literal["readout", "all"] = "readout"

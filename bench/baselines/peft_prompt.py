@@ -30,9 +30,7 @@ class PeftPromptStep:
         assert model.bituning.prefix_tokens is not None
         tokens = model.bituning.prefix_tokens
         config = PromptTuningConfig(task_type=TaskType.FEATURE_EXTRACTION, num_virtual_tokens=len(tokens))
-        training = language_model.training  # peft switches checkpointed models over
         self.tuned = get_peft_model(language_model, config).to(tokens.device)
-        language_model.train(training)
         prompt = self.tuned.prompt_encoder["default"].embedding.weight
         with torch.no_grad():
             prompt.copy_(tokens)

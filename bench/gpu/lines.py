@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 MACHINE = "machine"  # the line of a call itself, item 0
-STATUSES = ("ok", "failed", "skipped", "cut", "rehearsed")
 
 Line = dict[str, Any]
 

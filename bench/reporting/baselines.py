@@ -18,6 +18,7 @@ from steps import (
     gradients,
     language_model_tokens,
     trained_parameters,
+    twin,
     user_batch,
 )
 from timing import Run, interleaved_medians
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from reporting.context import package_missing
 from reporting.memory import release
-from reporting.models import DATASET, load, sharing_twin, usable_weights, weights_name
+from reporting.models import DATASET, load, usable_weights, weights_name
 from reporting.reasons import Skip
 from reporting.tables import plain, table, times
 
@@ -81,7 +82,7 @@ def _beside_padded(
 ) -> Rows:
     """A padded form, also with its checkpointing, over the weights and the batch of ours."""
     frozen = load(context, shape, weights, reads_tokens=True)
-    plain_model, checkpointed = sharing_twin(frozen), with_checkpointing(sharing_twin(frozen))
+    plain_model, checkpointed = twin(frozen), with_checkpointing(twin(frozen))
     sizes = step_shape(context, context.settings.users)
     model = build_laser(frozen, sizes, prefix=prefix)
     batch = user_batch(model, sizes, with_positives=False)
@@ -101,7 +102,7 @@ def _beside_padded(
 def _authors(context: Context, shape: str, weights: str, deadline: Deadline) -> Rows:
     """Their loss over lists of negatives: our method beside it, and the same sequences in our form."""
     frozen = load(context, shape, weights, reads_tokens=True)
-    padded = sharing_twin(frozen)
+    padded = twin(frozen)
     sizes = step_shape(context, _AUTHORS_USERS)
     model = build_laser(frozen, sizes)
     form, work = AuthorsStep(model, padded), AuthorsWorkload(model, sizes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,17 +112,3 @@ class PackedStep:
     def __call__(self) -> Tensor:
         """The gradient of the embeddings."""
         return torch.autograd.grad(self.states(), self.embeds, self.gradient)[0]
-
-
-def sharing_twin(model: PreTrainedModel) -> PreTrainedModel:
-    """Another module with the very same weights and their scales, so that two forms can run them in different ways.
-
-    It trains, which changes no number of a model without dropout: one that does not has its 4-bit weights packed anew
-    by bitsandbytes where the processor has products of bfloat16, and the weights are shared.
-    """
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    for module in model.modules():
-        state = getattr(module, "quant_state", None)
-        if state is not None:
-            shared[id(state)] = state
-    return copy.deepcopy(model, shared).train()

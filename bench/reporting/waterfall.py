@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from baselines.padded_step import with_checkpointing
 from forms import relative_error
+from steps import twin
 from timing import interleaved_medians
 from torch import Tensor
 
 from laser_fast.nn.execution import Execution
 from laser_fast.nn.frozen_lm import FrozenLM
 from reporting.memory import peak_of, release
-from reporting.models import PackedStep, load, packed_lengths, sharing_twin, usable_weights, weights_name
+from reporting.models import PackedStep, load, packed_lengths, usable_weights, weights_name
 from reporting.predictions import WATERFALL, packing_gain
 from reporting.tables import NONE, plain, size, table, times
 
@@ -155,10 +156,10 @@ class States:
         kind = state.weights or self._weights
         if kind not in self._models:
             self._models[kind] = load(self._context, self._shape, kind)
-        model = sharing_twin(self._models[kind])
+        model = twin(self._models[kind])
         if state.execution is not None:
             return PackedStep(FrozenLM(model, state.execution), self._lengths)
-        self._packed = self._packed or PackedStep(FrozenLM(sharing_twin(model), _FINAL), self._lengths)
+        self._packed = self._packed or PackedStep(FrozenLM(twin(model), _FINAL), self._lengths)
         return PaddedStep(with_checkpointing(model) if state.checkpointed else model, self._packed, self._lengths)
 
 

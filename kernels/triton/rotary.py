@@ -9,6 +9,7 @@ Float32 inside, rounded once. The use of transposition for backward and of one l
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -98,24 +99,25 @@ def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, transposed: 
     block_heads = max(1, _NUMBERS // block_half)
     blocks = triton.cdiv(num_query_heads, block_heads) + triton.cdiv(num_key_heads, block_heads)
     if num_tokens and blocks and head_size:
-        _rotary_kernel[(num_tokens * blocks,)](
-            query,
-            key,
-            cos,
-            sin,
-            *outputs,
-            *query.stride()[:2],
-            *key.stride()[:2],
-            cos.stride(0),
-            sin.stride(0),
-            NUM_QUERY_HEADS=num_query_heads,
-            NUM_KEY_HEADS=num_key_heads,
-            HEAD_SIZE=head_size,
-            HALF=half,
-            TRANSPOSED=transposed,
-            BLOCK_H=block_heads,
-            BLOCK_HALF=block_half,
-            BLOCK_REST=triton.next_power_of_2(max(1, head_size - 2 * half)),
-            num_warps=_NUM_WARPS,
-        )
+        with torch.cuda.device_of(query):
+            _rotary_kernel[(num_tokens * blocks,)](
+                query,
+                key,
+                cos,
+                sin,
+                *outputs,
+                *query.stride()[:2],
+                *key.stride()[:2],
+                cos.stride(0),
+                sin.stride(0),
+                NUM_QUERY_HEADS=num_query_heads,
+                NUM_KEY_HEADS=num_key_heads,
+                HEAD_SIZE=head_size,
+                HALF=half,
+                TRANSPOSED=transposed,
+                BLOCK_H=block_heads,
+                BLOCK_HALF=block_half,
+                BLOCK_REST=triton.next_power_of_2(max(1, head_size - 2 * half)),
+                num_warps=_NUM_WARPS,
+            )
     return outputs

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from laser_fast.kernels.device import multiprocessors
+from laser_fast.kernels.rows import as_rows
 from laser_fast.kernels.tiles import precision_of, tile
 
 _MIN_DOT = 16  # smallest side of a matrix product on tensor cores
@@ -248,11 +249,6 @@ class RoutingResult(NamedTuple):
     probability: Tensor
 
 
-def row_major(tensor: Tensor) -> Tensor:
-    """The tensor itself where its rows are contiguous, however far apart; else a copy."""
-    return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
-
-
 def _new_results(
     states: Tensor, num_users: int, num_experts: int, top_k: int, num_programs: int
 ) -> tuple[RoutingResult, Tensor]:
@@ -287,13 +283,11 @@ def route_forward(
 
     Args:
         states: [N, D], fp16/bf16/fp32; a copy is made only where its rows are not contiguous.
-        router: [E, D].
-        bias: [E].
-        cu_seqlens: int32 [B + 1].
+        router, bias, cu_seqlens: [E, D], [E] and int32 [B + 1].
         expert: int32 [B, k] to be kept, or None.
     """
     (num_items, width), num_experts, num_users = states.shape, router.shape[0], cu_seqlens.shape[0] - 1
-    states = row_major(states)
+    states, stride_states = as_rows(states)
     options = _forward_options(states, num_experts)
     rows = rows_per_program(num_items, options["BLOCK_N"], _PROGRAMS * multiprocessors(states.device))
     num_programs = triton.cdiv(num_items, rows) if num_items else 0
@@ -308,7 +302,7 @@ def route_forward(
                 partial,
                 num_items,
                 width,
-                states.stride(0),
+                stride_states,
                 rows,
                 NUM_EXPERTS=num_experts,
                 TOP_K=top_k,

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from laser_fast.kernels.device import multiprocessors
-from laser_fast.kernels.routing import RoutingResult, dot, padded_experts, row_major, rows_per_program
+from laser_fast.kernels.routing import RoutingResult, dot, padded_experts, rows_per_program
+from laser_fast.kernels.rows import as_rows
 from laser_fast.kernels.tiles import precision_of, tile
 
 _PARTIAL_BYTES = 8 << 20  # bound on the partial sums of the router's gradient, which stay in the L2 cache
@@ -256,7 +257,7 @@ def route_backward(
     `result` is that of `route_forward`; only its weight, pooled, expert, load and probability are read.
     """
     (num_items, width), num_experts = states.shape, router.shape[0]
-    states, router = row_major(states), router.contiguous()
+    (states, stride_states), router = as_rows(states), router.contiguous()
     grad_states = states.new_empty((num_items, width) if needs_states else (0,))
     if num_items == 0:
         zeros = result.load.new_zeros(num_experts, width) if needs_router else result.load.new_empty(0)
@@ -283,7 +284,7 @@ def route_backward(
             partial,
             num_items,
             width,
-            states.stride(0),
+            stride_states,
             rows,
             pitch,
             NUM_EXPERTS=num_experts,

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from laser_fast.models.packed_recommender import PackedRecommender, positions_of
+from laser_fast.models.packed_recommender import PackedRecommender
+from laser_fast.ops.segments import segment_positions
 
 
 class GRU4Rec(PackedRecommender):
@@ -98,7 +99,7 @@ def _by_time(cu_seqlens: Tensor, num_items: int) -> tuple[Tensor, Tensor]:
         each group).
     """
     lengths = cu_seqlens.diff()
-    positions = positions_of(cu_seqlens, num_items)
+    positions = segment_positions(cu_seqlens, num_items)
     rank = torch.empty_like(lengths, dtype=torch.int64)
     longest_first = lengths.argsort(descending=True, stable=True)
     rank[longest_first] = torch.arange(lengths.numel(), device=lengths.device)

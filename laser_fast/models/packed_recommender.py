@@ -149,9 +149,3 @@ class PackedRecommender(nn.Module):
         filled = cu_seqlens.diff() > 0
         last[filled] = states[cu_seqlens[1:][filled].long() - 1]
         return last, filled
-
-
-def positions_of(cu_seqlens: Tensor, num_items: int) -> Tensor:
-    """Place of each packed item in its own history, from 0: int64 [N]; `num_items` is N."""
-    starts = torch.repeat_interleave(cu_seqlens[:-1].long(), cu_seqlens.diff(), output_size=num_items)
-    return torch.arange(num_items, device=cu_seqlens.device) - starts

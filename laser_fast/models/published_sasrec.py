@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from laser_fast.models.packed_recommender import PackedRecommender, positions_of
+from laser_fast.models.packed_recommender import PackedRecommender
 from laser_fast.nn.attention import AttentionPlan, varlen_attention
+from laser_fast.ops.segments import segment_positions
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -128,7 +129,7 @@ class RecBoleSASRec(PackedRecommender):
             items: [N] int64, packed histories, oldest first, each at most `max_length` long.
             cu_seqlens: [B+1] int32.
         """
-        positions = self.position_embedding(positions_of(cu_seqlens, items.numel()))
+        positions = self.position_embedding(segment_positions(cu_seqlens, items.numel()))
         hidden: Tensor = self.norm(self.item_embedding(items) + positions)
         plan = AttentionPlan(cu_seqlens, causal=True)
         for layer in self.layers:
@@ -182,7 +183,7 @@ class LLaRASASRec(PackedRecommender):
             items: [N] int64, packed histories, oldest first, each at most `max_length` long.
             cu_seqlens: [B+1] int32.
         """
-        inputs = self.item_embedding(items) + self.position_embedding(positions_of(cu_seqlens, items.numel()))
+        inputs = self.item_embedding(items) + self.position_embedding(segment_positions(cu_seqlens, items.numel()))
         queries = self.query_norm(inputs)
         plan = AttentionPlan(cu_seqlens, causal=True)
         attended = self.attention(queries, inputs, plan, cu_seqlens, self.state_size**-0.5) + queries

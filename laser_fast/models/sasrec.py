@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from laser_fast.models.packed_recommender import PackedRecommender, positions_of
+from laser_fast.models.packed_recommender import PackedRecommender
 from laser_fast.nn.attention import AttentionPlan, varlen_attention
+from laser_fast.ops.segments import segment_positions
 
 # wavelengths from 6 to 600 items: histories have tens of items, not thousands of tokens
 _ROTARY_BASE = 100.0
@@ -117,7 +118,7 @@ class SASRec(PackedRecommender):
 
 def _rotary_angles(cu_seqlens: Tensor, num_items: int, head_size: int) -> Tensor:
     """position * base^(-2i / head_size): [N, 1, head_size / 2] float32, positions counted inside each history."""
-    positions = positions_of(cu_seqlens, num_items)
+    positions = segment_positions(cu_seqlens, num_items)
     steps = torch.arange(0, head_size, 2, device=cu_seqlens.device, dtype=torch.float32) / head_size
     return (positions[:, None] * _ROTARY_BASE**-steps)[:, None]
 

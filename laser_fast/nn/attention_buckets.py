@@ -203,9 +203,8 @@ def _bucket_mask(
         mask = mask & (key_index > position - sliding_window)
         if not causal:
             mask = mask & (key_index < position + sliding_window)
-    sees_none = ~mask.any(
-        dim=-1, keepdim=True
-    )  # also padded queries; a softmax over nothing is NaN, so let them attend
+    # also padded queries; a softmax over nothing is NaN, so let them attend
+    sees_none = ~mask.any(dim=-1, keepdim=True)
     real = (query_index < counts_q[:, None, None]) & sees_none
     mask = (mask | sees_none)[:, None]
     return mask, real[:, None] if bool(real.any()) else None

@@ -63,7 +63,7 @@ class Replaced:
     """What `apply_execution` found: how many modules of each kind it gave another forward.
 
     Attributes:
-        norms, mlps, attentions, packed_linears, checkpointed_layers: their numbers.
+        norms, mlps, attentions, packed_linears: their numbers.
         last_layer: whether the last layer can run for the last position of every sequence alone.
     """
 
@@ -71,7 +71,6 @@ class Replaced:
     mlps: int
     attentions: int
     packed_linears: int
-    checkpointed_layers: int
     last_layer: bool
 
 
@@ -111,7 +110,7 @@ def apply_execution(model: "PreTrainedModel", execution: Execution) -> Replaced:
     if layers and execution.last_layer == "readout":
         _replace(layers[-1], only_last_positions, layers[-1].forward)
     spared = bool(layers) and execution.last_layer == "readout"
-    return Replaced(norms, mlps, attentions, len(packed), len(again), spared)
+    return Replaced(norms, mlps, attentions, len(packed), spared)
 
 
 def frozen_layers(model: nn.Module) -> list[nn.Module]:

@@ -22,7 +22,7 @@ from laser_fast.nn.cuda_graphs import CudaGraphs, Recorder, Run
 from laser_fast.nn.frozen_lm import FrozenLM
 from laser_fast.nn.packed_layout import PackedLayout
 from laser_fast.nn.prefix_kv import KeyValuePrefix
-from laser_fast.ops.segments import lengths_on_host
+from laser_fast.ops.segments import lengths_on_host, segment_ids, segment_positions
 
 _LEAST_TOKENS = 64
 _STEPS_PER_DOUBLING = 4  # numbers of tokens 64, 80, 96, 112, 128, 160, ...: 8 % more than needed on average, at most 25
@@ -116,10 +116,7 @@ class FixedPlan(AttentionPlan):
 
 def _slots(cu_seqlens: Tensor, num_tokens: int, width: int) -> Tensor:
     """Of every packed token, in blocks of `width` for each sequence: int64 [T]."""
-    lengths, starts = cu_seqlens.diff().long(), cu_seqlens[:-1].long()
-    shift = torch.arange(lengths.shape[0], device=starts.device) * width - starts
-    tokens = torch.arange(num_tokens, device=starts.device)
-    return tokens + shift.repeat_interleave(lengths, output_size=num_tokens)
+    return segment_ids(cu_seqlens, num_tokens) * width + segment_positions(cu_seqlens, num_tokens)
 
 
 class FixedLayout(PackedLayout):

@@ -232,8 +232,9 @@ class FrozenLM(FrozenModule):
         """
         first = self.first_position if layout.first_position is None else layout.first_position
         options: dict[str, Any] = {"use_cache": False} if self.causal else {}
-        # without a mask transformers reads the positions on the host; one of four dimensions it takes as it is
-        options["attention_mask"] = inputs_embeds.new_empty(1, 1, 1, 1)
+        # without a mask transformers reads the positions on the host; one of four dimensions it takes as it is. Nobody
+        # masks by it, and to whoever multiplies by it all the same, a one is no mask
+        options["attention_mask"] = inputs_embeds.new_ones(1, 1, 1, 1)
         with running(layout):
             output = self.model(
                 inputs_embeds=inputs_embeds[None],
@@ -274,7 +275,7 @@ def _register_attention() -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    AttentionInterface.register(ATTENTION_NAME, _packed_attention)
+    AttentionInterface.register(ATTENTION_NAME, _laser_varlen)
     AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
 
 
@@ -282,7 +283,7 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
     """The layout says who sees whom, so no [T, T] mask is ever made."""
 
 
-def _packed_attention(
+def _laser_varlen(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,

@@ -68,18 +68,20 @@ def _computes(module: nn.Module, kind: NormKind, dtype: torch.dtype) -> bool:
 def frozen_rms_norm(module: Any, kind: NormKind, x: Tensor) -> Tensor:
     """RMSNorm over the last dimension: [..., D] -> [..., D] in the dtype of x; gradients reach x alone.
 
-    The result carries its recipe (`recipe_of`), so that what follows need not keep it.
+    The result carries its recipe (`recipe_of`) where there may be a backward, so that what follows need not keep it.
     """
     y, reciprocal = _FrozenRMSNorm.apply(x, module.weight, kind)
-    y.laser_recipe = NormRecipe(x.detach(), reciprocal, module.weight, kind)
+    if torch.is_grad_enabled() and not y.is_inference():
+        y.laser_recipe = NormRecipe(x.detach(), reciprocal, module.weight, kind), y._version
     output: Tensor = y
     return output
 
 
 def recipe_of(tensor: Tensor) -> NormRecipe | None:
-    """How `frozen_rms_norm` made this very tensor; None where it did not."""
-    recipe: NormRecipe | None = getattr(tensor, "laser_recipe", None)
-    return recipe
+    """How `frozen_rms_norm` made this very tensor; None where it did not, or where it was written to since."""
+    recipe: NormRecipe | None
+    recipe, version = getattr(tensor, "laser_recipe", (None, None))
+    return recipe if recipe is not None and tensor._version == version else None
 
 
 class _FrozenRMSNorm(torch.autograd.Function):

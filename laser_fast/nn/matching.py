@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from laser_fast.nn.text_branch import positions_of
 from laser_fast.ops.host_copies import on_host, to_device
+from laser_fast.ops.segments import segment_positions
 
 
 @torch.no_grad()
@@ -18,7 +18,7 @@ def same_rows(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     padded = values.new_zeros(batch_size, int(lengths.max()) + 1)
     padded[:, 0] = lengths  # tells a short sequence from one that ends in the padding's value
     row = torch.arange(batch_size).repeat_interleave(lengths, output_size=total)
-    padded[row, positions_of(cu_seqlens, total) + 1] = values
+    padded[row, segment_positions(cu_seqlens, total) + 1] = values
     group = torch.unique(padded, dim=0, return_inverse=True)[1]
     return to_device(group[:, None] == group[None], device)
 

@@ -143,8 +143,12 @@ class MFormer(nn.Module):
         return MFormerOutput(prefix, queries, routing, projected, tuple(kept or ()))
 
     def products(self, device: torch.device) -> AbstractContextManager[object]:
-        """Context in which matrix products on a device have the dtype that `dtype` says."""
-        if not torch.amp.is_autocast_available(device.type):  # on the meta device
+        """Context in which matrix products on a device have the dtype that `dtype` says.
+
+        The meta device has no autocast, so a plan counts float32: twice what bfloat16 keeps of a batch, but none of the
+        copies of the weights that autocast makes, 2 bytes each.
+        """
+        if not torch.amp.is_autocast_available(device.type):
             return nullcontext()
         if torch.is_autocast_enabled(device.type) or self.query_experts.dtype != torch.float32:
             return nullcontext()

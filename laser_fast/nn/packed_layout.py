@@ -4,12 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from laser_fast.nn.attention import AttentionPlan, varlen_attention
 from laser_fast.nn.prefix_kv import KeyValuePrefix
-from laser_fast.ops.segments import even_cu_seqlens, lengthened_cu_seqlens
+from laser_fast.ops.segments import even_cu_seqlens, lengthened_cu_seqlens, segment_positions
 
 
 class PackedLayout:
@@ -48,10 +47,7 @@ class PackedLayout:
 
     def positions(self, num_tokens: int) -> Tensor:
         """Position of every token in its sequence, the prefix counted: int64 [T]."""
-        lengths = self.cu_seqlens.diff().long()
-        first = self.cu_seqlens[:-1].long() - (0 if self._prefix is None else self._prefix.length)
-        of_token = first.repeat_interleave(lengths, output_size=num_tokens)
-        return torch.arange(num_tokens, device=of_token.device) - of_token
+        return segment_positions(self.cu_seqlens, num_tokens) + (0 if self._prefix is None else self._prefix.length)
 
     @property
     def keeps_inputs(self) -> bool:

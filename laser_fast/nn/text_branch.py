@@ -17,7 +17,12 @@ from torch.utils.checkpoint import checkpoint
 from laser_fast.nn.attention import AttentionPlan
 from laser_fast.nn.qformer import CrossBoundaries, FeedForward, QFormer, QFormerLayer, initialize_like_bert
 from laser_fast.ops.host_copies import on_host, to_device
-from laser_fast.ops.segments import cu_seqlens_from_lengths, lengthened_cu_seqlens, lengths_on_host
+from laser_fast.ops.segments import (
+    cu_seqlens_from_lengths,
+    lengthened_cu_seqlens,
+    lengths_on_host,
+    segment_positions,
+)
 
 _INITIAL_STD = 0.02  # BERT's
 
@@ -56,7 +61,7 @@ class TextBranch(nn.Module):
                 what is known before token t.
         """
         projected = self.token_projection(token_embeds)
-        position = positions_of(cu_seqlens, token_embeds.shape[0])
+        position = segment_positions(cu_seqlens, token_embeds.shape[0])
         if shifted:
             assert self.decode_token is not None
             projected = torch.where(position[:, None] == 0, self.decode_token.to(projected.dtype), projected.roll(1, 0))
@@ -83,8 +88,7 @@ class TextBranch(nn.Module):
         Returns:
             [T, D].
         """
-        steps = torch.arange(cu_seqlens.shape[0], device=cu_seqlens.device, dtype=torch.int32)
-        plan = AttentionPlan(cu_seqlens, cu_seqlens + layer_inputs[0].shape[1] * steps, causal=True)
+        plan = AttentionPlan(cu_seqlens, lengthened_cu_seqlens(cu_seqlens, layer_inputs[0].shape[1]), causal=True)
         for (layer, feed_forward), before in zip(self._layers(), layer_inputs, strict=True):
             hidden = self._run(_text_layer, layer, feed_forward, hidden, cu_seqlens, plan, before, group)
         return hidden
@@ -178,12 +182,6 @@ def _joint_layer(
     return layer.feed_forward(rows), feed_forward(hidden)
 
 
-def positions_of(cu_seqlens: Tensor, total: int) -> Tensor:
-    """Position of every packed row within its sequence: int64 [total]."""
-    starts = cu_seqlens[:-1].long().repeat_interleave(cu_seqlens.diff().long(), output_size=total)
-    return torch.arange(total, device=cu_seqlens.device) - starts
-
-
 def select_sequences(cu_seqlens: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
     """Packed sequences `which` (int64 [G], repeats allowed): rows int64 [T'] to take, and their int32 [G+1].
 
@@ -193,5 +191,5 @@ def select_sequences(cu_seqlens: Tensor, which: Tensor) -> tuple[Tensor, Tensor]
     chosen = to_device(cu_seqlens_from_lengths(on_host(cu_seqlens).diff().index_select(0, host)), device)
     total = sum(lengths_on_host(chosen))
     starts = cu_seqlens[:-1].long().index_select(0, which)
-    rows = starts.repeat_interleave(chosen.diff().long(), output_size=total) + positions_of(chosen, total)
+    rows = starts.repeat_interleave(chosen.diff().long(), output_size=total) + segment_positions(chosen, total)
     return rows, chosen

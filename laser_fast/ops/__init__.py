@@ -23,6 +23,7 @@ from laser_fast.ops.segments import (
     segment_ids,
     segment_lengths,
     segment_mean,
+    segment_positions,
     segment_sum,
     validate_cu_seqlens,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "segment_ids",
     "segment_lengths",
     "segment_mean",
+    "segment_positions",
     "segment_sum",
     "validate_cu_seqlens",
 ]

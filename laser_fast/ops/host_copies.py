@@ -17,13 +17,16 @@ _NAME = "laser_host_copy"
 @dataclass(frozen=True)
 class _Remembered:
     host: Tensor
-    version: int
+    state: tuple[int, int, int]  # in which `host` was the copy
 
 
 def remember_on_host(tensor: Tensor, host: Tensor) -> Tensor:
-    """`tensor` itself, from now on with `host` as its copy in host memory, until it is written to."""
+    """`tensor` itself, from now on with `host` as its copy in host memory, until either is written to.
+
+    No write to a tensor that was made in inference mode is seen, nor one through `.data` or another library.
+    """
     if tensor is not host:
-        setattr(tensor, _NAME, _Remembered(host, _version(tensor)))
+        setattr(tensor, _NAME, _Remembered(host, _state(tensor, host)))
     return tensor
 
 
@@ -41,7 +44,7 @@ def known_on_host(tensor: Tensor) -> Tensor | None:
     if tensor.device.type in ("cpu", "meta"):
         return tensor
     found: _Remembered | None = getattr(tensor, _NAME, None)
-    return found.host if found is not None and found.version == _version(tensor) else None
+    return found.host if found is not None and found.state == _state(tensor, found.host) else None
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
@@ -50,6 +53,11 @@ def to_device(host: Tensor, device: torch.device) -> Tensor:
     (From memory that is not pinned the driver takes the values before it returns.)
     """
     return remember_on_host(host.to(device, non_blocking=True), host)
+
+
+def _state(tensor: Tensor, host: Tensor) -> tuple[int, int, int]:
+    """Another after a write to either, and for a copy of the tensor, which takes over its attributes."""
+    return id(tensor), _version(tensor), _version(host)
 
 
 def _version(tensor: Tensor) -> int:

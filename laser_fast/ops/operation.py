@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _has_storage
+from torch.autograd import forward_ad
 
 Function = Callable[..., Any]
-
 
 _PLAIN = (Tensor, torch.nn.Parameter)  # anything else, a fake tensor among them, may hold no memory to compute on
 
@@ -65,18 +66,28 @@ class Operation:
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         self._function = type(self.default.__name__, (torch.autograd.Function,), methods)
 
+    def _refuse_tangents(self, arguments: tuple[Any, ...]) -> None:
+        """Neither way has a forward-mode derivative, and neither would say so: tangents would be zero or missing."""
+        tensors = (argument for argument in arguments if isinstance(argument, Tensor))
+        if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+            name = self.default.__name__.strip("_")
+            raise NotImplementedError(f"{name}: tensors must have no forward-mode tangent, got one; use backward")
+
     def _run(self, *arguments: Any) -> Any:
         device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
         return self.kernels.get(device.type, self.default)(*arguments)
 
     def __call__(self, *arguments: Any) -> Any:
-        # compilers and dispatch modes have to see the call; where there are neither, only tensors without memory do
+        # compilers and dispatch modes have to see the call; where there are neither, only tensors without memory of
+        # their own do (on the meta device, or under `torch.vmap` and its like)
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             return self.registered(*arguments)
+        if forward_ad._current_level >= 0:
+            self._refuse_tangents(arguments)
         wants_grad = False
         for argument in arguments:
             if isinstance(argument, Tensor):
-                if type(argument) not in _PLAIN or argument.is_meta:
+                if type(argument) not in _PLAIN or argument.is_meta or not _has_storage(argument):
                     return self.registered(*arguments)
                 wants_grad = wants_grad or argument.requires_grad
         if not (wants_grad and torch.is_grad_enabled()):

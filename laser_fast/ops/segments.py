@@ -106,6 +106,12 @@ def segment_ids(cu_seqlens: Tensor, num_rows: int) -> Tensor:
     return torch.bucketize(rows, cu_seqlens[1:], right=True)
 
 
+def segment_positions(cu_seqlens: Tensor, num_rows: int) -> Tensor:
+    """Place of every packed row in its own sequence, from 0: int64 [num_rows]."""
+    starts = cu_seqlens[:-1].long().repeat_interleave(cu_seqlens.diff(), output_size=num_rows)
+    return torch.arange(num_rows, device=cu_seqlens.device) - starts
+
+
 def _check_packed(function: str, values: Tensor, cu_seqlens: Tensor) -> None:
     check_floating(function, values=values)
     if values.dim() == 0:

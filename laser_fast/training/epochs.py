@@ -25,10 +25,11 @@ from laser_fast.models.laser import LaserModel
 from laser_fast.nn.data_parallel import Processes
 from laser_fast.training.build import Inputs
 from laser_fast.training.interruption import Interrupted, Interruption
-from laser_fast.training.loop import EarlyStopping, EpochSums, LossFunction, RowSampler, StageTrainer
+from laser_fast.training.loop import EarlyStopping, EpochSums, LossFunction, StageTrainer
 from laser_fast.training.memory import Plan
 from laser_fast.training.random_state import RandomState
 from laser_fast.training.resume import State, StateFolder
+from laser_fast.training.row_sampler import RowSampler
 from laser_fast.training.run_directory import RunDirectory
 
 

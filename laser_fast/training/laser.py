@@ -31,12 +31,13 @@ from laser_fast.training.build import Inputs, build_laser, load_inputs, load_lan
 from laser_fast.training.checkpoint import fingerprint, load_weights, restore, save_laser
 from laser_fast.training.epochs import Run, Stage, keep_state, train_epochs
 from laser_fast.training.interruption import Interruption
-from laser_fast.training.loop import EarlyStopping, EpochSums, RowSampler, StageTrainer
+from laser_fast.training.loop import EarlyStopping, EpochSums, StageTrainer
 from laser_fast.training.memory import Plan, explain_shortage
 from laser_fast.training.plan_table import one_line
 from laser_fast.training.pretraining import pretrain
 from laser_fast.training.resume import StateFolder
 from laser_fast.training.row_folds import laser_rows
+from laser_fast.training.row_sampler import RowSampler
 from laser_fast.training.run_directory import RunDirectory
 from laser_fast.training.shares import SharedScorer, refresh_items, separate_random_streams
 from laser_fast.training.tensorboard_log import TensorBoardLog, require_tensorboard

@@ -1,4 +1,4 @@
-"""What all stages share: drawing rows, one pass over them with accelerate, stopping early."""
+"""What all stages share: one pass over batches with accelerate, and stopping early."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -32,42 +32,6 @@ LossFunction = Callable[[PackedBatch], dict[str, Tensor]]
 
 NameRows = Callable[[int, np.ndarray], str]
 """Names rows of the batch of a step (counted within the epoch), for a message."""
-
-
-class RowSampler:
-    """Draws the rows of each epoch without repeating one before all were drawn; the same seed gives the same rows.
-
-    Args:
-        num_rows: rows there are.
-        rows_per_epoch: rows an epoch takes; None = all.
-        seed: of the shuffles.
-    """
-
-    def __init__(self, num_rows: int, rows_per_epoch: int | None, seed: int) -> None:
-        self.num_rows = num_rows
-        self.rows_per_epoch = num_rows if rows_per_epoch is None else rows_per_epoch
-        self.seed = seed
-
-    def epoch(self, index: int) -> np.ndarray:
-        """Row numbers of epoch `index`: int64 [rows_per_epoch]."""
-        first = index * self.rows_per_epoch
-        wanted = np.arange(first, first + self.rows_per_epoch)
-        rows = np.empty(self.rows_per_epoch, dtype=np.int64)
-        for shuffle in np.unique(wanted // self.num_rows):
-            order = np.random.default_rng([self.seed, int(shuffle)]).permutation(self.num_rows)
-            here = wanted // self.num_rows == shuffle
-            rows[here] = order[wanted[here] % self.num_rows]
-        return rows
-
-    def batches(self, epoch: int, batch_size: int) -> Iterator[np.ndarray]:
-        """The rows of an epoch, `batch_size` at a time, the last batch may be smaller."""
-        rows = self.epoch(epoch)
-        for start in range(0, len(rows), batch_size):
-            yield rows[start : start + batch_size]
-
-    def num_batches(self, batch_size: int) -> int:
-        """Batches of one epoch."""
-        return math.ceil(self.rows_per_epoch / batch_size)
 
 
 @dataclass
@@ -366,22 +330,22 @@ class StageTrainer:
         return {name: value.detach() for name, value in values.items()}
 
     def _check_finite(self, checks: list["_Check"]) -> None:
-        """Read all of them at once: the one time in a step that the host waits for the device.
-
-        A loss goes before the gradient, which every process sees spoilt by the loss of one.
-        """
+        """Read all of them at once: the one time in a step that the host waits for the device."""
         finite = torch.stack([torch.isfinite(check.value) for check in checks]).tolist()
-        first = next((check for check, fine in zip(checks, finite, strict=True) if not fine), None)
-        for what in ("loss", "gradient"):
-            mine = first if first is not None and first.what == what else None
-            if self.processes.any(mine is not None):
-                self.processes.raise_together(None if mine is None else self._not_finite(mine))
-
-    def _not_finite(self, check: "_Check") -> FloatingPointError:
-        return FloatingPointError(
-            f"training: the {check.what} must be finite, got {check.value.item()} at step {self.step} in "
-            f"{check.names()}; lower the learning rate, or train in float32 or bf16"
-        )
+        if not self.processes.any(not all(finite)):
+            return
+        blamed = [check for check, good in zip(checks, finite, strict=True) if not good]
+        # the loss of one process makes the summed gradient infinite in all of them, so no other is to blame
+        if self.processes.any(any(check.what == "loss" for check in blamed)):
+            blamed = [check for check in blamed if check.what == "loss"]
+        error = None
+        if blamed:
+            first = blamed[0]
+            error = FloatingPointError(
+                f"training: the {first.what} must be finite, got {first.value.item()} at step {self.step} in "
+                f"{first.names()}; lower the learning rate, or train in float32 or bf16"
+            )
+        self.processes.raise_together(error)
 
 
 class _Check(NamedTuple):

@@ -14,8 +14,9 @@ from laser_fast.models.token_budget import TokenBudget
 from laser_fast.nn.mformer import balance_across
 from laser_fast.nn.pretraining import Pairs, PretrainingHeads, TermWeights, Vocabulary
 from laser_fast.training.epochs import Run, Stage, train_epochs
-from laser_fast.training.loop import EarlyStopping, LossFunction, RowSampler, StageTrainer
+from laser_fast.training.loop import EarlyStopping, LossFunction, StageTrainer
 from laser_fast.training.memory import explain_pretraining_shortage
+from laser_fast.training.row_sampler import RowSampler
 
 
 def pretrain(run: Run) -> None:

@@ -9,7 +9,8 @@ from laser_fast.data import EvaluationRows, Split, training_rows
 from laser_fast.data.batches import PackedBatch
 from laser_fast.models.text_recommender import TextRecommender
 from laser_fast.nn.text_residual import TextResidual
-from laser_fast.training.loop import EarlyStopping, RowSampler, StageTrainer
+from laser_fast.training.loop import EarlyStopping, StageTrainer
+from laser_fast.training.row_sampler import RowSampler
 from laser_fast.training.text_stage import BestWeights, residual_loss, text_quality
 
 STAGE = StageConfig(epochs=10, rows_per_epoch=16384, batch_size=256)

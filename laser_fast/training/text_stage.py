@@ -15,7 +15,8 @@ from laser_fast.models.objective import history_pairs, whole_catalog_loss
 from laser_fast.models.text_recommender import TextRecommender
 from laser_fast.nn.text_residual import TextResidual
 from laser_fast.training.epochs import Run, Stage, train_epochs
-from laser_fast.training.loop import EarlyStopping, LossFunction, RowSampler, StageTrainer
+from laser_fast.training.loop import EarlyStopping, LossFunction, StageTrainer
+from laser_fast.training.row_sampler import RowSampler
 
 _METRIC = "NDCG@10"
 

@@ -64,7 +64,7 @@ def test_peft_form(checkpointed: bool, quantization: str) -> None:
     model, padded, batch = build("shared", quantization)
     batch = bench_step.users_alone(batch)
     form = PeftPromptStep(model, with_checkpointing(padded) if checkpointed else padded, batch)
-    assert padded.training is checkpointed
+    assert padded.training  # else its checkpointing would not act
     torch.testing.assert_close(form.encode(), model.encode(batch)[0], **CLOSE)
     prompt, suffix = (grad for _, grad in named_gradients(form(), form.parameters))
     wanted = [model.bituning.prefix_tokens, model.bituning.suffix_tokens]

@@ -14,6 +14,9 @@ pytest.importorskip("triton", reason="the kernels are written in Triton")
 
 from laser_fast.kernels import dispatch, routing
 from laser_fast.kernels.device import multiprocessors
+from laser_fast.kernels.gated_product import gated_product_backward, gated_product_forward
+from laser_fast.kernels.rms_norm import rms_norm_backward, rms_norm_forward
+from laser_fast.kernels.rotary import rotary
 from laser_fast.kernels.routing import route_forward
 from laser_fast.kernels.routing_backward import route_backward
 from laser_fast.kernels.tiles import TILES, Key, Tile, precision_of, running, tile
@@ -159,7 +162,13 @@ def test_kernels_are_launched_under_the_device_of_their_tensors(
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", recorded)
     _everything(routing_inputs((30, 10), 8, 8, 3), torch.float32)
-    assert len(set(launched)) == 9
+    rows, ones, tables = torch.ones(4, 8), torch.ones(8), torch.ones(2, 4, 8)
+    rotary(rows[:, None], rows[:, None], *tables, transposed=False)
+    _, reciprocal = rms_norm_forward(rows, ones, 1e-6, 0.0, False, None)
+    rms_norm_backward(rows, rows, reciprocal, ones, 0.0)
+    gated_product_forward(rows, rows, "silu")
+    gated_product_backward(rows, rows, rows, "silu", rows, rows)
+    assert len(set(launched)) == 14
 
 
 @pytest.mark.gpu

@@ -173,3 +173,13 @@ def test_every_activation_has_its_gradient_and_overwrites_nothing(
     assert torch.equal(first, second)
     torch.testing.assert_close(first, torch.autograd.grad(expected, x, grad)[0], rtol=1e-5, atol=1e-6)
     assert served.count("product") == (0 if act == "relu" else 3)
+
+
+def test_a_normalised_tensor_that_was_written_to_is_not_made_again_from_its_norm() -> None:
+    mlp, norm = Mlp(joint=False), nn.RMSNorm(WIDTH, eps=KIND.eps).requires_grad_(False)
+    x = torch.randn(1, TOKENS, WIDTH, requires_grad=True)
+    states = frozen_rms_norm(norm, KIND, x)
+    states.mul_(3.0)
+    output = gated_mlp(mlp, "silu", UnpackedWeights(), True, states)
+    expected = torch.autograd.grad(mlp(3.0 * norm(x)).sum(), x)[0]
+    torch.testing.assert_close(torch.autograd.grad(output.sum(), x)[0], expected, rtol=1e-4, atol=1e-6)

@@ -108,6 +108,17 @@ def test_no_weight_gets_a_gradient_and_dropout_stays_off() -> None:
     assert torch.equal(hidden, lm(embeds, cu_seqlens))
 
 
+def test_the_mask_that_a_model_is_handed_masks_nothing() -> None:
+    lm = FrozenLM(random_model(CONFIGS["llama"], "eager"))
+    masks: list[Tensor] = []
+    assert lm.first_position == 0  # found with calls of its own, under masks of transformers
+    lm.model.layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    lm(*packed_inputs([6, 3]))
+    assert [mask.tolist() for mask in masks] == [[[[[1.0]]]]]
+
+
 def test_frozen_weights_stay_out_of_the_state() -> None:
     lm = FrozenLM(random_model(CONFIGS["llama"], "eager"))
     model = torch.nn.ModuleDict({"lm": lm, "head": torch.nn.Linear(2, 2)})

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -92,6 +93,24 @@ def run_together(
 def embedded(heads: PretrainingHeads, projected: Tensor) -> Tensor:
     result: Tensor = heads.text.norm(projected + heads.text.positions[: len(projected)])
     return result
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_products_in_bfloat16_hardly_change_the_terms(recompute: bool) -> None:
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        mformer, heads = (module.float() for module in build(recompute=recompute))
+        mformer.dtype = dtype
+        pairs = replace(pairs_of(), token_embeds=pairs_of().token_embeds.float())
+        torch.manual_seed(3)  # of the negatives
+        terms = heads(mformer(states_of().float(), USERS, keep_layer_inputs=True), pairs)
+        terms["loss"].backward()
+        found.append((terms, [parameter.grad for parameter in heads.parameters()]))
+    (exact, grads), (narrow, narrow_grads) = found
+    for name in TERMS:
+        assert narrow[name].dtype == torch.float32 and not torch.equal(narrow[name], exact[name])
+        torch.testing.assert_close(narrow[name], exact[name], rtol=1e-2, atol=0)
+    assert [grad is None for grad in grads] == [grad is None for grad in narrow_grads]
 
 
 def test_contrastive_loss_equals_its_definition() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from laser_fast.ops import combine_queries, dispatch, dispatch_queries, route_experts, routing
@@ -128,6 +129,28 @@ def test_the_dispatcher_sees_what_is_not_plain_memory(calls: Calls) -> None:
     scale(torch.ones(2).as_subclass(Subclass), 2.0)
     assert scale(torch.ones(2, device="meta"), 2.0).is_meta
     assert calls.dispatched == ["scale", "scale_backward", "scale", "scale", "scale", "scale"]
+
+
+def test_vmap_and_batched_gradients_go_through_the_dispatcher(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    # kernels read memory, which a batch of tensors that stands for one has not
+    monkeypatch.setitem(scale.kernels, "cpu", lambda values, factor: torch.from_numpy(values.detach().numpy() * factor))
+    monkeypatch.setitem(scale_backward.kernels, "cpu", scale.kernels["cpu"])
+    rows = torch.randn(3, 5)
+    assert torch.equal(torch.vmap(lambda row: scale(row, 2.0))(rows), 2 * rows)
+    values = torch.randn(5, requires_grad=True)
+    (grads,) = torch.autograd.grad(scale(values, 2.0), values, rows, is_grads_batched=True)
+    assert torch.equal(grads, 2 * rows) and calls.dispatched == ["scale", "scale_backward"]
+
+
+def test_a_forward_mode_derivative_is_refused_not_dropped() -> None:
+    values, tangent = torch.randn(5), torch.ones(5)
+    expected = "scale: tensors must have no forward-mode tangent, got one; use backward"
+    with forward_ad.dual_level():
+        with pytest.raises(NotImplementedError, match=expected):
+            scale(forward_ad.make_dual(values, tangent), 2.0)
+        assert torch.equal(scale(values, 2.0), 2 * values)
+    with pytest.raises(NotImplementedError, match=expected):
+        torch.func.jvp(lambda given: scale(given, 2.0), (values,), (tangent,))
 
 
 def test_compiled_code_holds_the_custom_op() -> None:

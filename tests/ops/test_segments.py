@@ -11,6 +11,7 @@ from laser_fast.ops import (
     segment_ids,
     segment_lengths,
     segment_mean,
+    segment_positions,
     segment_sum,
     validate_cu_seqlens,
 )
@@ -31,7 +32,7 @@ def _packed(lengths: list[int], *trailing: int) -> tuple[torch.Tensor, torch.Ten
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_lengths_and_ids_describe_the_sequences(lengths: list[int]) -> None:
+def test_lengths_ids_and_positions_describe_the_sequences(lengths: list[int]) -> None:
     _, cu_seqlens = _packed(lengths)
     assert cu_seqlens.dtype == torch.int32
     assert cu_seqlens.tolist() == [sum(lengths[:b]) for b in range(len(lengths) + 1)]
@@ -39,6 +40,9 @@ def test_lengths_and_ids_describe_the_sequences(lengths: list[int]) -> None:
     ids = segment_ids(cu_seqlens, sum(lengths))
     assert ids.dtype == torch.int64
     assert ids.tolist() == [b for b, length in enumerate(lengths) for _ in range(length)]
+    positions = segment_positions(cu_seqlens, sum(lengths))
+    assert positions.dtype == torch.int64
+    assert positions.tolist() == [position for length in lengths for position in range(length)]
 
 
 @pytest.mark.parametrize("trailing", [(), (1,), (2, 3)], ids=str)

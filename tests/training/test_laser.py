@@ -15,7 +15,8 @@ from laser_fast.data import PackedSequences
 from laser_fast.training import laser
 from laser_fast.training.checkpoint import load_laser
 from laser_fast.training.laser import train_laser
-from laser_fast.training.loop import EarlyStopping, RowSampler, warmup_cosine
+from laser_fast.training.loop import EarlyStopping, warmup_cosine
+from laser_fast.training.row_sampler import RowSampler
 
 LEARNING = {"pretrain": {"epochs": 0}, "optimizer": {"learning_rate": 0.03}}  # enough to learn the walk in seconds
 

@@ -23,8 +23,9 @@ from laser_fast.data.batches import PackedBatch
 from laser_fast.models.laser import LaserModel
 from laser_fast.training.interruption import Interrupted
 from laser_fast.training.laser import train_laser
-from laser_fast.training.loop import RowSampler, StageTrainer
+from laser_fast.training.loop import StageTrainer
 from laser_fast.training.resume import StateFolder
+from laser_fast.training.row_sampler import RowSampler
 from laser_fast.training.run_directory import RunDirectory
 
 Same = Callable[[Path, Path], None]

@@ -27,8 +27,10 @@ from laser_fast.models import LaserModel
 from laser_fast.nn import attention_flash
 from laser_fast.nn.attention import record_backends
 from laser_fast.nn.execution import Execution, apply_execution
+from laser_fast.nn.text_branch import select_sequences
 from laser_fast.ops import native, triton_kernels
 from laser_fast.ops.host_copies import on_host, to_device
+from laser_fast.ops.segments import even_cu_seqlens, lengthened_cu_seqlens
 from laser_fast.training.build import build_laser, load_inputs, load_language_model
 from laser_fast.training.loop import StageTrainer
 
@@ -231,6 +233,24 @@ def test_what_was_written_to_is_read_again(monkeypatch: pytest.MonkeyPatch) -> N
         assert on_host(offsets).tolist() == [0, 2, 5] and device.waits == []
         offsets.add_(1)
         assert on_host(offsets).tolist() == [1, 3, 6] and len(device.waits) == 1
+
+
+DERIVED: dict[str, Callable[[], Tensor]] = {
+    "even": lambda: even_cu_seqlens(3, 4, GPU),
+    "lengthened": lambda: lengthened_cu_seqlens(to_device(torch.tensor([0, 2, 2, 5], dtype=torch.int32), GPU), 7),
+    "twice": lambda: lengthened_cu_seqlens(lengthened_cu_seqlens(even_cu_seqlens(2, 3, GPU), 1), 2),
+    "selected": lambda: select_sequences(
+        to_device(torch.tensor([0, 2, 2, 5], dtype=torch.int32), GPU), to_device(torch.tensor([2, 0, 2]), GPU)
+    )[1],
+}
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_offsets_made_of_others_are_the_same_on_both_sides(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pretended_gpu(monkeypatch) as device:
+        offsets = DERIVED[name]()
+        known = on_host(offsets).tolist()
+        assert device.waits == [] and known == offsets.tolist() and known[0] == 0 < known[-1]
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -15,12 +15,7 @@ if TYPE_CHECKING:
 
 _LENGTHS_Q, _LENGTHS_K = [50, 1, 0, 130], [82, 33, 0, 162]  # a prefix of 32 in front of every sequence with text
 _HEADS, _HEADS_K, _SIZE = 32, 8, 128
-_SIGNATURES = {
-    "torch varlen_attn": ("torch.nn.attention.varlen", "varlen_attn"),
-    "torch grouped_mm": ("torch.nn.functional", "grouped_mm"),
-    "Triton autotune": ("triton", "autotune"),
-    "transformers AttentionInterface": ("transformers", "AttentionInterface"),
-}
+_SIGNATURES = {"transformers AttentionInterface": ("transformers", "AttentionInterface")}
 _SCHEMAS = ("_flash_attention_forward", "_flash_attention_backward")
 _PROBES = {"grouped queries behind a prefix, forward": 0, "grouped queries behind a prefix, gradients": 1}
 

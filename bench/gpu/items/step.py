@@ -58,8 +58,9 @@ class Models:
         """Tokens a second, in turn with the padded forms that fit into the memory."""
         from reporting.flops import floor_operations
         from reporting.memory import peak_of
-        from reporting.models import PackedStep, packed_lengths, sharing_twin
+        from reporting.models import PackedStep, packed_lengths
         from reporting.step import timed_step
+        from steps import twin
 
         from laser_fast.nn.execution import Execution
         from laser_fast.nn.frozen_lm import FrozenLM
@@ -67,7 +68,7 @@ class Models:
         context = self._work.context
         lengths = packed_lengths(context.settings.mode_tokens if self._work.rehearse else tokens)
         operations = floor_operations(self._model, lengths)
-        step = PackedStep(FrozenLM(sharing_twin(self._model), Execution(checkpointing="none")), lengths)
+        step = PackedStep(FrozenLM(twin(self._model), Execution(checkpointing="none")), lengths)
         step()  # compiles what there is to compile
         peak = peak_of(step, context.device)
         timed = timed_step(context, step, operations, int(lengths.sum()), self._padded(step, lengths))
@@ -91,12 +92,12 @@ class Models:
         from baselines.padded_step import with_checkpointing
         from forms import relative_error
         from reporting.memory import release
-        from reporting.models import sharing_twin
         from reporting.waterfall import PaddedStep, check_gradient
+        from steps import twin
 
         expected, found = step().float(), {}
         for name, change in {"padded": lambda model: model, "padded and recomputed": with_checkpointing}.items():
-            form = PaddedStep(change(sharing_twin(self._model)), step, lengths)
+            form = PaddedStep(change(twin(self._model)), step, lengths)
             try:
                 error = relative_error(form().float(), expected)
             except torch.OutOfMemoryError:

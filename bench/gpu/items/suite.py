@@ -12,10 +12,10 @@ _AT_ONCE = 4
 
 
 def names(rehearse: bool) -> list[str]:
-    """Files with such tests, from tests/."""
+    """Files with such tests, from tests/; of a rehearsal, where all of them are skipped, two."""
     folder = _ROOT / "tests"
     files = [file for file in sorted(folder.rglob("test_*.py")) if "mark.gpu" in file.read_text(encoding="utf-8")]
-    return [file.relative_to(folder).as_posix() for file in files]
+    return [file.relative_to(folder).as_posix() for file in (files[:2] if rehearse else files)]
 
 
 def run(work: Work) -> None:

@@ -28,7 +28,7 @@ def run(work: Work) -> None:
     """Parts that an earlier call has timed are done again where later ones need them."""
     done: dict[str, Any] = {}
     for name in _PARTS:
-        work.measure(name, partial(_part, work, done, name), attention="mixed" if name == _LASER else "")
+        work.measure(name, partial(_part, work, done, name), attention="mixed" if name == _LASER else "named")
     work.measure(_RANKED, partial(_ranked, work, done), attention="mixed")
     work.measure(_MEMORY, partial(_memory, work, done), attention="none")
 
