@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-
 _AUTHORS_MFORMER = {"width": 768, "num_layers": 12, "num_heads": 12, "num_experts": 8, "num_queries": 32}
 
 
