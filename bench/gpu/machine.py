@@ -6,11 +6,13 @@ Nothing here imports torch: the scheduler must not hold a context of the device.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,7 +26,8 @@ _PACKAGES = (
 )
 _CODE = ("laser_fast", "kernels", "csrc", "bench", "setup.py", "pyproject.toml")
 _SITES = ROOT / "build" / "gpu-site"
-_BUILD_S = 120
+_BUILD_S, _ASKING_S = 120.0, 30.0
+_IMPORTS = "import torch, triton, bitsandbytes, transformers.models.llama.modeling_llama"
 _FIELDS = {"device": "name", "capability": "compute_cap", "memory": "memory.total", "driver": "driver_version"}
 
 
@@ -47,11 +50,12 @@ def facts(command: str, commit: str | None) -> dict[str, Any]:
 
 
 def device() -> dict[str, str | None]:
-    """Name, capability, memory and driver of the first GPU, as nvidia-smi says; None where there is none."""
-    if shutil.which("nvidia-smi") is None:
-        return dict.fromkeys(_FIELDS)
+    """Name, capability, memory and driver of the first GPU, as nvidia-smi says; None where it says nothing."""
     words = ["nvidia-smi", f"--query-gpu={','.join(_FIELDS.values())}", "--format=csv,noheader"]
-    said = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
+    try:
+        said = subprocess.run(words, capture_output=True, text=True, timeout=_ASKING_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):  # not there, or it hangs: no reason to measure nothing
+        return dict.fromkeys(_FIELDS)
     values: Sequence[str] = said.stdout.splitlines()[0].split(", ") if said.returncode == 0 and said.stdout else ()
     return dict(zip(_FIELDS, values, strict=True)) if len(values) == len(_FIELDS) else dict.fromkeys(_FIELDS)
 
@@ -108,12 +112,13 @@ def importable(sites: Sequence[Path], *, rehearse: bool) -> tuple[dict[str, str]
     if (site / "done").exists():
         return found, (site / "done").read_text(encoding="utf-8")
     shutil.rmtree(site, ignore_errors=True)
-    how = _build(site, found)
+    with _read_ahead(found):
+        how = _build(site, found)
     if how:
         shutil.rmtree(site, ignore_errors=True)
         _copy(site)
         how = f"copied, without the compiled library: {how}"
-    how = how or "built for this device"
+    how = how or f"built for this device, compiled library: {_level(site)}"
     (site / "done").write_text(how, encoding="utf-8")
     return found, how
 
@@ -125,6 +130,18 @@ def _imports_ours(found: dict[str, str]) -> bool:
     )
     said = subprocess.run([sys.executable, "-c", look], env=found, capture_output=True, text=True, check=False)
     return said.stdout.strip() == str(ROOT / "laser_fast" / "__init__.py")
+
+
+@contextmanager
+def _read_ahead(found: dict[str, str]) -> Iterator[None]:
+    """Meanwhile what every item imports is read from the disk: the first time takes longer than some items."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    reading = subprocess.Popen([sys.executable, "-c", _IMPORTS], env=found, **quiet)
+    try:
+        yield
+    finally:
+        reading.kill()
+        reading.wait()
 
 
 def _build(site: Path, found: dict[str, str]) -> str:
@@ -144,9 +161,15 @@ def _build(site: Path, found: dict[str, str]) -> str:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return f"pip was not done after {_BUILD_S} s"
+        return f"pip was not done after {_BUILD_S:g} s"
     lines = said.stderr.strip().splitlines() or ["no message"]
     return "" if said.returncode == 0 else f"pip ended with status {said.returncode}: {lines[-1]}"
+
+
+def _level(site: Path) -> str:
+    """For what its library was built: cuda, or less where nvcc or a compiler is missing."""
+    facts = json.loads((site / "laser_fast" / "_native" / "build.json").read_text(encoding="utf-8"))
+    return f"{facts['level']} ({facts['reason']})" if facts["reason"] else str(facts["level"])
 
 
 def _copy(site: Path) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+_AUTHORS_MFORMER = {"width": 768, "num_layers": 12, "num_heads": 12, "num_experts": 8, "num_queries": 32}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -46,7 +48,7 @@ class Settings:
     rounds_s: float
     shares: Mapping[str, int]
     weights: tuple[str, ...] = ("nf4", "none")
-    card_mformer: Mapping[str, int] = field(default_factory=dict)
+    card_mformer: Mapping[str, int] = field(default_factory=lambda: _AUTHORS_MFORMER)
     cards: tuple[str, ...] = ("8GB", "12GB", "16GB", "24GB")
 
 

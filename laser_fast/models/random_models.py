@@ -145,9 +145,12 @@ def _keep_one_row(model: "PreTrainedModel") -> None:
 
 def _materialise(model: "PreTrainedModel", placement: Placement) -> None:
     """Give every parameter and buffer memory and its initial value, but for the linear weights that will be packed."""
-    table = set(model.get_input_embeddings().modules())
+    table = model.get_input_embeddings()
+    of_table = set(table.modules())
+    # a GPU draws the table of an 8B model at once, one core of the host in ten seconds
+    first = placement.device if placement.device.type == "cuda" else placement.embedding_device
     for name, module in _children_first(model):
-        device = placement.embedding_device if module in table else placement.device
+        device = first if module in of_table else placement.device
         later = {"weight"} if placement.packed and type(module) is nn.Linear else set()
         for key, parameter in module._parameters.items():
             if parameter is not None and key not in later:
@@ -161,6 +164,7 @@ def _materialise(model: "PreTrainedModel", placement: Placement) -> None:
                 raise RuntimeError(
                     f"random_model: {type(model).__name__} must initialise {name}.{key}, got a class that does not"
                 )
+    table.to(placement.embedding_device)
 
 
 def _children_first(module: nn.Module, name: str = "") -> "list[tuple[str, nn.Module]]":

@@ -137,18 +137,18 @@ def takes_grouped_queries(device: torch.device) -> bool:
     def draw(rows: int, heads: int) -> Tensor:
         return torch.randn(rows, heads, head_size, generator=generator).to(device, torch.float16)
 
-    query, probe = draw(sum(lengths_q), heads), draw(sum(lengths_q), heads)
-    key, value = draw(sum(lengths_k), heads // groups), draw(sum(lengths_k), heads // groups)
-    bounds = [torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32) for lengths in (lengths_q, lengths_k)]
-    lengths = PackedLengths(bounds[0], bounds[1], max(lengths_q), max(lengths_k))
-    kind = AttentionKind(causal=True, scale=head_size**-0.5)
-
     def run(backend: Backend) -> list[Tensor]:
         q, k, v = (tensor.clone().requires_grad_() for tensor in (query, key, value))
         output = backend(q, k, v, lengths, kind)
         return [output, *torch.autograd.grad(output, (q, k, v), probe)]
 
+    # everything is made in here: what is made in inference mode cannot be kept for backward
     with torch.inference_mode(False), torch.enable_grad():
+        query, probe = draw(sum(lengths_q), heads), draw(sum(lengths_q), heads)
+        key, value = draw(sum(lengths_k), heads // groups), draw(sum(lengths_k), heads // groups)
+        bounds = [torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32) for lengths in (lengths_q, lengths_k)]
+        lengths = PackedLengths(bounds[0], bounds[1], max(lengths_q), max(lengths_k))
+        kind = AttentionKind(causal=True, scale=head_size**-0.5)
         expected = run(_run_expanded)
         try:
             found = run(_run_torch_flash)

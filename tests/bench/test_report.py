@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 
@@ -47,6 +48,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     out = tmp_path_factory.mktemp("report")
     assert run.main([str(out), "--cpu", "--only", *SECTIONS], TINY) == 0
     return out, json.loads((out / "report.json").read_text()), (out / "report.md").read_text()
+
+
+def test_the_mformer_on_cards_is_the_papers() -> None:
+    import laser_fast
+
+    preset = Path(laser_fast.__file__).parent / "presets" / "paper.yaml"
+    paper = yaml.safe_load(preset.read_text(encoding="utf-8"))["mformer"]
+    for settings in (ON_GPU, ON_CPU):
+        assert {name: paper[name] for name in settings.card_mformer} == settings.card_mformer
+        assert {"width", "num_layers", "num_queries"} <= set(settings.card_mformer)
 
 
 def test_every_section_is_in_the_figures_and_in_the_text(made: Any) -> None:

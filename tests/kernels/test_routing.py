@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -196,6 +197,32 @@ def test_a_router_cut_to_tf32_would_break_the_rule(routing_inputs: Make, worst_r
     cut = (inputs.router.view(torch.int32) & -8192).view(torch.float32)
     assert worst_row_error(_forward(inputs).pooled, exact) <= limit
     assert worst_row_error(_forward(inputs._replace(router=cut)).pooled, exact) > 10 * limit
+
+
+def _towards_zero(exact: Any) -> Any:
+    """float64 as float32, cut off."""
+    near = exact.astype(np.float32)
+    return np.where(np.abs(near) > np.abs(exact), np.nextafter(near, np.float32(0)), near)
+
+
+def test_sums_of_tensor_cores_that_round_towards_zero(
+    interpreter: Any, routing_inputs: Make, assert_accurate: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def create_dot(_: Any, left: Any, right: Any, total: Any, *options: Any) -> Any:
+        """Eight products of TF32 at a time onto what there is, as `mma.m16n8k8` of a GPU adds them up."""
+        summed, (a, b) = total.data, (part.data.astype(np.float32) for part in (left, right))
+        for start in range(0, a.shape[1], 8):
+            cut = (part.view(np.int32) & -8192 for part in (a[:, start : start + 8], b[start : start + 8]))
+            first, second = (part.view(np.float32).astype(np.float64) for part in cut)
+            summed = _towards_zero(summed.astype(np.float64) + first @ second)
+        return interpreter.TensorHandle(summed, total.dtype.scalar)
+
+    inputs = routing_inputs((40, 23), 768, 8, 3, torch.float16)
+    before = _forward(inputs)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    result = _forward(inputs)
+    assert not torch.equal(result.probability, before.probability)
+    _check(result, inputs, "softmax", assert_accurate)
 
 
 def _in_parts(tensor: Tensor, bits: int, count: int) -> list[Tensor]:

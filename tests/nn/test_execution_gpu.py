@@ -22,9 +22,12 @@ CONFIGS = {
     "phi3": Phi3Config(**SIZES, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0),  # one matrix for both
 }
 LENGTHS = [130, 1, 77, 300]
+SHORT = [130, 1, 77, 200]  # FlashAttention's backward adds up blocks of 128 keys in any order, of which two are alike
 
 
-def states_and_gradient(name: str, execution: Execution, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def states_and_gradient(
+    name: str, execution: Execution, dtype: torch.dtype, lengths: list[int] = LENGTHS
+) -> tuple[Tensor, Tensor]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModel.from_config(copy.deepcopy(CONFIGS[name]))
@@ -33,8 +36,8 @@ def states_and_gradient(name: str, execution: Execution, dtype: torch.dtype) -> 
             parameter.mul_(3.0 if parameter.dim() > 1 else 1.0)
     lm = FrozenLM(model.to("cuda", dtype), execution)
     generator = torch.Generator().manual_seed(1)
-    embeds = torch.randn(sum(LENGTHS), 256, generator=generator).to("cuda", dtype).requires_grad_()
-    cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).to("cuda", torch.int32)
+    embeds = torch.randn(sum(lengths), 256, generator=generator).to("cuda", dtype).requires_grad_()
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to("cuda", torch.int32)
     states = lm(embeds, cu_seqlens, last_only=True)
     probe = torch.randn(states.shape, generator=generator).to("cuda", dtype)
     return states.detach(), torch.autograd.grad((states * probe).sum(), embeds)[0]
@@ -56,9 +59,9 @@ def test_fused_kernels_err_at_most_twice_as_much_as_eager_modules(name: str, che
 
 
 def test_offloaded_inputs_come_back_as_they_went() -> None:
-    kept = states_and_gradient("llama", Execution(checkpointing="full"), torch.bfloat16)
+    kept = states_and_gradient("llama", Execution(checkpointing="full"), torch.bfloat16, SHORT)
     for _ in range(5):  # copies that race would not fail every time
-        away = states_and_gradient("llama", Execution(checkpointing="offload"), torch.bfloat16)
+        away = states_and_gradient("llama", Execution(checkpointing="offload"), torch.bfloat16, SHORT)
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(away, kept, strict=True))
 
 
