@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from reporting.context import Context, Deadline
 
 _AUTHORS_USERS = 8
-_WORST_ERROR = {"float32": 1e-3, "bfloat16": 0.2}  # of a user's embedding; see the waterfall
+_WORST_ERROR = {"float32": 1e-3, "bfloat16": 0.3}  # of a user's embedding; 32 layers in bfloat16 give 0.05 on average
 _ROUNDS = 3
 
 OURS = "ours"

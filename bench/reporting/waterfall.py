@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
     from reporting.context import Context, Deadline
 
-_WORST_ERROR = {"float32": 1e-3, "bfloat16": 0.2}  # of a row of the gradient; a wrong formula is off by about 1
+# Of the gradient: its worst row in float32; all of it in bfloat16, where two right forms of 32 random layers differ by
+# 0.13 and in single rows by 0.4, either as far from float32 as from the other. A wrong formula is off by about 1.
+_WORST_ERROR = {"float32": 1e-3, "bfloat16": 0.4}
 _ROUNDS = 5
 _PACKED = Execution(checkpointing="full", fused=False, share_dequantization=False, last_layer="all")
 _FUSED = replace(_PACKED, fused=True)
@@ -183,21 +185,23 @@ def _peaks(context: Context, steps: Mapping[str, Callable[[], Tensor]]) -> dict[
     Raises:
         RuntimeError: a state computes something else.
     """
-    expected = steps[f"on {FINAL}"]().float()
+    expected = steps[f"on {FINAL}"]()
     found = {}
     for name, step in steps.items():
         try:
             results: list[Tensor] = []
             found[name] = {"step_bytes": peak_of(lambda step=step: results.append(step()), context.device).step}
             if "weights not packed" not in name:  # those are other random weights
-                check_gradient(name, relative_error(results[0].float(), expected), context.settings.dtype)
+                check_gradient(name, results[0], expected, context.settings.dtype)
         except torch.OutOfMemoryError:
             release()
     return found
 
 
-def check_gradient(name: str, error: float, dtype: str) -> None:
+def check_gradient(name: str, actual: Tensor, expected: Tensor, dtype: str) -> None:
     """Raise RuntimeError where a state's gradient is further off than rounding explains."""
+    pair = (actual, expected) if dtype == "float32" else (actual.flatten(), expected.flatten())
+    error = relative_error(*pair)
     if not error < _WORST_ERROR[dtype]:
         raise RuntimeError(
             f'waterfall: "{name}" must give the gradients of the final state, got one that is off by {error:.1e}'

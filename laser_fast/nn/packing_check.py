@@ -4,6 +4,7 @@ Two things can be wrong without an error: layers that look across positions with
 recurrences) mix neighbours in the batch, and positions may not count from where they are said to.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _LENGTHS = (5, 9)
-_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3}  # in half precision, and with 4-bit weights computed in it:
-_HALF_TOLERANCE = 0.05  # an eager attention rounds elsewhere; a position that is wrong changes states by more
+_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3}
+# In half precision, and with 4-bit weights computed in it, an eager attention rounds elsewhere, and layer after layer
+# adds to it: random Llamas in bfloat16 of 2, 8, 32 and 64 layers differ by 0.011, 0.023, 0.049 and 0.074. Neighbours
+# that are mixed change states by about 1.
+_LEAST_HALF_TOLERANCE, _HALF_TOLERANCE = 0.05, 0.03  # the second times the root of the number of layers
 
 
 def first_position(
@@ -35,6 +39,7 @@ def first_position(
     cu_seqlens = torch.tensor([0, *_LENGTHS], device=embeds.device).cumsum(0).to(torch.int32)
     with torch.no_grad():
         expected = _alone(model, attention, embeds)
+        tolerance = _tolerance(model, embeds.dtype)
         differences = {}
         for start in _candidates(model):
             try:
@@ -43,14 +48,20 @@ def first_position(
                 continue
             scale = expected.double().norm().clamp_min(torch.finfo(torch.float32).tiny)
             difference = float((packed.double() - expected.double()).norm() / scale)
-            if difference <= _TOLERANCE.get(embeds.dtype, _HALF_TOLERANCE):
-                return start
-            differences[start] = difference
-    least = min(differences.values())
+            differences[start] = math.inf if math.isnan(difference) else difference
+    start = min(differences, key=differences.__getitem__)
+    least = differences[start]
+    if least <= tolerance:
+        return start
     raise RuntimeError(
         f"FrozenLM: {type(model).__name__} must give a sequence the same states packed with others as alone, got a "
         f"difference of {least:.1%}; layers that look across positions without attention cannot run packed"
     )
+
+
+def _tolerance(model: "PreTrainedModel", dtype: torch.dtype) -> float:
+    num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", 1)
+    return _TOLERANCE.get(dtype, max(_LEAST_HALF_TOLERANCE, _HALF_TOLERANCE * num_layers**0.5))
 
 
 def check_calls(model: "PreTrainedModel", num_calls: int) -> None:

@@ -237,9 +237,17 @@ def test_the_padded_form_is_the_same_step(tmp_path: Path) -> None:
     assert isinstance(ours, PackedStep) and isinstance(padded, waterfall.PaddedStep)
     torch.testing.assert_close(padded.states(), ours.states(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(padded(), ours(), rtol=1e-4, atol=1e-5)
-    waterfall.check_gradient("a state", 1e-4, "float32")
-    with pytest.raises(RuntimeError, match='waterfall: "a state" must give the gradients of the final state, got one'):
-        waterfall.check_gradient("a state", float("nan"), "float32")
+
+
+def test_gradients_are_held_against_each_other_as_far_as_rounding_allows() -> None:
+    expected = torch.ones(100, 4)
+    ruined = expected.clone()
+    ruined[7] *= 1.5  # a row of the gradient, as 32 layers in bfloat16 leave some
+    waterfall.check_gradient("a state", expected * 1.0001, expected, "float32")
+    waterfall.check_gradient("a state", ruined.bfloat16(), expected.bfloat16(), "bfloat16")
+    for wrong, dtype in ((ruined, "float32"), (ruined * torch.nan, "float32"), (expected * 1.5, "bfloat16")):
+        with pytest.raises(RuntimeError, match='waterfall: "a state" must give the gradients of the final state, got'):
+            waterfall.check_gradient("a state", wrong, expected, dtype)
 
 
 def recorded(name: str, **info: Any) -> dict[str, Any]:

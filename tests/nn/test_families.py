@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModel, LlamaConfig, PreTrainedModel
 
 from laser_fast.nn.frozen_lm import FrozenLM
 
@@ -62,6 +63,23 @@ def test_threads_that_make_the_first_call_together_get_the_same() -> None:
         with ThreadPoolExecutor(4) as pool:
             for states in pool.map(lambda _, lm=lm: lm(embeds, cu_seqlens), range(4)):  # type: ignore[misc]
                 assert torch.equal(states, expected)
+
+
+def deep_model() -> PreTrainedModel:
+    """A Llama of 64 layers in bfloat16 whose products have the scale of an 8B model with its initial weights."""
+    sizes = {"hidden_size": 128, "intermediate_size": 448, "num_attention_heads": 1, "num_key_value_heads": 1}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = LlamaConfig(vocab_size=64, num_hidden_layers=64, initializer_range=0.02 * 32**0.5, **sizes)
+        return AutoModel.from_config(config, dtype=torch.bfloat16)
+
+
+def test_rounding_that_many_layers_add_up_is_no_reason_to_refuse() -> None:
+    assert FrozenLM(deep_model()).first_position == 0
+    model = deep_model()
+    model.layers[0].input_layernorm = Neighbours(model.layers[0].input_layernorm)  # type: ignore[index, union-attr]
+    with pytest.raises(RuntimeError, match="LlamaModel must give a sequence the same states packed with others"):
+        FrozenLM(model).first_position  # noqa: B018
 
 
 class Neighbours(nn.Module):
