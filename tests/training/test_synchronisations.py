@@ -24,6 +24,7 @@ from laser_fast.config import LaserConfig, OptimizerConfig, build_config
 from laser_fast.data import training_rows
 from laser_fast.data.batches import PackedBatch
 from laser_fast.models import LaserModel
+from laser_fast.models.device_batches import on_device
 from laser_fast.nn import attention_flash
 from laser_fast.nn.attention import record_backends
 from laser_fast.nn.execution import Execution, apply_execution
@@ -251,6 +252,24 @@ def test_offsets_made_of_others_are_the_same_on_both_sides(name: str, monkeypatc
         offsets = DERIVED[name]()
         known = on_host(offsets).tolist()
         assert device.waits == [] and known == offsets.tolist() and known[0] == 0 < known[-1]
+
+
+def test_a_batch_that_was_moved_is_known_on_the_host_however_often_it_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    def packed(*lengths: int) -> tuple[Tensor, Tensor]:
+        return torch.arange(sum(lengths)), torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+    items = PackedBatch(*packed(1, 1), *packed(3, 2), (7,))
+    more = {"targets": torch.tensor([4, 4]), "positive_targets": torch.tensor([0, 0]), "folds": torch.tensor([1, -1])}
+    batch = PackedBatch(*packed(2, 0), *packed(4, 1), (7,), positives=items, **more)
+    with pretended_gpu(monkeypatch) as device:
+        moved = on_device(batch, GPU)
+        for found in (moved, on_device(moved, GPU)):
+            for one, host in ((found, batch), (found.positives, items)):
+                assert one is not None and one.instruction == (7,)
+                tensors = {name: value for name, value in vars(host).items() if isinstance(value, Tensor)}
+                assert all(vars(one)[name].is_cuda for name in tensors)
+                assert all(on_host(vars(one)[name]) is value for name, value in tensors.items())
+        assert device.waits == []
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
