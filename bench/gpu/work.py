@@ -172,7 +172,9 @@ class Work:
         from reporting.context import Context
         from reporting.roofs import Roofs
 
-        context = Context(torch.device("cpu" if self.rehearse else "cuda"), self.settings, self.folder)
+        # with its number: the bound of memory of a process is not set for a device without one
+        device = torch.device("cpu") if self.rehearse else torch.device("cuda", 0)
+        context = Context(device, self.settings, self.folder)
         values = {line["name"]: line["value"] for line in self.order.known if line["status"] == "ok"}
         rates = {name.split()[-1]: value for name, value in values.items() if name.startswith("roof: product")}
         if "roof: copy" in values and rates:

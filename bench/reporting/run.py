@@ -60,7 +60,7 @@ def main(words: Sequence[str] | None = None, settings: Settings | None = None) -
     given = sys.argv[1:] if words is None else [str(word) for word in words]
     command = without_paths(shlex.join(["python", "bench/report.py", *given]))
     with tempfile.TemporaryDirectory() as folder:
-        device = torch.device("cpu" if arguments.cpu else "cuda")
+        device = torch.device("cpu") if arguments.cpu else torch.device("cuda", 0)
         context = Context(device, settings, Path(folder))
         start = perf_counter()
         found = measure_all(context, chosen)

@@ -274,6 +274,17 @@ def test_what_the_attention_records_reaches_the_line() -> None:
     assert sent[-1]["line"]["backend"] == "buckets, float32 x 1"
 
 
+def test_the_device_has_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    device = Work(Order(7, [], 1.0, False, str(tmp_path), []), list.append).context.device
+    fractions: list[tuple[float, int]] = []
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda *given: fractions.append(given), raising=False)
+    torch.cuda.set_per_process_memory_fraction(0.5, device)
+    assert fractions == [(0.5, 0)]
+
+
 def test_a_part_of_ours_that_is_missing_is_a_failure() -> None:
     assert status_of(ModuleNotFoundError("x", name="laser_fast.kernels")).startswith("failed: ")
     assert status_of(ModuleNotFoundError("x", name="bitsandbytes.nn")) == "skipped: no bitsandbytes"
