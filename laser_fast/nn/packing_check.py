@@ -121,8 +121,12 @@ def _own_attention(model: "PreTrainedModel", attention: str) -> Iterator[None]:
         model.set_attn_implementation(attention)
 
 
-def _candidates(model: nn.Module) -> list[int]:
-    """0, and behind the padding index where a table of positions has one (RoBERTa and its kin)."""
+def _candidates(model: "PreTrainedModel") -> list[int]:
+    """0, and behind the padding index where a table of positions has one (RoBERTa and its kin).
+
+    A padding index of tokens may lie beyond the last position, which on a GPU would end the process.
+    """
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     behind: set[Any] = {table.padding_idx + 1 for table in tables if table.padding_idx is not None}
-    return [0, *sorted(behind - {0})]
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    return [0, *sorted(start for start in behind - {0} if start + max(_LENGTHS) <= most)]

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, LlamaConfig, PreTrainedModel
 
+from laser_fast.nn import packing_check
 from laser_fast.nn.frozen_lm import FrozenLM
 
 from .families import FAMILIES, PAGE, REFUSED, page, random_model, try_family
@@ -80,6 +81,13 @@ def test_rounding_that_many_layers_add_up_is_no_reason_to_refuse() -> None:
     model.layers[0].input_layernorm = Neighbours(model.layers[0].input_layernorm)  # type: ignore[index, union-attr]
     with pytest.raises(RuntimeError, match="LlamaModel must give a sequence the same states packed with others"):
         FrozenLM(model).first_position  # noqa: B018
+
+
+def test_no_position_behind_the_last_is_tried() -> None:
+    model = random_model("llama")
+    for padding, tried in ((3, [0, 4]), (model.config.max_position_embeddings - 4, [0])):
+        model.embed_tokens.padding_idx = padding  # type: ignore[union-attr, assignment]
+        assert packing_check._candidates(model) == tried
 
 
 class Neighbours(nn.Module):
