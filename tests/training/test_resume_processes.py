@@ -1,6 +1,7 @@
 """Runs that the system ends: killed at random moments, or terminated as a scheduler does it."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -17,10 +18,12 @@ Same = Callable[[Path, Path], None]
 
 _PATIENCE_S = 120.0  # for one run; each takes a few seconds
 _SERVER = """
-import json, os, sys, time
+import json, os, sys, threading, time
 import torch
+from tqdm import tqdm
 from laser_fast.cli import main
 from laser_fast.training.resume import StateFolder
+tqdm.set_lock(threading.RLock())  # its own is shared by all forks: one that is killed holding it stops the others
 torch.set_num_threads(1)  # no pool of threads that a fork would lose
 StateFolder.clear = lambda self: None  # they are compared
 def run(arguments, output):
@@ -65,7 +68,11 @@ class Command:
     def __init__(self, settings: dict[str, Any], folder: Path) -> None:
         self.printed, self.whole = folder / "printed", folder / "whole"
         self._server = subprocess.Popen(
-            [sys.executable, "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", _SERVER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         file = folder / "whole.yaml"
         file.write_text(yaml.safe_dump({**settings, "output": str(self.whole)}))
@@ -82,7 +89,8 @@ class Command:
         assert self._server.stdin is not None and self._server.stdout is not None
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
-        watchdog = threading.Timer(_PATIENCE_S, self._server.kill)  # then the answer is an empty line, which is no int
+        # then the answer is an empty line, which is no int; a fork that hangs would keep the pipe open
+        watchdog = threading.Timer(_PATIENCE_S, os.killpg, (self._server.pid, signal.SIGKILL))
         watchdog.start()
         try:
             return int(self._server.stdout.readline())
