@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from laser_fast.data.folders import whole_directory
+from laser_fast.yaml_text import read_yaml
 
 _STAGES = {
     "text": ("T", "the text stage"),
@@ -84,8 +83,8 @@ def read_run(folder: str | Path) -> RunRecord:
     """
     path = Path(folder)
     config_file = path / "config.yaml"
-    config = yaml.safe_load(config_file.read_text(encoding="utf-8")) if config_file.is_file() else None
-    if not isinstance(config, dict) or not {"lm", "training"} <= set(config):
+    config = read_yaml(config_file) if config_file.is_file() else {}
+    if not {"lm", "training"} <= set(config):
         raise FileNotFoundError(
             f"read_run: a run of `laser-fast train` must be given, got {str(folder)!r} without the config.yaml of one"
         )
