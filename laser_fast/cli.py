@@ -21,7 +21,10 @@ from laser_fast.config import (
     load_config,
     resolve_path,
 )
+from laser_fast.data.printable import printable, shorten
 from laser_fast.number_arguments import whole_number
+
+_LONGEST_TITLE = 300  # characters of it that are printed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -268,14 +271,19 @@ def _recommend(parsed: argparse.Namespace) -> None:
     for user, history, answer in zip(users, histories, answers, strict=True):
         if parsed.json:
             items = [{"item": r.item_id, "score": r.score, "text": titles[r.item_id]} for r in answer]
-            print(json.dumps({"user": user, "history": list(history), "recommendations": items}, ensure_ascii=False))
+            print(json.dumps({"user": user, "history": list(history), "recommendations": items}))
             continue
-        newest = [titles.get(item, item) for item in list(history)[-5:]]
-        print(f"\n{user}, {len(history)} items, the newest last:")
+        newest = [_shown(titles.get(item, item)) for item in list(history)[-5:]]
+        print(f"\n{_shown(user)}, {len(history)} items, the newest last:")
         print(textwrap.fill("; ".join(newest), 100, initial_indent="    ", subsequent_indent="    "))
         print("  recommended:")
         for rank, recommendation in enumerate(answer, start=1):
-            print(f"    {rank}. {titles[recommendation.item_id]}  ({recommendation.score:.2f})")
+            print(f"    {rank}. {_shown(titles[recommendation.item_id])}  ({recommendation.score:.2f})")
+
+
+def _shown(text: str) -> str:
+    """Text of data for a line of a terminal."""
+    return printable(shorten(text, _LONGEST_TITLE))
 
 
 def _report(parsed: argparse.Namespace) -> None:

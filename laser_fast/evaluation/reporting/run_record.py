@@ -113,18 +113,30 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"read_run: {path.name} must be JSON, got {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"read_run: {path.name} must hold an object, got a {type(values).__name__}")
     return values
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    lines = text.splitlines()
-    if lines and not text.endswith("\n"):
-        lines.pop()  # a process that was killed had begun to write it
+    lines = text.split("\n")  # JSON may hold the separators of Unicode
+    lines.pop()  # empty, or what a process that was killed had begun to write
     try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
+        read = [json.loads(line) for line in lines]
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"read_run: {path.name} must hold a JSON object a line, got {error}") from error
+    for number, line in enumerate(read, start=1):
+        if not isinstance(line, dict) or not _is_entry(line):
+            raise ValueError(
+                f"read_run: {path.name} must hold a stage, and the number of an epoch if any, in every line, "
+                f"got line {number} without"
+            )
+    return read
+
+
+def _is_entry(line: dict[str, Any]) -> bool:
+    return isinstance(line.get("stage"), str) and type(line.get("epoch", 0)) is int
