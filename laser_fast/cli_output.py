@@ -22,13 +22,14 @@ from laser_fast.data.printable import one_line, printable
 from laser_fast.settings import describe_problems
 
 _PROG = "laser-fast"
+_OUTPUT = "standard output"
 _BROKEN_PIPE = 128 + signal.SIGPIPE
 _OUR_MESSAGE = re.compile(r"[^:\n]{1,100}: .*\bgot\b", re.DOTALL)
 
 _RULES = {
     errno.EACCES: "it must be permitted to read or write it",
     errno.EDQUOT: "the disk must have room; free some or choose another place",
-    errno.EEXIST: "it must not exist yet",
+    errno.EEXIST: "nothing must be in its place",
     errno.EIO: "the disk must be whole",
     errno.EISDIR: "it must be a file, no folder",
     errno.ELOOP: "its links must lead somewhere",
@@ -91,11 +92,27 @@ class _Escaped:
 
     def write(self, text: str) -> int:
         encoding = self._stream.encoding or "utf-8"  # a stream of a string has none
-        self._stream.write(printable(text, lines=True).encode(encoding, "backslashreplace").decode(encoding))
+        shown = printable(text, lines=True).encode(encoding, "backslashreplace").decode(encoding)
+        with _named_output():
+            self._stream.write(shown)
         return len(text)
+
+    def flush(self) -> None:
+        with _named_output():
+            self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _named_output() -> Iterator[None]:
+    """An error of the system within tells that it is of stdout."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = _OUTPUT
+        raise
 
 
 @contextlib.contextmanager
@@ -116,8 +133,8 @@ def report_error(error: BaseException, *, trace: bool) -> int:
         The exit status: 2, 1 for a fault of laser_fast, 130 for Ctrl-C, 141 for a reader of stdout that has gone, which
         is no error and told by nothing.
     """
-    unread = not _flush_output()
-    if isinstance(error, BrokenPipeError) and unread:
+    _flush_output()
+    if isinstance(error, BrokenPipeError) and error.filename == _OUTPUT:
         return _BROKEN_PIPE
     if trace:
         _say(printable("".join(traceback.format_exception(error)).rstrip(), lines=True))
@@ -179,22 +196,21 @@ def _out_of_memory(error: BaseException, message: str) -> bool:
     )
 
 
-def _flush_output() -> bool:
+def _flush_output() -> None:
     """Write what stdout still holds; where it cannot be written, throw it away: Python tries again at its end."""
     try:
         sys.stdout.flush()
-        return True
     except (OSError, ValueError, AttributeError):  # full or unread; closed; none
         with contextlib.suppress(OSError, ValueError, AttributeError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, sys.stdout.fileno())
             os.close(nowhere)
-        return False
 
 
 def _say(line: str) -> None:
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr is full, broken, closed or none
-        print(line, file=sys.stderr, flush=True)
+    if sys.stderr is not None:  # else `print` would take stdout
+        with contextlib.suppress(OSError, ValueError):  # it is full, unread or closed
+            print(line, file=sys.stderr, flush=True)
 
 
 def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -102,5 +102,5 @@ def _problem(error: Exception) -> str:
         mark = error.problem_mark
         return f"{error.problem} at line {mark.line + 1}, column {mark.column + 1}"
     if isinstance(error, yaml.reader.ReaderError):
-        return f"character {error.character!r} at {error.position}"
+        return f"character {chr(error.character)!r} at {error.position}"
     return str(error)
