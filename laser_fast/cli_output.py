@@ -53,7 +53,7 @@ _CAUSES: tuple[tuple[tuple[type[Exception], ...], str], ...] = (
 )
 # the same of packages that need not be installed or are slow to import: first part of a module's name
 _CAUSES_OF_PACKAGES = {
-    "safetensors_rust": "a safetensors file must be whole",
+    "safetensors": "a safetensors file must be whole",
     "zlib": "a packed file must be whole",
     "_lzma": "a packed file must be whole",
     "lzma": "a packed file must be whole",
@@ -171,6 +171,8 @@ def _explain(error: BaseException) -> str | None:
     for package, rule in _CAUSES_OF_PACKAGES.items():
         if package in kinds_of_packages:
             return f"{rule}, got {message}"
+    if type(error) is Exception:  # `tokenizers` has no kind of its own
+        return f"a tokenizer must be whole, got {message}"
     return None
 
 

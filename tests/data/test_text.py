@@ -32,7 +32,7 @@ def test_clean_text(text: str, expected: str) -> None:
     [
         ("a<!-- b", "a<!-- b"),  # a comment that does not end is text
         ("a<!-- b <script>c</script>d", "a<!-- b d"),
-        ("a<script c</script>d", "a d"),  # the first > ends the tag, and there is no end behind it
+        ("a<script c</script>d", "a<script c</script>d"),  # the first > ends the tag, so nothing ends the script
         ("a<script>b</style>c<STYLE x='1'>d</style >e", "a<script>b</style>c e"),
         ("a<scripts>b</scripts>", "a<scripts>b</scripts>"),
         ("a<!--<!-- b --> c -->d", "a c -->d"),
