@@ -173,6 +173,8 @@ def _explain(error: BaseException) -> str | None:
             return f"{rule}, got {message}"
     if type(error) is Exception:  # `tokenizers` has no kind of its own
         return f"a tokenizer must be whole, got {message}"
+    if _in_transformers_files(error):
+        return f"the files of a language model must be whole, got {type(error).__name__}: {message}"
     return None
 
 
@@ -189,6 +191,14 @@ def _explain_system(error: OSError) -> str:
 def _raised_by_us(error: BaseException) -> bool:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return bool(frames) and str(frames[-1].f_globals.get("__name__", "")).partition(".")[0] == "laser_fast"
+
+
+def _in_transformers_files(error: BaseException) -> bool:
+    """Whether it came while transformers read a folder, of which it checks little."""
+    return any(
+        frame.f_code.co_name == "from_pretrained" and str(frame.f_globals.get("__name__")).startswith("transformers.")
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
 
 
 def _out_of_memory(error: BaseException, message: str) -> bool:

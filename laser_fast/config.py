@@ -21,8 +21,8 @@ from laser_fast.settings import load_config as load_config
 from laser_fast.settings import resolve_path as resolve_path
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Width = Annotated[int, Field(ge=1, le=2**16)]
-"""Of a hidden state."""
+Width = Annotated[int, Field(ge=1, le=2**14)]
+"""Of a hidden state: a square matrix of the widest takes 1 GiB."""
 Few = Annotated[int, Field(ge=1, le=1024)]
 """Layers, heads, experts and virtual tokens."""
 Length = Annotated[int, Field(ge=1, le=2**20)]

@@ -115,6 +115,22 @@ def test_real_causes(arguments: list[str], message: str, tmp_path: Path, capsys:
     assert error.count("\n") == 1 and len(error) < 2100 and "\x1b" not in error
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", ["", "{", "3", "null", "[]", "[" * 10**5, "\ud800"])
+def test_a_language_model_of_damaged_files(
+    name: str, content: str, tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from laser_fast.config import LanguageModelConfig
+    from laser_fast.models.language_model import load_language_model
+
+    for file in tiny_lm.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / name).unlink()
+    (tmp_path / name).write_bytes(content.encode("utf-8", "surrogatepass"))
+    assert run(monkeypatch, lambda: load_language_model(LanguageModelConfig(path=str(tmp_path)))) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("laser-fast: error: ")
+
+
 def test_a_fault_of_the_program_is_told_as_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
