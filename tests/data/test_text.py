@@ -39,6 +39,7 @@ def test_clean_text(text: str, expected: str) -> None:
         ("a<style><!--</style>b-->c", "a b-->c"),
         ("<\u017ftyle>a</style>", "<\u017ftyle>a</style>"),  # not an s, though case folding says so
         ("&#" + "9" * 5000 + ";", "&#" + "9" * 5000 + ";"),  # no number of Unicode, and one int() refuses
+        ("&amp" + "x" * 40 + ";", "&amp" + "x" * 40 + ";"),  # longer than any name
         ("&#x0000000041;&#0000000066;", "AB"),
         ("&CounterClockwiseContourIntegral;", "\u2233"),  # the longest name
     ],
@@ -47,7 +48,7 @@ def test_clean_text_at_its_edges(text: str, expected: str) -> None:
     assert clean_text(text) == expected
 
 
-_SIZE = 300_000
+_SIZE = 100_000
 
 
 @pytest.mark.parametrize(
@@ -57,14 +58,14 @@ _SIZE = 300_000
         "&", "&a", "&amp", "&#9", "&amp;", "&#x", " ", "\n<br", "(", "()", ", The", ", ", " (1999)", "(a, The)", "a,",
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("end", ["", ";", ")"])
+@pytest.mark.parametrize("end", ["", ";)"])
 def test_cleaning_takes_a_time_that_grows_with_the_text(part: str, end: str) -> None:
     text = part * (_SIZE // len(part)) + end
     begin = time.process_time()
     normalize_title(text, "1999")
     clean_text(text)
     clean_text(f"&{text.replace('&', '')};")  # one endless name
-    assert time.process_time() - begin < 3.0  # a tenth of a second; the square of the length would be minutes
+    assert time.process_time() - begin < 2.0  # some hundredths of a second; the square of the length is ten
 
 
 def rendered(template: str, **fields: str) -> str:
