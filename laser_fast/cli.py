@@ -5,13 +5,13 @@ import json
 import shlex
 import sys
 import textwrap
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from laser_fast import __version__
 from laser_fast.cli_evaluation import add_evaluation_commands, load_run, write_figures
+from laser_fast.cli_output import Parser, report_error, safe_output
 from laser_fast.config import (
     LaserConfig,
     RecommenderConfig,
@@ -21,25 +21,30 @@ from laser_fast.config import (
     load_config,
     resolve_path,
 )
+from laser_fast.data.printable import printable, shorten
+from laser_fast.number_arguments import whole_number
+
+_LONGEST_TITLE = 300  # characters of it that are printed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, or 2 with one line on stderr for an input that is refused."""
-    parsed = parser().parse_args(arguments)
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _print_warning
-            return int(parsed.run(parsed) or 0)
-    except (FileNotFoundError, FileExistsError, ValueError, FloatingPointError, ImportError) as error:
-        if parsed.traceback:
-            raise
-        print(f"laser-fast: error: {error}", file=sys.stderr)
-        return 2
+    """Run one command; returns the exit status: 0, or that of `report_error`, which has told why on stderr."""
+    trace = False
+    with safe_output():
+        try:
+            parsed = parser().parse_args(arguments)
+            trace = parsed.traceback
+            status = int(parsed.run(parsed) or 0)
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where an error of it is told
+            return status
+        except (Exception, KeyboardInterrupt) as error:
+            return report_error(error, trace=trace)
 
 
 def parser() -> argparse.ArgumentParser:
     """The commands and their arguments; `parse_args(...).run` is the function of the command."""
-    root = argparse.ArgumentParser(prog="laser-fast", description="LLM-based sequential recommendation on one GPU.")
+    root = Parser(prog="laser-fast", description="LLM-based sequential recommendation on one GPU.")
     root.add_argument("--version", action="version", version=f"laser-fast {__version__}")
     root.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = root.add_subparsers(required=True, metavar="COMMAND")
@@ -62,7 +67,12 @@ def parser() -> argparse.ArgumentParser:
         "--gpu", nargs="+", default=["8GB", "12GB", "16GB", "24GB"], metavar="SIZE", help="cards, as sold"
     )
     plan.add_argument("--cpu", action="store_true", help="for training on a CPU instead")
-    plan.add_argument("--items", type=int, metavar="N", help="size of the catalogue, where there is no data set yet")
+    plan.add_argument(
+        "--items",
+        type=whole_number(1, 2**31 - 1),
+        metavar="N",
+        help="size of the catalogue, where there is no data set yet",
+    )
     plan.add_argument("--json", action="store_true", help="machine-readable")
     plan.set_defaults(run=_plan)
 
@@ -122,8 +132,10 @@ def _add_recommend(parser: argparse.ArgumentParser) -> None:
         "--history", nargs="+", metavar="ITEM", help="item ids, oldest first; nobody needs to be a known user"
     )
     who.add_argument("--user", nargs="+", metavar="USER", help="users of the data set")
-    who.add_argument("--sample", type=int, default=3, metavar="N", help="N users of the data set (default: 3)")
-    parser.add_argument("-k", type=int, default=5, help="items to recommend")
+    who.add_argument(
+        "--sample", type=whole_number(1), default=3, metavar="N", help="N users of the data set (default: 3)"
+    )
+    parser.add_argument("-k", type=whole_number(1), default=5, help="items to recommend")
     parser.add_argument("--include-seen", action="store_true", help="items of the history may be recommended again")
     parser.add_argument("--json", action="store_true", help="one JSON object per user")
 
@@ -246,7 +258,8 @@ def _recommend(parsed: argparse.Namespace) -> None:
         model, inputs, _ = load_run(parsed, parsed.model)
         dataset = inputs.dataset
         if parsed.user is None:
-            chosen = [round(i * dataset.num_users / parsed.sample) for i in range(parsed.sample)]
+            sample = min(parsed.sample, dataset.num_users)
+            chosen = [round(i * dataset.num_users / sample) for i in range(sample)]
         else:
             chosen = _user_indices(dataset.user_ids, parsed.user)
         users = [f"user {dataset.user_ids[index]}" for index in chosen]
@@ -258,14 +271,19 @@ def _recommend(parsed: argparse.Namespace) -> None:
     for user, history, answer in zip(users, histories, answers, strict=True):
         if parsed.json:
             items = [{"item": r.item_id, "score": r.score, "text": titles[r.item_id]} for r in answer]
-            print(json.dumps({"user": user, "history": list(history), "recommendations": items}, ensure_ascii=False))
+            print(json.dumps({"user": user, "history": list(history), "recommendations": items}))
             continue
-        newest = [titles.get(item, item) for item in list(history)[-5:]]
-        print(f"\n{user}, {len(history)} items, the newest last:")
+        newest = [_shown(titles.get(item, item)) for item in list(history)[-5:]]
+        print(f"\n{_shown(user)}, {len(history)} items, the newest last:")
         print(textwrap.fill("; ".join(newest), 100, initial_indent="    ", subsequent_indent="    "))
         print("  recommended:")
         for rank, recommendation in enumerate(answer, start=1):
-            print(f"    {rank}. {titles[recommendation.item_id]}  ({recommendation.score:.2f})")
+            print(f"    {rank}. {_shown(titles[recommendation.item_id])}  ({recommendation.score:.2f})")
+
+
+def _shown(text: str) -> str:
+    """Text of data for a line of a terminal."""
+    return printable(shorten(text, _LONGEST_TITLE))
 
 
 def _report(parsed: argparse.Namespace) -> None:
@@ -321,7 +339,3 @@ def _user_indices(user_ids: Sequence[str], wanted: Sequence[str]) -> list[int]:
         if user not in index:
             raise ValueError(f"recommend: --user must name users of the data set, got {user!r}")
     return [index[user] for user in wanted]
-
-
-def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"laser-fast: warning: {message}", file=sys.stderr)

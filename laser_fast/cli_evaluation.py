@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from laser_fast.number_arguments import LARGEST_SEED, whole_number
+
 if TYPE_CHECKING:
     from laser_fast.config import LaserConfig
     from laser_fast.data import EvaluationRows
@@ -26,10 +28,16 @@ def add_evaluation_commands(commands: Any) -> None:
         default="full",
         help="full: the whole catalogue (default); else drawn candidates; llara: the target and 19 uniform ones, HR@1",
     )
-    command.add_argument("--candidates", type=int, default=100, metavar="N", help="of a ranking, the target included")
-    command.add_argument("--draws", type=int, default=20, metavar="N", help="draws of candidates to average over")
+    command.add_argument(
+        "--candidates", type=whole_number(2), default=100, metavar="N", help="of a ranking, the target included"
+    )
+    command.add_argument(
+        "--draws", type=whole_number(1), default=20, metavar="N", help="draws of candidates to average over"
+    )
     command.add_argument("--candidates-file", metavar="FILE", help="read the candidates from here, or store them here")
-    command.add_argument("--bootstrap", type=int, metavar="N", help="also bootstrap intervals, of N resamples")
+    command.add_argument(
+        "--bootstrap", type=whole_number(1), metavar="N", help="also bootstrap intervals, of N resamples"
+    )
     command.set_defaults(run=_evaluate)
 
     command = commands.add_parser("significance", help="do two runs differ on the same test users?")
@@ -37,7 +45,9 @@ def add_evaluation_commands(commands: Any) -> None:
     command.add_argument("second", metavar="RUN_B")
     _add_common(command)
     command.add_argument("--metrics", nargs="+", default=["HR@10", "NDCG@10", "MRR"], metavar="METRIC")
-    command.add_argument("--resamples", type=int, default=10_000, metavar="N", help="random signs (default: 10000)")
+    command.add_argument(
+        "--resamples", type=whole_number(1), default=10_000, metavar="N", help="random signs (default: 10000)"
+    )
     command.set_defaults(run=_significance)
 
 
@@ -45,7 +55,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data", help="where the data set is now, if it moved")
     command.add_argument("--recommender", help="where the recommender is now, if it moved")
     command.add_argument("--split", choices=("test", "valid"), default="test")
-    command.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    command.add_argument("--seed", type=whole_number(0, LARGEST_SEED), default=0, help="of what is drawn")
     command.add_argument("--output", help="also write the figures to this JSON file")
 
 

@@ -3,6 +3,9 @@
 The sections are frozen pydantic models, so a configuration that exists is valid: an unknown key, a value out of range
 or two settings that contradict each other are refused when the file is read, with the name of the key and the nearest
 known one. Modules never receive these objects; builders unpack them.
+
+Every number has two bounds. The upper ones are far from what anybody trains with: they are there so that no typing
+error (64e6 for 64) begins a loop without end or asks for memory that no machine has.
 """
 
 from datetime import date
@@ -18,33 +21,50 @@ from laser_fast.settings import load_config as load_config
 from laser_fast.settings import resolve_path as resolve_path
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-PositiveInt = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
+Width = Annotated[int, Field(ge=1, le=2**14)]
+"""Of a hidden state: a square matrix of the widest takes 1 GiB."""
+Few = Annotated[int, Field(ge=1, le=1024)]
+"""Layers, heads, experts and virtual tokens."""
+Length = Annotated[int, Field(ge=1, le=2**20)]
+"""Items or tokens of one sequence, and sequences of one batch."""
+Many = Annotated[int, Field(ge=1, le=10**10)]
+"""Rows, steps and packed tokens."""
+Epochs = Annotated[int, Field(ge=0, le=10**5)]
+Patience = Annotated[int, Field(ge=1, le=10**5)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""NumPy takes no larger one."""
+Rate = Annotated[float, Field(gt=0.0, le=100.0)]
+Decay = Annotated[float, Field(ge=0.0, le=100.0)]
+Norm = Annotated[float, Field(gt=0.0, le=1e9)]
+Temperature = Annotated[float, Field(ge=1e-6, le=1e6)]
+"""Scores of unit vectors divided by it, and their exponentials' gradients, stay in float32."""
+Weight = Annotated[float, Field(ge=0.0, le=1e6)]
+_LATEST = 2.0**63  # moments of a log, in whatever unit
 
 
 class RecommenderConfig(Settings):
     """SASRec (Kang & McAuley, 2018) or GRU4Rec (Hidasi et al., 2016), the frozen ID-based recommender; its training."""
 
     kind: Literal["sasrec", "gru4rec"] = "sasrec"
-    width: PositiveInt = 64
+    width: Width = 64
     """Width `D_id` of the item embeddings and of the states."""
-    num_layers: PositiveInt = 2
-    num_heads: PositiveInt = 2
+    num_layers: Few = 2
+    num_heads: Few = 2
     """Of SASRec; GRU4Rec has none."""
-    hidden_width: PositiveInt | None = None
+    hidden_width: Width | None = None
     """Of GRU4Rec's recurrent layers; None = 2 * `width`. SASRec has none."""
     dropout: Fraction = 0.5
     """Of the embeddings, attention weights and layer outputs."""
     state_dropout: Fraction = 0.2
     """Of the states before they meet the item embeddings: keeps small data sets from being learned by heart."""
-    max_length: PositiveInt = 50
+    max_length: Length = 50
     """Newest history items that are read; older ones are dropped."""
-    batch_size: PositiveInt = 128
+    batch_size: Length = 128
     """Training sequences in a batch, each of up to `max_length` + 1 events; longer ones are cut into several."""
-    learning_rate: PositiveFloat = 1e-3
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    epochs: PositiveInt = 100
-    patience: PositiveInt = 8
+    learning_rate: Rate = 1e-3
+    weight_decay: Decay = 0.0
+    epochs: Annotated[int, Field(ge=1, le=10**5)] = 100
+    patience: Patience = 8
     """Epochs without a better validation NDCG@10 before training stops."""
     folds: Annotated[int, Field(ge=0, le=127)] = 3
     """Models beside this one, each fitted without the users of its fold, whose states Laser's training rows are read
@@ -111,10 +131,10 @@ class PromptConfig(Settings):
     a causal language model; a bidirectional one needs `false`."""
     separator: str = "; "
     newest_first: bool = True
-    max_items: PositiveInt = 5
+    max_items: Length = 5
     """Newest history items that the language model reads; M-Former and the text residual read more at little cost."""
-    max_item_tokens: PositiveInt = 32
-    max_tokens: PositiveInt = 256
+    max_item_tokens: Length = 32
+    max_tokens: Length = 256
     """Item tokens of one history; the oldest items are dropped first."""
 
     @model_validator(mode="after")
@@ -132,20 +152,20 @@ class MFormerConfig(Settings):
     The default sizes are those of the study in docs/what-decides-the-ranking.md; the paper's are in presets/paper.yaml.
     """
 
-    width: PositiveInt = 128
-    num_layers: PositiveInt = 2
-    num_heads: PositiveInt = 4
-    cross_attention_freq: PositiveInt = 2
+    width: Width = 128
+    num_layers: Few = 2
+    num_heads: Few = 4
+    cross_attention_freq: Few = 2
     """Cross-attention to the history in every so-many-th layer, the first included."""
-    num_experts: PositiveInt = 4
-    top_k: PositiveInt = 2
-    num_queries: PositiveInt = 4
+    num_experts: Few = 4
+    top_k: Few = 2
+    num_queries: Few = 4
     """Query tokens per expert, which is also the number of prefix tokens."""
     weighting: Literal["softmax", "renormalize"] = "softmax"
     dropout: Fraction = 0.1
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of the products in the querying transformer; routing is float32 always. "auto": bfloat16 on a GPU that has it."""
-    max_history: PositiveInt = 20
+    max_history: Length = 20
     """Newest history items whose states are read."""
     states: Literal["auto", "cross-fitted", "in-sample"] = "auto"
     """Which states training rows are read with: those of the recommender's fold that has not seen the row's user, or
@@ -173,9 +193,9 @@ class BiTuningConfig(Settings):
     prefix_mode: Literal["embedding", "kv"] = "embedding"
     """How it enters: as input embeddings that run through the language model (the paper), or as keys and values of
     every layer (deep prompt tuning), which costs no token."""
-    deep_prefix_rank: PositiveInt = 64
+    deep_prefix_rank: Width = 64
     """With "kv": rank of the map from prefix tokens to keys and values."""
-    num_suffix_tokens: PositiveInt = 1
+    num_suffix_tokens: Few = 1
     readout: Literal["auto", "suffix", "mean"] = "auto"
     """"suffix": last hidden state at the suffix (the paper); "mean": mean over the text and the suffix, for encoders
     that were trained with mean pooling. "auto": "suffix" of a causal language model, "mean" of an encoder."""
@@ -199,11 +219,11 @@ class TextConfig(Settings):
     """Item embeddings with the residual: the language model's read-out and the text vector, or the text vector alone,
     which needs no pass over the catalogue and is trained against all of it at every step. "auto": "text" with the
     residual, "lm" without."""
-    templates: list[str] = Field(default_factory=list)
+    templates: list[str] = Field(default_factory=list, max_length=64)
     """Templates over the text fields whose unit vectors are averaged; none = `prompt.item_template` alone."""
-    max_tokens: PositiveInt = 96
+    max_tokens: Length = 96
     """Of a text that is read for its vector."""
-    max_history: PositiveInt = 10
+    max_history: Length = 10
     """Newest history items whose vectors make up the user's, with a learned weight for each age."""
     dropout: Fraction = 0.2
     """On the user's and the item's vector, before the head."""
@@ -220,14 +240,14 @@ class TextConfig(Settings):
 class ObjectiveConfig(Settings):
     """Losses of both stages."""
 
-    temperature: PositiveFloat = 0.05
-    balance_weight: Annotated[float, Field(ge=0.0)] = 0.01
+    temperature: Temperature = 0.05
+    balance_weight: Weight = 0.01
     """Weight `alpha` of the load-balancing loss."""
     balance_scope: Literal["global", "micro"] = "global"
     """Whose load is balanced when several processes train: that of all of them together, or each its own."""
     candidates: Literal["catalog", "sampled"] = "catalog"
     """What a user's target stands against: the whole item matrix, or `num_negatives` drawn items (the authors)."""
-    num_negatives: Annotated[int, Field(ge=0)] = 0
+    num_negatives: Annotated[int, Field(ge=0, le=2**20)] = 0
     """Items drawn for every user of a batch, uniformly among those outside its history."""
     mask_history: bool = True
     """Leave the items of a history out of what its target stands against in V: what a repeat is worth is then for the
@@ -240,13 +260,13 @@ class ObjectiveConfig(Settings):
     item_gradient: Literal["positives", "none"] = "positives"
     """Phase A: whether the positives of a batch, and the drawn negatives, are encoded with gradient, as candidates of
     each other."""
-    contrastive_weight: Annotated[float, Field(ge=0.0)] = 1.0
+    contrastive_weight: Weight = 1.0
     """Of stage 1's contrastive term; 0 switches it off, as for the next two."""
-    matching_weight: Annotated[float, Field(ge=0.0)] = 1.0
+    matching_weight: Weight = 1.0
     """Queries that read a user and a text together tell whether they belong together."""
-    generation_weight: Annotated[float, Field(ge=0.0)] = 1.0
+    generation_weight: Weight = 1.0
     """The text is foretold token by token from the queries."""
-    contrastive_temperature: PositiveFloat = 0.07
+    contrastive_temperature: Temperature = 0.07
     """Initial value of the learned temperature of stage 1."""
     label_smoothing: Fraction = 0.1
 
@@ -272,10 +292,10 @@ class ObjectiveConfig(Settings):
 class OptimizerConfig(Settings):
     """AdamW with linear warm-up and cosine decay."""
 
-    learning_rate: PositiveFloat = 1e-3
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    learning_rate: Rate = 1e-3
+    weight_decay: Decay = 0.01
     warmup_fraction: Fraction = 0.05
-    max_grad_norm: PositiveFloat = 1.0
+    max_grad_norm: Norm = 1.0
     eight_bit: bool = False
     """Moments of Adam in 8 bits, where bitsandbytes can: 2 bytes a trained parameter instead of 8."""
 
@@ -283,28 +303,28 @@ class OptimizerConfig(Settings):
 class StageConfig(Settings):
     """How long one stage or phase runs."""
 
-    epochs: Annotated[int, Field(ge=0)]
+    epochs: Epochs
     """0 skips it."""
-    rows_per_epoch: PositiveInt | None = None
+    rows_per_epoch: Many | None = None
     """Training rows drawn for an epoch; None: all of them."""
-    batch_size: PositiveInt | None = None
+    batch_size: Length | None = None
     """Rows of a step in this stage; None: `training.batch_size`."""
-    patience: PositiveInt = 3
+    patience: Patience = 3
     """Epochs without a better validation NDCG@10 before it stops."""
 
 
 class TrainingConfig(Settings):
     """The schedule: stage 1 (pre-training of M-Former), then stage 2 in its phases A and B."""
 
-    seed: int = 0
-    batch_size: PositiveInt = 64
+    seed: Seed = 0
+    batch_size: Length = 64
     """Rows of a step; where several processes train, of all of them together, each takes an equal share."""
-    micro_batch_tokens: PositiveInt | None = None
+    micro_batch_tokens: Many | None = None
     """Packed tokens, virtual ones included, that go through the language model at once; a batch of more is split and
     its gradients added up. None = never split."""
     halve_on_oom: bool = False
     """When memory runs out, halve `micro_batch_tokens` and take the step again instead of stopping."""
-    save_steps: PositiveInt | None = None
+    save_steps: Many | None = None
     """Steps after which the state is saved, from which `train --resume` goes on. None = at every epoch's end only."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     tensorboard: bool = False
@@ -338,19 +358,21 @@ class SplitConfig(Settings):
     test_fraction: Fraction = 0.1
     targets: Literal["first", "last", "all"] = "first"
     """"global-time": which of a user's events in a part are asked about."""
-    seed: int = 0
+    seed: Seed = 0
     """"by-user": of the choice."""
 
     @field_validator("valid_from", "test_from", mode="before")
     @classmethod
-    def _date_as_text(cls, value: Any) -> Any:
+    def _moment(cls, value: Any) -> Any:
+        if isinstance(value, int | float) and not abs(value) < _LATEST:  # NaN too
+            raise ValueError(f"must be a number of less than 2^63, or a date, got {value:.6g}")
         return value.isoformat() if isinstance(value, date) else value  # YAML reads 2024-01-31 as a date
 
 
 class EvaluationConfig(Settings):
     """Full ranking over the whole catalogue."""
 
-    batch_size: PositiveInt = 128
+    batch_size: Length = 128
     calibrate: bool = True
     """Fit the calibrated score (repeat, popularity, recommender terms) on validation; off = the cosine of the paper."""
     recommender_score: bool = True

@@ -7,15 +7,27 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+
+from laser_fast.yaml_text import parse_yaml, read_yaml
 
 _PACKAGE_SCHEME = "package:"
+_MOST_PROBLEMS = 10  # told at once
+_LONGEST_VALUE = 200  # characters of a value or key that a message shows
 
 
 class Settings(BaseModel):
-    """Base of all sections: immutable, and a key that is not a field is an error."""
+    """Base of all sections: immutable, numbers finite, and a key that is not a field is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML's `on` and `yes` are truth values, which would count as the number 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError(f"must not be a truth value, got {value}")
+        return value
 
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
@@ -25,31 +37,37 @@ def build_config(kind: type[AnySettings], values: Mapping[str, Any]) -> AnySetti
     """Validate `values` into `kind`.
 
     Raises:
-        ValueError: for every unknown key (with the nearest known one) and every value that breaks a rule, in one
-            message.
+        ValueError: for unknown keys (with the nearest known one) and values that break a rule, in one message.
     """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"configuration: settings must be keys and values, got a {type(values).__name__}")
     try:
         return kind.model_validate(dict(values))
     except ValidationError as error:
-        problems = [_describe(kind, problem) for problem in error.errors()]
-    raise ValueError("configuration: " + "; ".join(problems))
+        problems = describe_problems(error, kind)
+    raise ValueError(problems)
+
+
+def describe_problems(error: ValidationError, kind: type[Settings] = Settings) -> str:
+    """What a validation found, in one sentence: the rules and the values, without pydantic's own words around them.
+
+    Args:
+        kind: whose keys are proposed for unknown ones.
+    """
+    problems = error.errors(include_url=False)
+    told = [_describe(kind, problem) for problem in problems[:_MOST_PROBLEMS]]
+    told += [f"and {len(problems) - _MOST_PROBLEMS:,} more"] if len(problems) > _MOST_PROBLEMS else []
+    return "configuration: " + "; ".join(told)
 
 
 def load_config(kind: type[AnySettings], path: str | Path, overrides: Sequence[str] = ()) -> AnySettings:
     """Read a YAML file and apply `overrides` of the form `section.key=value` (the value is read as YAML).
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: broken YAML, a malformed override, an unknown key, a value out of range.
+        OSError: no such file, or one that cannot be read.
+        ValueError: broken YAML (`read_yaml`), a malformed override, an unknown key, a value out of range.
     """
-    text = Path(path).read_text(encoding="utf-8")
-    try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"load_config: {path} must be YAML, got {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"load_config: {path} must hold keys and values, got a {type(values).__name__}")
-    return build_config(kind, apply_overrides(values, overrides))
+    return build_config(kind, apply_overrides(read_yaml(path), overrides))
 
 
 def dump_config(config: Settings) -> str:
@@ -105,15 +123,17 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             raise ValueError(f"load_config: {section!r} in override {override!r} must be a section, got {inner!r}")
         target = inner
-    target[last] = yaml.safe_load(text)
+    target[last] = parse_yaml(text, f"the value of override {override!r}")
 
 
 def _describe(kind: type[Settings], problem: Any) -> str:
     location = [str(part) for part in problem["loc"]]
-    name = ".".join(location)
+    name = ".".join(location)[:_LONGEST_VALUE]
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, _known_keys(kind), n=1, cutoff=0.5)
-        near = near or difflib.get_close_matches(location[-1], [key.split(".")[-1] for key in _known_keys(kind)], n=1)
+        near = near or difflib.get_close_matches(
+            location[-1][:_LONGEST_VALUE], [key.split(".")[-1] for key in _known_keys(kind)], n=1
+        )
         return f"unknown key {name!r}" + (f", did you mean {near[0]!r}?" if near else "")
     if problem["type"] == "missing":
         return f"key {name!r} must be set, got nothing"
@@ -121,7 +141,12 @@ def _describe(kind: type[Settings], problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":  # our own checks, which print the values themselves
         return f"{where}{message}"
-    return f"{where}{message}, got {problem['input']!r}"
+    return f"{where}{message}, got {_shown(problem['input'])}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}... ({len(text):,} characters)"
 
 
 def _known_keys(kind: type[Settings], prefix: str = "") -> list[str]:

@@ -106,7 +106,7 @@ def test_recommend_in_words(trained: Path, capsys: pytest.CaptureFixture[str]) -
     ("arguments", "message"),
     [
         (["recommend", "RUN", "--user", "nobody"], "--user must name users of the data set, got 'nobody'"),
-        (["recommend", "RUN", "-k", "0"], "k must be at least 1, got 0"),
+        (["recommend", "RUN", "-k", "0"], "-k: must be a whole number from 1 to 1000000, got '0'"),
         (["train", "RUN/../laser.yaml"], "output must be a new or empty folder"),
         (
             ["train", "RUN/../laser.yaml", "--set", "mformer.topk=1"],

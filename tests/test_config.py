@@ -1,13 +1,17 @@
 """Settings: typos are refused with a suggestion, values are checked, the file reads back to what was written."""
 
+from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from pydantic import ValidationError
 
+import laser_fast.config as config_module
 from laser_fast.config import (
     LaserConfig,
     RecommenderConfig,
+    Settings,
     apply_overrides,
     build_config,
     dump_config,
@@ -97,6 +101,68 @@ def test_malformed_files_and_overrides(tmp_path: Path) -> None:
         apply_overrides({"lm": 3}, ["lm.path=x"])
     with pytest.raises(FileNotFoundError):
         load_config(RecommenderConfig, tmp_path / "nowhere.yaml")
+
+
+def numeric_fields() -> list[tuple[type[Settings], str]]:
+    """Every setting that may be a number, of every section."""
+    found = []
+    for section in vars(config_module).values():
+        if isinstance(section, type) and issubclass(section, Settings):
+            for name, field in section.model_fields.items():
+                kinds = {field.annotation, *get_args(field.annotation)}
+                kinds |= {without_bounds(kind) for kind in kinds}
+                if kinds & {int, float}:
+                    found.append((section, name))
+    return found
+
+
+def without_bounds(kind: Any) -> Any:
+    """`int` of `Annotated[int, ...]`, else what it is."""
+    return kind.__origin__ if hasattr(kind, "__metadata__") else kind
+
+
+def test_every_number_has_two_bounds() -> None:
+    fields = numeric_fields()
+    assert len(fields) > 50
+    for section, name in fields:
+        for value in (10**30, -(10**30), 1e300, -1e300, float("nan"), float("inf"), float("-inf"), True, False):
+            with pytest.raises(ValidationError) as caught:
+                section.model_validate({name: value})
+            refused = {str(problem["loc"][0]) for problem in caught.value.errors() if problem["type"] != "missing"}
+            assert name in refused, f"{section.__name__}.{name} takes {value}"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            "training.batch_size=1000000000000",
+            "training.batch_size: .*less than or equal to 1048576, got 10{12}",
+        ),
+        ("training.phase_a.epochs=1000000000000", "training.phase_a.epochs: .*less than or equal to 100000"),
+        ("objective.temperature=1.0e+300", "objective.temperature: .*less than or equal to 1000000, got 1e.300"),
+        ("objective.temperature=.nan", "objective.temperature: .*finite number, got nan"),
+        ("training.seed=9223372036854775808", "training.seed: .*less than 4294967296"),
+        ("training.seed=-1", "training.seed: .*greater than or equal to 0, got -1"),
+        ("split.valid_from=.inf", r"split.valid_from: must be a number of less than 2\^63, or a date, got inf"),
+        ("training.batch_size=yes", "training.batch_size: must not be a truth value, got True"),
+    ],
+)
+def test_numbers_out_of_bounds_are_named(setting: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_config(LaserConfig, apply_overrides(deepcopy(MINIMAL), [setting]))
+
+
+def test_a_message_does_not_grow_with_what_is_wrong() -> None:
+    with pytest.raises(ValueError, match="and 99,990 more") as caught:
+        build_config(RecommenderConfig, dict.fromkeys((f"k{number}" for number in range(10**5)), 0))
+    assert len(str(caught.value)) < 1000
+    with pytest.raises(ValueError, match=r"width: .*, got 'x+\.\.\. \(1,000,002 characters\)") as caught:
+        build_config(RecommenderConfig, {"width": "x" * 10**6})
+    assert len(str(caught.value)) < 1000
+    with pytest.raises(ValueError, match="unknown key 'wwww") as caught:
+        build_config(RecommenderConfig, {"w" * 10**6: 1})
+    assert len(str(caught.value)) < 1000
 
 
 def test_presets_are_valid() -> None:

@@ -11,6 +11,7 @@ from laser_fast.data.prepare import Say, prepare
 from laser_fast.data.prepare_request import PrepareRequest
 from laser_fast.data.presplit import prepare_presplit
 from laser_fast.data.readers import MAX_UNPACKED_BYTES, InteractionColumns, UnknownItems
+from laser_fast.number_arguments import finite_number
 
 _GB = 10**9
 _PRESPLIT_OPTIONS = (
@@ -66,7 +67,7 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--items", metavar="FILE", help="item file with texts: as --interactions")
     parser.add_argument(
         "--max-archive-gb",
-        type=float,
+        type=finite_number(0, 1e9),
         default=MAX_UNPACKED_BYTES / _GB,
         metavar="GB",
         help="refuse archives that unpack to more (default: %(default).1f)",
@@ -91,7 +92,9 @@ def _add_filters(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--unknown-items", choices=get_args(UnknownItems), help="events outside the item file (default: error)"
     )
-    parser.add_argument("--min-rating", type=float, metavar="R", help="leave out events rated lower")
+    parser.add_argument(
+        "--min-rating", type=finite_number(-1e300, 1e300), metavar="R", help="leave out events rated lower"
+    )
     parser.add_argument("--from-time", metavar="T", help="leave out events before: a timestamp or a date (UTC)")
     parser.add_argument("--to-time", metavar="T", help="leave out events at this time or later")
     parser.add_argument("--time-unit", choices=("s", "ms"), help="of the log's timestamps, for dates (default: s)")

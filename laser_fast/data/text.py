@@ -8,8 +8,12 @@ from dataclasses import dataclass
 
 from laser_fast.data.items import ItemTable
 
-_ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|[A-Za-z][A-Za-z0-9]*);")  # a bare "&" is text: "R&B", "AT&T"
-_HIDDEN = re.compile(r"<!--.*?-->|<(script|style)\b[^>]*>.*?</\1\s*>", re.DOTALL | re.IGNORECASE)
+# a bare "&" is text: "R&B", "AT&T"; so is what is longer than any entity, as `html.unescape` takes the square of its
+# length, and refuses numbers of some thousand digits
+_ENTITY = re.compile(r"&(?:#\d{1,32}|#[xX][0-9a-fA-F]{1,32}|[A-Za-z][A-Za-z0-9]{0,31});")
+_HIDDEN = re.compile(r"<!--|<((?a:script|style))\b", re.IGNORECASE)  # where what is not shown begins
+_COMMENT_END = re.compile("-->")
+_END = {name: re.compile(rf"</{name}\s*>", re.IGNORECASE) for name in ("script", "style")}
 # known names only: "x < y > z" and "<3" are text
 _TAG = re.compile(
     r"</?(?:a|abbr|b|big|blockquote|br|center|div|em|font|h[1-6]|hr|i|img|li|ol|p|pre|small|span|strong|sub|sup|table"
@@ -25,11 +29,38 @@ def clean_text(text: str) -> str:
     Example: `clean_text("Nuts &amp;<br>bolts ") == "Nuts & bolts"`.
     """
     if "<" in text:
-        text = _TAG.sub(" ", _HIDDEN.sub(" ", text))
+        text = _TAG.sub(" ", _without_hidden(text))
     if "&" in text:
         text = _ENTITY.sub(lambda entity: html.unescape(entity[0]), text)
     text = " ".join(text.split())
     return "" if text in _MISSING else text
+
+
+def _without_hidden(text: str) -> str:
+    """`text` with a space for every comment, script and style sheet; one that does not end is text.
+
+    Takes a time that grows with the text: whatever ends nowhere behind a place is not looked for behind a later one.
+    """
+    pieces, position, start = [], 0, 0
+    endless: set[str] = set()
+    while (opening := _HIDDEN.search(text, start)) is not None:
+        start, name = opening.end(), (opening[1] or "").lower()
+        end = None if name in endless else _hidden_end(text, opening, name)
+        if end is None:
+            endless.add(name)
+            continue
+        pieces.append(text[position : opening.start()])
+        position = start = end
+    return " ".join([*pieces, text[position:]])
+
+
+def _hidden_end(text: str, opening: re.Match[str], name: str) -> int | None:
+    """Where the comment ("") or the element `name` ends that `opening` begins; None if it does not."""
+    start = opening.end()
+    if name:
+        start = text.find(">", start) + 1
+    found = (_END[name] if name else _COMMENT_END).search(text, start) if start else None
+    return None if found is None else found.end()
 
 
 def first_words(text: str, longest: int) -> str:

@@ -21,6 +21,7 @@ Sampler = Literal["uniform", "popularity"]
 LLARA_CANDIDATES = 20
 _LLARA_SHOWN = 10
 _KIND = "laser_fast.candidates"
+_MOST_ITEMS = 2**31  # of all rankings together: 16 GiB
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +130,11 @@ def draw_candidates(
     ):
         if value < least:
             raise ValueError(f"draw_candidates: {name} must be at least {least}, got {value}")
+    if draws * len(rows) * num_candidates > _MOST_ITEMS:
+        raise ValueError(
+            f"draw_candidates: draws x rows x num_candidates must be at most {_MOST_ITEMS:,}, "
+            f"got {draws} x {len(rows)} x {num_candidates}"
+        )
     if counts is not None and (counts.shape != (num_items,) or (counts < 0).any()):
         raise ValueError(f"draw_candidates: counts must be {num_items} numbers of at least 0, got shape {counts.shape}")
     histories = rows.histories if shown is None else rows.histories.truncate_left(shown)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 _Z95 = 1.959963984540054  # half width of a 95% normal interval, in standard errors
-_METRIC = re.compile(r"(HR|NDCG)@([1-9][0-9]*)|MRR")
+_METRIC = re.compile(r"(HR|NDCG)@([1-9][0-9]{0,8})|MRR")
 
 
 def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from laser_fast.evaluation.metrics import rank_values
 
 _MAX_DRAWS = 2**24  # random numbers held at a time
+_MOST_RESAMPLES = 10**7
 
 
 def bootstrap_interval(
@@ -21,7 +22,7 @@ def bootstrap_interval(
     Source: Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
 
     Raises:
-        ValueError: `level` is not between 0 and 1, or fewer than 1 resample.
+        ValueError: `level` is not between 0 and 1, or `resamples` is not in 1 to 10 million.
     """
     if not 0 < level < 1:
         raise ValueError(f"bootstrap_interval: level must lie between 0 and 1, got {level}")
@@ -82,7 +83,7 @@ def paired_significance(
         seed: of both.
 
     Raises:
-        ValueError: different numbers of rows, none, an unknown metric, or fewer than 1 resample.
+        ValueError: different numbers of rows, none, an unknown metric, or `resamples` is not in 1 to 10 million.
 
     Source: Smucker, Allan & Carterette, CIKM 2007 (the randomization test).
     """
@@ -109,5 +110,5 @@ def paired_significance(
 
 
 def _check_resamples(function: str, resamples: int) -> None:
-    if resamples < 1:
-        raise ValueError(f"{function}: resamples must be at least 1, got {resamples}")
+    if not 1 <= resamples <= _MOST_RESAMPLES:
+        raise ValueError(f"{function}: resamples must be from 1 to {_MOST_RESAMPLES:,}, got {resamples}")

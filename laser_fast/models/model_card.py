@@ -1,7 +1,9 @@
 """The README.md of a saved Laser: what it is, what it was trained on, how it is loaded, how good it was."""
 
+import json
 from typing import TYPE_CHECKING, Any
 
+from laser_fast.data.printable import escape_markdown, printable
 from laser_fast.models.adapter_files import origin_of
 
 if TYPE_CHECKING:
@@ -20,7 +22,8 @@ def model_card(model: "LaserModel", *, repo_id: str | None = None, figures: dict
     origin = origin_of(model)
     base = origin.lm.path
     on_hub = base.startswith(_BASE_SCHEME)
-    name = base.removeprefix(_BASE_SCHEME) if on_hub else f"a {origin.base['type']}"
+    name = base.removeprefix(_BASE_SCHEME)
+    around = escape_markdown(name if on_hub else f"a {origin.base['type']}")
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     prefix = origin.config.bituning.prefix
     writer = {
@@ -31,10 +34,10 @@ def model_card(model: "LaserModel", *, repo_id: str | None = None, figures: dict
         "none": "no prefix",
     }[prefix]
     metadata = ["library_name: laser_fast", "tags:", "- recommendation", "- sequential-recommendation", "- bi-tuning"]
-    metadata += [f"base_model: {name}"] if on_hub else []
+    metadata += [f"base_model: {printable(name)}"] if on_hub else []
     lines = ["---", *metadata, "---", "", "# Laser: recommendations from a frozen language model", ""]
     lines += [
-        f"Trained parameters ({trained:,}) of a Laser (arXiv:2409.01605) around {name}, "
+        f"Trained parameters ({trained:,}) of a Laser (arXiv:2409.01605) around {around}, "
         f"{origin.base['num_layers']} layers of {origin.base['hidden_size']}. The language model itself is not here.",
         "",
         f"- Catalogue: {model.num_items:,} items",
@@ -47,17 +50,17 @@ def model_card(model: "LaserModel", *, repo_id: str | None = None, figures: dict
         lines += [
             "| metric | value |",
             "|---|---|",
-            *(f"| {key} | {value:.4f} |" for key, value in figures.items()),
+            *(f"| {escape_markdown(key)} | {value:.4f} |" for key, value in figures.items()),
             "",
         ]
-    where = repr(repo_id or "this folder").replace("'", '"')
+    where = _quoted(repo_id or "this folder")
     llm = "" if on_hub else ', llm="folder of the language model"'
     lines += [
         "```python",
         "from laser_fast import LaserModel",
         "",
         f"model = LaserModel.from_pretrained({where}{llm})",
-        f'model.recommend([["{model.item_ids[0]}"]], k=5)  # item ids, the oldest first',
+        f"model.recommend([[{_quoted(model.item_ids[0])}]], k=5)  # item ids, the oldest first",
         "```",
         "",
         "Another language model or tokenizer than the one it was trained with is refused.",
@@ -68,6 +71,11 @@ def model_card(model: "LaserModel", *, repo_id: str | None = None, figures: dict
 
 def _recommender_name(model: "LaserModel") -> str:
     return "recommender" if model.recommender is None else type(model.recommender.recommender).__name__
+
+
+def _quoted(text: str) -> str:
+    """`text` as Python writes it, without what would end a block of code in Markdown."""
+    return printable(json.dumps(text, ensure_ascii=False)).replace("`", "\\x60")
 
 
 def _short(digest: str | None) -> str:

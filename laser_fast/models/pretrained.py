@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-import yaml
 from huggingface_hub import ModelCard, ModelHubMixin
 from torch import nn
 
@@ -27,6 +26,7 @@ from laser_fast.models.model_card import model_card
 from laser_fast.models.recommender import Scorer, SequentialRecommender
 from laser_fast.models.recommender_files import load_recommender
 from laser_fast.nn.frozen_lm import FrozenLM
+from laser_fast.yaml_text import read_yaml
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -286,10 +286,10 @@ def _folder(location: str, revision: str | None, local_files_only: bool) -> Path
 
 def _model_config(config: ModelConfig | Mapping[str, Any] | str | Path | None) -> ModelConfig:
     if isinstance(config, str | Path):
-        config = yaml.safe_load(resolve_path(config).read_text(encoding="utf-8")) or {}
+        config = read_yaml(resolve_path(config))
         # the file of a training run says more than what the model is
         others = LaserConfig.model_fields.keys() - ModelConfig.model_fields.keys()
-        config = {name: value for name, value in dict(config).items() if name not in others}
+        config = {name: value for name, value in config.items() if name not in others}
     return only_model(config) if isinstance(config, ModelConfig) else build_config(ModelConfig, config or {})
 
 

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from laser_fast.number_arguments import LARGEST_SEED, whole_number
+
 if TYPE_CHECKING:
     from laser_fast.data import SequenceDataset, Split
 
@@ -15,7 +17,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", help="new folder for the trained recommender")
     parser.add_argument("--kind", choices=("sasrec", "gru4rec"), help="which of them (default: what the config says)")
     parser.add_argument("--config", help="YAML file with settings of the recommender")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=whole_number(0, LARGEST_SEED), default=0)
     parser.add_argument(
         "--folds", type=int, metavar="K", help="also K models that have each not seen the users of one fold, for Laser"
     )
@@ -34,9 +36,9 @@ def add_import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trained-on-this-split", action="store_true", help="it has not seen validation and test events; else no Laser"
     )
-    parser.add_argument("--num-heads", type=int, help="attention heads, which weights do not tell")
+    parser.add_argument("--num-heads", type=whole_number(1, 1024), help="attention heads, which weights do not tell")
     parser.add_argument("--activation", help="RecBole's hidden_act (default: gelu)")
-    parser.add_argument("--max-length", type=int, help="longest history of a GRU4Rec (default: 50)")
+    parser.add_argument("--max-length", type=whole_number(1, 2**20), help="longest history of a GRU4Rec (default: 50)")
     _add_split_arguments(parser)
 
 

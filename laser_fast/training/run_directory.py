@@ -14,11 +14,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from laser_fast.config import Settings, build_config, dump_config
 from laser_fast.data.folders import PART, replace_file, write_json
 from laser_fast.training.tensorboard_log import TensorBoardLog
+from laser_fast.yaml_text import read_yaml
 
 _PACKAGES = (
     "laser-fast",
@@ -78,9 +77,7 @@ class RunDirectory:
                 f"RunDirectory: output must hold the run to resume, got {str(self.path)!r} without a config.yaml; "
                 "start it without --resume"
             )
-        began = dict(
-            _settings(build_config(type(config), yaml.safe_load(file.read_text(encoding="utf-8"))).model_dump())
-        )
+        began = dict(_settings(build_config(type(config), read_yaml(file)).model_dump()))
         now = dict(_settings(config.model_dump()))
         differences = [
             f"{key} = {now.get(key)!r} instead of {began.get(key)!r}"

@@ -1,8 +1,10 @@
 """Cleaning of texts, and item texts from templates."""
 
+import time
+
 import pytest
 
-from laser_fast.data import ItemTable, ItemText, clean_text
+from laser_fast.data import ItemTable, ItemText, clean_text, normalize_title
 
 
 @pytest.mark.parametrize(
@@ -23,6 +25,47 @@ from laser_fast.data import ItemTable, ItemText, clean_text
 )
 def test_clean_text(text: str, expected: str) -> None:
     assert clean_text(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("a<!-- b", "a<!-- b"),  # a comment that does not end is text
+        ("a<!-- b <script>c</script>d", "a<!-- b d"),
+        ("a<script c</script>d", "a<script c</script>d"),  # the first > ends the tag, so nothing ends the script
+        ("a<script>b</style>c<STYLE x='1'>d</style >e", "a<script>b</style>c e"),
+        ("a<scripts>b</scripts>", "a<scripts>b</scripts>"),
+        ("a<!--<!-- b --> c -->d", "a c -->d"),
+        ("a<style><!--</style>b-->c", "a b-->c"),
+        ("<\u017ftyle>a</style>", "<\u017ftyle>a</style>"),  # not an s, though case folding says so
+        ("&#" + "9" * 5000 + ";", "&#" + "9" * 5000 + ";"),  # no number of Unicode, and one int() refuses
+        ("&amp" + "x" * 40 + ";", "&amp" + "x" * 40 + ";"),  # longer than any name
+        ("&#x0000000041;&#0000000066;", "AB"),
+        ("&CounterClockwiseContourIntegral;", "\u2233"),  # the longest name
+    ],
+)
+def test_clean_text_at_its_edges(text: str, expected: str) -> None:
+    assert clean_text(text) == expected
+
+
+_SIZE = 100_000
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "<!--", "<script>", "<script ", "<script><style><!--", "<script></script ", "<!-- --", "<b ", "<b /", "<",
+        "&", "&a", "&amp", "&#9", "&amp;", "&#x", " ", "\n<br", "(", "()", ", The", ", ", " (1999)", "(a, The)", "a,",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("end", ["", ";)"])
+def test_cleaning_takes_a_time_that_grows_with_the_text(part: str, end: str) -> None:
+    text = part * (_SIZE // len(part)) + end
+    begin = time.process_time()
+    normalize_title(text, "1999")
+    clean_text(text)
+    clean_text(f"&{text.replace('&', '')};")  # one endless name
+    assert time.process_time() - begin < 2.0  # some hundredths of a second; the square of the length is ten
 
 
 def rendered(template: str, **fields: str) -> str:

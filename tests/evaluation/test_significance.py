@@ -93,7 +93,7 @@ def test_pieces_of_the_permutations_change_nothing_but_the_draws(monkeypatch: py
         ([1, 2], [1], {}, r"same rows, at least one, got \(2,\) and \(1,\) ranks"),
         ([], [], {}, r"same rows, at least one, got \(0,\) and \(0,\) ranks"),
         ([1], [1], {"metric": "AUC"}, "rank_values: metric must be .*, got 'AUC'"),
-        ([1], [1], {"resamples": 0}, "paired_significance: resamples must be at least 1, got 0"),
+        ([1], [1], {"resamples": 0}, "paired_significance: resamples must be from 1 to 10,000,000, got 0"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(
@@ -107,7 +107,7 @@ def test_what_cannot_be_compared_is_refused(
 def test_settings_of_the_bootstrap_are_checked() -> None:
     with pytest.raises(ValueError, match="bootstrap_interval: level must lie between 0 and 1, got 1"):
         bootstrap_interval(torch.ones(3), level=1)
-    with pytest.raises(ValueError, match="bootstrap_interval: resamples must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="bootstrap_interval: resamples must be from 1 to 10,000,000, got 0"):
         bootstrap_interval(torch.ones(3), resamples=0)
 
 

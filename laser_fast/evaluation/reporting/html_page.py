@@ -1,9 +1,10 @@
 """A document as one HTML file: style and pictures inside, no script, nothing fetched; fit for a phone and for paper."""
 
 import base64
-from html import escape
+import html
 from itertools import groupby
 
+from laser_fast.data.printable import printable
 from laser_fast.evaluation.reporting.document import (
     Block,
     Bullets,
@@ -63,15 +64,20 @@ pre { background: #f5f6f7; padding: .8rem; overflow-x: auto; font-size: .82rem; 
 
 def to_html(document: Document) -> str:
     """The whole page."""
-    links = "".join(f'<a href="#s{n}">{n}. {escape(s.title)}</a> ' for n, s in enumerate(document.sections, start=1))
+    links = "".join(f'<a href="#s{n}">{n}. {_text(s.title)}</a> ' for n, s in enumerate(document.sections, start=1))
     body = "\n".join(_section(number, section) for number, section in enumerate(document.sections, start=1))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(document.title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f'<h1>{escape(document.title)}</h1>\n<p class="date">Report written {escape(document.date)}</p>\n'
+        f"<title>{_text(document.title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f'<h1>{_text(document.title)}</h1>\n<p class="date">Report written {_text(document.date)}</p>\n'
         f"<nav>{links}</nav>\n{body}\n</body>\n</html>\n"
     )
+
+
+def _text(text: str, *, lines: bool = False) -> str:
+    """`text` as HTML that shows it, in an attribute too; control characters, of which HTML has none, as escapes."""
+    return html.escape(printable(text, lines=lines))
 
 
 def _section(number: int, section: Section) -> str:
@@ -80,24 +86,24 @@ def _section(number: int, section: Section) -> str:
         written = "\n".join(_block(block) for block in blocks)
         parts.append(f'<div class="pictures">\n{written}\n</div>' if is_picture else written)
     content = "\n".join(parts)
-    return f'<section>\n<h2 id="s{number}">{number}. {escape(section.title)}</h2>\n{content}\n</section>'
+    return f'<section>\n<h2 id="s{number}">{number}. {_text(section.title)}</h2>\n{content}\n</section>'
 
 
 def _block(block: Block) -> str:
     if isinstance(block, Paragraph):
         kind = "" if block.kind == "plain" else f' class="{block.kind}"'
-        return f"<p{kind}>{escape(block.text)}</p>"
+        return f"<p{kind}>{_text(block.text)}</p>"
     if isinstance(block, Heading):
-        return f"<h3>{escape(block.text)}</h3>"
+        return f"<h3>{_text(block.text)}</h3>"
     if isinstance(block, Bullets):
-        return "<ul>\n" + "\n".join(f"<li>{escape(line)}</li>" for line in block.lines) + "\n</ul>"
+        return "<ul>\n" + "\n".join(f"<li>{_text(line)}</li>" for line in block.lines) + "\n</ul>"
     if isinstance(block, Listing):
-        return f"<pre>{escape(block.text)}</pre>"
+        return f"<pre>{_text(block.text, lines=True)}</pre>"
     if isinstance(block, Picture):
         image = base64.b64encode(block.svg).decode("ascii")
         return (
-            f'<figure><img alt="{escape(block.alt)}" src="data:image/svg+xml;base64,{image}">'
-            f"<figcaption>{escape(block.caption)}</figcaption></figure>"
+            f'<figure><img alt="{_text(block.alt)}" src="data:image/svg+xml;base64,{image}">'
+            f"<figcaption>{_text(block.caption)}</figcaption></figure>"
         )
     return _table(block)
 
@@ -105,13 +111,13 @@ def _block(block: Block) -> str:
 def _table(table: Table) -> str:
     def row(cells: tuple[str, ...], tag: str) -> str:
         classes = [' class="wide"' if column in table.wide else "" for column in range(len(cells))]
-        return "".join(f"<{tag}{name}>{escape(cell)}</{tag}>" for name, cell in zip(classes, cells, strict=True))
+        return "".join(f"<{tag}{name}>{_text(cell)}</{tag}>" for name, cell in zip(classes, cells, strict=True))
 
     lines = []
     for number, cells in enumerate(table.rows):
         strong = ' class="strong"' if number in table.strong else ""
         lines.append(f"<tr{strong}>{row(cells, 'td')}</tr>")
-    caption = f"<caption>{escape(table.caption)}</caption>" if table.caption else ""
+    caption = f"<caption>{_text(table.caption)}</caption>" if table.caption else ""
     head = f"<thead><tr>{row(table.header, 'th')}</tr></thead>"
     body = "\n".join(lines)
     return f'<div class="scroll"><table>{caption}{head}<tbody>\n{body}\n</tbody></table></div>'

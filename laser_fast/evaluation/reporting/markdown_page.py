@@ -2,6 +2,7 @@
 
 import re
 
+from laser_fast.data.printable import escape_markdown, printable
 from laser_fast.evaluation.reporting.document import (
     Block,
     Bullets,
@@ -13,23 +14,14 @@ from laser_fast.evaluation.reporting.document import (
     Table,
 )
 
-_SPECIAL = re.compile(r"([\\`*_\[\]|~#$])")  # $: GitHub reads formulas
-
 
 def to_markdown(document: Document) -> str:
     """The whole file; pictures are named `NAME.svg`."""
-    parts = [f"# {escape_markdown(document.title)}", f"Report written {document.date}"]
+    parts = [f"# {escape_markdown(document.title)}", f"Report written {escape_markdown(document.date)}"]
     for number, section in enumerate(document.sections, start=1):
         parts.append(f"## {number}. {escape_markdown(section.title)}")
         parts += [_block(block) for block in section.blocks]
     return "\n\n".join(parts) + "\n"
-
-
-def escape_markdown(text: str) -> str:
-    """`text` on one line, with nothing in it that Markdown or HTML would read as more than text."""
-    line = " ".join(text.split())
-    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return _SPECIAL.sub(r"\\\1", line)
 
 
 def _block(block: Block) -> str:
@@ -43,7 +35,7 @@ def _block(block: Block) -> str:
     if isinstance(block, Listing):
         longest = max((len(run) for run in re.findall("`+", block.text)), default=0)
         fence = "`" * max(3, longest + 1)  # longer than any within
-        return f"{fence}\n{block.text.rstrip()}\n{fence}"
+        return f"{fence}\n{printable(block.text, lines=True).rstrip()}\n{fence}"
     if isinstance(block, Picture):
         return f"![{escape_markdown(block.alt)}]({block.name}.svg)\n\n{escape_markdown(block.caption)}"
     return _table(block)

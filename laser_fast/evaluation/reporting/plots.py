@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from laser_fast.data.printable import printable
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -155,7 +157,7 @@ def paired_bars(
                     bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
                 )
         axes.axvline(level[0] * 100, color="#1A1A1A", linewidth=1.3, linestyle=(0, (5, 3)), label=level[1])
-        axes.set_yticks(y, labels)
+        axes.set_yticks(y, _names(labels))
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
         axes.margins(x=0.12)
@@ -183,7 +185,7 @@ def dots(labels: Sequence[str], series: Sequence[tuple[str, Sequence[float], Seq
                 capsize=0,
                 label=name,
             )
-        axes.set_yticks(y, labels)
+        axes.set_yticks(y, _names(labels))
         axes.set_ylim(len(labels) - 0.45, -0.55)
         axes.set_xlim(left=min(0.0, axes.get_xlim()[0]) if _below_zero(series) else 0.0)
         axes.grid(visible=False, axis="y")
@@ -211,7 +213,7 @@ def ratios(rows: Sequence[str], columns: Sequence[str], values: np.ndarray, clea
             weight, color = ("bold", "#1A1A1A") if clear[row, column] else ("normal", _GREY)
             text = f"{values[row, column]:.1f}"
             axes.text(column, row, text, ha="center", va="center", fontsize=10, color=color, weight=weight)
-        axes.set_yticks(np.arange(len(rows)), rows)
+        axes.set_yticks(np.arange(len(rows)), _names(rows))
         axes.set_xticks(np.arange(len(columns)), columns)
         axes.set_xlabel(x_label)
         axes.xaxis.set_label_position("top")
@@ -237,6 +239,11 @@ def _svg(draw: Callable[["Axes"], None], *, width: float = _WIDTH, height: float
     return target.getvalue()
 
 
+def _names(labels: Sequence[str]) -> list[str]:
+    """Words of data as labels: a picture that holds a control character anywhere is no XML and is not shown."""
+    return [printable(label, lines=True) for label in labels]
+
+
 def _colors(number: int) -> list[str]:
     return [COLORS[position % len(COLORS)] for position in range(number)]
 
@@ -257,7 +264,7 @@ def _whole_numbers(axes: "Axes", largest: float) -> None:
 def _epoch_axis(axes: "Axes", labels: Sequence[str]) -> None:
     every = -(-len(labels) // 12)
     places = np.arange(0, len(labels), every)
-    axes.set_xticks(places, [labels[place] for place in places.tolist()])
+    axes.set_xticks(places, _names([labels[place] for place in places.tolist()]))
     axes.set_xlim(-0.4, len(labels) - 0.6)
     axes.set_xlabel("epoch")
 
@@ -315,6 +322,7 @@ def _label_ends(axes: "Axes", ends: Sequence[tuple[str, float, float, str]]) -> 
     places = spread([(finite[index][2] - low) / (high - low) for index in order], _LINE_OF_TYPE)
     for index, place in zip(order, places, strict=True):
         name, _, _, color = finite[index]
+        name = printable(name, lines=True)
         axes.annotate(
             name, (1.0, place), (6, 0), xycoords="axes fraction", textcoords="offset points", va="center", color=color
         )

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from laser_fast.data.folders import whole_directory
+from laser_fast.yaml_text import read_yaml
 
 _STAGES = {
     "text": ("T", "the text stage"),
@@ -84,8 +83,8 @@ def read_run(folder: str | Path) -> RunRecord:
     """
     path = Path(folder)
     config_file = path / "config.yaml"
-    config = yaml.safe_load(config_file.read_text(encoding="utf-8")) if config_file.is_file() else None
-    if not isinstance(config, dict) or not {"lm", "training"} <= set(config):
+    config = read_yaml(config_file) if config_file.is_file() else {}
+    if not {"lm", "training"} <= set(config):
         raise FileNotFoundError(
             f"read_run: a run of `laser-fast train` must be given, got {str(folder)!r} without the config.yaml of one"
         )
@@ -114,18 +113,30 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"read_run: {path.name} must be JSON, got {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"read_run: {path.name} must hold an object, got a {type(values).__name__}")
     return values
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    lines = text.splitlines()
-    if lines and not text.endswith("\n"):
-        lines.pop()  # a process that was killed had begun to write it
+    lines = text.split("\n")  # JSON may hold the separators of Unicode
+    lines.pop()  # empty, or what a process that was killed had begun to write
     try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
+        read = [json.loads(line) for line in lines]
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"read_run: {path.name} must hold a JSON object a line, got {error}") from error
+    for number, line in enumerate(read, start=1):
+        if not isinstance(line, dict) or not _is_entry(line):
+            raise ValueError(
+                f"read_run: {path.name} must hold a stage, and the number of an epoch if any, in every line, "
+                f"got line {number} without"
+            )
+    return read
+
+
+def _is_entry(line: dict[str, Any]) -> bool:
+    return isinstance(line.get("stage"), str) and type(line.get("epoch", 0)) is int

@@ -1,0 +1,106 @@
+"""YAML of people and of runs, read by one function: bounded in size, depth and aliases, no key twice, errors placed.
+
+A few lines with aliases of aliases stand for more values than memory holds; configurations need none, so none is read.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_LARGEST = 2**20  # bytes of a file; configurations have some thousand
+_DEEPEST = 20  # levels; configurations have four
+_LONGEST_NUMBER = 100  # characters: PyYAML takes a time that grows with their square for numbers to the base of 60
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
+
+class _Reader(yaml.SafeLoader):
+    """PyYAML's safe loader without what makes a short text long, deep or ambiguous."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            self._refuse("aliases must not be used")
+        if self._depth == _DEEPEST:
+            self._refuse(f"values must be nested at most {_DEEPEST} levels deep")
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and (name := (key.tag, key.value)) in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} must be set once", problem_mark=key.start_mark)
+            elif isinstance(key, yaml.ScalarNode):
+                seen.add(name)
+        return node
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        if node.tag in _NUMBERS and len(node.value) > _LONGEST_NUMBER:
+            problem = f"a number must have at most {_LONGEST_NUMBER} characters, got {len(node.value)}"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, OverflowError) as error:  # of int, float and date
+            raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from error
+
+    def _refuse(self, problem: str) -> None:
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.peek_event().start_mark)
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """The value of one YAML document; None where there is nothing in it.
+
+    Args:
+        name: of the text, for errors.
+
+    Raises:
+        ValueError: no YAML, more than one document, aliases, a key twice in a section, nested too deep, a number or
+            date that is none; names the line and the column.
+    """
+    try:
+        reader = _Reader(text)
+        try:
+            return reader.get_single_data()
+        finally:
+            reader.dispose()
+    except yaml.YAMLError as error:
+        raise ValueError(f"parse_yaml: {name} must be YAML, got {_problem(error)}") from error
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a file in UTF-8, read by `parse_yaml`; none of an empty file.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: it is larger than 1 MiB, no UTF-8, no YAML or a list or value; names the file.
+    """
+    with Path(path).open("rb") as file:
+        content = file.read(_LARGEST + 1)  # not the whole file: there are endless ones
+    if len(content) > _LARGEST:
+        raise ValueError(f"read_yaml: {path} must have at most {_LARGEST:,} bytes, got more")
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = content[error.start]
+        raise ValueError(f"read_yaml: {path} must be UTF-8, got byte 0x{byte:02x} at {error.start}") from error
+    values = parse_yaml(text, str(path))
+    if values is not None and not isinstance(values, dict):
+        raise ValueError(f"read_yaml: {path} must hold keys and values, got a {type(values).__name__}")
+    return values or {}
+
+
+def _problem(error: Exception) -> str:
+    """What is wrong and where, on one line; PyYAML shows the lines of the text as well."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"{error.problem} at line {mark.line + 1}, column {mark.column + 1}"
+    if isinstance(error, yaml.reader.ReaderError):
+        return f"character {chr(error.character)!r} at {error.position}"
+    return str(error)
