@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from laser_fast.models.packed_recommender import PackedRecommender
+from laser_fast.nn.evaluation_mode import draws_dropout
 from laser_fast.ops.segments import segment_positions
 
 
@@ -81,14 +82,14 @@ class GRU4Rec(PackedRecommender):
             items: [N] int64, packed histories, oldest first.
             cu_seqlens: [B+1] int32.
         """
-        embedded = F.dropout(self.item_embedding(items), self.dropout, self.training)
+        embedded = F.dropout(self.item_embedding(items), self.dropout, draws_dropout(self))
         if items.numel():
             order, batch_sizes = _by_time(cu_seqlens, items.numel())
             output = self.gru(PackedSequence(embedded[order], batch_sizes))[0].data
             hidden = torch.empty_like(output).index_copy(0, order, output)
         else:
             hidden = embedded.new_zeros(0, self.gru.hidden_size)
-        return F.dropout(self.dense(hidden), self.state_dropout, self.training)
+        return F.dropout(self.dense(hidden), self.state_dropout, draws_dropout(self))
 
 
 def _by_time(cu_seqlens: Tensor, num_items: int) -> tuple[Tensor, Tensor]:
