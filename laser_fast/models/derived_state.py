@@ -81,7 +81,7 @@ class DerivedState(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a copy, which goes on from the versions of now, without the index: that asks this very model for users."""
+        """For a copy, from the versions of now on, without the index, which asks this very model for users."""
         self.weights.now()
         self.lm_weights.now()
         return {name: value for name, value in vars(self).items() if name != "_kept_index"}

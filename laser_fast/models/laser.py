@@ -344,7 +344,7 @@ class LaserModel(RecommendingLaser, PretrainedLaser, DerivedState):
         if self.lm.model.training:
             raise RuntimeError(
                 "LaserModel: the language model must be in evaluation mode to answer, got training; "
-                "call lm.eval() first"
+                "call lm.freeze() first"
             )
         with evaluating():
             return self.budget.encode(batch, self.virtual_tokens, lambda part: self._encode_part(part, kept))

@@ -53,5 +53,5 @@ def refuse_torch_modes(function: str, module: nn.Module) -> None:
             if draws or isinstance(part, _BatchNorm):
                 raise RuntimeError(
                     f"{function}: a {type(part).__name__} must be in evaluation mode to answer, got training; "
-                    "call eval() first"
+                    "call its method eval first"
                 )

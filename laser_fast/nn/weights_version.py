@@ -6,17 +6,24 @@ from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 _Seen = tuple[tuple[int, ...], ...]
+_WATCHED = "laser_watched"
+_counting = threading.Lock()
+_hooks: list[RemovableHandle] = []  # one, from the first version on
 
 
 class WeightsVersion:
     """Counts the changes of the parameters of a module and of all modules in it.
 
     It reads no values, so it is cheap enough for every request: about 0.2 us a parameter. It goes by what torch counts
-    (an optimizer's step, `load_state_dict`, every write in place), by where a tensor lies, and by which modules and
-    parameters there are. A write that torch does not count (through `.data`, or by another library, into the same
-    memory) is not seen; who writes so tells torch: `torch.autograd.graph.increment_version(parameter)`.
+    (`load_state_dict`, every write in place), by the steps of optimizers, by where a tensor lies, and by which modules
+    and parameters there are. A write that torch does not count (through `.data`, or by another library, into the same
+    memory; a moving average put in place so) is not seen; who writes so tells torch:
+    `torch.autograd.graph.increment_version(parameter)`.
 
     Args:
         module: whose weights they are.
@@ -28,6 +35,7 @@ class WeightsVersion:
         self._buffers = buffers
         self._count = 0
         self._forget()
+        _count_steps()
 
     def _forget(self) -> None:
         self._seen: _Seen | None = None
@@ -41,13 +49,18 @@ class WeightsVersion:
             seen = self._look()
             if seen != self._seen:
                 self._count += self._seen is not None  # at the first look there is nothing that is older
-                self._seen = seen
+                self._see(seen)
             return self._count
 
     def adopt(self) -> None:
         """Say that what changed since the last look is where the weights lie, not what they are."""
         with self._lock:
-            self._seen = self._look()
+            self._see(self._look())
+
+    def _see(self, seen: _Seen) -> None:
+        self._seen = seen
+        for tensor in self._tensors():
+            setattr(tensor, _WATCHED, True)
 
     def _look(self) -> _Seen:
         if not self._tables or any(table != known for table, known in self._children):
@@ -55,8 +68,11 @@ class WeightsVersion:
             self._children = [(module._modules, dict(module._modules)) for module in modules if module._modules]
             self._tables = [module._parameters for module in modules]
             self._tables += [module._buffers for module in modules if self._buffers]
-        tensors = [tensor for table in self._tables for tensor in table.values() if tensor is not None]
+        tensors = self._tensors()
         return tuple(map(id, tensors)), tuple(map(Tensor.data_ptr, tensors)), _versions(tensors)
+
+    def _tensors(self) -> list[Tensor]:
+        return [tensor for table in self._tables for tensor in table.values() if tensor is not None]
 
     def __getstate__(self) -> dict[str, Any]:
         """For a copy, which counts on from here; its owner calls `adopt` once the copied module is whole."""
@@ -66,6 +82,7 @@ class WeightsVersion:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._forget()
+        _count_steps()
 
 
 def _versions(tensors: list[Tensor]) -> tuple[int, ...]:
@@ -73,3 +90,16 @@ def _versions(tensors: list[Tensor]) -> tuple[int, ...]:
         return tuple(map(attrgetter("_version"), tensors))
     except RuntimeError:  # tensors that were made in inference mode are not counted
         return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+
+
+def _count_steps() -> None:
+    with _counting:
+        if not _hooks:
+            _hooks.append(register_optimizer_step_post_hook(_after_step))
+
+
+def _after_step(optimizer: Optimizer, *_: Any) -> None:
+    """Count the step as a write: torch's fused optimizers and those that write through `.data` do not."""
+    for group in optimizer.param_groups:
+        written = [parameter for parameter in group["params"] if parameter.grad is not None]
+        increment_version([parameter for parameter in written if getattr(parameter, _WATCHED, False)])

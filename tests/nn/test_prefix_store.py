@@ -28,13 +28,13 @@ class Writer:
             return KeyValuePrefix((rows, rows + 0.25), (rows + 0.5, rows + 0.75))
 
         versions: Hashable = ("weights", self.version)
-        got = store.fetch(names, versions, write)
-        for layer in range(LAYERS):
-            key, value = got.of_layer(layer, torch.float32)
-            assert key.shape == value.shape == (len(names), 3, 2, 4)
-            torch.testing.assert_close(key + 0.5, value)
-        assert got.batch_size == len(names) and got.length == 3
-        return [float(mark) for mark in got.of_layer(0, torch.float32)[0][:, 0, 0, 0]]
+        with store.fetch(names, versions, write) as got:
+            for layer in range(LAYERS):
+                key, value = got.of_layer(layer, torch.float32)
+                assert key.shape == value.shape == (len(names), 3, 2, 4)
+                torch.testing.assert_close(key + 0.5, value)
+            assert got.batch_size == len(names) and got.length == 3
+            return [float(mark) for mark in got.of_layer(0, torch.float32)[0][:, 0, 0, 0]]
 
 
 def marks(names: str, version: int = 0) -> list[float]:
@@ -96,7 +96,8 @@ def test_a_pool_is_injected_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> No
     def refuse(positions: list[int]) -> KeyValuePrefix:
         raise AssertionError(positions)
 
-    got = store.fetch(list("ca"), ("weights", 0), refuse)
+    with store.fetch(list("ca"), ("weights", 0), refuse) as got:
+        pass
     seen: list[int] = []
 
     def recorded(*tensors: torch.Tensor, prefix_index: torch.Tensor) -> tuple[torch.Tensor, ...]:
