@@ -33,7 +33,7 @@ def pack_histories(histories: Iterable[Iterable[ItemId]], index_of_item: Mapping
     unknown: list[str] = []
     rows = []
     for history in _elements("histories", "histories", histories, ordered=True):
-        ids = list(_ids("a history", history, ordered=True))
+        ids = list(_ids("a history", history, index_of_item, ordered=True))
         rows.append([index_of_item[item] for item in ids if item in index_of_item])
         unknown += [item for item in ids if item not in index_of_item]
     if unknown:
@@ -99,22 +99,34 @@ def name_items(scores: Tensor, items: Tensor, item_ids: Sequence[str]) -> list[l
 
 def _indices(argument: str, ids: Iterable[ItemId], index_of_item: Mapping[str, int]) -> Tensor:
     indices = []
-    for item_id in _ids(argument, ids):
+    for item_id in _ids(argument, ids, index_of_item):
         if item_id not in index_of_item:
             raise ValueError(f"recommend: {argument} must name items of the catalogue, got {item_id!r}")
         indices.append(index_of_item[item_id])
     return torch.tensor(indices, dtype=torch.int64)
 
 
-def _ids(argument: str, ids: Iterable[ItemId], *, ordered: bool = False) -> Iterator[str]:
-    """The ids of a list; whole numbers as the texts that stand for them in a catalogue."""
+def _ids(
+    argument: str, ids: Iterable[ItemId], index_of_item: Mapping[str, int], *, ordered: bool = False
+) -> Iterator[str]:
+    """The ids of a list; whole numbers as the texts that stand for them, in a catalogue that has such texts."""
     for item in _elements(argument, "item ids", ids, ordered=ordered):
         if isinstance(item, str):
             yield str.__str__(item)  # the text itself of NumPy's strings and others
         elif isinstance(item, int | np.integer) and not isinstance(item, bool):
-            yield str(int(item))
+            yield _text_of(argument, int(item), index_of_item)
         else:
             raise TypeError(f"recommend: {argument} must be a list of item ids (text or whole numbers), got {item!r}")
+
+
+def _text_of(argument: str, number: int, index_of_item: Mapping[str, int]) -> str:
+    text = str(number)
+    if text not in index_of_item and not any(known.isdecimal() for known in index_of_item):
+        raise TypeError(
+            f"recommend: {argument} must name items as the catalogue does, by text like {next(iter(index_of_item))!r}, "
+            f"got the number {number}"
+        )
+    return text
 
 
 def _elements(argument: str, what: str, values: Any, *, ordered: bool) -> Iterable[Any]:

@@ -88,8 +88,15 @@ class WeightsVersion:
 def _versions(tensors: list[Tensor]) -> tuple[int, ...]:
     try:
         return tuple(map(attrgetter("_version"), tensors))
-    except RuntimeError:  # tensors that were made in inference mode are not counted
-        return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+    except RuntimeError:  # one of them was made in inference mode
+        return tuple(map(_version, tensors))
+
+
+def _version(tensor: Tensor) -> int:
+    try:
+        return tensor._version
+    except RuntimeError:  # torch counts nothing here
+        return 0
 
 
 def _count_steps() -> None:

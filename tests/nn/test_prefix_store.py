@@ -1,6 +1,10 @@
 """The pool of prefixes: what is kept, what is evicted, and that nothing stale is ever served."""
 
+import copy
+import random
+import time
 from collections.abc import Hashable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -113,3 +117,72 @@ def test_a_pool_is_injected_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> No
     assert all(torch.equal(out[4:7], prefix[1]) for out, prefix in zip((key, value), of_layer, strict=True))
     one = replace(got, slots=got.slots[:1])
     assert torch.equal(one.inject(0, text, text, cu_seqlens)[0][4:7], got.keys[0][int(got.slots[0])])
+
+
+def test_what_is_read_is_not_overwritten() -> None:
+    store, writer = PrefixStore(2), Writer()
+    with store.fetch(list("ab"), ("weights", 0), lambda positions: prefix_of("ab", positions)) as held:
+        assert writer.fetch(store, list("c")) == marks("c")  # no slot is free: written for this batch
+        assert writer.fetch(store, list("bc")) == marks("bc")
+        writer.version = 1
+        assert writer.fetch(store, list("a")) == marks("a", version=1)
+        assert first_keys(held) == marks("ab")
+    writer.asked.clear()
+    for _ in range(2):
+        assert writer.fetch(store, list("cd")) == marks("cd", version=1)
+    assert writer.asked == [["c", "d"]]
+
+
+def test_a_failed_write_or_read_leaves_nothing_held() -> None:
+    store, writer = PrefixStore(1), Writer()
+
+    def fail(positions: list[int]) -> KeyValuePrefix:
+        raise ZeroDivisionError
+
+    for version in range(3):
+        with pytest.raises(ZeroDivisionError), store.fetch(["x"], version, fail):
+            pass
+        with pytest.raises(ZeroDivisionError), store.fetch(["a"], version, lambda at: prefix_of("a", at)):
+            raise ZeroDivisionError
+    assert writer.fetch(store, list("b")) == marks("b") and len(store) == 1
+
+
+def test_prefixes_of_another_form_get_a_pool_of_their_own() -> None:
+    store, writer = PrefixStore(3), Writer()
+    writer.fetch(store, list("ab"))
+    for _ in range(2):
+        with store.fetch(list("xa"), "half", lambda at: prefix_of("xa", at, torch.float16)) as got:
+            assert got.keys[0].dtype == torch.float16 and first_keys(got) == marks("xa")
+    assert len(store) == 2
+    store.clear()
+    assert (len(store), store.num_bytes) == (0, 0)
+    assert (copy.deepcopy(store).capacity, len(copy.deepcopy(store))) == (3, 0)
+
+
+def test_threads_get_what_they_asked_for() -> None:
+    store, wrong = PrefixStore(4), []
+
+    def ask(seed: int) -> None:
+        draw = random.Random(seed)
+        for step in range(200):
+            names = "".join(draw.choices("abcdefgh", k=draw.randint(1, 3)))
+            version = step // 50
+            with store.fetch(list(names), version, lambda at, names=names: prefix_of(names, at)) as got:
+                time.sleep(0)
+                if first_keys(got) != marks(names):
+                    wrong.append(names)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(ask, range(8)))
+    assert not wrong and len(store) <= 4 and store.hits > 0
+    assert not store._pool._pins
+
+
+def prefix_of(names: str, positions: list[int], dtype: torch.dtype = torch.float32) -> KeyValuePrefix:
+    values = torch.tensor([float(ord(names[position])) for position in positions], dtype=dtype)
+    rows = values.view(-1, 1, 1, 1).expand(-1, 3, 2, 4)
+    return KeyValuePrefix((rows, rows), (rows, rows))
+
+
+def first_keys(prefix: KeyValuePrefix) -> list[float]:
+    return [float(mark) for mark in prefix.of_layer(0, torch.float32)[0][:, 0, 0, 0]]
