@@ -58,7 +58,7 @@ CHANGES: dict[str, Callable[[LaserModel], object]] = {
     "step": step,
     "fused step": lambda model: step(model, fused=True),
     "loaded": lambda model: model.load_state_dict({n: v + 0.1 for n, v in model.state_dict().items()}),
-    "part": lambda model: setattr(model, "head", None),
+    "part": lambda model: setattr(model, "head", torch.nn.Linear(16, 16)),
     "language model": write_to_the_language_model,
     "recommender": write_to_the_recommender,
 }
