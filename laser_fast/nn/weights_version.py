@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Mapping
+from itertools import chain
 from operator import attrgetter
 from typing import Any
 
@@ -19,11 +20,10 @@ _hooks: list[RemovableHandle] = []  # one, from the first version on
 class WeightsVersion:
     """Counts the changes of the parameters of a module and of all modules in it.
 
-    It reads no values, so it is cheap enough for every request: about 0.2 us a parameter. It goes by what torch counts
-    (`load_state_dict`, every write in place), by the steps of optimizers, by where a tensor lies, and by which modules
-    and parameters there are. A write that torch does not count (through `.data`, or by another library, into the same
-    memory; a moving average put in place so) is not seen; who writes so tells torch:
-    `torch.autograd.graph.increment_version(parameter)`.
+    It reads no values, so it is cheap enough for every request. It goes by what torch counts (`load_state_dict`, every
+    write in place), by the steps of optimizers, by where a tensor lies, and by which modules and parameters there are.
+    A write that torch does not count (through `.data`, or by another library, into the same memory; a moving average
+    put in place so) is not seen; who writes so tells torch: `torch.autograd.graph.increment_version(parameter)`.
 
     Args:
         module: whose weights they are.
@@ -63,16 +63,23 @@ class WeightsVersion:
             setattr(tensor, _WATCHED, True)
 
     def _look(self) -> _Seen:
-        if not self._tables or any(table != known for table, known in self._children):
-            modules = list(self._module.modules())
-            self._children = [(module._modules, dict(module._modules)) for module in modules if module._modules]
-            self._tables = [module._parameters for module in modules]
-            self._tables += [module._buffers for module in modules if self._buffers]
-        tensors = self._tensors()
-        return tuple(map(id, tensors)), tuple(map(Tensor.data_ptr, tensors)), _versions(tensors)
+        if any(table != known for table, known in self._children):
+            self._scan()
+        seen = _state(self._tensors())
+        if self._seen is None or seen[0] != self._seen[0]:  # other tensors: where they are there may be more
+            self._scan()
+            seen = _state(self._tensors())
+        return seen
+
+    def _scan(self) -> None:
+        modules = list(self._module.modules())
+        self._children = [(module._modules, dict(module._modules)) for module in modules if module._modules]
+        self._tables = [module._parameters for module in modules]
+        self._tables += [module._buffers for module in modules if self._buffers]
 
     def _tensors(self) -> list[Tensor]:
-        return [tensor for table in self._tables for tensor in table.values() if tensor is not None]
+        values = chain.from_iterable(table.values() for table in self._tables)
+        return [tensor for tensor in values if tensor is not None]
 
     def __getstate__(self) -> dict[str, Any]:
         """For a copy, which counts on from here; its owner calls `adopt` once the copied module is whole."""
@@ -83,6 +90,10 @@ class WeightsVersion:
         vars(self).update(state)
         self._forget()
         _count_steps()
+
+
+def _state(tensors: list[Tensor]) -> _Seen:
+    return tuple(map(id, tensors)), tuple(map(Tensor.data_ptr, tensors)), _versions(tensors)
 
 
 def _versions(tensors: list[Tensor]) -> tuple[int, ...]:

@@ -57,6 +57,13 @@ def test_writes_and_exchanges_count() -> None:
         with torch.no_grad():
             first.weight.mul_(2.0)
 
+    def parametrized() -> None:
+        torch.nn.utils.parametrizations.weight_norm(second[0])
+
+    def parametrized_weight() -> None:
+        with torch.no_grad():
+            second[0].parametrizations.weight.original1.mul_(2.0)
+
     def through_data() -> None:
         first.weight.data.mul_(2.0)
         increment_version(first.weight)  # what the docstring asks for
@@ -68,6 +75,8 @@ def test_writes_and_exchanges_count() -> None:
         "other data": lambda: setattr(first.weight, "data", torch.zeros(3, 2)),
         "parameter": lambda: setattr(first, "bias", nn.Parameter(torch.zeros(3))),
         "module": lambda: second.__setitem__(0, nn.Linear(3, 1)),
+        "parametrized": parametrized,
+        "parametrized weight": parametrized_weight,
         "dtype": lambda: model.to(torch.float64),
         "through data": through_data,
     }
