@@ -9,6 +9,7 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -150,16 +151,23 @@ class _Pool:
             keys: of the rows of `written`; those that are here by now keep their slots.
         """
         new = [place for place, key in enumerate(keys) if key not in self.slot_of]
-        taken = {*self.slot_of.values(), *self._pins}
-        slots = [slot for slot in range(self.capacity) if slot not in taken][: len(new)]
-        unused = [key for key, slot in self.slot_of.items() if not self._pins[slot] and key not in keys]
-        if len(slots) + len(unused) < len(new):
+        slots, wanted = self._free()[: len(new)], set(keys)
+        unused = (key for key, slot in self.slot_of.items() if not self._pins[slot] and key not in wanted)
+        evicted = list(islice(unused, len(new) - len(slots)))
+        if len(slots) + len(evicted) < len(new):
             return {}
-        slots += [self.slot_of.pop(key) for key in unused[: len(new) - len(slots)]]
+        slots += [self.slot_of.pop(key) for key in evicted]
         if new:
             self._copy(new, slots, written)
         self.slot_of.update(zip((keys[place] for place in new), slots, strict=True))
         return self.pin(keys)
+
+    def _free(self) -> list[int]:
+        """Slots without a name that nobody reads."""
+        if len(self.slot_of) == self.capacity:
+            return []
+        taken = {*self.slot_of.values(), *self._pins}
+        return [slot for slot in range(self.capacity) if slot not in taken]
 
     def _copy(self, places: list[int], slots: list[int], written: KeyValuePrefix) -> None:
         """Rows of `written` (or its only one) into slots."""

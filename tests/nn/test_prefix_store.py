@@ -5,14 +5,18 @@ import random
 import time
 from collections.abc import Hashable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from dataclasses import replace
 
 import pytest
 import torch
 
+from laser_fast.nn.cuda_graphs import CudaGraphs
 from laser_fast.nn.prefix_kv import KeyValuePrefix
 from laser_fast.nn.prefix_store import PrefixStore
 from laser_fast.ops import inject_prefix_kv
+
+from .queued_device import QueuedDevice
 
 LAYERS = 2
 
@@ -167,7 +171,7 @@ def test_threads_get_what_they_asked_for() -> None:
         for step in range(200):
             names = "".join(draw.choices("abcdefgh", k=draw.randint(1, 3)))
             version = step // 50
-            with store.fetch(list(names), version, lambda at, names=names: prefix_of(names, at)) as got:
+            with store.fetch(list(names), version, partial(prefix_of, names)) as got:
                 time.sleep(0)
                 if first_keys(got) != marks(names):
                     wrong.append(names)
@@ -186,3 +190,21 @@ def prefix_of(names: str, positions: list[int], dtype: torch.dtype = torch.float
 
 def first_keys(prefix: KeyValuePrefix) -> list[float]:
     return [float(mark) for mark in prefix.of_layer(0, torch.float32)[0][:, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("ordered", [True, False], ids=["in turn", "without events"])
+def test_streams_read_what_was_written_for_them(monkeypatch: pytest.MonkeyPatch, ordered: bool) -> None:
+    wrong = 0
+    for seed in range(20):
+        device = QueuedDevice(monkeypatch, seed)
+        streams = [device.new_stream() for _ in range(3)]
+        if ordered:
+            monkeypatch.setattr("laser_fast.nn.prefix_store.Recorder", lambda: CudaGraphs(torch.device("cpu")))
+        store, read = PrefixStore(2), []
+        for step, names in enumerate(["a", "bc", "c", "da", "a", "bd", "c"]):
+            write = partial(prefix_of, names)
+            with device.on(streams[step % 3]), device.queueing(), store.fetch(list(names), 0, write) as got:
+                read.append((names, got.of_layer(0, torch.float32)[0]))
+        device.run()
+        wrong += any([float(mark) for mark in keys[:, 0, 0, 0]] != marks(names) for names, keys in read)
+    assert (wrong == 0) == ordered
