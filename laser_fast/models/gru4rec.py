@@ -1,6 +1,7 @@
 """GRU4Rec (Hidasi et al. 2016, arXiv:1511.06939) on packed histories, with tied item embeddings and full softmax."""
 
-from typing import ClassVar
+from copy import copy
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,18 @@ from torch.nn.utils.rnn import PackedSequence
 from laser_fast.models.packed_recommender import PackedRecommender
 from laser_fast.nn.evaluation_mode import draws_dropout
 from laser_fast.ops.segments import segment_positions
+
+
+class _GRU(nn.GRU):
+    """Draws its dropout where `draws_dropout` says so."""
+
+    def forward(self, *inputs: Any) -> Any:
+        """As `nn.GRU`."""
+        if not self.training or draws_dropout(self):
+            return super().forward(*inputs)
+        quiet = copy(self)  # the same weights; others may be training them
+        quiet.training = False
+        return nn.GRU.forward(quiet, *inputs)
 
 
 class GRU4Rec(PackedRecommender):
@@ -67,7 +80,7 @@ class GRU4Rec(PackedRecommender):
         self.state_dropout = state_dropout
         self.item_embedding = nn.Embedding(num_items, width)
         between = dropout if num_layers > 1 else 0.0  # torch warns of it where nothing is between
-        self.gru = nn.GRU(width, hidden_width, num_layers, bias=bias, dropout=between)
+        self.gru = _GRU(width, hidden_width, num_layers, bias=bias, dropout=between)
         self.dense = nn.Linear(hidden_width, width)
         for parameter in self.parameters():
             if parameter.dim() == 2:

@@ -215,20 +215,24 @@ class _Sources:
     """What an index is made of, so that a change is noticed without reading any values.
 
     Attributes:
+        versions: of the weights of every Laser.
         tensors: each with an alias, which keeps its memory from becoming another tensor's, and its version.
     """
 
     device: torch.device
     settings: dict[str, Any] | None
+    versions: tuple[int, ...]
     scorers: tuple[Any, ...]
     tensors: tuple[tuple[Tensor, Tensor, int], ...]
 
     @classmethod
     def of(cls, model: "LaserModel") -> "_Sources":
         tensors: list[Tensor | None] = []
+        versions: list[int] = []
         scorers = _parts(model)
         for scorer in scorers.values():
             if isinstance(scorer, RecommendingLaser):
+                versions.append(cast("LaserModel", scorer).weights.now())
                 tensors.append(cast("LaserModel", scorer).current_items())
             elif not isinstance(scorer, ItemToItem):  # whose table is read at every request
                 tensors += scorer.output_layer()
@@ -240,13 +244,14 @@ class _Sources:
         known = tuple(
             (one, one.detach(), -1 if one.is_inference() else one._version) for one in tensors if one is not None
         )
-        return cls(model.device, settings, tuple(scorers.values()), known)
+        return cls(model.device, settings, tuple(versions), tuple(scorers.values()), known)
 
     def same_as(self, other: "_Sources") -> bool:
         """Whether an index made of the other is one made of this."""
         return (
             self.device == other.device
             and self.settings == other.settings
+            and self.versions == other.versions
             and (len(self.scorers), len(self.tensors)) == (len(other.scorers), len(other.tensors))
             and all(one is two for one, two in zip(self.scorers, other.scorers, strict=True))
             and all(

@@ -245,7 +245,7 @@ def test_users_are_encoded_by_the_weights_of_now(model: LaserModel) -> None:
     ):
         before[0].search(packed, 3)
     model.keep_items()
-    assert model.index() is before[0] and model.recommend(HISTORIES, 5) != before[1]
+    assert model.index() is not before[0] and model.recommend(HISTORIES, 5) != before[1]
     check(model)
 
 

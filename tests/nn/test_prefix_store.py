@@ -5,8 +5,8 @@ import random
 import time
 from collections.abc import Hashable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
