@@ -18,7 +18,7 @@ from laser_fast.nn.cuda_graphs import Recorder
 from laser_fast.nn.fixed_shapes import FixedShapes
 from laser_fast.training.build import build_laser, load_inputs, load_language_model
 
-THREADS, REQUESTS = 8, 80
+THREADS, REQUESTS = 8, 48
 HISTORIES = [[f"i{(user + step) % 25}" for step in range(1 + user % 4)] for user in range(25)]
 
 
