@@ -144,9 +144,9 @@ class SavedLaser:
         except RuntimeError as error:
             raise ValueError(f"load_weights: {self.folder.name} must fit the configuration, got {error}") from error
         items = _read_tensors(self.folder / "items.safetensors")
-        model.item_matrix = items["item_matrix"].to(model.device)
         if model.text is not None and "text_vectors" in items:
             model.text.set_vectors(items["text_vectors"])
+        model.item_matrix = items["item_matrix"].to(model.device)  # last: it belongs to all that stands before it
 
     def put_text_into(self, model: "LaserModel") -> None:
         """The trained text residual and its vectors alone, and the weight of popularity where both have one.
@@ -162,7 +162,8 @@ class SavedLaser:
         model.text.load_state_dict({n[len(prefix) :]: value for n, value in state.items() if n.startswith(prefix)})
         model.text.set_vectors(vectors)
         if model.popularity_weight is not None and "popularity_weight" in state:
-            model.popularity_weight.data.copy_(state["popularity_weight"])
+            with torch.no_grad():
+                model.popularity_weight.copy_(state["popularity_weight"])
 
 
 def find_saved(folder: Path) -> SavedLaser | None:
@@ -195,9 +196,11 @@ def write_laser(model: "LaserModel", directory: Path, card: str, **facts: Any) -
         facts: anything worth keeping with it (stage, epoch, metrics), as JSON.
 
     Raises:
-        RuntimeError: the model does not know what it was built from.
+        RuntimeError: the model does not know what it was built from, or its item matrix or its calibration belongs to
+            older weights.
     """
     origin = origin_of(model)
+    model.refuse_outdated()
     recommender = _recommender_of(model)
     own = recommender if is_saved_by_kind(recommender) else None
     tables = _tables_of(model)

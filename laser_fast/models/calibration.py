@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from laser_fast.models.recommender import Scorer, check_histories
+from laser_fast.nn.weights_version import WeightsVersion
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,29 @@ class CalibratedScorer:
         self.calibration = calibration
         self.log_counts = torch.log1p(counts.float())
         self.num_items = counts.numel()
+        self._made_at = {name: version.now() for name, version in self._versions().items()}
+
+    def _versions(self) -> dict[str, WeightsVersion]:
+        """Of the components with a weight that have one."""
+        known = {name: getattr(scorer, "weights", None) for name, scorer in self.components.items()}
+        return {
+            name: version
+            for name, version in known.items()
+            if isinstance(version, WeightsVersion) and self.calibration.weights[name]
+        }
+
+    def refuse_outdated(self) -> None:
+        """Make sure that the scalars belong to the models of now: they weigh the scores of these against each other.
+
+        Raises:
+            RuntimeError: the weights of one have changed since.
+        """
+        for name, version in self._versions().items():
+            if self._made_at.setdefault(name, version.now()) != version.now():
+                raise RuntimeError(
+                    f"CalibratedScorer: the calibration must belong to the weights of now, got one of older weights of "
+                    f"{name!r}; fit it again (laser_fast.evaluation.fit_calibration), or set model.calibration = None"
+                )
 
     def without_unused(self, names: Iterable[str]) -> "CalibratedScorer":
         """The same score without those of these components that have no weight, which need not be saved then."""
@@ -101,7 +125,12 @@ class CalibratedScorer:
         return scorer
 
     def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """See `Scorer.score`; the result is on the device of `items`."""
+        """See `Scorer.score`; the result is on the device of `items`.
+
+        Raises:
+            RuntimeError: see `refuse_outdated`.
+        """
+        self.refuse_outdated()
         check_histories("CalibratedScorer.score", items, cu_seqlens, self.num_items)
         settings = self.calibration
         fused = (

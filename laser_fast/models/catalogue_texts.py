@@ -64,3 +64,4 @@ def read_texts(model: "LaserModel", config: ModelConfig, items: ItemTable, token
     """
     if model.text is not None:
         model.text.source = partial(CatalogueTexts.build(config, items, tokenizer).vectors, model.lm)
+        model.text.source_version = model.lm_weights.now

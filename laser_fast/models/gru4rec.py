@@ -1,6 +1,7 @@
 """GRU4Rec (Hidasi et al. 2016, arXiv:1511.06939) on packed histories, with tied item embeddings and full softmax."""
 
-from typing import ClassVar
+from copy import copy
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,20 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from laser_fast.models.packed_recommender import PackedRecommender
+from laser_fast.nn.evaluation_mode import draws_dropout
 from laser_fast.ops.segments import segment_positions
+
+
+class _GRU(nn.GRU):
+    """Draws its dropout where `draws_dropout` says so."""
+
+    def forward(self, *inputs: Any) -> Any:
+        """As `nn.GRU`."""
+        if not self.training or draws_dropout(self):
+            return super().forward(*inputs)
+        quiet = copy(self)  # the same weights; others may be training them
+        quiet.training = False
+        return nn.GRU.forward(quiet, *inputs)
 
 
 class GRU4Rec(PackedRecommender):
@@ -66,7 +80,7 @@ class GRU4Rec(PackedRecommender):
         self.state_dropout = state_dropout
         self.item_embedding = nn.Embedding(num_items, width)
         between = dropout if num_layers > 1 else 0.0  # torch warns of it where nothing is between
-        self.gru = nn.GRU(width, hidden_width, num_layers, bias=bias, dropout=between)
+        self.gru = _GRU(width, hidden_width, num_layers, bias=bias, dropout=between)
         self.dense = nn.Linear(hidden_width, width)
         for parameter in self.parameters():
             if parameter.dim() == 2:
@@ -81,14 +95,14 @@ class GRU4Rec(PackedRecommender):
             items: [N] int64, packed histories, oldest first.
             cu_seqlens: [B+1] int32.
         """
-        embedded = F.dropout(self.item_embedding(items), self.dropout, self.training)
+        embedded = F.dropout(self.item_embedding(items), self.dropout, draws_dropout(self))
         if items.numel():
             order, batch_sizes = _by_time(cu_seqlens, items.numel())
             output = self.gru(PackedSequence(embedded[order], batch_sizes))[0].data
             hidden = torch.empty_like(output).index_copy(0, order, output)
         else:
             hidden = embedded.new_zeros(0, self.gru.hidden_size)
-        return F.dropout(self.dense(hidden), self.state_dropout, self.training)
+        return F.dropout(self.dense(hidden), self.state_dropout, draws_dropout(self))
 
 
 def _by_time(cu_seqlens: Tensor, num_items: int) -> tuple[Tensor, Tensor]:

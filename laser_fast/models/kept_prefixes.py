@@ -1,5 +1,6 @@
 """Prefixes of users kept between requests, as keys and values of every layer."""
 
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 class KeptPrefixes:
     """What stands in front of a user's text, by what M-Former read and the version of the trained weights.
 
-    Any change of a trained weight (an optimizer step, a loaded state) empties it.
+    Any change of a weight (an optimizer step, a loaded state) empties it, see `WeightsVersion`.
 
     Args:
         model: whose prefixes are kept.
@@ -45,12 +46,13 @@ class KeptPrefixes:
         self.model = model
         self.store = PrefixStore(capacity)
 
-    def of(self, batch: PackedBatch) -> KeyValuePrefix:
-        """Keys and values of instruction and prefix of a batch of users; what the store lacks is written."""
+    def of(self, batch: PackedBatch) -> AbstractContextManager[KeyValuePrefix]:
+        """Keys and values of instruction and prefix of a batch of users, to be read inside of `with` alone.
+
+        What the store lacks is written.
+        """
         items, bounds = batch.items.cpu().numpy(), batch.cu_seqlens.tolist()
         names = [(batch.instruction, items[start:end].tobytes()) for start, end in pairwise(bounds)]
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        version = tuple((parameter.data_ptr(), parameter._version) for parameter in trained)
         read = PackedSequences(items, np.asarray(bounds, dtype=np.int32))
 
         def write(positions: list[int]) -> KeyValuePrefix:
@@ -67,4 +69,4 @@ class KeptPrefixes:
             assert injected is not None  # the model has a prefix
             return injected
 
-        return self.store.fetch(names, version, write)
+        return self.store.fetch(names, self.model.weights.now(), write)

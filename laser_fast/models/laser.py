@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from laser_fast.data.batches import BatchBuilder, PackedBatch
 from laser_fast.data.sequences import PackedSequences
-from laser_fast.models.calibration import CalibratedScorer
+from laser_fast.models.derived_state import DerivedState
 from laser_fast.models.device_batches import on_device
 from laser_fast.models.kept_prefixes import KeptPrefixes
 from laser_fast.models.objective import LaserOutput as LaserOutput
@@ -23,6 +23,7 @@ from laser_fast.models.serving import Serving
 from laser_fast.models.token_budget import TokenBudget
 from laser_fast.nn.bituning import BiTuning
 from laser_fast.nn.data_parallel import ALONE
+from laser_fast.nn.evaluation_mode import draws_dropout, evaluating
 from laser_fast.nn.frozen_lm import FrozenLM
 from laser_fast.nn.linear_prefix import LinearPrefix
 from laser_fast.nn.mformer import MFormer
@@ -32,7 +33,7 @@ from laser_fast.ops import Routing
 from laser_fast.ops.host_copies import to_device
 
 
-class LaserModel(RecommendingLaser, PretrainedLaser, nn.Module):
+class LaserModel(RecommendingLaser, PretrainedLaser, DerivedState):
     """The recommender of the paper; both sides, users and items, go through the same frozen language model.
 
     `state_dict` holds what is trained and nothing of the frozen models. It is a `Scorer`: `score` is the cosine of
@@ -68,7 +69,6 @@ class LaserModel(RecommendingLaser, PretrainedLaser, nn.Module):
         processes, balance_processes: see `Objective`; none but this one unless training sets them.
     """
 
-    item_matrix: Tensor
     log_counts: Tensor
 
     def __init__(
@@ -93,7 +93,7 @@ class LaserModel(RecommendingLaser, PretrainedLaser, nn.Module):
         mask_history: bool = False,
         item_counts: Tensor | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(lm)
         if item_side not in ("lm", "text") or (item_side == "text" and text is None):
             raise ValueError(f'LaserModel: item_side must be "lm", or "text" where there is text, got {item_side!r}')
         if len(item_ids) != builder.num_items:
@@ -122,8 +122,6 @@ class LaserModel(RecommendingLaser, PretrainedLaser, nn.Module):
         self.linear_prefix = linear_prefix
         self.deep_prefix = deep_prefix
         self.reuse_instruction = reuse_instruction
-        self.kept_prefixes: KeptPrefixes | None = None
-        self._instructions: dict[tuple[int, ...], KeyValuePrefix] = {}
         self.recommender = None if recommender is None else FrozenRecommender(recommender)
         self.head: nn.Linear | None = None
         if head == "linear":
@@ -147,11 +145,9 @@ class LaserModel(RecommendingLaser, PretrainedLaser, nn.Module):
         self.item_matrix_trains = True
         self.item_ids = list(item_ids)
         self.index_of_item = {item_id: index for index, item_id in enumerate(self.item_ids)}
-        self.calibration: CalibratedScorer | None = None
         self.budget = TokenBudget()
         self.serving = Serving(self)
         self.processes = self.balance_processes = ALONE
-        self.register_buffer("item_matrix", torch.empty(0, lm.hidden_size), persistent=False)
 
     @property
     def num_items(self) -> int:
@@ -177,7 +173,7 @@ class LaserModel(RecommendingLaser, PretrainedLaser, nn.Module):
             state = self.bituning.read_out(self.lm(packed.inputs_embeds, packed.cu_seqlens, injected), packed)
         if self.text is not None:
             state = F.normalize(state, dim=-1)  # beside a unit vector
-        embedding = F.dropout(state, self.dropout, self.training)
+        embedding = F.dropout(state, self.dropout, draws_dropout(self))
         embedding = embedding if self.head is None else self.head(embedding)
         return (embedding if self.text is None else embedding + self.encode_texts(batch)), routing
 
@@ -233,11 +229,12 @@ class LaserModel(RecommendingLaser, PretrainedLaser, nn.Module):
     @torch.no_grad()
     def _instruction(self, input_ids: tuple[int, ...]) -> KeyValuePrefix:
         """Keys and values of the instruction, computed once: nothing in front of it is trained."""
-        known = self._instructions.get(input_ids)
-        if known is None or known.keys[0].device != self.device:
+        version = self.lm_weights.now()
+        made_at, known = self._instructions.get(input_ids, (None, None))
+        if known is None or made_at != version:
             with torch.inference_mode(False):  # the result outlives this call and may enter a training step
                 known = self.lm.key_values(self._embed_words(input_ids))
-            self._instructions[input_ids] = known
+            self._instructions[input_ids] = version, known  # threads that come together make the same
         return known
 
     def _embed_words(self, input_ids: tuple[int, ...]) -> Tensor:
@@ -263,11 +260,11 @@ class LaserModel(RecommendingLaser, PretrainedLaser, nn.Module):
             loss = CE(users, V) + CE(users, live) + alpha * L_balance            candidates "catalog"
             loss = CE(users, target and own negatives) + alpha * L_balance       candidates "sampled"
 
-        V is a constant of the epoch. Live candidates are there when the batch brings its positives: they are encoded
-        here with gradient and stand against each other only. (Put in the place of their rows of V they would be the
-        only fresh rows among stale ones, and to tell fresh from stale is easier than to recommend: on MovieLens-100K
-        the cross-entropy over 1,682 items fell below 4 within 32 steps, to the log of the batch's 60 positives, while
-        validation hardly moved.)
+        V is a constant of the epoch: with gradient, and with it alone, it may be of older weights. Live candidates are
+        there when the batch brings its positives: they are encoded here with gradient and stand against each other
+        only. (Put in the place of their rows of V they would be the only fresh rows among stale ones, and to tell fresh
+        from stale is easier than to recommend: on MovieLens-100K the cross-entropy over 1,682 items fell below 4 within
+        32 steps, to the log of the batch's 60 positives, while validation hardly moved.)
 
         Args:
             batch: of users with targets, on any device.
@@ -275,7 +272,8 @@ class LaserModel(RecommendingLaser, PretrainedLaser, nn.Module):
 
         Raises:
             ValueError: a batch without targets, or without the negatives that "sampled" needs.
-            RuntimeError: no item matrix yet (`refresh_items`), where it is needed.
+            RuntimeError: no item matrix yet (`refresh_items`), where it is needed; without gradient also one of older
+                weights.
         """
         if batch.targets is None:
             raise ValueError("LaserModel: the batch must have targets, got None; build it with training_batch")
@@ -298,7 +296,9 @@ class LaserModel(RecommendingLaser, PretrainedLaser, nn.Module):
     def _candidates(self) -> Tensor:
         """V as training sees it."""
         trains = self.item_side == "text" and self.item_matrix_trains
-        return self.text.items() if trains and self.text is not None else self._items()
+        if trains and self.text is not None:
+            return self.text.items()
+        return self._any_items() if torch.is_grad_enabled() else self.current_items()
 
     @torch.inference_mode()
     def encode_users(self, histories: PackedSequences, *, batch_size: int = 128) -> Tensor:
@@ -327,29 +327,31 @@ class LaserModel(RecommendingLaser, PretrainedLaser, nn.Module):
         return torch.cat(rows) if rows else torch.empty(0, self.lm.hidden_size, device=self.device)
 
     def refresh_items(self, *, batch_size: int = 256, progress: bool = False) -> Tensor:
-        """Encode the catalogue with the current parameters and keep it as the item matrix V: float32 [I, d]."""
-        self.item_matrix = self.encode_items(batch_size=batch_size, progress=progress).clone()  # leave inference mode
-        return self.item_matrix
+        """Encode the catalogue with the current parameters and keep it as the item matrix V: float32 [I, d].
+
+        Whoever answers meanwhile does it with the matrix of before, where that belongs to the weights of now.
+        """
+        if self.text is not None:
+            self.text.refresh_vectors()
+        version = self.weights.now()
+        matrix = self.encode_items(batch_size=batch_size, progress=progress).clone()  # leave inference mode
+        self.item_matrix = matrix
+        self._items_belong_to = version  # weights that changed meanwhile leave it outdated
+        return matrix
 
     def _encode_now(self, batch: PackedBatch, kept: KeptPrefixes | None = None) -> Tensor:
-        """Encode in evaluation mode, whatever the mode now, within the budget."""
-        was_training = self.training
-        self.eval()
-        try:
+        """Encode as in evaluation mode, within the budget; the mode stays as it is."""
+        if self.lm.model.training:
+            raise RuntimeError(
+                "LaserModel: the language model must be in evaluation mode to answer, got training; "
+                "call lm.freeze() first"
+            )
+        with evaluating():
             return self.budget.encode(batch, self.virtual_tokens, lambda part: self._encode_part(part, kept))
-        finally:
-            self.train(was_training)
 
     def _encode_part(self, batch: PackedBatch, kept: KeptPrefixes | None) -> Tensor:
         batch = on_device(batch, self.device)
         if kept is None or not len(batch):
             return self.encode(batch)[0]
-        return self._encode_behind(batch, None, kept.of(batch), None)[0]
-
-    def _items(self) -> Tensor:
-        if self.item_matrix.shape[0] != self.num_items:
-            raise RuntimeError(
-                f"LaserModel: the item matrix must hold {self.num_items} items, got {self.item_matrix.shape[0]}; "
-                "call refresh_items() first"
-            )
-        return self.item_matrix
+        with kept.of(batch) as prefix:
+            return self._encode_behind(batch, None, prefix, None)[0]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from laser_fast.models.cross_fitted import CrossFitted, StateGap
 from laser_fast.models.recommender import check_histories, newest_items
+from laser_fast.nn.evaluation_mode import evaluating, refuse_torch_modes
 from laser_fast.ops.segments import lengths_on_host
 
 Self = TypeVar("Self", bound="PackedRecommender")
@@ -17,7 +18,8 @@ class PackedRecommender(nn.Module):
     """Base of the recommenders that are trained, imported, saved and loaded here; satisfies `SequentialRecommender`.
 
     A subclass defines `forward`, which gives a state after every item from that item and the older ones of its own
-    history, and has `item_embedding`. Its arguments, by name, are `settings`.
+    history, and has `item_embedding`. It draws dropout where `draws_dropout` says so, which is not while requests are
+    answered. Its arguments, by name, are `settings`.
 
     Attributes:
         kind: its name in files and configurations.
@@ -69,7 +71,7 @@ class PackedRecommender(nn.Module):
         return logits if bias is None else logits + bias
 
     def states(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """State after each item, without dropout or gradient whatever the module's mode.
+        """State after each item, without dropout or gradient whatever the module's mode, which stays as it is.
 
         Args:
             items: [N] int64, packed histories, oldest first, each at most `max_length` long.
@@ -80,6 +82,7 @@ class PackedRecommender(nn.Module):
 
         Raises:
             TypeError, ValueError: see `check_histories`; ValueError also for a history longer than `max_length`.
+            RuntimeError: in training mode, a module of torch that acts otherwise in it (dropout, batch norm).
         """
         name = type(self).__name__
         check_histories(f"{name}.states", items, cu_seqlens, self.num_items)
@@ -89,14 +92,11 @@ class PackedRecommender(nn.Module):
                 f"{name}.states: histories must have at most {self.max_length} items, got {longest}; "
                 "keep the newest ones"
             )
-        was_training = self.training
-        self.eval()
-        try:
-            with torch.no_grad():
-                states: Tensor = self(items, cu_seqlens)
-                return states
-        finally:
-            self.train(was_training)
+        if self.training:
+            refuse_torch_modes(name, self)
+        with torch.no_grad(), evaluating():
+            states: Tensor = self(items, cu_seqlens)
+        return states
 
     def fold_states(self, items: Tensor, cu_seqlens: Tensor, fold: int) -> Tensor:
         """`states` of the model that was fitted without the users of this fold, brought into this model's basis.

@@ -192,7 +192,8 @@ class PretrainedLaser(ModelHubMixin):
 
         Raises:
             FileExistsError: the folder holds something else.
-            RuntimeError: the model was put together by hand and does not know its origin.
+            RuntimeError: the model was put together by hand and does not know its origin, or its item matrix or its
+                calibration belongs to older weights.
         """
         folder = Path(save_directory)
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and find_saved(folder) is None):

@@ -22,8 +22,9 @@ class RecBoleLaser(nn.Module):
     RecBole counts items from 1 and pads with 0; its indices are mapped to the model's by the external ids.
 
     Args:
-        model: with an item matrix for scoring and, by cross-entropy over the catalogue, for training: call
-            `model.refresh_items()` at the start of every epoch.
+        model: for training by cross-entropy over the catalogue with an item matrix: call `model.refresh_items()` at the
+            start of every epoch. RecBole evaluates and saves without a word before it, so there an item matrix of older
+            weights is made anew.
         item_tokens: external id of every index of RecBole, as `dataset.field2id_token["item_id"]` gives them; the
             first one is the padding.
         item_field: name of the item field; histories are in `ITEM_list`, their lengths in `item_length`.
@@ -65,6 +66,7 @@ class RecBoleLaser(nn.Module):
 
     def full_sort_predict(self, interaction: Mapping[str, Tensor]) -> Tensor:
         """Score of every item of RecBole for every user: float32 [B, n_items], -inf for the padding."""
+        self._refresh_outdated()
         histories = self._histories(interaction)
         device = self.model.device
         scorer: Scorer = self.model if self.model.calibration is None else self.model.calibration
@@ -85,12 +87,17 @@ class RecBoleLaser(nn.Module):
 
     def other_parameter(self) -> dict[str, Any]:
         """What RecBole keeps beside `state_dict`: the item matrix."""
+        self._refresh_outdated()
         return {"item_matrix": self.model.item_matrix}
 
     def load_other_parameter(self, parameters: Mapping[str, Any] | None) -> None:
         """Put back what `other_parameter` gave."""
         if parameters:
             self.model.item_matrix = parameters["item_matrix"].to(self.model.device)
+
+    def _refresh_outdated(self) -> None:
+        if self.model.items_are_outdated:
+            self.model.refresh_items()
 
     def _indices(self, items: Tensor) -> np.ndarray:
         """RecBole's indices as the model's.

@@ -1,6 +1,6 @@
 """What a `LaserModel` answers with: scores, an index of inner products, and the best items for a history."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,7 +14,15 @@ from laser_fast.models.inner_product import InnerProductIndex, ScoreBlock, packe
 from laser_fast.models.item_to_item import ItemToItem
 from laser_fast.models.packed_recommender import PackedRecommender
 from laser_fast.models.recommender import Scorer, check_histories
-from laser_fast.models.requests import Recommendation, best_items, blocked_items, name_items, pack_histories
+from laser_fast.models.requests import (
+    ItemId,
+    Recommendation,
+    best_items,
+    blocked_items,
+    name_items,
+    pack_histories,
+    wanted_items,
+)
 
 if TYPE_CHECKING:
     from laser_fast.models.laser import LaserModel
@@ -25,10 +33,6 @@ class RecommendingLaser:
 
     _kept_index: "tuple[_Sources, InnerProductIndex] | None" = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies make an index of their own: the one that is kept asks this very model for its users."""
-        return {name: value for name, value in vars(self).items() if name != "_kept_index"}
-
     @torch.no_grad()
     def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Cosine of each user with each item over the temperature: float32 [B, I]; nothing is filtered.
@@ -36,21 +40,25 @@ class RecommendingLaser:
         Args:
             items: int64 [N], histories, oldest first.
             cu_seqlens: int32 [B+1].
+
+        Raises:
+            RuntimeError: no item matrix yet, or one of older weights (`refresh_items`).
         """
         model = cast("LaserModel", self)
         check_histories("LaserModel.score", items, cu_seqlens, model.num_items)
+        matrix = model.current_items()
         users = model.encode_users(PackedSequences(items.cpu().numpy(), cu_seqlens.cpu().numpy()))
-        return F.normalize(users, dim=-1) @ F.normalize(model._items(), dim=-1).T / model.temperature
+        return F.normalize(users, dim=-1) @ F.normalize(matrix, dim=-1).T / model.temperature
 
     def index(self) -> InnerProductIndex:
         """The score that `recommend` ranks by as inner products of item vectors with user vectors.
 
-        Kept until the item matrix, the calibration, the recommender's output layer or the device changes (values
-        written through `.data` are not noticed). It takes as much memory as the item matrix and, beside it, the output
+        Kept until the item matrix, the calibration, the recommender's output layer or the device changes. An index of
+        older weights refuses to search. It takes as much memory as the item matrix and, beside it, the output
         layer of the recommender in float32.
 
         Raises:
-            RuntimeError: no item matrix yet (`refresh_items`).
+            RuntimeError: no item matrix yet (`refresh_items`), or it or the calibration is of older weights.
             ValueError: the calibrated score has a part that is no inner product.
         """
         model = cast("LaserModel", self)
@@ -60,20 +68,23 @@ class RecommendingLaser:
                 "LaserModel.index: the score must be made of Laser, a recommender with an output layer and rules, "
                 f"got {stranger}; use score or recommend"
             )
-        sources = _Sources.of(model)
-        if self._kept_index is None or not self._kept_index[0].same_as(sources):
-            self._kept_index = None  # its memory first
-            self._kept_index = sources, _index_of(model)
-        return self._kept_index[1]
+        if model.calibration is not None:
+            model.calibration.refuse_outdated()
+        with model._making_index:  # one thread makes it, the others wait for it
+            sources, kept = _Sources.of(model), self._kept_index
+            if kept is None or not kept[0].same_as(sources):
+                self._kept_index = kept = None  # its memory first
+                self._kept_index = kept = sources, _index_of(model)
+            return kept[1]
 
     def recommend(
         self,
-        histories: Sequence[Sequence[str]],
+        histories: Iterable[Iterable[ItemId]],
         k: int = 10,
         *,
         exclude_seen: bool = False,
-        exclude: Iterable[str] = (),
-        allow: Iterable[str] | None = None,
+        exclude: Iterable[ItemId] = (),
+        allow: Iterable[ItemId] | None = None,
     ) -> list[list[Recommendation]]:
         """The k best items for each history of external item ids, oldest first; nobody needs to be a known user.
 
@@ -83,7 +94,7 @@ class RecommendingLaser:
         or k is an eighth of the catalogue or more.
 
         Args:
-            histories: B lists of external ids.
+            histories: B lists (or a column of lists) of external ids; the number 7 names the item "7".
             k: items wanted; the list is shorter when fewer are left.
             exclude_seen: leave out the items of the history.
             exclude: ids nobody gets.
@@ -93,12 +104,12 @@ class RecommendingLaser:
             B lists of `Recommendation`, best first, ties by item index.
 
         Raises:
-            TypeError: a history that is a string instead of a list of strings.
+            TypeError: a history, `exclude` or `allow` that is no list of ids, a string above all; k that is no whole
+                number.
             ValueError: k below 1, or an id of `exclude` or `allow` that is not in the catalogue.
-            RuntimeError: no item matrix yet (`refresh_items`).
+            RuntimeError: no item matrix yet, or one of older weights (`refresh_items`), or such a calibration.
         """
-        if k < 1:
-            raise ValueError(f"recommend: k must be at least 1, got {k}")
+        k = wanted_items(k)
         model = cast("LaserModel", self)
         packed = pack_histories(histories, model.index_of_item)
         blocked = blocked_items(exclude, allow, model.index_of_item)
@@ -176,11 +187,17 @@ def _block_of(scorer: Any, model: "LaserModel") -> ScoreBlock:
     """The score of a Laser or a recommender as it stands, unweighted."""
     if isinstance(scorer, RecommendingLaser):
         laser = cast("LaserModel", scorer)
+        made_at = laser.weights.now()
 
         def unit_users(histories: PackedSequences) -> Tensor:
+            if laser.weights.now() != made_at:
+                raise RuntimeError(
+                    "InnerProductIndex: the index must belong to the weights of now, got one of older weights; call "
+                    "model.index() again"
+                )
             return F.normalize(laser.encode_users(histories).float(), dim=-1) / laser.temperature
 
-        return ScoreBlock(F.normalize(laser._items().to(model.device).float(), dim=-1), unit_users)
+        return ScoreBlock(F.normalize(laser.current_items().to(model.device).float(), dim=-1), unit_users)
     recommender = cast("PackedRecommender", scorer)
     weight, bias = recommender.output_layer()
     rows = weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
@@ -198,21 +215,25 @@ class _Sources:
     """What an index is made of, so that a change is noticed without reading any values.
 
     Attributes:
+        versions: of the weights of every Laser.
         tensors: each with an alias, which keeps its memory from becoming another tensor's, and its version.
     """
 
     device: torch.device
     settings: dict[str, Any] | None
+    versions: tuple[int, ...]
     scorers: tuple[Any, ...]
     tensors: tuple[tuple[Tensor, Tensor, int], ...]
 
     @classmethod
     def of(cls, model: "LaserModel") -> "_Sources":
         tensors: list[Tensor | None] = []
+        versions: list[int] = []
         scorers = _parts(model)
         for scorer in scorers.values():
             if isinstance(scorer, RecommendingLaser):
-                tensors.append(cast("LaserModel", scorer)._items())
+                versions.append(cast("LaserModel", scorer).weights.now())
+                tensors.append(cast("LaserModel", scorer).current_items())
             elif not isinstance(scorer, ItemToItem):  # whose table is read at every request
                 tensors += scorer.output_layer()
         settings = None
@@ -223,13 +244,14 @@ class _Sources:
         known = tuple(
             (one, one.detach(), -1 if one.is_inference() else one._version) for one in tensors if one is not None
         )
-        return cls(model.device, settings, tuple(scorers.values()), known)
+        return cls(model.device, settings, tuple(versions), tuple(scorers.values()), known)
 
     def same_as(self, other: "_Sources") -> bool:
         """Whether an index made of the other is one made of this."""
         return (
             self.device == other.device
             and self.settings == other.settings
+            and self.versions == other.versions
             and (len(self.scorers), len(self.tensors)) == (len(other.scorers), len(other.tensors))
             and all(one is two for one, two in zip(self.scorers, other.scorers, strict=True))
             and all(

@@ -1,13 +1,19 @@
 """Requests in external ids: histories packed as indices, items looked up."""
 
+import operator
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from laser_fast.data.sequences import PackedSequences
+
+ItemId = str | int
+"""An external id as a request names it: text, or a whole number for the text with its digits."""
 
 
 @dataclass(frozen=True)
@@ -18,19 +24,18 @@ class Recommendation:
     score: float
 
 
-def pack_histories(histories: Sequence[Sequence[str]], index_of_item: Mapping[str, int]) -> PackedSequences:
+def pack_histories(histories: Iterable[Iterable[ItemId]], index_of_item: Mapping[str, int]) -> PackedSequences:
     """Histories of external ids as packed indices; ids that are not in the catalogue are dropped with one warning.
 
     Raises:
-        TypeError: a history that is a string instead of a list of strings.
+        TypeError: anything else than ids in an order (list, tuple, array, column), and such histories in another.
     """
     unknown: list[str] = []
     rows = []
-    for history in histories:
-        if isinstance(history, str):
-            raise TypeError(f"recommend: a history must be a list of item ids, got the string {history!r}")
-        rows.append([index_of_item[item] for item in history if item in index_of_item])
-        unknown += [item for item in history if item not in index_of_item]
+    for history in _elements("histories", "histories", histories, ordered=True):
+        ids = list(_ids("a history", history, index_of_item, ordered=True))
+        rows.append([index_of_item[item] for item in ids if item in index_of_item])
+        unknown += [item for item in ids if item not in index_of_item]
     if unknown:
         warnings.warn(
             f"recommend: {len(unknown)} ids are not in the catalogue and were dropped, the first is {unknown[0]!r}",
@@ -39,7 +44,9 @@ def pack_histories(histories: Sequence[Sequence[str]], index_of_item: Mapping[st
     return PackedSequences.from_lists(rows)
 
 
-def blocked_items(exclude: Iterable[str], allow: Iterable[str] | None, index_of_item: Mapping[str, int]) -> Tensor:
+def blocked_items(
+    exclude: Iterable[ItemId], allow: Iterable[ItemId] | None, index_of_item: Mapping[str, int]
+) -> Tensor:
     """Items that nobody may get: bool [I].
 
     Args:
@@ -47,6 +54,7 @@ def blocked_items(exclude: Iterable[str], allow: Iterable[str] | None, index_of_
         allow: the only ids that are not; None = all.
 
     Raises:
+        TypeError: anything else than ids in something like a list; names the argument.
         ValueError: an id that is not in the catalogue; names the argument.
     """
     blocked = torch.zeros(len(index_of_item), dtype=torch.bool)
@@ -56,6 +64,20 @@ def blocked_items(exclude: Iterable[str], allow: Iterable[str] | None, index_of_
         allowed[_indices("allow", allow, index_of_item)] = True
         blocked |= ~allowed
     return blocked
+
+
+def wanted_items(k: Any) -> int:
+    """`k` as a number.
+
+    Raises:
+        TypeError: no whole number.
+        ValueError: below 1.
+    """
+    if isinstance(k, bool | np.bool_) or not hasattr(k, "__index__") or isinstance(k, Tensor | np.ndarray):
+        raise TypeError(f"recommend: k must be a whole number, got {k!r}")
+    if operator.index(k) < 1:
+        raise ValueError(f"recommend: k must be at least 1, got {k}")
+    return operator.index(k)
 
 
 def best_items(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -75,10 +97,51 @@ def name_items(scores: Tensor, items: Tensor, item_ids: Sequence[str]) -> list[l
     ]
 
 
-def _indices(argument: str, ids: Iterable[str], index_of_item: Mapping[str, int]) -> Tensor:
+def _indices(argument: str, ids: Iterable[ItemId], index_of_item: Mapping[str, int]) -> Tensor:
     indices = []
-    for item_id in ids:
+    for item_id in _ids(argument, ids, index_of_item):
         if item_id not in index_of_item:
             raise ValueError(f"recommend: {argument} must name items of the catalogue, got {item_id!r}")
         indices.append(index_of_item[item_id])
     return torch.tensor(indices, dtype=torch.int64)
+
+
+def _ids(
+    argument: str, ids: Iterable[ItemId], index_of_item: Mapping[str, int], *, ordered: bool = False
+) -> Iterator[str]:
+    """The ids of a list; whole numbers as the texts that stand for them, in a catalogue that has such texts."""
+    for item in _elements(argument, "item ids", ids, ordered=ordered):
+        if isinstance(item, str):
+            yield str.__str__(item)  # the text itself of NumPy's strings and others
+        elif isinstance(item, int | np.integer) and not isinstance(item, bool):
+            yield _text_of(argument, int(item), index_of_item)
+        else:
+            raise TypeError(f"recommend: {argument} must be a list of item ids (text or whole numbers), got {item!r}")
+
+
+def _text_of(argument: str, number: int, index_of_item: Mapping[str, int]) -> str:
+    text = str(number)
+    if text not in index_of_item and not any(known.isdecimal() for known in index_of_item):
+        raise TypeError(
+            f"recommend: {argument} must name items as the catalogue does, by text like {next(iter(index_of_item))!r}, "
+            f"got the number {number}"
+        )
+    return text
+
+
+def _elements(argument: str, what: str, values: Any, *, ordered: bool) -> Iterable[Any]:
+    """What is in a list, a tuple, an array, a column or a generator; not in a text or a table, whose parts are others.
+
+    Args:
+        ordered: whether the order counts, which a set does not have.
+    """
+    if isinstance(values, str | bytes | bytearray):
+        raise TypeError(f"recommend: {argument} must be a list of {what}, got the {_kind(values)} {values!r}")
+    table = isinstance(values, Mapping) or hasattr(values, "columns") or (ordered and isinstance(values, Set))
+    if table or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
+        raise TypeError(f"recommend: {argument} must be a list of {what}, got a {type(values).__name__}: {values!r}")
+    return values.tolist() if isinstance(values, Tensor) else values
+
+
+def _kind(values: str | bytes | bytearray) -> str:
+    return "string" if isinstance(values, str) else type(values).__name__

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from laser_fast.models.packed_recommender import PackedRecommender
 from laser_fast.nn.attention import AttentionPlan, varlen_attention
+from laser_fast.nn.evaluation_mode import draws_dropout
 from laser_fast.ops.segments import segment_positions
 
 # wavelengths from 6 to 600 items: histories have tens of items, not thousands of tokens
@@ -32,10 +33,10 @@ class _Block(nn.Module):
         """[N, width] -> [N, width], causal inside each sequence of `cu_seqlens`; `angles` as of `_rotary_angles`."""
         query, key, value = self.qkv(self.attention_norm(hidden)).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
         query, key = _rotate(query, angles), _rotate(key, angles)
-        probability = self.dropout if self.training else 0.0
+        probability = self.dropout if draws_dropout(self) else 0.0
         attended = varlen_attention(query, key, value, cu_seqlens, causal=True, dropout=probability, plan=plan)
-        hidden = hidden + F.dropout(self.out(attended.flatten(1)), self.dropout, self.training)
-        return hidden + F.dropout(self.down(F.gelu(self.up(self.mlp_norm(hidden)))), self.dropout, self.training)
+        hidden = hidden + F.dropout(self.out(attended.flatten(1)), self.dropout, draws_dropout(self))
+        return hidden + F.dropout(self.down(F.gelu(self.up(self.mlp_norm(hidden)))), self.dropout, draws_dropout(self))
 
 
 class SASRec(PackedRecommender):
@@ -108,12 +109,12 @@ class SASRec(PackedRecommender):
             items: [N] int64, packed histories, oldest first, each at most `max_length` long.
             cu_seqlens: [B+1] int32.
         """
-        hidden = F.dropout(self.item_embedding(items), self.dropout, self.training)
+        hidden = F.dropout(self.item_embedding(items), self.dropout, draws_dropout(self))
         angles = _rotary_angles(cu_seqlens, items.numel(), self.state_size // self.num_heads)
         plan = AttentionPlan(cu_seqlens, causal=True)
         for block in self.blocks:
             hidden = block(hidden, angles, cu_seqlens, plan)
-        return F.dropout(self.norm(hidden), self.state_dropout, self.training)
+        return F.dropout(self.norm(hidden), self.state_dropout, draws_dropout(self))
 
 
 def _rotary_angles(cu_seqlens: Tensor, num_items: int, head_size: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from laser_fast.data.batches import PackedBatch
 from laser_fast.data.micro_batches import VirtualTokens, row_tokens
+from laser_fast.nn.own_lock import OwnLock
 
 # torch has a type for what its caching allocator cannot give; these come from elsewhere, as plain RuntimeErrors:
 # the allocator of the CPU, the driver (pinned host memory, other libraries), cuBLAS, Triton
@@ -71,6 +72,8 @@ def _explain_encoding(shortage: Shortage) -> str:
 class TokenBudget:
     """Splits batches by packed tokens, and halves the limit when memory runs out, where that is allowed.
 
+    Threads may use it at the same time.
+
     Args:
         limit: packed tokens, virtual ones included, of one part of a batch; None = never split.
         halve: whether running out of memory halves the limit instead of stopping.
@@ -99,24 +102,29 @@ class TokenBudget:
         self._explain = explain
         self._on_halving = on_halving
         self._warned = False
+        self._lock = OwnLock()
 
     def split(self, batch: PackedBatch, virtual_tokens: VirtualTokens) -> list[np.ndarray]:
         """Rows of the parts of `batch`, each within the limit; a row above it goes alone, with one warning."""
-        everything = [np.arange(len(batch))]
-        if self.limit is None or not len(batch):
+        everything, limit = [np.arange(len(batch))], self.limit
+        if limit is None or not len(batch):
             return everything
         tokens = row_tokens(batch, virtual_tokens)
-        if tokens.total <= self.limit:
+        if tokens.total <= limit:
             return everything
         longest = int(tokens.rows.argmax())
-        if tokens.rows[longest] > self.limit and not self._warned:
-            self._warned = True
+        if tokens.rows[longest] > limit and self._warns_first():
             warnings.warn(
-                f"TokenBudget: a row should have at most micro_batch_tokens = {self.limit} packed tokens, got "
+                f"TokenBudget: a row should have at most micro_batch_tokens = {limit} packed tokens, got "
                 f"{tokens.rows[longest]} in row {longest} of {len(batch)}; such rows go through alone",
                 stacklevel=2,
             )
-        return tokens.split(self.limit)
+        return tokens.split(limit)
+
+    def _warns_first(self) -> bool:
+        with self._lock:
+            first, self._warned = not self._warned, True
+        return first
 
     def encode(
         self, batch: PackedBatch, virtual_tokens: VirtualTokens, encode: Callable[[PackedBatch], Tensor]
@@ -169,9 +177,10 @@ class TokenBudget:
         shortage = Shortage(tokens.total, len(part), int(tokens.rows.max(initial=0)), reason, encoding)
         if not self.halve or len(part) < 2:
             self.refuse(shortage, error)
-        self.limit = shortage.halved
+        with self._lock:  # a limit that another thread has lowered further stays
+            self.limit = limit = min(shortage.halved, self.limit or shortage.halved)
         warnings.warn(
-            f"training: {shortage}; micro_batch_tokens is {self.limit} from here on, the batch is taken again",
+            f"training: {shortage}; micro_batch_tokens is {limit} from here on, the batch is taken again",
             stacklevel=2,
         )
         if self._on_halving is not None:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from laser_fast.nn.cuda_graphs import CudaGraphs, Recorder, Run
 from laser_fast.nn.frozen_lm import FrozenLM
 from laser_fast.nn.packed_layout import PackedLayout
 from laser_fast.nn.prefix_kv import KeyValuePrefix
+from laser_fast.nn.weights_version import WeightsVersion
 from laser_fast.ops.segments import lengths_on_host, segment_ids, segment_positions
 
 _LEAST_TOKENS = 64
@@ -235,8 +235,8 @@ class FixedShapes:
         self._recorder = recorder or CudaGraphs(lm.device)
         self._recordings: OrderedDict[tuple[object, ...], _Recording] = OrderedDict()  # oldest use first
         self._forms: dict[tuple[object, ...], tuple[KeyValuePrefix | None, bool]] = {}
-        self._places: list[tuple[dict[str, Any], str]] = []
-        self._version: tuple[object, ...] = ()
+        self._weights = WeightsVersion(lm.model, buffers=True)
+        self._version = self._weights.now()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -326,17 +326,8 @@ class FixedShapes:
         return found
 
     def _drop_outdated(self) -> None:
-        if not self._places:
-            modules = list(self._lm.model.modules())
-            tables = [table for module in modules for table in (module._parameters, module._buffers)]
-            self._places = [(table, name) for table in tables for name in table]
-        tensors = [table.get(name) for table, name in self._places]
-        version = tuple(None if tensor is None else (tensor.data_ptr(), _changes(tensor)) for tensor in tensors)
+        version = self._weights.now()
         if version != self._version:
             self._recorder.finish()
             self._recordings.clear()
             self._version = version
-
-
-def _changes(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version

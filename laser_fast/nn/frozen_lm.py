@@ -171,8 +171,9 @@ class FrozenLM(FrozenModule):
         """
         if prefix is not None:
             _check_prefix(prefix, self.layers, cu_seqlens.shape[0] - 1)
-        if self.fixed_shapes is not None and not torch.is_grad_enabled():
-            served = self.fixed_shapes(inputs_embeds, cu_seqlens, prefix, last_only=last_only)
+        shapes = self.fixed_shapes  # another thread may choose another mode of serving meanwhile
+        if shapes is not None and not torch.is_grad_enabled():
+            served = shapes(inputs_embeds, cu_seqlens, prefix, last_only=last_only)
             if served is not None:
                 return served
         spared = last_only and self.replaced.last_layer

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from laser_fast.nn.attention import AttentionPlan, varlen_attention
 from laser_fast.nn.attention_meta import attend_without_values
+from laser_fast.nn.evaluation_mode import draws_dropout
 from laser_fast.ops.dispatch import dispatch_queries
 from laser_fast.ops.prefix_kv import inject_prefix_kv
 from laser_fast.ops.segments import cu_seqlens_from_lengths, even_cu_seqlens
@@ -34,7 +35,7 @@ class _SelfAttention(nn.Module):
         if hidden.is_meta:
             attended = attend_without_values(query, key, value)
         else:
-            dropout = self.dropout if self.training else 0.0
+            dropout = self.dropout if draws_dropout(self) else 0.0
             attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
         return self._add(attended.transpose(1, 2).flatten(2), hidden)
 
@@ -64,12 +65,12 @@ class _SelfAttention(nn.Module):
             both = F.linear(before, self.qkv.weight[width:], self.qkv.bias[width:])
             first_key, first_value = both.unflatten(-1, (2, self.num_heads, -1)).unbind(2)
             key, value, _ = inject_prefix_kv(key, value, first_key, first_value, cu_seqlens, prefix_index=before_index)
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.dropout if draws_dropout(self) else 0.0
         attended = varlen_attention(query, key, value, cu_seqlens, causal=plan.causal, dropout=dropout, plan=plan)
         return self._add(attended.flatten(1), hidden)
 
     def _add(self, attended: Tensor, hidden: Tensor) -> Tensor:
-        output: Tensor = self.norm(hidden + F.dropout(self.out(attended), self.dropout, self.training))
+        output: Tensor = self.norm(hidden + F.dropout(self.out(attended), self.dropout, draws_dropout(self)))
         return output
 
 
@@ -95,10 +96,10 @@ class _CrossAttention(nn.Module):
             boundaries.queries,
             boundaries.states,
             causal=False,
-            dropout=self.dropout if self.training else 0.0,
+            dropout=self.dropout if draws_dropout(self) else 0.0,
             plan=boundaries.plan,
         )
-        projected = F.dropout(self.out(attended.flatten(1)), self.dropout, self.training)
+        projected = F.dropout(self.out(attended.flatten(1)), self.dropout, draws_dropout(self))
         output: Tensor = self.norm(hidden + projected)
         return output
 
@@ -132,7 +133,7 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        projected = F.dropout(self.out(F.gelu(self.wide(hidden))), self.dropout, self.training)
+        projected = F.dropout(self.out(F.gelu(self.wide(hidden))), self.dropout, draws_dropout(self))
         output: Tensor = self.norm(hidden + projected)
         return output
 
@@ -207,12 +208,12 @@ class QFormer(nn.Module):
         hidden = self.norm(queries)
         # until the first cross-attention the queries depend on the expert alone, unless dropout draws a mask per user:
         # E slabs through the first self-attention instead of B*k
-        per_expert = queries.shape[0] < expert.numel() and not (self.training and self.dropout)
+        per_expert = queries.shape[0] < expert.numel() and not (draws_dropout(self) and self.dropout)
         if per_expert:
             if layer_inputs is not None:
                 layer_inputs.append(dispatch_queries(hidden, expert))
             hidden = self._first_layer.self_attention(hidden)
-        hidden = F.dropout(dispatch_queries(hidden, expert), self.dropout, self.training)
+        hidden = F.dropout(dispatch_queries(hidden, expert), self.dropout, draws_dropout(self))
         if expert.numel() == 0:
             return hidden
         # the groups of a user read the same states, so they share one projection of keys and values: [B, k*Q, D]

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from laser_fast.nn.evaluation_mode import draws_dropout
+from laser_fast.nn.own_lock import OwnLock
 from laser_fast.ops.segments import segment_sum
 
 _DECAY = 0.7  # weight of an item relative to the next newer one, before training
@@ -32,6 +34,7 @@ class TextResidual(nn.Module):
     Attributes:
         vectors: float32 [I, D], unit rows; [0, D] until they are needed.
         source: gives the vectors.
+        source_version: of what the source reads.
     """
 
     vectors: Tensor
@@ -42,6 +45,9 @@ class TextResidual(nn.Module):
         self.max_history = max_history
         self.dropout = dropout
         self.source: Callable[[], Tensor] | None = None
+        self.source_version: Callable[[], int] = _unchanging
+        self._came_from: int | None = None  # the version; None for vectors that were set
+        self._fetching = OwnLock()
         self.head = nn.Linear(width, width)
         nn.init.eye_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -49,7 +55,7 @@ class TextResidual(nn.Module):
         self.register_buffer("vectors", torch.empty(0, width), persistent=False)
 
     def set_vectors(self, vectors: Tensor) -> None:
-        """Take the frozen vectors, on the device of the head.
+        """Take the frozen vectors, on the device of the head, in place of those there are, whatever the source.
 
         Args:
             vectors: float32 [I, D], as `centred` gives them.
@@ -60,7 +66,12 @@ class TextResidual(nn.Module):
         expected = (self.num_items, self.head.in_features)
         if tuple(vectors.shape) != expected:
             raise ValueError(f"TextResidual: vectors must have shape {expected}, got {tuple(vectors.shape)}")
-        self.vectors = vectors.detach().to(self.head.weight.device, torch.float32)
+        taken = vectors.detach().to(self.head.weight.device, torch.float32)
+        known, self.vectors = self.vectors, taken
+        self._came_from = None
+        if known.shape == taken.shape and not (taken.is_meta or torch.equal(known, taken)):
+            # what was made with the others is as outdated as if the head had changed
+            torch.autograd.graph.increment_version(self.head.weight)
 
     def fetch_vectors(self) -> Tensor:
         """The frozen vectors: float32 [I, D].
@@ -69,15 +80,29 @@ class TextResidual(nn.Module):
             RuntimeError: none were set and there is no source.
         """
         if self.vectors.shape[0] != self.num_items:
-            if self.source is None:
-                raise RuntimeError("TextResidual: the vectors must be set, got none; call set_vectors")
-            with torch.inference_mode(False):  # they outlive this call and enter training steps
-                self.set_vectors(self.source())
+            with self._fetching:
+                if self.vectors.shape[0] != self.num_items:  # else another thread was first
+                    self._ask_source()
         return self.vectors
+
+    def refresh_vectors(self) -> None:
+        """`fetch_vectors`, and ask the source again where it is another one than the vectors came from."""
+        self.fetch_vectors()
+        with self._fetching:
+            if self._came_from is not None and self._came_from != self.source_version():
+                self._ask_source()
+
+    def _ask_source(self) -> None:
+        if self.source is None:
+            raise RuntimeError("TextResidual: the vectors must be set, got none; call set_vectors")
+        version = self.source_version()
+        with torch.inference_mode(False):  # they outlive this call and enter training steps
+            self.set_vectors(self.source())
+        self._came_from = version
 
     def items(self) -> Tensor:
         """Embeddings of the whole catalogue: float32 [I, D], with dropout while training, with gradient."""
-        embeddings: Tensor = self.head(F.dropout(self.fetch_vectors(), self.dropout, self.training))
+        embeddings: Tensor = self.head(F.dropout(self.fetch_vectors(), self.dropout, draws_dropout(self)))
         return embeddings
 
     @torch.no_grad()
@@ -102,8 +127,12 @@ class TextResidual(nn.Module):
         weight = (self.recency - self.recency.max()).exp()[age]
         total = segment_sum(weight, cu_seqlens).clamp_min(torch.finfo(torch.float32).tiny)
         mean = segment_sum(weight[:, None] * self.fetch_vectors()[items], cu_seqlens) / total[:, None]
-        embeddings: Tensor = self.head(F.dropout(mean, self.dropout, self.training))
+        embeddings: Tensor = self.head(F.dropout(mean, self.dropout, draws_dropout(self)))
         return embeddings
+
+
+def _unchanging() -> int:
+    return 0
 
 
 def centred(vectors: Tensor) -> Tensor:

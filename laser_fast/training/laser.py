@@ -219,7 +219,9 @@ def _phase(run: Run, name: str, best: float) -> float:
         _begin_phase(run, current)
 
     def conclude(epoch: int, values: dict[str, Any]) -> None:
-        if not frozen_items:
+        if frozen_items:
+            model.keep_items()
+        else:
             refresh_items(run)
         _validate(run, stopping, name, epoch, **values)
 

@@ -236,7 +236,16 @@ def test_users_are_encoded_by_the_weights_of_now(model: LaserModel) -> None:
     before = model.index(), model.recommend(HISTORIES, 5)
     with torch.no_grad():
         model.bituning.suffix_tokens.mul_(-1.0)
-    assert model.index() is before[0] and model.recommend(HISTORIES, 5) != before[1]
+    packed = PackedSequences.from_lists([[3, 4]])
+    for answer in (model.index, lambda: model.recommend(HISTORIES, 5)):
+        with pytest.raises(RuntimeError, match=r"item matrix must belong to the weights of now, got one of older"):
+            answer()
+    with pytest.raises(
+        RuntimeError, match=r"InnerProductIndex: the index must .* older weights; call model\.index\(\)"
+    ):
+        before[0].search(packed, 3)
+    model.keep_items()
+    assert model.index() is not before[0] and model.recommend(HISTORIES, 5) != before[1]
     check(model)
 
 
@@ -246,6 +255,8 @@ def test_a_copy_asks_its_own_weights(model: LaserModel) -> None:
     assert "_kept_index" in vars(model) and "_kept_index" not in vars(twin)
     with torch.no_grad():
         twin.bituning.suffix_tokens.mul_(-1.0)
+    assert twin.items_are_outdated and not model.items_are_outdated
+    twin.keep_items()
     check(twin)
     assert twin.index() is not model.index()
 

@@ -140,6 +140,61 @@ def test_three_loops_reach_the_same_loss(model: LaserModel, rows: NextItemDatase
     assert all(torch.equal(value, states["trained"][name]) for name, value in saved.items())
 
 
+class Evaluated(TrainerCallback):
+    """Of every evaluation, whether its item matrix was that of the weights it was of."""
+
+    def __init__(self, model: LaserModel) -> None:
+        self.model = model
+        self.fresh: list[bool] = []
+
+    def on_evaluate(self, *_: Any, **__: Any) -> None:
+        self.fresh.append(torch.equal(self.model.item_matrix, self.model.encode_items()))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "adamw_torch"])
+def test_after_the_trainer_the_model_answers_with_its_own_items(
+    model: LaserModel, rows: NextItemDataset, tmp_path: Path, optimizer: str
+) -> None:
+    arguments = TrainingArguments(
+        str(tmp_path / "trainer"),
+        num_train_epochs=2,
+        max_steps=6,
+        per_device_train_batch_size=BATCH,
+        learning_rate=0.05,
+        optim=optimizer,
+        remove_unused_columns=False,
+        report_to=[],
+        disable_tqdm=True,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,  # the first ones are the best: not the last weights stay
+        use_cpu=True,
+        seed=7,
+    )
+    collator, few = NextItemCollator(model.builder), torch.utils.data.Subset(rows, range(16))
+    evaluated = Evaluated(model)
+    callbacks = [RefreshItems(model), evaluated]
+    trainer = Trainer(
+        model, arguments, train_dataset=rows, eval_dataset=few, data_collator=collator, callbacks=callbacks
+    )
+    trainer.train()
+    assert evaluated.fresh == [True] * 3
+    assert trainer.state.best_model_checkpoint != str(tmp_path / "trainer" / "checkpoint-6")
+    assert torch.equal(model.item_matrix, model.encode_items())
+    histories = [["i3", "i4"], ["i9"], []]
+    answers = model.recommend(histories, k=5)
+    model.save_pretrained(tmp_path / "saved")
+    loaded = LaserModel.from_pretrained(tmp_path / "saved")
+    assert torch.equal(loaded.item_matrix, model.item_matrix)
+    assert [[one.item_id for one in best] for best in loaded.recommend(histories, k=5)] == [
+        [one.item_id for one in best] for best in answers
+    ]
+
+
 def test_rows_and_batches_are_those_of_our_own_loop(model: LaserModel, rows: NextItemDataset) -> None:
     chosen = [3, 17, 5]
     negatives = NegativeSampler(rows.rows.train, model.num_items, 2, seed=4)
@@ -202,6 +257,19 @@ def test_the_loss_is_that_of_the_model(
     recbole.load_other_parameter({"item_matrix": kept})
     recbole.load_other_parameter(None)
     assert torch.equal(model.item_matrix, kept)
+
+
+def test_recbole_evaluates_and_saves_with_the_items_of_now(
+    model: LaserModel, recbole: RecBoleLaser, interaction: dict[str, torch.Tensor]
+) -> None:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for read in (lambda: recbole.full_sort_predict(interaction), recbole.other_parameter):
+        recbole.train()
+        recbole.calculate_loss(interaction).backward()
+        optimizer.step()
+        assert model.items_are_outdated
+        read()
+        assert torch.equal(model.item_matrix, model.encode_items())
 
 
 def test_unknown_items_and_padding_are_refused(

@@ -54,11 +54,10 @@ class UserRouting:
 
 @torch.no_grad()
 def route_users(model: LaserModel, histories: PackedSequences, *, batch_size: int = 256) -> UserRouting:
-    """Ask the router of a model with M-Former about packed histories of item indices, in evaluation mode."""
+    """Ask the router of a model with M-Former about packed histories of item indices."""
     mformer, recommender = model.mformer, model.recommender
     if mformer is None or recommender is None:
         raise ValueError("route_users: the model must have an M-Former, got none")
-    mformer.eval()
     expert, weight, read = [], [], []
     for start in range(0, len(histories), batch_size):
         rows = histories.select(np.arange(start, min(start + batch_size, len(histories))))

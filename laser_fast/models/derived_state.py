@@ -1,0 +1,131 @@
+"""What a `LaserModel` keeps that was made of its weights, and whether it still belongs to them."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from laser_fast.models.calibration import CalibratedScorer
+from laser_fast.models.kept_prefixes import KeptPrefixes
+from laser_fast.nn.frozen_lm import FrozenLM
+from laser_fast.nn.own_lock import OwnLock
+from laser_fast.nn.prefix_kv import KeyValuePrefix
+from laser_fast.nn.weights_version import WeightsVersion
+
+Self = TypeVar("Self", bound="DerivedState")
+
+
+class DerivedState(nn.Module):
+    """The item matrix, the calibration and the caches of `LaserModel`, each of one version of the weights.
+
+    A reader of the item matrix or of the calibration refuses one of older weights by name: to make it anew takes long,
+    and no request does that unasked. Kept prefixes, instructions and the index are cheap and made anew.
+
+    Args:
+        lm: the frozen language model.
+
+    Attributes:
+        weights, lm_weights: versions of all weights of the model, and of the language model's alone.
+        item_matrix: V, float32 [I, d]; [0, d] until `refresh_items`. To assign one says that it belongs to the weights
+            of now.
+        calibration: the score that `recommend` ranks by; None = cosine over temperature.
+        kept_prefixes: see `keep_prefixes`; None = nothing is kept.
+    """
+
+    item_matrix: Tensor
+
+    def __init__(self, lm: FrozenLM) -> None:
+        super().__init__()
+        self.weights, self.lm_weights = WeightsVersion(self), WeightsVersion(lm.model)
+        self.calibration: CalibratedScorer | None = None
+        self.kept_prefixes: KeptPrefixes | None = None
+        self._instructions: dict[tuple[int, ...], tuple[int, KeyValuePrefix]] = {}
+        self._making_index = OwnLock()
+        self.register_buffer("item_matrix", torch.empty(0, lm.hidden_size), persistent=False)
+        self._items_belong_to = 0
+
+    @property
+    def num_items(self) -> int:
+        """Size of the catalogue I."""
+        raise NotImplementedError
+
+    def keep_items(self) -> None:
+        """Say that the item matrix, made at other weights, belongs to those of now: only users were trained since.
+
+        To assign a matrix to `item_matrix` says the same.
+
+        Raises:
+            RuntimeError: there is no item matrix yet.
+        """
+        self._any_items()
+        self._items_belong_to = self.weights.now()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Whoever assigns an item matrix says that it belongs to the weights of now."""
+        super().__setattr__(name, value)
+        if name == "item_matrix":
+            self._items_belong_to = self.weights.now()
+
+    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """To a device or a dtype: the weights stay what they are, and so does what was made of them."""
+        versions = self.weights, self.lm_weights
+        for version in versions:
+            version.now()  # what changed before did change
+        super()._apply(fn, recurse)
+        for version in versions:
+            version.adopt()
+        self._instructions.clear()
+        if self.kept_prefixes is not None:
+            self.kept_prefixes.store.clear()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy, from the versions of now on, without the index, which asks this very model for users."""
+        self.weights.now()
+        self.lm_weights.now()
+        return {name: value for name, value in vars(self).items() if name != "_kept_index"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies have the same weights elsewhere."""
+        super().__setstate__(state)
+        self.weights.adopt()
+        self.lm_weights.adopt()
+
+    @property
+    def items_are_outdated(self) -> bool:
+        """Whether the item matrix belongs to older weights, see `WeightsVersion`; one that is not there does not."""
+        return len(self.item_matrix) > 0 and self._items_belong_to != self.weights.now()
+
+    def current_items(self) -> Tensor:
+        """The item matrix V: float32 [I, d].
+
+        Raises:
+            RuntimeError: there is none, or it belongs to older weights.
+        """
+        items = self._any_items()
+        if self.items_are_outdated:
+            raise RuntimeError(
+                "LaserModel: the item matrix must belong to the weights of now, got one of older weights; call "
+                "refresh_items() first, or keep_items() where only users were trained since"
+            )
+        return items
+
+    def refuse_outdated(self) -> None:
+        """Make sure that all that is saved beside the weights belongs to them.
+
+        Raises:
+            RuntimeError: the item matrix or the calibration belongs to older weights.
+        """
+        if len(self.item_matrix):
+            self.current_items()
+        if self.calibration is not None:
+            self.calibration.refuse_outdated()
+
+    def _any_items(self) -> Tensor:
+        if self.item_matrix.shape[0] != self.num_items:
+            raise RuntimeError(
+                f"LaserModel: the item matrix must hold {self.num_items} items, got {self.item_matrix.shape[0]}; "
+                "call refresh_items() first"
+            )
+        return self.item_matrix

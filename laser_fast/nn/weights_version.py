@@ -1,0 +1,123 @@
+"""Which weights something was made of: a number that whoever keeps what is derived from weights remembers with it."""
+
+import threading
+from collections.abc import Mapping
+from itertools import chain
+from operator import attrgetter
+from typing import Any
+
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
+
+_Seen = tuple[tuple[int, ...], ...]
+_WATCHED = "laser_watched"
+_counting = threading.Lock()
+_hooks: list[RemovableHandle] = []  # one, from the first version on
+
+
+class WeightsVersion:
+    """Counts the changes of the parameters of a module and of all modules in it.
+
+    It reads no values, so it is cheap enough for every request. It goes by what torch counts (`load_state_dict`, every
+    write in place), by the steps of optimizers, by where a tensor lies, and by which modules and parameters there are.
+    A write that torch does not count (through `.data`, or by another library, into the same memory; a moving average
+    put in place so) is not seen; who writes so tells torch: `torch.autograd.graph.increment_version(parameter)`.
+
+    Args:
+        module: whose weights they are.
+        buffers: whether its buffers count as weights.
+    """
+
+    def __init__(self, module: nn.Module, *, buffers: bool = False) -> None:
+        self._module = module
+        self._buffers = buffers
+        self._count = 0
+        self._forget()
+        _count_steps()
+
+    def _forget(self) -> None:
+        self._seen: _Seen | None = None
+        self._children: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._tables: list[Mapping[str, Tensor | None]] = []
+        self._lock = threading.Lock()
+
+    def now(self) -> int:
+        """The version: another number after every change."""
+        with self._lock:
+            seen = self._look()
+            if seen != self._seen:
+                self._count += self._seen is not None  # at the first look there is nothing that is older
+                self._see(seen)
+            return self._count
+
+    def adopt(self) -> None:
+        """Say that what changed since the last look is where the weights lie, not what they are."""
+        with self._lock:
+            self._see(self._look())
+
+    def _see(self, seen: _Seen) -> None:
+        self._seen = seen
+        for tensor in self._tensors():
+            setattr(tensor, _WATCHED, True)
+
+    def _look(self) -> _Seen:
+        if any(table != known for table, known in self._children):
+            self._scan()
+        seen = _state(self._tensors())
+        if self._seen is None or seen[0] != self._seen[0]:  # other tensors: where they are there may be more
+            self._scan()
+            seen = _state(self._tensors())
+        return seen
+
+    def _scan(self) -> None:
+        modules = list(self._module.modules())
+        self._children = [(module._modules, dict(module._modules)) for module in modules if module._modules]
+        self._tables = [module._parameters for module in modules]
+        self._tables += [module._buffers for module in modules if self._buffers]
+
+    def _tensors(self) -> list[Tensor]:
+        values = chain.from_iterable(table.values() for table in self._tables)
+        return [tensor for tensor in values if tensor is not None]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy, which counts on from here; its owner calls `adopt` once the copied module is whole."""
+        self.now()
+        return {name: getattr(self, name) for name in ("_module", "_buffers", "_count")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
+        _count_steps()
+
+
+def _state(tensors: list[Tensor]) -> _Seen:
+    return tuple(map(id, tensors)), tuple(map(Tensor.data_ptr, tensors)), _versions(tensors)
+
+
+def _versions(tensors: list[Tensor]) -> tuple[int, ...]:
+    try:
+        return tuple(map(attrgetter("_version"), tensors))
+    except RuntimeError:  # one of them was made in inference mode
+        return tuple(map(_version, tensors))
+
+
+def _version(tensor: Tensor) -> int:
+    try:
+        return tensor._version
+    except RuntimeError:  # torch counts nothing here
+        return 0
+
+
+def _count_steps() -> None:
+    with _counting:
+        if not _hooks:
+            _hooks.append(register_optimizer_step_post_hook(_after_step))
+
+
+def _after_step(optimizer: Optimizer, *_: Any) -> None:
+    """Count the step as a write: torch's fused optimizers and those that write through `.data` do not."""
+    for group in optimizer.param_groups:
+        written = [parameter for parameter in group["params"] if parameter.grad is not None]
+        increment_version([parameter for parameter in written if getattr(parameter, _WATCHED, False)])

@@ -1,0 +1,50 @@
+"""Evaluation of one thread: no dropout in it, the modes as they were, and other threads not concerned."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from laser_fast.models import SASRec
+from laser_fast.nn.evaluation_mode import draws_dropout, evaluating, refuse_torch_modes
+
+
+def test_it_is_of_one_thread_and_ends() -> None:
+    module, seen = nn.Linear(1, 1), []
+    with evaluating():
+        with evaluating():
+            pass
+        assert module.training and not draws_dropout(module)
+        other = threading.Thread(target=lambda: seen.append(draws_dropout(module)))
+        other.start()
+        other.join()
+    assert seen == [True] and draws_dropout(module)
+    with pytest.raises(ZeroDivisionError), evaluating():
+        raise ZeroDivisionError
+    assert draws_dropout(module)
+
+
+def test_states_while_training_are_those_of_evaluation() -> None:
+    recommender = SASRec(9, width=8, max_length=4, dropout=0.5)
+    history = torch.tensor([1, 2, 3]), torch.tensor([0, 3], dtype=torch.int32)
+    expected = recommender.eval().states(*history)
+    recommender.train()
+    assert torch.equal(recommender.states(*history), expected)
+    assert all(part.training for part in recommender.modules())
+    assert not torch.equal(recommender(*history), expected)
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [(nn.Dropout(0.1), "Dropout"), (nn.LSTM(2, 2, 2, dropout=0.1), "LSTM"), (nn.BatchNorm1d(2), "BatchNorm1d")],
+)
+def test_what_it_does_not_reach_is_refused(part: nn.Module, name: str) -> None:
+    recommender = SASRec(9, width=8)
+    recommender.part = part
+    empty = torch.empty(0, dtype=torch.int64), torch.zeros(2, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=f"SASRec: a {name} must be in evaluation mode to answer, got training"):
+        recommender.states(*empty)
+    recommender.eval()
+    assert recommender.states(*empty).shape == (0, 8)
+    refuse_torch_modes("f", nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.0), nn.LayerNorm(1)))
