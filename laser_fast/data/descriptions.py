@@ -24,7 +24,7 @@ AnyDescription = TypeVar("AnyDescription", bound=Description)
 
 
 def parse_description(
-    kind: type[Kind], content: bytes, where: str, *, version: tuple[str, int] | None = None, remedy: str = ""
+    kind: type[Kind], content: str | bytes, where: str, *, version: tuple[str, int] | None = None, remedy: str = ""
 ) -> Kind:
     """The description that a JSON file holds.
 
@@ -57,7 +57,7 @@ def checked_description(kind: type[AnyDescription], values: dict[str, Any], wher
         raise ValueError(f"{where} must hold what belongs there, got {_problems(error)}") from error
 
 
-def _refuse_another_version(content: bytes, key: str, wanted: int, where: str, remedy: str) -> None:
+def _refuse_another_version(content: str | bytes, key: str, wanted: int, where: str, remedy: str) -> None:
     try:
         found = from_json(content)
     except ValueError as error:

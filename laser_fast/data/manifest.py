@@ -60,7 +60,7 @@ class Manifest:
         return json.dumps(asdict(self), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
     @classmethod
-    def from_json(cls, content: bytes) -> "Manifest":
+    def from_json(cls, content: str | bytes) -> "Manifest":
         """Parse what `to_json` wrote.
 
         Raises:

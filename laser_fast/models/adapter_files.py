@@ -124,7 +124,13 @@ class SavedLaser:
                 raise ValueError(
                     f"checkpoint: {name}.safetensors must hold bounds, columns and values, got {sorted(values)}"
                 )
-            table = _TABLES[name](**values, **settings.model_dump())
+            table = _TABLES[name](
+                values["bounds"],
+                values["columns"],
+                values["values"],
+                decay=settings.decay,
+                max_history=settings.max_history,
+            )
             if table.num_items != self.description.num_items:
                 raise ValueError(
                     f"checkpoint: {name}.safetensors must be of {self.description.num_items} items, "

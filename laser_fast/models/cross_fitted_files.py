@@ -72,7 +72,7 @@ def read_folds(model: PackedRecommender, sealed: SealedFolder, recorded: FoldsRe
 def _refuse_other_folds(found: dict[str, Shape], model: PackedRecommender, recorded: FoldsRecord) -> None:
     """Make sure that the file has the weights of these folds in their shapes, and the bases where there are any."""
     bases = (recorded.number, model.state_size, model.state_size)
-    expected = {_BASES: bases} if recorded.items == "aligned" else {}
+    expected: dict[str, Shape] = {_BASES: bases} if recorded.items == "aligned" else {}
     if found.get(_BASES) != expected.get(_BASES):
         raise ValueError(
             f"load_recommender: {_BASES} of {FOLDS_FILE} must have shape {expected.get(_BASES)}, "

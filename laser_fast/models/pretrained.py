@@ -103,7 +103,7 @@ class PretrainedLaser(ModelHubMixin):
             saved = find_saved(_folder(str(pretrained), revision, local_files_only))
             if saved is not None:
                 _refuse("a saved Laser", items=items, config=config, item_counts=item_counts)
-                chosen = build_config(LanguageModelConfig, {**saved.lm.model_dump(), **given})
+                chosen = build_config(LanguageModelConfig, {**saved.description.lm.model_dump(), **given})
                 return cls._restored(saved, chosen, llm, tokenizer, recommender, local_files_only)
         _refuse("a new Laser", llm=llm)
         if items is None:
@@ -152,7 +152,8 @@ class PretrainedLaser(ModelHubMixin):
         saved.refuse_other_sizes()
         if llm is None and not settings.path:
             raise ValueError(
-                f"from_pretrained: llm must be given for this Laser, whose {expected.type} came from no folder, got None"
+                f"from_pretrained: llm must be given for this Laser, whose {expected.type} came from no folder, "
+                "got None"
             )
         named = lm_of_saved(settings, expected.revision, llm, tokenizer)
         base = _load_base(
@@ -165,7 +166,7 @@ class PretrainedLaser(ModelHubMixin):
         read = _saved_recommender(saved, recommender, items)
         counts = saved.counts()
         known = counts > 0 if counts.any() else np.ones(len(items), dtype=bool)
-        origin = Origin(saved.config, base.settings, {}, items, counts, saved.description.split_hash)
+        origin = Origin(saved.description.model, base.settings, {}, items, counts, saved.description.split_hash)
         with torch.random.fork_rng(devices=[]):  # the random parameters are overwritten at once
             model = cls._built(origin, base, read, known)
         laser = cast("LaserModel", model)
