@@ -83,8 +83,8 @@ def _refuse_other_inputs(saved: SavedLaser, inputs: Inputs) -> None:
     """Make sure of what a split does not tell: the texts of the items, and the weights of the recommender."""
     if saved.items().fields != inputs.dataset.items.fields:
         raise ValueError(
-            "load_laser: the items must have the texts of the training, got other ones in the data set; prepare it from "
-            "the same item file"
+            "load_laser: the items must have the texts of the training, got other ones in the data set; prepare it "
+            "from the same item file"
         )
     expected = saved.description.recommender
     if expected is not None and expected.sha256 != (found := weights_hash(inputs.recommender)):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 from laser_fast.config import LaserConfig, build_config
 from laser_fast.data import PackedSequences
@@ -62,7 +62,7 @@ def test_a_run_leaves_the_best_model_and_its_records(tiny_settings: dict[str, An
     ]
     description = json.loads((folder / "checkpoint" / "laser.json").read_text())
     assert description["facts"]["validation"]["NDCG@10"] == max(
-        e["validation_NDCG@10"] for e in log if e["stage"] != "pretrain"
+        entry["validation_NDCG@10"] for entry in log if entry["stage"] != "pretrain"
     )
     assert description["split_hash"] == inputs.split.hash
     assert sum(log[2]["load"]) == pytest.approx(2.0)  # k choices per item
