@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from laser_fast.config import LanguageModelConfig, LaserConfig, ModelConfig
 from laser_fast.data.descriptions import Description, checked_description, parse_description
@@ -104,6 +104,8 @@ class SavedLaser:
     def counts(self) -> np.ndarray:
         """Events of each item in the training part: int64 [I]."""
         counts: np.ndarray = read_tensors(self.sealed, _ITEM_TENSORS, ["counts"])["counts"].numpy()
+        if counts.dtype != np.int64 or (counts < 0).any():
+            raise ValueError(f"checkpoint: counts of {_ITEM_TENSORS} must be int64 and not negative, got {counts}")
         return counts
 
     def recommender(self) -> PackedRecommender | None:
@@ -120,23 +122,14 @@ class SavedLaser:
         found: dict[str, ItemToItem] = {}
         for name, settings in self.description.tables.items():
             values = read_tensors(self.sealed, f"{name}.safetensors")
-            if values.keys() != {"bounds", "columns", "values"}:
-                raise ValueError(
-                    f"checkpoint: {name}.safetensors must hold bounds, columns and values, got {sorted(values)}"
-                )
-            table = _TABLES[name](
+            _refuse_other_table(values, self.description.num_items, f"{name}.safetensors")
+            found[name] = _TABLES[name](
                 values["bounds"],
                 values["columns"],
                 values["values"],
                 decay=settings.decay,
                 max_history=settings.max_history,
             )
-            if table.num_items != self.description.num_items:
-                raise ValueError(
-                    f"checkpoint: {name}.safetensors must be of {self.description.num_items} items, "
-                    f"got {table.num_items}"
-                )
-            found[name] = table
         return found
 
     def refuse_other_sizes(self) -> None:
@@ -145,11 +138,12 @@ class SavedLaser:
         Raises:
             ValueError: a file is damaged, or of other sizes.
         """
-        for name, wanted in (
-            (_ITEM_TENSORS, self.description.item_shapes()),
-            (_ADAPTER, self.description.adapter_shapes()),
-        ):
-            refuse_other_shapes(tensor_shapes(self.sealed, name), wanted, f"checkpoint: {name}")
+        found = tensor_shapes(self.sealed, _ITEM_TENSORS)
+        empty = found.get("item_matrix", (1,))[0] == 0  # it was saved before `refresh_items`
+        wanted = self.description.item_shapes(0 if empty else self.description.num_items)
+        refuse_other_shapes(found, wanted, f"checkpoint: {_ITEM_TENSORS}")
+        found, wanted = tensor_shapes(self.sealed, _ADAPTER), self.description.adapter_shapes()
+        refuse_other_shapes(found, wanted, f"checkpoint: {_ADAPTER}")
 
     def refuse_another_base(self, model: "LaserModel") -> None:
         """Make sure that a model stands on the language model and the tokenizer this one was trained with.
@@ -199,6 +193,35 @@ class SavedLaser:
         model.text.set_vectors(vectors)
         if model.popularity_weight is not None and "popularity_weight" in state:
             model.popularity_weight.data.copy_(state["popularity_weight"])
+
+
+def _refuse_other_table(values: dict[str, Tensor], num_items: int, name: str) -> None:
+    """Make sure that tensors are what `ItemToItem` holds, of so many items: its entries are read without another look.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if values.keys() != {"bounds", "columns", "values"}:
+        raise ValueError(f"checkpoint: {name} must hold bounds, columns and values, got {sorted(values)}")
+    bounds, columns, entries = values["bounds"], values["columns"], values["values"]
+    if bounds.shape != (num_items + 1,):
+        raise ValueError(f"checkpoint: {name} must be of {num_items} items, got {bounds.numel() - 1}")
+    number, problems = columns.numel(), []
+    if [bounds.dtype, columns.dtype, entries.dtype] != [torch.int64, torch.int64, torch.float32]:
+        problems.append(f"{bounds.dtype}, {columns.dtype} and {entries.dtype}")
+    if columns.shape != (number,) or entries.shape != (number,):
+        problems.append(f"columns and values of shapes {tuple(columns.shape)} and {tuple(entries.shape)}")
+    if bounds[0] != 0 or bounds[-1] != number or (bounds.diff() < 0).any():
+        problems.append(f"bounds that do not rise from 0 to {number}")
+    if number and (columns.min() < 0 or columns.max() >= num_items):
+        problems.append(f"columns in {columns.min()}..{columns.max()}")
+    if not entries.isfinite().all():
+        problems.append("values that are not finite")
+    if problems:
+        raise ValueError(
+            f"checkpoint: {name} must hold int64 bounds and columns and float32 values over {num_items} items, got "
+            + "; ".join(problems)
+        )
 
 
 def find_saved(folder: Path) -> SavedLaser | None:

@@ -75,10 +75,14 @@ class LaserDescription(Description):
     config: LaserConfig | None
     facts: dict[str, Any]
 
-    def item_shapes(self) -> dict[str, Shape]:
-        """Of the tensors in items.safetensors."""
+    def item_shapes(self, rows: int) -> dict[str, Shape]:
+        """Of the tensors in items.safetensors.
+
+        Args:
+            rows: of the item matrix; 0 in a model that was saved before it had one.
+        """
         items, width = self.num_items, self.base.hidden_size
-        shapes: dict[str, Shape] = {"item_matrix": (items, width), "counts": (items,)}
+        shapes: dict[str, Shape] = {"item_matrix": (rows, width), "counts": (items,)}
         return shapes | ({"text_vectors": (items, width)} if self.model.text.residual else {})
 
     def adapter_shapes(self) -> dict[str, Shape]:

@@ -51,7 +51,7 @@ def model_card(model: "LaserModel", *, repo_id: str | None = None, figures: dict
             "",
         ]
     where = repr(repo_id or "this folder").replace("'", '"')
-    llm = "" if on_hub else ', llm="folder of the language model"'
+    llm = f', llm="{base if on_hub else "folder of the language model"}"'
     lines += [
         "```python",
         "from laser_fast import LaserModel",

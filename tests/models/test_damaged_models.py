@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from laser_fast import LaserModel
 from laser_fast.data import PackedSequences
@@ -230,3 +231,38 @@ def test_a_calibration_that_is_not_finite_is_not_saved(saved: tuple[Path, Path],
     with pytest.raises(ValueError, match=r"write_laser: laser\.json must hold .*calibration\.last_bias = nan"):
         model.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value", "got"),
+    [
+        ("columns", 0, 25, r"columns in 0\.\.25"),
+        ("columns", 0, -1, r"columns in -1\.\.24"),
+        ("bounds", 3, 900, r"bounds that do not rise from 0 to 25"),
+        ("bounds", 0, 1, r"bounds that do not rise from 0 to 25"),
+        ("values", 0, float("inf"), "values that are not finite"),
+    ],
+)
+def test_rules_that_point_elsewhere_are_refused(copied: Path, name: str, place: int, value: float, got: str) -> None:
+    tensors = load_file(copied / "rules.safetensors")
+    tensors[name][place] = value
+    save_file(tensors, copied / "rules.safetensors")
+    seal(copied)
+    with pytest.raises(ValueError, match=rf"rules\.safetensors must hold int64 bounds .* over 25 items, got {got}$"):
+        LaserModel.from_pretrained(copied)
+
+
+@pytest.mark.parametrize("counts", [torch.zeros(25), -torch.ones(25, dtype=torch.int64)], ids=["float", "negative"])
+def test_counts_that_are_none_are_refused(copied: Path, counts: torch.Tensor) -> None:
+    save_file(load_file(copied / "items.safetensors") | {"counts": counts}, copied / "items.safetensors")
+    seal(copied)
+    with pytest.raises(ValueError, match=r"counts of items\.safetensors must be int64 and not negative, got"):
+        LaserModel.from_pretrained(copied)
+
+
+def test_a_model_without_an_item_matrix_comes_back(tiny_lm: Path, tiny_recommender: Path, tmp_path: Path) -> None:
+    model = LaserModel.from_pretrained(tiny_lm, items=ITEMS, recommender=tiny_recommender, config=CONFIG).eval()
+    model.save_pretrained(tmp_path / "laser")
+    loaded = LaserModel.from_pretrained(tmp_path / "laser")
+    assert loaded.item_matrix.shape == (0, 16)
+    assert torch.equal(loaded.refresh_items(), model.refresh_items())

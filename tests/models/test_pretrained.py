@@ -411,7 +411,8 @@ def test_names_of_the_hub(new_model: Callable[..., LaserModel], hub: Path, tmp_p
     description = json.loads((tmp_path / "laser" / "laser.json").read_text())
     assert description["lm"]["path"] == "hub:someone/tiny-bert"
     assert description["base"]["revision"] == COMMIT
-    assert "base_model: someone/tiny-bert" in (tmp_path / "laser" / "README.md").read_text()
+    card = (tmp_path / "laser" / "README.md").read_text()
+    assert "base_model: someone/tiny-bert" in card and 'llm="hub:someone/tiny-bert")' in card
     assert same(LaserModel.from_pretrained(tmp_path / "laser"), model)
     for name in ("hub:someone/tiny-bert", f"hub:someone/tiny-bert@{COMMIT}"):
         assert same(LaserModel.from_pretrained(tmp_path / "laser", llm=name), model)
