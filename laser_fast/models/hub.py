@@ -43,7 +43,7 @@ def fetched_before(location: str, revision: str | None, argument: str) -> Path:
     process to the net; whoever loads it may, by naming the repository.
 
     Args:
-        revision: where the location has none; None = what the cache has as the main branch.
+        revision: commit that was used before, which goes before a branch in the location; None = unknown.
         argument: of the caller, by which the repository can be named.
 
     Raises:
@@ -51,7 +51,7 @@ def fetched_before(location: str, revision: str | None, argument: str) -> Path:
     """
     name, _, at = location.partition("@")
     try:
-        return fetch(name, revision=at or revision, local_files_only=True)
+        return fetch(name, revision=revision or at or None, local_files_only=True)
     except FileNotFoundError as error:
         raise ValueError(
             f"fetched_before: {location}, which the saved model names, must be in the cache of the hub, got no such "

@@ -300,7 +300,8 @@ def _load_base(
     if not settings.path.startswith(RANDOM_SCHEME):
         folder = _folder(settings.path, revision, local_files_only)
         local = settings.model_copy(update={"path": str(folder)})
-        if commit_of(folder) is not None and not settings.path.startswith(HUB_SCHEME):
+        by_name = not settings.path.startswith(HUB_SCHEME) and not Path(settings.path).expanduser().exists()
+        if commit_of(folder) is not None and by_name:
             settings = settings.model_copy(update={"path": HUB_SCHEME + settings.path})
     return LoadedBase(load_model(local), own or _load_tokenizer(local, local_files_only), settings)
 

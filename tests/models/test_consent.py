@@ -111,6 +111,15 @@ def test_a_folder_that_is_gone_is_no_name_on_the_hub(tiny_settings: dict[str, An
     assert hub.fetched == []
 
 
+def test_a_folder_of_the_cache_stays_a_folder(hub: Hub, tiny_lm: Path, tiny_recommender: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_lm, hub.folder)
+    items = {f"i{i}": "red bolt" for i in range(25)}
+    LaserModel.from_pretrained(hub.folder, items=items, recommender=tiny_recommender).save_pretrained(
+        tmp_path / "laser"
+    )
+    assert origin_of(LaserModel.from_pretrained(tmp_path / "laser")).lm.path == str(hub.folder)
+
+
 def test_local_files_only_is_of_the_tokenizer_too(hub: Hub, tiny_lm: Path, tiny_recommender: Path) -> None:
     arguments: dict[str, Any] = {"items": {f"i{i}": "red bolt" for i in range(25)}, "recommender": tiny_recommender}
     arguments["tokenizer"] = "hub:someone/tiny-bert"
