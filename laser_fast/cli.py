@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from laser_fast import __version__
-from laser_fast.cli_evaluation import add_evaluation_commands, load_run, write_figures
+from laser_fast.cli_evaluation import add_evaluation_commands, add_places, load_run, write_figures
 from laser_fast.cli_output import Parser, report_error, safe_output
 from laser_fast.config import (
     LaserConfig,
@@ -84,8 +84,7 @@ def parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("model", metavar="RUN", help="run directory written by train")
-        command.add_argument("--data", help="where the data set is now, if it moved")
-        command.add_argument("--recommender", help="where the recommender is now, if it moved")
+        add_places(command)
         if name == "recommend":
             _add_recommend(command)
         elif name == "report":
@@ -316,7 +315,7 @@ def _load_alone(parsed: argparse.Namespace) -> Any:
 
     if find_saved(resolve_path(parsed.model)) is None:
         raise FileNotFoundError(f"recommend: the folder must hold a run or a saved Laser, got {parsed.model!r}")
-    return LaserModel.from_pretrained(parsed.model, recommender=parsed.recommender, local_files_only=True)
+    return LaserModel.from_pretrained(parsed.model, recommender=parsed.recommender, llm=parsed.llm)
 
 
 def _split(dataset: Any, parsed: argparse.Namespace) -> Any:

@@ -51,9 +51,15 @@ def add_evaluation_commands(commands: Any) -> None:
     command.set_defaults(run=_significance)
 
 
-def _add_common(command: argparse.ArgumentParser) -> None:
+def add_places(command: argparse.ArgumentParser) -> None:
+    """Add where the things are now that a run was built on."""
     command.add_argument("--data", help="where the data set is now, if it moved")
     command.add_argument("--recommender", help="where the recommender is now, if it moved")
+    command.add_argument("--llm", help="where the language model is now, or hub:OWNER/NAME to fetch it")
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    add_places(command)
     command.add_argument("--split", choices=("test", "valid"), default="test")
     command.add_argument("--seed", type=whole_number(0, LARGEST_SEED), default=0, help="of what is drawn")
     command.add_argument("--output", help="also write the figures to this JSON file")
@@ -199,7 +205,7 @@ def load_run(parsed: argparse.Namespace, run: str) -> "tuple[LaserModel, Inputs,
     """The model of a run directory, what it was built on, and its configuration."""
     from laser_fast.training.checkpoint import load_laser
 
-    return load_laser(run, data=parsed.data, recommender=parsed.recommender)
+    return load_laser(run, data=parsed.data, recommender=parsed.recommender, llm=parsed.llm)
 
 
 def write_figures(path: str | None, figures: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,37 @@ def assert_accurate(worst_row_error: Callable[[Tensor, Tensor], float]) -> Calla
         raise AssertionError(f"{name}: worst row is off by {error:.3g}, allowed are {limit:.3g}")
 
     return check
+
+
+@pytest.fixture
+def damage_files() -> Callable[..., int]:
+    """`damage(folder, load, same, times)`: flip a bit of a file, or cut its end off, over and over; each time `load()`
+    refuses with a ValueError that names the file, or gives what `same` finds equal. How often it refused."""
+
+    def damage(folder: Path, load: Callable[[], Any], same: Callable[[Any], bool], times: int) -> int:
+        draw, refused = random.Random(0), 0
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        for number in range(times):
+            file = files[number % len(files)]
+            content = file.read_bytes()
+            place = draw.randrange(len(content))
+            flipped = content[:place] + bytes([content[place] ^ 1 << draw.randrange(8)]) + content[place + 1 :]
+            file.write_bytes(content[:place] if number % 5 == 0 else flipped)
+            said, loaded = "", None
+            try:
+                loaded = load()
+            except ValueError as error:
+                said = str(error)
+            file.write_bytes(content)
+            if loaded is None:  # a seal may name a file that is not there
+                assert file.name in said or file.name == "seal.json", (file.name, said)
+                assert len(said.splitlines()) == 1, said
+                refused += 1
+            else:
+                assert same(loaded), (file.name, place)
+        return refused
+
+    return damage
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

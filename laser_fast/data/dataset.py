@@ -1,8 +1,8 @@
 """A prepared data set in memory and on disk: item table, one chronological sequence per user, manifest.
 
 On disk a data set is a folder of files with fixed names: `items.parquet`, `users.parquet`, `offsets.npy`,
-`item_index.npy`, `timestamps.npy` (memory-mapped on loading) and `manifest.json`. Nothing is pickled, and no id ever
-becomes a file name.
+`item_index.npy`, `timestamps.npy` (memory-mapped on loading), `manifest.json` and the seal of all these. Nothing is
+pickled, and no id ever becomes a file name.
 """
 
 import hashlib
@@ -19,6 +19,8 @@ from laser_fast.data.folders import replace_directory, whole_directory
 from laser_fast.data.items import ID_COLUMN, ItemTable, first_duplicate, update_with_strings
 from laser_fast.data.manifest import Manifest
 from laser_fast.data.pieces import pieces, update_with_array
+from laser_fast.data.sealed import SealedFolder, seal
+from laser_fast.data.sealed import file_sha256 as file_sha256
 from laser_fast.data.sequences import PackedSequences
 
 MANIFEST_FILE = "manifest.json"
@@ -138,11 +140,11 @@ class SequenceDataset:
 
         Args:
             directory: what `write_dataset` or `prepare` wrote.
-            verify: compare every file with the SHA-256 in the manifest (reads each file once).
+            verify: compare every file with the SHA-256 in its seal (reads each file once).
 
         Raises:
-            FileNotFoundError: the folder or one of its files is missing.
-            ValueError: a file is not the one the manifest describes, or its content breaks a rule.
+            FileNotFoundError: there is no such folder, or no manifest in it.
+            ValueError: a file is missing or not the one that was sealed, or its content breaks a rule.
         """
         try:
             folder = whole_directory(Path(directory))
@@ -180,15 +182,6 @@ class SequenceDataset:
         return digest.hexdigest()
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def _read_table(path: Path, columns: Sequence[str] | None) -> dict[str, list[str]]:
     try:
         table = pq.read_table(path, memory_map=True)
@@ -207,30 +200,22 @@ def read_manifest(directory: Path) -> Manifest:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is no manifest of this version, or names other files than a data set has.
+        ValueError: it is no manifest of this version.
     """
     path = directory / MANIFEST_FILE
     if not path.is_file():
         raise FileNotFoundError(
             f"read_manifest: a data set needs {MANIFEST_FILE}, got none in {directory}; run `laser-fast prepare` first"
         )
-    manifest = Manifest.from_json(path.read_text(encoding="utf-8"))
-    if set(manifest.files) != set(DATA_FILES):
-        raise ValueError(f"read_manifest: files must be {sorted(DATA_FILES)}, got {sorted(manifest.files)}")
-    return manifest
+    return Manifest.from_json(path.read_bytes())
 
 
 def _load(directory: Path, verify: bool) -> SequenceDataset:
-    manifest = read_manifest(directory)
-    for name in DATA_FILES:
-        path = directory / name
-        if not path.is_file():
-            raise FileNotFoundError(f"SequenceDataset.load: a data set needs {name}, got none in {directory}")
-        if verify and (actual := file_sha256(path)) != manifest.files[name]:
-            raise ValueError(
-                f"SequenceDataset.load: {name} must have SHA-256 {manifest.files[name]}, got {actual}; "
-                "prepare the data set again"
-            )
+    manifest = read_manifest(directory)  # read before the seal, because older versions have a schema and no seal
+    sealed = SealedFolder(directory)
+    if verify:
+        for name in (MANIFEST_FILE, *DATA_FILES):
+            sealed.file(name)
     columns = _read_table(directory / ITEMS_FILE, None)
     users = _read_table(directory / USERS_FILE, [ID_COLUMN])
     items = ItemTable(columns.pop(ID_COLUMN), columns)
@@ -270,7 +255,7 @@ def write_dataset(
 
     Args:
         directory: the target, missing or empty unless `overwrite` replaces a data set; parents are created.
-        dataset: what to write; `counts`, `files` and `dataset_hash` of its manifest are filled in.
+        dataset: what to write; `counts` and `dataset_hash` of its manifest are filled in.
         overwrite: replace a data set that is already there.
 
     Returns:
@@ -290,7 +275,7 @@ def write_dataset(
 
 
 def write_around_arrays(directory: Path, dataset: SequenceDataset) -> None:
-    """Complete a folder that has the three arrays of `dataset` already: ids, texts and the manifest."""
+    """Complete a folder that has the three arrays of `dataset` already: ids, texts, manifest and seal."""
     columns = {ID_COLUMN: dataset.items.ids, **dataset.items.fields}
     pq.write_table(
         pa.table({name: pa.array(column, pa.large_string()) for name, column in columns.items()}),
@@ -305,7 +290,7 @@ def write_around_arrays(directory: Path, dataset: SequenceDataset) -> None:
             "items": dataset.num_items,
             "interactions": len(dataset.item_index),
         },
-        files={name: file_sha256(directory / name) for name in DATA_FILES},
         dataset_hash=dataset.hash(),
     )
     (directory / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+    seal(directory)

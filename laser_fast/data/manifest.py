@@ -1,12 +1,15 @@
 """The manifest of a prepared data set: what it was made from, how, and what came out."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
-SCHEMA = 1
+from pydantic import ConfigDict, Field
+
+from laser_fast.data.descriptions import Description, parse_description
+
+SCHEMA = 2
 
 
 def library_version() -> str:
@@ -23,17 +26,18 @@ class SourceFile:
 
     name: str
     sha256: str
-    bytes: int
+    bytes: Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)
 class Manifest:
     """What `manifest.json` holds.
 
-    `format`, `sources`, `filters`, `tie_rule` and `options` say how the data set was made, `counts`, `files`
-    (SHA-256 of every file written), `dataset_hash` and `split_hash` (of the leave-one-out split; "" if nobody split
-    it yet) what it is.
+    `format`, `sources`, `filters`, `tie_rule` and `options` say how the data set was made, `counts`, `dataset_hash`
+    and `split_hash` (of the leave-one-out split; "" if nobody split it yet) what it is.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = Description.model_config
 
     format: str
     tie_rule: str
@@ -41,7 +45,6 @@ class Manifest:
     filters: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)
     dataset_hash: str = ""
     split_hash: str = ""
     library_version: str = field(default_factory=library_version)
@@ -57,31 +60,15 @@ class Manifest:
         return json.dumps(asdict(self), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> "Manifest":
+    def from_json(cls, content: str | bytes) -> "Manifest":
         """Parse what `to_json` wrote.
 
         Raises:
-            ValueError: not JSON, unknown or missing keys, or another schema version.
+            ValueError: not JSON, unknown or missing keys, values of another type, or another schema version.
         """
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"Manifest.from_json: the text must be JSON, got {error}") from error
-        if not isinstance(value, Mapping):
-            raise ValueError(f"Manifest.from_json: the text must hold an object, got {type(value).__name__}")
-        if value.get("schema") != SCHEMA:
-            raise ValueError(
-                f"Manifest.from_json: schema must be {SCHEMA}, got {value.get('schema')!r}; prepare the data set again"
-            )
-        value = {"split_hash": "", **value}
-        names = {entry.name for entry in fields(cls)}
-        if set(value) != names:
-            raise ValueError(
-                f"Manifest.from_json: keys must be {sorted(names)}, "
-                f"got unknown {sorted(set(value) - names)} and missing {sorted(names - set(value))}"
-            )
-        try:
-            sources = tuple(SourceFile(**source) for source in value["sources"])
-        except TypeError as error:
-            raise ValueError(f"Manifest.from_json: sources must hold name, sha256 and bytes, got {error}") from error
-        return cls(**{**value, "sources": sources})
+        where, version = "Manifest.from_json: manifest.json", ("schema", SCHEMA)
+        found = parse_description(cls, content, where, version=version, remedy="prepare the data set again")
+        missing = sorted({entry.name for entry in fields(cls)} - json.loads(content).keys())
+        if missing:  # a default is for whoever makes a data set, not for a file
+            raise ValueError(f"{where} must hold all keys, got none of {missing}")
+        return found

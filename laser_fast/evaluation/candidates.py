@@ -12,6 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from laser_fast.data.descriptions import Description, parse_description
 from laser_fast.data.folders import replace_file
 
 if TYPE_CHECKING:
@@ -20,8 +21,18 @@ if TYPE_CHECKING:
 Sampler = Literal["uniform", "popularity"]
 LLARA_CANDIDATES = 20
 _LLARA_SHOWN = 10
-_KIND = "laser_fast.candidates"
+_FORMAT = 2
 _MOST_ITEMS = 2**31  # of all rankings together: 16 GiB
+
+
+class _About(Description):
+    """What the file of candidates says beside the items: the other attributes, and a SHA-256 over everything."""
+
+    format: int
+    sampler: Sampler
+    seed: int
+    rows_hash: str
+    sha256: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,9 +73,17 @@ class Candidates:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, whole or not at all."""
-        about = {"kind": _KIND, "sampler": self.sampler, "seed": self.seed, "rows_hash": self.rows_hash}
-        content = save({"items": np.ascontiguousarray(self.items)}, {"about": json.dumps(about)})
+        about = {"format": _FORMAT, "sampler": self.sampler, "seed": self.seed, "rows_hash": self.rows_hash}
+        content = save(
+            {"items": np.ascontiguousarray(self.items)}, {"about": json.dumps(about | {"sha256": self._digest()})}
+        )
         replace_file(Path(path), content)
+
+    def _digest(self) -> str:
+        facts = f"{self.sampler} {self.seed} {self.rows_hash} {self.items.dtype} {self.items.shape}"
+        digest = hashlib.sha256(facts.encode())
+        digest.update(np.ascontiguousarray(self.items).data)
+        return digest.hexdigest()
 
     @classmethod
     def load(cls, path: str | Path) -> Candidates:
@@ -72,18 +91,27 @@ class Candidates:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: another kind of file.
+            ValueError: another kind of file, or a damaged one.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"Candidates.load: the path must be a file, got {str(path)!r}")
+        name = Path(path).name
         try:
             with safe_open(path, "numpy") as stream:
-                about = json.loads((stream.metadata() or {}).get("about", "{}"))
-                if about.get("kind") != _KIND:
-                    raise ValueError(f"Candidates.load: the file must hold candidates, got {about.get('kind')!r}")
-                return cls(stream.get_tensor("items"), about["sampler"], about["seed"], about["rows_hash"])
+                written, items = (stream.metadata() or {}).get("about", "{}"), stream.get_tensor("items")
         except SafetensorError as error:
-            raise ValueError(f"Candidates.load: the file must be a safetensors file, got {error}") from error
+            raise ValueError(
+                f"Candidates.load: {name} must be a safetensors file of candidates, got {error}"
+            ) from error
+        where, version = f"Candidates.load: the description in {name}", ("format", _FORMAT)
+        about = parse_description(_About, written, where, version=version, remedy="draw the candidates again")
+        found = cls(items, about.sampler, about.seed, about.rows_hash)
+        if (digest := found._digest()) != about.sha256:
+            raise ValueError(
+                f"Candidates.load: {name} must be the file that was written, with SHA-256 {about.sha256[:12]}, "
+                f"got {digest[:12]}; copy it again"
+            )
+        return found
 
 
 def hash_of_rows(rows: EvaluationRows) -> str:

@@ -8,34 +8,40 @@ items.json               the catalogue: external ids and text fields in index or
 recommender.*            the frozen recommender that M-Former reads, where it reads one
 rules.safetensors        the sequential rules of the calibrated score, where it has some
 neighbors.safetensors    its item neighbours, where it has some
-README.md                a model card
+seal.json                size and SHA-256 of every file above, without which none is read
+README.md                a model card, which may be edited
 """
 
 import hashlib
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from laser_fast.config import LanguageModelConfig, ModelConfig, build_config
+from laser_fast.config import LanguageModelConfig, LaserConfig, ModelConfig
+from laser_fast.data.descriptions import Description, checked_description, parse_description
 from laser_fast.data.folders import replace_directory, whole_directory, write_json
 from laser_fast.data.items import ItemTable
+from laser_fast.data.sealed import SealedFolder, seal
 from laser_fast.models.base_model import differences
 from laser_fast.models.item_to_item import ItemKNN, ItemToItem, SequentialRules
+from laser_fast.models.laser_description import LaserDescription
 from laser_fast.models.packed_recommender import PackedRecommender
 from laser_fast.models.recommender_files import is_saved_by_kind, read_recommender, write_recommender
+from laser_fast.models.tensor_files import read_tensors, refuse_other_shapes, tensor_shapes
 
 if TYPE_CHECKING:
     from laser_fast.models.laser import LaserModel
 
-_FORMAT = 2
+_FORMAT = 3
 _DESCRIPTION = "laser.json"
+_ADAPTER = "adapter.safetensors"
+_ITEM_TENSORS = "items.safetensors"
+_ITEMS = "items.json"
 _TABLES: dict[str, type[ItemToItem]] = {"rules": SequentialRules, "neighbors": ItemKNN}
 _IN_RUN = "checkpoint"
 
@@ -61,40 +67,51 @@ class Origin:
     split_hash: str | None = None
 
 
+class _Items(Description):
+    """What items.json holds."""
+
+    ids: list[str]
+    fields: dict[str, list[str]]
+
+
 @dataclass(frozen=True, eq=False)
 class SavedLaser:
-    """A folder written by `write_laser`; files are read when they are asked for.
+    """A folder written by `write_laser`; files are read, and compared with the seal, when they are asked for."""
 
-    Attributes:
-        description: laser.json.
-    """
-
-    folder: Path
-    description: dict[str, Any]
+    sealed: SealedFolder
+    description: LaserDescription
 
     @property
-    def config(self) -> ModelConfig:
-        """Settings of the model."""
-        return build_config(ModelConfig, self.description["model"])
-
-    @property
-    def lm(self) -> LanguageModelConfig:
-        """Where the language model was."""
-        return build_config(LanguageModelConfig, self.description["lm"])
+    def name(self) -> str:
+        """Of the folder."""
+        return self.sealed.path.name
 
     def items(self) -> ItemTable:
-        """The catalogue."""
-        values = _read_json(self.folder / "items.json")
-        return ItemTable(values["ids"], values["fields"])
+        """The catalogue.
+
+        Raises:
+            ValueError: the file is damaged, or is of another catalogue than the rest.
+        """
+        values = parse_description(_Items, self.sealed.read(_ITEMS), f"checkpoint: {_ITEMS}")
+        table, expected = ItemTable(values.ids, values.fields), self.description
+        if len(table) != expected.num_items or table.hash() != expected.item_map_hash:
+            raise ValueError(
+                f"checkpoint: {_ITEMS} must hold the {expected.num_items} items of {_DESCRIPTION}, "
+                f"{expected.item_map_hash[:12]}, got {len(table)}, {table.hash()[:12]}"
+            )
+        return table
 
     def counts(self) -> np.ndarray:
         """Events of each item in the training part: int64 [I]."""
-        counts: np.ndarray = _read_tensors(self.folder / "items.safetensors")["counts"].numpy()
+        counts: np.ndarray = read_tensors(self.sealed, _ITEM_TENSORS, ["counts"])["counts"].numpy()
+        if counts.dtype != np.int64 or (counts < 0).any():
+            raise ValueError(f"checkpoint: counts of {_ITEM_TENSORS} must be int64 and not negative, got {counts}")
         return counts
 
     def recommender(self) -> PackedRecommender | None:
         """The recommender that was saved with the model; None where there is none in the folder."""
-        return read_recommender(self.folder) if (self.description["recommender"] or {}).get("saved") else None
+        record = self.description.recommender
+        return read_recommender(self.sealed) if record is not None and record.saved else None
 
     def tables(self) -> dict[str, ItemToItem]:
         """The rules and neighbours that the calibrated score adds, by their name in it.
@@ -102,17 +119,31 @@ class SavedLaser:
         Raises:
             ValueError: a file is damaged or belongs to another catalogue.
         """
-        found = {}
-        for name, settings in self.description.get("tables", {}).items():
-            values = _read_tensors(self.folder / f"{name}.safetensors")
-            table = _TABLES[name](values["bounds"], values["columns"], values["values"], **settings)
-            if table.num_items != self.description["num_items"]:
-                raise ValueError(
-                    f"checkpoint: {name}.safetensors must be of {self.description['num_items']} items, "
-                    f"got {table.num_items}"
-                )
-            found[name] = table
+        found: dict[str, ItemToItem] = {}
+        for name, settings in self.description.tables.items():
+            values = read_tensors(self.sealed, f"{name}.safetensors")
+            _refuse_other_table(values, self.description.num_items, f"{name}.safetensors")
+            found[name] = _TABLES[name](
+                values["bounds"],
+                values["columns"],
+                values["values"],
+                decay=settings.decay,
+                max_history=settings.max_history,
+            )
         return found
+
+    def refuse_other_sizes(self) -> None:
+        """Make sure that the tensors are as large as the description says, before anything of these sizes is built.
+
+        Raises:
+            ValueError: a file is damaged, or of other sizes.
+        """
+        found = tensor_shapes(self.sealed, _ITEM_TENSORS)
+        empty = found.get("item_matrix", (1,))[0] == 0  # it was saved before `refresh_items`
+        wanted = self.description.item_shapes(0 if empty else self.description.num_items)
+        refuse_other_shapes(found, wanted, f"checkpoint: {_ITEM_TENSORS}")
+        found, wanted = tensor_shapes(self.sealed, _ADAPTER), self.description.adapter_shapes()
+        refuse_other_shapes(found, wanted, f"checkpoint: {_ADAPTER}")
 
     def refuse_another_base(self, model: "LaserModel") -> None:
         """Make sure that a model stands on the language model and the tokenizer this one was trained with.
@@ -120,10 +151,10 @@ class SavedLaser:
         Raises:
             ValueError: it does not; lists the differences.
         """
-        expected = self.description["base"]
-        if found := differences(expected, origin_of(model).base):
+        expected = self.description.base
+        if found := differences(expected.model_dump(), origin_of(model).base):
             raise ValueError(
-                f"from_pretrained: the language model must be the {expected['type']} this Laser was trained with, got "
+                f"from_pretrained: the language model must be the {expected.type} this Laser was trained with, got "
                 + ", ".join(found)
             )
 
@@ -133,17 +164,16 @@ class SavedLaser:
         Raises:
             ValueError: a file is damaged, or belongs to another catalogue or other settings.
         """
-        if self.description["item_map_hash"] != item_map_hash(model.item_ids):
+        if self.description.item_map_hash != item_map_hash(model.item_ids):
             raise ValueError(
-                f"load_weights: {self.folder.name} must belong to this catalogue of {model.num_items} items, "
-                f"got another item map, of {self.description['num_items']} items"
+                f"load_weights: {self.name} must belong to this catalogue of {model.num_items} items, "
+                f"got another item map, of {self.description.num_items} items"
             )
-        state = _read_tensors(self.folder / "adapter.safetensors")
         try:
-            model.load_state_dict(state)
+            model.load_state_dict(read_tensors(self.sealed, _ADAPTER))
         except RuntimeError as error:
-            raise ValueError(f"load_weights: {self.folder.name} must fit the configuration, got {error}") from error
-        items = _read_tensors(self.folder / "items.safetensors")
+            raise ValueError(f"load_weights: {self.name} must fit the configuration, got {error}") from error
+        items = read_tensors(self.sealed, _ITEM_TENSORS, ["item_matrix", "text_vectors"])
         if model.text is not None and "text_vectors" in items:
             model.text.set_vectors(items["text_vectors"])
         model.item_matrix = items["item_matrix"].to(model.device)  # last: it belongs to all that stands before it
@@ -154,10 +184,10 @@ class SavedLaser:
         Raises:
             ValueError: a file is damaged, or one of the two models has no text residual.
         """
-        vectors = _read_tensors(self.folder / "items.safetensors").get("text_vectors")
+        vectors = read_tensors(self.sealed, _ITEM_TENSORS, ["text_vectors"]).get("text_vectors")
         if model.text is None or vectors is None:
-            raise ValueError(f"put_text_into: {self.folder.name} and the model must have a text residual, got none")
-        state = _read_tensors(self.folder / "adapter.safetensors")
+            raise ValueError(f"put_text_into: {self.name} and the model must have a text residual, got none")
+        state = read_tensors(self.sealed, _ADAPTER)
         prefix = "text."
         model.text.load_state_dict({n[len(prefix) :]: value for n, value in state.items() if n.startswith(prefix)})
         model.text.set_vectors(vectors)
@@ -166,11 +196,40 @@ class SavedLaser:
                 model.popularity_weight.copy_(state["popularity_weight"])
 
 
+def _refuse_other_table(values: dict[str, Tensor], num_items: int, name: str) -> None:
+    """Make sure that tensors are what `ItemToItem` holds, of so many items: its entries are read without another look.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if values.keys() != {"bounds", "columns", "values"}:
+        raise ValueError(f"checkpoint: {name} must hold bounds, columns and values, got {sorted(values)}")
+    bounds, columns, entries = values["bounds"], values["columns"], values["values"]
+    if bounds.shape != (num_items + 1,):
+        raise ValueError(f"checkpoint: {name} must be of {num_items} items, got {bounds.numel() - 1}")
+    number, problems = columns.numel(), []
+    if [bounds.dtype, columns.dtype, entries.dtype] != [torch.int64, torch.int64, torch.float32]:
+        problems.append(f"{bounds.dtype}, {columns.dtype} and {entries.dtype}")
+    if columns.shape != (number,) or entries.shape != (number,):
+        problems.append(f"columns and values of shapes {tuple(columns.shape)} and {tuple(entries.shape)}")
+    if bounds[0] != 0 or bounds[-1] != number or (bounds.diff() < 0).any():
+        problems.append(f"bounds that do not rise from 0 to {number}")
+    if number and (columns.min() < 0 or columns.max() >= num_items):
+        problems.append(f"columns in {columns.min()}..{columns.max()}")
+    if not entries.isfinite().all():
+        problems.append("values that are not finite")
+    if problems:
+        raise ValueError(
+            f"checkpoint: {name} must hold int64 bounds and columns and float32 values over {num_items} items, got "
+            + "; ".join(problems)
+        )
+
+
 def find_saved(folder: Path) -> SavedLaser | None:
     """What `write_laser` wrote there, or into the checkpoint of the run there; None if it wrote nothing.
 
     Raises:
-        ValueError: laser.json is damaged or of another format.
+        ValueError: laser.json is damaged or of another format, or a file of the folder is missing or of another size.
     """
     if not (folder / _DESCRIPTION).is_file():
         try:
@@ -179,62 +238,82 @@ def find_saved(folder: Path) -> SavedLaser | None:
             return None
         if not (folder / _DESCRIPTION).is_file():
             return None
-    description = _read_json(folder / _DESCRIPTION)
-    if description.get("format") != _FORMAT:
-        raise ValueError(
-            f"find_saved: {_DESCRIPTION} must have format {_FORMAT}, got {description.get('format')!r}; "
-            "save the model with this version of laser_fast"
-        )
-    return SavedLaser(folder, description)
+    where, remedy = f"find_saved: {_DESCRIPTION}", "save the model with this version of laser_fast"
+    content, version = (folder / _DESCRIPTION).read_bytes(), ("format", _FORMAT)
+    description = parse_description(LaserDescription, content, where, version=version, remedy=remedy)
+    sealed = SealedFolder(folder)
+    sealed.file(_DESCRIPTION)  # read before the seal, because older versions have a format and no seal
+    return SavedLaser(sealed, description)
 
 
-def write_laser(model: "LaserModel", directory: Path, card: str, **facts: Any) -> None:
+def write_laser(
+    model: "LaserModel", directory: Path, card: str, *, config: LaserConfig | None = None, **facts: Any
+) -> None:
     """Write the folder; an older one at the same place is replaced when the new one is complete.
 
     Args:
         card: README.md of the folder.
+        config: of the run that writes it.
         facts: anything worth keeping with it (stage, epoch, metrics), as JSON.
 
     Raises:
         RuntimeError: the model does not know what it was built from, or its item matrix or its calibration belongs to
             older weights.
+        ValueError: it could not be read again, such as a calibration that is not finite.
     """
     origin = origin_of(model)
     model.refuse_outdated()
     recommender = _recommender_of(model)
     own = recommender if is_saved_by_kind(recommender) else None
     tables = _tables_of(model)
-    description = {
-        "format": _FORMAT,
-        "model": origin.config.model_dump(mode="json"),
-        "lm": origin.lm.model_dump(mode="json"),
-        "base": origin.base,
-        "num_items": model.num_items,
-        "item_map_hash": item_map_hash(model.item_ids),
-        "split_hash": origin.split_hash,
-        "recommender": None
-        if recommender is None
-        else {"kind": type(recommender).__name__, "saved": own is not None, "sha256": weights_hash(recommender)},
-        "calibration": None if model.calibration is None else asdict(model.calibration.calibration),
-        "tables": {name: {"decay": table.decay, "max_history": table.max_history} for name, table in tables.items()},
-        **facts,
-    }
+    description = _describe(model, recommender, tables, config, facts)
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     counts = torch.from_numpy(np.asarray(origin.counts, dtype=np.int64))
     with replace_directory(directory) as fresh:
-        save_file(state, fresh / "adapter.safetensors")
+        save_file(state, fresh / _ADAPTER)
         items = {"item_matrix": model.item_matrix.cpu().contiguous(), "counts": counts}
         if model.text is not None:
             items["text_vectors"] = model.text.fetch_vectors().cpu().contiguous()
-        save_file(items, fresh / "items.safetensors")
-        write_json(fresh / "items.json", {"ids": origin.items.ids, "fields": origin.items.fields})
+        save_file(items, fresh / _ITEM_TENSORS)
+        write_json(fresh / _ITEMS, {"ids": origin.items.ids, "fields": origin.items.fields})
         if own is not None:
             write_recommender(own, fresh)
         for name, table in tables.items():
             values = {"bounds": table.bounds, "columns": table.columns, "values": table.values}
             save_file(values, fresh / f"{name}.safetensors")
-        write_json(fresh / _DESCRIPTION, description)
+        write_json(fresh / _DESCRIPTION, description.model_dump(mode="json"))
         (fresh / "README.md").write_text(card, encoding="utf-8")
+        seal(fresh)
+
+
+def _describe(
+    model: "LaserModel",
+    recommender: object,
+    tables: dict[str, ItemToItem],
+    config: LaserConfig | None,
+    facts: dict[str, Any],
+) -> LaserDescription:
+    """`laser.json` of a model."""
+    origin = origin_of(model)
+    record = None
+    if recommender is not None:
+        saved = is_saved_by_kind(recommender)
+        record = {"kind": type(recommender).__name__, "saved": saved, "sha256": weights_hash(recommender)}
+    values = {
+        "format": _FORMAT,
+        "model": origin.config,
+        "lm": origin.lm,
+        "base": origin.base,
+        "num_items": model.num_items,
+        "item_map_hash": item_map_hash(model.item_ids),
+        "split_hash": origin.split_hash,
+        "recommender": record,
+        "calibration": None if model.calibration is None else asdict(model.calibration.calibration),
+        "tables": {name: {"decay": table.decay, "max_history": table.max_history} for name, table in tables.items()},
+        "config": config,
+        "facts": facts,
+    }
+    return checked_description(LaserDescription, values, f"write_laser: {_DESCRIPTION}")
 
 
 def origin_of(model: "LaserModel") -> Origin:
@@ -283,23 +362,3 @@ def weights_hash(recommender: object) -> str | None:
 def item_map_hash(item_ids: list[str]) -> str:
     """SHA-256 over the external ids in index order."""
     return ItemTable(item_ids).hash()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"checkpoint: {path.parent.name} must be whole, got no {path.name}") from error
-    except ValueError as error:
-        raise ValueError(f"checkpoint: {path.name} must be JSON, got {error}") from error
-    return values
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        # copies begin where torch's own tensors do, on which sums depend in their last bit; in a file it is anywhere
-        return {name: tensor.clone() for name, tensor in load_file(path).items()}
-    except FileNotFoundError as error:
-        raise ValueError(f"checkpoint: {path.parent.name} must be whole, got no {path.name}") from error
-    except SafetensorError as error:
-        raise ValueError(f"checkpoint: {path.name} must be a whole safetensors file, got {error}") from error

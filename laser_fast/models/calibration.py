@@ -1,6 +1,7 @@
 """Several scorers fused into one, with terms for repeats and popularity: a few scalars on top of frozen scores."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import asdict, dataclass, replace
@@ -37,6 +38,10 @@ class Calibration:
             raise ValueError(
                 f"Calibration: standardize must name components, got {unknown}; known: {list(self.weights)}"
             )
+        scalars = {"history_bias": self.history_bias, "last_bias": self.last_bias}
+        scalars |= {"popularity_weight": self.popularity_weight, **self.weights}
+        if wrong := {name: value for name, value in scalars.items() if not math.isfinite(value)}:
+            raise ValueError(f"Calibration: weights and biases must be finite, got {wrong}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and names, ready for JSON."""

@@ -7,8 +7,8 @@ learns from states that are too good: the states of a row's own fold are as good
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -131,16 +131,6 @@ class StateGap:
     valid: float | None
     held_out_valid: float | None
     states: Mapping[str, StateSpread]
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> StateGap:
-        """Of what `to_dict` gave."""
-        states = {name: StateSpread(**spread) for name, spread in values["states"].items()}
-        return cls(**{**values, "states": states})
 
     def __str__(self) -> str:
         parts = [f"{_written(self.in_sample)} on {self.rows:,} training rows, whose targets it has seen"]

@@ -38,6 +38,27 @@ def fetch(location: str, *, revision: str | None = None, local_files_only: bool 
     return Path(folder)
 
 
+def fetched_before(location: str, revision: str | None, argument: str) -> Path:
+    """Local folder of `hub:OWNER/NAME[@REVISION]` that a file names: out of the cache, because no file may send this
+    process to the net; whoever loads it may, by naming the repository.
+
+    Args:
+        revision: commit that was used before, which goes before a branch in the location; None = unknown.
+        argument: of the caller, by which the repository can be named.
+
+    Raises:
+        ValueError: the cache does not have it; says what to pass.
+    """
+    name, _, at = location.partition("@")
+    try:
+        return fetch(name, revision=revision or at or None, local_files_only=True)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"fetched_before: {location}, which the saved model names, must be in the cache of the hub, got no such "
+            f"repository there; to fetch it, pass {argument}={location!r}"
+        ) from error
+
+
 def locate(location: str) -> Path:
     """Local folder of `hub:OWNER/NAME[@REVISION]`, of `package:NAME/INNER` or of a path; only the first may download.
 

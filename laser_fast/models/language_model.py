@@ -8,7 +8,7 @@ import torch
 
 from laser_fast.config import LanguageModelConfig
 from laser_fast.models.hub import locate
-from laser_fast.models.lazy_tensors import lazy_tensors
+from laser_fast.models.lazy_tensors import lazy_tensors, refuse_damaged_weights
 from laser_fast.models.random_models import Placement, random_config, random_model
 from laser_fast.nn.host_embedding import keep_embeddings_on_host
 
@@ -89,6 +89,7 @@ def _read(folder: Path, dtype: torch.dtype, *, pack: bool) -> "PreTrainedModel":
     from transformers import AutoConfig, AutoModel
     from transformers.utils import logging
 
+    refuse_damaged_weights(folder)  # of which transformers names no file
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     packed_already = getattr(config, "quantization_config", None) is not None
     options: dict[str, Any] = {"dtype": dtype}

@@ -14,6 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from laser_fast.models.tensor_files import refuse_damaged_header
+
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
@@ -66,8 +68,7 @@ def lazy_tensors(folder: Path, wanted: torch.dtype | None, skip: tuple[str, ...]
     """
     files = [folder / _SINGLE]
     if (folder / _INDEX).is_file():
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        files = [folder / name for name in sorted(set(index["weight_map"].values()))]
+        files = _indexed(folder)
         if missing := [file.name for file in files if not file.is_file()]:
             raise FileNotFoundError(f"lazy_tensors: {folder.name} must hold the files of its index, got no {missing}")
     elif not files[0].is_file():
@@ -80,6 +81,26 @@ def lazy_tensors(folder: Path, wanted: torch.dtype | None, skip: tuple[str, ...]
                     part = opened.get_slice(name)
                     found[name] = LazyTensor(file, name, part.get_dtype(), part.get_shape(), wanted)
     return found
+
+
+def refuse_damaged_weights(folder: Path) -> None:
+    """Make sure that the files of a checkpoint in safetensors are whole, as far as their headers tell.
+
+    Raises:
+        ValueError: one is not; names it.
+    """
+    for file in [folder / _SINGLE, *(_indexed(folder) if (folder / _INDEX).is_file() else [])]:
+        if file.is_file():
+            refuse_damaged_header(file, "load_language_model")
+
+
+def _indexed(folder: Path) -> list[Path]:
+    try:
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        return [folder / name for name in sorted(set(index["weight_map"].values()))]
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"load_language_model: {_INDEX} must name the file of every tensor, got {reason}") from error
 
 
 def _give_back_freed() -> None:

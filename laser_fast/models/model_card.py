@@ -54,7 +54,7 @@ def model_card(model: "LaserModel", *, repo_id: str | None = None, figures: dict
             "",
         ]
     where = _quoted(repo_id or "this folder")
-    llm = "" if on_hub else ', llm="folder of the language model"'
+    llm = ", llm=" + _quoted(base if on_hub else "folder of the language model")
     lines += [
         "```python",
         "from laser_fast import LaserModel",

@@ -1,8 +1,7 @@
 """`from_pretrained`, `save_pretrained` and `push_to_hub` of a model, as users of Hugging Face know them."""
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,7 +18,7 @@ from laser_fast.models.assembly import build_execution, build_model_batches, che
 from laser_fast.models.base_model import describe_base
 from laser_fast.models.calibration import CalibratedScorer, Calibration
 from laser_fast.models.catalogue_texts import read_texts
-from laser_fast.models.hub import HUB_SCHEME, commit_of, fetch
+from laser_fast.models.hub import HUB_SCHEME, commit_of, fetch, fetched_before
 from laser_fast.models.item_to_item import ItemToItem
 from laser_fast.models.language_model import RANDOM_SCHEME, load_model, load_tokenizer
 from laser_fast.models.model_card import model_card
@@ -82,19 +81,21 @@ class PretrainedLaser(ModelHubMixin):
             recommender: whose states M-Former reads: a `SequentialRecommender` or a folder with a trained one. A
                 saved Laser brings one of ours along.
             config: settings of a new Laser: `ModelConfig`, a mapping, or a YAML file.
-            llm: where the language model of a saved Laser is now; None = where it was.
-            tokenizer: of a loaded language model, or a folder.
+            llm: where the language model of a saved Laser is now; None = where it was. What a saved Laser itself names
+                on the hub is taken out of the cache and never fetched: pass llm="hub:OWNER/NAME" to have it fetched.
+            tokenizer: of a loaded language model, or a folder, or `hub:OWNER/NAME`.
             item_counts: [I], training events of every item of a new Laser; the recommender's states of items with
                 none are not read. None = all are known.
             dtype, quantization: of the frozen weights, see `LanguageModelConfig`; None = those a saved Laser was
                 trained with, else "auto" and "none".
             revision: of a hub repository: branch, tag or commit.
-            local_files_only: ask the hub for nothing.
+            local_files_only: ask the hub for nothing, whatever is named here.
 
         Raises:
             FileNotFoundError: a folder, package or repository does not exist.
             ValueError: no catalogue, another one than the recommender's, or settings that do not fit; of a saved
-                Laser a damaged file, another recommender, or another language model (lists the differences).
+                Laser a damaged file, another recommender, another language model (lists the differences), or one that
+                it names on the hub and the cache does not have.
         """
         precision = {"dtype": dtype, "quantization": quantization}
         given = {name: value for name, value in precision.items() if value is not None}
@@ -102,7 +103,7 @@ class PretrainedLaser(ModelHubMixin):
             saved = find_saved(_folder(str(pretrained), revision, local_files_only))
             if saved is not None:
                 _refuse("a saved Laser", items=items, config=config, item_counts=item_counts)
-                chosen = build_config(LanguageModelConfig, {**saved.lm.model_dump(), **given})
+                chosen = build_config(LanguageModelConfig, {**saved.description.lm.model_dump(), **given})
                 return cls._restored(saved, chosen, llm, tokenizer, recommender, local_files_only)
         _refuse("a new Laser", llm=llm)
         if items is None:
@@ -147,19 +148,25 @@ class PretrainedLaser(ModelHubMixin):
         local_files_only: bool,
     ) -> "Self":
         """The model of a folder, on the language model it was trained with."""
-        expected, items = saved.description["base"], saved.items()
-        source = settings.path if llm is None else llm
-        if llm is None and not source:
+        expected, items = saved.description.base, saved.items()
+        saved.refuse_other_sizes()
+        if llm is None and not settings.path:
             raise ValueError(
-                f"from_pretrained: llm must be given for this Laser, whose {expected['type']} came from no folder, "
+                f"from_pretrained: llm must be given for this Laser, whose {expected.type} came from no folder, "
                 "got None"
             )
-        tokenizer = tokenizer or settings.tokenizer
-        base = _load_base(source, tokenizer, settings, expected["revision"] if llm is None else None, local_files_only)
+        named = lm_of_saved(settings, expected.revision, llm, tokenizer)
+        base = _load_base(
+            named.path if llm is None else llm, tokenizer or named.tokenizer, settings, None, local_files_only
+        )
+        kept = tokenizer or settings.tokenizer  # as it was named, not where the cache has it
+        where = {"tokenizer": kept} if isinstance(kept, str) else {}
+        where |= {"path": settings.path} if llm is None else {}
+        base = replace(base, settings=base.settings.model_copy(update=where))
         read = _saved_recommender(saved, recommender, items)
         counts = saved.counts()
         known = counts > 0 if counts.any() else np.ones(len(items), dtype=bool)
-        origin = Origin(saved.config, base.settings, {}, items, counts, saved.description["split_hash"])
+        origin = Origin(saved.description.model, base.settings, {}, items, counts, saved.description.split_hash)
         with torch.random.fork_rng(devices=[]):  # the random parameters are overwritten at once
             model = cls._built(origin, base, read, known)
         laser = cast("LaserModel", model)
@@ -220,6 +227,33 @@ class LoadedBase:
     settings: LanguageModelConfig
 
 
+def lm_of_saved(
+    settings: LanguageModelConfig,
+    revision: str | None,
+    llm: object = None,
+    tokenizer: object = None,
+) -> LanguageModelConfig:
+    """The settings that a saved model records, with local folders in place of what they name: files out of the cache of
+    the hub, because a file that somebody gave away may not send this process to the net.
+
+    Args:
+        revision: commit of the language model it was trained with.
+        llm, tokenizer: what the caller names in their place, which is left to the caller; None = nothing.
+
+    Raises:
+        FileNotFoundError: there is no such folder or package.
+        ValueError: the cache does not have a repository that they name.
+    """
+    found = {"path": str(llm)} if isinstance(llm, str | Path) else {}
+    if llm is None and not settings.path.startswith(RANDOM_SCHEME):
+        on_hub = settings.path.startswith(HUB_SCHEME)
+        folder = fetched_before(settings.path, revision, "llm") if on_hub else resolve_path(settings.path)
+        found["path"] = str(folder)
+    if tokenizer is None and settings.tokenizer is not None and settings.tokenizer.startswith(HUB_SCHEME):
+        found["tokenizer"] = str(fetched_before(settings.tokenizer, None, "tokenizer"))
+    return settings.model_copy(update=found)
+
+
 def restore_calibration(
     model: "LaserModel", saved: SavedLaser, counts: torch.Tensor, recommender: SequentialRecommender | None
 ) -> None:
@@ -229,9 +263,9 @@ def restore_calibration(
         counts: int64 [I], events of each item in the training part.
     """
     model.calibration = None
-    values = saved.description["calibration"]
+    values = saved.description.calibration
     if values is not None:
-        settings = Calibration.from_json(json.dumps(values))
+        settings = Calibration(**values.model_dump())
         known = calibration_components(model, recommender, saved.tables())
         components = {name: scorer for name, scorer in known.items() if name in settings.weights}
         model.calibration = CalibratedScorer(components, settings, counts)
@@ -261,15 +295,23 @@ def _load_base(
         settings = settings.model_copy(update={"path": path, "tokenizer": folder_of_tokenizer})
         if own is None and not settings.tokenizer and not path:
             raise ValueError("from_pretrained: tokenizer must be given with a loaded language model, got None")
-        return LoadedBase(model, own or load_tokenizer(settings), settings)
+        return LoadedBase(model, own or _load_tokenizer(settings, local_files_only), settings)
     settings = settings.model_copy(update={"path": str(source), "tokenizer": folder_of_tokenizer})
     local = settings
     if not settings.path.startswith(RANDOM_SCHEME):
         folder = _folder(settings.path, revision, local_files_only)
         local = settings.model_copy(update={"path": str(folder)})
-        if commit_of(folder) is not None and not settings.path.startswith(HUB_SCHEME):
+        by_name = not settings.path.startswith(HUB_SCHEME) and not Path(settings.path).expanduser().exists()
+        if commit_of(folder) is not None and by_name:
             settings = settings.model_copy(update={"path": HUB_SCHEME + settings.path})
-    return LoadedBase(load_model(local), own or load_tokenizer(local), settings)
+    return LoadedBase(load_model(local), own or _load_tokenizer(local, local_files_only), settings)
+
+
+def _load_tokenizer(settings: LanguageModelConfig, local_files_only: bool) -> Tokenizer:
+    location = settings.tokenizer or settings.path
+    if location.startswith(HUB_SCHEME):
+        settings = settings.model_copy(update={"tokenizer": str(_folder(location, None, local_files_only))})
+    return cast("Tokenizer", load_tokenizer(settings))
 
 
 def _folder(location: str, revision: str | None, local_files_only: bool) -> Path:
@@ -329,7 +371,7 @@ def _recommender(recommender: Recommender | None, items: ItemTable) -> Sequentia
 
 def _saved_recommender(saved: SavedLaser, given: Recommender | None, items: ItemTable) -> SequentialRecommender | None:
     """The recommender a saved model needs: the one in its folder, or the same one from elsewhere."""
-    expected = saved.description["recommender"]
+    expected = saved.description.recommender
     recommender = _recommender(given, items)
     if expected is None:
         return recommender
@@ -337,13 +379,13 @@ def _saved_recommender(saved: SavedLaser, given: Recommender | None, items: Item
         recommender = saved.recommender()
     if recommender is None:
         raise ValueError(
-            f"from_pretrained: recommender must be given for this Laser, which reads a {expected['kind']} that is not "
+            f"from_pretrained: recommender must be given for this Laser, which reads a {expected.kind} that is not "
             "in its folder, got None"
         )
-    if expected["sha256"] != (found := weights_hash(recommender)):
+    if expected.sha256 != (found := weights_hash(recommender)):
         raise ValueError(
-            f"from_pretrained: recommender must be the {expected['kind']} of the training, "
-            f"{str(expected['sha256'])[:12]}, got a {type(recommender).__name__}, {str(found)[:12]}"
+            f"from_pretrained: recommender must be the {expected.kind} of the training, "
+            f"{str(expected.sha256)[:12]}, got a {type(recommender).__name__}, {str(found)[:12]}"
         )
     return recommender
 

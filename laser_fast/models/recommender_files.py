@@ -1,27 +1,48 @@
-"""An ID-based recommender in a folder: safetensors and JSON, whole or absent."""
+"""An ID-based recommender in a folder: safetensors and JSON, sealed, whole or absent."""
 
-import json
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from laser_fast.data.descriptions import Description, checked_description, parse_description
 from laser_fast.data.folders import replace_directory, whole_directory, write_json
+from laser_fast.data.sealed import SealedFolder, seal
 from laser_fast.models.cross_fitted import StateGap
-from laser_fast.models.cross_fitted_files import read_folds, write_folds
+from laser_fast.models.cross_fitted_files import FoldsRecord, read_folds, write_folds
 from laser_fast.models.gru4rec import GRU4Rec
 from laser_fast.models.packed_recommender import PackedRecommender
 from laser_fast.models.published_sasrec import LLaRASASRec, RecBoleSASRec
 from laser_fast.models.sasrec import SASRec
+from laser_fast.models.tensor_files import read_tensors, refuse_other_shapes, tensor_shapes
 
-_FORMAT = 1
+_FORMAT = 2
 _KINDS: dict[str, type[PackedRecommender]] = {
     model.kind: model for model in (SASRec, GRU4Rec, RecBoleSASRec, LLaRASASRec)
 }
 _WEIGHTS_FILE = "recommender.safetensors"
 _SETTINGS_FILE = "recommender.json"
+
+
+class RecommenderDescription(Description):
+    """What recommender.json holds.
+
+    Attributes:
+        model: settings of the model, all of them.
+        split_hash, item_map_hash, gap: see `PackedRecommender`.
+        folds: what is recorded of the models of the folds; None = they are not here.
+        facts: what else was worth keeping; the model does not depend on it.
+    """
+
+    format: int
+    kind: str
+    model: dict[str, int | float | str | bool]
+    split_hash: str | None
+    item_map_hash: str | None
+    gap: StateGap | None
+    folds: FoldsRecord | None
+    facts: dict[str, Any]
 
 
 def is_saved_by_kind(model: object) -> TypeGuard[PackedRecommender]:
@@ -38,25 +59,32 @@ def save_recommender(model: PackedRecommender, directory: str | Path, **facts: A
         facts: anything worth keeping with it, as JSON.
     """
     with replace_directory(Path(directory)) as folder:
-        if model.cross_fitted is not None:
-            facts["folds"] = write_folds(model.cross_fitted, folder)
-        write_recommender(model, folder, **facts)
+        folds = None if model.cross_fitted is None else write_folds(model.cross_fitted, folder)
+        write_recommender(model, folder, folds, **facts)
+        seal(folder)
 
 
-def write_recommender(model: PackedRecommender, folder: Path, **facts: Any) -> None:
-    """The two files of the model itself, without its folds, into a folder that is being written."""
+def write_recommender(model: PackedRecommender, folder: Path, folds: FoldsRecord | None = None, **facts: Any) -> None:
+    """The two files of the model itself, into a folder that is being written and is sealed at the end.
+
+    Args:
+        folds: of those that were written beside it.
+        facts: see `save_recommender`.
+    """
     weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
     save_file(weights, folder / _WEIGHTS_FILE)
-    settings = {
+    values = {
         "format": _FORMAT,
         "kind": model.kind,
         "model": model.settings,
         "split_hash": model.split_hash,
         "item_map_hash": model.item_map_hash,
-        **({} if model.gap is None else {"gap": model.gap.to_dict()}),
-        **facts,
+        "gap": model.gap,
+        "folds": folds,
+        "facts": facts,
     }
-    write_json(folder / _SETTINGS_FILE, settings)
+    description = checked_description(RecommenderDescription, values, f"write_recommender: {_SETTINGS_FILE}")
+    write_json(folder / _SETTINGS_FILE, description.model_dump(mode="json"))
 
 
 def load_recommender(
@@ -74,7 +102,8 @@ def load_recommender(
 
     Raises:
         FileNotFoundError: no checkpoint there.
-        ValueError: another kind of file, foreign or missing weights, or another split or catalogue than expected.
+        ValueError: another kind of file, a damaged one, foreign or missing weights, or another split or catalogue than
+            expected.
     """
     folder = Path(directory)
     if not (folder / _SETTINGS_FILE).is_file():
@@ -82,7 +111,8 @@ def load_recommender(
         folder = whole_directory(inner if inner.is_dir() else folder)
     if not (folder / _SETTINGS_FILE).is_file():
         raise FileNotFoundError(f"load_recommender: the folder must hold {_SETTINGS_FILE}, got {str(directory)!r}")
-    model = read_recommender(folder)
+    _description(folder)  # read before the seal, because older versions have a format and no seal
+    model = read_recommender(SealedFolder(folder))
     for what, expected in {"split_hash": expected_split_hash, "item_map_hash": expected_item_map_hash}.items():
         if expected is not None and getattr(model, what) != expected:
             raise ValueError(
@@ -92,51 +122,53 @@ def load_recommender(
     return model
 
 
-def read_recommender(folder: Path) -> PackedRecommender:
+def read_recommender(sealed: SealedFolder) -> PackedRecommender:
     """Read the files of a folder of `save_recommender`, or the two of `write_recommender`; on the CPU, in eval mode.
 
     Raises:
-        FileNotFoundError: there are none.
-        ValueError: another kind of file, foreign or missing weights.
+        ValueError: another kind of file, a damaged one, foreign or missing weights.
     """
-    settings = json.loads((folder / _SETTINGS_FILE).read_text(encoding="utf-8"))
-    if settings.get("kind") not in _KINDS or settings.get("format") != _FORMAT:
-        raise ValueError(
-            f"load_recommender: the checkpoint must be of a kind out of {', '.join(_KINDS)} in format {_FORMAT}, "
-            f"got {settings.get('kind')!r} in format {settings.get('format')!r}"
-        )
-    model = _build(_KINDS[settings["kind"]], settings["model"])
-    _load_weights(model, folder / _WEIGHTS_FILE)
-    model.split_hash = settings["split_hash"]
-    model.item_map_hash = settings["item_map_hash"]
-    if settings.get("gap") is not None:
-        model.gap = StateGap.from_dict(settings["gap"])
-    if settings.get("folds") is not None:
-        model.cross_fitted = read_folds(model, folder, settings["folds"])
+    sealed.file(_SETTINGS_FILE)
+    description = _description(sealed.path)
+    model = _build(description, sealed)
+    model.load_state_dict(read_tensors(sealed, _WEIGHTS_FILE))
+    model.split_hash = description.split_hash
+    model.item_map_hash = description.item_map_hash
+    model.gap = description.gap
+    if description.folds is not None:
+        model.cross_fitted = read_folds(model, sealed, description.folds)
     return model.eval()
 
 
-def _build(kind: type[PackedRecommender], settings: dict[str, Any]) -> PackedRecommender:
-    with torch.random.fork_rng(devices=[]):  # the random weights are overwritten at once
-        return kind(**settings)
+def _description(folder: Path) -> RecommenderDescription:
+    content, where = (folder / _SETTINGS_FILE).read_bytes(), f"load_recommender: {_SETTINGS_FILE}"
+    version, remedy = ("format", _FORMAT), "train it, or import it, again with this version of laser_fast"
+    description = parse_description(RecommenderDescription, content, where, version=version, remedy=remedy)
+    if description.kind not in _KINDS:
+        raise ValueError(f"{where} must be of a kind out of {', '.join(_KINDS)}, got {description.kind!r}")
+    return description
 
 
-def _load_weights(model: PackedRecommender, path: Path) -> None:
-    """Copy the weights of a file into `model` after comparing names and shapes."""
+def _build(description: RecommenderDescription, sealed: SealedFolder) -> PackedRecommender:
+    """The model with random weights, once the file is known to have weights of just these names and shapes."""
+    kind, settings, found = _KINDS[description.kind], description.model, tensor_shapes(sealed, _WEIGHTS_FILE)
+    where = f"load_recommender: {_SETTINGS_FILE}"
+    layers = settings.get("num_layers", 1)
+    if not isinstance(layers, int) or layers > len(found):  # even layers without memory take time to build
+        raise ValueError(f"{where} must have as many num_layers as {_WEIGHTS_FILE} has weights of, got {layers}")
     try:
-        weights = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"load_recommender: {path.name} must be a safetensors file, got {error}") from error
-    own = model.state_dict()
-    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    if missing or unexpected:
+        with torch.device("meta"):
+            twin = kind(**settings)  # type: ignore[arg-type]
+    except (TypeError, RuntimeError, ArithmeticError) as error:
+        raise ValueError(f"{where} must hold settings of {description.kind}, got {settings} ({error})") from error
+    if missing := sorted(twin.settings.keys() - settings.keys()):
+        raise ValueError(f"{where} must hold all settings of {description.kind}, got none of {missing}")
+    wanted = {name: tuple(tensor.shape) for name, tensor in twin.state_dict().items()}
+    if wanted.keys() != found.keys():
         raise ValueError(
-            f"load_recommender: {path.name} must hold the weights of {model.kind}, "
-            f"got missing {missing}, unexpected {unexpected}"
+            f"load_recommender: {_WEIGHTS_FILE} must hold the weights of {description.kind}, "
+            f"got missing {sorted(wanted.keys() - found.keys())}, unexpected {sorted(found.keys() - wanted.keys())}"
         )
-    for name, tensor in own.items():
-        if weights[name].shape != tensor.shape:
-            raise ValueError(
-                f"load_recommender: {name} must have shape {tuple(tensor.shape)}, got {tuple(weights[name].shape)}"
-            )
-    model.load_state_dict(weights)
+    refuse_other_shapes(found, wanted, f"load_recommender: {_WEIGHTS_FILE}")
+    with torch.random.fork_rng(devices=[]):  # the random weights are overwritten at once
+        return kind(**settings)  # type: ignore[arg-type]

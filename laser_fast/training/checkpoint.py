@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-from laser_fast.config import LaserConfig, build_config
+from laser_fast.config import LaserConfig
 from laser_fast.data.folders import whole_directory
 from laser_fast.models.adapter_files import SavedLaser, find_saved, item_map_hash, weights_hash, write_laser
 from laser_fast.models.laser import LaserModel
 from laser_fast.models.model_card import model_card
-from laser_fast.models.pretrained import restore_calibration
+from laser_fast.models.pretrained import lm_of_saved, restore_calibration
 from laser_fast.models.token_budget import TokenBudget
 from laser_fast.training.build import Inputs, build_laser, load_inputs, load_language_model, training_counts
 
@@ -25,58 +25,81 @@ def save_laser(
         facts: anything worth keeping with it (stage, epoch), as JSON.
     """
     card = model_card(model, figures={f"validation {name}": value for name, value in validation.items()})
-    write_laser(model, directory, card, config=config.model_dump(mode="json"), validation=validation, **facts)
+    write_laser(model, directory, card, config=config, validation=validation, **facts)
 
 
-def load_weights(model: LaserModel, directory: Path) -> dict[str, Any]:
-    """Put the trained state and the item matrix of a checkpoint into a model of the same shape; returns its laser.json.
+def load_weights(model: LaserModel, directory: Path) -> None:
+    """Put the trained state and the item matrix of a checkpoint into a model of the same shape.
 
     Raises:
         FileNotFoundError: no such checkpoint.
         ValueError: a file of it is damaged, or belongs to another catalogue or another configuration.
     """
-    saved = _find(directory)
-    saved.put_into(model)
-    return saved.description
+    _find(directory).put_into(model)
 
 
 def load_laser(
-    run: str | Path, *, data: str | None = None, recommender: str | None = None
+    run: str | Path, *, data: str | None = None, recommender: str | None = None, llm: str | None = None
 ) -> tuple[LaserModel, Inputs, LaserConfig]:
     """Load the best model of a run, in evaluation mode, with the data and the configuration it was trained on.
 
     Args:
         run: run directory, or the checkpoint folder in it.
         data, recommender: where those folders are now, if not where the configuration says.
+        llm: where the language model is now, see `LanguageModelConfig.path`. Without it nothing is downloaded: what the
+            run names on the hub is taken out of the cache.
 
     Raises:
         FileNotFoundError: a folder is missing.
-        ValueError: a damaged file, or data that are not those of the training.
+        ValueError: a damaged file, data that are not those of the training, or a language model of the hub that the
+            cache does not have.
     """
     saved = _find(Path(run))
-    values = saved.description.get("config")
-    if values is None:
+    config, description = saved.description.config, saved.description
+    if config is None:
         raise ValueError(
             f"load_laser: {Path(run).name} must come from a training run, got a model saved on its own; "
             "load it with LaserModel.from_pretrained"
         )
-    values |= {"data": data or values["data"], "recommender": recommender or values["recommender"]}
-    config = build_config(LaserConfig, values)
+    lm = lm_of_saved(config.lm, description.base.revision, llm)
+    moved: dict[str, Any] = {"data": data or config.data, "recommender": recommender or config.recommender}
+    moved |= {"lm": config.lm if llm is None else lm}
+    config = config.model_copy(update=moved)
     inputs = load_inputs(config)
-    if inputs.split.hash != saved.description["split_hash"]:
+    if inputs.split.hash != description.split_hash:
         raise ValueError(
-            f"load_laser: {config.data} must be the split of the training, {saved.description['split_hash'][:12]}, "
+            f"load_laser: {config.data} must be the split of the training, {str(description.split_hash)[:12]}, "
             f"got {inputs.split.hash[:12]}"
         )
-    model = build_laser(config, inputs, *load_language_model(config.lm)).eval()
+    _refuse_other_inputs(saved, inputs)
+    saved.refuse_other_sizes()
+    model = build_laser(config, inputs, *load_language_model(lm)).eval()
     saved.refuse_another_base(model)
     model.budget = TokenBudget(config.training.micro_batch_tokens)
-    return restore(model, inputs, saved.folder), inputs, config
+    return _restore(model, inputs, saved), inputs, config
+
+
+def _refuse_other_inputs(saved: SavedLaser, inputs: Inputs) -> None:
+    """Make sure of what a split does not tell: the texts of the items, and the weights of the recommender."""
+    if saved.items().fields != inputs.dataset.items.fields:
+        raise ValueError(
+            "load_laser: the items must have the texts of the training, got other ones in the data set; prepare it "
+            "from the same item file"
+        )
+    expected = saved.description.recommender
+    if expected is not None and expected.sha256 != (found := weights_hash(inputs.recommender)):
+        raise ValueError(
+            f"load_laser: recommender must be the {expected.kind} of the training, {str(expected.sha256)[:12]}, "
+            f"got a {type(inputs.recommender).__name__}, {str(found)[:12]}"
+        )
 
 
 def restore(model: LaserModel, inputs: Inputs, directory: Path) -> LaserModel:
     """`load_weights`, and the calibration that was saved with them; returns the model."""
-    saved = _find(directory)
+    return _restore(model, inputs, _find(directory))
+
+
+def _restore(model: LaserModel, inputs: Inputs, saved: SavedLaser) -> LaserModel:
     saved.put_into(model)
     counts = torch.from_numpy(training_counts(inputs.split, model.num_items))
     restore_calibration(model, saved, counts, inputs.recommender)

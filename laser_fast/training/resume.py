@@ -4,10 +4,10 @@ states/000012-phase_a-1-40      the state after step 40 of the second epoch of p
     tensors.safetensors         parameters, moments of the optimizer, random generators, item matrix, sums of the epoch
     values.json                 everything else: position, schedule, early stopping, budget
     metrics.jsonl, best/        the log and the best checkpoint as they were (hard links: the best takes no room)
-    state.json                  SHA-256 of every file beside it, written last
+    state.json                  the format of all these
+    seal.json                   SHA-256 of every file beside it, written last
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,12 +21,13 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from laser_fast.data.descriptions import Description, parse_description
 from laser_fast.data.folders import replace_directory, whole_directory, write_json
+from laser_fast.data.sealed import SealedFolder, seal
 from laser_fast.training.run_directory import RunDirectory
 
-_FORMAT = 1
+_FORMAT = 2
 _KEPT = 2  # states; should the newest be damaged, the one before it serves
-_CHUNK_BYTES = 1 << 20
 
 
 @dataclass
@@ -81,8 +82,8 @@ class StateFolder:
             (fresh / "metrics.jsonl").write_bytes(log)
             with suppress(FileNotFoundError):  # there is none before the end of stage 1
                 _link_files(whole_directory(self.directory.checkpoint), fresh / "best")
-            digests = {str(path.relative_to(fresh)): _sha256(path) for path in _files(fresh)}
-            write_json(fresh / "state.json", {"format": _FORMAT, "sha256": digests})
+            write_json(fresh / "state.json", {"format": _FORMAT})
+            seal(fresh)
         self._kept = [*self._kept, target][-_KEPT:]
         for entry in self.path.iterdir():
             if entry not in self._kept:
@@ -101,7 +102,7 @@ class StateFolder:
         for folder in reversed(self._folders()):
             problem = _problem(folder)
             if problem is not None:
-                damaged.append(f"{folder.name} {problem}")
+                damaged.append(f"{folder.name} ({problem})")
                 continue
             if damaged:
                 warnings.warn(
@@ -153,20 +154,21 @@ def _number(folder: Path) -> int:
     return int(folder.name.partition("-")[0])
 
 
+class _StateDescription(Description):
+    """What state.json holds."""
+
+    format: int
+
+
 def _problem(folder: Path) -> str | None:
     """What is wrong with a state; None when every file is the one that was written."""
     try:
-        description = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        form, digests = description["format"], description["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return "without a readable state.json"
-    if form != _FORMAT:
-        return f"in format {form!r} instead of {_FORMAT}"
-    for name, digest in digests.items():
-        if not (folder / name).is_file():
-            return f"without {name}"
-        if _sha256(folder / name) != digest:
-            return f"with another SHA-256 of {name} than was written"
+        sealed = SealedFolder(folder)
+        sealed.compare_all()
+        content = sealed.read("state.json")
+        parse_description(_StateDescription, content, "newest: state.json", version=("format", _FORMAT))
+    except (OSError, ValueError) as error:
+        return str(error)
     return None
 
 
@@ -194,11 +196,3 @@ def _for_file(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         prepared[name] = value.clone() if storage in known else value
         known.add(storage)
     return prepared
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()

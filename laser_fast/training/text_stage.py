@@ -76,10 +76,10 @@ def initialize_text(model: LaserModel, folder: str) -> None:
     if saved is None:
         raise FileNotFoundError(f"initialize_text: the folder must hold a saved Laser, got {folder!r}")
     origin = origin_of(model)
-    own, others = origin.config.text.model_dump(), saved.config.text.model_dump()
+    own, others = origin.config.text.model_dump(), saved.description.model.text.model_dump()
     free = {"initialize_from", "item_side", "dropout"}
     differing = [name for name, value in own.items() if name not in free and others[name] != value]
-    if saved.description["item_map_hash"] != item_map_hash(model.item_ids):
+    if saved.description.item_map_hash != item_map_hash(model.item_ids):
         differing.append("catalogue")
     if differing:
         raise ValueError(

@@ -13,6 +13,7 @@ import pytest
 from laser_fast.data import ItemTable, Manifest, SequenceDataset, leave_one_out, write_dataset
 from laser_fast.data import dataset as dataset_module
 from laser_fast.data.dataset import ARRAY_FILES, DATA_FILES
+from laser_fast.data.sealed import seal
 
 
 def example(texts: tuple[str, str, str] = ("Alien", "", "Das Boot")) -> SequenceDataset:
@@ -49,7 +50,9 @@ def test_written_and_loaded_are_equal(tmp_path: Path) -> None:
 
 def test_only_fixed_file_names_whatever_the_ids(tmp_path: Path) -> None:
     write_dataset(tmp_path / "set", example())
-    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == sorted([*DATA_FILES, "manifest.json"])
+    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == sorted(
+        [*DATA_FILES, "manifest.json", "seal.json"]
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
@@ -75,21 +78,23 @@ def test_float_timestamps_and_no_user(tmp_path: Path) -> None:
     assert_equal(write_dataset(tmp_path / "nobody", nobody), nobody)
 
 
-@pytest.mark.parametrize("name", DATA_FILES)
+@pytest.mark.parametrize("name", [*DATA_FILES, "manifest.json"])
 def test_a_changed_file_is_named(tmp_path: Path, name: str) -> None:
     write_dataset(tmp_path / "set", example())
     path = tmp_path / "set" / name
     content = bytearray(path.read_bytes())
-    content[-1] ^= 1
+    content[-1] ^= 3  # of the manifest: a tab in place of the last line feed
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{name} must have SHA-256 \w+, got \w+"):
+    with pytest.raises(
+        ValueError, match=rf"{name} of set must be the file that was written, with SHA-256 \w+, got \w+"
+    ):
         SequenceDataset.load(tmp_path / "set")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     write_dataset(tmp_path / "set", example())
     (tmp_path / "set" / "offsets.npy").unlink()
-    with pytest.raises(FileNotFoundError, match=r"needs offsets\.npy, got none"):
+    with pytest.raises(ValueError, match=r"set must be whole, got no offsets\.npy"):
         SequenceDataset.load(tmp_path / "set")
     with pytest.raises(FileNotFoundError, match=r"needs manifest\.json, got none in .*; run `laser-fast prepare`"):
         SequenceDataset.load(tmp_path / "nothing")
@@ -99,15 +104,19 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_pickled_arrays_are_refused(tmp_path: Path, name: str) -> None:
     write_dataset(tmp_path / "set", example())
     np.save(tmp_path / "set" / name, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    seal(tmp_path / "set")
     with pytest.raises(ValueError, match=r"[Pp]ython object|allow_pickle"):
         SequenceDataset.load(tmp_path / "set", verify=False)
 
 
-def test_a_manifest_cannot_name_other_files(tmp_path: Path) -> None:
-    written = write_dataset(tmp_path / "set", example())
-    files = {**written.manifest.files, "../../etc/passwd": "00"}
-    (tmp_path / "set" / "manifest.json").write_text(replace(written.manifest, files=files).to_json())
-    with pytest.raises(ValueError, match="files must be"):
+def test_a_data_set_of_an_older_version_is_refused_by_its_schema(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "set", example())
+    (tmp_path / "set" / "seal.json").unlink()
+    with pytest.raises(ValueError, match=r"set must have seal\.json, got none; copy the whole folder"):
+        SequenceDataset.load(tmp_path / "set")
+    manifest = tmp_path / "set" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"schema": 2', '"schema": 1'))
+    with pytest.raises(ValueError, match=r"manifest\.json must have schema 2, got 1; prepare the data set again"):
         SequenceDataset.load(tmp_path / "set")
 
 

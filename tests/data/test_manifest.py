@@ -15,7 +15,6 @@ def example() -> Manifest:
         filters={"min_rating": 3.0},
         options={"text_columns": ["title"]},
         counts={"users": 2},
-        files={"items.parquet": "cd" * 32},
         dataset_hash="ef" * 32,
     )
 
@@ -33,11 +32,13 @@ def test_recipe_is_what_decides_and_not_what_came_out() -> None:
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"schema": 99}, "schema must be 1, got 99"),
-        ({"extra": 1}, r"got unknown \['extra'\]"),
-        ({"sources": [{"name": "x"}]}, "sources must hold name, sha256 and bytes"),
+        ({"schema": 99}, "manifest.json must have schema 2, got 99; prepare the data set again"),
+        ({"extra": 1}, "got the unknown key 'extra'"),
+        ({"sources": [{"name": "x"}]}, r"got no 'sources\.0\.sha256'; no 'sources\.0\.bytes'"),
+        ({"sources": [{"name": "x", "sha256": "", "bytes": -1}]}, r"sources\.0\.bytes = -1 \(Input should be greater"),
+        ({"counts": {"users": "2"}}, r"counts\.users = '2' \(Input should be a valid integer\)"),
     ],
-    ids=["schema", "unknown", "source"],
+    ids=["schema", "unknown", "source", "size", "type"],
 )
 def test_other_content_is_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -47,5 +48,13 @@ def test_other_content_is_refused(change: dict[str, object], message: str) -> No
 def test_what_is_no_object_is_refused() -> None:
     with pytest.raises(ValueError, match="must be JSON"):
         Manifest.from_json("{")
-    with pytest.raises(ValueError, match="must hold an object, got list"):
+    with pytest.raises(ValueError, match="must be a JSON object, got list"):
         Manifest.from_json("[]")
+
+
+@pytest.mark.parametrize("name", ["schema", "format", "options", "counts", "split_hash", "library_version"])
+def test_no_key_can_be_left_out(name: str) -> None:
+    values = json.loads(example().to_json())
+    del values[name]
+    with pytest.raises(ValueError, match=f"must have schema 2, got None|got no '{name}'|got none of \\['{name}'\\]"):
+        Manifest.from_json(json.dumps(values))

@@ -1,5 +1,6 @@
 """Drawn candidates: what may be among them, how often, and that a file gives back the same ones."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -72,11 +73,24 @@ def test_what_is_no_file_of_candidates_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="Candidates.load: the path must be a file, got"):
         Candidates.load(tmp_path / "none")
     save_file({"items": np.zeros(1)}, tmp_path / "other")
-    with pytest.raises(ValueError, match="the file must hold candidates, got None"):
+    with pytest.raises(ValueError, match="the description in other must have format 2, got None; draw the candidates"):
         Candidates.load(tmp_path / "other")
     (tmp_path / "text").write_text("nothing of the kind, but long enough")
-    with pytest.raises(ValueError, match="the file must be a safetensors file, got"):
+    with pytest.raises(ValueError, match="text must be a safetensors file of candidates, got"):
         Candidates.load(tmp_path / "text")
+
+
+def test_damaged_candidates_are_refused(tmp_path: Path, damage_files: Callable[..., int]) -> None:
+    drawn = draw_candidates(rows_of(), 12, 5, draws=3, seed=7)
+    file = tmp_path / "folder" / "candidates"
+    file.parent.mkdir()
+    drawn.save(file)
+
+    def same(read: Candidates) -> bool:
+        facts = (read.sampler, read.seed, read.rows_hash) == (drawn.sampler, drawn.seed, drawn.rows_hash)
+        return facts and np.array_equal(read.items, drawn.items)
+
+    assert damage_files(file.parent, lambda: Candidates.load(file), same, 200) > 180
 
 
 def test_candidates_of_other_rows_or_items_are_refused() -> None:

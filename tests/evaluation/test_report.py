@@ -141,7 +141,7 @@ def test_figures_are_those_of_the_evaluation(run: tuple[Path, Subject], report: 
     text = Page((report / "report.html").read_text(encoding="utf-8")).text
     value = evaluate(subject.scorer, subject.split.test)["NDCG@10"]
     assert f"{value.mean:.4f} ± {value.ci95:.4f}" in text
-    kept = json.loads((folder / "checkpoint" / "laser.json").read_text())
+    kept = json.loads((folder / "checkpoint" / "laser.json").read_text())["facts"]
     assert f"validation NDCG@10 {kept['validation']['NDCG@10']:.4f}" in text
     assert "SASRec, calibrated" in text and "zero-shot LM" in text
     assert subject.model.calibration is not None

@@ -76,6 +76,8 @@ def test_foreign_json_is_refused(text: str) -> None:
 def test_names_and_sizes_are_checked() -> None:
     with pytest.raises(ValueError, match=r"standardize must name components, got \['b'\]; known: \['a'\]"):
         Calibration({"a": 1.0}, standardize=("b",))
+    with pytest.raises(ValueError, match=r"weights and biases must be finite, got \{'last_bias': inf, 'a': nan\}"):
+        Calibration({"a": float("nan"), "b": 1.0}, last_bias=float("inf"))
     with pytest.raises(ValueError, match=r"components must be those with a weight, got \['a'\] and \['b'\]"):
         CalibratedScorer({"a": Popularity(_COUNTS)}, Calibration({"b": 1.0}), _COUNTS)
     with pytest.raises(ValueError, match=r"must share a catalogue, got \{'a': 4\} and 3"):

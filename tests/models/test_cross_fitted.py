@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from laser_fast.data import PackedSequences
+from laser_fast.data.sealed import seal
 from laser_fast.models import SASRec
 from laser_fast.models.cross_fitted import CrossFitted, FoldItems, StateGap, StateSpread, assign_folds, fold_model
 from laser_fast.models.recommender import FrozenRecommender
@@ -118,19 +119,15 @@ def test_a_folder_without_folds_is_read_as_before(tmp_path: Path) -> None:
     model = made()
     model.cross_fitted = None
     save_recommender(model, tmp_path / "model")
-    assert json.loads((tmp_path / "model" / "recommender.json").read_text()).keys() == {
-        "format",
-        "kind",
-        "model",
-        "split_hash",
-        "item_map_hash",
-    }
+    recorded = json.loads((tmp_path / "model" / "recommender.json").read_text())
+    assert recorded["folds"] is None and recorded["gap"] is None
     loaded = load_recommender(tmp_path / "model")
     assert loaded.cross_fitted is None and loaded.gap is None
 
 
 def test_damaged_folds_are_refused(tmp_path: Path) -> None:
     def refused(message: str) -> None:
+        seal(tmp_path / "model")
         with pytest.raises(ValueError, match="load_recommender: " + message):
             load_recommender(tmp_path / "model")
 
@@ -146,16 +143,22 @@ def test_damaged_folds_are_refused(tmp_path: Path) -> None:
     changed("3.norm.bias", torch.zeros(8))
     refused(r".* got '3\.norm\.bias' that is missing, unknown or of another shape")
     changed("bases", torch.zeros(3, 8, 7))
-    refused(r"bases of recommender_folds.safetensors must have shape \(3, 8, 8\), got \(3, 8, 7\)")
+    refused(r"bases of recommender_folds.safetensors must have shape None, got \(3, 8, 7\)")
     changed("user_folds", torch.full((20,), 3, dtype=torch.int8))
     refused(r"user_folds of recommender_folds.safetensors must be int8 in 0\.\.2, got torch.int8 \[3\]")
     record.write_text(text.replace('"split_hash": "a hash"', '"split_hash": "another"', 1))
     refused("the folds must be of the recommender's split, another, got a hash")
     record.write_text(text)
+    seal(tmp_path / "model")
     path.write_bytes(b"\x80\x04not safetensors")
-    refused("recommender_folds.safetensors must be a safetensors file")
+    with pytest.raises(ValueError, match=r"recommender_folds\.safetensors of model must be the file that was written"):
+        load_recommender(tmp_path / "model")
     path.unlink()
-    refused("a recommender with folds must have recommender_folds.safetensors, got none")
+    with pytest.raises(ValueError, match=r"model must be whole, got no recommender_folds\.safetensors"):
+        load_recommender(tmp_path / "model")
+    seal(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"recommender_folds\.safetensors must be among the files of seal\.json"):
+        load_recommender(tmp_path / "model")
 
 
 def test_the_spread_of_states() -> None:

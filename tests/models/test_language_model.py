@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -193,3 +194,26 @@ def test_a_folder_without_safetensors_or_with_a_hole(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(FileNotFoundError, match=r"files of its index, got no \['model-00001-of-00002.safetensors'\]"):
         lazy_tensors(tmp_path, None, skip=("lm_head.",))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.safetensors", None, r"load_language_model: model\.safetensors must be a whole safetensors file, got "),
+        ("model.safetensors", b"\x80\x04", r"load_language_model: model\.safetensors must be a whole safetensors file"),
+        ("model.safetensors.index.json", b"{", r"model\.safetensors\.index\.json must name the file of every tensor"),
+        ("model.safetensors.index.json", b"[]", r"model\.safetensors\.index\.json must name the file of every tensor"),
+        ("model.safetensors.index.json", b"{}", r"model\.safetensors\.index\.json must name .*, got KeyError"),
+    ],
+    ids=["half", "other", "half index", "no object", "empty index"],
+)
+@pytest.mark.parametrize("quantization", ["none", pytest.param("nf4", marks=needs_bitsandbytes)])
+def test_a_damaged_folder_is_named_in_one_line(
+    tiny_lm: Path, tmp_path: Path, name: str, content: bytes | None, message: str, quantization: str
+) -> None:
+    folder = Path(shutil.copytree(tiny_lm, tmp_path / "lm"))
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / name).write_bytes(whole[: len(whole) // 2] if content is None else content)
+    with pytest.raises(ValueError, match=message) as refused:
+        load_model(settings(folder, quantization=quantization))
+    assert len(str(refused.value).splitlines()) == 1

@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoTokenizer
 from laser_fast import LaserModel
 from laser_fast.config import LaserConfig, ModelConfig, build_config, dump_config
 from laser_fast.data import ItemTable, PackedSequences, SequenceDataset, leave_one_out
+from laser_fast.data.sealed import seal
 from laser_fast.models import GRU4Rec, ItemKNN, SASRec, SequentialRules
 from laser_fast.models.calibration import CalibratedScorer, Calibration
 from laser_fast.models.recommender_files import load_recommender
@@ -108,6 +109,7 @@ def test_only_what_was_trained_is_written(saved: tuple[LaserModel, Path], tiny_l
         "laser.json",
         "recommender.json",
         "recommender.safetensors",
+        "seal.json",
     }
     with safe_open(folder / "adapter.safetensors", "pt") as file:
         assert set(file.keys()) == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -157,6 +159,7 @@ def test_rules_and_neighbours_of_the_calibration_come_along(saved: tuple[LaserMo
     save_file(
         {"bounds": torch.zeros(4), "columns": rules.columns, "values": rules.values}, folder / "rules.safetensors"
     )
+    seal(folder)
     with pytest.raises(ValueError, match=r"rules\.safetensors must be of 25 items, got 3"):
         LaserModel.from_pretrained(folder)
 
@@ -367,18 +370,21 @@ def test_what_is_missing_or_too_much_is_refused(
 def test_damaged_files_are_refused(saved: tuple[LaserModel, Path], name: str) -> None:
     file = saved[1] / name
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(ValueError, match=f"checkpoint: {name} must be"):
+    message = (
+        "find_saved: laser.json must be JSON, got EOF" if name == "laser.json" else f"{name} of laser must be the file"
+    )
+    with pytest.raises(ValueError, match=message):
         LaserModel.from_pretrained(saved[1])
     file.unlink()
     if name != "laser.json":
-        with pytest.raises(ValueError, match=f"checkpoint: laser must be whole, got no {name}"):
+        with pytest.raises(ValueError, match=f"laser must be whole, got no {name}"):
             LaserModel.from_pretrained(saved[1])
 
 
 def test_another_format_is_refused(saved: tuple[LaserModel, Path]) -> None:
     description = json.loads((saved[1] / "laser.json").read_text())
     (saved[1] / "laser.json").write_text(json.dumps({**description, "format": 1}))
-    with pytest.raises(ValueError, match="laser.json must have format 2, got 1"):
+    with pytest.raises(ValueError, match=r"laser\.json must have format 3, got 1; save the model with this version"):
         LaserModel.from_pretrained(saved[1])
 
 
@@ -405,7 +411,8 @@ def test_names_of_the_hub(new_model: Callable[..., LaserModel], hub: Path, tmp_p
     description = json.loads((tmp_path / "laser" / "laser.json").read_text())
     assert description["lm"]["path"] == "hub:someone/tiny-bert"
     assert description["base"]["revision"] == COMMIT
-    assert "base_model: someone/tiny-bert" in (tmp_path / "laser" / "README.md").read_text()
+    card = (tmp_path / "laser" / "README.md").read_text()
+    assert "base_model: someone/tiny-bert" in card and 'llm="hub:someone/tiny-bert")' in card
     assert same(LaserModel.from_pretrained(tmp_path / "laser"), model)
     for name in ("hub:someone/tiny-bert", f"hub:someone/tiny-bert@{COMMIT}"):
         assert same(LaserModel.from_pretrained(tmp_path / "laser", llm=name), model)

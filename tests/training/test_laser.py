@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 from laser_fast.config import LaserConfig, build_config
 from laser_fast.data import PackedSequences
+from laser_fast.data.sealed import seal
 from laser_fast.training import laser
 from laser_fast.training.checkpoint import load_laser
 from laser_fast.training.laser import train_laser
@@ -49,6 +50,7 @@ def test_a_run_leaves_the_best_model_and_its_records(tiny_settings: dict[str, An
         "recommender.json",
         "recommender.safetensors",
         "rules.safetensors",
+        "seal.json",
     }
     log = log_of(config)
     assert [(entry["stage"], entry["epoch"]) for entry in log] == [
@@ -59,7 +61,9 @@ def test_a_run_leaves_the_best_model_and_its_records(tiny_settings: dict[str, An
         ("phase_b", 0),
     ]
     description = json.loads((folder / "checkpoint" / "laser.json").read_text())
-    assert description["validation"]["NDCG@10"] == max(e["validation_NDCG@10"] for e in log if e["stage"] != "pretrain")
+    assert description["facts"]["validation"]["NDCG@10"] == max(
+        entry["validation_NDCG@10"] for entry in log if entry["stage"] != "pretrain"
+    )
     assert description["split_hash"] == inputs.split.hash
     assert sum(log[2]["load"]) == pytest.approx(2.0)  # k choices per item
     environment = json.loads((folder / "environment.json").read_text())
@@ -136,7 +140,7 @@ def test_phase_b_keeps_the_item_matrix(tiny_settings: dict[str, Any]) -> None:
     config = config_of(tiny_settings, bituning={"readout": "mean"}, training=training, evaluation=own)
     model, _ = train_laser(config, progress=False)
     description = json.loads((Path(config.output) / "checkpoint" / "laser.json").read_text())
-    assert description["stage"] == "phase_b"  # the user side alone got better than the untrained model
+    assert description["facts"]["stage"] == "phase_b"  # the user side alone got better than the untrained model
     kept = model.item_matrix.clone()
     assert not torch.allclose(model.refresh_items(), kept, atol=1e-4)
 
@@ -156,14 +160,19 @@ def test_damaged_and_foreign_checkpoints_are_refused(tiny_settings: dict[str, An
     adapter = Path(config.output) / "checkpoint" / "adapter.safetensors"
     whole = adapter.read_bytes()
     adapter.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"adapter\.safetensors of checkpoint must be the file that was written"):
+        load_laser(config.output)
+    seal(adapter.parent)
     with pytest.raises(ValueError, match="adapter.safetensors must be a whole safetensors file"):
         load_laser(config.output)
-    save_file({"bituning.suffix_tokens": torch.zeros(1, 16)}, adapter)
-    with pytest.raises(ValueError, match="(?s)must fit the configuration, got .*head.weight"):
+    save_file({name: value for name, value in load(whole).items() if name != "head.bias"}, adapter)
+    seal(adapter.parent)
+    with pytest.raises(ValueError, match="(?s)must fit the configuration, got .*head.bias"):
         load_laser(config.output)
     adapter.write_bytes(whole)
     description = json.loads((adapter.parent / "laser.json").read_text())
     (adapter.parent / "laser.json").write_text(json.dumps(description | {"split_hash": "0" * 64}))
+    seal(adapter.parent)
     with pytest.raises(ValueError, match="must be the split of the training, 000000000000, got"):
         load_laser(config.output)
     with pytest.raises(FileNotFoundError, match="no such folder"):

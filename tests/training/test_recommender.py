@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from laser_fast.config import RecommenderConfig
 from laser_fast.data import EvaluationRows, PackedSequences, Split
+from laser_fast.data.sealed import seal
 from laser_fast.evaluation import evaluate
 from laser_fast.models import GRU4Rec, SASRec
 from laser_fast.models.packed_recommender import PackedRecommender
@@ -153,13 +154,18 @@ def test_foreign_weights_are_refused(trained: tuple[PackedRecommender, Path], tm
     path = tmp_path / "model" / "recommender.safetensors"
     weights = load_file(path)
     save_file({("foreign" if name == "norm.bias" else name): value for name, value in weights.items()}, path)
+    seal(tmp_path / "model")
     with pytest.raises(ValueError, match=r"got missing \['norm\.bias'\], unexpected \['foreign'\]"):
         load_recommender(tmp_path / "model")
     save_file({**weights, "norm.bias": torch.zeros(3)}, path)
-    with pytest.raises(ValueError, match=r"norm\.bias must have shape \(32,\), got \(3,\)"):
+    seal(tmp_path / "model")
+    with pytest.raises(
+        ValueError, match=r"hold norm\.bias of shape \(32,\), as its description says, got shape \(3,\)"
+    ):
         load_recommender(tmp_path / "model")
     path.write_bytes(b"\x80\x04not safetensors")
-    with pytest.raises(ValueError, match=r"recommender\.safetensors must be a safetensors file"):
+    seal(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"recommender\.safetensors must be a whole safetensors file"):
         load_recommender(tmp_path / "model")
 
 
@@ -167,8 +173,11 @@ def test_another_kind_is_refused(trained: tuple[PackedRecommender, Path], tmp_pa
     save_recommender(trained[0], tmp_path / "model")
     path = tmp_path / "model" / "recommender.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "kind": "bert4rec"}))
-    message = "must be of a kind out of sasrec, gru4rec, .* in format 1, got 'bert4rec' in format 1"
+    message = "must be of a kind out of sasrec, gru4rec, .*, got 'bert4rec'"
     with pytest.raises(ValueError, match=message):
+        load_recommender(tmp_path / "model")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 1}))
+    with pytest.raises(ValueError, match=r"recommender\.json must have format 2, got 1; train it, or import it, again"):
         load_recommender(tmp_path / "model")
 
 
@@ -179,7 +188,7 @@ def test_saving_replaces_the_folder_and_leaves_nothing_beside_it(
         save_recommender(trained[0], tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     names = sorted(path.name for path in (tmp_path / "model").iterdir())
-    assert names == ["recommender.json", "recommender.safetensors"]
+    assert names == ["recommender.json", "recommender.safetensors", "seal.json"]
 
 
 def test_a_run_directory_is_never_overwritten(trained: tuple[PackedRecommender, Path]) -> None:

@@ -51,7 +51,7 @@ def test_import(tiny_data: Path, checkpoint: Path, tmp_path: Path, capsys: pytes
     assert model.max_length == 20
     weights = torch.load(checkpoint, weights_only=True)["state_dict"]["item_embedding.weight"]
     assert torch.equal(model.item_embedding.weight.flip(0), weights[1:])  # the data set's order, not theirs
-    imported = json.loads((tmp_path / "known" / "recommender.json").read_text())["imported"]
+    imported = json.loads((tmp_path / "known" / "recommender.json").read_text())["facts"]["imported"]
     assert imported["source"] == "best.pth" and len(imported["sha256"]) == 64
 
 

@@ -264,7 +264,7 @@ def test_a_truncated_state_is_passed_over(
     tensors = newest_state(run) / "tensors.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-100])
     message = (
-        "a state must be whole, got 000006-phase_b-1-2 with another SHA-256 of tensors.safetensors than was written; "
+        r"a state must be whole, got 000006-phase_b-1-2 \(SealedFolder: tensors.safetensors of .* bytes, got .*\); "
         "000005-phase_a-2-4 is used, the last good one"
     )
     with pytest.warns(UserWarning, match=message):
@@ -276,10 +276,11 @@ def test_a_truncated_state_is_passed_over(
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("state.json", b'{"format": 1, "sha', "without a readable state.json"),
-        ("state.json", b'{"format": 2, "sha256": {}}', "in format 2 instead of 1"),
-        ("values.json", b"{}", "with another SHA-256 of values.json than was written"),
-        ("best/adapter.safetensors", None, "without best/adapter.safetensors"),
+        ("seal.json", b'{"format": 1, "fil', r"SealedFolder: seal.json of .* must be JSON"),
+        ("seal.json", None, r"SealedFolder: .* must have seal.json, got none"),
+        ("state.json", b'{"format": 1}', r"SealedFolder: state.json of .* must be the file that was written"),
+        ("values.json", b"{}", r"SealedFolder: values.json of .* must be the file that was written"),
+        ("best/adapter.safetensors", None, r"SealedFolder: .* must be whole, got no best/adapter.safetensors"),
     ],
 )
 def test_damage_is_named_and_never_loaded(
@@ -293,7 +294,7 @@ def test_damage_is_named_and_never_loaded(
             (folder / name).write_bytes(content)
     before = (run / "metrics.jsonl").read_bytes()
     folder = StateFolder(RunDirectory(run, config_of(settings, run), resume=True))
-    with pytest.raises(ValueError, match=f"000006-phase_b-1-2 {problem}; 000005-.*, and there is no other"):
+    with pytest.raises(ValueError, match=rf"000006-phase_b-1-2 \({problem}.*\); 000005-.*, and there is no other"):
         folder.newest()
     assert (run / "metrics.jsonl").read_bytes() == before
 

@@ -1,6 +1,8 @@
 """What a training step leaves behind beside the parameters: moments, schedule, generators."""
 
 import random
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -62,3 +64,33 @@ def test_generators_go_on() -> None:
         first = draw()
         state.put_back()
         assert draw() == first and draw() != first
+
+
+def test_a_damaged_state_is_refused_or_equal(tmp_path: Path, damage_files: Callable[..., int]) -> None:
+    directory = RunDirectory(tmp_path / "run", OptimizerConfig())
+    directory.checkpoint.mkdir()
+    (directory.checkpoint / "adapter.safetensors").write_bytes(b"the best model")
+    directory.log(loss=1.0)
+    position = {"stage": "phase_a", "epoch": 0, "step": 3, "log_bytes": len(directory.read_log())}
+    state = State({"weight": torch.arange(6.0)}, {"position": position, "best": 0.25})
+    StateFolder(directory).save(state)
+
+    def newest() -> State | None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return StateFolder(directory).newest()
+
+    def same(found: State) -> bool:
+        return found.values == state.values and torch.equal(found.tensors["weight"], state.tensors["weight"])
+
+    folder = next((directory.path / "states").iterdir())
+    assert sorted(path.name for path in folder.rglob("*") if path.is_file()) == [
+        "adapter.safetensors",
+        "metrics.jsonl",
+        "seal.json",
+        "state.json",
+        "tensors.safetensors",
+        "values.json",
+    ]
+    assert damage_files(folder, newest, same, 120) > 100
+    assert same(StateFolder(directory).newest() or State())

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laser_fast.data.folders import whole_directory
+from laser_fast.models.adapter_files import find_saved
 from laser_fast.yaml_text import read_yaml
 
 _STAGES = {
@@ -42,7 +42,7 @@ class RunRecord:
         epochs: lines of the log that belong to an epoch, in order.
         shortages: times that memory ran out.
         finished: date of the end; None for a run that did not come to it.
-        kept: laser.json of the checkpoint; None where there is no checkpoint yet.
+        kept: facts recorded in the checkpoint: stage, epoch, validation; None where there is no checkpoint yet.
     """
 
     name: str
@@ -103,10 +103,8 @@ def read_run(folder: str | Path) -> RunRecord:
 
 
 def _kept(path: Path) -> dict[str, Any] | None:
-    try:
-        return _read_json(whole_directory(path / "checkpoint") / "laser.json")
-    except FileNotFoundError:
-        return None
+    saved = find_saved(path)
+    return None if saved is None else saved.description.facts
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
