@@ -179,7 +179,8 @@ def _train(parsed: argparse.Namespace) -> int:
     config = load_config(LaserConfig, parsed.config, parsed.set)
     say = print if launched_first() else (lambda *_, **__: None)  # of several processes one speaks
     say(dump_config(config))
-    if parsed.resume and RunDirectory(config.output, config, resume=True).finished:  # no need to load anything
+    # no need to load anything
+    if parsed.resume and RunDirectory(config.output, config, resume=True, writes=False).finished:
         say(f"{config.output} is finished: nothing is left to train")
         return 0
     try:

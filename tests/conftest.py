@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,20 @@ def tiny_recommender(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) 
     config = RecommenderConfig(width=8, num_layers=1, max_length=10, epochs=2, folds=0)
     train_recommender(leave_one_out(dataset), dataset.num_items, config, seed=0, run_dir=folder, progress=False)
     return folder
+
+
+@pytest.fixture
+def claimed_elsewhere() -> Callable[[Path], AbstractContextManager[None]]:
+    """`with claimed_elsewhere(output)`: another process is at work on it."""
+    from laser_fast.data.claims import lock_file
+
+    @contextmanager
+    def hold(output: Path) -> Iterator[None]:
+        with lock_file(output).open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    return hold
 
 
 @pytest.fixture

@@ -47,15 +47,24 @@ def import_from_arguments(
 
     Raises:
         FileExistsError: the output exists.
-        FileNotFoundError, ValueError: see `import_recommender` and `read_item_map`.
+        FileNotFoundError, ValueError: see `claim`, `import_recommender` and `read_item_map`.
     """
+    from laser_fast.data.claims import claim
+
+    with claim(parsed.output):
+        _import(parsed, dataset, split, say)
+
+
+def _import(
+    parsed: argparse.Namespace, dataset: "SequenceDataset", split: "Split", say: Callable[[str], object]
+) -> None:
     from laser_fast.evaluation import evaluate, table
     from laser_fast.models.foreign_checkpoints import import_recommender
     from laser_fast.models.item_map import read_item_map
     from laser_fast.models.recommender_files import save_recommender
 
     output = Path(parsed.output)
-    if output.exists():
+    if output.exists() or output.is_symlink():
         raise FileExistsError(f"recommender import: output must be a new folder, got {parsed.output!r}")
     model, report = import_recommender(
         parsed.checkpoint,
