@@ -19,6 +19,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--folds", type=int, metavar="K", help="also K models that have each not seen the users of one fold, for Laser"
     )
+    parser.add_argument("--resume", action="store_true", help="go on with the run in OUTPUT from its last whole state")
     _add_split_arguments(parser)
 
 
