@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 
+from laser_fast.data.disk import make_directory
+
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _claimed: ContextVar[frozenset[Path]] = ContextVar("claimed", default=frozenset())
 
@@ -75,7 +77,7 @@ def _lock(place: Path) -> int:
 
 def _open(place: Path) -> int:
     """The lock file of an output; the output itself where nobody may write beside it, and so nobody exchanges it."""
-    place.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(place.parent)
     try:
         return os.open(lock_file(place), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:

@@ -8,7 +8,6 @@ them after it. A link at the target is replaced, never followed. What is written
 gives to any new file.
 """
 
-import errno
 import fcntl
 import json
 import os
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from laser_fast.data.claims import claim
+from laser_fast.data.disk import make_directory, sync
 
 _DRAWN = r"[0-9a-f]{12}"
 
@@ -42,40 +42,12 @@ def replace_file(path: Path, content: bytes) -> None:
         raise
     finally:
         os.close(descriptor)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """`replace_file` with indented JSON."""
     replace_file(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def append_line(path: Path, line: bytes) -> None:
-    """Add a line to a file that is created if need be; it is on the disk when this returns.
-
-    Raises:
-        FileExistsError: the path is a link.
-    """
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        raise FileExistsError(
-            f"append_line: the target must be a file, got the link {str(path)!r}; remove it"
-        ) from None
-    with os.fdopen(descriptor, "ab") as file:
-        file.write(line + b"\n")
-        file.flush()
-        os.fsync(descriptor)
-
-
-def make_directory(path: Path) -> None:
-    """The folder, and those around it that are missing; they are on the disk when this returns."""
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    for folder in reversed(missing):
-        _sync(folder.parent)
 
 
 def remove(path: Path) -> None:
@@ -105,7 +77,7 @@ def replace_directory(directory: Path) -> Iterator[Path]:
             _remove_replaced(directory)  # so that there is never more than one
             directory.rename(directory.with_name(f".{directory.name}.{secrets.token_hex(6)}.old"))
         fresh.rename(directory)
-        _sync(directory.parent)
+        sync(directory.parent)
         _remove_replaced(directory)
 
 
@@ -210,13 +182,5 @@ def _settle(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file() and path.stat().st_mode & 0o777 != mode:
             path.chmod(mode)
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)
+    sync(folder)

@@ -13,15 +13,8 @@ from typing import Any
 import yaml
 
 from laser_fast.config import Settings, build_config, dump_config
-from laser_fast.data.folders import (
-    append_line,
-    is_leftover,
-    make_directory,
-    remove,
-    remove_leftovers,
-    replace_file,
-    write_json,
-)
+from laser_fast.data.disk import append_line, make_directory
+from laser_fast.data.folders import is_leftover, remove, remove_leftovers, replace_file, write_json
 from laser_fast.training.tensorboard_log import TensorBoardLog
 
 _PACKAGES = (
