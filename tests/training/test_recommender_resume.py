@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from laser_fast.cli import main
 from laser_fast.config import RecommenderConfig
 from laser_fast.data import EvaluationRows, PackedSequences, Split
 from laser_fast.models.recommender_files import load_recommender
@@ -166,6 +167,21 @@ def test_a_signal_stops_an_epoch_which_is_taken_again(whole: Path, tmp_path: Pat
     assert signal.getsignal(signal.SIGTERM) == before
     _train(tmp_path / "run", resume=True)
     _assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.filterwarnings("ignore:train_recommender. .* has no state yet")
+def test_the_command_goes_on_after_a_signal(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["--set", "epochs=2", "--set", "width=8", "--set", "num_layers=1", "--folds", "0"]
+    command = ["recommender", "train", str(tiny_data), str(tmp_path / "run"), *settings]
+    with _calls(lambda call: os.kill(os.getpid(), signal.SIGTERM), Fitting, "epoch"):
+        assert main(command) == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM; the same command with --resume goes on" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoint").exists()
+    assert main([*command, "--resume"]) == 0
+    assert main([*command, "--resume"]) == 0  # finished: only loaded
+    assert load_recommender(tmp_path / "run").split_hash
 
 
 def test_other_data_or_another_seed_are_refused(tmp_path: Path) -> None:
