@@ -52,7 +52,7 @@ def lock_file(output: Path) -> Path:
 
 
 def _lock(place: Path) -> int:
-    """A descriptor that holds the lock of an output; without a word to nobody where the file system has no locks."""
+    """A descriptor that holds the lock of an output; after a warning it holds none where the file system has none."""
     while True:
         descriptor = _open(place)
         try:
