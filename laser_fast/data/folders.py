@@ -107,8 +107,8 @@ def remove_leftovers(target: Path) -> None:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether the name is one that lies beside a target for a while."""
-    return re.fullmatch(rf"\..+\.{_DRAWN}\.(partial|old)", path.name) is not None
+    """Whether it has the name of something that was being written; what was being replaced may be all there is."""
+    return re.fullmatch(rf"\..+\.{_DRAWN}\.partial", path.name) is not None
 
 
 def whole_directory(directory: Path) -> Path:

@@ -4,6 +4,7 @@ A state is kept after every epoch, of the model itself (stage `model`) and of ea
 on from it is, on a CPU, bit by bit the run that never stopped. The checkpoint comes last: where it is, all is done.
 """
 
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,24 +47,29 @@ class RecommenderRun:
         return self.directory is not None and self.directory.checkpoint.is_dir()
 
     def go_on(self) -> None:
-        """Find the state to go on from and put back the log that belongs to it.
+        """Find the state to go on from and put back the log that belongs to it; of a finished run nothing is touched.
 
         Raises:
             ValueError: all states are damaged, or the run began with something else.
         """
         assert self.directory is not None and self._states is not None
+        if self.finished:
+            settings = json.loads((self.directory.checkpoint / "recommender.json").read_text(encoding="utf-8"))
+            self._refuse_another(settings.get("began", {}))  # one that was saved before this was noted has none
+            return
         self.resumed = self._states.newest()
         if self.resumed is None:
             warnings.warn(f"train_recommender: {self.directory.path} has no state yet; it begins anew", stacklevel=5)
         else:
-            known = self.resumed.values["position"]["fingerprint"]
-            changed = [name for name, value in self.fingerprint.items() if known[name] != value]
-            if changed:
-                raise ValueError(
-                    "train_recommender: a run must be resumed with what it began with, got another "
-                    + " and ".join(changed)
-                )
+            self._refuse_another(self.resumed.values["position"]["fingerprint"])
         self._states.put_back_files()
+
+    def _refuse_another(self, began: dict[str, Any]) -> None:
+        changed = [name for name, value in self.fingerprint.items() if began.get(name, value) != value]
+        if changed:
+            raise ValueError(
+                "train_recommender: a run must be resumed with what it began with, got another " + " and ".join(changed)
+            )
 
     def log(self, **values: Any) -> None:
         """Append one line to metrics.jsonl."""
@@ -108,7 +114,8 @@ class RecommenderRun:
         if self.directory is None or self._states is None:
             return
         if not self.finished:
-            save_recommender(model, self.directory.checkpoint, environment=describe_environment())
+            facts = {"environment": describe_environment(), "began": self.fingerprint}
+            save_recommender(model, self.directory.checkpoint, **facts)
         self._states.clear()
 
 
@@ -129,7 +136,7 @@ def open_run(
         return
     with claim(Path(path).resolve()):
         run = RecommenderRun(RunDirectory(path, config, resume=resume), fingerprint)
-        if resume and not run.finished:
+        if resume:
             run.go_on()
         with run.interruption:
             yield run

@@ -184,7 +184,9 @@ def test_the_command_goes_on_after_a_signal(
     assert load_recommender(tmp_path / "run").split_hash
 
 
-def test_other_data_or_another_seed_are_refused(tmp_path: Path) -> None:
+def test_other_data_or_another_seed_are_refused(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="with what it began with, got another seed$"):
+        _train(whole, seed=4, resume=True)  # finished, but by another seed
     _kill(tmp_path / "run", 1, Fitting, "epoch")
     with pytest.raises(ValueError, match="with what it began with, got another seed$"):
         _train(tmp_path / "run", seed=4, resume=True)

@@ -106,7 +106,14 @@ def test_what_ended_before_its_first_state_is_no_obstacle(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "names", [["config.yaml"], ["environment.json", "notes.txt"], ["environment.json", "checkpoint"], ["metrics.jsonl"]]
+    "names",
+    [
+        ["config.yaml"],
+        ["environment.json", ".checkpoint.0123456789ab.old"],
+        ["environment.json", "notes.txt"],
+        ["environment.json", "checkpoint"],
+        ["metrics.jsonl"],
+    ],
 )
 @pytest.mark.parametrize("resume", [False, True])
 def test_what_could_be_lost_is_an_obstacle(tmp_path: Path, names: list[str], resume: bool) -> None:
