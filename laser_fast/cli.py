@@ -145,9 +145,10 @@ def _prepare(parsed: argparse.Namespace) -> None:
     prepare_from_arguments(parsed, print)
 
 
-def _train_recommender(parsed: argparse.Namespace) -> None:
+def _train_recommender(parsed: argparse.Namespace) -> int:
     from laser_fast.data import SequenceDataset
     from laser_fast.evaluation import evaluate, table
+    from laser_fast.training.interruption import Interrupted
     from laser_fast.training.recommender import train_recommender
 
     overrides = [*parsed.set, *([f"kind={parsed.kind}"] if parsed.kind else [])]
@@ -160,17 +161,23 @@ def _train_recommender(parsed: argparse.Namespace) -> None:
     split = _split(dataset, parsed)
     print(dump_config(config))
     print(f"{split.rule}: " + ", ".join(f"{count:,} {name}" for name, count in split.counts().items()))
-    model = train_recommender(
-        split,
-        dataset.num_items,
-        config,
-        seed=parsed.seed,
-        item_map_hash=dataset.items.hash(),
-        run_dir=parsed.output,
-    )
+    try:
+        model = train_recommender(
+            split,
+            dataset.num_items,
+            config,
+            seed=parsed.seed,
+            item_map_hash=dataset.items.hash(),
+            run_dir=parsed.output,
+            resume=parsed.resume,
+        )
+    except Interrupted as stop:
+        print(f"laser-fast: stopped by {stop.signal.name}; the same command with --resume goes on", file=sys.stderr)
+        return stop.exit_status
     print(table({f"{type(model).__name__}, validation": evaluate(model, split.valid)}, ("HR@10", "NDCG@10", "MRR")))
     print(f"its states: {model.gap}")
     print(f"saved in {parsed.output}")
+    return 0
 
 
 def _import_recommender(parsed: argparse.Namespace) -> None:
@@ -190,7 +197,8 @@ def _train(parsed: argparse.Namespace) -> int:
     config = load_config(LaserConfig, parsed.config, parsed.set)
     say = print if launched_first() else (lambda *_, **__: None)  # of several processes one speaks
     say(dump_config(config))
-    if parsed.resume and RunDirectory(config.output, config, resume=True).finished:  # no need to load anything
+    # no need to load anything
+    if parsed.resume and RunDirectory(config.output, config, resume=True, writes=False).finished:
         say(f"{config.output} is finished: nothing is left to train")
         return 0
     try:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
+import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +77,65 @@ def tiny_recommender(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) 
     config = RecommenderConfig(width=8, num_layers=1, max_length=10, epochs=2, folds=0)
     train_recommender(leave_one_out(dataset), dataset.num_items, config, seed=0, run_dir=folder, progress=False)
     return folder
+
+
+@pytest.fixture
+def claimed_elsewhere() -> Callable[[Path], AbstractContextManager[None]]:
+    """`with claimed_elsewhere(output)`: another process is at work on it."""
+    from laser_fast.data.claims import lock_file
+
+    @contextmanager
+    def hold(output: Path) -> Iterator[None]:
+        with lock_file(output).open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    return hold
+
+
+@pytest.fixture
+def start_at_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
+    """`start_at_once(number, start)` calls `start(hold)` in so many processes, forked from this one, let go together.
+
+    Who gets through to `hold` waits there until all others were refused. Gives the errors of those, and demands that
+    one gets through.
+    """
+    folder = tmp_path_factory.mktemp("starts")
+
+    def call(start: Callable[[Callable[[], None]], object], number: int) -> None:
+        def hold() -> None:
+            deadline = time.monotonic() + 60
+            while len(list(folder.glob("refused.*"))) < number - 1 and time.monotonic() < deadline:
+                time.sleep(0.01)
+
+        try:
+            start(hold)
+            (folder / f"won.{os.getpid()}").touch()
+        except Exception as error:
+            (folder / "lost").mkdir(exist_ok=True)
+            (folder / "lost" / str(os.getpid())).write_text(f"{type(error).__name__}: {error}")
+            (folder / "lost" / str(os.getpid())).rename(folder / f"refused.{os.getpid()}")  # whole when it is seen
+
+    def start_all(number: int, start: Callable[[Callable[[], None]], object]) -> list[str]:
+        read, write = os.pipe()
+        children = []
+        for _ in range(number):
+            if (child := os.fork()) == 0:
+                try:
+                    os.close(write)
+                    os.read(read, 1)  # comes back when the other end is closed, for all at once
+                    call(start, number)
+                finally:
+                    os._exit(0)
+            children.append(child)
+        os.close(write)
+        for child in children:
+            os.waitpid(child, 0)
+        os.close(read)
+        assert len(list(folder.glob("won.*"))) == 1
+        return [path.read_text() for path in folder.glob("refused.*")]
+
+    return start_all
 
 
 @pytest.fixture

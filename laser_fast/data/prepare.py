@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from laser_fast.data.claims import claim
 from laser_fast.data.dataset import (
     MANIFEST_FILE,
     SequenceDataset,
@@ -195,10 +196,16 @@ def prepare(
     Raises:
         FileNotFoundError: a source is missing.
         FileExistsError: the target holds something else; see `check_target`.
-        ValueError: a source is not as it should be (with file, line, column and value), or nothing is left to write.
+        ValueError: a source is not as it should be (with file, line, column and value), nothing is left to write, or
+            another process writes the target.
     """
     target = request.out.resolve()
-    remove_leftovers(target)
+    with claim(target):
+        remove_leftovers(target)
+        return _prepare(request, target, say, progress=progress, buffer_events=buffer_events)
+
+
+def _prepare(request: PrepareRequest, target: Path, say: Say, *, progress: bool, buffer_events: int) -> SequenceDataset:
     sources = find_sources(request)
     manifest = _manifest(request, sources)
     dataset = _existing(target, manifest, request.overwrite)

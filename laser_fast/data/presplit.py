@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from laser_fast.data.claims import claim
 from laser_fast.data.dataset import (
     MANIFEST_FILE,
     SequenceDataset,
@@ -118,32 +119,34 @@ def prepare_presplit(
     Raises:
         FileNotFoundError: no training rows or no item file.
         FileExistsError: the target holds something else.
-        ValueError: a row is not as it should be, with file, line, column and value, or no training row is left.
+        ValueError: a row is not as it should be, with file, line, column and value, no training row is left, or another
+            process writes the target.
     """
     target = out.resolve()
-    remove_leftovers(target)
-    files = _find_files(folder)
-    manifest = _manifest(files, item_id_column, text_columns, clean, skip_bad_rows)
-    if _up_to_date(target, manifest, overwrite):
-        say(f"{out} is up to date: same sources, same settings; nothing written")
-        return SequenceDataset.load(target)
-    bad_rows = BadRows(skip=skip_bad_rows)
-    ids, fields = read_items(files["items"], item_id_column, manifest.options["text_columns"], bad_rows=bad_rows)
-    if clean:
-        fields = {name: [clean_text(text) for text in column] for name, column in fields.items()}
-    items = ItemTable(ids, fields)
-    parts = {part: _read_part(files.get(part), items, bad_rows) for part in _PARTS}
-    if bad_rows.total:
-        say(bad_rows.describe())
-    if not parts["train"].users:
-        raise ValueError(f"prepare_presplit: at least one training row must be left, got {bad_rows.total} bad rows")
-    parts["train"] = _joined(parts["train"])
-    manifest = replace(manifest, counts=bad_rows.counts())
-    dataset = write_dataset(target, _assemble(parts, items, manifest), overwrite=overwrite)
-    counts = given_split(dataset).counts()
-    say(f"{folder.name}: {len(items):,} items, " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
-    say(f"wrote {out}")
-    return dataset
+    with claim(target):
+        remove_leftovers(target)
+        files = _find_files(folder)
+        manifest = _manifest(files, item_id_column, text_columns, clean, skip_bad_rows)
+        if _up_to_date(target, manifest, overwrite):
+            say(f"{out} is up to date: same sources, same settings; nothing written")
+            return SequenceDataset.load(target)
+        bad_rows = BadRows(skip=skip_bad_rows)
+        ids, fields = read_items(files["items"], item_id_column, manifest.options["text_columns"], bad_rows=bad_rows)
+        if clean:
+            fields = {name: [clean_text(text) for text in column] for name, column in fields.items()}
+        items = ItemTable(ids, fields)
+        parts = {part: _read_part(files.get(part), items, bad_rows) for part in _PARTS}
+        if bad_rows.total:
+            say(bad_rows.describe())
+        if not parts["train"].users:
+            raise ValueError(f"prepare_presplit: at least one training row must be left, got {bad_rows.total} bad rows")
+        parts["train"] = _joined(parts["train"])
+        manifest = replace(manifest, counts=bad_rows.counts())
+        dataset = write_dataset(target, _assemble(parts, items, manifest), overwrite=overwrite)
+        counts = given_split(dataset).counts()
+        say(f"{folder.name}: {len(items):,} items, " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+        say(f"wrote {out}")
+        return dataset
 
 
 def _find_files(folder: Path) -> dict[str, Path]:

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelHubMixin
 from torch import nn
 
 from laser_fast.config import LanguageModelConfig, LaserConfig, ModelConfig, build_config, resolve_path
+from laser_fast.data.claims import claim
 from laser_fast.data.items import ItemTable
 from laser_fast.data.tokens import Tokenizer
 from laser_fast.models.adapter_files import Origin, SavedLaser, find_saved, weights_hash, write_laser
@@ -199,19 +200,23 @@ class PretrainedLaser(ModelHubMixin):
 
         Raises:
             FileExistsError: the folder holds something else.
+            ValueError: another process writes it.
             RuntimeError: the model was put together by hand and does not know its origin, or its item matrix or its
                 calibration belongs to older weights.
         """
-        folder = Path(save_directory)
-        if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and find_saved(folder) is None):
-            raise FileExistsError(
-                f"save_pretrained: the folder must be new, empty or a saved Laser, got {str(save_directory)!r}"
-            )
+        folder = Path(save_directory).resolve()  # a link to a folder elsewhere stays one
         laser = cast("LaserModel", self)
-        write_laser(laser, folder, model_card(laser, repo_id=repo_id, **(model_card_kwargs or {})))
+        with claim(folder):
+            if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and find_saved(folder) is None):
+                raise FileExistsError(
+                    f"save_pretrained: the folder must be new, empty or a saved Laser, got {str(save_directory)!r}"
+                )
+            write_laser(laser, folder, model_card(laser, repo_id=repo_id, **(model_card_kwargs or {})))
         if not push_to_hub:
             return None
-        return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **push_arguments)
+        return self.push_to_hub(
+            repo_id or Path(save_directory).name, model_card_kwargs=model_card_kwargs, **push_arguments
+        )
 
     def generate_model_card(self, *_: Any, **figures: Any) -> ModelCard:
         """The model card that is saved with the model."""

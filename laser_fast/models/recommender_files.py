@@ -122,6 +122,15 @@ def load_recommender(
     return model
 
 
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What else was kept with the recommender in a folder of `save_recommender`.
+
+    Raises:
+        ValueError: recommender.json is damaged or of another format.
+    """
+    return _description(folder).facts
+
+
 def read_recommender(sealed: SealedFolder) -> PackedRecommender:
     """Read the files of a folder of `save_recommender`, or the two of `write_recommender`; on the CPU, in eval mode.
 

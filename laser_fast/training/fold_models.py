@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,7 +14,11 @@ from laser_fast.data import Split
 from laser_fast.models.cross_fitted import CrossFitted, assign_folds, fold_model
 from laser_fast.models.packed_recommender import PackedRecommender
 from laser_fast.training.recommender_fit import Fitting, Windows
-from laser_fast.training.run_directory import RunDirectory
+from laser_fast.training.recommender_run import RecommenderRun
+from laser_fast.training.resume import State
+
+FULL = "full"
+"""Part of a state of a fold: the finished full model and the epochs it took."""
 
 
 def train_folds(
@@ -22,7 +28,7 @@ def train_folds(
     *,
     epochs: int,
     seed: int,
-    run: RunDirectory | None = None,
+    run: RecommenderRun | None = None,
     progress: bool = True,
 ) -> CrossFitted:
     """The models of `config.folds` folds beside a finished `model`.
@@ -42,7 +48,7 @@ def train_folds(
         model: fitted on all of `split.train`.
         seed: of the folds, and the one `model` was trained with.
         epochs: passes over the sequences of the other folds; those of `model` up to its best.
-        run: where the loss of every epoch is logged, with the fold.
+        run: where the loss of every epoch is logged, with the fold, and from which the folds go on; None = nowhere.
 
     Raises:
         ValueError: a fold leaves no sequence of two events to learn from.
@@ -52,7 +58,8 @@ def train_folds(
     num_users = 1 + max(int(users.max(initial=-1)) for users in everyone)
     user_folds = assign_folds(num_users, config.folds, seed)
     device = model.item_embedding.weight.device
-    models, bases = [], []
+    run = RecommenderRun() if run is None else run
+    models, bases, done = [], [], {FULL: State(dict(model.state_dict()), {"epochs": epochs})}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for fold in range(config.folds):
             windows = Windows.cut(split.train.select(user_folds[split.train_users] != fold), config.max_length)
@@ -61,8 +68,16 @@ def train_folds(
                     f"train_folds: folds must each leave a sequence of two events to learn from, got fold {fold} of "
                     f"{config.folds} that leaves none"
                 )
-            twin = _start(model, config, seed, fold)
-            models.append(_train_fold(twin, windows, config, fold, epochs, run=run, progress=progress))
+            twin, name = _start(model, config, seed, fold), f"fold{fold}"
+            if run.resumed is not None and name in run.resumed.values:
+                twin.load_state_dict(run.resumed.part(name).tensors)
+            else:
+                title = f"{type(twin).__name__} without fold {fold + 1} of {config.folds}"
+                fitting = Fitting(twin, windows, config)
+                with tqdm(total=epochs, desc=title, unit="epoch", disable=not progress) as bar:
+                    _train_fold(fitting, fold, epochs, run, done, bar)
+            models.append(twin.eval())
+            done[name] = State(dict(twin.state_dict()))
             if config.fold_items == "shared":
                 twin.item_embedding = model.item_embedding  # to the last bit
             if config.fold_items == "aligned":
@@ -85,24 +100,20 @@ def _start(model: PackedRecommender, config: RecommenderConfig, seed: int, fold:
 
 
 def _train_fold(
-    twin: PackedRecommender,
-    windows: Windows,
-    config: RecommenderConfig,
-    fold: int,
-    epochs: int,
-    *,
-    run: RunDirectory | None,
-    progress: bool,
-) -> PackedRecommender:
-    """Fit the model of one fold in place; it ends in evaluation mode."""
-    fitting = Fitting(twin, windows, config)
-    title = f"{type(twin).__name__} without fold {fold + 1} of {config.folds}"
-    for epoch in tqdm(range(epochs), desc=title, unit="epoch", disable=not progress):
-        loss = fitting.epoch()
-        if run is not None:
-            run.log(fold=fold, epoch=epoch, loss=loss)
-    twin.load_state_dict(fitting.averaged.state_dict())
-    return twin.eval()
+    fitting: Fitting, fold: int, epochs: int, run: RecommenderRun, done: dict[str, State], bar: tqdm[Any]
+) -> None:
+    """Fit the model of one fold in place, from where the run stands; `done` is what later folds will need of before."""
+    name = f"fold{fold}"
+    state = run.take_up(name, fitting)
+    first = 0 if state is None else state.values["position"]["epoch"]
+    bar.update(first)
+    for epoch in range(first, epochs):
+        with run.interruption.at_once():
+            loss = fitting.epoch()
+        run.log(fold=fold, epoch=epoch, loss=loss)
+        run.keep(name, epoch + 1, fitting, **done)
+        bar.update()
+    fitting.model.load_state_dict(fitting.averaged.state_dict())
 
 
 def _rotation(model: PackedRecommender, twin: PackedRecommender, windows: Windows, batch_size: int) -> Tensor:

@@ -8,8 +8,10 @@ The state is kept on the way, see `epochs`.
 """
 
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from laser_fast.config import LaserConfig
 from laser_fast.data.batches import PackedBatch
+from laser_fast.data.claims import claim
 from laser_fast.data.negatives import NegativeSampler
 from laser_fast.evaluation import evaluate, search_calibration
 from laser_fast.models.bert_weights import initialize_qformer, load_bert
@@ -62,9 +65,9 @@ def train_laser(
         The best model, in evaluation mode with its item matrix, and the data it was built on; in every process.
 
     Raises:
-        FileExistsError: `config.output` holds something.
+        FileExistsError: `config.output` holds something, or what is to be resumed lies behind a link.
         FileNotFoundError, ValueError: the data, the recommender or the language model are missing or do not fit; the
-            run to resume is missing, damaged, or of another configuration.
+            run to resume is missing, damaged, or of another configuration; another process writes `config.output`.
         FloatingPointError: the loss is not finite.
         OtherProcessFailed: another process of this training stopped.
         Interrupted: SIGTERM or SIGINT came; the step was finished and the state is kept.
@@ -77,7 +80,7 @@ def train_laser(
     processes = Processes(accelerator.device)
     progress = progress and processes.first
     with ExitStack() as lock:
-        reopened = _open(config, processes, lock, resume=True) if resume else None
+        _claim(config, processes, lock, resume=resume)
         set_seed(config.training.seed)
         inputs = load_inputs(config)
         language_model, tokenizer = load_language_model(config.lm)
@@ -86,7 +89,7 @@ def train_laser(
             initialize_qformer(model.mformer.qformer, load_bert(config.mformer.initialize_from, model.mformer.qformer))
         if model.text is not None and config.text.initialize_from is not None:
             initialize_text(model, config.text.initialize_from)
-        directory = reopened or _open(config, processes, lock, resume=False)
+        directory = _open(config, processes, resume=resume)
         if directory.finished:
             if progress:
                 print(f"{config.output} is finished: nothing is left to train", flush=True)
@@ -120,18 +123,35 @@ def _accelerator(config: LaserConfig) -> Accelerator:
     )
 
 
-def _open(config: LaserConfig, processes: Processes, lock: ExitStack, *, resume: bool) -> RunDirectory:
-    """The run directory, made or checked and locked by the first process; the others wait for it and only look."""
+@contextmanager
+def _together(processes: Processes) -> Iterator[None]:
+    """What one process refuses in here, all do."""
     error: Exception | None = None
-    directory = RunDirectory(config.output, config, writes=False)
-    if processes.first:
-        try:
-            directory = RunDirectory(config.output, config, resume=resume)
-            lock.enter_context(directory.exclusive())
-        except (OSError, ValueError) as refused:
-            error = refused
+    try:
+        yield
+    except (OSError, ValueError) as refused:
+        error = refused
     processes.raise_together(error)
-    return directory
+
+
+def _claim(config: LaserConfig, processes: Processes, lock: ExitStack, *, resume: bool) -> None:
+    """Claim the output and look at it, before minutes of loading; the first process does."""
+    with _together(processes):
+        if not processes.first:
+            return
+        lock.enter_context(claim(Path(config.output).resolve()))
+        if resume:
+            RunDirectory(config.output, config, resume=True, writes=False)
+        else:
+            RunDirectory.refuse_used(config.output)
+
+
+def _open(config: LaserConfig, processes: Processes, *, resume: bool) -> RunDirectory:
+    """The run directory, which the first process makes or opens; for the others it is a view."""
+    with _together(processes):
+        if processes.first:
+            return RunDirectory(config.output, config, resume=resume)
+    return RunDirectory(config.output, config, writes=False)
 
 
 def _train(run: Run, resume: bool) -> None:

@@ -21,7 +21,7 @@ from laser_fast.models.device_batches import on_device
 from laser_fast.models.token_budget import TokenBudget, is_out_of_memory, release_memory
 from laser_fast.nn.data_parallel import ALONE, Processes
 from laser_fast.training.memory import Plan, explain_optimizer_shortage
-from laser_fast.training.optimizer import build_optimizer
+from laser_fast.training.optimizer import build_optimizer, load_optimizer_state, optimizer_state
 from laser_fast.training.random_state import RandomState
 from laser_fast.training.resume import State
 
@@ -214,30 +214,18 @@ class StageTrainer:
 
     def state(self) -> State:
         """Moments of the optimizer, learning rates, schedule, scaler of the loss: all but the parameters."""
-        tensors: dict[str, Tensor] = {}
-        plain: dict[str, Any] = {}
-        for index, parameter in enumerate(self._parameters()):
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                (tensors if isinstance(value, Tensor) else plain)[f"{index}.{key}"] = value
+        optimizer = optimizer_state(self.optimizer)
         values = {
+            **optimizer.values,
             "step": self.step,
-            "optimizer": plain,
-            "learning_rates": [group["lr"] for group in self.optimizer.param_groups],
             "schedule": self.scheduler.state_dict(),
             "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
         }
-        return State(tensors, values)
+        return State(optimizer.tensors, values)
 
     def load_state(self, state: State) -> None:
         """Go on from what `state` gave, with the parameters of that moment."""
-        entries: dict[int, dict[str, Any]] = {}
-        for name, value in {**state.tensors, **state.values["optimizer"]}.items():
-            index, _, key = name.partition(".")
-            entries.setdefault(int(index), {})[key] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        for group, learning_rate in zip(groups, state.values["learning_rates"], strict=True):
-            group["lr"] = learning_rate
-        self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+        load_optimizer_state(self.optimizer, state)
         self.scheduler.load_state_dict(state.values["schedule"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state.values["scaler"])

@@ -4,9 +4,10 @@ import importlib.util
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from laser_fast.config import OptimizerConfig
+from laser_fast.training.resume import State
 
 _BLOCK_SIZE = 256  # values of a moment in 8 bits that share one float32 scale (bitsandbytes)
 _SMALLEST_PACKED = 4096  # values of a parameter below which its moments stay in 32 bits (bitsandbytes' default)
@@ -35,6 +36,29 @@ def build_optimizer(modules: nn.Module, config: OptimizerConfig) -> torch.optim.
             _check_device(AdamW8bit, device)
     optimizer: torch.optim.Optimizer = AdamW8bit(groups, lr=config.learning_rate, min_8bit_size=_SMALLEST_PACKED)
     return optimizer
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> State:
+    """Moments and learning rates: all that an optimizer goes on from but the parameters."""
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, parameter in enumerate(parameters):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            (tensors if isinstance(value, Tensor) else plain)[f"{index}.{key}"] = value
+    return State(tensors, {"optimizer": plain, "learning_rates": [group["lr"] for group in optimizer.param_groups]})
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: State) -> None:
+    """Go on from what `optimizer_state` gave, with the parameters of that moment."""
+    entries: dict[int, dict[str, Any]] = {}
+    for name, value in {**state.tensors, **state.values["optimizer"]}.items():
+        index, _, key = name.partition(".")
+        entries.setdefault(int(index), {})[key] = value
+    groups = optimizer.state_dict()["param_groups"]
+    for group, learning_rate in zip(groups, state.values["learning_rates"], strict=True):
+        group["lr"] = learning_rate
+    optimizer.load_state_dict({"state": entries, "param_groups": groups})
 
 
 def optimizer_bytes_per_parameter(config: OptimizerConfig) -> float:

@@ -32,6 +32,14 @@ class RandomState:
             tensors["device"] = torch.cuda.get_rng_state(device)
         return cls(device, tensors)
 
+    def of_torch(self) -> dict[str, Tensor]:
+        """The states of torch's generators alone."""
+        return {name: self.tensors[name] for name in ("host", "device") if name in self.tensors}
+
+    def with_torch(self, tensors: dict[str, Tensor]) -> "RandomState":
+        """This state with torch's generators where `of_torch` found them."""
+        return RandomState(self.device, self.tensors | tensors)
+
     def put_back(self) -> None:
         """Let all generators go on from here."""
         torch.set_rng_state(self.tensors["host"])

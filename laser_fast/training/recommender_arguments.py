@@ -21,6 +21,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--folds", type=int, metavar="K", help="also K models that have each not seen the users of one fold, for Laser"
     )
+    parser.add_argument("--resume", action="store_true", help="go on with the run in OUTPUT from its last whole state")
     _add_split_arguments(parser)
 
 
@@ -49,15 +50,24 @@ def import_from_arguments(
 
     Raises:
         FileExistsError: the output exists.
-        FileNotFoundError, ValueError: see `import_recommender` and `read_item_map`.
+        FileNotFoundError, ValueError: see `claim`, `import_recommender` and `read_item_map`.
     """
+    from laser_fast.data.claims import claim
+
+    with claim(parsed.output):
+        _import(parsed, dataset, split, say)
+
+
+def _import(
+    parsed: argparse.Namespace, dataset: "SequenceDataset", split: "Split", say: Callable[[str], object]
+) -> None:
     from laser_fast.evaluation import evaluate, table
     from laser_fast.models.foreign_checkpoints import import_recommender
     from laser_fast.models.item_map import read_item_map
     from laser_fast.models.recommender_files import save_recommender
 
     output = Path(parsed.output)
-    if output.exists():
+    if output.exists() or output.is_symlink():
         raise FileExistsError(f"recommender import: output must be a new folder, got {parsed.output!r}")
     model, report = import_recommender(
         parsed.checkpoint,

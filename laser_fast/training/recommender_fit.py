@@ -16,6 +16,8 @@ from laser_fast.models.gru4rec import GRU4Rec
 from laser_fast.models.packed_recommender import PackedRecommender
 from laser_fast.models.sasrec import SASRec
 from laser_fast.ops import catalog_cross_entropy
+from laser_fast.training.optimizer import load_optimizer_state, optimizer_state
+from laser_fast.training.resume import State
 
 _WARMUP_STEPS = 50
 _MAX_GRAD_NORM = 5.0
@@ -102,6 +104,32 @@ class Fitting:
         assert isinstance(self.mean.module, PackedRecommender)  # a copy of `model`
         self.averaged = self.mean.module
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.model.item_embedding.weight.device
+
+    @property
+    def step(self) -> int:
+        """Steps taken so far."""
+        return int(self.warmup.last_epoch)
+
+    def state(self) -> State:
+        """All that the rest of the fitting depends on, but the random generators."""
+        return State.join(
+            model=State(dict(self.model.state_dict())),
+            mean=State(dict(self.mean.state_dict())),
+            optimizer=optimizer_state(self.optimizer),
+            warmup=State(values=self.warmup.state_dict()),
+        )
+
+    def load_state(self, state: State) -> None:
+        """Go on from what `state` gave."""
+        self.model.load_state_dict(state.part("model").tensors)
+        self.mean.load_state_dict(state.part("mean").tensors)
+        load_optimizer_state(self.optimizer, state.part("optimizer"))
+        self.warmup.load_state_dict(state.part("warmup").values)
+
     def epoch(self) -> float:
         """One pass in random order, the mean following the weights; the mean loss over all targets.
 
@@ -112,16 +140,13 @@ class Fitting:
         total, count = 0.0, 0
         order = torch.randperm(len(self.windows.starts)).numpy()
         for start in range(0, len(order), self.batch_size):
-            items, cu_seqlens, targets = self.windows.batch(
-                order[start : start + self.batch_size], model.item_embedding.weight.device
-            )
+            items, cu_seqlens, targets = self.windows.batch(order[start : start + self.batch_size], self.device)
             loss = catalog_cross_entropy(
                 model(items, cu_seqlens), model.item_embedding.weight, targets, temperature=1.0, normalize=False
             )
             if not math.isfinite(value := loss.item()):
                 raise FloatingPointError(
-                    f"train_recommender: the loss must be finite, got {value} at step {self.warmup.last_epoch}; "
-                    "lower learning_rate"
+                    f"train_recommender: the loss must be finite, got {value} at step {self.step}; lower learning_rate"
                 )
             self.optimizer.zero_grad()
             loss.backward()

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from laser_fast.data.descriptions import Description, parse_description
-from laser_fast.data.folders import replace_directory, whole_directory, write_json
+from laser_fast.data.folders import remove, replace_directory, whole_directory, write_json
 from laser_fast.data.sealed import SealedFolder, seal
 from laser_fast.training.run_directory import RunDirectory
 
@@ -76,6 +76,8 @@ class StateFolder:
         position = state.values["position"]
         log = self.directory.read_log()[: position["log_bytes"]]
         target = self.path / f"{self._count:06d}-{position['stage']}-{position['epoch']}-{position['step']}"
+        if self.path.is_symlink():
+            remove(self.path)
         with replace_directory(target) as fresh:
             save_file(_for_file(state.tensors), fresh / "tensors.safetensors")
             write_json(fresh / "values.json", state.values)
@@ -87,7 +89,7 @@ class StateFolder:
         self._kept = [*self._kept, target][-_KEPT:]
         for entry in self.path.iterdir():
             if entry not in self._kept:
-                shutil.rmtree(entry, ignore_errors=True)
+                remove(entry)
 
     def newest(self) -> State | None:
         """The newest whole state; a damaged one is passed over with a warning that names the one used instead.
@@ -127,20 +129,20 @@ class StateFolder:
         if not self.directory.writes:
             return
         folder = self._kept[-1] if self._kept else None
+        self.directory.remove_leftovers()
         self.directory.write_log((folder / "metrics.jsonl").read_bytes() if folder else b"")
         best = folder / "best" if folder else None
         if best is not None and best.is_dir():
             with replace_directory(self.directory.checkpoint) as fresh:
                 _link_files(best, fresh)
         else:
-            shutil.rmtree(self.directory.checkpoint, ignore_errors=True)
-        self.directory.remove_leftovers()
+            remove(self.directory.checkpoint)
 
     def clear(self) -> None:
         """Delete all states: the run is finished."""
         if not self.directory.writes:
             return
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove(self.path)
         self._kept = []
 
     def _folders(self) -> list[Path]:

@@ -1,21 +1,18 @@
 """The folder of a run: effective configuration, environment, metrics as they come, checkpoints whole or absent."""
 
-import fcntl
 import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import subprocess
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from laser_fast.config import Settings, build_config, dump_config
-from laser_fast.data.folders import PART, replace_file, write_json
+from laser_fast.data.disk import append_line, make_directory
+from laser_fast.data.folders import is_leftover, remove, remove_leftovers, replace_file, write_json
 from laser_fast.training.tensorboard_log import TensorBoardLog
 from laser_fast.yaml_text import read_yaml
 
@@ -35,19 +32,27 @@ _PACKAGES = (
 _FREE_SETTINGS = ("output", "training.save_steps", "training.tensorboard")
 
 
+# what a run writes; a folder with no more than the traces, the first among them, holds nothing that could be lost
+_TRACES = ("environment.json", "config.yaml", "metrics.jsonl", "tensorboard")
+_NAMES = (*_TRACES, "states", "checkpoint", "finished.json")
+
+
 class RunDirectory:
     """Creates the folder and records what makes the run reproducible, or opens it again.
+
+    To be used by whoever has claimed the folder (`claim`). The folder itself may be a link, for a larger disk, say;
+    nothing that a run writes in it may be one.
 
     Args:
         resume: go on with a run that this class began before.
         writes: whether this process writes; where several train only one does, for the others this is a view that
-            checks and changes nothing.
+            changes nothing.
 
     Attributes:
         curves: shows the log in TensorBoard; None = nothing does.
 
     Raises:
-        FileExistsError: the folder exists and is not empty; runs are never overwritten.
+        FileExistsError: something lies there, see `refuse_used`; or, where a run writes, a link.
         FileNotFoundError: with `resume`, no run was begun there.
         ValueError: with `resume`, the run was begun under another configuration; lists the differences.
     """
@@ -56,19 +61,44 @@ class RunDirectory:
         self.path = Path(path)
         self.writes = writes
         self.curves: TensorBoardLog | None = None
-        if not writes:
-            return
-        if resume:
+        killed_at_once = self.path.is_dir() and _names_in(self.path) <= {_TRACES[0]}
+        if resume and not killed_at_once:
             self._refuse_another(config)
-        elif self.path.exists() and (not self.path.is_dir() or any(f.suffix != PART for f in self.path.iterdir())):
-            raise FileExistsError(
-                f"RunDirectory: output must be a new or empty folder, got {str(path)!r}; remove it or choose another"
-            )
-        self.path.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            replace_file(self.path / "config.yaml", dump_config(config).encode())
-        if not (self.path / "environment.json").exists():
-            write_json(self.path / "environment.json", describe_environment())
+        elif writes:
+            self.refuse_used(self.path)
+            self._begin(config)
+
+    @staticmethod
+    def refuse_used(path: str | Path) -> None:
+        """Refuse a folder in which something could be lost.
+
+        Nothing can where it is new or empty, or has no more than what a run left that ended before its first state.
+
+        Raises:
+            FileExistsError: something could.
+        """
+        folder = Path(path)
+        if folder.is_dir():
+            names = _names_in(folder)
+            states = folder / "states"
+            if states.is_dir() and not states.is_symlink() and not any(states.glob("[0-9]*")):
+                names.discard("states")
+            traces = _TRACES[0] in names and names <= set(_TRACES) and not _links_in(folder)
+            if traces or not names:
+                return
+        elif not folder.exists():
+            return
+        raise FileExistsError(
+            f"RunDirectory: output must be a new or empty folder, got {str(path)!r}; remove it or choose another"
+        )
+
+    def _begin(self, config: Settings) -> None:
+        make_directory(self.path.resolve())  # a link may point to a folder that is still to be made
+        self.remove_leftovers()
+        for name in (*_TRACES[1:], "states"):
+            remove(self.path / name)
+        write_json(self.path / _TRACES[0], describe_environment())
+        replace_file(self.path / "config.yaml", dump_config(config).encode())  # the last: now there is a run to resume
 
     def _refuse_another(self, config: Settings) -> None:
         file = self.path / "config.yaml"
@@ -76,6 +106,11 @@ class RunDirectory:
             raise FileNotFoundError(
                 f"RunDirectory: output must hold the run to resume, got {str(self.path)!r} without a config.yaml; "
                 "start it without --resume"
+            )
+        if links := _links_in(self.path):
+            raise FileExistsError(
+                f"RunDirectory: what a run writes must not lie behind a link, got the link {links[0]!r} in "
+                f"{str(self.path)!r}; put the file or folder itself there, or make the whole output a link"
             )
         began = dict(_settings(build_config(type(config), read_yaml(file)).model_dump()))
         now = dict(_settings(config.model_dump()))
@@ -90,32 +125,6 @@ class RunDirectory:
                 + ", ".join(differences)
             )
 
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Let no other process train here meanwhile. The system gives the folder free when this process ends.
-
-        Raises:
-            ValueError: another process trains here.
-        """
-        descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"RunDirectory: output must be used by one run at a time, got {str(self.path)!r}, in which another "
-                    "process trains; wait for it or stop it"
-                ) from None
-            except OSError as error:  # some network file systems lock no folders
-                warnings.warn(
-                    f"RunDirectory: the file system should lock {str(self.path)!r} against a second run, got {error}; "
-                    "start none meanwhile",
-                    stacklevel=3,
-                )
-            yield
-        finally:
-            os.close(descriptor)
-
     @property
     def checkpoint(self) -> Path:
         """The best model so far."""
@@ -125,15 +134,15 @@ class RunDirectory:
         """Append one line to metrics.jsonl."""
         if not self.writes:
             return
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        append_line(self.path / "metrics.jsonl", json.dumps(values).encode())
         if self.curves is not None:
             self.curves.follow(self.read_log())
 
     def read_log(self) -> bytes:
-        """metrics.jsonl as it is; empty before the first line."""
+        """The lines of metrics.jsonl; one that a process was killed in is none yet."""
         file = self.path / "metrics.jsonl"
-        return file.read_bytes() if file.exists() else b""
+        content = file.read_bytes() if file.exists() else b""
+        return content[: content.rfind(b"\n") + 1]
 
     def write_log(self, content: bytes) -> None:
         """Replace metrics.jsonl."""
@@ -154,9 +163,18 @@ class RunDirectory:
 
     def remove_leftovers(self) -> None:
         """Delete what a process that was killed had begun to write; for a run that no process works on."""
-        for pattern in (".*.partial", f".*{PART}", ".checkpoint.*.old"):
-            for path in self.path.glob(pattern):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for name in _NAMES:
+            remove_leftovers(self.path / name)
+
+
+def _names_in(folder: Path) -> set[str]:
+    """What is in a folder beside what killed processes left there."""
+    return {entry.name for entry in folder.iterdir() if not is_leftover(entry)}
+
+
+def _links_in(folder: Path) -> list[str]:
+    """Names of a run under which there is a link."""
+    return [name for name in _NAMES if (folder / name).is_symlink()]
 
 
 def _settings(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

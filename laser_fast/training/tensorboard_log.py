@@ -2,10 +2,11 @@
 
 import importlib.util
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from laser_fast.data.folders import remove
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -55,7 +56,7 @@ class TensorBoardLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove(self.folder)
         self._writer = SummaryWriter(str(self.folder))
 
 

@@ -1,10 +1,24 @@
-"""A folder is replaced as a whole or not at all."""
+"""A file or folder is replaced as a whole or not at all, whoever else writes it, and never through a link."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from laser_fast.data.folders import remove_leftovers, replace_directory, scratch_directory, whole_directory
+from laser_fast.data import disk, folders
+from laser_fast.data.disk import append_line, make_directory
+from laser_fast.data.folders import (
+    is_leftover,
+    remove,
+    remove_leftovers,
+    replace_directory,
+    replace_file,
+    scratch_directory,
+    whole_directory,
+    write_json,
+)
 
 
 def write(directory: Path, text: str) -> None:
@@ -73,3 +87,99 @@ def test_a_scratch_folder_is_gone_afterwards(tmp_path: Path) -> None:
         remove_leftovers(tmp_path / "deep" / "target")  # of the living nothing is removed
         assert (folder / "file").exists()
     assert not list((tmp_path / "deep").iterdir())
+
+
+def test_two_that_write_one_file_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second writes all of it while the first is about to give its own the name."""
+    replace, seen = os.replace, []
+
+    def interrupted(source: Path, target: Path) -> None:
+        if not seen:
+            seen.append(source)
+            replace_file(target, b"second")
+            assert target.read_bytes() == b"second"
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    replace_file(tmp_path / "file", b"first")
+    assert (tmp_path / "file").read_bytes() == b"first"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_a_writer_of_a_file_left_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = tmp_path / ".file.0123456789ab.partial"
+    left.write_bytes(b"ha")
+    assert is_leftover(left) and not is_leftover(tmp_path / ".file.mine.partial")
+    (tmp_path / ".file.0123456789ac.partial").symlink_to(tmp_path)  # somebody else's
+    replace_file(tmp_path / "file", b"whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".file.0123456789ac.partial", "file"]
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        replace_file(tmp_path / "file", b"other")
+    assert (tmp_path / "file").read_bytes() == b"whole"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".file.0123456789ac.partial", "file"]
+
+
+def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    sync = folders.sync
+
+    def noted(path: Path) -> None:
+        synced.append("target" if path == tmp_path / "a" / "target" else path.name)
+        sync(path)
+
+    for module in (folders, disk):
+        monkeypatch.setattr(module, "sync", noted)
+    with replace_directory(tmp_path / "a" / "target") as fresh:
+        (fresh / "inner").mkdir()
+        (fresh / "inner" / "file").write_text("x")
+    assert synced[0] == tmp_path.name  # in which `a` is new
+    assert {"inner", "file"} == set(synced[1:3])
+    assert synced[3] == fresh.name and synced[4:] == ["a"]
+    synced.clear()
+    make_directory(tmp_path / "b" / "c")
+    replace_file(tmp_path / "b" / "c" / "file", b"")
+    assert synced == [tmp_path.name, "b", "c"]
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o077, 0o022])
+def test_everything_has_the_modes_the_umask_gives(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with replace_directory(tmp_path / "deep" / "target") as fresh:
+            save_file({"x": torch.zeros(2)}, fresh / "x.safetensors")  # for its user alone, whatever the umask
+            write_json(fresh / "settings.json", {})
+            (fresh / "inner").mkdir()
+            save_file({"x": torch.zeros(2)}, fresh / "inner" / "x.safetensors")
+        append_line(tmp_path / "deep" / "log", b"{}")
+    finally:
+        os.umask(before)
+    for path in tmp_path.rglob("*"):
+        assert path.stat().st_mode & 0o7777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "file").write_text("precious")
+    (tmp_path / "run").mkdir()
+    link, folder_link = tmp_path / "run" / "file", tmp_path / "run" / "folder"
+    link.symlink_to(elsewhere / "file")
+    folder_link.symlink_to(elsewhere)
+    with pytest.raises(FileExistsError, match="append_line: the target must be a file, got the link '.*/run/file'"):
+        append_line(link, b"more")
+    replace_file(link, b"new")
+    write(folder_link, "new")
+    for path in (link, folder_link):
+        assert not path.is_symlink()
+        remove(path)
+        path.symlink_to(elsewhere)
+        remove(path)
+        remove(path)
+    assert not list((tmp_path / "run").iterdir())
+    assert [path.read_text() for path in elsewhere.iterdir()] == ["precious"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "run"]

@@ -172,7 +172,7 @@ def _is_documented(error: Exception) -> bool:
 
 @pytest.fixture
 def no_waiting_for_disks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folders, "_sync", lambda path: None)
+    monkeypatch.setattr(folders, "sync", lambda path: None)
 
 
 @settings(

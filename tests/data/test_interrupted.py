@@ -23,7 +23,7 @@ KILLER = """
 import os, signal, sys, time
 from pathlib import Path
 from laser_fast.data import PrepareRequest, folders, prepare
-folders._sync = lambda path: None  # a killed process leaves its files to the system, synced or not
+folders.sync = lambda path: None  # a killed process leaves its files to the system, synced or not
 for line in sys.stdin:
     rule, seconds = line.split()[0], float(line.split()[1])
     begin = time.perf_counter()
@@ -87,7 +87,7 @@ def test_killed_at_fifty_random_moments(request_: PrepareRequest, monkeypatch: p
         killer.stdin.close()
     print(f"seed {SEED}, {dict(seen)}, one run {statistics.median(durations) * 1e3:.1f} ms")
     assert seen["as before"] > 0
-    monkeypatch.setattr(folders, "_sync", lambda path: None)
+    monkeypatch.setattr(folders, "sync", lambda path: None)
     assert prepare(replace(request_, tie_rule="hash:1")).hash() == hashes[0]
     assert sorted(path.name for path in out.parent.iterdir()) == ["kept", "log.csv", "out"]
 

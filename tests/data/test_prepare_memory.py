@@ -70,7 +70,7 @@ def test_small_buffers_change_no_byte(tmp_path: Path, monkeypatch: pytest.Monkey
             settings |= {"tie_rule": "file-order", "duplicates": "all"}
         request = PrepareRequest(tmp_path / "out", interactions=tmp_path / "log.csv", overwrite=True, **settings)
         monkeypatch.undo()
-        monkeypatch.setattr(folders, "_sync", lambda path: None)
+        monkeypatch.setattr(folders, "sync", lambda path: None)
         if not core(events, settings["min_user_interactions"], settings["min_item_interactions"]):
             continue
         dataset = prepare(request)

@@ -4,6 +4,8 @@ import importlib.util
 import json
 import re
 import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -265,7 +267,12 @@ def test_what_is_no_run_is_refused_by_name(run: tuple[Path, Subject], tmp_path: 
         read_run(broken)
 
 
-def test_only_a_report_is_replaced(run: tuple[Path, Subject], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_report_is_replaced(
+    run: tuple[Path, Subject],
+    claimed_elsewhere: Callable[[Path], AbstractContextManager[None]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(
         FileExistsError, match=r"must be a new folder or one with an earlier report, got .*'thesis.tex'"
@@ -273,7 +280,13 @@ def test_only_a_report_is_replaced(run: tuple[Path, Subject], tmp_path: Path, mo
         write_report(read_run(run[0]), None, tmp_path)
     with pytest.raises(FileExistsError, match="earlier report"):
         check_report_folder(tmp_path / "thesis.tex")
+    (tmp_path / "report").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileExistsError, match=r"the output must be a folder, got the link '.*/report'; remove it"):
+        write_report(read_run(run[0]), None, tmp_path / "report")
+    with claimed_elsewhere(tmp_path / "new"), pytest.raises(ValueError, match="one process at a time, got '.*/new'"):
+        write_report(read_run(run[0]), None, tmp_path / "new")
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    assert not (tmp_path / "elsewhere").exists() and not (tmp_path / "new").exists()
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
     with pytest.raises(ImportError, match=r'need the package matplotlib, got none; pip install "laser-fast\[report\]"'):

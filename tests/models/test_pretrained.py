@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -440,3 +441,19 @@ def test_an_upload_is_what_would_be_saved(
     assert "| NDCG@10 | 0.5000 |" in (tmp_path / "uploaded" / "README.md").read_text()
     assert same(LaserModel.from_pretrained(tmp_path / "uploaded"), saved[0])
     assert "25 items" in saved[0].generate_model_card().text
+
+
+def test_it_is_saved_where_a_link_points_and_by_one_process(
+    saved: tuple[LaserModel, Path],
+    claimed_elsewhere: Callable[[Path], AbstractContextManager[None]],
+    tmp_path: Path,
+) -> None:
+    place = tmp_path / "place"
+    (place / "disk").mkdir(parents=True)
+    (place / "link").symlink_to(place / "disk")
+    for _ in range(2):
+        saved[0].save_pretrained(place / "link")
+    assert (place / "disk" / "laser.json").is_file() and (place / "link").is_symlink()
+    assert sorted(path.name for path in place.iterdir()) == ["disk", "link"]
+    with claimed_elsewhere(place / "disk"), pytest.raises(ValueError, match="one process at a time, got '.*/disk'"):
+        saved[0].save_pretrained(place / "link")

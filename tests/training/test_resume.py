@@ -257,7 +257,7 @@ def test_a_truncated_state_is_passed_over(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(stopped, run)
-    (run / ".checkpoint.0123.partial").mkdir()  # what a kill in the midst of saving leaves
+    (run / ".checkpoint.0123456789ab.partial").mkdir()  # what a kill in the midst of saving leaves
     shutil.copytree(run / "checkpoint", run / ".checkpoint.0123456789ab.old")
     for file in (run / "checkpoint").iterdir():
         file.write_bytes(b"of phase B, which the state before it must not see")

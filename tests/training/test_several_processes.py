@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -219,26 +220,13 @@ def test_halving_is_refused_in_several_processes(
         train_laser(build_config(LaserConfig, values), progress=False)
 
 
-def test_two_runs_do_not_share_a_folder(settings: dict[str, Any], tmp_path: Path) -> None:
-    config = build_config(LaserConfig, {**settings, "output": str(tmp_path / "run")})
-    directory = RunDirectory(config.output, config)
-    with directory.exclusive():
-        with pytest.raises(ValueError, match="one run at a time, got '.*/run', in which another process trains"):
-            train_laser(config, resume=True, progress=False)
-        assert not (tmp_path / "run" / "metrics.jsonl").exists()
-    with directory.exclusive():
-        pass
-
-
-def test_a_file_system_that_locks_nothing_is_named(
-    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_two_runs_do_not_share_a_folder(
+    settings: dict[str, Any], claimed_elsewhere: Callable[[Path], AbstractContextManager[None]], tmp_path: Path
 ) -> None:
     config = build_config(LaserConfig, {**settings, "output": str(tmp_path / "run")})
-    directory = RunDirectory(config.output, config)
-
-    def flock(descriptor: int, operation: int) -> None:
-        raise OSError("Bad file descriptor")
-
-    monkeypatch.setattr("fcntl.flock", flock)
-    with pytest.warns(UserWarning, match="should lock '.*/run' .*, got Bad file"), directory.exclusive():
-        pass
+    for resume in (False, True):
+        with claimed_elsewhere(tmp_path / "run"):
+            with pytest.raises(ValueError, match="one process at a time, got '.*/run', at which another process is at"):
+                train_laser(config, resume=resume, progress=False)
+            assert not (tmp_path / "run" / "metrics.jsonl").exists()
+        RunDirectory(config.output, config)

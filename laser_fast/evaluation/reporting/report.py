@@ -3,6 +3,7 @@
 from datetime import datetime, timezone
 from pathlib import Path
 
+from laser_fast.data.claims import claim
 from laser_fast.data.folders import replace_directory
 from laser_fast.evaluation.comparison import compare
 from laser_fast.evaluation.reporting.document import Document
@@ -35,28 +36,36 @@ def write_report(record: RunRecord, subject: Subject | None, folder: str | Path,
         The HTML file.
 
     Raises:
-        FileExistsError: the folder holds something else.
+        FileExistsError: the folder holds something else, or is a link.
+        ValueError: another process writes it.
         ImportError: matplotlib is missing.
     """
     target = Path(folder)
-    check_report_folder(target)
-    document = build_report(record, subject, date or datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"))
+    with claim(target):
+        check_report_folder(target)
+        document = build_report(record, subject, date or datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"))
+        _write(document, target)
+    return target / HTML
+
+
+def _write(document: Document, target: Path) -> None:
     with replace_directory(target) as fresh:
         (fresh / HTML).write_text(to_html(document), encoding="utf-8")
         (fresh / MARKDOWN).write_text(to_markdown(document), encoding="utf-8")
         for picture in document.pictures():
             (fresh / f"{picture.name}.svg").write_bytes(picture.svg)
-    return target / HTML
 
 
 def check_report_folder(folder: Path) -> None:
     """Refuse what cannot be written, before minutes of measuring.
 
     Raises:
-        FileExistsError: the folder holds something that is no report.
+        FileExistsError: the folder holds something that is no report, or is a link to one elsewhere.
         ImportError: matplotlib is missing.
     """
     require_matplotlib()
+    if folder.is_symlink():
+        raise FileExistsError(f"write_report: the output must be a folder, got the link {str(folder)!r}; remove it")
     if not folder.exists():
         return
     others = [] if folder.is_dir() else [folder.name]

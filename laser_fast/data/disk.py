@@ -1,0 +1,42 @@
+"""What is on the disk when a call returns, so that a power cut takes nothing of it."""
+
+import errno
+import os
+from pathlib import Path
+
+
+def sync(path: Path) -> None:
+    """Put what the system still holds of a file, or the names in a folder, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """Add a line to a file that is created if need be; it is on the disk when this returns.
+
+    Raises:
+        FileExistsError: the path is a link.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise FileExistsError(
+            f"append_line: the target must be a file, got the link {str(path)!r}; remove it"
+        ) from None
+    with os.fdopen(descriptor, "ab") as file:
+        file.write(line + b"\n")
+        file.flush()
+        os.fsync(descriptor)
+
+
+def make_directory(path: Path) -> None:
+    """The folder, and those around it that are missing; they are on the disk when this returns."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(missing):
+        sync(folder.parent)

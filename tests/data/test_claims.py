@@ -1,0 +1,166 @@
+"""An output is written by one process at a time; who is late is told so, and a dead process is in nobody's way."""
+
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from laser_fast.data import PrepareRequest, SequenceDataset, prepare
+from laser_fast.data.claims import claim, lock_file
+from laser_fast.data.folders import replace_directory
+from laser_fast.data.presplit import prepare_presplit
+
+Elsewhere = Callable[[Path], AbstractContextManager[None]]
+StartAtOnce = Callable[[int, Callable[[Callable[[], None]], object]], list[str]]
+_REFUSED = "must be written by one process at a time, got '.*/out', at which another process is at work"
+
+
+def test_the_lock_is_gone_afterwards_and_may_be_taken_again(tmp_path: Path, claimed_elsewhere: Elsewhere) -> None:
+    output = tmp_path / "deep" / "out"
+    for _ in range(2):
+        with claim(output):
+            assert lock_file(output).exists()
+        assert not list(output.parent.iterdir())
+    with claimed_elsewhere(output), pytest.raises(ValueError, match=_REFUSED), claim(output):
+        pytest.fail("two have it")
+    with claim(output):
+        pass
+
+
+def test_a_claim_holds_what_is_inside_and_the_same_again(tmp_path: Path) -> None:
+    with claim(tmp_path / "out"), claim(tmp_path / "out"), claim(tmp_path / "out" / "checkpoint"):
+        assert [path.name for path in tmp_path.iterdir()] == [lock_file(tmp_path / "out").name]
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_thread_is_another(tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def other() -> None:
+        try:
+            with claim(tmp_path / "out"):
+                pass
+        except ValueError as error:
+            refused.append(str(error))
+
+    with claim(tmp_path / "out"):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert len(refused) == 1
+
+
+def test_what_a_dead_process_left_is_no_obstacle(tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        with claim(tmp_path / "out"):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert lock_file(tmp_path / "out").exists()
+    with claim(tmp_path / "out"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_child_that_lives_on_holds_nothing(tmp_path: Path) -> None:
+    with claim(tmp_path / "out"):
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+    try:
+        with claim(tmp_path / "out"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_link_in_place_of_the_lock_is_refused(tmp_path: Path) -> None:
+    lock_file(tmp_path / "out").symlink_to(tmp_path / "precious")
+    with pytest.raises(FileExistsError, match="must be a file, got the link"), claim(tmp_path / "out"):
+        pytest.fail("claimed")
+    assert not (tmp_path / "precious").exists()
+
+
+def test_where_nobody_may_write_beside_it_the_folder_itself_is_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = os.open
+
+    def refuse(path: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_CREAT:  # the tests may run as root, whom no mode keeps out
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", refuse)
+    (tmp_path / "out").mkdir()
+    with claim(tmp_path / "out"):
+        thread = threading.Thread(target=lambda: seen.append(_is_claimed(tmp_path / "out")))
+        seen: list[bool] = []
+        thread.start()
+        thread.join()
+    assert seen == [True]
+    assert not _is_claimed(tmp_path / "out")
+    with pytest.raises(PermissionError), claim(tmp_path / "absent"):
+        pytest.fail("claimed")
+
+
+def _is_claimed(output: Path) -> bool:
+    try:
+        with claim(output):
+            return False
+    except ValueError:
+        return True
+
+
+def test_a_file_system_that_locks_nothing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError("Bad file descriptor")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.warns(UserWarning, match="should lock '.*/out' .*, got Bad file"), claim(tmp_path / "out"):
+        pass
+
+
+def test_of_those_that_claim_at_once_one_gets_it(start_at_once: StartAtOnce, tmp_path: Path) -> None:
+    def start(hold: Callable[[], None]) -> None:
+        with claim(tmp_path / "out"):
+            hold()
+
+    refused = start_at_once(24, start)
+    assert len(refused) == 23 and all(re.search(f"^ValueError: claim: an output {_REFUSED}", text) for text in refused)
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_those_that_prepare_at_once_one_goes_on(start_at_once: StartAtOnce, tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text(
+        "user_id,item_id,timestamp\n" + "".join(f"u{i // 4},i{i},{i}\n" for i in range(20))
+    )
+
+    def start(hold: Callable[[], None]) -> None:
+        request = PrepareRequest(tmp_path / "out", interactions=tmp_path / "log.csv")
+        prepare(request, say=lambda text: hold())
+
+    refused = start_at_once(8, start)
+    assert len(refused) == 7 and all(re.search(_REFUSED, text) for text in refused)
+    assert SequenceDataset.load(tmp_path / "out").num_users == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.csv", "out"]
+
+
+def test_everybody_claims_before_looking(claimed_elsewhere: Elsewhere, tmp_path: Path) -> None:
+    """The sources do not exist: who looked at them first would say so."""
+    out = tmp_path / "out"
+    with claimed_elsewhere(out):
+        before = list(tmp_path.iterdir())
+        with pytest.raises(ValueError, match=_REFUSED):
+            prepare(PrepareRequest(out, interactions=tmp_path / "absent.csv"))
+        with pytest.raises(ValueError, match=_REFUSED):
+            prepare_presplit(tmp_path / "absent", out)
+        with pytest.raises(ValueError, match=_REFUSED), replace_directory(out):
+            pytest.fail("opened")
+        assert list(tmp_path.iterdir()) == before
