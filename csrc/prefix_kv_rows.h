@@ -37,8 +37,8 @@ inline std::string layout_error(const PrefixLayout& layout) {
   }
   for (int64_t b = 0; layout.slots != nullptr && b < layout.num_sequences; ++b) {
     if (prefix_of_sequence(layout, b) < 0) {
-      return "prefix_index must lie within the pool of " + text(layout.num_prefixes) + " prefixes, got " +
-             text(layout.slots[b]) + " at position " + text(b);
+      return "prefix_index must be between 0 and " + text(layout.num_prefixes - 1) + ", got " + text(layout.slots[b]) +
+             " at position " + text(b);
     }
   }
   return "";

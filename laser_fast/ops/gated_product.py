@@ -60,7 +60,8 @@ def gated_product_backward(
     Args:
         grad: [..., F], floating point, of the product.
         gate, up, activation: as in `gated_product_forward`.
-        grad_gate, grad_up: [..., F] with dense rows, overwritten: new tensors, halves of one, or gate and up.
+        grad_gate, grad_up: [..., F] in the dtype of gate, with dense rows, overwritten: new tensors, halves of one, or
+            gate and up, in this order.
 
     Raises:
         TypeError, ValueError: A dtype, shape, stride, device or `activation` does not fit.
@@ -68,10 +69,13 @@ def gated_product_backward(
     name = "gated_product_backward"
     _check(name, activation, gate, up, grad, grad_gate, grad_up)
     for output in (grad_gate, grad_up):
-        if output.numel() and output.stride(-1) != 1:
+        spread = any(stride == 0 and size > 1 for stride, size in zip(output.stride(), output.shape, strict=True))
+        if output.numel() and (output.stride(-1) != 1 or spread):
             raise ValueError(f"{name}: grad_gate and grad_up must have dense rows, got strides {output.stride()}")
     if gate.is_meta:
         return
+    _refuse_shared(name, grad_gate, {"grad": grad, "up": up, "grad_up": grad_up})
+    _refuse_shared(name, grad_up, {"grad": grad, "gate": gate})
     if not _kernel_serves(gate):
         _backward_in_torch(grad, gate, up, activation, grad_gate, grad_up)
         return
@@ -95,6 +99,15 @@ def _backward_in_torch(
         _aten.gelu_backward.grad_input(scaled, gate, approximate=approximate, grad_input=grad_gate)
 
 
+def _refuse_shared(name: str, output: Tensor, read: dict[str, Tensor]) -> None:
+    """What is read behind the first write must begin elsewhere than what is written."""
+    for other_name, other in read.items():
+        if output.numel() and output.data_ptr() == other.data_ptr():
+            raise ValueError(
+                f"{name}: grad_gate and grad_up must be new, or gate and up in this order, got {other_name} for one"
+            )
+
+
 def _activated(gate: Tensor, activation: str) -> Tensor:
     return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate=_approximate(activation))
 
@@ -113,6 +126,8 @@ def _check(name: str, activation: str, gate: Tensor, up: Tensor, *others: Tensor
     if gate.dtype != up.dtype or not gate.is_floating_point():
         raise TypeError(f"{name}: gate and up must have one floating-point dtype, got {gate.dtype} and {up.dtype}")
     for other in (up, *others):
+        if other.dtype != gate.dtype:
+            raise TypeError(f"{name}: all tensors must have one dtype, got {gate.dtype} and {other.dtype}")
         if other.shape != gate.shape:
             raise ValueError(
                 f"{name}: all tensors must have one shape, got {tuple(gate.shape)} and {tuple(other.shape)}"

@@ -53,7 +53,7 @@ def poisoned(*shapes: tuple[int, ...]) -> list[Tensor]:
     ("offsets", "slots", "message"),
     [
         ([0, 5, 4], [0, 1], "cu_seqlens must not decrease, got 5 before 4"),  # only the last entry is wrong
-        ([0, 5, 5], [0, 2], "prefix_index must lie within the pool of 2 prefixes, got 2 at position 1"),
+        ([0, 5, 5], [0, 2], "prefix_index must be between 0 and 1, got 2 at position 1"),
     ],
     ids=["offsets", "slots"],
 )
