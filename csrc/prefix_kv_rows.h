@@ -92,6 +92,7 @@ template <typename Part>
 void over_output_rows(const PrefixLayout& layout, int64_t num_layers, int64_t row_bytes, int64_t num_threads,
                       const Part& part) {
   const int64_t rows = layout.num_output_rows();
+  if (row_bytes == 0) return;  // rows without numbers may be many
   in_parallel(num_layers * rows, 2 * num_layers * rows * row_bytes, num_threads, [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t layer = begin / rows, stop = std::min(end, (layer + 1) * rows);
