@@ -87,7 +87,7 @@ def gated_product_backward(
 def _backward_in_torch(
     grad: Tensor, gate: Tensor, up: Tensor, activation: str, grad_gate: Tensor, grad_up: Tensor
 ) -> None:
-    """Three passes; of new memory only what must not be written over gate yet."""
+    """Three passes; of new memory only what must not be written over gate yet, and a gelu."""
     scaled = torch.empty_like(gate) if grad_gate.data_ptr() == gate.data_ptr() else grad_gate
     torch.mul(grad, up, out=scaled)  # the last that needs up
     if activation == "silu":
@@ -95,14 +95,16 @@ def _backward_in_torch(
         _aten.silu_backward.grad_input(scaled, gate, grad_input=grad_gate)
     else:
         approximate = _approximate(activation)
-        _aten.gelu.out(gate, approximate=approximate, out=grad_up).mul_(grad)
+        # not gelu.out: oneDNN, which serves it, leaves an output that is not contiguous unwritten (torch 2.13)
+        torch.mul(F.gelu(gate, approximate=approximate), grad, out=grad_up)
         _aten.gelu_backward.grad_input(scaled, gate, approximate=approximate, grad_input=grad_gate)
 
 
 def _refuse_shared(name: str, output: Tensor, read: dict[str, Tensor]) -> None:
     """What is read behind the first write must begin elsewhere than what is written."""
+    begin = output.data_ptr()  # 0 where there is no memory
     for other_name, other in read.items():
-        if output.numel() and output.data_ptr() == other.data_ptr():
+        if begin and begin == other.data_ptr():
             raise ValueError(
                 f"{name}: grad_gate and grad_up must be new, or gate and up in this order, got {other_name} for one"
             )

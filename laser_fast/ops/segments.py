@@ -8,6 +8,8 @@ None reads or writes outside its tensors: offsets are checked first, form and co
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -138,10 +140,10 @@ def lengths_on_host(cu_seqlens: Tensor) -> list[int]:
     check_cu_seqlens("lengths_on_host", cu_seqlens, cu_seqlens.device)
     if cu_seqlens.is_meta:
         return [0] * (cu_seqlens.shape[0] - 1)
-    host = on_host(cu_seqlens)
-    found: list[int] = host.diff().tolist()
-    if int(host[0]) != 0 or min(found, default=0) < 0:
-        _refuse_order("lengths_on_host", host.numpy())
+    bounds: list[int] = on_host(cu_seqlens).tolist()
+    found = [last - first for first, last in pairwise(bounds)]
+    if bounds[0] != 0 or min(found, default=0) < 0:
+        _refuse_order("lengths_on_host", np.array(bounds))
     return found
 
 

@@ -1,7 +1,7 @@
-// Calls what the CPU library exports with arguments of which some are spoilt (dtype, dimensions, sizes, strides, device,
-// memory, values), built with the address and undefined-behaviour sanitizers: a call either answers or throws, and
-// every buffer is exactly as large as its shape says, so a step outside ends the program.
-// Usage: prefix_kv_arguments_fuzz <calls>. Prints how many answered and how many were refused.
+// Calls what the CPU library exports with arguments of which some are spoilt (dtype, dimensions, sizes, strides,
+// device, memory, values), built with the address and undefined-behaviour sanitizers: a call either answers or throws,
+// and every buffer is exactly as large as its shape says, so a step outside ends the program. Usage:
+// prefix_kv_arguments_fuzz <calls>. Prints how many answered and how many were refused.
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -61,7 +61,8 @@ struct Argument {
   TensorView view() const { return TensorView(&tensor); }
 
   void spoil() {
-    const int64_t kind = random_up_to(6), any = shape.empty() ? 0 : random_up_to(static_cast<int64_t>(shape.size()) - 1);
+    const int64_t kind = random_up_to(6),
+                  any = shape.empty() ? 0 : random_up_to(static_cast<int64_t>(shape.size()) - 1);
     if (kind == 0) tensor.dtype = kOther[random_up_to(4)];
     if (kind == 1 && !shape.empty()) shape.pop_back();
     if (kind == 2) shape.push_back(1 + random_up_to(2));
@@ -88,7 +89,8 @@ void call() {
   std::vector<int32_t> offsets = {0}, slots;
   for (int64_t b = 0; b < sequences; ++b) offsets.push_back(offsets.back() + static_cast<int32_t>(random_up_to(3)));
   const int64_t kind = random_up_to(2), prefixes = kind == 0 ? sequences : kind == 1 ? 1 : 1 + random_up_to(2);
-  for (int64_t b = 0; b < sequences; ++b) slots.push_back(static_cast<int32_t>(random_up_to(prefixes - (prefixes > 0))));
+  for (int64_t b = 0; b < sequences; ++b)
+    slots.push_back(static_cast<int32_t>(random_up_to(prefixes - (prefixes > 0))));
   const int64_t text = offsets.back(), rows = text + sequences * length, function = random_up_to(3);
   const DLDataType dtype = kDtypes[random_up_to(3)];
   const auto shaped = [&](std::vector<int64_t> sizes) {
@@ -137,6 +139,7 @@ int main(int, char** arguments) {
       ++refused;
     }
   }
-  std::printf("%lld answered, %lld refused\n", static_cast<long long>(calls - refused), static_cast<long long>(refused));
+  std::printf("%lld answered, %lld refused\n", static_cast<long long>(calls - refused),
+              static_cast<long long>(refused));
   return 0;
 }
