@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from fuzz_drawing import Call, Draw
 from torch import Tensor
 
 from laser_fast.nn.attention import varlen_attention
@@ -40,8 +42,6 @@ from laser_fast.ops import (
     segment_sum,
 )
 
-from fuzz_drawing import Call, Draw
-
 TEMPERATURES = (0.0, -1.0, float("nan"), float("inf"), "1", None)
 
 
@@ -54,7 +54,7 @@ def segments(draw: Draw) -> Call:
 
     def exact(rows: Tensor) -> list[Tensor]:
         sums = []
-        for first, last in zip(cu_seqlens.tolist()[:-1], cu_seqlens.tolist()[1:], strict=True):
+        for first, last in pairwise(cu_seqlens.tolist()):
             sums.append(rows[first:last].sum(0) / (max(last - first, 1) if mean else 1))
         return [torch.stack(sums) if sums else rows[:0]]
 
@@ -68,7 +68,7 @@ def places(draw: Draw) -> Call:
     of_positions = draw.rarely(0.5)
 
     def exact() -> list[Tensor]:
-        lengths = [last - first for first, last in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)]
+        lengths = [last - first for first, last in pairwise(cu_seqlens.tolist())]
         found = [place if of_positions else b for b, length in enumerate(lengths) for place in range(length)]
         return [torch.tensor(found, dtype=torch.int64)]
 
@@ -297,7 +297,7 @@ def attention(draw: Draw) -> Call:
     def exact(*leaves: Tensor) -> list[Tensor]:
         bounds = cu_seqlens.tolist()
         parts = [leaf[:0] for leaf in leaves[:1]]
-        for first, last in zip(bounds[:-1], bounds[1:], strict=True):
+        for first, last in pairwise(bounds):
             own = (leaf[first:last].transpose(0, 1) for leaf in leaves)
             if last > first:
                 parts.append(F.scaled_dot_product_attention(*own, is_causal=causal).transpose(0, 1))

@@ -1,4 +1,4 @@
-"""What random calls of operations are made of: floating-point tensors in every layout, offsets and indices, good and bad."""
+"""What random calls are made of: floating-point tensors in every layout, offsets and indices, good and bad."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ class Draw:
             base = (1, *shape[1:])
         elif kind == "offset":
             base = (shape[0] + 2, *shape[1:])
-        numbers = torch.randn(base, generator=self.generator).to(dtype)
+        numbers = torch.randn(base, generator=self.generator)
+        # none is near 0, so that no row is short and no rounding is divided by little
+        numbers = (numbers + numbers.sign() * 0.25).to(dtype)
         if nan and numbers.numel():
             numbers.view(-1)[self.size(numbers.numel() - 1)] = torch.nan
         if kind == "transposed":

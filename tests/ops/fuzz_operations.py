@@ -4,15 +4,14 @@ Run in a process of its own, so that whatever reads or writes outside its tensor
 
     python tests/ops/fuzz_operations.py --calls 10000 --seed 0
 
-prints one line of JSON, {"calls": ..., "answered": ..., "refused": ..., "wrong": ...}; what was wrong goes to stderr, and
-`--seed` with the number that is named there and `--calls 1` repeats it.
+prints one line of JSON, {"calls": ..., "answered": ..., "refused": ..., "wrong": ...}. What was wrong goes to stderr;
+`--calls 1 --seed` with the number that is named there repeats it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import warnings
 from collections import Counter
@@ -53,13 +52,13 @@ def _outcome(call: Call, draw: Draw) -> str:
             return f"refused: {error}"
         rule = str(error).partition(": ")[0].split()[0]
         return "refused" if rule.startswith(call.name) and rule.isidentifier() else f"refused without its name: {error}"
-    except Exception as error:  # noqa: BLE001, whatever else it is, it is wrong
+    except Exception as error:
         return f"{type(error).__name__}: {error}"
     if not call.fits:
         return "answered, but it does not fit"
     try:
         return _compare(call, leaves, results, draw)
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         return f"{type(error).__name__} behind the answer: {error}"
 
 

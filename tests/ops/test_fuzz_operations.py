@@ -1,4 +1,4 @@
-"""Ten thousand random calls of all operations, in a process of their own: none may crash, corrupt memory or be wrong."""
+"""Ten thousand random calls of all operations, in a process of their own: none may crash, corrupt memory or lie."""
 
 from __future__ import annotations
 
