@@ -127,8 +127,8 @@ class Draw:
         return (self.random.choice(bad), False) if self.rarely(0.05) else (good, True)
 
     def spoil(self, call: Call) -> None:
-        """Rarely one leaf has another dtype, device or number of dimensions."""
-        if not call.leaves or not self.rarely(0.06):
+        """Rarely one leaf of a good call has another dtype, device or number of dimensions."""
+        if not call.leaves or not call.fits or not self.rarely(0.06):
             return
         place = self.random.randrange(len(call.leaves))
         leaf = call.leaves[place]
