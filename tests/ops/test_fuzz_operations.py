@@ -8,10 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 FUZZER = Path(__file__).with_name("fuzz_operations.py")
 CALLS = 10_000
 
 
+@pytest.mark.slow
 def test_random_calls_are_answered_rightly_or_refused_by_name() -> None:
     # memory that was freed or never written holds neither zeros nor what was there before
     environment = {**os.environ, "MALLOC_PERTURB_": "90", "OMP_NUM_THREADS": "1"}

@@ -45,6 +45,13 @@ def test_malformed_offsets_and_slots_map_to_no_row_outside(offsets: list[int], s
         assert (row[from_prefix == 1] == -1).all()
 
 
+@pytest.mark.parametrize("num_prefixes", [0, 1])
+def test_rows_of_a_text_without_a_sequence_come_from_no_prefix(num_prefixes: int) -> None:
+    sources = torch.empty(2, 2, dtype=torch.int64)
+    compiled_function("prefix_sources_cpu")(torch.zeros(1, dtype=torch.int32), None, 2, num_prefixes, 3, sources)
+    assert (sources[:, 1] == -1).all()
+
+
 def poisoned(*shapes: tuple[int, ...]) -> list[Tensor]:
     return [torch.full(shape, 7.0) for shape in shapes] + [torch.full((3,), 7, dtype=torch.int32)]
 

@@ -51,7 +51,7 @@ def test_spoilt_arguments_of_what_is_exported_under_the_sanitizers(tmp_path: Pat
         pytest.skip("needs the source tree, not only the tests")
     compiler, program, ffi = compiler_with_sanitizers(tmp_path), tmp_path / "fuzz", Path(tvm_ffi.__file__).parent
     libraries = ["-isystem", str(ffi / "include"), f"-L{ffi / 'lib'}", f"-Wl,-rpath,{ffi / 'lib'}"]
-    command = [compiler, *FLAGS, SANITIZERS, str(ARGUMENTS_DRIVER), "-o", str(program), *libraries, "-ltvm_ffi"]
+    command = [compiler, *FLAGS, "-O0", SANITIZERS, str(ARGUMENTS_DRIVER), "-o", str(program), *libraries, "-ltvm_ffi"]
     subprocess.run(command, check=True)
     done = subprocess.run([program, str(CALLS)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-5000:]
