@@ -1,4 +1,4 @@
-"""The Python around a kernel: an operation called directly, as eager code does, against its custom op.
+"""The Python around a kernel: an operation called directly, as eager code does, against its custom op; and its checks.
 
 The operation computes nothing, so that nothing else is measured.
 """
@@ -14,6 +14,7 @@ from forms import one_pass
 from timing import Run, interleaved_medians, wall_clock
 from torch import Tensor
 
+from laser_fast.ops import segment_sum, validate_cu_seqlens
 from laser_fast.ops.operation import operation
 
 _CALLS = 100  # a round; one call is too short for the clock
@@ -63,3 +64,19 @@ def test_call(name: str, benchmark: Any) -> None:
         speedup_over_custom_op=round(seconds["custom_op"] / seconds["direct"], 2),
     )
     benchmark.pedantic(runs["direct"], rounds=5, warmup_rounds=1)
+
+
+def test_looking_at_offsets(benchmark: Any) -> None:
+    """What it costs on the CPU to look at the offsets of 256 histories, beside the sum that reads by them."""
+    offsets = torch.arange(257, dtype=torch.int32) * 7
+    values = torch.randn(256 * 7, 64)
+    runs = {
+        "look": _many(lambda: validate_cu_seqlens("bench", offsets, 256 * 7)),
+        "segment_sum": _many(lambda: segment_sum(values, offsets)),
+    }
+    seconds = interleaved_medians(runs, wall_clock(), budget_s=2.0)
+    benchmark.extra_info.update(
+        median_us={key: round(1e6 * value / _CALLS, 1) for key, value in seconds.items()},
+        share=round(seconds["look"] / seconds["segment_sum"], 3),
+    )
+    benchmark.pedantic(runs["look"], rounds=5, warmup_rounds=1)

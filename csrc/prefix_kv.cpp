@@ -54,6 +54,7 @@ void prefix_sources_cpu(TensorView cu_seqlens, OptionalTensor prefix_index, int6
                         int64_t prefix_length, TensorView sources) {
   const ArgumentCheck check = check_of("prefix_sources", cu_seqlens, "cu_seqlens", kDLCPU);
   PrefixLayout layout = check_layout(check, cu_seqlens, prefix_index, num_prefixes, prefix_length);
+  check.sizes("num_text_rows", {num_text_rows});
   layout.num_text_rows = num_text_rows;
   check.tensor(sources, "sources", {kDLInt, 64, 1}, {layout.num_output_rows(), 2});
   int64_t* out = data_of<int64_t>(sources);

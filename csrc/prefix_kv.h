@@ -77,8 +77,9 @@ LASER_FAST_HOST_DEVICE int64_t output_begin(const PrefixLayout& layout, int64_t 
   return static_cast<int64_t>(layout.offsets[sequence]) + sequence * layout.prefix_length;
 }
 
-// The prefix of a sequence, -1 where its slot lies outside the pool.
+// The prefix of a sequence, -1 where its slot lies outside the pool, or where there is no such sequence.
 LASER_FAST_HOST_DEVICE int64_t prefix_of_sequence(const PrefixLayout& layout, int64_t sequence) {
+  if (sequence >= layout.num_sequences) return -1;
   if (layout.slots == nullptr) return layout.num_prefixes == 1 ? 0 : sequence;
   const int64_t slot = layout.slots[sequence];
   return slot >= 0 && slot < layout.num_prefixes ? slot : -1;

@@ -69,7 +69,6 @@ struct ArgumentCheck {
                                 << tensor.device().device_id << ")";
     }
     dimensions(tensor, name, static_cast<int32_t>(shape.size()));
-    holds(tensor.IsContiguous(), name, "be contiguous", "other strides");
     int32_t dimension = 0;
     for (const int64_t size : shape) {
       if (tensor.size(dimension) != size) {
@@ -78,12 +77,29 @@ struct ArgumentCheck {
       }
       ++dimension;
     }
+    holds(tensor.IsContiguous(), name, "be contiguous", "other strides");
+    holds(tensor.data_ptr() != nullptr || tensor.numel() == 0, name, "have memory", "a null pointer");
   }
 
   void at_most_int32(const char* name, int64_t size) const {
     if (size > std::numeric_limits<int32_t>::max()) {
       TVM_FFI_THROW(ValueError) << function << ": " << name << " must fit in int32, got " << size;
     }
+  }
+
+  // Sizes that are to be multiplied: small enough that no product of two wraps.
+  void sizes(const char* name, std::initializer_list<int64_t> sizes) const {
+    for (const int64_t size : sizes) {
+      holds(size >= 0, name, "be at least 0", size);
+      at_most_int32(name, size);
+    }
+  }
+
+  int64_t row_bytes(int64_t heads, int64_t head_size, Element element) const {
+    sizes("heads and head width", {heads, head_size});
+    at_most_int32("numbers of a row", heads * head_size);
+    at_most_int32("bytes of a row", heads * head_size * element_bytes(element));
+    return heads * head_size * element_bytes(element);
   }
 };
 
@@ -100,12 +116,15 @@ inline PrefixLayout check_layout(const ArgumentCheck& check, const TensorView& o
                                  int64_t num_prefixes, int64_t prefix_length) {
   const DLDataType int32 = {kDLInt, 32, 1};
   check.dimensions(offsets, "cu_seqlens", 1);
+  check.sizes("cu_seqlens", {offsets.size(0)});
   check.tensor(offsets, "cu_seqlens", int32, {offsets.size(0)});
   if (offsets.size(0) < 1) {
     TVM_FFI_THROW(ValueError) << check.function << ": cu_seqlens must have at least 1 entry, got 0";
   }
   const int64_t num_sequences = offsets.size(0) - 1;
+  check.sizes("sequences, prefixes and prefix length", {num_sequences, num_prefixes, prefix_length});
   check.at_most_int32("rows of all prefixes", num_prefixes * prefix_length);
+  check.at_most_int32("prefix rows of the output", num_sequences * prefix_length);
   if (slots.has_value()) {
     check.tensor(slots.value(), "prefix_index", int32, {num_sequences});
   } else if (num_prefixes != 1 && num_prefixes != num_sequences) {
@@ -134,6 +153,7 @@ inline PrefixArguments check_injection(const char* function, const InjectionTens
   check.dimensions(prefix, "prefix_key", 4 + first);
   const int64_t layers = layered ? key.size(0) : 1, text_rows = key.size(first), heads = key.size(first + 1);
   const int64_t size = key.size(first + 2), prefixes = prefix.size(first), length = prefix.size(first + 1);
+  check.sizes("sizes of key and prefix_key", {layers, text_rows, heads, size, prefixes, length});
   const auto rows_of = [&](const TensorView& tensor, const char* name, int64_t rows) {
     if (layered) return check.tensor(tensor, name, dtype, {layers, rows, heads, size});
     check.tensor(tensor, name, dtype, {rows, heads, size});
@@ -149,7 +169,7 @@ inline PrefixArguments check_injection(const char* function, const InjectionTens
   PrefixLayout layout = check_layout(check, given.offsets, given.slots, prefixes, length);
   layout.num_text_rows = text_rows;
   check.at_most_int32("rows of the output", layout.num_output_rows());
-  check.at_most_int32("bytes of a row", heads * size * element_bytes(element));
+  const int64_t row_bytes = check.row_bytes(heads, size, element);
   rows_of(given.output_key, "output_key", layout.num_output_rows());
   rows_of(given.output_value, "output_value", layout.num_output_rows());
   check.tensor(given.output_offsets, "output_cu_seqlens", {kDLInt, 32, 1}, {layout.num_sequences + 1});
@@ -158,7 +178,7 @@ inline PrefixArguments check_injection(const char* function, const InjectionTens
       {data_of<const char>(key), data_of<const char>(prefix), data_of<char>(given.output_key)},
       {data_of<const char>(given.value), data_of<const char>(given.prefix_value), data_of<char>(given.output_value)},
       data_of<int32_t>(given.output_offsets),
-      heads * size * element_bytes(element),
+      row_bytes,
       layers};
 }
 
@@ -185,7 +205,8 @@ inline PrefixGradArguments check_gradients(const char* function, const GradientT
   const int64_t rows = output.size(0), heads = output.size(1), size = output.size(2);
   PrefixLayout layout = check_layout(check, given.offsets, given.slots, given.num_prefixes, given.prefix_length);
   layout.num_text_rows = rows - layout.num_sequences * layout.prefix_length;
-  check.at_most_int32("bytes of a row", heads * size * element_bytes(element));
+  check.sizes(name, {rows, heads, size});
+  const int64_t row_bytes = check.row_bytes(heads, size, element);
   check.holds(layout.num_text_rows >= 0, name, "have at least B P rows", rows);
   const auto half = [&](const OptionalTensor& from, const char* from_name, const OptionalTensor& text,
                         const char* text_name, const OptionalTensor& prefix, const char* prefix_name) -> PrefixGrad {
@@ -200,7 +221,7 @@ inline PrefixGradArguments check_gradients(const char* function, const GradientT
   const PrefixGrad key = half(given.output_key, "grad_key", given.key, "key", given.prefix_key, "prefix_key");
   const PrefixGrad value =
       half(given.output_value, "grad_value", given.value, "value", given.prefix_value, "prefix_value");
-  return {layout, key, value, heads * size * element_bytes(element), element};
+  return {layout, key, value, row_bytes, element};
 }
 
 }  // namespace laser_fast

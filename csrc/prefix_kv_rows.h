@@ -37,8 +37,8 @@ inline std::string layout_error(const PrefixLayout& layout) {
   }
   for (int64_t b = 0; layout.slots != nullptr && b < layout.num_sequences; ++b) {
     if (prefix_of_sequence(layout, b) < 0) {
-      return "prefix_index must lie within the pool of " + text(layout.num_prefixes) + " prefixes, got " +
-             text(layout.slots[b]) + " at position " + text(b);
+      return "prefix_index must be between 0 and " + text(layout.num_prefixes - 1) + ", got " + text(layout.slots[b]) +
+             " at position " + text(b);
     }
   }
   return "";
@@ -92,6 +92,7 @@ template <typename Part>
 void over_output_rows(const PrefixLayout& layout, int64_t num_layers, int64_t row_bytes, int64_t num_threads,
                       const Part& part) {
   const int64_t rows = layout.num_output_rows();
+  if (row_bytes == 0) return;  // rows without numbers may be many
   in_parallel(num_layers * rows, 2 * num_layers * rows * row_bytes, num_threads, [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t layer = begin / rows, stop = std::min(end, (layer + 1) * rows);

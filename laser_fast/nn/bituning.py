@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from laser_fast.ops.segments import lengthened_cu_seqlens, segment_mean
+from laser_fast.ops.segments import lengthened_cu_seqlens, segment_mean, validate_cu_seqlens
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,11 @@ class BiTuning(nn.Module):
             prefix: [B, Q, D] or None.
             text_embeds: [T, D].
             cu_seqlens: int32 [B+1] over T.
+
+        Raises:
+            TypeError, ValueError: offsets that do not run from 0 to T.
         """
+        validate_cu_seqlens("BiTuning.assemble", cu_seqlens, text_embeds.shape[0])
         batch_size, num_text = cu_seqlens.shape[0] - 1, text_embeds.shape[0]
         num_prefix = 0 if prefix is None else prefix.shape[1]
         num_suffix = self.suffix_tokens.shape[0]

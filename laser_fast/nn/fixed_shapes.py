@@ -22,7 +22,8 @@ from laser_fast.nn.frozen_lm import FrozenLM
 from laser_fast.nn.packed_layout import PackedLayout
 from laser_fast.nn.prefix_kv import KeyValuePrefix
 from laser_fast.nn.weights_version import WeightsVersion
-from laser_fast.ops.segments import lengths_on_host, segment_ids, segment_positions
+from laser_fast.ops.contents import validate_indices
+from laser_fast.ops.segments import lengths_on_host, segment_ids, segment_positions, validate_cu_seqlens
 
 _LEAST_TOKENS = 64
 _STEPS_PER_DOUBLING = 4  # numbers of tokens 64, 80, 96, 112, 128, 160, ...: 8 % more than needed on average, at most 25
@@ -172,6 +173,7 @@ class _Recording:
         assert self._prefix is not None
         if prefix.slots is not None:
             assert self._prefix.slots is not None
+            validate_indices("FrozenLM", "prefix.slots", prefix.slots, prefix.keys[0].shape[0])
             self._prefix.slots[: prefix.batch_size].copy_(prefix.slots)
             self._prefix.slots[prefix.batch_size :].zero_()
             return
@@ -248,11 +250,12 @@ class FixedShapes:
         """`FrozenLM.forward` without gradient; None for a batch that is too large or has nothing in it.
 
         Raises:
-            ValueError: a sequence longer than the model allows.
+            ValueError: a sequence longer than the model allows, or offsets or slots that point outside.
         """
         num_tokens, num_sequences = inputs_embeds.shape[0], cu_seqlens.shape[0] - 1
         if not 0 < num_tokens <= self.max_tokens or inputs_embeds.is_meta:
             return None
+        validate_cu_seqlens("FrozenLM", cu_seqlens, num_tokens)
         longest = max(lengths_on_host(cu_seqlens))
         self._lm.check_length(longest + _length_of(prefix))
         shape = self._shape(num_tokens, num_sequences, longest, prefix)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from laser_fast.nn.evaluation_mode import draws_dropout
 from laser_fast.nn.own_lock import OwnLock
-from laser_fast.ops.segments import segment_sum
+from laser_fast.ops.contents import validate_indices
+from laser_fast.ops.segments import segment_sum, validate_cu_seqlens
 
 _DECAY = 0.7  # weight of an item relative to the next newer one, before training
 
@@ -120,7 +121,12 @@ class TextResidual(nn.Module):
 
         Returns:
             float32 [B, D], with gradient into head and recency weights.
+
+        Raises:
+            TypeError, ValueError: offsets that do not run from 0 to N, or an item outside 0..I-1.
         """
+        validate_cu_seqlens("TextResidual.users", cu_seqlens, items.shape[0])
+        validate_indices("TextResidual.users", "items", items, self.num_items)
         lengths = cu_seqlens.diff().long()
         ends = cu_seqlens[1:].long().repeat_interleave(lengths, output_size=items.shape[0])
         age = ends - 1 - torch.arange(items.shape[0], device=items.device)

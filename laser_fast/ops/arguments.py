@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -51,15 +53,28 @@ def check_one_device(function: str, **tensors: Tensor) -> None:
         raise ValueError(f"{function}: all tensors must be on one device, got {found}")
 
 
+def check_count(function: str, **numbers: int) -> None:
+    """Every number is a Python integer, or one that a compiler traces.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, int | torch.SymInt):
+            raise TypeError(f"{function}: {name} must be an integer, got {type(number).__name__}")
+
+
 def check_positive(function: str, **numbers: float) -> None:
-    """Every number is a positive Python number.
+    """Every number is a positive, finite Python number.
 
     Raises:
         TypeError: It is a tensor or something else that is no number.
-        ValueError: It is zero, negative or NaN.
+        ValueError: It is zero, negative, infinite or NaN.
     """
     for name, number in numbers.items():
         if isinstance(number, bool) or not isinstance(number, int | float):
             raise TypeError(f"{function}: {name} must be a Python number, got {type(number).__name__}")
         if not number > 0:
             raise ValueError(f"{function}: {name} must be positive, got {number}")
+        if number == math.inf:
+            raise ValueError(f"{function}: {name} must be finite, got {number}")

@@ -24,6 +24,7 @@ from laser_fast.ops.arguments import (
     check_positive,
 )
 from laser_fast.ops.catalog import inverse_norms, item_chunks, unit_rows
+from laser_fast.ops.contents import validate_indices
 from laser_fast.ops.precision import autocast_off, wide_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -129,27 +130,7 @@ def _catalog_cross_entropy(
     rows: Tensor | None = None,
     ignored: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _losses(users, items, target, temperature, normalize, rows, ignored)
-
-
-@_catalog_cross_entropy.register_kernel("cpu")
-def _(
-    users: Tensor,
-    items: Tensor,
-    target: Tensor,
-    temperature: float,
-    normalize: bool,
-    rows: Tensor | None = None,
-    ignored: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    # behind the dispatcher reading values is free and invisible to compile; on a GPU it would wait for the device
-    if target.numel():
-        low, high = int(target.min()), int(target.max())
-        if low < 0 or high >= items.shape[0]:
-            raise ValueError(
-                "catalog_cross_entropy: target must be between 0 and the number of items - 1 "
-                f"({items.shape[0] - 1}), got {low if low < 0 else high}"
-            )
+    validate_indices("catalog_cross_entropy", "target", target, items.shape[0])
     return _losses(users, items, target, temperature, normalize, rows, ignored)
 
 
@@ -218,11 +199,12 @@ def _catalog_cross_entropy_backward(
     if not needs_users:
         return users.new_empty(0), grad_items
     grad_scaled *= share
-    if not normalize:
-        return (grad_scaled / temperature).to(users.dtype), grad_items
-    inverse = inverse_norms(users, wide)
-    unit = users.to(wide) * inverse
-    return _through_norm(grad_scaled * (inverse / temperature), unit).to(users.dtype), grad_items
+    if normalize:
+        inverse = inverse_norms(users, wide)
+        grad_users = _through_norm(grad_scaled * (inverse / temperature), users.to(wide) * inverse)
+    else:
+        grad_users = grad_scaled / temperature
+    return grad_users.to(users.dtype).contiguous(), grad_items  # transposed users give transposed products
 
 
 @_catalog_cross_entropy_backward.register_fake
@@ -276,12 +258,8 @@ def _checked_ignored(
     check_one_device(name, users=users, ignored_rows=rows, ignored_items=left_out)
     if rows.shape != left_out.shape:
         raise ValueError(f"{name}: ignored must be pairs, got {rows.shape[0]} rows and {left_out.shape[0]} items")
-    if rows.device.type == "cpu" and rows.numel():
-        for what, values, size in (("rows", rows, users.shape[0]), ("items", left_out, items.shape[0])):
-            low, high = int(values.min()), int(values.max())
-            if low < 0 or high >= size:
-                value = low if low < 0 else high
-                raise ValueError(f"{name}: ignored {what} must be between 0 and {size - 1}, got {value}")
+    validate_indices(name, "ignored rows", rows, users.shape[0])
+    validate_indices(name, "ignored items", left_out, items.shape[0])
     return rows, left_out.masked_fill(left_out == target[rows], -1)  # -1 lies in no chunk
 
 
@@ -306,19 +284,20 @@ def catalog_cross_entropy(
     Args:
         users: [B, d], floating point, any strides.
         items: [I, d], floating point, any strides, at least one row.
-        target: int64 [B], values 0 to I - 1 (checked on the CPU only: a GPU would have to be waited for).
+        target: int64 [B], values 0 to I - 1.
         temperature: positive number that divides the scores.
         normalize: True: cosine, where a zero row has cosine 0 and gradient 0; False: inner product.
         reduction: "mean" (0 for no user), "sum" or "none".
         ignored: (rows int64 [N], items int64 [N]), pairs of a user and an item that is left out of that user's sum; a
-            user's target stays in. Values are checked on the CPU only.
+            user's target stays in.
 
     Returns:
         Scalar, or [B] for "none"; float32, or float64 where an input is float64.
 
     Raises:
         TypeError: A dtype does not fit, or `temperature` is no number.
-        ValueError: A shape, device, `temperature`, `reduction` or (on the CPU) target does not fit.
+        ValueError: A shape, device, `temperature`, `reduction` or value of `target` or `ignored` does not fit; on a
+            GPU values that the host does not know are checked there (`contents`).
     """
     name = "catalog_cross_entropy"
     check_floating(name, users=users, items=items)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from laser_fast.ops.arguments import (
+    check_count,
     check_dimensions,
     check_dtype,
     check_floating,
@@ -23,7 +24,7 @@ from laser_fast.ops.arguments import (
 )
 from laser_fast.ops.catalog import inverse_norms, item_chunks, unit_rows
 from laser_fast.ops.precision import autocast_off, wide_dtype
-from laser_fast.ops.segments import check_cu_seqlens, segment_ids
+from laser_fast.ops.segments import check_cu_seqlens, segment_ids, validate_cu_seqlens
 
 _LOW_HALF = 0xFFFFFFFF
 
@@ -113,6 +114,7 @@ def _catalog_topk(
 ) -> tuple[Tensor, Tensor]:
     exclude = None
     if exclude_items is not None and exclude_cu_seqlens is not None:
+        validate_cu_seqlens("catalog_topk: exclude", exclude_cu_seqlens, exclude_items.shape[0])
         exclude = ItemLists(exclude_items, exclude_cu_seqlens)
     return _topk(users, items, k, exclude, allow, temperature=temperature, normalize=normalize)
 
@@ -193,7 +195,8 @@ def catalog_topk(
 
     Raises:
         TypeError: A dtype does not fit, or `temperature` is no number.
-        ValueError: A shape, device, `k` or `temperature` does not fit.
+        ValueError: A shape, device, `k`, `temperature` or the offsets of `exclude` do not fit; offsets on a GPU that
+            the host does not know are checked there (`contents`).
     """
     name = "catalog_topk"
     check_floating(name, users=users, items=items)
@@ -204,6 +207,9 @@ def catalog_topk(
         raise ValueError(
             f"{name}: users and items must have one width, got {tuple(users.shape)} and {tuple(items.shape)}"
         )
+    if items.shape[0] > _LOW_HALF:
+        raise ValueError(f"{name}: items must have at most {_LOW_HALF} rows, got {items.shape[0]}")
+    check_count(name, k=k)
     if k < 1:
         raise ValueError(f"{name}: k must be at least 1, got {k}")
     if exclude is not None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from laser_fast.ops.arguments import check_dimensions, check_dtype, check_floating, check_one_device
+from laser_fast.ops.contents import validate_indices
 from laser_fast.ops.operation import operation
 from laser_fast.ops.precision import autocast_off, wide_dtype
 from laser_fast.ops.triton_kernels import triton_serves
@@ -25,11 +26,13 @@ def dispatch_queries_reference(queries: Tensor, expert: Tensor) -> Tensor:
 
 @operation("laser_fast::dispatch_queries")
 def _dispatch_queries(queries: Tensor, expert: Tensor) -> Tensor:
+    validate_indices("dispatch_queries", "expert", expert, queries.shape[0])
     return dispatch_queries_reference(queries, expert).contiguous()
 
 
 @_dispatch_queries.register_kernel("cuda")
 def _dispatch_queries_fused(queries: Tensor, expert: Tensor) -> Tensor:
+    validate_indices("dispatch_queries", "expert", expert, queries.shape[0])
     if not triton_serves("dispatch_queries", queries):
         return dispatch_queries_reference(queries, expert).contiguous()
     from laser_fast.kernels.dispatch import dispatch_forward  # triton is needed only on a GPU
@@ -94,14 +97,15 @@ def dispatch_queries(queries: Tensor, expert: Tensor) -> Tensor:
 
     Args:
         queries: [E, Q, D], floating point, any strides.
-        expert: int32 [B, k], values 0 to E - 1 (not checked on a GPU).
+        expert: int32 [B, k], values 0 to E - 1.
 
     Returns:
         [B k, Q, D], dtype of `queries`, contiguous.
 
     Raises:
         TypeError: A dtype does not fit.
-        ValueError: A shape or device does not fit.
+        ValueError: A shape, a device or a value of `expert` does not fit; on a GPU those that the host does not know
+            are checked there (`contents`).
     """
     name = "dispatch_queries"
     check_floating(name, queries=queries)
@@ -152,11 +156,12 @@ def _combine_queries_backward(
     grad_outputs, grad_weight = outputs.new_empty(0), weight.new_empty(0)
     wide_grad = grad.unsqueeze(1).to(wide)
     if needs_outputs:
-        spread = weight.to(wide).view(num_users, top_k, 1, 1) * wide_grad
-        grad_outputs = spread.to(outputs.dtype).view(outputs.shape)
+        # contiguous: the product has the strides of its factors, of a transposed weight say
+        spread = weight.to(wide).reshape(num_users, top_k, 1, 1) * wide_grad
+        grad_outputs = spread.to(outputs.dtype).contiguous().view(outputs.shape)
     if needs_weight:
         slabs = outputs.reshape(num_users, top_k, *outputs.shape[1:]).to(wide)
-        grad_weight = (slabs * wide_grad).sum(dim=(2, 3)).to(weight.dtype)
+        grad_weight = (slabs * wide_grad).sum(dim=(2, 3)).to(weight.dtype).contiguous()
     return grad_outputs, grad_weight
 
 

@@ -60,7 +60,8 @@ def gated_product_backward(
     Args:
         grad: [..., F], floating point, of the product.
         gate, up, activation: as in `gated_product_forward`.
-        grad_gate, grad_up: [..., F] with dense rows, overwritten: new tensors, halves of one, or gate and up.
+        grad_gate, grad_up: [..., F] in the dtype of gate, with dense rows, overwritten: new tensors, halves of one, or
+            gate and up, in this order.
 
     Raises:
         TypeError, ValueError: A dtype, shape, stride, device or `activation` does not fit.
@@ -68,10 +69,13 @@ def gated_product_backward(
     name = "gated_product_backward"
     _check(name, activation, gate, up, grad, grad_gate, grad_up)
     for output in (grad_gate, grad_up):
-        if output.numel() and output.stride(-1) != 1:
+        spread = any(stride == 0 and size > 1 for stride, size in zip(output.stride(), output.shape, strict=True))
+        if output.numel() and (output.stride(-1) != 1 or spread):
             raise ValueError(f"{name}: grad_gate and grad_up must have dense rows, got strides {output.stride()}")
     if gate.is_meta:
         return
+    _refuse_shared(name, grad_gate, {"grad": grad, "up": up, "grad_up": grad_up})
+    _refuse_shared(name, grad_up, {"grad": grad, "gate": gate})
     if not _kernel_serves(gate):
         _backward_in_torch(grad, gate, up, activation, grad_gate, grad_up)
         return
@@ -83,7 +87,7 @@ def gated_product_backward(
 def _backward_in_torch(
     grad: Tensor, gate: Tensor, up: Tensor, activation: str, grad_gate: Tensor, grad_up: Tensor
 ) -> None:
-    """Three passes; of new memory only what must not be written over gate yet."""
+    """Three passes; of new memory only what must not be written over gate yet, and a gelu."""
     scaled = torch.empty_like(gate) if grad_gate.data_ptr() == gate.data_ptr() else grad_gate
     torch.mul(grad, up, out=scaled)  # the last that needs up
     if activation == "silu":
@@ -91,8 +95,19 @@ def _backward_in_torch(
         _aten.silu_backward.grad_input(scaled, gate, grad_input=grad_gate)
     else:
         approximate = _approximate(activation)
-        _aten.gelu.out(gate, approximate=approximate, out=grad_up).mul_(grad)
+        # not gelu.out: oneDNN, which serves it, leaves an output that is not contiguous unwritten (torch 2.13)
+        torch.mul(F.gelu(gate, approximate=approximate), grad, out=grad_up)
         _aten.gelu_backward.grad_input(scaled, gate, approximate=approximate, grad_input=grad_gate)
+
+
+def _refuse_shared(name: str, output: Tensor, read: dict[str, Tensor]) -> None:
+    """What is read behind the first write must begin elsewhere than what is written."""
+    begin = output.data_ptr()  # 0 where there is no memory
+    for other_name, other in read.items():
+        if begin and begin == other.data_ptr():
+            raise ValueError(
+                f"{name}: grad_gate and grad_up must be new, or gate and up in this order, got {other_name} for one"
+            )
 
 
 def _activated(gate: Tensor, activation: str) -> Tensor:
@@ -113,6 +128,8 @@ def _check(name: str, activation: str, gate: Tensor, up: Tensor, *others: Tensor
     if gate.dtype != up.dtype or not gate.is_floating_point():
         raise TypeError(f"{name}: gate and up must have one floating-point dtype, got {gate.dtype} and {up.dtype}")
     for other in (up, *others):
+        if other.dtype != gate.dtype:
+            raise TypeError(f"{name}: all tensors must have one dtype, got {gate.dtype} and {other.dtype}")
         if other.shape != gate.shape:
             raise ValueError(
                 f"{name}: all tensors must have one shape, got {tuple(gate.shape)} and {tuple(other.shape)}"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from laser_fast.ops import native
 from laser_fast.ops.arguments import check_dimensions, check_dtype, check_one_device
+from laser_fast.ops.contents import INT32_MAX
 from laser_fast.ops.operation import operation
 from laser_fast.ops.prefix_kv_rows import (
     Gradients,
@@ -26,13 +27,12 @@ from laser_fast.ops.prefix_kv_rows import (
     inject_rows,
     output_cu_seqlens,
     plain,
-    validate_offsets,
+    validate_layout,
     wanted,
 )
 from laser_fast.ops.segments import check_cu_seqlens
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_INT32_MAX = 2**31 - 1
 
 
 def inject_prefix_kv_reference(
@@ -80,12 +80,12 @@ def _(
 ) -> Injected:
     tensors = (key, value, prefix_key, prefix_value, cu_seqlens)
     compiled = native.compiled_operation("inject_prefix_kv", key.device)
+    if compiled is None or key.device.type != "cpu":  # on the CPU the compiled code looks for itself
+        validate_layout("inject_prefix_kv", cu_seqlens, prefix_index, (key.shape[0], prefix_key.shape[0]))
     if compiled is not None:
         outputs = empty_outputs(key, prefix_key, cu_seqlens)
         compiled(*map(plain, (*tensors, prefix_index)), *outputs)
         return outputs
-    if key.device.type == "cpu":
-        validate_offsets("inject_prefix_kv", cu_seqlens, prefix_index, (key.shape[0], prefix_key.shape[0]))
     return inject_prefix_kv_reference(*tensors, prefix_index=prefix_index)
 
 
@@ -208,7 +208,7 @@ def check_injection(
         rule = f"must have 1 or B = {num_sequences} prefixes"
         raise ValueError(f"{name}: {prefix_name} {rule}, got {num_prefixes}; a pool needs prefix_index")
     num_rows = key.shape[extra] + num_sequences * prefix_length
-    if num_rows > _INT32_MAX:
+    if num_rows > INT32_MAX:
         raise ValueError(f"{name}: T + B P must fit in int32, got {num_rows}; split the batch")
 
 
@@ -232,9 +232,9 @@ def inject_prefix_kv(
     """Put P keys and values in front of every packed sequence.
 
     Deterministic, forward and backward; the gradient of a prefix that several sequences take is their sum, in float32
-    (float64 for float64) and rounded once. Backward keeps only `cu_seqlens` and `prefix_index`. On the CPU malformed
-    values of these two are refused before anything is written; on a GPU they are not read back, and malformed ones
-    give wrong rows, or rows of zeros where they point outside, but no stray access.
+    (float64 for float64) and rounded once. Backward keeps only `cu_seqlens` and `prefix_index`. Malformed values of
+    these two are refused before anything is written; on a GPU those that the host does not know are checked there
+    (`contents`), and no kernel accesses what they point to outside its tensors.
 
     Args:
         key: [T, Hkv, d], fp16/bf16/fp32/fp64, any strides.
@@ -250,7 +250,7 @@ def inject_prefix_kv(
 
     Raises:
         TypeError: A dtype does not fit.
-        ValueError: A shape or device does not fit, or (on the CPU) the values of `cu_seqlens` or `prefix_index`.
+        ValueError: A shape or device does not fit, or the values of `cu_seqlens` or `prefix_index`.
     """
     tensors = {"key": key, "value": value, "prefix_key": prefix_key, "prefix_value": prefix_value}
     check_injection("inject_prefix_kv", tensors, cu_seqlens, prefix_index)

@@ -15,7 +15,7 @@ from laser_fast.ops.prefix_kv_rows import (
     inject_rows,
     output_cu_seqlens,
     plain,
-    validate_offsets,
+    validate_layout,
 )
 
 
@@ -67,12 +67,12 @@ def _(
 ) -> Injected:
     tensors = (keys, values, prefix_keys, prefix_values, cu_seqlens)
     compiled = native.compiled_operation("inject_prefix_kv_layers", keys.device)
+    if compiled is None or keys.device.type != "cpu":  # on the CPU the compiled code looks for itself
+        validate_layout("inject_prefix_kv_layers", cu_seqlens, prefix_index, (keys.shape[1], prefix_keys.shape[1]))
     if compiled is not None:
         outputs = empty_outputs(keys, prefix_keys, cu_seqlens)
         compiled(*map(plain, (*tensors, prefix_index)), *outputs)
         return outputs
-    if keys.device.type == "cpu":
-        validate_offsets("inject_prefix_kv_layers", cu_seqlens, prefix_index, (keys.shape[1], prefix_keys.shape[1]))
     return inject_prefix_kv_layers_reference(*tensors, prefix_index=prefix_index)
 
 
@@ -100,8 +100,8 @@ def inject_prefix_kv_layers(
 
     Raises:
         TypeError: A dtype does not fit.
-        ValueError: A shape or device does not fit, an input requires a gradient while gradients are recorded, or (on
-            the CPU) the values of `cu_seqlens` or `prefix_index` do not fit.
+        ValueError: A shape or device does not fit, an input requires a gradient while gradients are recorded, or the
+            values of `cu_seqlens` or `prefix_index` do not fit (on a GPU as in `inject_prefix_kv`).
     """
     name = "inject_prefix_kv_layers"
     tensors = {"keys": keys, "values": values, "prefix_keys": prefix_keys, "prefix_values": prefix_values}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laser_fast.ops.contents import validate_indices
 from laser_fast.ops.precision import wide_dtype
 from laser_fast.ops.segments import lengthened_cu_seqlens, segment_ids, segment_sum, validate_cu_seqlens
 
@@ -62,18 +63,16 @@ def plain(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach().contiguous()
 
 
-def validate_offsets(name: str, cu_seqlens: Tensor, prefix_index: Tensor | None, sizes: tuple[int, int]) -> None:
-    """For a reference in place of the compiled CPU code: the values of `cu_seqlens` (end: T) and of the slots (< S).
+def validate_layout(name: str, cu_seqlens: Tensor, prefix_index: Tensor | None, sizes: tuple[int, int]) -> None:
+    """The values of `cu_seqlens` (end: T) and of the slots (< S), without waiting (`contents`).
 
     Raises:
         ValueError: One of them does not fit.
     """
     num_text_rows, num_prefixes = sizes
     validate_cu_seqlens(name, cu_seqlens, num_text_rows)
-    outside = [] if prefix_index is None else ((prefix_index < 0) | (prefix_index >= num_prefixes)).nonzero().tolist()
-    if prefix_index is not None and outside:
-        found = f"{int(prefix_index[outside[0][0]])} at position {outside[0][0]}"
-        raise ValueError(f"{name}: prefix_index must lie within the pool of {num_prefixes} prefixes, got {found}")
+    if prefix_index is not None:
+        validate_indices(name, "prefix_index", prefix_index, num_prefixes)
 
 
 def gather_rows(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from laser_fast.ops.arguments import check_one_device
+from laser_fast.ops.arguments import check_dtype, check_floating, check_one_device
 from laser_fast.ops.precision import wide_dtype
 from laser_fast.ops.triton_kernels import triton_serves
 
@@ -61,6 +61,8 @@ def rms_norm_forward(
     _check(name, x, weight)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         raise RuntimeError(f"{name}: x and weight must need no gradient, got one that does; use an autograd function")
+    if reciprocal is not None:
+        _check_reciprocal(name, reciprocal, x)
     if x.is_meta:  # what the kernel allocates, so that plans are those of a GPU
         dtype = torch.promote_types(x.dtype, weight.dtype) if kind.late_weight else x.dtype
         given = x.new_empty((*x.shape[:-1], 1), dtype=wide_dtype(x)) if reciprocal is None else reciprocal
@@ -87,8 +89,11 @@ def rms_norm_backward(grad: Tensor, x: Tensor, reciprocal: Tensor, weight: Tenso
     """
     name = "rms_norm_backward"
     _check(name, x, weight)
+    check_floating(name, grad=grad)
     if grad.shape != x.shape:
         raise ValueError(f"{name}: grad must have the shape of x {tuple(x.shape)}, got {tuple(grad.shape)}")
+    check_one_device(name, x=x, grad=grad)
+    _check_reciprocal(name, reciprocal, x)
     if x.is_meta:
         return x.new_empty(x.shape)
     if not _kernel_serves(x, weight):
@@ -114,6 +119,15 @@ def _scale(x: Tensor, reciprocal: Tensor, weight: Tensor, kind: NormKind) -> Ten
 
 def _kernel_serves(x: Tensor, weight: Tensor) -> bool:
     return x.is_cuda and 0 < x.shape[-1] <= MAX_WIDTH and triton_serves("rms_norm", x, weight)
+
+
+def _check_reciprocal(name: str, reciprocal: Tensor, x: Tensor) -> None:
+    """Read row by row by a kernel that is told nothing of its size."""
+    check_dtype(name, wide_dtype(x), reciprocal=reciprocal)
+    if reciprocal.shape != (*x.shape[:-1], 1):
+        found = tuple(reciprocal.shape)
+        raise ValueError(f"{name}: reciprocal must have shape {(*x.shape[:-1], 1)}, got {found}")
+    check_one_device(name, x=x, reciprocal=reciprocal)
 
 
 def _check(name: str, x: Tensor, weight: Tensor) -> None:

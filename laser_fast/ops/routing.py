@@ -15,14 +15,28 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from laser_fast.ops.arguments import check_dimensions, check_dtype, check_floating, check_one_device
+from laser_fast.ops.arguments import (
+    check_count,
+    check_dimensions,
+    check_dtype,
+    check_floating,
+    check_one_device,
+)
+from laser_fast.ops.contents import hold_on_device, host_numbers, remember_indices, validate_indices
 from laser_fast.ops.operation import operation
 from laser_fast.ops.precision import autocast_off, wide_dtype
-from laser_fast.ops.segments import check_cu_seqlens, segment_ids, segment_lengths, segment_mean
+from laser_fast.ops.segments import (
+    check_cu_seqlens,
+    segment_ids,
+    segment_lengths,
+    segment_mean,
+    validate_cu_seqlens,
+)
 from laser_fast.ops.triton_kernels import triton_serves
 
 WEIGHTINGS = ("softmax", "renormalize")
@@ -96,6 +110,23 @@ def route_experts_reference(
     return _route(_probabilities(states, weight, bias), cu_seqlens, top_k, weighting, expert)
 
 
+def _validate(cu_seqlens: Tensor, num_items: int, expert: Tensor | None, num_experts: int) -> None:
+    """What offsets and a given decision hold, without waiting (`contents`).
+
+    Raises:
+        ValueError: Offsets that do not run from 0 to N, or an expert that does not exist or that a user has twice.
+    """
+    validate_cu_seqlens("route_experts", cu_seqlens, num_items)
+    if expert is None:
+        return
+    validate_indices("route_experts", "expert", expert, num_experts)
+    rule, numbers = "route_experts: expert must be distinct per user", host_numbers(expert)
+    if numbers is None:
+        hold_on_device(expert, "distinct", lambda: (expert.sort(dim=1).values.diff(dim=1) > 0).all(), rule)
+    elif (twice := (np.diff(np.sort(numbers, axis=1), axis=1) == 0).any(axis=1)).any():
+        raise ValueError(f"{rule}, got {numbers[twice.argmax()].tolist()} of user {twice.argmax()}")
+
+
 @operation("laser_fast::route_experts")
 def _route_experts(
     states: Tensor,
@@ -106,6 +137,7 @@ def _route_experts(
     weighting: str,
     expert: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _validate(cu_seqlens, states.shape[0], expert, weight.shape[0])
     # differentiable results first; the last, [N, E], is kept for backward: 4 E bytes an item, not a second product
     probabilities = _probabilities(states, weight, bias)
     routing = _route(probabilities, cu_seqlens, top_k, weighting, expert)
@@ -114,7 +146,8 @@ def _route_experts(
 
 @_route_experts.register_kernel("cuda")
 def _route_experts_fused(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    states, weight, bias = arguments[:3]
+    states, weight, bias, cu_seqlens = arguments[:4]
+    _validate(cu_seqlens, states.shape[0], arguments[6], weight.shape[0])
     if not triton_serves("route_experts", states, weight, bias, num_experts=weight.shape[0]):
         return _route_experts.default(*arguments)
     from laser_fast.kernels.routing import route_forward  # triton is needed only on a GPU
@@ -288,7 +321,8 @@ def route_experts(
 
     Raises:
         TypeError: A dtype does not fit.
-        ValueError: A shape, device, `top_k` or `weighting` does not fit.
+        ValueError: A shape, device, `top_k`, `weighting` or the content of `cu_seqlens` or `expert` does not fit; on
+            a GPU what the host does not know is checked there (`contents`).
     """
     name = "route_experts"
     check_floating(name, states=states, weight=weight, bias=bias)
@@ -303,6 +337,7 @@ def route_experts(
         )
     if bias.shape[0] != num_experts:
         raise ValueError(f"{name}: bias must have one entry per expert ({num_experts}), got {bias.shape[0]}")
+    check_count(name, top_k=top_k)
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"{name}: top_k must be between 1 and the number of experts {num_experts}, got {top_k}")
     if weighting not in WEIGHTINGS:
@@ -315,4 +350,5 @@ def route_experts(
             raise ValueError(f"{name}: expert must have shape {expected}, got {tuple(expert.shape)}")
     results = _route_experts(states, weight, bias, cu_seqlens, top_k, weighting, expert)
     chosen_weight, pooled, balance_loss, chosen, load, _ = results
+    remember_indices(chosen, num_experts)
     return Routing(chosen, chosen_weight, pooled, balance_loss, load)

@@ -2,14 +2,20 @@
 
 All functions run without host synchronisation (but those that say so), are deterministic on every
 device, treat a sequence independently of the others in the batch, and give 0 for an empty sequence.
+
+None reads or writes outside its tensors: offsets are checked first, form and content (`contents`).
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from laser_fast.ops.arguments import check_floating
+from laser_fast.ops.contents import INT32_MAX, hold_on_device, host_numbers, validate_indices
 from laser_fast.ops.host_copies import known_on_host, on_host, remember_on_host
 
 
@@ -29,23 +35,36 @@ def check_cu_seqlens(function: str, cu_seqlens: Tensor, device: torch.device) ->
 
 
 def validate_cu_seqlens(function: str, cu_seqlens: Tensor, num_rows: int) -> None:
-    """Check content: starts at 0, never decreases, ends at `num_rows`. Waits for a GPU where the host does not know it.
+    """Check form and content: starts at 0, never decreases, ends at `num_rows`; without waiting (`contents`).
 
     Raises:
         TypeError: Not int32.
-        ValueError: One of the rules is broken.
+        ValueError: Another shape, or one of the rules is broken where the host has the numbers.
     """
     check_cu_seqlens(function, cu_seqlens, cu_seqlens.device)
-    cu_seqlens = on_host(cu_seqlens)
-    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-    if first != 0:
-        raise ValueError(f"{function}: cu_seqlens must start at 0, got {first}")
-    if last != num_rows:
-        raise ValueError(f"{function}: cu_seqlens must end at the number of packed rows {num_rows}, got {last}")
-    steps = cu_seqlens.diff()
-    if bool((steps < 0).any()):
-        where = int((steps < 0).int().argmax())
-        found = f"{int(cu_seqlens[where])} then {int(cu_seqlens[where + 1])} at position {where}"
+    numbers = host_numbers(cu_seqlens)
+    if numbers is not None:
+        _refuse_order(function, numbers)
+        if numbers[-1] != num_rows:
+            raise ValueError(
+                f"{function}: cu_seqlens must end at the number of packed rows {num_rows}, got {numbers[-1]}"
+            )
+        return
+
+    def fits() -> Tensor:
+        return (cu_seqlens[0] == 0) & (cu_seqlens[-1] == num_rows) & (cu_seqlens.diff() >= 0).all()
+
+    message = f"{function}: cu_seqlens must start at 0, never decrease and end at the number of packed rows"
+    hold_on_device(cu_seqlens, ("cu_seqlens", num_rows), fits, message)
+
+
+def _refuse_order(function: str, cu_seqlens: np.ndarray) -> None:
+    if cu_seqlens[0] != 0:
+        raise ValueError(f"{function}: cu_seqlens must start at 0, got {cu_seqlens[0]}")
+    falls = cu_seqlens[1:] < cu_seqlens[:-1]
+    if falls.any():
+        where = int(falls.argmax())
+        found = f"{cu_seqlens[where]} then {cu_seqlens[where + 1]} at position {where}"
         raise ValueError(f"{function}: cu_seqlens must not decrease, got {found}")
 
 
@@ -53,24 +72,37 @@ def cu_seqlens_from_lengths(lengths: Tensor) -> Tensor:
     """`cu_seqlens[b] = sum of lengths[:b]`.
 
     Args:
-        lengths: [B], integers, none negative.
+        lengths: [B], integers, none negative, at most 2^31 - 1 in all.
 
     Returns:
         int32 [B + 1] on the device of `lengths`.
 
     Raises:
         TypeError: Not integers.
-        ValueError: Not one dimension.
+        ValueError: Not one dimension, or (where the host has the numbers) one is negative or the sum is too large.
     """
     if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
         raise TypeError(f"cu_seqlens_from_lengths: lengths must be integers, got {lengths.dtype}")
     if lengths.dim() != 1:
         raise ValueError(f"cu_seqlens_from_lengths: lengths must have shape [B], got {tuple(lengths.shape)}")
-    return torch.cat([lengths.new_zeros(1, dtype=torch.int32), lengths.cumsum(0, dtype=torch.int32)])
+    # each fits in int32, so that their sums cannot wrap in int64
+    validate_indices("cu_seqlens_from_lengths", "lengths", lengths, INT32_MAX + 1)
+    numbers, ends = host_numbers(lengths), lengths.long().cumsum(0)
+    rule = f"cu_seqlens_from_lengths: lengths must sum to at most {INT32_MAX}"
+    if numbers is None:
+        hold_on_device(ends, "int32", lambda: (ends <= INT32_MAX).all(), rule)
+    elif (total := int(numbers.sum(dtype=np.int64))) > INT32_MAX:
+        raise ValueError(f"{rule}, got {total}; split the batch")
+    return torch.cat([ends.new_zeros(1), ends]).int()
 
 
 def even_cu_seqlens(num_sequences: int, length: int, device: torch.device) -> Tensor:
-    """Offsets of sequences of one length, which the host knows: int32 [B + 1]."""
+    """Offsets of sequences of one length, which the host knows: int32 [B + 1].
+
+    Raises:
+        ValueError: `length` is negative, or the offsets do not fit in int32.
+    """
+    _refuse_rows("even_cu_seqlens", "length", length, num_sequences * length)
     host = torch.arange(num_sequences + 1, dtype=torch.int32) * length
     if device.type == "cpu":
         return host
@@ -78,17 +110,40 @@ def even_cu_seqlens(num_sequences: int, length: int, device: torch.device) -> Te
 
 
 def lengthened_cu_seqlens(cu_seqlens: Tensor, rows: int) -> Tensor:
-    """Offsets where every sequence has so many rows more; the host knows them if it knew the others: int32 [B + 1]."""
+    """Offsets where every sequence has so many rows more; the host knows them if it knew the others: int32 [B + 1].
+
+    Raises:
+        ValueError: `rows` is negative, or the offsets do not fit in int32 (on a GPU found where the host knows them).
+    """
+    numbers = host_numbers(cu_seqlens)
+    last = 0 if numbers is None else int(numbers[-1])
+    _refuse_rows("lengthened_cu_seqlens", "rows", rows, last + (cu_seqlens.shape[0] - 1) * rows)
     longer = cu_seqlens + torch.arange(cu_seqlens.shape[0], device=cu_seqlens.device, dtype=torch.int32) * rows
     host = known_on_host(cu_seqlens)
     return longer if host is None or host is cu_seqlens else remember_on_host(longer, lengthened_cu_seqlens(host, rows))
 
 
+def _refuse_rows(function: str, name: str, rows: int, total: int) -> None:
+    if rows < 0:
+        raise ValueError(f"{function}: {name} must be at least 0, got {rows}")
+    if total > INT32_MAX:
+        raise ValueError(f"{function}: offsets must fit in int32, got {total}; split the batch")
+
+
 def lengths_on_host(cu_seqlens: Tensor) -> list[int]:
-    """Rows of every sequence; waits for the device where the host does not know them. On the meta device all are 0."""
+    """Rows of every sequence; waits for the device where the host does not know them. On the meta device all are 0.
+
+    Raises:
+        TypeError: Not int32.
+        ValueError: Another shape, or the offsets do not start at 0 or decrease.
+    """
+    check_cu_seqlens("lengths_on_host", cu_seqlens, cu_seqlens.device)
     if cu_seqlens.is_meta:
         return [0] * (cu_seqlens.shape[0] - 1)
-    found: list[int] = on_host(cu_seqlens).diff().tolist()
+    bounds: list[int] = on_host(cu_seqlens).tolist()
+    found = [last - first for first, last in pairwise(bounds)]
+    if bounds[0] != 0 or min(found, default=0) < 0:
+        _refuse_order("lengths_on_host", np.array(bounds))
     return found
 
 
@@ -101,13 +156,22 @@ def segment_ids(cu_seqlens: Tensor, num_rows: int) -> Tensor:
     """Sequence of every packed row, int64 [num_rows].
 
     A search per row: its size comes from `num_rows`, so nothing has to be read back from the device.
+
+    Raises:
+        TypeError, ValueError: As `validate_cu_seqlens`.
     """
+    validate_cu_seqlens("segment_ids", cu_seqlens, num_rows)
     rows = torch.arange(num_rows, device=cu_seqlens.device, dtype=torch.int32)
     return torch.bucketize(rows, cu_seqlens[1:], right=True)
 
 
 def segment_positions(cu_seqlens: Tensor, num_rows: int) -> Tensor:
-    """Place of every packed row in its own sequence, from 0: int64 [num_rows]."""
+    """Place of every packed row in its own sequence, from 0: int64 [num_rows].
+
+    Raises:
+        TypeError, ValueError: As `validate_cu_seqlens`.
+    """
+    validate_cu_seqlens("segment_positions", cu_seqlens, num_rows)
     starts = cu_seqlens[:-1].long().repeat_interleave(cu_seqlens.diff(), output_size=num_rows)
     return torch.arange(num_rows, device=cu_seqlens.device) - starts
 
@@ -117,6 +181,7 @@ def _check_packed(function: str, values: Tensor, cu_seqlens: Tensor) -> None:
     if values.dim() == 0:
         raise ValueError(f"{function}: values must have shape [N, ...], got ()")
     check_cu_seqlens(function, cu_seqlens, values.device)
+    validate_cu_seqlens(function, cu_seqlens, values.shape[0])
 
 
 def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -131,10 +196,14 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
 
     Raises:
         TypeError: `values` is not floating point or `cu_seqlens` not int32.
-        ValueError: A shape or device does not fit.
+        ValueError: A shape or device does not fit, or the offsets do not run from 0 to N (`validate_cu_seqlens`).
     """
     _check_packed("segment_sum", values, cu_seqlens)
-    # unsafe=True skips the check of the offsets' content, which would wait for the device
+    return _sum(values, cu_seqlens)
+
+
+def _sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    # it reads whatever offsets say, with unsafe=False too: only behind `_check_packed`
     return torch.segment_reduce(values, "sum", offsets=cu_seqlens, axis=0, unsafe=True, initial=0.0)
 
 
@@ -142,4 +211,4 @@ def segment_mean(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Mean of the rows of every sequence; 0 for an empty one. Arguments, result and errors as in `segment_sum`."""
     _check_packed("segment_mean", values, cu_seqlens)
     lengths = segment_lengths(cu_seqlens).clamp_min(1).to(values.dtype)
-    return segment_sum(values, cu_seqlens) / lengths.view(-1, *[1] * (values.dim() - 1))
+    return _sum(values, cu_seqlens) / lengths.view(-1, *[1] * (values.dim() - 1))

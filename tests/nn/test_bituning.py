@@ -68,3 +68,9 @@ def test_bad_arguments() -> None:
         BiTuning(4, num_suffix_tokens=0)
     with pytest.raises(ValueError, match='readout must be "suffix" or "mean", got \'max\''):
         BiTuning(4, readout="max")
+
+
+@pytest.mark.parametrize("offsets", [[0, 2, 6], [0, 2], [1, 2, 5], [0, 4, 2, 5]], ids=str)
+def test_offsets_that_do_not_fit_the_text_are_refused(offsets: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"BiTuning.assemble: cu_seqlens must (start|end|not decrease)"):
+        make().assemble(None, TEXT, torch.tensor(offsets, dtype=torch.int32))

@@ -169,6 +169,19 @@ def test_what_is_too_large_or_empty_is_left_to_the_plain_path() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("offsets", [[0, 20, 60], [0, 20], [1, 20, 51], [0, 60, 51]], ids=str)
+def test_offsets_and_slots_that_point_outside_are_refused_on_both_paths(offsets: list[int]) -> None:
+    lm = build("llama")
+    embeds, cu_seqlens = batch([20, 31])
+    pool = a_prefix(lm, 3, slots=torch.tensor([0, 3], dtype=torch.int32))
+    for run in (lm, FixedShapes(lm, Recorder())):
+        with pytest.raises(ValueError, match="cu_seqlens must"):
+            run(embeds, torch.tensor(offsets, dtype=torch.int32), None, last_only=True)
+        with pytest.raises(ValueError, match=r"(prefix.slots|prefix_index) must be between 0 and 2, got 3"):
+            run(embeds, cu_seqlens, pool, last_only=True)
+
+
+@torch.no_grad()
 def test_prepared_shapes_are_captured_before_they_are_needed() -> None:
     lm = build("llama")
     recorded = FixedShapes(lm, Recorder())

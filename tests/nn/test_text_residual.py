@@ -92,3 +92,14 @@ def test_centred_rows_are_unit_rows_around_zero() -> None:
     torch.testing.assert_close(found.norm(dim=1), torch.ones(50))
     assert (found @ found.T).mean() < 0.1 < (rows @ rows.T).mean()  # the cone is gone
     assert torch.equal(centred(torch.ones(3, 2)), torch.zeros(3, 2))
+
+
+def test_items_and_offsets_that_point_outside_are_refused(residual: TextResidual) -> None:
+    bounds = torch.tensor([0, 2], dtype=torch.int32)
+    for wrong in (-1, 6):  # from the back a negative one would name another item
+        with pytest.raises(ValueError, match=f"TextResidual.users: items must be between 0 and 5, got {wrong}"):
+            residual.users(torch.tensor([0, wrong]), bounds)
+    with pytest.raises(
+        ValueError, match="TextResidual.users: cu_seqlens must end at the number of packed rows 3, got 2"
+    ):
+        residual.users(torch.tensor([0, 1, 2]), bounds)

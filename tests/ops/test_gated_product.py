@@ -31,21 +31,25 @@ def test_the_reference_is_differentiable(activation: str) -> None:
 
 
 @pytest.mark.parametrize("place", ["new", "halves", "inputs", "input-halves"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)  # each has its own gelu in torch
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gradients_on_a_cpu_are_those_of_autograd_wherever_they_go(activation: str, place: str) -> None:
-    gate, up, grad = _inputs()
+def test_gradients_on_a_cpu_are_those_of_autograd_wherever_they_go(
+    activation: str, dtype: torch.dtype, place: str
+) -> None:
+    gate, up, grad = _inputs(dtype)
     leaves = gate.clone().requires_grad_(), up.clone().requires_grad_()
     out = gated_product_reference(*leaves, activation)
     expected = torch.autograd.grad(out, leaves, grad)
     assert torch.equal(gated_product_forward(gate, up, activation), out)
     if place == "input-halves":
         gate, up = torch.cat([gate, up], dim=-1).chunk(2, dim=-1)
-    both = torch.empty(2, 3, 22, dtype=torch.float64).chunk(2, dim=-1)
+    both = torch.empty(2, 3, 22, dtype=dtype).chunk(2, dim=-1)
     given = {"new": [torch.empty_like(gate), torch.empty_like(up)], "halves": both}.get(place, [gate, up])
     before = gate.clone(), up.clone()
     gated_product_backward(grad, gate, up, activation, *given)
     for actual, truth in zip(given, expected, strict=True):
-        torch.testing.assert_close(actual, truth, rtol=1e-12, atol=1e-14)
+        rounding = 1e-12 if dtype == torch.float64 else 1e-5
+        torch.testing.assert_close(actual, truth, rtol=rounding, atol=rounding)
     if not place.startswith("input"):
         assert torch.equal(gate, before[0])
         assert torch.equal(up, before[1])
@@ -101,5 +105,18 @@ def test_what_does_not_fit_is_refused() -> None:
         gated_product_forward(gate, up.to("meta"), "silu")
     with pytest.raises(ValueError, match=r"must have dense rows, got strides \(33, 1, 3\)"):
         gated_product_backward(grad, gate, up, "silu", gate, torch.empty(2, 11, 3).mT)
+    with pytest.raises(ValueError, match=r"must have dense rows, got strides \(0, 0, 1\)"):
+        gated_product_backward(grad, gate, up, "silu", gate, torch.empty(11).expand(2, 3, 11))
+    with pytest.raises(TypeError, match="all tensors must have one dtype, got torch.float32 and torch.float64"):
+        gated_product_backward(grad, gate, up, "silu", gate, up.double())
+    other = torch.empty_like(gate)
+    for places, shared in (
+        ((up, gate), "up"),
+        ((other, other), "grad_up"),
+        ((grad, other), "grad"),
+        ((other, gate), "gate"),
+    ):
+        with pytest.raises(ValueError, match=f"new, or gate and up in this order, got {shared} for one"):
+            gated_product_backward(grad, gate, up, "silu", *places)
     with pytest.raises(RuntimeError, match="must need no gradient, got one that does; use an autograd function"):
         gated_product_forward(gate.requires_grad_(), up, "silu")

@@ -122,7 +122,7 @@ def test_bad_offsets_are_refused(backend: str, offsets: list[int], message: str)
 def test_slots_outside_the_pool_are_refused(backend: str, slot: int) -> None:
     inputs = make_inputs([3, 2], 2, "pool")
     index = torch.tensor([4, slot], dtype=torch.int32)
-    message = f"inject_prefix_kv: prefix_index must lie within the pool of 5 prefixes, got {slot} at position 1"
+    message = f"inject_prefix_kv: prefix_index must be between 0 and 4, got {slot} at position 1"
     with pytest.raises(ValueError, match=message):
         inject_prefix_kv(*inputs[:5], prefix_index=index)
 
@@ -130,7 +130,7 @@ def test_slots_outside_the_pool_are_refused(backend: str, slot: int) -> None:
 def test_the_reference_gives_zeros_for_slots_outside_the_pool() -> None:
     inputs = make_inputs([1, 0, 1], 2, "pool")
     index = torch.tensor([-1, 5, 3], dtype=torch.int32)
-    key, _, _ = inject_prefix_kv_reference(*inputs[:5], prefix_index=index)  # as on a GPU, where nothing is refused
+    key, _, _ = inject_prefix_kv_reference(*inputs[:5], prefix_index=index)  # nothing is read outside
     assert (key[[0, 1, 3, 4]] == 0).all()
     assert torch.equal(key[5:7], inputs.prefix_key[3])
 

@@ -112,7 +112,7 @@ def test_gradients_are_refused_where_they_are_recorded() -> None:
         (
             {"prefix_index": torch.tensor([0, 1], dtype=torch.int32)},
             ValueError,
-            "prefix_index must lie within .* got 1",
+            "prefix_index must be between 0 and .* got 1",
         ),
     ],
 )

@@ -45,6 +45,13 @@ def test_malformed_offsets_and_slots_map_to_no_row_outside(offsets: list[int], s
         assert (row[from_prefix == 1] == -1).all()
 
 
+@pytest.mark.parametrize("num_prefixes", [0, 1])
+def test_rows_of_a_text_without_a_sequence_come_from_no_prefix(num_prefixes: int) -> None:
+    sources = torch.empty(2, 2, dtype=torch.int64)
+    compiled_function("prefix_sources_cpu")(torch.zeros(1, dtype=torch.int32), None, 2, num_prefixes, 3, sources)
+    assert (sources[:, 1] == -1).all()
+
+
 def poisoned(*shapes: tuple[int, ...]) -> list[Tensor]:
     return [torch.full(shape, 7.0) for shape in shapes] + [torch.full((3,), 7, dtype=torch.int32)]
 
@@ -53,7 +60,7 @@ def poisoned(*shapes: tuple[int, ...]) -> list[Tensor]:
     ("offsets", "slots", "message"),
     [
         ([0, 5, 4], [0, 1], "cu_seqlens must not decrease, got 5 before 4"),  # only the last entry is wrong
-        ([0, 5, 5], [0, 2], "prefix_index must lie within the pool of 2 prefixes, got 2 at position 1"),
+        ([0, 5, 5], [0, 2], "prefix_index must be between 0 and 1, got 2 at position 1"),
     ],
     ids=["offsets", "slots"],
 )
@@ -141,7 +148,9 @@ def test_the_library_checks_the_arguments_of_a_gradient() -> None:
         (1, grad[:8], ValueError, "grad_value must have size 9 in dimension 0, got 8"),
         (1, None, ValueError, "grad_value must be given, got none"),
         (4, 3, ValueError, "prefix_key must have 1 or 2 prefixes, got 3"),
-        (5, 2**31, ValueError, "rows of all prefixes must fit in int32, got 4294967296"),
+        (5, 2**30, ValueError, "rows of all prefixes must fit in int32, got 2147483648"),
+        (5, 2**62, ValueError, "sequences, prefixes and prefix length must fit in int32, got 4611686018427387904"),
+        (5, -1, ValueError, "sequences, prefixes and prefix length must be at least 0, got -1"),
         (6, key[:4], ValueError, "key must have size 5 in dimension 0, got 4"),
         (7, value.double(), TypeError, "value must have DLPack type"),
         (8, prefix_key[:1], ValueError, "prefix_key must have size 2 in dimension 0, got 1"),

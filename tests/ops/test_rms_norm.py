@@ -81,5 +81,12 @@ def test_what_does_not_fit_is_refused() -> None:
         rms_norm_forward(x, weight.to("meta"), kind)
     with pytest.raises(ValueError, match=r"grad must have the shape of x \(2, 3, 11\), got \(2, 3, 10\)"):
         rms_norm_backward(grad[..., 1:], x, x[..., :1], weight, kind)
+    for given in (torch.ones(2, 2, 1), torch.ones(2, 3)):
+        with pytest.raises(ValueError, match=r"rms_norm_forward: reciprocal must have shape \(2, 3, 1\), got"):
+            rms_norm_forward(x, weight, kind, given)
+        with pytest.raises(ValueError, match=r"rms_norm_backward: reciprocal must have shape \(2, 3, 1\), got"):
+            rms_norm_backward(x, x, given, weight, kind)
+    with pytest.raises(TypeError, match=r"reciprocal must be torch.float32, got torch.float16"):
+        rms_norm_backward(x, x, x[..., :1].half(), weight, kind)
     with pytest.raises(RuntimeError, match="must need no gradient, got one that does; use an autograd function"):
         rms_norm_forward(x.requires_grad_(), weight, kind)

@@ -309,7 +309,7 @@ def test_backward_twice_and_two_runs_are_bit_equal() -> None:
 def test_opcheck(case: Case, given: bool) -> None:
     *tensors, cu_seqlens, top_k = case.arguments()
     inputs = [tensor.requires_grad_() for tensor in tensors]
-    decision = torch.zeros(len(case.lengths), top_k, dtype=torch.int32) if given else None
+    decision = torch.arange(top_k, dtype=torch.int32).repeat(len(case.lengths), 1) if given else None
     arguments = (*inputs, cu_seqlens, top_k, "softmax", decision)
     torch.library.opcheck(torch.ops.laser_fast.route_experts.default, arguments)
 

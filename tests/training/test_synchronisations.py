@@ -30,8 +30,9 @@ from laser_fast.nn.attention import record_backends
 from laser_fast.nn.execution import Execution, apply_execution
 from laser_fast.nn.text_branch import select_sequences
 from laser_fast.ops import native, triton_kernels
+from laser_fast.ops.contents import validate_indices
 from laser_fast.ops.host_copies import on_host, to_device
-from laser_fast.ops.segments import even_cu_seqlens, lengthened_cu_seqlens
+from laser_fast.ops.segments import even_cu_seqlens, lengthened_cu_seqlens, segment_positions
 from laser_fast.training.build import build_laser, load_inputs, load_language_model
 from laser_fast.training.loop import StageTrainer
 
@@ -210,6 +211,8 @@ FREE: dict[str, Callable[[Tensor], object]] = {
     "arithmetic": lambda x: (x + 1).cumsum(0)[1:, None].expand(-1, 4).sum(),
     "repeat_interleave": lambda x: x.repeat_interleave(x, output_size=6),
     "copy": lambda x: torch.tensor([1, 2]).to(x.device, non_blocking=True),
+    "offsets that only the device has": lambda x: segment_positions(x.int(), 3),
+    "indices that only the device has": lambda x: validate_indices("test", "x", x, 4),
     "known on the host": lambda x: on_host(to_device(torch.tensor([1, 2]), x.device)).tolist(),
 }
 
