@@ -1,0 +1,91 @@
+"""What an attack is: a name, what it tries, and trials whose findings are counted."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from attacking.children import Findings, Trial, carry_out
+from attacking.world import World
+
+_KEPT = 20  # losses that a line spells out
+
+Line = dict[str, Any]
+
+
+@dataclass
+class Scope:
+    """What one attack is given.
+
+    Attributes:
+        world: models and data of the trials.
+        folder: of its own, for anything.
+        seed: all that is drawn follows from it.
+        until: of the monotonic clock: no trial begins later.
+        at_once: processes.
+        rehearse: whether every count is two.
+        take: is given every line as it is finished.
+    """
+
+    world: World
+    folder: Path
+    seed: int
+    until: float
+    at_once: int
+    rehearse: bool
+    take: Callable[[Line], None]
+    lines: list[Line] = field(default_factory=list)
+
+    def random(self, *words: object) -> random.Random:
+        """A generator of its own for everything that is named."""
+        return random.Random("/".join(map(str, (self.seed, *words))))
+
+    def times(self, count: int) -> int:
+        """How often something is tried."""
+        return min(count, 2) if self.rehearse else count
+
+    def place(self, *words: object) -> Path:
+        """A new folder."""
+        place = self.folder / "-".join(map(str, words))
+        place.mkdir(parents=True)
+        return place
+
+    def try_all(self, name: str, what: str, trials: Iterable[Trial], *, at_once: int | None = None) -> None:
+        """Carry out the trials of one line of the table.
+
+        Args:
+            name: of the line, in a word or two.
+            what: is tried, in words.
+            at_once: processes; None = as many as there are.
+        """
+        begin, all_of_them = time.monotonic(), Findings()
+        for found in carry_out(trials, self.folder, self.until, at_once or self.at_once):
+            all_of_them.add(found)
+        self.report(name, what, all_of_them, time.monotonic() - begin)
+
+    def report(self, name: str, what: str, found: Findings, seconds: float) -> None:
+        """A line of what was found."""
+        line = {
+            "name": name,
+            "what": what,
+            "tried": sum(found.outcomes.values()),
+            "outcomes": dict(sorted(found.outcomes.items())),
+            "lost": len(found.lost),
+            "losses": found.lost[:_KEPT],
+            "seconds": round(seconds, 1),
+            "not_run": None,
+        }
+        self._take(line)
+
+    def not_run(self, name: str, what: str, reason: str) -> None:
+        """A line that says why nothing was tried: that is no pass."""
+        counts = {"tried": 0, "outcomes": {}, "lost": 0, "losses": [], "seconds": 0.0}
+        self._take({"name": name, "what": what, **counts, "not_run": reason})
+
+    def _take(self, line: Line) -> None:
+        self.lines.append(line)
+        self.take(line)
