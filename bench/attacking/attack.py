@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from attacking.children import Findings, Trial, carry_out
+from attacking.children import PATIENCE_S, Findings, Trial, carry_out
 from attacking.world import World
 
 _KEPT = 20  # losses that a line spells out
@@ -54,16 +54,16 @@ class Scope:
         place.mkdir(parents=True)
         return place
 
-    def try_all(self, name: str, what: str, trials: Iterable[Trial], *, at_once: int | None = None) -> None:
+    def try_all(self, name: str, what: str, trials: Iterable[Trial], *, patience: float = PATIENCE_S) -> None:
         """Carry out the trials of one line of the table.
 
         Args:
             name: of the line, in a word or two.
             what: is tried, in words.
-            at_once: processes; None = as many as there are.
+            patience: seconds for each trial.
         """
         begin, all_of_them = time.monotonic(), Findings()
-        for found in carry_out(trials, self.folder, self.until, at_once or self.at_once):
+        for found in carry_out(trials, self.folder, self.until, self.at_once, patience):
             all_of_them.add(found)
         self.report(name, what, all_of_them, time.monotonic() - begin)
 
@@ -74,8 +74,8 @@ class Scope:
             "what": what,
             "tried": sum(found.outcomes.values()),
             "outcomes": dict(sorted(found.outcomes.items())),
-            "lost": len(found.lost),
-            "losses": found.lost[:_KEPT],
+            "lost": found.lost,
+            "losses": found.losses[:_KEPT],
             "seconds": round(seconds, 1),
             "not_run": None,
         }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -24,6 +25,7 @@ _POLL_S = 0.002
 _DIED = 70  # exit status of a child that raised what no command lets out
 _ERROR = "laser-fast: error: "
 _WARNING = "laser-fast: warning: "
+_BAR = re.compile(r"\d%\||[\d?](it|epoch|batch|step)/s")  # tqdm's, which a file gets as well
 
 
 @dataclass
@@ -32,25 +34,29 @@ class Findings:
 
     Attributes:
         outcomes: how often things ended in which way; together they are what was tried.
-        lost: what was lost, each in words from which it can be done again.
+        lost: how often something was lost.
+        losses: each in words from which it can be done again.
     """
 
     outcomes: dict[str, int] = field(default_factory=dict)
-    lost: list[str] = field(default_factory=list)
+    lost: int = 0
+    losses: list[str] = field(default_factory=list)
 
     def saw(self, outcome: str, times: int = 1) -> None:
         """Count a way in which something ended."""
         self.outcomes[outcome] = self.outcomes.get(outcome, 0) + times
 
-    def lose(self, what: str) -> None:
+    def lose(self, what: str, times: int = 1) -> None:
         """Note a loss; it is no outcome of its own."""
-        self.lost.append(what)
+        self.lost += times
+        self.losses.append(what)
 
     def add(self, other: Findings) -> None:
         """Take in what another one saw."""
         for outcome, times in other.outcomes.items():
             self.saw(outcome, times)
         self.lost += other.lost
+        self.losses += other.losses
 
 
 Trial = Callable[[Findings], None]
@@ -74,8 +80,8 @@ class Ended:
 
     def refusal(self) -> str | None:
         """The message of a command that was refused as promised: status 2 and one line, warnings beside it."""
-        lines = [line for line in self.err.splitlines() if line and not line.startswith(_WARNING)]
-        lines = [line for line in lines if "\r" not in line]
+        lines = [line for line in self.err.splitlines() if line.strip() and not line.startswith(_WARNING)]
+        lines = [line for line in lines if not _BAR.search(line)]
         refused = self.status == 2 and len(lines) == 1 and lines[0].startswith(_ERROR)
         return lines[0].removeprefix(_ERROR) if refused else None
 
@@ -85,7 +91,8 @@ class Ended:
             return f"was not over after {self.seconds:.0f} s"
         how = f"signal {signal.Signals(-self.status).name}" if self.status < 0 else f"status {self.status}"
         lines = [line for line in self.err.splitlines() if line.strip()]
-        return f"{how}, {' / '.join(lines[-2:])[-300:] or 'nothing said'}"
+        begin = next((number for number, line in enumerate(lines) if line.startswith(_ERROR)), -2)
+        return f"{how}, {' / '.join(lines[begin:])[:300] or 'nothing said'}"
 
 
 class Child:
@@ -94,10 +101,14 @@ class Child:
     Args:
         work: gives the exit status.
         folder: becomes its working directory.
-        held: the reading end of a pipe at which it waits.
+        held: both ends of a pipe; it waits until nobody has the writing one any more.
+        leads: whether it is ended together with all that it forks.
     """
 
-    def __init__(self, work: Callable[[], int], folder: Path, held: int | None = None) -> None:
+    def __init__(
+        self, work: Callable[[], int], folder: Path, *, held: tuple[int, int] | None = None, leads: bool = False
+    ) -> None:
+        self._leads = leads
         self._files = [tempfile.TemporaryFile(), tempfile.TemporaryFile()]  # noqa: SIM115 closed by `ended`
         self.began = time.monotonic()
         sys.stdout.flush()
@@ -106,15 +117,17 @@ class Child:
         if self.pid == 0:
             self._live(work, folder, held)
 
-    def _live(self, work: Callable[[], int], folder: Path, held: int | None) -> None:
+    def _live(self, work: Callable[[], int], folder: Path, held: tuple[int, int] | None) -> None:
         status = _DIED
         try:
-            os.setpgid(0, 0)
+            if self._leads:
+                os.setpgid(0, 0)
             for number, file in enumerate(self._files, start=1):
                 os.dup2(file.fileno(), number)
             os.chdir(folder)
             if held is not None:
-                os.read(held, 1)
+                os.close(held[1])
+                os.read(held[0], 1)
             status = work()
             sys.stdout.flush()
         except SystemExit as left:
@@ -139,7 +152,7 @@ class Child:
         late = not pid and seconds > patience
         if late:
             with suppress(ProcessLookupError):
-                os.killpg(self.pid, signal.SIGKILL)  # also what it forked
+                os.killpg(self.pid, signal.SIGKILL) if self._leads else self.kill()
             _, code = os.waitpid(self.pid, 0)
         elif not pid:
             return None
@@ -162,9 +175,9 @@ def laser_fast(*arguments: str | Path) -> Callable[[], int]:
     return lambda: main([str(argument) for argument in arguments])
 
 
-def run(arguments: Sequence[str | Path], folder: Path) -> Ended:
+def run(arguments: Sequence[str | Path], folder: Path, patience: float = PATIENCE_S) -> Ended:
     """A command from its start to its end."""
-    return Child(laser_fast(*arguments), folder).ended()
+    return Child(laser_fast(*arguments), folder).ended(patience)
 
 
 def done(arguments: Sequence[str | Path], folder: Path) -> Ended:
@@ -199,7 +212,9 @@ def ask(work: Callable[[], Any], folder: Path) -> Any:
     return given
 
 
-def carry_out(trials: Iterable[Trial], folder: Path, until: float, at_once: int) -> Iterator[Findings]:
+def carry_out(
+    trials: Iterable[Trial], folder: Path, until: float, at_once: int, patience: float = PATIENCE_S
+) -> Iterator[Findings]:
     """Every trial in a process of its own, several at once; what each saw, as they end.
 
     A trial that dies, raises or hangs has lost: it is made to bear what it is given.
@@ -208,6 +223,7 @@ def carry_out(trials: Iterable[Trial], folder: Path, until: float, at_once: int)
         folder: for their findings.
         until: of the monotonic clock; no trial begins later.
         at_once: processes.
+        patience: seconds for each.
     """
     waiting, running = iter(trials), dict[Child, Path]()
     exhausted, number = False, 0
@@ -219,9 +235,10 @@ def carry_out(trials: Iterable[Trial], folder: Path, until: float, at_once: int)
                 break
             number += 1
             file = folder / f"findings-{number}.json"
-            running[Child(lambda trial=trial, file=file: _try(trial, file), folder)] = file
+            child = Child(lambda trial=trial, file=file: _try(trial, file), folder, leads=True)
+            running[child] = file
         for child, file in list(running.items()):
-            if (end := child.poll()) is not None:
+            if (end := child.poll(patience)) is not None:
                 del running[child]
                 yield _found(end, file)
         time.sleep(_POLL_S)
@@ -239,7 +256,7 @@ def _found(end: Ended, file: Path) -> Findings:
         found = Findings(**json.loads(file.read_text(encoding="utf-8")))
         file.unlink()
         return found
-    return Findings({"died": 1}, [end.told()])
+    return Findings({"died": 1}, 1, [end.told()])
 
 
 def one_thread() -> None:

@@ -1,6 +1,6 @@
 """Files damaged at random: what is read then is refused by name, or is exactly what was written.
 
-Lost is: another answer, an error of another kind or that does not name the file, and a process that dies or hangs.
+Lost is: another answer, an error of another kind or that names no file of the folder, a process that dies or hangs.
 """
 
 from __future__ import annotations
@@ -85,15 +85,17 @@ def _trials(scope: Scope, target: Target, right: list[Any]) -> Iterator[Trial]:
 
 def _try(findings: Findings, target: Target, right: list[Any], drawn: random.Random, place: Path) -> None:
     shutil.copytree(target.whole, place)
+    names = {path.name for path in place.rglob("*")}
     name, how = damage(drawn, place, target.other)
     told = f"{target.name}, {name}, {how}"
     _bound_memory()
     try:
         found = target.read(place)
     except (ValueError, FileNotFoundError) as error:
-        findings.saw("refused")
-        if Path(name).name not in str(error):
-            findings.lose(f"{told}: refused without the file's name by {type(error).__name__}: {str(error)[:200]}")
+        named = any(file in str(error) for file in names)
+        findings.saw("refused" if named else "refused without a name")
+        if not named:
+            findings.lose(f"{told}: {type(error).__name__} names no file: {str(error)[:200]}")
     except BaseException as error:
         findings.saw("failed")
         findings.lose(f"{told}: {type(error).__name__}: {str(error)[:200]}")

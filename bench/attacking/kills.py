@@ -67,18 +67,23 @@ class Command:
 
 def attack(scope: Scope) -> None:
     """A line for each of the three commands that write folders."""
-    for command in (_prepare(scope), _recommender(scope.world), _train(scope.world)):
+    for command in commands(scope):
         what = f"`{command.name}` killed by SIGKILL at random moments, then given again"
         if not command.known():
             scope.not_run(command.name, what, "it knows no --resume")
             continue
-        expected, durations = _uninterrupted(command, scope.place(command.name, "whole"))
+        expected, durations = uninterrupted(command, scope.place(command.name, "whole"))
         trials = _trials(scope, command, expected, statistics.median(durations))
         scope.try_all(command.name, what, trials)
 
 
-def _uninterrupted(command: Command, place: Path) -> tuple[dict[str, Any], list[float]]:
-    """The files and how long they took."""
+def commands(scope: Scope) -> list[Command]:
+    """Those that write folders."""
+    return [_prepare(scope), _recommender(scope.world), _train(scope.world)]
+
+
+def uninterrupted(command: Command, place: Path) -> tuple[dict[str, Any], list[float]]:
+    """What it writes, and how long each of three took."""
     found, durations = {}, []
     for number in range(3):
         folder = place / str(number)
@@ -133,7 +138,9 @@ def _try(
         return
     found = contents(folder / "out")
     if differing := [name for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]:
-        findings.lose(f"{told}, killed after {killed}: {', '.join(differing)} differ from those of an uninterrupted one")
+        findings.lose(
+            f"{told}, killed after {killed}: {', '.join(differing)} differ from those of an uninterrupted one"
+        )
     if beside := sorted(path.name for path in folder.iterdir() if path.name != "out"):
         findings.lose(f"{told}, killed after {killed}: {', '.join(beside)} lie beside it")
     shutil.rmtree(folder)

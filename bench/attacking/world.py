@@ -89,7 +89,14 @@ class World:
         """A finished training."""
         place = self.folder / f"run-{seed}"
         if not place.exists():
-            settings = ["--set", f"output={place}", "--set", f"training.seed={seed}", "--set", "evaluation.calibrate=true"]
+            settings = [
+                "--set",
+                f"output={place}",
+                "--set",
+                f"training.seed={seed}",
+                "--set",
+                "evaluation.calibrate=true",
+            ]
             done(["train", self.configuration, *settings], self.folder)
         return place
 
@@ -128,7 +135,9 @@ class World:
         from laser_fast.data import SequenceDataset
 
         data = SequenceDataset.load(self.data)
-        return [[data.items.ids[item] for item in data.sequence(user)[: 1 + user % 5]] for user in range(data.num_users)]
+        return [
+            [data.items.ids[item] for item in data.sequence(user)[: 1 + user % 5]] for user in range(data.num_users)
+        ]
 
 
 def model(world: World, kind: str = "bert", **settings: Any) -> Any:
@@ -140,10 +149,15 @@ def model(world: World, kind: str = "bert", **settings: Any) -> Any:
     from laser_fast.models.recommender_files import load_recommender
 
     torch.manual_seed(0)
-    config = {key: value for key, value in yaml.safe_load(world.configuration.read_text()).items() if key in _OF_A_MODEL}
+    config = {
+        key: value for key, value in yaml.safe_load(world.configuration.read_text()).items() if key in _OF_A_MODEL
+    }
     items = SequenceDataset.load(world.data).items
     made = LaserModel.from_pretrained(
-        str(world.language_model(kind)), items=items, recommender=load_recommender(world.recommender()), config=config | settings
+        str(world.language_model(kind)),
+        items=items,
+        recommender=load_recommender(world.recommender()),
+        config=config | settings,
     )
     made.refresh_items()
     return made.eval()

@@ -1,0 +1,187 @@
+"""Places that cannot be written: full, read-only, of a wrong kind, of a name too long.
+
+Lost is: anything but one line of refusal, a result that is half there, and a command that, given again when there is
+room, does not come to what an uninterrupted one writes.
+"""
+
+from __future__ import annotations
+
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from attacking.attack import Scope
+from attacking.children import Child, Ended, Findings, Trial, ask, laser_fast, run
+from attacking.kills import Command, commands, contents, uninterrupted
+from attacking.mounts import mount, remount
+
+TITLE = "places"
+_TIMES = 25  # of every command, for a full disk and for files that may not grow
+_ROOM = 64 * 2**20
+_LEAST_BYTES = 4096  # a page: what a file takes at least
+
+
+def attack(scope: Scope) -> None:
+    """Lines for full disks, read-only ones, and places of a wrong kind."""
+    allowed = _mounts_are_allowed(scope)
+    for command in commands(scope):
+        full, small, closed = (
+            f"`{command.name}` {words}" for words in ("on a full disk", "with a bound on files", "on a read-only disk")
+        )
+        if not command.known():
+            scope.not_run(command.name, full, "it knows no --resume")
+            continue
+        expected, _ = uninterrupted(command, scope.place(command.name, "whole"))
+        if allowed:
+            scope.try_all(command.name, full, _trials(scope, command, expected, _full))
+            scope.try_all(
+                command.name, closed, [lambda findings, command=command: _read_only(findings, scope, command)]
+            )
+        else:
+            scope.not_run(command.name, full, "no process may mount here")
+        scope.try_all(command.name, small, _trials(scope, command, expected, _bounded))
+    scope.try_all("places", "outputs and inputs of a wrong kind or with an impossible name", _odd(scope))
+
+
+Fault = Callable[[Path, int, Callable[[], Ended]], Ended]
+
+
+def _trials(scope: Scope, command: Command, expected: dict[str, object], fault: Fault) -> Iterator[Trial]:
+    size = sum(len(content) for content in expected.values() if isinstance(content, bytes))
+    for number in range(scope.times(_TIMES)):
+        drawn = scope.random(TITLE, command.name, fault.__name__, number)
+        room = drawn.randint(_LEAST_BYTES, 2 * size)
+        folder = scope.place(command.name, fault.__name__, number)
+        yield lambda findings, room=room, folder=folder: _try(findings, command, expected, fault, room, folder)
+
+
+def _try(
+    findings: Findings, command: Command, expected: dict[str, object], fault: Fault, room: int, folder: Path
+) -> None:
+    told = f"{command.name}, {fault.__name__.strip('_')} at {room} bytes"
+    end = fault(folder, room, lambda: run(command.words, folder))
+    if end.status == 0:
+        findings.saw("had room")
+    elif end.refusal() is None:
+        findings.saw("failed")
+        findings.lose(f"{told}: {end.told()}")
+    else:
+        findings.saw("refused")
+    try:
+        command.check(folder / "out")
+    except Exception as error:
+        findings.lose(f"{told}: a reader meets {type(error).__name__}: {str(error)[:200]}")
+    if beside := sorted(path.name for path in folder.iterdir() if path.name != "out"):
+        findings.lose(f"{told}: {', '.join(beside)} lie beside it")
+    if end.status and (end := run(command.again(folder), folder)).status:
+        findings.lose(f"{told}: given again with more room it ends with {end.told()}")
+        return
+    found = contents(folder / "out")
+    if differing := [name for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]:
+        findings.lose(f"{told}: given again, {', '.join(differing)} differ from those of an uninterrupted one")
+
+
+def _full(folder: Path, room: int, command: Callable[[], Ended]) -> Ended:
+    """On a file system of so many bytes, which is larger afterwards."""
+    mount(folder, room)
+    try:
+        return command()
+    finally:
+        remount(folder, _ROOM)
+
+
+def _bounded(folder: Path, room: int, command: Callable[[], Ended]) -> Ended:
+    """With files of at most so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room // 4, before[1]))
+    try:
+        return command()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def _read_only(findings: Findings, scope: Scope, command: Command) -> None:
+    folder = scope.place(command.name, "read-only")
+    mount(folder, _ROOM)
+    remount(folder, _ROOM, writable=False)
+    _expect_refusal(findings, command.name, run(command.words, folder))
+
+
+def _mounts_are_allowed(scope: Scope) -> bool:
+    place = scope.place("mounts")
+
+    def allowed() -> bool:
+        try:
+            mount(place, _ROOM)
+        except OSError:
+            return False
+        return True
+
+    return bool(ask(allowed, scope.folder))
+
+
+def _expect_refusal(findings: Findings, told: str, end: Ended) -> None:
+    refused = end.refusal() is not None
+    findings.saw("refused" if refused else "failed" if end.status else "accepted")
+    if not refused:
+        findings.lose(f"{told}: {end.told()}")
+
+
+def _odd(scope: Scope) -> Iterator[Trial]:
+    """Every one of them is to be refused."""
+    world = scope.world
+    log, items = world.sources
+    data, recommender, configuration, trained = world.data, world.recommender(), world.configuration, world.run()
+    file = scope.folder / "a-file"
+    file.write_text("x")
+    full = scope.place("a-folder")
+    (full / "own.txt").write_text("x")
+    link = scope.folder / "a-link"
+    link.symlink_to(full)
+    outputs: dict[str, str | Path] = {
+        "a name of 300 letters": "n" * 300,
+        "a name of 250 letters": "n" * 250,  # it fits, what is written beside it does not
+        "a path of 5000 letters": "/".join(["n" * 99] * 50),
+        "a file": file,
+        "a folder in a file": file / "out",
+        "a folder of somebody": full,
+        "a link to it": link,
+        "a device": "/dev/full",
+        "a place in /proc": "/proc/out",
+        "nothing": "",
+    }
+    sources = ["--interactions", log, "--items", items]
+    for name, out in outputs.items():
+        yield _refused(scope, f"prepare into {name}", ["prepare", out, *sources])
+        yield _refused(scope, f"recommender train into {name}", ["recommender", "train", data, out])
+        yield _refused(scope, f"train into {name}", ["train", configuration, "--set", f"output={out}"])
+    for name, source in {"a folder": full, "no file": full / "none", "a device": "/dev/full", "nothing": ""}.items():
+        yield _refused(scope, f"prepare from {name}", ["prepare", "out", "--interactions", source, "--items", items])
+        yield _refused(scope, f"items from {name}", ["prepare", "out", "--interactions", log, "--items", source])
+        yield _refused(scope, f"train by {name}", ["train", source])
+        yield _refused(scope, f"recommender train on {name}", ["recommender", "train", source, "out"])
+        yield _refused(scope, f"train on {name}", ["train", configuration, "--set", f"data={source}"])
+        yield _refused(scope, f"train with {name}", ["train", configuration, "--set", f"recommender={source}"])
+        yield _refused(scope, f"recommend by {name}", ["recommend", source, "--history", "i1"])
+    for name, out in {
+        "a device": "/dev/full",
+        "a folder": full,
+        "a folder in a file": file / "x",
+        "a name of 300 letters": "n" * 300,
+    }.items():
+        yield _refused(scope, f"evaluate into {name}", ["evaluate", trained, "--output", out])
+        if name != "a folder":
+            yield _refused(scope, f"report into {name}", ["report", trained, "--output", out])
+
+
+def _refused(scope: Scope, told: str, words: list[str | Path]) -> Trial:
+    def trial(findings: Findings) -> None:
+        folder = scope.place("odd", told.replace("/", "-").replace(" ", "-"))
+        end = Child(laser_fast(*words), folder).ended()
+        _expect_refusal(findings, told, end)
+        if left := sorted(path.name for path in folder.iterdir()):
+            findings.lose(f"{told}: left {', '.join(left)}")
+        shutil.rmtree(folder)
+
+    return trial
