@@ -20,11 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from laser_fast.cli import parser
-
 from attacking.attack import Scope
 from attacking.children import Child, Ended, Findings, Trial, done, laser_fast, run
 from attacking.world import RECOMMENDER, World
+from laser_fast.cli import parser
 
 TITLE = "kills"
 _KILLS = 75  # of every command; some strike when all is over, and are none

@@ -6,19 +6,22 @@ room, does not come to what an uninterrupted one writes.
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from attacking.attack import Scope
-from attacking.children import Child, Ended, Findings, Trial, ask, laser_fast, run
+from attacking.children import Ended, Findings, Trial, ask, run
 from attacking.kills import Command, commands, contents, uninterrupted
 from attacking.mounts import mount, remount
+from attacking.world import RECOMMENDER
 
 TITLE = "places"
 _TIMES = 25  # of every command, for a full disk and for files that may not grow
 _ROOM = 64 * 2**20
+_POSSIBLE = ("a name of 250 letters", "nothing")  # some commands need nothing beside it, and nothing is here
 _LEAST_BYTES = 4096  # a page: what a file takes at least
 
 
@@ -129,59 +132,68 @@ def _expect_refusal(findings: Findings, told: str, end: Ended) -> None:
 
 
 def _odd(scope: Scope) -> Iterator[Trial]:
-    """Every one of them is to be refused."""
-    world = scope.world
+    """Every one of them is to be refused, or where it may be meant so, done."""
+    world, odd = scope.world, _odd_places(scope)
     log, items = world.sources
-    data, recommender, configuration, trained = world.data, world.recommender(), world.configuration, world.run()
-    file = scope.folder / "a-file"
-    file.write_text("x")
-    full = scope.place("a-folder")
-    (full / "own.txt").write_text("x")
-    link = scope.folder / "a-link"
-    link.symlink_to(full)
-    outputs: dict[str, str | Path] = {
-        "a name of 300 letters": "n" * 300,
-        "a name of 250 letters": "n" * 250,  # it fits, what is written beside it does not
-        "a path of 5000 letters": "/".join(["n" * 99] * 50),
-        "a file": file,
-        "a folder in a file": file / "out",
-        "a folder of somebody": full,
-        "a link to it": link,
-        "a device": "/dev/full",
-        "a place in /proc": "/proc/out",
-        "nothing": "",
-    }
-    sources = ["--interactions", log, "--items", items]
-    for name, out in outputs.items():
-        yield _refused(scope, f"prepare into {name}", ["prepare", out, *sources])
-        yield _refused(scope, f"recommender train into {name}", ["recommender", "train", data, out])
-        yield _refused(scope, f"train into {name}", ["train", configuration, "--set", f"output={out}"])
-    for name, source in {"a folder": full, "no file": full / "none", "a device": "/dev/full", "nothing": ""}.items():
-        yield _refused(scope, f"prepare from {name}", ["prepare", "out", "--interactions", source, "--items", items])
-        yield _refused(scope, f"items from {name}", ["prepare", "out", "--interactions", log, "--items", source])
+    data, configuration, trained = world.data, world.configuration, world.run()
+    for name, out in odd.items():
+        may = name in _POSSIBLE
+        yield _refused(scope, f"prepare into {name}", ["prepare", out, *_sources(log, items)], may)
+        yield _refused(scope, f"recommender train into {name}", ["recommender", "train", data, out, *RECOMMENDER], may)
+        yield _refused(scope, f"train into {name}", ["train", configuration, "--set", f"output={out}"], may)
+        if name not in ("nothing", "a folder of somebody", "a link to it"):
+            yield _refused(scope, f"evaluate into {name}", ["evaluate", trained, "--output", out], may)
+    kept = ("a folder of somebody", "nothing", "a folder in a file", "a name of 300 letters")
+    sources = {name: odd[name] for name in kept} | {"no file": scope.folder / "none", "an empty device": "/dev/null"}
+    for name, source in sources.items():
+        yield _refused(scope, f"prepare from {name}", ["prepare", "out", *_sources(source, items)])
+        yield _refused(scope, f"items from {name}", ["prepare", "out", *_sources(log, source)])
         yield _refused(scope, f"train by {name}", ["train", source])
         yield _refused(scope, f"recommender train on {name}", ["recommender", "train", source, "out"])
         yield _refused(scope, f"train on {name}", ["train", configuration, "--set", f"data={source}"])
         yield _refused(scope, f"train with {name}", ["train", configuration, "--set", f"recommender={source}"])
         yield _refused(scope, f"recommend by {name}", ["recommend", source, "--history", "i1"])
-    for name, out in {
-        "a device": "/dev/full",
-        "a folder": full,
-        "a folder in a file": file / "x",
+
+
+def _sources(log: str | Path, items: str | Path) -> list[str | Path]:
+    return ["--interactions", log, "--items", items]
+
+
+def _odd_places(scope: Scope) -> dict[str, str | Path]:
+    """Where nothing can or may be written. No device of the system: who is root would lose it."""
+    file, full, link, pipe = (scope.folder / name for name in ("a-file", "a-folder", "a-link", "a-pipe"))
+    file.write_text("x", encoding="utf-8")
+    full.mkdir()
+    (full / "own.txt").write_text("x", encoding="utf-8")
+    link.symlink_to(full)
+    os.mkfifo(pipe)
+    return {
         "a name of 300 letters": "n" * 300,
-    }.items():
-        yield _refused(scope, f"evaluate into {name}", ["evaluate", trained, "--output", out])
-        if name != "a folder":
-            yield _refused(scope, f"report into {name}", ["report", trained, "--output", out])
+        "a name of 250 letters": "n" * 250,  # it fits, what is written beside it does not
+        "a path of 5000 letters": "/".join(["n" * 99] * 50),
+        "a folder in a file": file / "out",
+        "a folder of somebody": full,
+        "a link to it": link,
+        "a pipe": pipe,
+        "a place in /proc": "/proc/out",
+        "nothing": "",
+    }
 
 
-def _refused(scope: Scope, told: str, words: list[str | Path]) -> Trial:
+def _refused(scope: Scope, told: str, words: list[str | Path], may_succeed: bool = False) -> Trial:
     def trial(findings: Findings) -> None:
         folder = scope.place("odd", told.replace("/", "-").replace(" ", "-"))
-        end = Child(laser_fast(*words), folder).ended()
-        _expect_refusal(findings, told, end)
-        if left := sorted(path.name for path in folder.iterdir()):
-            findings.lose(f"{told}: left {', '.join(left)}")
+        end = run(words, folder)
+        if end.status == 0 and may_succeed:
+            findings.saw("done")
+        else:
+            _expect_refusal(findings, told, end)
+            if left := sorted(path.name[:40] for path in folder.iterdir()):
+                findings.lose(f"{told}: left {', '.join(left)}")
+        if not (pipe := scope.folder / "a-pipe").is_fifo():
+            findings.lose(f"{told}: the pipe is none any more")
+            pipe.unlink()
+            os.mkfifo(pipe)
         shutil.rmtree(folder)
 
     return trial

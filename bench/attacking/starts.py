@@ -1,4 +1,4 @@
-"""Many processes that begin the same output at once, each in its own way: one of them writes it, the others are refused.
+"""Many processes that begin one output at once, each in its own way: one of them writes it, the others are refused.
 
 Lost is: no winner or several, a process that is not refused in one line with the folder's name, and a folder that is
 not bit by bit what the winner writes alone.
