@@ -2,7 +2,7 @@
 
     python bench/attack.py OUT                    # everything, in 14 minutes on two cores
     python bench/attack.py OUT --seed 1 --only kills threads
-    python bench/attack.py OUT --rehearse         # two of everything; no figure is kept
+    python bench/attack.py OUT --rehearse         # everything once; no figure is kept
     python bench/attack.py --table                # the table of docs/reliability.md, from bench/results/cpu/attack.json
 
 OUT, a new folder, gets attack.json: on what, when and by which command it was made, and a line for every attack with

@@ -27,7 +27,7 @@ class Scope:
         seed: all that is drawn follows from it.
         until: of the monotonic clock: no trial begins later.
         at_once: processes.
-        rehearse: whether every count is two.
+        rehearse: whether everything is tried once.
         take: is given every line as it is finished.
     """
 
@@ -46,7 +46,7 @@ class Scope:
 
     def times(self, count: int) -> int:
         """How often something is tried."""
-        return min(count, 2) if self.rehearse else count
+        return 1 if self.rehearse else count
 
     def place(self, *words: object) -> Path:
         """A new folder."""

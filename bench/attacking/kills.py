@@ -71,8 +71,7 @@ def attack(scope: Scope) -> None:
         if not command.known():
             scope.not_run(command.name, what, "it knows no --resume")
             continue
-        expected, durations = uninterrupted(command, scope.place(command.name, "whole"))
-        trials = _trials(scope, command, expected, statistics.median(durations))
+        trials = _trials(scope, command, *uninterrupted(scope, command))
         scope.try_all(command.name, what, trials)
 
 
@@ -81,15 +80,16 @@ def commands(scope: Scope) -> list[Command]:
     return [_prepare(scope), _recommender(scope.world), _train(scope.world)]
 
 
-def uninterrupted(command: Command, place: Path) -> tuple[dict[str, Any], list[float]]:
-    """What it writes, and how long each of three took."""
-    found, durations = {}, []
-    for number in range(3):
-        folder = place / str(number)
-        folder.mkdir()
-        durations.append(done(command.words, folder).seconds)
-        found = contents(folder / "out")
-    return found, durations
+def uninterrupted(scope: Scope, command: Command) -> tuple[dict[str, Any], float]:
+    """What it writes, and how long it takes; for all attacks of a run once."""
+    known = scope.world.uninterrupted
+    if command.name not in known:
+        durations = []
+        for number in range(scope.times(3)):
+            folder = scope.place(command.name, "whole", number)
+            durations.append(done(command.words, folder).seconds)
+        known[command.name] = contents(folder / "out"), statistics.median(durations)
+    return known[command.name]
 
 
 def _trials(scope: Scope, command: Command, expected: dict[str, Any], duration: float) -> Iterator[Trial]:

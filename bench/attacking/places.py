@@ -35,7 +35,7 @@ def attack(scope: Scope) -> None:
         if not command.known():
             scope.not_run(command.name, full, "it knows no --resume")
             continue
-        expected, _ = uninterrupted(command, scope.place(command.name, "whole"))
+        expected, _ = uninterrupted(scope, command)
         if allowed:
             scope.try_all(command.name, full, _trials(scope, command, expected, _full))
             scope.try_all(
@@ -44,7 +44,9 @@ def attack(scope: Scope) -> None:
         else:
             scope.not_run(command.name, full, "no process may mount here")
         scope.try_all(command.name, small, _trials(scope, command, expected, _bounded))
-    scope.try_all("places", "outputs and inputs of a wrong kind or with an impossible name", _odd(scope))
+    odd = list(_odd(scope))
+    what = "outputs and inputs of a wrong kind or with an impossible name"
+    scope.try_all("places", what, odd[: scope.times(len(odd))])
 
 
 Fault = Callable[[Path, int, Callable[[], Ended]], Ended]

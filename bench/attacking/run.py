@@ -49,7 +49,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=14.0, help="no trial begins later (default: 14)")
     parser.add_argument("--only", nargs="+", choices=list(ATTACKS), default=list(ATTACKS), metavar="NAME")
-    parser.add_argument("--rehearse", action="store_true", help="two of everything; no figure is kept")
+    parser.add_argument("--rehearse", action="store_true", help="everything once; no figure is kept")
     parser.add_argument("--table", action="store_true", help="write the table of the page")
     return parser
 
@@ -57,6 +57,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
 def _attack(parsed: argparse.Namespace, command: str) -> list[Line]:
     from laser_fast.training.run_directory import describe_environment
 
+    modules = {name: importlib.import_module(f"attacking.{name}") for name in ATTACKS}
     one_thread()
     begin = time.monotonic()
     end = begin + 60 * parsed.minutes
@@ -79,7 +80,7 @@ def _attack(parsed: argparse.Namespace, command: str) -> list[Line]:
         until = now + share * (end - now)
         scope = Scope(world, scratch / name, parsed.seed, until, at_once, parsed.rehearse, take)
         scope.folder.mkdir()
-        importlib.import_module(f"attacking.{name}").attack(scope)
+        modules[name].attack(scope)
         shutil.rmtree(scope.folder)
     shutil.rmtree(scratch)
     return report["lines"]

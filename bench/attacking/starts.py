@@ -43,7 +43,7 @@ def attack(scope: Scope) -> None:
     }
     for name, words in commands.items():
         words(0)  # makes what all of them read
-        starts, folder = max(3, scope.times(_STARTS)), scope.place(TITLE, name)
+        starts, folder = max(2, scope.times(_STARTS)), scope.place(TITLE, name)
         what = f"`{name}` begun {starts} times at once with one output"
         trial = [lambda findings, words=words, starts=starts, folder=folder: _try(findings, words, starts, folder)]
         scope.try_all(name, what, trial, patience=_PATIENCE_S)

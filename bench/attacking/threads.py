@@ -45,7 +45,8 @@ def _trials(scope: Scope, how: tuple[str, dict[str, Any], int, bool]) -> Iterato
     world = scope.world
     world.language_model(how[0])
     world.configuration  # noqa: B018 made before the trials, which would each make it
-    for name in _CALLS:
+    names = list(_CALLS)  # the last one has all of them in it
+    for name in names[-1:] if scope.rehearse else names:
         yield lambda findings, name=name: _try(findings, world, how, name, scope.times(_ANSWERS))
 
 

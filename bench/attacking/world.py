@@ -22,10 +22,14 @@ class World:
 
     Args:
         folder: for all of it.
+
+    Attributes:
+        uninterrupted: by the name of a command what it writes, and in which time.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.uninterrupted: dict[str, tuple[dict[str, Any], float]] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
     @cached_property
@@ -59,7 +63,8 @@ class World:
     @cached_property
     def configuration(self) -> Path:
         """Of a training with all stages and dropout, which keeps its state after every step; the output is not set."""
-        stage = {"epochs": 2, "rows_per_epoch": 24}
+        epochs = {"pretrain": 1, "phase_a": 2, "phase_b": 1}
+        stages = {name: {"epochs": count, "rows_per_epoch": 24} for name, count in epochs.items()}
         mformer = {"width": 16, "num_layers": 2, "num_heads": 2, "num_experts": 3, "num_queries": 2, "max_history": 4}
         values = {
             "data": str(self.data),
@@ -74,9 +79,7 @@ class World:
             "training": {
                 "batch_size": 12,
                 "save_steps": 1,
-                "pretrain": stage,
-                "phase_a": stage,
-                "phase_b": stage,
+                **stages,
                 "optimizer": {"learning_rate": 0.03},
             },
             "evaluation": {"calibrate": False},
