@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -15,6 +16,11 @@ from attacking.world import World
 _KEPT = 20  # losses that a line spells out
 
 Line = dict[str, Any]
+
+
+def without_folders(text: str) -> str:
+    """Words that can be published: of an absolute path the last name, nothing of whose machine it was."""
+    return re.sub(r"(?<![\w.~])(/[^\s/'\":]+)+/(?=[^\s/])", "", text)
 
 
 @dataclass
@@ -65,6 +71,9 @@ class Scope:
         begin, all_of_them = time.monotonic(), Findings()
         for found in carry_out(trials, self.folder, self.until, self.at_once, patience):
             all_of_them.add(found)
+        if not all_of_them.outcomes and not all_of_them.lost:
+            self.not_run(name, what, "no time was left")
+            return
         self.report(name, what, all_of_them, time.monotonic() - begin)
 
     def report(self, name: str, what: str, found: Findings, seconds: float) -> None:
@@ -75,7 +84,7 @@ class Scope:
             "tried": sum(found.outcomes.values()),
             "outcomes": dict(sorted(found.outcomes.items())),
             "lost": found.lost,
-            "losses": found.losses[:_KEPT],
+            "losses": [without_folders(loss) for loss in found.losses[:_KEPT]],
             "seconds": round(seconds, 1),
             "not_run": None,
         }

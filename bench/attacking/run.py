@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from attacking.attack import Line, Scope
-from attacking.children import one_thread
+from attacking.attack import Line, Scope, without_folders
+from attacking.children import Findings, one_thread
 from attacking.table import RESULTS, put_into_page
 from attacking.world import World
 
@@ -35,9 +35,9 @@ def main(description: str, arguments: Sequence[str] | None = None) -> int:
     if parsed.out is None:
         parser.error("OUT must be named, unless --table is asked for")
     parsed.out.mkdir(parents=True)
-    words = sys.argv[1:] if arguments is None else arguments
-    lines = _attack(parsed, shlex.join(["python", "bench/attack.py", *map(str, words)]))
-    lost, idle = sum(line["lost"] for line in lines), [line["name"] for line in lines if line["not_run"]]
+    words = [without_folders(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    lines = _attack(parsed, shlex.join(["python", "bench/attack.py", *words]))
+    lost, idle = sum(line["lost"] for line in lines), dict.fromkeys(line["name"] for line in lines if line["not_run"])
     print(f"lost: {lost} of {sum(line['tried'] for line in lines):,}; not run: {', '.join(idle) or 'nothing'}")
     return int(lost > 0)
 
@@ -80,7 +80,10 @@ def _attack(parsed: argparse.Namespace, command: str) -> list[Line]:
         until = now + share * (end - now)
         scope = Scope(world, scratch / name, parsed.seed, until, at_once, parsed.rehearse, take)
         scope.folder.mkdir()
-        modules[name].attack(scope)
+        try:
+            modules[name].attack(scope)
+        except Exception as error:  # what it needs could not be made: the others are tried all the same
+            scope.report(name, name, Findings({"died": 1}, 1, [f"{type(error).__name__}: {error}"]), 0.0)
         shutil.rmtree(scope.folder)
     shutil.rmtree(scratch)
     return report["lines"]
