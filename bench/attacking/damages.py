@@ -64,15 +64,16 @@ def _right(target: Target, place: Path) -> list[Any]:
 def _targets(scope: Scope) -> list[Target]:
     world, histories = scope.world, scope.world.histories()
     data, folds = world.data, world.recommender()
+    twin = 0 if scope.rehearse else 1  # what is swapped is of another seed, and in a rehearsal not swapped
     other_data = scope.place("other-data") / "data"
     log, items = world.sources
     done(["prepare", other_data, "--interactions", log, "--items", items, "--max-history", "5"], scope.folder)
     return [
-        Target("a saved Laser", world.saved(), world.saved(1), lambda place: _answers(_load(place), histories), 150),
-        Target("a run", world.run(), world.run(1), lambda place: _answers(_load_run(place), histories), 100),
-        Target("a recommender with folds", folds, world.recommender(1), _states, 150),
+        Target("a saved Laser", world.saved(), world.saved(twin), lambda place: _answers(_load(place), histories), 150),
+        Target("a run", world.run(), world.run(twin), lambda place: _answers(_load_run(place), histories), 100),
+        Target("a recommender with folds", folds, world.recommender(twin), _states, 150),
         Target("a data set", data, other_data, _data_hash, 150),
-        Target("states of a run", world.stopped(), world.stopped(1), _newest_state, 100, _both_states),
+        Target("states of a run", world.stopped(), world.stopped(twin), _newest_state, 100, _both_states),
     ]
 
 

@@ -28,7 +28,7 @@ _LEAST_BYTES = 4096  # a page: what a file takes at least
 def attack(scope: Scope) -> None:
     """Lines for full disks, read-only ones, and places of a wrong kind."""
     allowed = _mounts_are_allowed(scope)
-    for command in commands(scope):
+    for command in commands(scope)[: scope.times(3)]:
         full, small, closed = (
             f"`{command.name}` {words}" for words in ("on a full disk", "with a bound on files", "on a read-only disk")
         )
