@@ -45,6 +45,7 @@ class Scope:
     rehearse: bool
     take: Callable[[Line], None]
     lines: list[Line] = field(default_factory=list)
+    _to_come: int = 1
 
     def random(self, *words: object) -> random.Random:
         """A generator of its own for everything that is named."""
@@ -60,6 +61,14 @@ class Scope:
         place.mkdir(parents=True)
         return place
 
+    def divide(self, lines: int) -> None:
+        """Say how many lines are to come, which share the time that is left."""
+        self._to_come = lines
+
+    def _until(self) -> float:
+        now = time.monotonic()
+        return now + (self.until - now) / max(1, self._to_come)
+
     def try_all(self, name: str, what: str, trials: Iterable[Trial], *, patience: float = PATIENCE_S) -> None:
         """Carry out the trials of one line of the table.
 
@@ -69,7 +78,7 @@ class Scope:
             patience: seconds for each trial.
         """
         begin, all_of_them = time.monotonic(), Findings()
-        for found in carry_out(trials, self.folder, self.until, self.at_once, patience):
+        for found in carry_out(trials, self.folder, self._until(), self.at_once, patience):
             all_of_them.add(found)
         if not all_of_them.outcomes and not all_of_them.lost:
             self.not_run(name, what, "no time was left")
@@ -96,5 +105,6 @@ class Scope:
         self._take({"name": name, "what": what, **counts, "not_run": reason})
 
     def _take(self, line: Line) -> None:
+        self._to_come -= 1
         self.lines.append(line)
         self.take(line)

@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -96,7 +95,7 @@ class Ended:
 
 
 class Child:
-    """A process that calls a function with its output in files; forked at once, or held until a pipe is closed.
+    """A process that calls a function listened to; forked at once, or held until a pipe is closed.
 
     Args:
         work: gives the exit status.
@@ -109,34 +108,43 @@ class Child:
         self, work: Callable[[], int], folder: Path, *, held: tuple[int, int] | None = None, leads: bool = False
     ) -> None:
         self._leads = leads
-        self._files = [tempfile.TemporaryFile(), tempfile.TemporaryFile()]  # noqa: SIM115 closed by `ended`
+        pipes = [os.pipe(), os.pipe()]  # no files: what bounds a command's files is not to bound what it says
+        self._said = [b"", b""]
         self.began = time.monotonic()
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            self._live(work, folder, held)
+            self._live(work, folder, held, [writing for _, writing in pipes])
+        for _, writing in pipes:
+            os.close(writing)
+        self._reading = [reading for reading, _ in pipes]
+        for reading in self._reading:
+            os.set_blocking(reading, False)
 
-    def _live(self, work: Callable[[], int], folder: Path, held: tuple[int, int] | None) -> None:
+    def _live(
+        self, work: Callable[[], int], folder: Path, held: tuple[int, int] | None, outputs: Sequence[int]
+    ) -> None:
         status = _DIED
         try:
             if self._leads:
                 os.setpgid(0, 0)
-            for number, file in enumerate(self._files, start=1):
-                os.dup2(file.fileno(), number)
+            for number, writing in enumerate(outputs, start=1):
+                os.dup2(writing, number)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
             os.chdir(folder)
             if held is not None:
                 os.close(held[1])
                 os.read(held[0], 1)
             status = work()
-            sys.stdout.flush()
         except SystemExit as left:
             status = left.code if isinstance(left.code, int) else _DIED
         except BaseException:
             traceback.print_exc()
         finally:
-            with suppress(Exception):
-                sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(Exception):
+                    stream.flush()
             os._exit(status)
 
     def ended(self, patience: float = PATIENCE_S) -> Ended:
@@ -147,6 +155,7 @@ class Child:
 
     def poll(self, patience: float = PATIENCE_S) -> Ended | None:
         """How it ended; None while it runs."""
+        self._listen()
         seconds = time.monotonic() - self.began
         pid, code = os.waitpid(self.pid, os.WNOHANG)
         late = not pid and seconds > patience
@@ -156,12 +165,17 @@ class Child:
             _, code = os.waitpid(self.pid, 0)
         elif not pid:
             return None
-        said = []
-        for file in self._files:
-            file.seek(0)
-            said.append(file.read().decode("utf-8", "replace"))
-            file.close()
+        self._listen()
+        for reading in self._reading:
+            os.close(reading)
+        said = [content.decode("utf-8", "replace") for content in self._said]
         return Ended(os.waitstatus_to_exitcode(code), *said, seconds, late)
+
+    def _listen(self) -> None:
+        for stream, reading in enumerate(self._reading):
+            with suppress(BlockingIOError):
+                while content := os.read(reading, 1 << 16):
+                    self._said[stream] += content
 
     def kill(self) -> None:
         """SIGKILL, as a power user, a scheduler or the kernel out of memory sends it."""

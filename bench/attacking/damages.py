@@ -47,7 +47,8 @@ class Target:
 
 def attack(scope: Scope) -> None:
     """A line for every kind of folder."""
-    for target in _targets(scope):
+    scope.divide(len(targets := _targets(scope)))
+    for target in targets:
         right = ask(lambda target=target: _right(target, scope.folder / "whole"), scope.folder)
         what = f"{target.name}: a file cut, deleted, swapped for another's, a bit, a block or a JSON value changed"
         trials = _trials(scope, target, right)

@@ -58,7 +58,8 @@ class Kind:
 
 def attack(scope: Scope) -> None:
     """A line for every form of input."""
-    for kind in _kinds(scope):
+    scope.divide(len(kinds := list(_kinds(scope))))
+    for kind in kinds:
         subject = "the rows of a log and an item file" if kind.writes else "a configuration"
         scope.try_all(kind.name, f"{subject}, mutated: {kind.name}", _trials(scope, kind))
 

@@ -66,7 +66,8 @@ class Command:
 
 def attack(scope: Scope) -> None:
     """A line for each of the three commands that write folders."""
-    for command in commands(scope):
+    scope.divide(len(writing := commands(scope)))
+    for command in writing:
         what = f"`{command.name}` killed by SIGKILL at random moments, then given again"
         if not command.known():
             scope.not_run(command.name, what, "it knows no --resume")

@@ -28,7 +28,9 @@ _LEAST_BYTES = 4096  # a page: what a file takes at least
 def attack(scope: Scope) -> None:
     """Lines for full disks, read-only ones, and places of a wrong kind."""
     allowed = _mounts_are_allowed(scope)
-    for command in commands(scope)[: scope.times(3)]:
+    writing = commands(scope)[: scope.times(3)]
+    scope.divide(1 + 3 * len(writing))
+    for command in writing:
         full, small, closed = (
             f"`{command.name}` {words}" for words in ("on a full disk", "with a bound on files", "on a read-only disk")
         )

@@ -41,6 +41,7 @@ def attack(scope: Scope) -> None:
             *("train", world.configuration, "--set", f"output={_NAME}", "--set", f"training.seed={turn}")
         ],
     }
+    scope.divide(len(commands))
     for name, words in list(commands.items())[: scope.times(len(commands))]:
         words(0)  # makes what all of them read
         starts, folder = max(2, scope.times(_STARTS)), scope.place(TITLE, name)

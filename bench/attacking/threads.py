@@ -36,6 +36,7 @@ Call = Callable[[int], Any]
 
 def attack(scope: Scope) -> None:
     """A line for every model."""
+    scope.divide(len(_MODELS))
     for name, how in list(_MODELS.items())[-scope.times(len(_MODELS)) :]:
         what = f"a model {name}, asked by {_THREADS} threads"
         scope.try_all(name, what, _trials(scope, how), patience=_PATIENCE_S)
