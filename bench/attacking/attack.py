@@ -23,7 +23,7 @@ def without_folders(text: str) -> str:
     return re.sub(r"(?<![\w.~])(/[^\s/'\":]+)+/(?=[^\s/])", "", text)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Scope:
     """What one attack is given.
 

@@ -95,7 +95,7 @@ class Ended:
 
 
 class Child:
-    """A process that calls a function listened to; forked at once, or held until a pipe is closed.
+    """A process that calls a function and is listened to; it begins at once, or when a pipe is closed.
 
     Args:
         work: gives the exit status.

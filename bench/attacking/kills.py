@@ -14,7 +14,7 @@ import shutil
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,49 +101,56 @@ def _trials(scope: Scope, command: Command, expected: dict[str, Any], duration: 
         some = min(kills, drawn.randint(1, _MOST))
         kills -= some
         folder = scope.place(command.name, number)
-        yield lambda findings, folder=folder, drawn=drawn, some=some, number=number: _try(
-            findings, command, folder, drawn, some, expected, duration, number
-        )
+        yield Killing(command, folder, drawn, kills=some, expected=expected, duration=duration)
 
 
-def _try(
-    findings: Findings,
-    command: Command,
-    folder: Path,
-    drawn: random.Random,
-    kills: int,
-    expected: dict[str, Any],
-    duration: float,
-    number: int,
-) -> None:
-    told = f"{command.name}, trial {number}"
-    command.before(folder, drawn)
-    arguments, killed = command.words, list[str]()
-    for _ in range(kills):
-        moment = drawn.uniform(0, duration)
-        end = _killed(arguments, folder, moment)
-        if end.status != -signal.SIGKILL:
-            break  # it was over before
-        killed.append(f"{moment:.3f} s")
-        findings.saw("killed")
-        try:
-            command.check(folder / "out")
-        except Exception as error:
-            findings.lose(f"{told}, killed after {killed}: a reader meets {type(error).__name__}: {str(error)[:200]}")
-        arguments = command.again(folder)
-    else:
-        end = run(arguments, folder)
-    if end.status:
-        findings.lose(f"{told}, killed after {killed}: given again it ends with {end.told()}")
-        return
-    found = contents(folder / "out")
-    if differing := [name for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]:
-        findings.lose(
-            f"{told}, killed after {killed}: {', '.join(differing)} differ from those of an uninterrupted one"
-        )
-    if beside := sorted(path.name for path in folder.iterdir() if path.name != "out"):
-        findings.lose(f"{told}, killed after {killed}: {', '.join(beside)} lie beside it")
-    shutil.rmtree(folder)
+@dataclass(frozen=True)
+class Killing:
+    """A trial.
+
+    Attributes:
+        folder: new, for it alone.
+        kills: of the command, at most.
+        expected: what an uninterrupted command writes, in so many seconds (`duration`).
+    """
+
+    command: Command
+    folder: Path
+    drawn: random.Random
+    kills: int
+    expected: dict[str, Any]
+    duration: float
+
+    def __call__(self, findings: Findings) -> None:
+        """Kill, go on, look."""
+        command, folder, killed = self.command, self.folder, list[str]()
+        command.before(folder, self.drawn)
+        words = command.words
+        for _ in range(self.kills):
+            moment = self.drawn.uniform(0, self.duration)
+            end = _killed(words, folder, moment)
+            if end.status != -signal.SIGKILL:
+                break  # it was over before
+            killed.append(f"{moment:.3f} s")
+            findings.saw("killed")
+            try:
+                command.check(folder / "out")
+            except Exception as error:
+                findings.lose(f"{self._told(killed)}: a reader meets {type(error).__name__}: {str(error)[:200]}")
+            words = command.again(folder)
+        else:
+            end = run(words, folder)
+        if end.status:
+            findings.lose(f"{self._told(killed)}: given again it ends with {end.told()}")
+            return
+        if names := differing(contents(folder / "out"), self.expected):
+            findings.lose(f"{self._told(killed)}: {', '.join(names)} differ from those of an uninterrupted one")
+        if beside := sorted(path.name for path in folder.iterdir() if path.name != "out"):
+            findings.lose(f"{self._told(killed)}: {', '.join(beside)} lie beside it")
+        shutil.rmtree(folder)
+
+    def _told(self, killed: list[str]) -> str:
+        return f"{self.folder.name}, killed after {', '.join(killed)}"
 
 
 def _killed(arguments: list[str | Path], folder: Path, moment: float) -> Ended:
@@ -151,6 +158,11 @@ def _killed(arguments: list[str | Path], folder: Path, moment: float) -> Ended:
     time.sleep(max(0.0, child.began + moment - time.monotonic()))
     child.kill()
     return child.ended()
+
+
+def differing(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """The files that are missing, too many, or other ones."""
+    return [name for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]
 
 
 def contents(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from attacking.attack import Scope
 from attacking.children import Ended, Findings, Trial, ask, run
-from attacking.kills import Command, commands, contents, uninterrupted
+from attacking.kills import Command, commands, contents, differing, uninterrupted
 from attacking.mounts import mount, remount
 from attacking.world import RECOMMENDER
 
@@ -84,9 +84,8 @@ def _try(
     if end.status and (end := run(command.again(folder), folder)).status:
         findings.lose(f"{told}: given again with more room it ends with {end.told()}")
         return
-    found = contents(folder / "out")
-    if differing := [name for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]:
-        findings.lose(f"{told}: given again, {', '.join(differing)} differ from those of an uninterrupted one")
+    if names := differing(contents(folder / "out"), expected):
+        findings.lose(f"{told}: given again, {', '.join(names)} differ from those of an uninterrupted one")
 
 
 def _full(folder: Path, room: int, command: Callable[[], Ended]) -> Ended:

@@ -72,13 +72,14 @@ def _attack(parsed: argparse.Namespace, command: str) -> list[Line]:
         (parsed.out / _FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         print(json.dumps(line), flush=True)
 
+    at_once = max(2, min(os.cpu_count() or 1, _MAX_AT_ONCE))
     chosen = [name for name in ATTACKS if name in parsed.only]
     for place, name in enumerate(chosen):
         share = ATTACKS[name] / sum(ATTACKS[other] for other in chosen[place:])
         now = time.monotonic()
-        at_once = max(2, min(os.cpu_count() or 1, _MAX_AT_ONCE))
         until = now + share * (end - now)
-        scope = Scope(world, scratch / name, parsed.seed, until, at_once, parsed.rehearse, take)
+        drawn = {"seed": parsed.seed, "rehearse": parsed.rehearse}
+        scope = Scope(world=world, folder=scratch / name, until=until, at_once=at_once, take=take, **drawn)
         scope.folder.mkdir()
         try:
             modules[name].attack(scope)

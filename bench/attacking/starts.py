@@ -14,7 +14,7 @@ from pathlib import Path
 
 from attacking.attack import Scope
 from attacking.children import Child, Findings, done, laser_fast
-from attacking.kills import contents
+from attacking.kills import contents, differing
 from attacking.world import RECOMMENDER
 
 TITLE = "starts"
@@ -71,10 +71,8 @@ def _try(findings: Findings, words: Words, starts: int, folder: Path) -> None:
     for turn in winners[:1]:
         alone.mkdir()
         done(words(turn), alone)
-        found, expected = contents(folder / _NAME), contents(alone / _NAME)
-        names = sorted(found.keys() | expected.keys())
-        if differing := [name for name in names if found.get(name) != expected.get(name)]:
-            findings.lose(f"{', '.join(differing)} differ from those of the winner alone")
+        if names := differing(contents(folder / _NAME), contents(alone / _NAME)):
+            findings.lose(f"{', '.join(names)} differ from those of the winner alone")
     if left := sorted(path.name for path in folder.iterdir() if path.name not in (_NAME, "alone")):
         findings.lose(f"{', '.join(left)} lie beside the folder")
     shutil.rmtree(folder)

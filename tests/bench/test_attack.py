@@ -32,7 +32,8 @@ def scope(tmp_path: Path) -> Scope:
     until = time.monotonic() + 60
     folder = tmp_path / "scratch"
     folder.mkdir()
-    return Scope(World(tmp_path / "world"), folder, 0, until, 2, False, lambda line: None)
+    nothing: dict[str, Any] = {"rehearse": False, "take": lambda line: None}
+    return Scope(world=World(tmp_path / "world"), folder=folder, seed=0, until=until, at_once=2, **nothing)
 
 
 def test_what_dies_raises_or_hangs_is_lost(tmp_path: Path) -> None:
