@@ -60,8 +60,8 @@ def attack(scope: Scope) -> None:
     """A line for every form of input."""
     scope.divide(len(kinds := list(_kinds(scope))))
     for kind in kinds:
-        subject = "the rows of a log and an item file" if kind.writes else "a configuration"
-        scope.try_all(kind.name, f"{subject}, mutated: {kind.name}", _trials(scope, kind))
+        what = f"a mutated log or item file: {kind.name}" if kind.writes else f"a mutated {kind.name}"
+        scope.try_all(kind.name, what, _trials(scope, kind))
 
 
 def _kinds(scope: Scope) -> Iterator[Kind]:

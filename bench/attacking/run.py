@@ -20,7 +20,7 @@ from attacking.table import RESULTS, put_into_page
 from attacking.world import World
 
 # by module, with what each may take of the time that is left, as a share of what it and those after it may take
-ATTACKS = {"kills": 4, "damages": 3, "inputs": 4, "operations": 3, "threads": 2, "starts": 1, "places": 1}
+ATTACKS = {"kills": 3, "damages": 4, "inputs": 5, "operations": 3, "threads": 3, "starts": 2, "places": 3}
 _FILE = "attack.json"
 _MAX_AT_ONCE = 4
 

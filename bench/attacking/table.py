@@ -39,11 +39,7 @@ def section(page: str) -> str:
     Raises:
         ValueError: a mark is missing.
     """
-    before, _, rest = page.partition(BEGIN)
-    inside, mark, _ = rest.partition(END)
-    if not rest or not mark:
-        raise ValueError(f"section: the page must have the marks {BEGIN} and {END}, got {len(before)} characters")
-    return inside.strip()
+    return _parts(page)[1].strip()
 
 
 def put_into_page(results: Path) -> None:
@@ -55,5 +51,14 @@ def put_into_page(results: Path) -> None:
     report = json.loads(results.read_text(encoding="utf-8"))
     if report["rehearsal"]:
         raise ValueError(f"put_into_page: {results.name} must be of a real run, got a rehearsal")
-    page = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(page.replace(section(page), markdown(report)), encoding="utf-8")
+    before, _, after = _parts(PAGE.read_text(encoding="utf-8"))
+    PAGE.write_text(f"{before}{BEGIN}\n{markdown(report)}\n{END}{after}", encoding="utf-8")
+
+
+def _parts(page: str) -> tuple[str, str, str]:
+    """Before, between and after the marks."""
+    before, begin, rest = page.partition(BEGIN)
+    inside, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"section: the page must have the marks {BEGIN} and {END}, got {len(page)} characters without")
+    return before, inside, after
