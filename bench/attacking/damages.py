@@ -1,6 +1,6 @@
 """Files damaged at random: what is read then is refused by name, or is exactly what was written.
 
-Lost is: another answer, an error of another kind or that names no file of the folder, a process that dies or hangs.
+Lost is: another answer, an error of another kind or that names neither folder nor file, a process that dies or hangs.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _trials(scope: Scope, target: Target, right: list[Any]) -> Iterator[Trial]:
 
 def _try(findings: Findings, target: Target, right: list[Any], drawn: random.Random, place: Path) -> None:
     shutil.copytree(target.whole, place)
-    names = {path.name for path in place.rglob("*")}
+    names = {path.name for path in place.rglob("*") if path.is_file()} | {place.name}
     name, how = damage(drawn, place, target.other)
     told = f"{target.name}, {name}, {how}"
     _bound_memory()
@@ -97,7 +97,7 @@ def _try(findings: Findings, target: Target, right: list[Any], drawn: random.Ran
         named = any(file in str(error) for file in names)
         findings.saw("refused" if named else "refused without a name")
         if not named:
-            findings.lose(f"{told}: {type(error).__name__} names no file: {str(error)[:200]}")
+            findings.lose(f"{told}: {type(error).__name__} names no place: {str(error)[:200]}")
     except BaseException as error:
         findings.saw("failed")
         findings.lose(f"{told}: {type(error).__name__}: {str(error)[:200]}")
@@ -254,6 +254,7 @@ def _newest_state(place: Path) -> list[Any]:
         raise ValueError(f"no state is left in {place.name}")
     states.put_back_files()
     files = [place / "metrics.jsonl", *sorted((place / "checkpoint").iterdir())]
+    files = [path for path in files if path.suffix != ".md"]  # a text for people, who may change it
     contents = [f"{path.name} {_digest(path.read_bytes())}" for path in files]
     return [json.dumps(state.values), *_tensors(list(state.tensors.values())), *contents]
 

@@ -22,7 +22,8 @@ TITLE = "places"
 _TIMES = 25  # of every command, for a full disk and for files that may not grow
 _ROOM = 64 * 2**20
 _POSSIBLE = ("a name of 250 letters", "nothing")  # some commands need nothing beside it, and nothing is here
-_LEAST_BYTES = 4096  # a page: what a file takes at least
+_PAGE = 4096  # bytes: what a file takes at least
+_FILES = 16  # that are there at once, about
 
 
 def attack(scope: Scope) -> None:
@@ -58,7 +59,7 @@ def _trials(scope: Scope, command: Command, expected: dict[str, object], fault: 
     size = sum(len(content) for content in expected.values() if isinstance(content, bytes))
     for number in range(scope.times(_TIMES)):
         drawn = scope.random(TITLE, command.name, fault.__name__, number)
-        room = drawn.randint(_LEAST_BYTES, 2 * size)
+        room = drawn.randint(_PAGE, 2 * size + _FILES * _PAGE)
         folder = scope.place(command.name, fault.__name__, number)
         yield lambda findings, room=room, folder=folder: _try(findings, command, expected, fault, room, folder)
 
@@ -100,7 +101,7 @@ def _full(folder: Path, room: int, command: Callable[[], Ended]) -> Ended:
 def _bounded(folder: Path, room: int, command: Callable[[], Ended]) -> Ended:
     """With files of at most so many bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room // 4, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room // _FILES, before[1]))
     try:
         return command()
     finally:
