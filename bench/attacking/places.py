@@ -99,9 +99,9 @@ def _full(folder: Path, room: int, command: Callable[[], Ended]) -> Ended:
 
 
 def _bounded(folder: Path, room: int, command: Callable[[], Ended]) -> Ended:
-    """With files of at most so many bytes."""
+    """With files of at most a quarter of so many bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room // _FILES, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room // 4, before[1]))
     try:
         return command()
     finally:
