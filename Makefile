@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env test oldest lint bench report gpu demo clean
+.PHONY: help env test oldest lint bench report attack gpu demo clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -68,6 +68,10 @@ bench: env ## run the benchmarks; without a GPU those of the CPU
 
 report: env ## one report of speed and memory in runs/report; without a GPU: REPORT_ARGS=--cpu
 	$(BIN)/python bench/report.py runs/report $(REPORT_ARGS)
+
+attack: env ## try to break what docs/reliability.md promises, in less than 15 minutes; ATTACK_ARGS="--seed 1" for other draws
+	rm -rf runs/attack
+	OMP_NUM_THREADS=1 $(BIN)/python bench/attack.py runs/attack $(ATTACK_ARGS)
 
 # no env: on a machine that is lent for minutes, without an index, the Python that is there has to do
 gpu: ## everything that needs a GPU, line by line in runs/gpu, with the Python at hand; GPU_ARGS is passed on
