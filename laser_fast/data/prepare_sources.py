@@ -180,10 +180,9 @@ def _tables(
         if asked := request.text_columns or request.title_column:
             raise ValueError(f"prepare: text columns need an item file, got {asked!r} and none")
         return PrepareSources("tables", _recorded((), (log,)), log, request.columns, id_column, time_unit=unit)
-    skip = request.skip_bad_rows
     texts = list(request.text_columns or ())
     if request.text_columns is None:
-        texts = default_text_columns(items, id_column, skip_bad_rows=skip)
+        texts = default_text_columns(items, id_column)
     needed = [name for name in (title, year) if name is not None and name not in texts]
     if title not in (None, TITLE_FIELD) and TITLE_FIELD in texts:
         raise ValueError(f"prepare: the field 'title' would come from two columns, got {title!r} and 'title'")

@@ -26,9 +26,9 @@ class ItemTexts:
     repeated: Literal["error", "first"] = "error"
 
 
-def default_text_columns(source: Source, id_column: str, *, skip_bad_rows: bool = False) -> list[str]:
+def default_text_columns(source: Source, id_column: str) -> list[str]:
     """All columns but the id; of RecBole files those that hold tokens (numbers are no text)."""
-    types = column_types(source, skip_bad_rows=skip_bad_rows)
+    types = column_types(source)
     return [name for name, kind in types.items() if name != id_column and kind in ("", "token", "token_seq")]
 
 
