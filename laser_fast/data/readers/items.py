@@ -42,6 +42,9 @@ def read_items(
 ) -> tuple[list[str], dict[str, list[str]]]:
     """External ids and texts of all items, in the order of the file; texts are as in the file, not cleaned.
 
+    A text is missing (and "") where the format itself says so: a null or NaN of JSON and Parquet, a key that an object
+    lacks. Words for it ("None", "NULL") stay words: there is a film of that name.
+
     Args:
         source: the item file.
         id_column: name of the column with the ids.
@@ -58,7 +61,7 @@ def read_items(
     joiners, bad_rows = texts.joiners or {}, bad_rows or BadRows()
     lines: dict[str, int] = {}
     fields: dict[str, list[str]] = {column: [] for column in texts.columns}
-    for row in read_rows(source, [id_column, *texts.columns], layout, bad_rows):
+    for row in read_rows(source, [id_column, *texts.columns], layout, bad_rows, dates_as_text=True):
         try:
             item = parse_id(row, id_column, row.values[0])
             if item in lines:

@@ -212,7 +212,12 @@ def _text_rows(
 
 
 def read_rows(
-    source: Source, columns: Sequence[str], layout: Layout | None = None, bad_rows: BadRows | None = None
+    source: Source,
+    columns: Sequence[str],
+    layout: Layout | None = None,
+    bad_rows: BadRows | None = None,
+    *,
+    dates_as_text: bool = False,
 ) -> Iterator[Row]:
     """The rows of a file, with the values of `columns` in that order: strings, or JSON or Parquet values.
 
@@ -223,6 +228,7 @@ def read_rows(
         columns: names of the columns wanted.
         layout: how the rows stand in it; None: by the ending of the name.
         bad_rows: takes rows that are not as the layout says; None raises the first.
+        dates_as_text: of Parquet columns; else they are seconds since 1970.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -244,7 +250,8 @@ def read_rows(
     elif layout.kind == "parquet":
         _positions(source, names, columns)
         report = source.report if isinstance(source, WatchedSource) else None
-        rows = (Row(name, number, values, "row") for number, values in parquet_rows(_file(source), columns, report))
+        found = parquet_rows(_file(source), columns, report, dates_as_text=dates_as_text)
+        rows = (Row(name, number, values, "row") for number, values in found)
     else:
         rows = _text_rows(source, layout, columns, names, bad_rows)
     first = next(rows, None)
