@@ -44,6 +44,7 @@ class Row(NamedTuple):
 
 
 def shortened(value: object, longest: int = 200) -> str:
+    """`value` as an error shows it: cut after `longest` characters."""
     try:
         text = repr(value)
     except RecursionError:
