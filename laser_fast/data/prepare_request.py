@@ -110,11 +110,11 @@ class PrepareRequest:
                 raise ValueError(f"PrepareRequest: {name} must be at least 1, got {value}")
         if self.min_rating is not None and math.isnan(self.min_rating):
             raise ValueError(f"PrepareRequest: min_rating must be a number, got {self.min_rating}")
-        dates = [number_in(text) is None for text in (self.from_time, self.to_time) if text is not None]
-        for text in (self.from_time, self.to_time):
-            if text is not None:
-                parse_time(text)
-        if self.time_unit is not None or len(set(dates)) == 1:  # a date and a number compare only in the log's unit
+        asked = [text for text in (self.from_time, self.to_time) if text is not None]
+        for text in asked:
+            parse_time(text)
+        # a date and a number can be compared only in the unit of the log
+        if self.time_unit is not None or len({number_in(text) is None for text in asked}) == 1:
             self.window(self.time_unit or "s")
 
     def window(self, unit: TimeUnit) -> tuple[int | float | None, int | float | None]:

@@ -59,20 +59,22 @@ def _raw_lines(watched: Source) -> Iterator[bytes]:
         raise FileNotFoundError(f"read_rows: the source must be a file, got {source}")
     try:
         with _opened(source) as (stream, file):
-            begun = b""
+            begun = bytearray()  # of a line whose end was not read yet
             while chunk := stream.read(_CHUNK_BYTES):
-                lines = io.BytesIO(begun + chunk).readlines()
-                begun = b"" if lines[-1].endswith(b"\n") else lines.pop()
-                yield from lines
-                number += len(lines)
+                begun += chunk
+                if b"\n" in chunk:
+                    lines = io.BytesIO(begun).readlines()
+                    begun = bytearray(b"" if lines[-1].endswith(b"\n") else lines.pop())
+                    yield from lines
+                    number += len(lines)
                 if len(begun) > MAX_ROW_BYTES:
-                    yield begun
+                    yield bytes(begun)
                     number += 1
-                    begun = _behind_line(stream)  # only now: whoever refuses the line does not wait for its end
+                    begun = bytearray(_behind_line(stream))  # only now: whoever refuses the line does not wait
                 if report is not None:
                     report(file.tell())
             if begun:
-                yield begun
+                yield bytes(begun)
     except BROKEN as error:
         state = "whole gzip data" if source.name.lower().endswith(".gz") else "readable"
         if isinstance(source, ArchiveMember):
