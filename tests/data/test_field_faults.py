@@ -408,10 +408,9 @@ def test_mixed_units_in_one_log_are_refused(tmp_path: Path) -> None:
         made(tmp_path, log)
     dataset = made(tmp_path, log, skip_bad_rows=True)
     assert len(dataset.item_index) == 21 and bad_counts(dataset)["bad_rows"] == 1
-    table = [[START, START + DAY, START * 1000]]
-    mixed = SequenceDataset.from_lists([[0, 1, 2]], ItemTable(["a", "b", "c"], {}), ["u"])
-    mixed = SequenceDataset(
-        mixed.items, mixed.user_ids, mixed.offsets, mixed.item_index, np.array(table[0]), mixed.manifest
+    mixed = replace(
+        SequenceDataset.from_lists([[0, 1, 2]], ItemTable(["a", "b", "c"], {}), ["u"]),
+        timestamps=np.array([START, START + DAY, START * 1000]),
     )
     with pytest.raises(ValueError, match="a log with times in s and ms; give a number"):
         global_time(mixed, valid_from="2017-07-16", test_from="2017-07-17")
