@@ -60,9 +60,6 @@ def bad_counts(dataset: SequenceDataset) -> dict[str, int]:
     return {name: count for name, count in dataset.manifest.counts.items() if name.startswith("bad_")}
 
 
-# quotes
-
-
 @pytest.mark.parametrize("quoted", [False, True], ids=["plain", "all values quoted"])
 @pytest.mark.parametrize("damaged", [[0], [7], [19], [3, 4], [2, 9, 18]], ids=str)
 def test_an_open_quote_costs_its_row_and_no_other(tmp_path: Path, quoted: bool, damaged: list[int]) -> None:
@@ -126,9 +123,6 @@ def test_what_the_csv_module_refuses_is_refused(tmp_path: Path, row: str) -> Non
         made(tmp_path, LOG, ITEMS + row)
 
 
-# lengths
-
-
 def test_a_text_may_be_long_and_the_limit_of_others_stays(tmp_path: Path) -> None:
     before = csv.field_size_limit()
     text = "word " * 100_000
@@ -183,9 +177,6 @@ def test_a_long_text_of_many_parquet_rows_is_in_memory_once(tmp_path: Path) -> N
     assert pa.default_memory_pool().max_memory() < 2**30
 
 
-# exact values
-
-
 @pytest.mark.parametrize("scale", [0, 10])
 def test_decimals_are_exact(tmp_path: Path, scale: int) -> None:
     def decimals(values: list[int | str]) -> pa.Array:
@@ -233,9 +224,6 @@ def test_a_parquet_time_beyond_64_bits_does_not_wrap_around(tmp_path: Path) -> N
         made(tmp_path, pa.table({"user_id": ["u"], "item_id": ["i0"], "timestamp": times}))
 
 
-# columns
-
-
 def test_columns_of_one_name_are_an_error_in_every_format(tmp_path: Path) -> None:
     arrays = [pa.array(["u"]), pa.array(["i0"]), pa.array([1]), pa.array([2])]
     table = pa.Table.from_arrays(arrays, names=["user_id", "item_id", "timestamp", "timestamp"])
@@ -272,8 +260,6 @@ def test_json_keys_that_are_no_columns_are_refused(tmp_path: Path) -> None:
         made(tmp_path, LOG, items)
     assert made(tmp_path, LOG, items, text_columns=("key 1100",)).items.fields["key 1100"][1100] == "x"
 
-
-# ids that are missing
 
 NULL_WORDS = [
     "None",
@@ -334,8 +320,6 @@ def test_a_missing_item_in_an_item_file_or_in_rows_that_came_split(tmp_path: Pat
         prepare_presplit(folder, tmp_path / "out")
     assert prepare_presplit(folder, tmp_path / "out", skip_bad_rows=True).user_ids == ["u"]
 
-
-# units of times
 
 UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 START = 1_500_076_800  # 2017-07-15
