@@ -40,10 +40,11 @@ Say = Callable[[str], None]
 
 def _manifest(request: PrepareRequest, sources: PrepareSources) -> Manifest:
     """How the data set is made; what is not asked for is not mentioned, so that later versions change no recipe."""
-    start, end = request.window(sources.time_unit)
+    start, end = request.window(sources.time_unit or "s")
     asked: dict[str, Any] = {
         "from_time": start,
         "to_time": end,
+        "time_unit": sources.time_unit if request.has_dates else None,
         "duplicates": None if request.duplicates == "all" else request.duplicates,
         "max_history": request.max_history,
         "min_history": None if request.min_history == 1 else request.min_history,
@@ -172,6 +173,10 @@ def describe(dataset: SequenceDataset) -> str:
         lines.append(f"left out: {', '.join(dropped)}")
     if counts.get(BAD_ROWS):
         lines.append(f"bad rows skipped: {counts[BAD_ROWS]:,}")
+    filters = dataset.manifest.filters
+    if "time_unit" in filters:
+        window = [f"{name} {filters[name]}" for name in ("from_time", "to_time") if name in filters]
+        lines.append(f"the times of the log are taken for {filters['time_unit']}: {', '.join(window)}")
     return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ from laser_fast.data.prepare import Say, prepare
 from laser_fast.data.prepare_request import PrepareRequest
 from laser_fast.data.presplit import prepare_presplit
 from laser_fast.data.readers import MAX_UNPACKED_BYTES, InteractionColumns, UnknownItems
+from laser_fast.data.time_units import TimeUnit
 from laser_fast.number_arguments import finite_number
 
 _GB = 10**9
@@ -97,7 +98,11 @@ def _add_filters(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--from-time", metavar="T", help="leave out events before: a timestamp or a date (UTC)")
     parser.add_argument("--to-time", metavar="T", help="leave out events at this time or later")
-    parser.add_argument("--time-unit", choices=("s", "ms"), help="of the log's timestamps, for dates (default: s)")
+    parser.add_argument(
+        "--time-unit",
+        choices=get_args(TimeUnit),
+        help="of the log's timestamps, for dates (default: told by their size)",
+    )
     parser.add_argument(
         "--duplicates", choices=("all", "first", "last"), default="all", help="events with the same user and item"
     )

@@ -47,7 +47,11 @@ def read_log(
         catalogue,
         spill.add,
         rules=EventRules(
-            filters["unknown_items"], filters["min_rating"], filters.get("from_time"), filters.get("to_time")
+            filters["unknown_items"],
+            filters["min_rating"],
+            filters.get("from_time"),
+            filters.get("to_time"),
+            filters.get("time_unit"),
         ),
         layout=sources.log_layout,
         bad_rows=bad_rows,

@@ -2,45 +2,20 @@
 
 import math
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from laser_fast.data.order import FILE_ORDER, parse_tie_rule
 from laser_fast.data.readers import MAX_UNPACKED_BYTES, InteractionColumns, UnknownItems
+from laser_fast.data.time_units import TimeUnit, number_in, parse_time
 
-TimeUnit = Literal["s", "ms"]
-_PER_SECOND = {"s": 1, "ms": 1000}
 _SOURCES = ("recbole", "interactions", "movielens", "amazon_2018", "amazon_2023")
 _CHOICES = {
     "unknown_items": (None, "error", "drop", "keep"),
     "catalogue": (None, "all", "interacted"),
     "duplicates": ("all", "first", "last"),
-    "time_unit": (None, "s", "ms"),
+    "time_unit": (None, *get_args(TimeUnit)),
 }
-
-
-def parse_time(text: str, unit: TimeUnit = "s") -> int | float:
-    """A moment as a timestamp in `unit` since 1970: a number as it is, or a date ("2015-12-31", "2015-12-31T18:00").
-
-    Dates without a zone are in UTC.
-
-    Raises:
-        ValueError: `text` is neither.
-    """
-    for kind in (int, float):
-        try:
-            number = kind(text)
-        except ValueError:
-            continue
-        if math.isfinite(number):
-            return number
-    try:
-        moment = datetime.fromisoformat(text.strip().removesuffix("Z"))
-    except ValueError as error:
-        raise ValueError(f"parse_time: a time must be a number or a date like 2015-12-31, got {text!r}") from error
-    seconds = (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp() * _PER_SECOND[unit]
-    return int(seconds) if seconds == int(seconds) else seconds
 
 
 @dataclass(frozen=True)
@@ -67,8 +42,10 @@ class PrepareRequest:
         unknown_items: what an event with an item outside the item file does: "error", "drop" (the event) or "keep"
             (the item, with empty texts). None: "keep" for Amazon, whose metadata has gaps, else "error".
         min_rating: drop events rated lower.
-        from_time, to_time: drop events before, and those at or after; see `parse_time`.
-        time_unit: of the log's timestamps, for dates; None: as the source says, else seconds.
+        from_time, to_time: drop events before, and those at or after: a date, or a number in the unit of the log; see
+            `parse_time`.
+        time_unit: of the log's timestamps, for dates: "s", "ms", "us" or "ns". None: as the source says, else told by
+            their size.
         duplicates: of events with one user and one item keep all, the first or the last in time.
         min_user_interactions, min_item_interactions: drop users and items with fewer events, repeatedly.
         max_history: keep only the newest events of a user; after the filters above.
@@ -133,16 +110,30 @@ class PrepareRequest:
                 raise ValueError(f"PrepareRequest: {name} must be at least 1, got {value}")
         if self.min_rating is not None and math.isnan(self.min_rating):
             raise ValueError(f"PrepareRequest: min_rating must be a number, got {self.min_rating}")
-        start, end = self.window(self.time_unit or "s")
+        asked = [text for text in (self.from_time, self.to_time) if text is not None]
+        for text in asked:
+            parse_time(text)
+        # a date and a number can be compared only in the unit of the log
+        if self.time_unit is not None or len({number_in(text) is None for text in asked}) == 1:
+            self.window(self.time_unit or "s")
+
+    def window(self, unit: TimeUnit) -> tuple[int | float | None, int | float | None]:
+        """Both ends of the time window in `unit`: the first that is kept, the first that is not any more.
+
+        Raises:
+            ValueError: nothing lies between them.
+        """
+        start, end = (None if text is None else parse_time(text, unit) for text in (self.from_time, self.to_time))
         if start is not None and end is not None and not start < end:
             raise ValueError(
                 f"PrepareRequest: from_time must lie before to_time, got {self.from_time} and {self.to_time}"
             )
-
-    def window(self, unit: TimeUnit) -> tuple[int | float | None, int | float | None]:
-        """Both ends of the time window in `unit`: the first that is kept, the first that is not any more."""
-        start, end = (None if text is None else parse_time(text, unit) for text in (self.from_time, self.to_time))
         return start, end
+
+    @property
+    def has_dates(self) -> bool:
+        """Whether an end of the time window is a date, so that the unit of the log's times decides it."""
+        return any(text is not None and number_in(text) is None for text in (self.from_time, self.to_time))
 
     @property
     def amazon(self) -> bool:

@@ -1,18 +1,20 @@
 """Where a request finds its log and its items: files, layouts, names of columns, how texts are finished."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from laser_fast.data.prepare_request import PrepareRequest, TimeUnit
+from laser_fast.data.prepare_request import PrepareRequest
 from laser_fast.data.readers import InteractionColumns, ItemTexts, Layout, archive_members, column_types
 from laser_fast.data.readers.amazon import AMAZON, PARAGRAPHS, AmazonRelease
 from laser_fast.data.readers.archives import ARCHIVE_SUFFIXES, is_archive
+from laser_fast.data.readers.interactions import told_unit
 from laser_fast.data.readers.items import default_text_columns
 from laser_fast.data.readers.layouts import RECBOLE_SUFFIXES
 from laser_fast.data.readers.movielens import find_movielens
 from laser_fast.data.readers.streams import Source
+from laser_fast.data.time_units import TOLD, TOLD_TIMES, TimeUnit, number_in, time_unit_of
 
 TITLE_FIELD = "title"
 _YEAR_COLUMNS = ("release_year", "year")
@@ -27,7 +29,8 @@ class PrepareSources:
     Args:
         format: "tables", "recbole", "movielens-..." or "amazon-...".
         files: what was opened, for the manifest: an archive counts as one file.
-        log, log_layout, columns, time_unit: the interaction log.
+        log, log_layout, columns: the interaction log.
+        time_unit: of its times, as the request or the publisher says; with a time window also as told. None: unknown.
         items, items_layout, item_id_column, texts: the item file, if there is one.
         title_column, year_column: see `PrepareRequest`.
         finish: makes the final fields of the texts read; None: they are final.
@@ -40,7 +43,7 @@ class PrepareSources:
     columns: InteractionColumns
     item_id_column: str
     log_layout: Layout | None = None
-    time_unit: TimeUnit = "s"
+    time_unit: TimeUnit | None = None
     items: Source | None = None
     items_layout: Layout | None = None
     texts: ItemTexts = field(default_factory=lambda: ItemTexts(()))
@@ -55,8 +58,40 @@ def find_sources(request: PrepareRequest) -> PrepareSources:
 
     Raises:
         FileNotFoundError: a file or folder is missing.
-        ValueError: a folder or archive does not hold what it should, or a column is missing; see `archive_members`.
+        ValueError: a folder or archive does not hold what it should, or a column is missing, see `archive_members`; or
+            a time window is not in the unit of the log's times, or that cannot be told.
     """
+    sources = _named_sources(request)
+    if request.from_time is None and request.to_time is None:
+        return sources
+    return replace(sources, time_unit=_checked_unit(request, sources))
+
+
+def _checked_unit(request: PrepareRequest, sources: PrepareSources) -> TimeUnit | None:
+    """The unit of the log's times, for the ends of a time window: one in another unit would keep or drop everything."""
+    name, stated = sources.log.name, sources.time_unit
+    told = told_unit(sources.log, sources.columns.time, sources.log_layout)
+    if stated and told and stated != told:
+        raise ValueError(
+            f"prepare: the times of {name} must be in {stated}, got times in {told}; say --time-unit {told}"
+        )
+    if told is None and stated is None and request.has_dates:
+        asked = [text for text in (request.from_time, request.to_time) if text is not None]
+        raise ValueError(
+            f"prepare: a date needs times whose unit is known, got {' and '.join(asked)} and {name} without {TOLD}; "
+            "say --time-unit, or give numbers"
+        )
+    for text in (request.from_time, request.to_time):
+        number = None if text is None else number_in(text)
+        if told and number and (time_unit_of(number) not in (None, told) or 0 < number < TOLD_TIMES[told][0]):
+            raise ValueError(
+                f"prepare: the time window must be in {told} like the times of {name}, got {text}; give a date like "
+                "2015-12-31"
+            )
+    return told or stated
+
+
+def _named_sources(request: PrepareRequest) -> PrepareSources:
     if request.movielens is not None:
         return _movielens(request, request.movielens)
     if request.recbole is not None:
@@ -175,15 +210,14 @@ def _tables(
     request: PrepareRequest, log: Source, items: Source | None, title: str | None, year: str | None
 ) -> PrepareSources:
     id_column = request.item_id_column or request.columns.item
-    unit = request.time_unit or "s"
+    unit = request.time_unit
     if items is None:
         if asked := request.text_columns or request.title_column:
             raise ValueError(f"prepare: text columns need an item file, got {asked!r} and none")
         return PrepareSources("tables", _recorded((), (log,)), log, request.columns, id_column, time_unit=unit)
-    skip = request.skip_bad_rows
     texts = list(request.text_columns or ())
     if request.text_columns is None:
-        texts = default_text_columns(items, id_column, skip_bad_rows=skip)
+        texts = default_text_columns(items, id_column)
     needed = [name for name in (title, year) if name is not None and name not in texts]
     if title not in (None, TITLE_FIELD) and TITLE_FIELD in texts:
         raise ValueError(f"prepare: the field 'title' would come from two columns, got {title!r} and 'title'")

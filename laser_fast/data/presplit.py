@@ -167,7 +167,7 @@ def _manifest(
 ) -> Manifest:
     columns = list(text_columns or ())
     if text_columns is None:
-        columns = default_text_columns(files["items"], item_id_column, skip_bad_rows=skip_bad_rows)
+        columns = default_text_columns(files["items"], item_id_column)
     options = {"item_id_column": item_id_column, "text_columns": columns, "clean": clean}
     return Manifest(
         format=_FORMAT,

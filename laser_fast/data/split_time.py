@@ -1,6 +1,6 @@
 """Global-time split: one moment ends the training part for everybody, a later one the validation part."""
 
-from datetime import datetime, timezone
+from datetime import datetime
 from typing import Literal, get_args
 
 import numpy as np
@@ -8,6 +8,7 @@ import numpy as np
 from laser_fast.data.dataset import SequenceDataset
 from laser_fast.data.sequences import segment_positions
 from laser_fast.data.split import Split, event_rows, first_events, parts_hash
+from laser_fast.data.time_units import TOLD, moment_in, units_in
 
 Moment = float | int | str
 TimeTargets = Literal["first", "last", "all"]
@@ -31,14 +32,14 @@ def global_time(
     Args:
         dataset: with timestamps of one unit for all users.
         valid_from, test_from: a number in the unit of the log, or an ISO date or time (UTC where it names no zone) for
-            a log in seconds. Both or neither.
+            a log whose unit its times tell. Both or neither.
         valid_fraction, test_fraction: without moments: about this share of all events, the newest, goes to each part.
         targets: of a user's events in a part, the "first" is the target (its history ends where the part begins), the
             "last" (its history reaches into the part), or "all" are, one row each.
 
     Raises:
-        ValueError: one moment without the other, a text that is no date, a fraction or `targets` out of range, or a
-            part without events.
+        ValueError: one moment without the other, a text that is no date, a date for a log whose unit cannot be told, a
+            fraction or `targets` out of range, or a part without events.
     """
     if targets not in get_args(TimeTargets):
         raise ValueError(f"global_time: targets must be one of {get_args(TimeTargets)}, got {targets!r}")
@@ -47,7 +48,7 @@ def global_time(
     if valid_from is None or test_from is None:
         borders = _borders(dataset.timestamps, valid_fraction, test_fraction)
     else:
-        borders = _number("valid_from", valid_from), _number("test_from", test_from)
+        borders = _number(dataset, "valid_from", valid_from), _number(dataset, "test_from", test_from)
     before = [_events_before(dataset, border) for border in borders]
     everyone, lengths = np.arange(dataset.num_users, dtype=np.int64), np.diff(dataset.offsets)
     _check_parts(dataset, borders, [int(count.sum()) for count in (before[0], before[1] - before[0])])
@@ -83,15 +84,20 @@ def _borders(times: np.ndarray, valid_fraction: float, test_fraction: float) -> 
     return partitioned[places[0]].item(), partitioned[places[1]].item()
 
 
-def _number(name: str, moment: Moment) -> float:
+def _number(dataset: SequenceDataset, name: str, moment: Moment) -> float:
     if not isinstance(moment, str):
         return moment
     try:
         when = datetime.fromisoformat(moment)
     except ValueError as error:
         raise ValueError(f"global_time: {name} must be a number or an ISO date, got {moment!r}") from error
-    seconds = (when if when.tzinfo else when.replace(tzinfo=timezone.utc)).timestamp()
-    return int(seconds) if seconds.is_integer() else seconds
+    units = units_in(dataset.timestamps)
+    if len(units) != 1:
+        raise ValueError(
+            f"global_time: {name} can be a date where all times are {TOLD}, got {moment!r} and a log with times in "
+            f"{' and '.join(units) or 'no such unit'}; give a number in the unit of the log"
+        )
+    return moment_in(when, units[0])
 
 
 def _words(border: float) -> str:

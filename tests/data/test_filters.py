@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from laser_fast.data import PrepareRequest, SequenceDataset, prepare
-from laser_fast.data.prepare_request import parse_time
 from laser_fast.data.text import first_words
+from laser_fast.data.time_units import parse_time
 
 LOG = [("u", "a", 5), ("u", "b", 1), ("v", "a", 2), ("u", "a", 3), ("u", "c", 5), ("v", "b", 9), ("w", "c", 4)]
 

@@ -64,7 +64,7 @@ def test_quotes_commas_and_line_breaks_in_csv(tmp_path: Path) -> None:
     path = write(tmp_path / "items.csv", 'item_id,title\n1,"Sex, Lies, and ""Videotape"""\n2,"two\nlines"\n3,x\n')
     rows = list(read_rows(path, ["title", "item_id"]))
     assert [row.values for row in rows] == [['Sex, Lies, and "Videotape"', "1"], ["two\nlines", "2"], ["x", "3"]]
-    assert [row.line for row in rows] == [2, 4, 5]
+    assert [(row.line, row.lines) for row in rows] == [(2, 1), (3, 2), (5, 1)]
 
 
 def test_recbole_keeps_quotes_as_text(tmp_path: Path) -> None:

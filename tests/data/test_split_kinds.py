@@ -70,11 +70,11 @@ def test_no_part_reaches_into_a_later_one(seed: int, targets: str) -> None:
 
 
 def test_dates_are_seconds_in_utc() -> None:
-    day = 86_400
-    log = timed([[0, day, 2 * day], [3 * day]])
-    split = global_time(log, valid_from="1970-01-02", test_from="1970-01-04T00:00:00+00:00")
-    assert split.hash == global_time(log, valid_from=day, test_from=3 * day).hash
-    assert f"validation from {day}, test from {3 * day}" in split.rule
+    first, day = 1_500_076_800, 86_400
+    log = timed([[first + number * day for number in range(3)], [first + 3 * day]])
+    split = global_time(log, valid_from="2017-07-16", test_from="2017-07-18T00:00:00+00:00")
+    assert split.hash == global_time(log, valid_from=first + day, test_from=first + 3 * day).hash
+    assert f"validation from {first + day}, test from {first + 3 * day}" in split.rule
 
 
 def test_fractional_times_and_borders() -> None:

@@ -4,6 +4,7 @@ import math
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ from laser_fast.data.readers.layouts import Layout
 from laser_fast.data.readers.rows import Row, read_rows
 from laser_fast.data.readers.streams import Source
 from laser_fast.data.readers.values import parse_id, parse_number
+from laser_fast.data.time_units import TOLD_TIMES, TimeUnit, time_unit_of
 
 UnknownItems = Literal["error", "drop", "keep"]
 BUFFER_EVENTS = 2**19  # 8 MiB of events
@@ -52,12 +54,15 @@ class EventRules:
         min_rating: leave out events rated lower.
         from_time, to_time: leave out events before `from_time`, and those at `to_time` or later; in the unit of the
             log.
+        time_unit: of its times; None: that of the first whose unit can be told. An event with a time that is told to be
+            of another unit is a bad row: its place among the others would be wrong.
     """
 
     unknown_items: UnknownItems = "error"
     min_rating: float | None = None
     from_time: int | float | None = None
     to_time: int | float | None = None
+    time_unit: TimeUnit | None = None
 
     @property
     def has_window(self) -> bool:
@@ -107,6 +112,8 @@ class _Log:
         self._growing = catalogue is None or rules.unknown_items == "keep"
         self._lowest = -math.inf if rules.from_time is None else rules.from_time
         self._end = math.inf if rules.to_time is None else rules.to_time
+        self._unit = rules.time_unit
+        self._of_unit: tuple[float, float] = (math.inf, math.inf) if self._unit is None else TOLD_TIMES[self._unit]
 
     def add(self, row: Row) -> None:
         """Keep the event or count why it is dropped.
@@ -121,6 +128,8 @@ class _Log:
         if type(item) is not str or item not in self.items:
             item = parse_id(row, columns.item, item)
         time = parse_number(row, columns.time, row.values[2])
+        if not self._of_unit[0] <= time < self._of_unit[1]:
+            self._check_unit(row, time)
         if rules.min_rating is not None and parse_number(row, columns.rating, row.values[3]) < rules.min_rating:
             self.dropped["low_rating"] += 1
             return
@@ -145,6 +154,13 @@ class _Log:
         if len(self._times) >= self._buffer_events:
             self.hand_on()
 
+    def _check_unit(self, row: Row, time: float) -> None:
+        unit = time_unit_of(time)
+        if unit is not None and self._unit is not None:
+            raise row.error(f"times must be of one unit, here {self._unit}", self._columns.time, time)
+        if unit is not None:
+            self._unit, self._of_unit = unit, TOLD_TIMES[unit]
+
     def hand_on(self) -> None:
         """Hand on the events in the buffer, if any."""
         if not self._times:
@@ -154,6 +170,22 @@ class _Log:
             events[name] = values
             del values[:]
         self._take(events)
+
+
+def told_unit(source: Source, time_column: str, layout: Layout | None = None, *, rows: int = 10_000) -> TimeUnit | None:
+    """The unit of the first time of a log of which it can be told, among its first `rows`; see `time_unit_of`.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_rows`.
+    """
+    for row in islice(read_rows(source, [time_column], layout, BadRows(skip=True, listed=0)), rows):
+        try:
+            unit = time_unit_of(parse_number(row, time_column, row.values[0]))
+        except BadRowError:
+            continue
+        if unit is not None:
+            return unit
+    return None
 
 
 def scan_interactions(

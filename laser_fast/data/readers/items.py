@@ -26,9 +26,9 @@ class ItemTexts:
     repeated: Literal["error", "first"] = "error"
 
 
-def default_text_columns(source: Source, id_column: str, *, skip_bad_rows: bool = False) -> list[str]:
+def default_text_columns(source: Source, id_column: str) -> list[str]:
     """All columns but the id; of RecBole files those that hold tokens (numbers are no text)."""
-    types = column_types(source, skip_bad_rows=skip_bad_rows)
+    types = column_types(source)
     return [name for name, kind in types.items() if name != id_column and kind in ("", "token", "token_seq")]
 
 
@@ -41,6 +41,9 @@ def read_items(
     bad_rows: BadRows | None = None,
 ) -> tuple[list[str], dict[str, list[str]]]:
     """External ids and texts of all items, in the order of the file; texts are as in the file, not cleaned.
+
+    A text is missing (and "") where the format itself says so: a null or NaN of JSON and Parquet, a key that an object
+    lacks. Words for it ("None", "NULL") stay words: there is a film of that name.
 
     Args:
         source: the item file.
@@ -58,7 +61,7 @@ def read_items(
     joiners, bad_rows = texts.joiners or {}, bad_rows or BadRows()
     lines: dict[str, int] = {}
     fields: dict[str, list[str]] = {column: [] for column in texts.columns}
-    for row in read_rows(source, [id_column, *texts.columns], layout, bad_rows):
+    for row in read_rows(source, [id_column, *texts.columns], layout, bad_rows, dates_as_text=True):
         try:
             item = parse_id(row, id_column, row.values[0])
             if item in lines:

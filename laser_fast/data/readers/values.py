@@ -1,26 +1,44 @@
 """One value of a row: an external id, a number or a text, or an error that names file, line, column and value."""
 
 import math
+from decimal import Decimal
 from typing import Any
 
 from laser_fast.data.readers.rows import Row, is_unicode
+from laser_fast.data.readers.streams import MAX_ROW_BYTES
 
 _INT64_MAX = 2**63 - 1
+_NULL_WORDS = frozenset(
+    ("nan", "-nan", "none", "null", "(null)", "nil", "\\n", "<na>", "n/a", "#n/a", "nat", "undefined")
+)
+_NULL_OF_R = "NA"  # only in capitals: "na" is a name
+
+
+def is_null_word(text: str) -> bool:
+    """Whether exporters write `text` for a missing value (pandas, SQL, Hive, R, spreadsheets, JavaScript)."""
+    return text.lower() in _NULL_WORDS or text == _NULL_OF_R
 
 
 def parse_id(row: Row, column: str, value: Any) -> str:
-    """An external id as a string: text or a whole number, not empty, not NaN.
+    """An external id as a string: one line of text or a whole number, never a word for a missing value.
 
     Raises:
         ValueError: the value is none of these.
     """
+    rule, remedy = "an id must be text or a whole number", ""
     if isinstance(value, str):
         text = value.strip()
-        if text and text.lower() != "nan" and is_unicode(text):
+        if "\n" in text or "\r" in text:  # most likely from a quote that stands open
+            rule = "an id must be one line"
+        elif text and is_null_word(text):
+            remedy = "exporters write this for a missing value: leave such rows out, or rename the id if it is one"
+        elif text and is_unicode(text):
             return text
     elif isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    raise row.error("an id must be text or a whole number", column, value)
+    elif isinstance(value, Decimal) and value.is_finite() and value == value.to_integral_value():
+        return str(int(value))
+    raise row.error(rule, column, value, remedy)
 
 
 def parse_number(row: Row, column: str, value: Any) -> int | float:
@@ -34,6 +52,8 @@ def parse_number(row: Row, column: str, value: Any) -> int | float:
         number = _number_in(value)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         number = value
+    elif isinstance(value, Decimal) and value.is_finite():
+        number = int(value) if value == value.to_integral_value() else float(value)
     if isinstance(number, int):
         if -_INT64_MAX <= number <= _INT64_MAX:
             return number
@@ -56,7 +76,8 @@ def parse_text(row: Row, column: str, value: Any, joiner: str = ", ") -> str:
     """A text: strings as they are, None and NaN as "", numbers written out, lists joined by `joiner`.
 
     Raises:
-        ValueError: the value is a JSON object, lists too deep inside each other, or a string that is not valid Unicode.
+        ValueError: the value is a JSON object, lists too deep inside each other, or a string that is not valid Unicode
+            or longer than `MAX_ROW_BYTES`.
     """
     if isinstance(value, str):
         text = value
@@ -67,10 +88,12 @@ def parse_text(row: Row, column: str, value: Any, joiner: str = ", ") -> str:
             return joiner.join(text for entry in value if (text := parse_text(row, column, entry, joiner)))
         except RecursionError as error:
             raise row.error("the lists of a text must not be that deep", column, "a list") from error
-    elif isinstance(value, dict | bytes):
+    elif isinstance(value, dict | bytes | tuple):  # a tuple is an entry of a map
         raise row.error("a text must be a string, a number or a list", column, value)
     else:
-        text = str(value)
+        text = f"{value:f}" if isinstance(value, Decimal) else str(value)
+    if len(text) > MAX_ROW_BYTES:
+        raise row.error(f"a text must have at most {MAX_ROW_BYTES:,} characters", column, text)
     if not is_unicode(text):
         raise row.error("a text must be valid Unicode", column, value)
     return text
