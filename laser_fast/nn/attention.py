@@ -18,6 +18,7 @@ from torch import Tensor
 from laser_fast.nn.attention_buckets import BucketLayout, attend_in_buckets
 from laser_fast.nn.attention_flash import AttentionKind, PackedLengths, choose_backend
 from laser_fast.nn.attention_meta import attend_without_values
+from laser_fast.nn.uncompiled import uncompiled
 from laser_fast.ops.segments import lengths_on_host
 
 _recorders: list[Counter[str]] = []
@@ -44,6 +45,7 @@ class AttentionPlan:
         lengths_q, lengths_k: tokens of every sequence, on the host.
     """
 
+    @uncompiled
     def __init__(
         self,
         cu_seqlens_q: Tensor,
@@ -107,6 +109,7 @@ class AttentionPlan:
         return empty.repeat_interleave(lengths, output_size=self.num_queries)[:, None, None]
 
 
+@uncompiled
 def varlen_attention(
     query: Tensor,
     key: Tensor,

@@ -18,6 +18,7 @@ from laser_fast.nn.frozen import FrozenModule
 from laser_fast.nn.packed_layout import PackedLayout
 from laser_fast.nn.packing_check import check_calls, first_position, name_refusals, probe_tokens
 from laser_fast.nn.prefix_kv import KeyValuePrefix, LayerShape
+from laser_fast.nn.uncompiled import uncompiled
 from laser_fast.ops.segments import even_cu_seqlens, lengths_on_host
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ class FrozenLM(FrozenModule):
         device: torch.device = next((p.device for p in self.model.parameters() if p is not table), table.device)
         return device
 
+    @uncompiled
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token embeddings: int64 [T] -> [T, D_llm] on the device of the layers, without gradient."""
         with torch.no_grad():
@@ -142,6 +144,7 @@ class FrozenLM(FrozenModule):
         with torch.inference_mode(False), name_refusals(type(self.model).__name__):
             return first_position(self.model, run_packed, ATTENTION_NAME, probe.to(self.device, self.dtype))
 
+    @uncompiled
     def forward(
         self,
         inputs_embeds: Tensor,
@@ -179,6 +182,7 @@ class FrozenLM(FrozenModule):
         hidden = self._run(inputs_embeds, PackedLayout(cu_seqlens, self.layer_of, prefix, last_only=spared))
         return hidden.index_select(0, cu_seqlens[1:].long() - 1) if last_only else hidden
 
+    @uncompiled
     def key_values(self, inputs_embeds: Tensor, prefix: KeyValuePrefix | None = None) -> KeyValuePrefix:
         """Keys and values of B sequences of one length, to be injected in front of what follows them.
 
