@@ -315,6 +315,7 @@ def _laser_varlen(
     heads = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
     kind: dict[str, Any] = {"causal": causal, "sliding_window": sliding_window}
     kind |= {"scale": scaling, "dropout": dropout, "softcap": softcap}
-    if torch.compiler.is_compiling():  # the layout must not become part of the graph
+    # the layout must not become part of a graph; with a gradient the graph ends here
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled():
         return packed_attention(*heads, s_aux, **kind)[None], None
     return laser_layout.attend(module, *heads, sinks=s_aux, **kind)[None], None

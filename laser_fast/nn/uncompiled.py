@@ -28,7 +28,7 @@ def uncompiled(function: Callable[Arguments, Result]) -> Callable[Arguments, Res
         if disabled is None:
             if "torch._dynamo" not in sys.modules:  # nobody compiles
                 return function(*args, **kwargs)
-            disabled = torch.compiler.disable(function, reason="its lengths are known on the host alone")
+            disabled = torch.compiler.disable(function, reason="it is planned on the host, batch by batch")
         return disabled(*args, **kwargs)
 
     return call
