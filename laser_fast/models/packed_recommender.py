@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from laser_fast.models.cross_fitted import CrossFitted, StateGap
 from laser_fast.models.recommender import check_histories, newest_items
+from laser_fast.nn.dtypes import refuse_dtypes
 from laser_fast.ops.segments import lengths_on_host
 
 Self = TypeVar("Self", bound="PackedRecommender")
@@ -110,7 +111,13 @@ class PackedRecommender(nn.Module):
         return self.cross_fitted.states(items, cu_seqlens, fold)
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """To a device or a dtype, and the folds along."""
+        """To a device, float32 or float64, and the folds along.
+
+        Raises:
+            TypeError: to half precision: who reads its states expects float32.
+        """
+        exact = (torch.float32, torch.float64)
+        refuse_dtypes(self, fn, "its states are read in float32; leave it as it is", allowed=exact)
         if self.cross_fitted is not None:
             self.cross_fitted.move(fn)
         return super()._apply(fn, recurse)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from laser_fast.nn.compiled_layers import packed_attention, running, running_layout
+from laser_fast.nn.compiled_layers import is_compiled, packed_attention, running, running_layout
 from laser_fast.nn.execution import Execution, apply_execution
 from laser_fast.nn.frozen import FrozenModule
 from laser_fast.nn.packed_layout import PackedLayout
@@ -50,6 +50,7 @@ class FrozenLM(FrozenModule):
         causal: whether its attention is causal (a decoder) or bidirectional (an encoder).
         max_length: longest sequence its position embeddings allow; None = no limit stated.
         layer_of: index of every attention module in the order of its first call.
+        execution, replaced: how it runs a step, and how many of its modules run so.
         fixed_shapes: runs calls without gradient in recorded shapes where it can; None = nothing is recorded.
 
     Raises:
@@ -75,7 +76,27 @@ class FrozenLM(FrozenModule):
         self._layers: list[LayerShape] | None = None
         self._first_position: int | None = None
         self.freeze()
-        self.replaced = apply_execution(model, execution or Execution())
+        self.execution = execution or Execution()
+        self.replaced = apply_execution(model, self.execution)
+
+    def run_as(self, execution: Execution) -> None:
+        """From now on run every step so.
+
+        Raises:
+            ValueError: the model has no layers or parts of the kind that is asked for; it runs as before then.
+            RuntimeError: its layers are compiled.
+        """
+        if is_compiled(self.model):
+            raise RuntimeError(
+                "FrozenLM: layers must not be compiled to run in another way, got compiled ones; "
+                'call serving.use("none") first'
+            )
+        try:
+            self.replaced = apply_execution(self.model, execution)
+        except ValueError:
+            apply_execution(self.model, self.execution)
+            raise
+        self.execution = execution
 
     @cached_property
     def embedding_rms(self) -> float:
