@@ -21,7 +21,7 @@ CONFIG: dict[str, Any] = {
     "prompt": {"user_template": "{history}", "separator": ",", "max_items": 4},
     "mformer": {
         "width": 16,
-        "num_layers": 2,
+        "num_layers": 1,
         "num_heads": 2,
         "num_experts": 3,
         "num_queries": 2,
@@ -84,16 +84,25 @@ def step(run: Any, model: LaserModel, rows: NextItemDataset, chosen: list[int]) 
 def assert_same_step(found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]) -> None:
     assert found[1].keys() == expected[1].keys() and len(expected[1]) > 20
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
+    assert all(bool(torch.isfinite(gradient).all()) for gradient in found[1].values())
     for name, gradient in expected[1].items():  # float32, summed in another order; some biases have rounding alone
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize(("kind", "config", "backend"), [("bert", CONFIG, "aot_eager"), ("llama", DEEP, "eager")])
+def test_a_step_traced_with_its_backward_has_the_gradients_of_a_plain_one(make: Any, rows: NextItemDataset) -> None:
+    model = make("bert")
+    expected = step(model, model, rows, [0, 5, 9])
+    assert_same_step(step(torch.compile(model, backend="aot_eager"), model, rows, [0, 5, 9]), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"), [("llama", DEEP), pytest.param("bert", CONFIG, marks=pytest.mark.slow)], ids=["llama", "bert"]
+)
 def test_compiled_steps_have_the_gradients_of_plain_ones(
-    kind: str, config: dict[str, Any], backend: str, make: Any, rows: NextItemDataset
+    kind: str, config: dict[str, Any], make: Any, rows: NextItemDataset
 ) -> None:
     model = make(kind, config)
-    compiled = torch.compile(model, backend=backend)
+    compiled = torch.compile(model, backend="eager")
     for number, chosen in enumerate([[0, 5, 9], [1, 2], [10], [3, 4, 6, 7, 8], [11, 20, 30, 31], [40, 41]]):
         expected = step(model, model, rows, chosen)
         assert_same_step(step(compiled, model, rows, chosen), expected)
@@ -106,21 +115,20 @@ def test_compiled_steps_have_the_gradients_of_plain_ones(
 
 
 def test_a_compiled_language_model_has_the_gradients_of_a_plain_one(make: Any, rows: NextItemDataset) -> None:
-    plain, model = make("llama"), make("llama")
-    plain.lm.model, model.lm.model = plain.lm.model, plain.lm.model
-    expected = step(plain, plain, rows, [0, 5, 9]), plain.encode_items()
+    model = make("llama")
+    expected = step(model, model, rows, [0, 5, 9]), model.encode_items()
     model.lm.model.compile(backend="eager")
     try:
         assert_same_step(step(model, model, rows, [0, 5, 9]), expected[0])
         assert counters["stats"]["unique_graphs"] > 0
         torch.testing.assert_close(model.encode_items(), expected[1], rtol=1e-5, atol=1e-5)
     finally:
-        model.lm.model._compiled_call_impl = None
+        model.lm.model._compiled_call_impl = None  # of all tests
 
 
 def trainer(model: LaserModel, rows: NextItemDataset, folder: Path, **arguments: Any) -> Trainer:
     settings: dict[str, Any] = {
-        "max_steps": 3,
+        "max_steps": 2,
         "per_device_train_batch_size": 4,
         "learning_rate": 0.01,
         "remove_unused_columns": False,
@@ -138,10 +146,9 @@ def trainer(model: LaserModel, rows: NextItemDataset, folder: Path, **arguments:
     [
         {"torch_compile": True, "torch_compile_backend": "eager"},
         {"gradient_checkpointing": True},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
         {"bf16": True},
     ],
-    ids=["compile", "checkpointing", "with its options", "autocast"],
+    ids=["compile", "checkpointing", "autocast"],
 )
 def test_a_trainer_reaches_the_loss_of_a_plain_one(
     arguments: dict[str, Any], make: Any, rows: NextItemDataset, tmp_path: Path
