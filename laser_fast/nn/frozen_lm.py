@@ -42,7 +42,8 @@ class FrozenLM(FrozenModule):
     """A frozen Hugging Face model that maps packed input embeddings to packed last hidden states.
 
     Args:
-        model: loaded; it is frozen, and some of its modules get another `forward`.
+        model: loaded; it is frozen, and some of its modules get another `forward`. Of one with a head
+            (`AutoModelForCausalLM` and its like) the base is taken, and the head is not held.
         execution: how it runs a step; None = the defaults.
 
     Attributes:
@@ -54,12 +55,14 @@ class FrozenLM(FrozenModule):
         fixed_shapes: runs calls without gradient in recorded shapes where it can; None = nothing is recorded.
 
     Raises:
-        ValueError: an encoder-decoder, a model without a table of token embeddings, or one that cannot exchange its
-            attention.
+        TypeError: no model of transformers, or one that another library has wrapped.
+        ValueError: an encoder-decoder, a model without a table of token embeddings or with a head and no base, or one
+            that cannot exchange its attention.
     """
 
     def __init__(self, model: "PreTrainedModel", execution: Execution | None = None) -> None:
         super().__init__()
+        model = _without_head(model)
         config = model.config.get_text_config()
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError(
@@ -274,6 +277,25 @@ class FrozenLM(FrozenModule):
             )
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
+
+
+def _without_head(model: "PreTrainedModel") -> "PreTrainedModel":
+    """The model that gives hidden states: this one, or the base of one with a head."""
+    from transformers import PreTrainedModel
+
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"FrozenLM: the model must be one of transformers (PreTrainedModel), got a {name}; adapters of PEFT are "
+            "taken in by model.merge_and_unload()"
+        )
+    base = model.base_model
+    headed = base is not model
+    if not isinstance(base, PreTrainedModel) or (not headed and model.get_output_embeddings() is not None):
+        raise ValueError(f"FrozenLM: the model must have a base without a head, got {name}; load it by AutoModel")
+    if headed and not base.name_or_path:
+        base.name_or_path = model.name_or_path
+    return base
 
 
 def _root_mean_square(tensor: Tensor) -> float:
