@@ -64,10 +64,6 @@ class FrozenLM(FrozenModule):
         super().__init__()
         model = _without_head(model)
         config = model.config.get_text_config()
-        if getattr(config, "is_encoder_decoder", False):
-            raise ValueError(
-                f"FrozenLM: the model must be an encoder or a decoder, got the encoder-decoder {model.name_or_path!r}"
-            )
         _register_attention()
         model.set_attn_implementation(ATTENTION_NAME)
         self.model = model
@@ -286,13 +282,24 @@ def _without_head(model: "PreTrainedModel") -> "PreTrainedModel":
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
-            f"FrozenLM: the model must be one of transformers (PreTrainedModel), got a {name}; adapters of PEFT are "
-            "taken in by model.merge_and_unload()"
+            f"FrozenLM: the model must be one of transformers (PreTrainedModel), got a {name}; hand in the model "
+            "inside of it (of PEFT: model.merge_and_unload())"
+        )
+    if any(getattr(one, "is_encoder_decoder", False) for one in (model.config, model.config.get_text_config())):
+        raise ValueError(
+            f"FrozenLM: the model must be an encoder or a decoder, got the encoder-decoder {model.name_or_path!r}"
         )
     base = model.base_model
     headed = base is not model
-    if not isinstance(base, PreTrainedModel) or (not headed and model.get_output_embeddings() is not None):
-        raise ValueError(f"FrozenLM: the model must have a base without a head, got {name}; load it by AutoModel")
+    try:
+        embeddings = base.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        embeddings = None
+    if embeddings is None or (not headed and model.get_output_embeddings() is not None):
+        raise ValueError(
+            f"FrozenLM: the model must have a base with a table of token embeddings and no head, got {name}; load it "
+            "by AutoModel"
+        )
     if headed and not base.name_or_path:
         base.name_or_path = model.name_or_path
     return base
