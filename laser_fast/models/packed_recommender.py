@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from laser_fast.models.cross_fitted import CrossFitted, StateGap
 from laser_fast.models.recommender import check_histories, newest_items
 from laser_fast.nn.dtypes import refuse_dtypes
+from laser_fast.ops.precision import autocast_off
 from laser_fast.ops.segments import lengths_on_host
 
 Self = TypeVar("Self", bound="PackedRecommender")
@@ -70,7 +71,7 @@ class PackedRecommender(nn.Module):
         return logits if bias is None else logits + bias
 
     def states(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """State after each item, without dropout or gradient whatever the module's mode.
+        """State after each item, without dropout, gradient or autocast whatever the mode outside.
 
         Args:
             items: [N] int64, packed histories, oldest first, each at most `max_length` long.
@@ -93,7 +94,7 @@ class PackedRecommender(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), autocast_off(items.device):
                 states: Tensor = self(items, cu_seqlens)
                 return states
         finally:
@@ -108,7 +109,8 @@ class PackedRecommender(nn.Module):
         number = 0 if self.cross_fitted is None else len(self.cross_fitted)
         if self.cross_fitted is None or not 0 <= fold < number:
             raise ValueError(f"{type(self).__name__}.fold_states: fold must be one of {number}, got {fold}")
-        return self.cross_fitted.states(items, cu_seqlens, fold)
+        with autocast_off(items.device):
+            return self.cross_fitted.states(items, cu_seqlens, fold)
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """To a device, float32 or float64, and the folds along.
@@ -137,7 +139,7 @@ class PackedRecommender(nn.Module):
         """
         check_histories(f"{type(self).__name__}.score", items, cu_seqlens, self.num_items)
         last, filled = self.last_states(items, cu_seqlens)
-        with torch.no_grad():
+        with torch.no_grad(), autocast_off(items.device):
             return self.logits(last).masked_fill_(~filled[:, None], 0.0)
 
     def last_states(self, items: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from laser_fast.models.item_to_item import ItemToItem
 from laser_fast.models.packed_recommender import PackedRecommender
 from laser_fast.models.recommender import Scorer, check_histories
 from laser_fast.models.requests import Recommendation, best_items, blocked_items, name_items, pack_histories
+from laser_fast.ops.precision import autocast_off
 
 if TYPE_CHECKING:
     from laser_fast.models.laser import LaserModel
@@ -40,7 +41,8 @@ class RecommendingLaser:
         model = cast("LaserModel", self)
         check_histories("LaserModel.score", items, cu_seqlens, model.num_items)
         users = model.encode_users(PackedSequences(items.cpu().numpy(), cu_seqlens.cpu().numpy()))
-        return F.normalize(users, dim=-1) @ F.normalize(model._items(), dim=-1).T / model.temperature
+        with autocast_off(users.device):
+            return F.normalize(users, dim=-1) @ F.normalize(model._items(), dim=-1).T / model.temperature
 
     def index(self) -> InnerProductIndex:
         """The score that `recommend` ranks by as inner products of item vectors with user vectors.

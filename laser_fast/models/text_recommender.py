@@ -7,6 +7,7 @@ from torch import Tensor
 from laser_fast.models.calibration import repeat_positions
 from laser_fast.models.recommender import check_histories, newest_items
 from laser_fast.nn.text_residual import TextResidual
+from laser_fast.ops.precision import autocast_off
 
 
 class TextRecommender:
@@ -37,8 +38,9 @@ class TextRecommender:
         was_training = self.text.training
         self.text.eval()
         try:
-            users = self.text.users(read.to(device), bounds.to(device))
-            scores = F.normalize(users, dim=-1) @ F.normalize(self.text.embeddings(), dim=-1).T / self.temperature
+            with autocast_off(device):
+                users = self.text.users(read.to(device), bounds.to(device))
+                scores = F.normalize(users, dim=-1) @ F.normalize(self.text.embeddings(), dim=-1).T / self.temperature
         finally:
             self.text.train(was_training)
         scores = scores.to(items.device).masked_fill_((cu_seqlens.diff() == 0)[:, None], 0.0)
