@@ -89,10 +89,25 @@ def _ids_behind_a_word(tokenizer: Tokenizer, text: str) -> list[int]:
     return both[len(word) :] if both[: len(word)] == word else _ids(tokenizer, text)
 
 
+def _as_text(tokenizer: Tokenizer) -> dict[str, bool]:
+    """Options with which a tokenizer of Hugging Face finds no special token in a text."""
+    if not hasattr(tokenizer, "split_special_tokens"):
+        return {}
+    options = {"split_special_tokens": True}
+    try:
+        tokenizer(_WORD, add_special_tokens=False, **options)
+    except ValueError:  # mistral-common's finds none in any case, and refuses to be told so
+        return {}
+    return options
+
+
 def tokenize_texts(
     texts: Sequence[str], tokenizer: Tokenizer, max_tokens: int | None = None, *, batch_size: int = 1024
 ) -> TokenizedTexts:
     """Tokens of every text without special tokens, the first `max_tokens` of each.
+
+    A text that spells a special token, such as "</s>" or "<|im_end|>", is read as the characters it is made of: what
+    somebody typed cannot end a prompt. In the words of `prompt_layout`, which are ours, special tokens are themselves.
 
     Args:
         texts: I texts; "" has no tokens.
@@ -106,14 +121,15 @@ def tokenize_texts(
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"tokenize_texts: max_tokens must be at least 1, got {max_tokens}")
     # the tokenizer cuts, not we: it warns about texts longer than the model otherwise
-    limit = {} if max_tokens is None else {"truncation": True, "max_length": max_tokens}
+    options: dict[str, Any] = {} if max_tokens is None else {"truncation": True, "max_length": max_tokens}
+    options |= _as_text(tokenizer)
     front = " " if words_carry_space(tokenizer) else ""
     pieces: list[np.ndarray] = []
     lengths = np.zeros(len(texts), dtype=np.int64)
     filled = [index for index, text in enumerate(texts) if text]
     for start in range(0, len(filled), batch_size):
         rows = filled[start : start + batch_size]
-        encoded = tokenizer([front + texts[row] for row in rows], add_special_tokens=False, **limit)["input_ids"]
+        encoded = tokenizer([front + texts[row] for row in rows], add_special_tokens=False, **options)["input_ids"]
         lengths[rows] = [len(ids) for ids in encoded]
         pieces += [np.asarray(ids, dtype=np.int32) for ids in encoded]
     offsets = np.zeros(len(texts) + 1, dtype=np.int64)

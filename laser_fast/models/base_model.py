@@ -22,7 +22,8 @@ _PROBE = "Laser reads: items, 1999 (naïve) & more…"
 def describe_base(lm: FrozenLM, tokenizer: Tokenizer) -> dict[str, Any]:
     """Kind, sizes, a sample of the weights and a hash of the tokenizer, as JSON.
 
-    The sample is of tensors that stay unpacked in 4 bits, so a model is recognised in any precision.
+    The sample is of tensors that stay unpacked in 4 bits, so a model is recognised in any precision; nothing of a
+    pooler, which is not used, and which a model that was loaded with another head does not have.
     """
     model = lm.model
     config = model.config.get_text_config()
@@ -30,7 +31,8 @@ def describe_base(lm: FrozenLM, tokenizer: Tokenizer) -> dict[str, Any]:
     places = torch.linspace(0, 1, _SAMPLES, dtype=torch.float64)
     rows = (places * (table.shape[0] - 1)).round().long()
     columns = (places * (table.shape[1] - 1)).round().long()
-    vectors = [parameter.detach() for _, parameter in sorted(model.named_parameters()) if parameter.dim() == 1]
+    named = sorted(model.named_parameters())
+    vectors = [value.detach() for name, value in named if value.dim() == 1 and "pooler." not in name]
     every = max(1, len(vectors) // _VECTORS)
     return {
         "type": type(model).__name__,

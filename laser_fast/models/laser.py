@@ -21,6 +21,7 @@ from laser_fast.models.recommending import RecommendingLaser
 from laser_fast.models.requests import Recommendation as Recommendation
 from laser_fast.models.serving import Serving
 from laser_fast.models.token_budget import TokenBudget
+from laser_fast.models.trainer_calls import TrainerCalls
 from laser_fast.nn.bituning import BiTuning
 from laser_fast.nn.data_parallel import ALONE
 from laser_fast.nn.evaluation_mode import draws_dropout, evaluating
@@ -33,7 +34,7 @@ from laser_fast.ops import Routing
 from laser_fast.ops.host_copies import to_device
 
 
-class LaserModel(RecommendingLaser, PretrainedLaser, DerivedState):
+class LaserModel(RecommendingLaser, PretrainedLaser, TrainerCalls, DerivedState):
     """The recommender of the paper; both sides, users and items, go through the same frozen language model.
 
     `state_dict` holds what is trained and nothing of the frozen models. It is a `Scorer`: `score` is the cosine of
@@ -175,7 +176,8 @@ class LaserModel(RecommendingLaser, PretrainedLaser, DerivedState):
             state = F.normalize(state, dim=-1)  # beside a unit vector
         embedding = F.dropout(state, self.dropout, draws_dropout(self))
         embedding = embedding if self.head is None else self.head(embedding)
-        return (embedding if self.text is None else embedding + self.encode_texts(batch)), routing
+        embedding = embedding if self.text is None else embedding + self.encode_texts(batch)
+        return embedding.float(), routing  # under autocast the head gives less
 
     def encode_texts(self, batch: PackedBatch) -> Tensor:
         """The text residual of the sequences of a batch, with gradient into it: float32 [B, d].
@@ -319,7 +321,7 @@ class LaserModel(RecommendingLaser, PretrainedLaser, DerivedState):
         """Embeddings of items, the whole catalogue by default: float32 [n, d], without gradient."""
         wanted = np.arange(self.num_items) if indices is None else np.asarray(indices, dtype=np.int64)
         if self.item_side == "text" and self.text is not None:
-            return self.text.embeddings()[torch.from_numpy(wanted).to(self.device)]
+            return self.text.embeddings()[torch.from_numpy(wanted).to(self.device)].float()
         starts = tqdm(
             range(0, len(wanted), batch_size), desc="encode items", unit="batch", disable=not progress, leave=False
         )

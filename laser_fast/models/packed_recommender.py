@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from laser_fast.models.cross_fitted import CrossFitted, StateGap
 from laser_fast.models.recommender import check_histories, newest_items
+from laser_fast.nn.dtypes import refuse_dtypes
 from laser_fast.nn.evaluation_mode import evaluating, refuse_torch_modes
+from laser_fast.ops.precision import autocast_off
 from laser_fast.ops.segments import lengths_on_host
 
 Self = TypeVar("Self", bound="PackedRecommender")
@@ -71,7 +73,7 @@ class PackedRecommender(nn.Module):
         return logits if bias is None else logits + bias
 
     def states(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """State after each item, without dropout or gradient whatever the module's mode, which stays as it is.
+        """State after each item, without dropout, gradient or autocast; the module's mode stays as it is.
 
         Args:
             items: [N] int64, packed histories, oldest first, each at most `max_length` long.
@@ -94,7 +96,7 @@ class PackedRecommender(nn.Module):
             )
         if self.training:
             refuse_torch_modes(name, self)
-        with torch.no_grad(), evaluating():
+        with torch.no_grad(), evaluating(), autocast_off(items.device):
             states: Tensor = self(items, cu_seqlens)
         return states
 
@@ -107,10 +109,17 @@ class PackedRecommender(nn.Module):
         number = 0 if self.cross_fitted is None else len(self.cross_fitted)
         if self.cross_fitted is None or not 0 <= fold < number:
             raise ValueError(f"{type(self).__name__}.fold_states: fold must be one of {number}, got {fold}")
-        return self.cross_fitted.states(items, cu_seqlens, fold)
+        with autocast_off(items.device):
+            return self.cross_fitted.states(items, cu_seqlens, fold)
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """To a device or a dtype, and the folds along."""
+        """To a device, float32 or float64, and the folds along.
+
+        Raises:
+            TypeError: to half precision: who reads its states expects float32.
+        """
+        exact = (torch.float32, torch.float64)
+        refuse_dtypes(self, fn, "its states are read in float32; leave it as it is", allowed=exact)
         if self.cross_fitted is not None:
             self.cross_fitted.move(fn)
         return super()._apply(fn, recurse)
@@ -130,7 +139,7 @@ class PackedRecommender(nn.Module):
         """
         check_histories(f"{type(self).__name__}.score", items, cu_seqlens, self.num_items)
         last, filled = self.last_states(items, cu_seqlens)
-        with torch.no_grad():
+        with torch.no_grad(), autocast_off(items.device):
             return self.logits(last).masked_fill_(~filled[:, None], 0.0)
 
     def last_states(self, items: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:

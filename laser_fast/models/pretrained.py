@@ -77,7 +77,7 @@ class PretrainedLaser(ModelHubMixin):
 
         Args:
             pretrained: folder, `package:NAME/FOLDER`, `hub:OWNER/NAME` (or OWNER/NAME where there is no such folder),
-                `random:SHAPE`, or a loaded Hugging Face model.
+                `random:SHAPE`, or a loaded Hugging Face model, with a head or without.
             items: the catalogue of a new Laser: id -> text (the field "title") or text fields, or an `ItemTable`.
             recommender: whose states M-Former reads: a `SequentialRecommender` or a folder with a trained one. A
                 saved Laser brings one of ours along.
@@ -88,7 +88,7 @@ class PretrainedLaser(ModelHubMixin):
             item_counts: [I], training events of every item of a new Laser; the recommender's states of items with
                 none are not read. None = all are known.
             dtype, quantization: of the frozen weights, see `LanguageModelConfig`; None = those a saved Laser was
-                trained with, else "auto" and "none".
+                trained with, else "auto" and "none". Not for a loaded model.
             revision: of a hub repository: branch, tag or commit.
             local_files_only: ask the hub for nothing, whatever is named here.
 
@@ -100,6 +100,8 @@ class PretrainedLaser(ModelHubMixin):
         """
         precision = {"dtype": dtype, "quantization": quantization}
         given = {name: value for name, value in precision.items() if value is not None}
+        if isinstance(pretrained, nn.Module) or isinstance(llm, nn.Module):
+            _refuse("a loaded language model, which stays as it is", **precision)
         if not isinstance(pretrained, nn.Module) and not str(pretrained).startswith(RANDOM_SCHEME):
             saved = find_saved(_folder(str(pretrained), revision, local_files_only))
             if saved is not None:

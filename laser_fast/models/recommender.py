@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from laser_fast.nn.frozen import FrozenModule
+from laser_fast.nn.uncompiled import uncompiled
 from laser_fast.ops.host_copies import on_host, to_device
 
 
@@ -124,6 +125,7 @@ class FrozenRecommender(FrozenModule):
         self.recommender = recommender
         self.freeze()
 
+    @uncompiled
     @torch.no_grad()
     def states(self, items: Tensor, cu_seqlens: Tensor, folds: Tensor | None = None) -> Tensor:
         """[N], [B+1] -> float32 [N, D_id], without gradient.

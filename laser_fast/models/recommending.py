@@ -23,6 +23,7 @@ from laser_fast.models.requests import (
     pack_histories,
     wanted_items,
 )
+from laser_fast.ops.precision import autocast_off
 
 if TYPE_CHECKING:
     from laser_fast.models.laser import LaserModel
@@ -48,7 +49,8 @@ class RecommendingLaser:
         check_histories("LaserModel.score", items, cu_seqlens, model.num_items)
         matrix = model.current_items()
         users = model.encode_users(PackedSequences(items.cpu().numpy(), cu_seqlens.cpu().numpy()))
-        return F.normalize(users, dim=-1) @ F.normalize(matrix, dim=-1).T / model.temperature
+        with autocast_off(users.device):
+            return F.normalize(users, dim=-1) @ F.normalize(matrix, dim=-1).T / model.temperature
 
     def index(self) -> InnerProductIndex:
         """The score that `recommend` ranks by as inner products of item vectors with user vectors.

@@ -8,6 +8,7 @@ from laser_fast.models.calibration import repeat_positions
 from laser_fast.models.recommender import check_histories, newest_items
 from laser_fast.nn.evaluation_mode import evaluating
 from laser_fast.nn.text_residual import TextResidual
+from laser_fast.ops.precision import autocast_off
 
 
 class TextRecommender:
@@ -35,9 +36,9 @@ class TextRecommender:
         check_histories("TextRecommender.score", items, cu_seqlens, self.num_items)
         device = self.text.head.weight.device
         read, bounds = newest_items(items, cu_seqlens, self.text.max_history)
-        with evaluating():
+        with evaluating(), autocast_off(device):
             users = self.text.users(read.to(device), bounds.to(device))
-        scores = F.normalize(users, dim=-1) @ F.normalize(self.text.embeddings(), dim=-1).T / self.temperature
+            scores = F.normalize(users, dim=-1) @ F.normalize(self.text.embeddings(), dim=-1).T / self.temperature
         scores = scores.to(items.device).masked_fill_((cu_seqlens.diff() == 0)[:, None], 0.0)
         if self.without_history:
             scores.view(-1)[repeat_positions(items, cu_seqlens, self.num_items)[0]] = -2.0 / self.temperature

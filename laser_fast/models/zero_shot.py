@@ -7,6 +7,7 @@ from torch import Tensor
 from laser_fast.data.batches import BatchBuilder
 from laser_fast.models.recommender import check_histories
 from laser_fast.nn.frozen_lm import FrozenLM
+from laser_fast.ops.precision import autocast_off
 from laser_fast.ops.segments import segment_mean, segment_sum
 
 
@@ -43,4 +44,5 @@ class TextSimilarity:
         age = age - 1 - torch.arange(items.shape[0], device=items.device)
         weight = torch.pow(torch.tensor(self.decay, device=items.device), age)  # 0 ** 0 = 1: the last item
         users = segment_sum(weight[:, None] * self.item_vectors[items], cu_seqlens)
-        return F.normalize(users, dim=-1) @ self.item_vectors.T
+        with autocast_off(users.device):
+            return F.normalize(users, dim=-1) @ self.item_vectors.T

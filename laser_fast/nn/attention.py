@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from laser_fast.nn.attention_buckets import BucketLayout, attend_in_buckets
 from laser_fast.nn.attention_flash import AttentionKind, PackedLengths, choose_backend
 from laser_fast.nn.attention_meta import attend_without_values
+from laser_fast.nn.uncompiled import uncompiled
 from laser_fast.ops.segments import lengths_on_host
 
 _recorders: list[Counter[str]] = []
@@ -44,6 +46,7 @@ class AttentionPlan:
         lengths_q, lengths_k: tokens of every sequence, on the host.
     """
 
+    @uncompiled
     def __init__(
         self,
         cu_seqlens_q: Tensor,
@@ -107,6 +110,7 @@ class AttentionPlan:
         return empty.repeat_interleave(lengths, output_size=self.num_queries)[:, None, None]
 
 
+@uncompiled
 def varlen_attention(
     query: Tensor,
     key: Tensor,
@@ -141,9 +145,10 @@ def varlen_attention(
         [Tq, H, d]; 0 for a query that sees no key.
 
     Raises:
+        TypeError: different dtypes, outside of autocast.
         ValueError: shapes that do not fit together.
     """
-    _check_shapes(query, key, value)
+    _check(query, key, value)
     if plan is None:
         plan = AttentionPlan(cu_seqlens_q, cu_seqlens_k, causal=causal, sliding_window=sliding_window)
     if query.is_meta:
@@ -165,7 +170,7 @@ def varlen_attention(
     return output if plan.keyless is None else output.masked_fill(plan.keyless, 0.0)
 
 
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
     if query.dim() != 3 or key.dim() != 3:
         raise ValueError(
             "varlen_attention: query and key must be [tokens, heads, head size], "
@@ -175,8 +180,18 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(
             f"varlen_attention: key and value must have one shape, got {tuple(key.shape)} and {tuple(value.shape)}"
         )
+    if not query.dtype == key.dtype == value.dtype and not _casts(query):
+        raise TypeError(
+            "varlen_attention: query, key and value must have one dtype, "
+            f"got {query.dtype}, {key.dtype} and {value.dtype}; move the module as a whole or not at all"
+        )
     if query.shape[2] != key.shape[2] or query.shape[1] % key.shape[1]:
         raise ValueError(
             "varlen_attention: query must have the head size of key and a multiple of its heads, "
             f"got {tuple(query.shape)} and {tuple(key.shape)}"
         )
+
+
+def _casts(tensor: Tensor) -> bool:
+    kind = tensor.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

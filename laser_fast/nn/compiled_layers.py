@@ -100,6 +100,11 @@ def compile_layers(model: nn.Module, backend: Backend = "inductor") -> int:
     return len(layers)
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `compile_layers` is in force."""
+    return any(isinstance(vars(module).get("forward"), _CompiledForward) for module in model.modules())
+
+
 def plain_layers(model: nn.Module) -> None:
     """Undo `compile_layers`."""
     for module in model.modules():

@@ -20,6 +20,7 @@ from laser_fast.nn.frozen_mlp import activation_of, gated_mlp, recognise_gated_m
 from laser_fast.nn.frozen_norm import frozen_rms_norm, recognise_norm
 from laser_fast.nn.host_store import HostStore
 from laser_fast.nn.rotary_attention import recognise_rotary_attention, rotary_attention, rotary_widths
+from laser_fast.nn.uncompiled import uncompiled
 from laser_fast.ops.rms_norm import NormKind
 
 if TYPE_CHECKING:
@@ -169,6 +170,7 @@ def _fuse_attentions(model: nn.Module) -> int:
     return count
 
 
+@uncompiled
 def _checkpointed(
     forward: Callable[..., Any],
     shared: UnpackedWeights | None,
@@ -201,6 +203,7 @@ class _KeysKnown(Exception):
     """Raised by the attention of the last layer once its keys and values are there."""
 
 
+@uncompiled
 def only_last_positions(forward: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The last layer, past its keys and values, for the last position of every sequence alone where that is asked for.
 

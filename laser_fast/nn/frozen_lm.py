@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from laser_fast.nn.compiled_layers import packed_attention, running, running_layout
+from laser_fast.nn.compiled_layers import is_compiled, packed_attention, running, running_layout
 from laser_fast.nn.execution import Execution, apply_execution
 from laser_fast.nn.frozen import FrozenModule
 from laser_fast.nn.packed_layout import PackedLayout
 from laser_fast.nn.packing_check import check_calls, first_position, name_refusals, probe_tokens
 from laser_fast.nn.prefix_kv import KeyValuePrefix, LayerShape
+from laser_fast.nn.uncompiled import uncompiled
 from laser_fast.ops.segments import even_cu_seqlens, lengths_on_host
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ class FrozenLM(FrozenModule):
     """A frozen Hugging Face model that maps packed input embeddings to packed last hidden states.
 
     Args:
-        model: loaded; it is frozen, and some of its modules get another `forward`.
+        model: loaded; it is frozen, and some of its modules get another `forward`. Of one with a head
+            (`AutoModelForCausalLM` and its like) the base is taken, and the head is not held.
         execution: how it runs a step; None = the defaults.
 
     Attributes:
@@ -49,20 +51,19 @@ class FrozenLM(FrozenModule):
         causal: whether its attention is causal (a decoder) or bidirectional (an encoder).
         max_length: longest sequence its position embeddings allow; None = no limit stated.
         layer_of: index of every attention module in the order of its first call.
+        execution, replaced: how it runs a step, and how many of its modules run so.
         fixed_shapes: runs calls without gradient in recorded shapes where it can; None = nothing is recorded.
 
     Raises:
-        ValueError: an encoder-decoder, a model without a table of token embeddings, or one that cannot exchange its
-            attention.
+        TypeError: no model of transformers, or one that another library has wrapped.
+        ValueError: an encoder-decoder, a model without a table of token embeddings or with a head and no base, or one
+            that cannot exchange its attention.
     """
 
     def __init__(self, model: "PreTrainedModel", execution: Execution | None = None) -> None:
         super().__init__()
+        model = _without_head(model)
         config = model.config.get_text_config()
-        if getattr(config, "is_encoder_decoder", False):
-            raise ValueError(
-                f"FrozenLM: the model must be an encoder or a decoder, got the encoder-decoder {model.name_or_path!r}"
-            )
         _register_attention()
         model.set_attn_implementation(ATTENTION_NAME)
         self.model = model
@@ -74,7 +75,27 @@ class FrozenLM(FrozenModule):
         self._layers: list[LayerShape] | None = None
         self._first_position: int | None = None
         self.freeze()
-        self.replaced = apply_execution(model, execution or Execution())
+        self.execution = execution or Execution()
+        self.replaced = apply_execution(model, self.execution)
+
+    def run_as(self, execution: Execution) -> None:
+        """From now on run every step so.
+
+        Raises:
+            ValueError: the model has no layers or parts of the kind that is asked for; it runs as before then.
+            RuntimeError: its layers are compiled.
+        """
+        if is_compiled(self.model):
+            raise RuntimeError(
+                "FrozenLM: layers must not be compiled to run in another way, got compiled ones; "
+                'call serving.use("none") first'
+            )
+        try:
+            self.replaced = apply_execution(self.model, execution)
+        except ValueError:
+            apply_execution(self.model, self.execution)
+            raise
+        self.execution = execution
 
     @cached_property
     def embedding_rms(self) -> float:
@@ -97,6 +118,7 @@ class FrozenLM(FrozenModule):
         device: torch.device = next((p.device for p in self.model.parameters() if p is not table), table.device)
         return device
 
+    @uncompiled
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token embeddings: int64 [T] -> [T, D_llm] on the device of the layers, without gradient."""
         with torch.no_grad():
@@ -142,6 +164,7 @@ class FrozenLM(FrozenModule):
         with torch.inference_mode(False), name_refusals(type(self.model).__name__):
             return first_position(self.model, run_packed, ATTENTION_NAME, probe.to(self.device, self.dtype))
 
+    @uncompiled
     def forward(
         self,
         inputs_embeds: Tensor,
@@ -180,6 +203,7 @@ class FrozenLM(FrozenModule):
         hidden = self._run(inputs_embeds, PackedLayout(cu_seqlens, self.layer_of, prefix, last_only=spared))
         return hidden.index_select(0, cu_seqlens[1:].long() - 1) if last_only else hidden
 
+    @uncompiled
     def key_values(self, inputs_embeds: Tensor, prefix: KeyValuePrefix | None = None) -> KeyValuePrefix:
         """Keys and values of B sequences of one length, to be injected in front of what follows them.
 
@@ -252,6 +276,36 @@ class FrozenLM(FrozenModule):
         return hidden
 
 
+def _without_head(model: "PreTrainedModel") -> "PreTrainedModel":
+    """The model that gives hidden states: this one, or the base of one with a head."""
+    from transformers import PreTrainedModel
+
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"FrozenLM: the model must be one of transformers (PreTrainedModel), got a {name}; hand in the model "
+            "inside of it (of PEFT: model.merge_and_unload())"
+        )
+    if any(getattr(one, "is_encoder_decoder", False) for one in (model.config, model.config.get_text_config())):
+        raise ValueError(
+            f"FrozenLM: the model must be an encoder or a decoder, got the encoder-decoder {model.name_or_path!r}"
+        )
+    base = model.base_model
+    headed = base is not model
+    try:
+        embeddings = base.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        embeddings = None
+    if embeddings is None or (not headed and model.get_output_embeddings() is not None):
+        raise ValueError(
+            f"FrozenLM: the model must have a base with a table of token embeddings and no head, got {name}; load it "
+            "by AutoModel"
+        )
+    if headed and not base.name_or_path:
+        base.name_or_path = model.name_or_path
+    return base
+
+
 def _root_mean_square(tensor: Tensor) -> float:
     if tensor.is_meta:
         return 1.0
@@ -312,6 +366,7 @@ def _laser_varlen(
     heads = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
     kind: dict[str, Any] = {"causal": causal, "sliding_window": sliding_window}
     kind |= {"scale": scaling, "dropout": dropout, "softcap": softcap}
-    if torch.compiler.is_compiling():  # the layout must not become part of the graph
+    # the layout must not become part of a graph; with a gradient the graph ends here
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled():
         return packed_attention(*heads, s_aux, **kind)[None], None
     return laser_layout.attend(module, *heads, sinks=s_aux, **kind)[None], None

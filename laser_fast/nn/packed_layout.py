@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from laser_fast.nn.attention import AttentionPlan, varlen_attention
 from laser_fast.nn.prefix_kv import KeyValuePrefix
+from laser_fast.nn.uncompiled import uncompiled
 from laser_fast.ops.segments import even_cu_seqlens, lengthened_cu_seqlens, segment_positions
 
 
@@ -59,6 +60,7 @@ class PackedLayout:
         """Whether the attention ends once it has its keys and values, so that no query is read."""
         return self._stop is not None
 
+    @uncompiled
     def attend(
         self,
         module: nn.Module | None,

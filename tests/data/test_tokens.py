@@ -313,3 +313,72 @@ def test_pieces_of_a_sentencepiece_tokenizer_give_the_tokens_of_the_whole(scheme
     whole = tokenizer("Films watched: Das Boot; Alien.")["input_ids"]
     assert input_ids.tolist() == whole
     assert 1 not in whole and 0 not in whole  # no lone space, nothing unknown
+
+
+def _tokenizer_of(kind: str) -> Any:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    seen = ["films watched red alien", "the boot 2 < | im _ end > / s [ SEP ]"] * 4
+    if kind == "wordpiece":
+        control = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+        inner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        inner.normalizer, inner.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+        trainer: Any = trainers.WordPieceTrainer(vocab_size=120, special_tokens=control)
+        around, names = "[CLS] $A [SEP]", {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    elif kind == "sentencepiece":
+        control = ["<unk>", "<s>", "</s>"]
+        inner = Tokenizer(models.BPE(unk_token="<unk>"))
+        inner.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+        trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=control)
+        around, names = "<s> $A", {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    else:
+        control = ["<|endoftext|>", "<|im_end|>"]
+        inner = Tokenizer(models.BPE())
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        around, names = "$A <|im_end|>", {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+    inner.train_from_iterator(seen, trainer)
+    inner.add_special_tokens(control)
+    numbers = [(token, inner.token_to_id(token)) for token in control if token in around]
+    inner.post_processor = processors.TemplateProcessing(single=around, special_tokens=numbers)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **names)
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "sentencepiece", "byte level"])
+def test_a_title_that_spells_a_special_token_is_text(kind: str) -> None:
+    tokenizer = _tokenizer_of(kind)
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    assert special
+    spelt = [str(token) for token in tokenizer.all_special_tokens]
+    titles = ["red alien", "the boot 2", *spelt, *(f"red {token} alien" for token in spelt), "".join(spelt)]
+    texts = tokenize_texts(titles, tokenizer)
+    assert not special & set(texts.input_ids.tolist())
+    assert (np.diff(texts.offsets) > 0).all()
+    for place, title in enumerate(titles[:2]):  # as ever
+        front = " " if words_carry_space(tokenizer) else ""
+        assert texts.gather([place])[0].tolist() == tokenizer(front + title, add_special_tokens=False)["input_ids"]
+    # cut as text, too
+    assert np.diff(tokenize_texts(titles, tokenizer, 2).offsets).max() == 2
+    # what we write around the titles keeps its special tokens
+    chosen = prompt_layout(f"films watched {spelt[-1]} {{history}}", tokenizer)
+    assert tokenizer.all_special_ids[-1] in chosen.left
+    left, right = special_tokens(tokenizer)
+    assert chosen.left[: len(left)] == left and chosen.right[len(chosen.right) - len(right) :] == right
+    assert special & {*left, *right}
+
+
+def test_a_tokenizer_that_reads_all_as_text_and_refuses_the_option_is_asked_without() -> None:
+    class Refusing(WordTokenizer):
+        split_special_tokens = False
+
+        def __call__(self, *args: Any, split_special_tokens: bool = False, **options: Any) -> dict[str, Any]:
+            if split_special_tokens:
+                raise ValueError("does not support split_special_tokens")
+            return super().__call__(*args, **options)
+
+    assert (
+        tokenize_texts(["a b"], Refusing()).input_ids.tolist()
+        == tokenize_texts(["a b"], WordTokenizer()).input_ids.tolist()
+    )

@@ -1,6 +1,8 @@
 """The packed language model against Hugging Face's own padded forward, with weights large enough for errors to show."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -9,6 +11,11 @@ from torch import Tensor
 from transformers import (
     AttentionInterface,
     AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BartConfig,
+    BartForCausalLM,
     BertConfig,
     Gemma2Config,
     GptOssConfig,
@@ -16,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     Qwen3Config,
     T5Config,
+    T5ForConditionalGeneration,
 )
 
 from laser_fast.nn.frozen_lm import ATTENTION_NAME, FrozenLM
@@ -172,3 +180,57 @@ def test_embeddings_are_the_models_own() -> None:
     assert lm.embedding_rms == pytest.approx(
         float(model.get_input_embeddings().weight.square().mean().sqrt()), rel=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("llama", AutoModelForCausalLM),
+        ("llama", AutoModelForSequenceClassification),
+        ("bert", AutoModelForMaskedLM),
+        ("bert", AutoModelForSequenceClassification),
+        ("gemma2", AutoModelForCausalLM),
+    ],
+)
+def test_of_a_model_with_a_head_the_base_is_taken_and_the_head_let_go(name: str, kind: type) -> None:
+    torch.manual_seed(0)
+    model = kind.from_config(copy.deepcopy(CONFIGS[name]))
+    base = copy.deepcopy(model.base_model)
+    heads = [weakref.ref(child) for child in model.children() if child is not model.base_model]
+    assert heads
+    embeds, bounds = torch.randn(9, 32), torch.tensor([0, 4, 9], dtype=torch.int32)
+    lm, expected = FrozenLM(model), FrozenLM(base)(embeds, bounds)
+    assert torch.equal(lm(embeds, bounds), expected)
+    del model
+    gc.collect()
+    assert all(head() is None for head in heads)
+
+
+def test_models_without_a_usable_base_are_refused_by_name() -> None:
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 61}
+    t5 = T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, vocab_size=61)
+    refused = {
+        "an encoder or a decoder, got the encoder-decoder": T5ForConditionalGeneration(t5),
+        "a base with a table of token embeddings and no head, got BartForCausalLM; load": BartForCausalLM(
+            BartConfig(**sizes, decoder_attention_heads=2, encoder_attention_heads=2)
+        ),
+    }
+    for message, model in refused.items():
+        with pytest.raises(ValueError, match=f"FrozenLM: the model must (be|have) {message}"):
+            FrozenLM(model)
+    wrapped = torch.nn.Sequential(random_model(CONFIGS["llama"], "eager"))
+    with pytest.raises(TypeError, match=r"must be one of transformers .*, got a Sequential; hand in the model inside"):
+        FrozenLM(wrapped)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["bert", "llama", "gemma2"])
+def test_moved_to_another_dtype_it_is_the_model_in_that_dtype(name: str, dtype: torch.dtype) -> None:
+    lm, exact = FrozenLM(random_model(CONFIGS[name], "eager")), FrozenLM(random_model(CONFIGS[name], "eager").double())
+    embeds, bounds = torch.randn(9, 32), torch.tensor([0, 4, 9], dtype=torch.int32)
+    expected = exact(embeds, bounds)
+    before = lm(embeds, bounds)
+    moved = lm.to(dtype)(embeds, bounds)
+    assert lm.dtype == moved.dtype == dtype and before.dtype == torch.float32
+    # a few roundings per layer
+    assert float((moved - expected).norm() / expected.norm()) < 16 * torch.finfo(dtype).eps + 1e-6
