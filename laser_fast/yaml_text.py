@@ -1,6 +1,6 @@
 """YAML of people and of runs, read by one function: bounded in size, depth and aliases, no key twice, errors placed.
 
-A few lines with aliases of aliases stand for more values than memory holds; configurations need none, so none is read.
+A few lines with aliases of aliases stand for more values than memory holds, so what aliases stand for is counted.
 """
 
 from pathlib import Path
@@ -10,6 +10,8 @@ import yaml
 
 _LARGEST = 2**20  # bytes of a file; configurations have some thousand
 _DEEPEST = 20  # levels; configurations have four
+_TOO_DEEP = f"values must be nested at most {_DEEPEST} levels deep"
+_MOST_REPEATED = 10_000  # values that all aliases together stand for; a dump of shared lists has some hundred
 _LONGEST_NUMBER = 100  # characters: PyYAML takes a time that grows with their square for numbers to the base of 60
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
@@ -19,17 +21,33 @@ class _Reader(yaml.SafeLoader):
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
-        self._depth = 0
+        self._depth = self._repeated = 0
+        self._sizes: dict[int, tuple[int, int]] = {}  # values and levels of each node that is composed, by its identity
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            self._refuse("aliases must not be used")
+        event = self.peek_event()
         if self._depth == _DEEPEST:
-            self._refuse(f"values must be nested at most {_DEEPEST} levels deep")
+            self._refuse(_TOO_DEEP, event)
         self._depth += 1
         node = super().compose_node(parent, index)
         self._depth -= 1
+        if isinstance(event, yaml.AliasEvent):
+            self._count_alias(event, node)
+        else:
+            inner = [self._sizes[id(one)] for one in _children(node)]
+            values, levels = [size[0] for size in inner], [size[1] for size in inner]
+            self._sizes[id(node)] = 1 + sum(values), 1 + max(levels, default=0)
         return node
+
+    def _count_alias(self, event: Any, node: Any) -> None:
+        if id(node) not in self._sizes:
+            self._refuse(f"alias {event.anchor!r} must not stand in what it names", event)
+        values, levels = self._sizes[id(node)]
+        self._repeated += values
+        if self._repeated > _MOST_REPEATED:
+            self._refuse(f"aliases must stand for at most {_MOST_REPEATED:,} values in all", event)
+        if self._depth + levels > _DEEPEST:
+            self._refuse(_TOO_DEEP, event)
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
@@ -50,8 +68,14 @@ class _Reader(yaml.SafeLoader):
         except (ValueError, OverflowError) as error:  # of int, float and date
             raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from error
 
-    def _refuse(self, problem: str) -> None:
-        raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.peek_event().start_mark)
+    def _refuse(self, problem: str, event: Any) -> None:
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+
+
+def _children(node: Any) -> list[Any]:
+    if isinstance(node, yaml.MappingNode):
+        return [one for pair in node.value for one in pair]
+    return node.value if isinstance(node, yaml.SequenceNode) else []
 
 
 def parse_yaml(text: str, name: str) -> Any:
@@ -61,8 +85,8 @@ def parse_yaml(text: str, name: str) -> Any:
         name: of the text, for errors.
 
     Raises:
-        ValueError: no YAML, more than one document, aliases, a key twice in a section, nested too deep, a number or
-            date that is none; names the line and the column.
+        ValueError: no YAML, more than one document, too many aliases, a key twice in a section, nested too deep, a
+            number or date that is none; names the line and the column.
     """
     try:
         reader = _Reader(text)

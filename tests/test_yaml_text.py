@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from laser_fast.yaml_text import parse_yaml, read_yaml
 
@@ -28,8 +29,9 @@ def laughs(levels: int) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (laughs(10), "aliases must not be used at line 2, column 10"),
-        ("a: &x {<<: *x}", "aliases must not be used at line 1, column 12"),
+        (laughs(10), "aliases must stand for at most 10,000 values in all at line 5, column "),
+        ("a: &x {<<: *x}", "alias 'x' must not stand in what it names at line 1, column 12"),
+        (f"a: &a {'[' * 12}1{']' * 12}\nb: {'[' * 8}*a{']' * 8}", "nested at most 20 levels deep at line 2, column 12"),
         ("[" * 10**5, "values must be nested at most 20 levels deep at line 1, column 21"),
         ("a: 1\nb: 2\na: 3", "key 'a' must be set once at line 3, column 1"),
         ("s:\n  a: 1\n  'a': 3", "key 'a' must be set once at line 3, column 3"),
@@ -50,6 +52,14 @@ def test_refused_text_is_placed(text: str, message: str) -> None:
         parse_yaml(text, "run.yaml")
     assert time.perf_counter() - begin < 5
     assert "\n" not in str(caught.value)
+
+
+def test_aliases_stand_for_what_they_name() -> None:
+    shared = {"ks": [1, 5, 10], "name": "x"}
+    text = yaml.safe_dump({"a": shared, "b": shared, "c": [shared["ks"]] * 3})
+    assert "*id" in text
+    assert parse_yaml(text, "a dump") == {"a": shared, "b": shared, "c": [[1, 5, 10]] * 3}
+    assert parse_yaml("a: &x {b: 1}\nc: {<<: *x, d: 2}", "a merge") == {"a": {"b": 1}, "c": {"b": 1, "d": 2}}
 
 
 def test_files(tmp_path: Path) -> None:

@@ -77,7 +77,11 @@ def test_every_picture_is_xml() -> None:
         ("metrics.jsonl", '{"stage": "text", "epoch": "x"}\n', "number of an epoch if any, .* got line 1 without"),
         ("finished.json", "[]", "finished.json must hold an object, got a list"),
         ("environment.json", "{", "environment.json must be JSON"),
-        ("config.yaml", "lm: &a [*a]", "config.yaml must be YAML, got aliases must not be used at line 1, column 9"),
+        (
+            "config.yaml",
+            "lm: &a [*a]",
+            "config.yaml must be YAML, got alias 'a' must not stand in what it names at line 1, column 9",
+        ),
     ],
 )
 def test_a_damaged_run_is_named(name: str, content: str, message: str, tmp_path: Path) -> None:

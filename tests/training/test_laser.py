@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load, load_file, save_file
 
-from laser_fast.config import LaserConfig, build_config
+from laser_fast.config import LaserConfig, OptimizerConfig, build_config
 from laser_fast.data import PackedSequences
 from laser_fast.data.sealed import seal
 from laser_fast.training import laser
@@ -180,13 +180,12 @@ def test_damaged_and_foreign_checkpoints_are_refused(tiny_settings: dict[str, An
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_settings: dict[str, Any]) -> None:
-    training = {
-        **tiny_settings["training"],
-        "pretrain": {"epochs": 0},
-        "optimizer": {"learning_rate": 1e30, "warmup_fraction": 0.0},
-    }
+    training = {**tiny_settings["training"], "pretrain": {"epochs": 0}}
+    config = config_of(tiny_settings | {"training": training})
+    absurd = OptimizerConfig(warmup_fraction=0.0).model_copy(update={"learning_rate": 1e30})  # no file may say so
+    config = config.model_copy(update={"training": config.training.model_copy(update={"optimizer": absurd})})
     with pytest.raises(FloatingPointError, match=r"the loss must be finite, got (nan|inf) at step \d+"):
-        train_laser(config_of(tiny_settings | {"training": training}), progress=False)
+        train_laser(config, progress=False)
 
 
 def test_rows_come_once_before_any_comes_twice() -> None:
