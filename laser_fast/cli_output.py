@@ -155,7 +155,7 @@ def _explain(error: BaseException) -> str | None:
     """What a person did and can mend; None for a fault of the program."""
     message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     if isinstance(error, ValidationError):
-        return describe_problems(error)
+        return describe_problems(error, "configuration")
     if isinstance(error, OSError) and error.errno is not None:
         return _explain_system(error)
     ours = isinstance(error, UsageError) or _raised_by_us(error)
