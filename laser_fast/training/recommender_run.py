@@ -92,9 +92,8 @@ class RecommenderRun:
             "log_bytes": len(self.directory.read_log()),
             "fingerprint": self.fingerprint,
         }
-        random = RandomState.now(fitting.device).of_torch()  # nothing else is drawn from
-        state = State.join(position=State(values=position), fitting=fitting.state(), random=State(random), **parts)
-        self._states.save(state)
+        random = State(RandomState.now(fitting.device).of_torch().tensors)  # nothing else is drawn from
+        self._states.save(State.join(position=State(values=position), fitting=fitting.state(), random=random, **parts))
         self.interruption.check()
 
     def take_up(self, stage: str, fitting: Fitting) -> State | None:
@@ -104,7 +103,7 @@ class RecommenderRun:
             return None
         self.resumed = None
         fitting.load_state(state.part("fitting"))
-        RandomState.now(fitting.device).with_torch(state.part("random").tensors).put_back()
+        RandomState(fitting.device, state.part("random").tensors).put_back()
         return state
 
     def finish(self, model: PackedRecommender) -> None:
