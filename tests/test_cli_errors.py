@@ -71,7 +71,7 @@ def nested(levels: int) -> object:
         (raising(torch.OutOfMemoryError("CUDA out of\nmemory")), "memory must hold what is asked for, got CUDA out of"),
         (lambda: np.full(1, 10**30, dtype=np.int64), "a number must not be that large, got OverflowError"),
         (lambda: PromptConfig(max_items=0), "configuration: max_items: Input should be greater than or equal to 1"),
-        (lambda: pack_histories(["i1"], {}), "recommend: a history must be a list of item ids, got the string 'i1'"),
+        (lambda: pack_histories(["i1"], {}), "recommend: a history must be a list of item ids, got a str: 'i1'"),
         (lambda: TextResidual(2, 2).fetch_vectors(), "TextResidual: the vectors must be set, got none; call"),
         (lambda: Tokenizer.from_str("{"), "a tokenizer must be whole, got EOF while parsing"),
         (lambda: int("x"), "ValueError: invalid literal for int() with base 10: 'x'"),

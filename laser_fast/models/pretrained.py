@@ -14,7 +14,7 @@ from laser_fast.config import LanguageModelConfig, LaserConfig, ModelConfig, bui
 from laser_fast.data.claims import claim
 from laser_fast.data.items import ItemTable
 from laser_fast.data.tokens import Tokenizer
-from laser_fast.models.adapter_files import Origin, SavedLaser, find_saved, weights_hash, write_laser
+from laser_fast.models.adapter_files import Origin, SavedLaser, find_saved, write_laser
 from laser_fast.models.assembly import build_execution, build_model_batches, check_tokens, laser_parts
 from laser_fast.models.base_model import describe_base
 from laser_fast.models.calibration import CalibratedScorer, Calibration
@@ -389,11 +389,7 @@ def _saved_recommender(saved: SavedLaser, given: Recommender | None, items: Item
             f"from_pretrained: recommender must be given for this Laser, which reads a {expected.kind} that is not "
             "in its folder, got None"
         )
-    if expected.sha256 != (found := weights_hash(recommender)):
-        raise ValueError(
-            f"from_pretrained: recommender must be the {expected.kind} of the training, "
-            f"{str(expected.sha256)[:12]}, got a {type(recommender).__name__}, {str(found)[:12]}"
-        )
+    saved.refuse_another_recommender(recommender, "from_pretrained")
     return recommender
 
 
