@@ -183,7 +183,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_settings: dict[str, Any]) 
     training = {
         **tiny_settings["training"],
         "pretrain": {"epochs": 0},
-        "optimizer": {"learning_rate": 1e30, "warmup_fraction": 0.0},
+        "optimizer": {"learning_rate": 100.0, "weight_decay": 100.0, "warmup_fraction": 0.0},
     }
     with pytest.raises(FloatingPointError, match=r"the loss must be finite, got (nan|inf) at step \d+"):
         train_laser(config_of(tiny_settings | {"training": training}), progress=False)
