@@ -71,6 +71,26 @@ def locate(location: str) -> Path:
     return fetch(name, revision=revision or None)
 
 
+def find_folder(location: str, revision: str | None, local_files_only: bool) -> Path:
+    """`locate`, and a name OWNER/NAME that is no folder is looked for on the hub.
+
+    Args:
+        revision, local_files_only: see `fetch`; the revision goes before one in the location.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if not location.startswith(HUB_SCHEME):
+        try:
+            return resolve_path(location)
+        except FileNotFoundError:
+            if location.count("/") != 1 or location.startswith((".", "/", "~", "package:")):
+                raise
+    location, _, at = location.partition("@")
+    revision = revision or at or None
+    return fetch(location, revision=revision, local_files_only=local_files_only)
+
+
 def commit_of(folder: Path) -> str | None:
     """The commit whose files a folder of the cache holds; None for any other folder."""
     name = folder.name

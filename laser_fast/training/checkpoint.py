@@ -8,9 +8,10 @@ import torch
 from laser_fast.config import LaserConfig
 from laser_fast.data.folders import whole_directory
 from laser_fast.models.adapter_files import SavedLaser, find_saved, item_map_hash, weights_hash, write_laser
+from laser_fast.models.base_model import lm_of_saved
 from laser_fast.models.laser import LaserModel
 from laser_fast.models.model_card import model_card
-from laser_fast.models.pretrained import lm_of_saved, restore_calibration
+from laser_fast.models.pretrained import restore_calibration
 from laser_fast.models.token_budget import TokenBudget
 from laser_fast.training.build import Inputs, build_laser, load_inputs, load_language_model, training_counts
 
