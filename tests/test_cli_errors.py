@@ -68,6 +68,7 @@ def nested(levels: int) -> object:
         (lambda: load(b"\x08\0\0\0\0\0\0\0{}"), "a safetensors file must be whole, got Error while deserializing"),
         (raising(MemoryError()), "memory must hold what is asked for, got MemoryError"),
         (lambda: torch.empty(2**50), "memory must hold what is asked for, got [enforce fail at"),
+        (raising(RuntimeError("CUDA error: out of memory")), "memory must hold what is asked for, got CUDA error: out"),
         (raising(torch.OutOfMemoryError("CUDA out of\nmemory")), "memory must hold what is asked for, got CUDA out of"),
         (lambda: np.full(1, 10**30, dtype=np.int64), "a number must not be that large, got OverflowError"),
         (lambda: PromptConfig(max_items=0), "configuration: max_items: Input should be greater than or equal to 1"),

@@ -28,7 +28,7 @@ def parse_description(
     """The description that a JSON file holds.
 
     Args:
-        kind: a `Description`, or a dataclass with its settings.
+        kind: a `Description`, a dataclass with its settings, or a plain type (a dictionary).
         where: begins a message: the function, a colon, and the name of the file.
         version: a key and the one value of it that is read.
         remedy: what to do about a file of another version.

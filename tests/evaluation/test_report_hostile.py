@@ -75,8 +75,8 @@ def test_every_picture_is_xml() -> None:
         ("metrics.jsonl", "3\n", "metrics.jsonl must hold a stage, .* got line 1 without"),
         ("metrics.jsonl", '{"stage": "text", "epoch": 0}\n{"epoch": 1}\n', "must hold a stage, .* got line 2 without"),
         ("metrics.jsonl", '{"stage": "text", "epoch": "x"}\n', "number of an epoch if any, .* got line 1 without"),
-        ("finished.json", "[]", "finished.json must hold an object, got a list"),
-        ("environment.json", "{", "environment.json must be JSON"),
+        ("finished.json", "[]", r"finished.json: Input should be an object, got \[\]"),
+        ("environment.json", "{", "environment.json: Invalid JSON: EOF"),
         ("config.yaml", "lm: &a [*a]", "config.yaml must be YAML, got aliases must not be used at line 1, column 9"),
     ],
 )
