@@ -17,7 +17,7 @@ from laser_fast.models.recommender_files import read_facts, save_recommender
 from laser_fast.training.interruption import Interruption
 from laser_fast.training.random_state import RandomState
 from laser_fast.training.recommender_fit import Fitting
-from laser_fast.training.resume import State, StateFolder
+from laser_fast.training.resume import State, StateFolder, refuse_another_beginning
 from laser_fast.training.run_directory import RunDirectory, describe_environment
 
 
@@ -53,21 +53,16 @@ class RecommenderRun:
         """
         assert self.directory is not None and self._states is not None
         if self.finished:
-            self._refuse_another(read_facts(self.directory.checkpoint)["began"])
+            began = read_facts(self.directory.checkpoint)["began"]
+            refuse_another_beginning("train_recommender", began, self.fingerprint)
             return
         self.resumed = self._states.newest()
         if self.resumed is None:
             warnings.warn(f"train_recommender: {self.directory.path} has no state yet; it begins anew", stacklevel=5)
         else:
-            self._refuse_another(self.resumed.values["position"]["fingerprint"])
+            began = self.resumed.values["position"]["fingerprint"]
+            refuse_another_beginning("train_recommender", began, self.fingerprint)
         self._states.put_back_files()
-
-    def _refuse_another(self, began: dict[str, Any]) -> None:
-        changed = [name for name, value in self.fingerprint.items() if began.get(name) != value]
-        if changed:
-            raise ValueError(
-                "train_recommender: a run must be resumed with what it began with, got another " + " and ".join(changed)
-            )
 
     def log(self, **values: Any) -> None:
         """Append one line to metrics.jsonl."""

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,6 +149,21 @@ class StateFolder:
         if not self.path.is_dir():
             return []
         return sorted((entry for entry in self.path.iterdir() if entry.name[:1].isdigit()), key=_number)
+
+
+def refuse_another_beginning(function: str, began: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Make sure that a run goes on with what it began with, by the name of each in a message.
+
+    Args:
+        function: the first word of the message.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if changed := [name for name, value in now.items() if began.get(name) != value]:
+        raise ValueError(
+            f"{function}: a run must be resumed with what it began with, got another " + " and ".join(changed)
+        )
 
 
 def _number(folder: Path) -> int:

@@ -309,7 +309,7 @@ def test_another_configuration_is_refused(settings: dict[str, Any], stopped: Pat
 def test_other_data_are_refused(settings: dict[str, Any], stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (stopped / "metrics.jsonl").read_bytes()
     monkeypatch.setattr("laser_fast.training.laser.fingerprint", lambda inputs: dict.fromkeys(KNOWN, "0"))
-    with pytest.raises(ValueError, match="data it began with, got another split and item map and recommender"):
+    with pytest.raises(ValueError, match="what it began with, got another split and item map and recommender"):
         train_laser(config_of(settings, stopped), resume=True, progress=False)
     assert (stopped / "metrics.jsonl").read_bytes() == before
 
