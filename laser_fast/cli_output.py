@@ -155,13 +155,13 @@ def _explain(error: BaseException) -> str | None:
     """What a person did and can mend; None for a fault of the program."""
     message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     if isinstance(error, ValidationError):
-        return describe_problems(error)
+        return describe_problems(error, "configuration")
     if isinstance(error, OSError) and error.errno is not None:
         return _explain_system(error)
     ours = isinstance(error, UsageError) or _raised_by_us(error)
     if ours and _OUR_MESSAGE.match(message):
         return message
-    if _out_of_memory(error, message):
+    if _out_of_memory(error):
         return f"memory must hold what is asked for, got {message}"
     for kinds, rule in _CAUSES:
         if isinstance(error, kinds):
@@ -201,11 +201,12 @@ def _in_transformers_files(error: BaseException) -> bool:
     )
 
 
-def _out_of_memory(error: BaseException, message: str) -> bool:
-    """Whether torch found too little: on a GPU a kind of its own, on a CPU a RuntimeError that says so."""
-    return type(error).__name__ == "OutOfMemoryError" or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in message
-    )
+def _out_of_memory(error: BaseException) -> bool:
+    if "torch" not in sys.modules:  # nobody could run out of it
+        return False
+    from laser_fast.models.token_budget import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _flush_output() -> None:

@@ -9,31 +9,24 @@ MOST = 10**6
 LARGEST_SEED = 2**32 - 1
 
 
-def whole_number(least: int, most: int = MOST) -> Callable[[str], int]:
+def whole_number(least: int, most: int = MOST) -> Callable[[str], float]:
     """The `type` of an argument that is a whole number between two bounds, both included."""
-
-    def read(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"must be a whole number from {least} to {most}, got {text!r}")
-        return value
-
-    return read
+    return _number(int, f"a whole number from {least} to {most}", least, most)
 
 
 def finite_number(least: float, most: float) -> Callable[[str], float]:
     """The `type` of an argument that is a number between two bounds, both included."""
+    return _number(float, f"a number from {least:g} to {most:g}", least, most)
 
+
+def _number(kind: Callable[[str], float], rule: str, least: float, most: float) -> Callable[[str], float]:
     def read(text: str) -> float:
         try:
-            value = float(text)
+            value = kind(text)
         except ValueError:
             value = math.nan
         if not least <= value <= most:  # NaN is not
-            raise argparse.ArgumentTypeError(f"must be a number from {least:g} to {most:g}, got {text!r}")
+            raise argparse.ArgumentTypeError(f"must be {rule}, got {text!r}")
         return value
 
     return read

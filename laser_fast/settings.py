@@ -44,20 +44,21 @@ def build_config(kind: type[AnySettings], values: Mapping[str, Any]) -> AnySetti
     try:
         return kind.model_validate(dict(values))
     except ValidationError as error:
-        problems = describe_problems(error, kind)
+        problems = describe_problems(error, "configuration", kind)
     raise ValueError(problems)
 
 
-def describe_problems(error: ValidationError, kind: type[Settings] = Settings) -> str:
+def describe_problems(error: ValidationError, where: str, kind: type = Settings) -> str:
     """What a validation found, in one sentence: the rules and the values, without pydantic's own words around them.
 
     Args:
-        kind: whose keys are proposed for unknown ones.
+        where: begins the sentence.
+        kind: the model whose keys are proposed for unknown ones.
     """
     problems = error.errors(include_url=False)
     told = [_describe(kind, problem) for problem in problems[:_MOST_PROBLEMS]]
     told += [f"and {len(problems) - _MOST_PROBLEMS:,} more"] if len(problems) > _MOST_PROBLEMS else []
-    return "configuration: " + "; ".join(told)
+    return f"{where}: " + "; ".join(told)
 
 
 def load_config(kind: type[AnySettings], path: str | Path, overrides: Sequence[str] = ()) -> AnySettings:
@@ -126,16 +127,16 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     target[last] = parse_yaml(text, f"the value of override {override!r}")
 
 
-def _describe(kind: type[Settings], problem: Any) -> str:
+def _describe(kind: type, problem: Any) -> str:
     location = [str(part) for part in problem["loc"]]
     name = ".".join(location)[:_LONGEST_VALUE]
-    if problem["type"] == "extra_forbidden":
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # of a model, of a dataclass
         near = difflib.get_close_matches(name, _known_keys(kind), n=1, cutoff=0.5)
         near = near or difflib.get_close_matches(
             location[-1][:_LONGEST_VALUE], [key.split(".")[-1] for key in _known_keys(kind)], n=1
         )
         return f"unknown key {name!r}" + (f", did you mean {near[0]!r}?" if near else "")
-    if problem["type"] == "missing":
+    if problem["type"] in ("missing", "missing_argument"):
         return f"key {name!r} must be set, got nothing"
     where = f"{name}: " if name else ""
     message = problem["msg"].removeprefix("Value error, ")
@@ -149,10 +150,9 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}... ({len(text):,} characters)"
 
 
-def _known_keys(kind: type[Settings], prefix: str = "") -> list[str]:
+def _known_keys(kind: Any, prefix: str = "") -> list[str]:
+    """Of a model, and of those in it; none of anything else."""
     keys = []
-    for name, field in kind.model_fields.items():
-        keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
-            keys += _known_keys(field.annotation, f"{prefix}{name}.")
+    for name, field in getattr(kind, "model_fields", {}).items():
+        keys += [prefix + name, *_known_keys(field.annotation, f"{prefix}{name}.")]
     return keys

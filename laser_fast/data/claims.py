@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 
-from laser_fast.data.disk import make_directory
+from laser_fast.data.disk import make_directory, open_no_link
 
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _claimed: ContextVar[frozenset[Path]] = ContextVar("claimed", default=frozenset())
@@ -79,12 +79,8 @@ def _open(place: Path) -> int:
     """The lock file of an output; the output itself where nobody may write beside it, and so nobody exchanges it."""
     make_directory(place.parent)
     try:
-        return os.open(lock_file(place), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        return open_no_link(lock_file(place), os.O_RDWR)
     except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise FileExistsError(
-                f"claim: the lock of an output must be a file, got the link {str(lock_file(place))!r}; remove it"
-            ) from None
         if error.errno not in _NOT_ALLOWED or not place.exists():
             raise
     return os.open(place, os.O_RDONLY)

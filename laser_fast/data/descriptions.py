@@ -6,8 +6,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
-_SHOWN = 3  # problems of one file in a message
-_SHOWN_CHARACTERS = 80  # of a value in it
+from laser_fast.settings import describe_problems
 
 
 class Description(BaseModel):
@@ -29,7 +28,7 @@ def parse_description(
     """The description that a JSON file holds.
 
     Args:
-        kind: a `Description`, or a dataclass with its settings.
+        kind: a `Description`, a dataclass with its settings, or a plain type (a dictionary).
         where: begins a message: the function, a colon, and the name of the file.
         version: a key and the one value of it that is read.
         remedy: what to do about a file of another version.
@@ -42,7 +41,7 @@ def parse_description(
     try:
         return TypeAdapter(kind).validate_json(content)
     except ValidationError as error:
-        raise ValueError(f"{where} must hold what belongs there, got {_problems(error)}") from error
+        raise ValueError(describe_problems(error, where, kind)) from error
 
 
 def checked_description(kind: type[AnyDescription], values: dict[str, Any], where: str) -> AnyDescription:
@@ -54,7 +53,7 @@ def checked_description(kind: type[AnyDescription], values: dict[str, Any], wher
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise ValueError(f"{where} must hold what belongs there, got {_problems(error)}") from error
+        raise ValueError(describe_problems(error, where, kind)) from error
 
 
 def _refuse_another_version(content: str | bytes, key: str, wanted: int, where: str, remedy: str) -> None:
@@ -66,22 +65,3 @@ def _refuse_another_version(content: str | bytes, key: str, wanted: int, where: 
         raise ValueError(f"{where} must be a JSON object, got {type(found).__name__}")
     if found.get(key) != wanted:
         raise ValueError(f"{where} must have {key} {wanted}, got {found.get(key)!r}; {remedy}")
-
-
-def _problems(error: ValidationError) -> str:
-    problems = error.errors()
-    shown = [_problem(problem) for problem in problems[:_SHOWN]]
-    more = len(problems) - len(shown)
-    return "; ".join(shown) + (f" and {more} more" if more else "")
-
-
-def _problem(problem: Any) -> str:
-    name = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] in ("missing", "missing_argument"):
-        return f"no {name!r}"
-    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"the unknown key {name!r}"
-    message = problem["msg"].removeprefix("Value error, ")
-    if not name:
-        return str(message)
-    return f"{name} = {repr(problem['input'])[:_SHOWN_CHARACTERS]} ({message})"

@@ -14,20 +14,29 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def open_no_link(path: Path, flags: int) -> int:
+    """`os.open` of a file that is created if need be, with the modes of new files.
+
+    Raises:
+        FileExistsError: the path is a link.
+    """
+    try:
+        return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise FileExistsError(
+            f"open_no_link: the target must be a file, got the link {str(path)!r}; remove it"
+        ) from None
+
+
 def append_line(path: Path, line: bytes) -> None:
     """Add a line to a file that is created if need be; it is on the disk when this returns.
 
     Raises:
         FileExistsError: the path is a link.
     """
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        raise FileExistsError(
-            f"append_line: the target must be a file, got the link {str(path)!r}; remove it"
-        ) from None
+    descriptor = open_no_link(path, os.O_WRONLY | os.O_APPEND)
     with os.fdopen(descriptor, "ab") as file:
         file.write(line + b"\n")
         file.flush()

@@ -42,7 +42,7 @@ def number_in(text: str) -> int | float | None:
             number = kind(text)
         except ValueError:
             continue
-        if math.isfinite(number):
+        if isinstance(number, int) or math.isfinite(number):
             return number
     return None
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from laser_fast.data.descriptions import Description, parse_description
 from laser_fast.data.folders import replace_file
+from laser_fast.models.tensor_files import open_tensors
 
 if TYPE_CHECKING:
     from laser_fast.data import EvaluationRows
@@ -96,13 +96,8 @@ class Candidates:
         if not Path(path).is_file():
             raise FileNotFoundError(f"Candidates.load: the path must be a file, got {str(path)!r}")
         name = Path(path).name
-        try:
-            with safe_open(path, "numpy") as stream:
-                written, items = (stream.metadata() or {}).get("about", "{}"), stream.get_tensor("items")
-        except SafetensorError as error:
-            raise ValueError(
-                f"Candidates.load: {name} must be a safetensors file of candidates, got {error}"
-            ) from error
+        with open_tensors(Path(path), "Candidates.load") as stream:
+            written, items = (stream.metadata() or {}).get("about", "{}"), stream.get_tensor("items").clone().numpy()
         where, version = f"Candidates.load: the description in {name}", ("format", _FORMAT)
         about = parse_description(_About, written, where, version=version, remedy="draw the candidates again")
         found = cls(items, about.sampler, about.seed, about.rows_hash)

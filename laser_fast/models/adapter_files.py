@@ -158,6 +158,22 @@ class SavedLaser:
                 + ", ".join(found)
             )
 
+    def refuse_another_recommender(self, recommender: object, function: str) -> None:
+        """Make sure that a recommender has the weights of the one in training, where there was one.
+
+        Args:
+            function: the first word of the message.
+
+        Raises:
+            ValueError: it has not.
+        """
+        expected = self.description.recommender
+        if expected is not None and expected.sha256 != (found := weights_hash(recommender)):
+            raise ValueError(
+                f"{function}: recommender must be the {expected.kind} of the training, {str(expected.sha256)[:12]}, "
+                f"got a {type(recommender).__name__}, {str(found)[:12]}"
+            )
+
     def put_into(self, model: "LaserModel") -> None:
         """Trained parameters and item matrix into a model of the same shape.
 

@@ -1,6 +1,5 @@
 """Several scorers fused into one, with terms for repeats and popularity: a few scalars on top of frozen scores."""
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from copy import copy
@@ -46,23 +45,6 @@ class Calibration:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and names, ready for JSON."""
         return asdict(self)
-
-    def to_json(self) -> str:
-        """JSON text that `from_json` reads back to an equal object."""
-        return json.dumps(self.to_dict(), indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> "Calibration":
-        """Read what `to_json` wrote.
-
-        Raises:
-            ValueError: not JSON, or an unknown or missing key.
-        """
-        values = json.loads(text)
-        try:
-            return cls(**{**values, "standardize": tuple(values.get("standardize", ()))})
-        except (TypeError, AttributeError) as error:
-            raise ValueError(f"Calibration.from_json: keys must be those of to_json, got {text[:200]!r}") from error
 
 
 class CalibratedScorer:

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from laser_fast.data.items import ItemTable
 from laser_fast.models.foreign_layouts import LAYOUTS, Layout
 from laser_fast.models.packed_recommender import PackedRecommender
+from laser_fast.models.tensor_files import open_tensors
 
 KINDS = tuple(LAYOUTS)
 """What can be imported."""
@@ -133,10 +132,8 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"import_recommender: checkpoint must be a file, got {str(path)!r}")
     if path.suffix == ".safetensors":
-        try:
-            return load_file(path), {}
-        except SafetensorError as error:
-            raise ValueError(f"import_recommender: {path.name} must be a safetensors file, got {error}") from error
+        with open_tensors(path, "import_recommender") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}, {}  # noqa: SIM118 - not a dictionary
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file from elsewhere can fail in any way

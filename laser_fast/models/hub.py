@@ -12,13 +12,13 @@ _COMMIT_LENGTH = 40
 
 
 def fetch(location: str, *, revision: str | None = None, local_files_only: bool = False) -> Path:
-    """Local folder of a repository `OWNER/NAME`, with or without `hub:` in front of its name.
+    """Local folder of a repository `OWNER/NAME[@REVISION]`, with or without `hub:` in front of its name.
 
     Fetched are safetensors, JSON and text: nothing that would be unpickled, and no code.
     `HF_HUB_OFFLINE`, `HF_TOKEN` and `HF_HOME` mean what they mean everywhere.
 
     Args:
-        revision: branch, tag or commit; None = the main branch.
+        revision: branch, tag or commit, which goes before one in the location; None = the main branch.
         local_files_only: take what the cache has and ask nobody.
 
     Raises:
@@ -27,7 +27,8 @@ def fetch(location: str, *, revision: str | None = None, local_files_only: bool 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    name = location.removeprefix(HUB_SCHEME)
+    name, _, at = location.removeprefix(HUB_SCHEME).partition("@")
+    revision = revision or at or None
     try:
         folder = snapshot_download(name, revision=revision, local_files_only=local_files_only, allow_patterns=_PATTERNS)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
@@ -43,15 +44,14 @@ def fetched_before(location: str, revision: str | None, argument: str) -> Path:
     process to the net; whoever loads it may, by naming the repository.
 
     Args:
-        revision: commit that was used before, which goes before a branch in the location; None = unknown.
+        revision: commit that was used before; None = unknown.
         argument: of the caller, by which the repository can be named.
 
     Raises:
         ValueError: the cache does not have it; says what to pass.
     """
-    name, _, at = location.partition("@")
     try:
-        return fetch(name, revision=revision or at or None, local_files_only=True)
+        return fetch(location, revision=revision, local_files_only=True)
     except FileNotFoundError as error:
         raise ValueError(
             f"fetched_before: {location}, which the saved model names, must be in the cache of the hub, got no such "
@@ -67,8 +67,25 @@ def locate(location: str) -> Path:
     """
     if not location.startswith(HUB_SCHEME):
         return resolve_path(location)
-    name, _, revision = location.partition("@")
-    return fetch(name, revision=revision or None)
+    return fetch(location)
+
+
+def find_folder(location: str, revision: str | None, local_files_only: bool) -> Path:
+    """`locate`, and a name OWNER/NAME that is no folder is looked for on the hub.
+
+    Args:
+        revision, local_files_only: see `fetch`.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if not location.startswith(HUB_SCHEME):
+        try:
+            return resolve_path(location)
+        except FileNotFoundError:
+            if location.count("/") != 1 or location.startswith((".", "/", "~", "package:")):
+                raise
+    return fetch(location, revision=revision, local_files_only=local_files_only)
 
 
 def commit_of(folder: Path) -> str | None:

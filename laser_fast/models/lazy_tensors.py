@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from laser_fast.models.tensor_files import refuse_damaged_header
+from laser_fast.models.tensor_files import open_tensors
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -91,7 +91,8 @@ def refuse_damaged_weights(folder: Path) -> None:
     """
     for file in [folder / _SINGLE, *(_indexed(folder) if (folder / _INDEX).is_file() else [])]:
         if file.is_file():
-            refuse_damaged_header(file, "load_language_model")
+            with open_tensors(file, "load_language_model"):
+                pass
 
 
 def _indexed(folder: Path) -> list[Path]:

@@ -1,7 +1,7 @@
 """`from_pretrained`, `save_pretrained` and `push_to_hub` of a model, as users of Hugging Face know them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,14 +14,14 @@ from laser_fast.config import LanguageModelConfig, LaserConfig, ModelConfig, bui
 from laser_fast.data.claims import claim
 from laser_fast.data.items import ItemTable
 from laser_fast.data.tokens import Tokenizer
-from laser_fast.models.adapter_files import Origin, SavedLaser, find_saved, weights_hash, write_laser
+from laser_fast.models.adapter_files import Origin, SavedLaser, find_saved, write_laser
 from laser_fast.models.assembly import build_execution, build_model_batches, check_tokens, laser_parts
-from laser_fast.models.base_model import describe_base
+from laser_fast.models.base_model import LoadedBase, describe_base, lm_of_saved, load_base
 from laser_fast.models.calibration import CalibratedScorer, Calibration
 from laser_fast.models.catalogue_texts import read_texts
-from laser_fast.models.hub import HUB_SCHEME, commit_of, fetch, fetched_before
+from laser_fast.models.hub import find_folder
 from laser_fast.models.item_to_item import ItemToItem
-from laser_fast.models.language_model import RANDOM_SCHEME, load_model, load_tokenizer
+from laser_fast.models.language_model import RANDOM_SCHEME
 from laser_fast.models.model_card import model_card
 from laser_fast.models.recommender import Scorer, SequentialRecommender
 from laser_fast.models.recommender_files import load_recommender
@@ -29,7 +29,6 @@ from laser_fast.nn.frozen_lm import FrozenLM
 from laser_fast.yaml_text import read_yaml
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
     from typing_extensions import Self
 
     from laser_fast.models.laser import LaserModel
@@ -103,7 +102,7 @@ class PretrainedLaser(ModelHubMixin):
         if isinstance(pretrained, nn.Module) or isinstance(llm, nn.Module):
             _refuse("a loaded language model, which stays as it is", **precision)
         if not isinstance(pretrained, nn.Module) and not str(pretrained).startswith(RANDOM_SCHEME):
-            saved = find_saved(_folder(str(pretrained), revision, local_files_only))
+            saved = find_saved(find_folder(str(pretrained), revision, local_files_only))
             if saved is not None:
                 _refuse("a saved Laser", items=items, config=config, item_counts=item_counts)
                 chosen = build_config(LanguageModelConfig, {**saved.description.lm.model_dump(), **given})
@@ -115,7 +114,7 @@ class PretrainedLaser(ModelHubMixin):
                 f"and no laser.json in {_name_of(pretrained)!r}"
             )
         settings = build_config(LanguageModelConfig, {"path": "", **given})
-        base = _load_base(pretrained, tokenizer, settings, revision, local_files_only)
+        base = load_base(pretrained, tokenizer, settings, revision, local_files_only)
         table = items if isinstance(items, ItemTable) else _item_table(items)
         counts = _counts(item_counts, len(table))
         known = np.ones(len(table), dtype=bool) if item_counts is None else counts > 0
@@ -127,7 +126,7 @@ class PretrainedLaser(ModelHubMixin):
 
     @classmethod
     def _built(
-        cls, origin: Origin, base: "LoadedBase", recommender: SequentialRecommender | None, known_items: np.ndarray
+        cls, origin: Origin, base: LoadedBase, recommender: SequentialRecommender | None, known_items: np.ndarray
     ) -> "Self":
         """A model with random trained parameters; `origin.base` is filled in."""
         config = origin.config
@@ -159,7 +158,7 @@ class PretrainedLaser(ModelHubMixin):
                 "got None"
             )
         named = lm_of_saved(settings, expected.revision, llm, tokenizer)
-        base = _load_base(
+        base = load_base(
             named.path if llm is None else llm, tokenizer or named.tokenizer, settings, None, local_files_only
         )
         kept = tokenizer or settings.tokenizer  # as it was named, not where the cache has it
@@ -225,42 +224,6 @@ class PretrainedLaser(ModelHubMixin):
         return ModelCard(model_card(cast("LaserModel", self), **figures))
 
 
-@dataclass(frozen=True, eq=False)
-class LoadedBase:
-    """A language model with its tokenizer, and what is to be recorded of where they came from."""
-
-    model: "PreTrainedModel"
-    tokenizer: Tokenizer
-    settings: LanguageModelConfig
-
-
-def lm_of_saved(
-    settings: LanguageModelConfig,
-    revision: str | None,
-    llm: object = None,
-    tokenizer: object = None,
-) -> LanguageModelConfig:
-    """The settings that a saved model records, with local folders in place of what they name: files out of the cache of
-    the hub, because a file that somebody gave away may not send this process to the net.
-
-    Args:
-        revision: commit of the language model it was trained with.
-        llm, tokenizer: what the caller names in their place, which is left to the caller; None = nothing.
-
-    Raises:
-        FileNotFoundError: there is no such folder or package.
-        ValueError: the cache does not have a repository that they name.
-    """
-    found = {"path": str(llm)} if isinstance(llm, str | Path) else {}
-    if llm is None and not settings.path.startswith(RANDOM_SCHEME):
-        on_hub = settings.path.startswith(HUB_SCHEME)
-        folder = fetched_before(settings.path, revision, "llm") if on_hub else resolve_path(settings.path)
-        found["path"] = str(folder)
-    if tokenizer is None and settings.tokenizer is not None and settings.tokenizer.startswith(HUB_SCHEME):
-        found["tokenizer"] = str(fetched_before(settings.tokenizer, None, "tokenizer"))
-    return settings.model_copy(update=found)
-
-
 def restore_calibration(
     model: "LaserModel", saved: SavedLaser, counts: torch.Tensor, recommender: SequentialRecommender | None
 ) -> None:
@@ -283,55 +246,6 @@ def calibration_components(
 ) -> dict[str, Scorer]:
     """The scores that Laser's calibration adds up, by name."""
     return {"laser": model} | ({} if recommender is None else {"recommender": recommender}) | dict(tables)
-
-
-def _load_base(
-    source: str | Path | nn.Module,
-    tokenizer: Tokenizer | str | None,
-    settings: LanguageModelConfig,
-    revision: str | None,
-    local_files_only: bool,
-) -> LoadedBase:
-    own = None if tokenizer is None or isinstance(tokenizer, str) else tokenizer
-    folder_of_tokenizer = tokenizer if isinstance(tokenizer, str) else None
-    if isinstance(source, nn.Module):
-        model = cast("PreTrainedModel", source)
-        path = str(getattr(model, "name_or_path", "") or "")
-        if path and not Path(path).is_dir():  # transformers keeps the name on the hub
-            path = HUB_SCHEME + path
-        settings = settings.model_copy(update={"path": path, "tokenizer": folder_of_tokenizer})
-        if own is None and not settings.tokenizer and not path:
-            raise ValueError("from_pretrained: tokenizer must be given with a loaded language model, got None")
-        return LoadedBase(model, own or _load_tokenizer(settings, local_files_only), settings)
-    settings = settings.model_copy(update={"path": str(source), "tokenizer": folder_of_tokenizer})
-    local = settings
-    if not settings.path.startswith(RANDOM_SCHEME):
-        folder = _folder(settings.path, revision, local_files_only)
-        local = settings.model_copy(update={"path": str(folder)})
-        by_name = not settings.path.startswith(HUB_SCHEME) and not Path(settings.path).expanduser().exists()
-        if commit_of(folder) is not None and by_name:
-            settings = settings.model_copy(update={"path": HUB_SCHEME + settings.path})
-    return LoadedBase(load_model(local), own or _load_tokenizer(local, local_files_only), settings)
-
-
-def _load_tokenizer(settings: LanguageModelConfig, local_files_only: bool) -> Tokenizer:
-    location = settings.tokenizer or settings.path
-    if location.startswith(HUB_SCHEME):
-        settings = settings.model_copy(update={"tokenizer": str(_folder(location, None, local_files_only))})
-    return cast("Tokenizer", load_tokenizer(settings))
-
-
-def _folder(location: str, revision: str | None, local_files_only: bool) -> Path:
-    """The local folder of a location; a name that is no folder is looked for on the hub."""
-    if not location.startswith(HUB_SCHEME):
-        try:
-            return resolve_path(location)
-        except FileNotFoundError:
-            if location.count("/") != 1 or location.startswith((".", "/", "~", "package:")):
-                raise
-    location, _, at = location.partition("@")
-    revision = revision or at or None
-    return fetch(location, revision=revision, local_files_only=local_files_only)
 
 
 def _model_config(config: ModelConfig | Mapping[str, Any] | str | Path | None) -> ModelConfig:
@@ -389,11 +303,7 @@ def _saved_recommender(saved: SavedLaser, given: Recommender | None, items: Item
             f"from_pretrained: recommender must be given for this Laser, which reads a {expected.kind} that is not "
             "in its folder, got None"
         )
-    if expected.sha256 != (found := weights_hash(recommender)):
-        raise ValueError(
-            f"from_pretrained: recommender must be the {expected.kind} of the training, "
-            f"{str(expected.sha256)[:12]}, got a {type(recommender).__name__}, {str(found)[:12]}"
-        )
+    saved.refuse_another_recommender(recommender, "from_pretrained")
     return recommender
 
 

@@ -135,13 +135,12 @@ def _elements(argument: str, what: str, values: Any, *, ordered: bool) -> Iterab
     Args:
         ordered: whether the order counts, which a set does not have.
     """
-    if isinstance(values, str | bytes | bytearray):
-        raise TypeError(f"recommend: {argument} must be a list of {what}, got the {_kind(values)} {values!r}")
-    table = isinstance(values, Mapping) or hasattr(values, "columns") or (ordered and isinstance(values, Set))
-    if table or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
+    other = isinstance(values, str | bytes | bytearray | Mapping) or hasattr(values, "columns")
+    if (
+        other
+        or (ordered and isinstance(values, Set))
+        or not isinstance(values, Iterable)
+        or getattr(values, "ndim", 1) == 0
+    ):
         raise TypeError(f"recommend: {argument} must be a list of {what}, got a {type(values).__name__}: {values!r}")
     return values.tolist() if isinstance(values, Tensor) else values
-
-
-def _kind(values: str | bytes | bytearray) -> str:
-    return "string" if isinstance(values, str) else type(values).__name__

@@ -8,9 +8,10 @@ import torch
 from laser_fast.config import LaserConfig
 from laser_fast.data.folders import whole_directory
 from laser_fast.models.adapter_files import SavedLaser, find_saved, item_map_hash, weights_hash, write_laser
+from laser_fast.models.base_model import lm_of_saved
 from laser_fast.models.laser import LaserModel
 from laser_fast.models.model_card import model_card
-from laser_fast.models.pretrained import lm_of_saved, restore_calibration
+from laser_fast.models.pretrained import restore_calibration
 from laser_fast.models.token_budget import TokenBudget
 from laser_fast.training.build import Inputs, build_laser, load_inputs, load_language_model, training_counts
 
@@ -71,27 +72,17 @@ def load_laser(
             f"load_laser: {config.data} must be the split of the training, {str(description.split_hash)[:12]}, "
             f"got {inputs.split.hash[:12]}"
         )
-    _refuse_other_inputs(saved, inputs)
+    if saved.items().fields != inputs.dataset.items.fields:  # of which a split tells nothing
+        raise ValueError(
+            "load_laser: the items must have the texts of the training, got other ones in the data set; prepare it "
+            "from the same item file"
+        )
+    saved.refuse_another_recommender(inputs.recommender, "load_laser")
     saved.refuse_other_sizes()
     model = build_laser(config, inputs, *load_language_model(lm)).eval()
     saved.refuse_another_base(model)
     model.budget = TokenBudget(config.training.micro_batch_tokens)
     return _restore(model, inputs, saved), inputs, config
-
-
-def _refuse_other_inputs(saved: SavedLaser, inputs: Inputs) -> None:
-    """Make sure of what a split does not tell: the texts of the items, and the weights of the recommender."""
-    if saved.items().fields != inputs.dataset.items.fields:
-        raise ValueError(
-            "load_laser: the items must have the texts of the training, got other ones in the data set; prepare it "
-            "from the same item file"
-        )
-    expected = saved.description.recommender
-    if expected is not None and expected.sha256 != (found := weights_hash(inputs.recommender)):
-        raise ValueError(
-            f"load_laser: recommender must be the {expected.kind} of the training, {str(expected.sha256)[:12]}, "
-            f"got a {type(inputs.recommender).__name__}, {str(found)[:12]}"
-        )
 
 
 def restore(model: LaserModel, inputs: Inputs, directory: Path) -> LaserModel:

@@ -38,7 +38,7 @@ from laser_fast.training.loop import EarlyStopping, EpochSums, StageTrainer
 from laser_fast.training.memory import Plan, explain_shortage
 from laser_fast.training.plan_table import one_line
 from laser_fast.training.pretraining import pretrain
-from laser_fast.training.resume import StateFolder
+from laser_fast.training.resume import StateFolder, refuse_another_beginning
 from laser_fast.training.row_folds import laser_rows
 from laser_fast.training.row_sampler import RowSampler
 from laser_fast.training.run_directory import RunDirectory
@@ -180,12 +180,7 @@ def _resume(run: Run) -> None:
     if state is None and run.processes.first:
         warnings.warn(f"train_laser: {run.config.output} has no state yet; it begins anew", stacklevel=4)
     if state is not None:
-        known = state.values["position"]["fingerprint"]
-        changed = [name for name, value in run.fingerprint.items() if known[name] != value]
-        if changed:
-            raise ValueError(
-                "train_laser: a run must be resumed on the data it began with, got another " + " and ".join(changed)
-            )
+        refuse_another_beginning("train_laser", state.values["position"]["fingerprint"], run.fingerprint)
         if run.progress:
             position = state.values["position"]
             print(f"goes on after step {position['step']} of {position['stage']}", flush=True)

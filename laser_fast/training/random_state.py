@@ -32,19 +32,17 @@ class RandomState:
             tensors["device"] = torch.cuda.get_rng_state(device)
         return cls(device, tensors)
 
-    def of_torch(self) -> dict[str, Tensor]:
-        """The states of torch's generators alone."""
-        return {name: self.tensors[name] for name in ("host", "device") if name in self.tensors}
-
-    def with_torch(self, tensors: dict[str, Tensor]) -> "RandomState":
-        """This state with torch's generators where `of_torch` found them."""
-        return RandomState(self.device, self.tensors | tensors)
+    def of_torch(self) -> "RandomState":
+        """That of torch's generators alone; to put it back leaves Python's where it is."""
+        python = ("python", "python_gauss")
+        return RandomState(self.device, {name: state for name, state in self.tensors.items() if name not in python})
 
     def put_back(self) -> None:
-        """Let all generators go on from here."""
+        """Let the generators go on from here."""
         torch.set_rng_state(self.tensors["host"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(self.tensors["device"], self.device)
-        version, *words = self.tensors["python"].tolist()
-        gauss = self.tensors["python_gauss"].tolist()
-        random.setstate((version, tuple(words), gauss[0] if gauss else None))
+        if "python" in self.tensors:
+            version, *words = self.tensors["python"].tolist()
+            gauss = self.tensors["python_gauss"].tolist()
+            random.setstate((version, tuple(words), gauss[0] if gauss else None))

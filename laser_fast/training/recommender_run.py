@@ -17,7 +17,7 @@ from laser_fast.models.recommender_files import read_facts, save_recommender
 from laser_fast.training.interruption import Interruption
 from laser_fast.training.random_state import RandomState
 from laser_fast.training.recommender_fit import Fitting
-from laser_fast.training.resume import State, StateFolder
+from laser_fast.training.resume import State, StateFolder, refuse_another_beginning
 from laser_fast.training.run_directory import RunDirectory, describe_environment
 
 
@@ -53,21 +53,16 @@ class RecommenderRun:
         """
         assert self.directory is not None and self._states is not None
         if self.finished:
-            self._refuse_another(read_facts(self.directory.checkpoint)["began"])
+            began = read_facts(self.directory.checkpoint)["began"]
+            refuse_another_beginning("train_recommender", began, self.fingerprint)
             return
         self.resumed = self._states.newest()
         if self.resumed is None:
             warnings.warn(f"train_recommender: {self.directory.path} has no state yet; it begins anew", stacklevel=5)
         else:
-            self._refuse_another(self.resumed.values["position"]["fingerprint"])
+            began = self.resumed.values["position"]["fingerprint"]
+            refuse_another_beginning("train_recommender", began, self.fingerprint)
         self._states.put_back_files()
-
-    def _refuse_another(self, began: dict[str, Any]) -> None:
-        changed = [name for name, value in self.fingerprint.items() if began.get(name) != value]
-        if changed:
-            raise ValueError(
-                "train_recommender: a run must be resumed with what it began with, got another " + " and ".join(changed)
-            )
 
     def log(self, **values: Any) -> None:
         """Append one line to metrics.jsonl."""
@@ -92,9 +87,8 @@ class RecommenderRun:
             "log_bytes": len(self.directory.read_log()),
             "fingerprint": self.fingerprint,
         }
-        random = RandomState.now(fitting.device).of_torch()  # nothing else is drawn from
-        state = State.join(position=State(values=position), fitting=fitting.state(), random=State(random), **parts)
-        self._states.save(state)
+        random = State(RandomState.now(fitting.device).of_torch().tensors)  # nothing else is drawn from
+        self._states.save(State.join(position=State(values=position), fitting=fitting.state(), random=random, **parts))
         self.interruption.check()
 
     def take_up(self, stage: str, fitting: Fitting) -> State | None:
@@ -104,7 +98,7 @@ class RecommenderRun:
             return None
         self.resumed = None
         fitting.load_state(state.part("fitting"))
-        RandomState.now(fitting.device).with_torch(state.part("random").tensors).put_back()
+        RandomState(fitting.device, state.part("random").tensors).put_back()
         return state
 
     def finish(self, model: PackedRecommender) -> None:

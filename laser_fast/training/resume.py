@@ -12,18 +12,19 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from laser_fast.data.descriptions import Description, parse_description
 from laser_fast.data.folders import remove, replace_directory, whole_directory, write_json
 from laser_fast.data.sealed import SealedFolder, seal
+from laser_fast.models.tensor_files import read_tensors
 from laser_fast.training.run_directory import RunDirectory
 
 _FORMAT = 2
@@ -102,9 +103,10 @@ class StateFolder:
         """
         damaged: list[str] = []
         for folder in reversed(self._folders()):
-            problem = _problem(folder)
-            if problem is not None:
-                damaged.append(f"{folder.name} ({problem})")
+            try:
+                state = _read(folder)
+            except (OSError, ValueError) as error:
+                damaged.append(f"{folder.name} ({error})")
                 continue
             if damaged:
                 warnings.warn(
@@ -113,10 +115,7 @@ class StateFolder:
                     stacklevel=2,
                 )
             self._kept = [folder]
-            values = json.loads((folder / "values.json").read_text(encoding="utf-8"))
-            tensors = load_file(folder / "tensors.safetensors")
-            # copies begin where torch's own tensors do, on which sums depend in their last bit
-            return State({name: tensor.clone() for name, tensor in tensors.items()}, values)
+            return state
         if damaged:
             raise ValueError(
                 f"StateFolder: a state must be whole, got {'; '.join(damaged)}, and there is no other; "
@@ -152,6 +151,21 @@ class StateFolder:
         return sorted((entry for entry in self.path.iterdir() if entry.name[:1].isdigit()), key=_number)
 
 
+def refuse_another_beginning(function: str, began: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Make sure that a run goes on with what it began with, by the name of each in a message.
+
+    Args:
+        function: the first word of the message.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if changed := [name for name, value in now.items() if began.get(name) != value]:
+        raise ValueError(
+            f"{function}: a run must be resumed with what it began with, got another " + " and ".join(changed)
+        )
+
+
 def _number(folder: Path) -> int:
     return int(folder.name.partition("-")[0])
 
@@ -162,26 +176,23 @@ class _StateDescription(Description):
     format: int
 
 
-def _problem(folder: Path) -> str | None:
-    """What is wrong with a state; None when every file is the one that was written."""
-    try:
-        sealed = SealedFolder(folder)
-        sealed.compare_all()
-        content = sealed.read("state.json")
-        parse_description(_StateDescription, content, "newest: state.json", version=("format", _FORMAT))
-    except (OSError, ValueError) as error:
-        return str(error)
-    return None
+def _read(folder: Path) -> State:
+    """A state, of which every file is the one that was written.
 
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file())
+    Raises:
+        OSError, ValueError: what is wrong with it.
+    """
+    sealed = SealedFolder(folder)
+    sealed.compare_all()
+    content = sealed.read("state.json")
+    parse_description(_StateDescription, content, "newest: state.json", version=("format", _FORMAT))
+    return State(read_tensors(sealed, "tensors.safetensors"), json.loads(sealed.read("values.json")))
 
 
 def _link_files(source: Path, target: Path) -> None:
     """The files of a folder under another one: hard links where the file system has them, else copies."""
     target.mkdir(exist_ok=True)
-    for path in _files(source):
+    for path in filter(Path.is_file, source.iterdir()):
         try:
             os.link(path, target / path.name)
         except OSError:

@@ -215,6 +215,7 @@ def test_operations_are_counted_as_their_script_says(
     assert line["tried"] == {0: 5, 2: 5, 1: 1}[lost] if script else line["tried"] == 0
 
 
+@pytest.mark.slow
 def test_a_rehearsal_tries_everything_once(tmp_path: Path) -> None:
     words = [sys.executable, str(ROOT / "bench" / "attack.py"), str(tmp_path / "out"), "--rehearse"]
     done = subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)

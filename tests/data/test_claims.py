@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from laser_fast.data import PrepareRequest, SequenceDataset, prepare
+from laser_fast.data import PrepareRequest, prepare
 from laser_fast.data.claims import claim, lock_file
 from laser_fast.data.folders import replace_directory
 from laser_fast.data.presplit import prepare_presplit
@@ -135,21 +135,6 @@ def test_of_those_that_claim_at_once_one_gets_it(start_at_once: StartAtOnce, tmp
     refused = start_at_once(24, start)
     assert len(refused) == 23 and all(re.search(f"^ValueError: claim: an output {_REFUSED}", text) for text in refused)
     assert not list(tmp_path.iterdir())
-
-
-def test_of_those_that_prepare_at_once_one_goes_on(start_at_once: StartAtOnce, tmp_path: Path) -> None:
-    (tmp_path / "log.csv").write_text(
-        "user_id,item_id,timestamp\n" + "".join(f"u{i // 4},i{i},{i}\n" for i in range(20))
-    )
-
-    def start(hold: Callable[[], None]) -> None:
-        request = PrepareRequest(tmp_path / "out", interactions=tmp_path / "log.csv")
-        prepare(request, say=lambda text: hold())
-
-    refused = start_at_once(8, start)
-    assert len(refused) == 7 and all(re.search(_REFUSED, text) for text in refused)
-    assert SequenceDataset.load(tmp_path / "out").num_users == 5
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.csv", "out"]
 
 
 def test_everybody_claims_before_looking(claimed_elsewhere: Elsewhere, tmp_path: Path) -> None:

@@ -262,19 +262,7 @@ def test_json_keys_that_are_no_columns_are_refused(tmp_path: Path) -> None:
 
 
 NULL_WORDS = [
-    "None",
-    "NULL",
-    "null",
-    "\\N",
-    "<NA>",
-    "nan",
-    "NaN",
-    "-nan",
-    "N/A",
-    "#N/A",
-    "NA",
-    "NaT",
-    "undefined",
+    *["None", "NULL", "null", "\\N", "<NA>", "nan", "NaN", "-nan", "N/A", "#N/A", "NA", "NaT", "undefined"],
     " None ",
 ]
 

@@ -170,7 +170,7 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     link, folder_link = tmp_path / "run" / "file", tmp_path / "run" / "folder"
     link.symlink_to(elsewhere / "file")
     folder_link.symlink_to(elsewhere)
-    with pytest.raises(FileExistsError, match="append_line: the target must be a file, got the link '.*/run/file'"):
+    with pytest.raises(FileExistsError, match="open_no_link: the target must be a file, got the link '.*/run/file'"):
         append_line(link, b"more")
     replace_file(link, b"new")
     write(folder_link, "new")

@@ -33,8 +33,11 @@ def test_recipe_is_what_decides_and_not_what_came_out() -> None:
     "change, message",
     [
         ({"schema": 99}, "manifest.json must have schema 2, got 99; prepare the data set again"),
-        ({"extra": 1}, "got the unknown key 'extra'"),
-        ({"sources": [{"name": "x"}]}, r"got no 'sources\.0\.sha256'; no 'sources\.0\.bytes'"),
+        ({"extra": 1}, "unknown key 'extra'"),
+        (
+            {"sources": [{"name": "x"}]},
+            r"key 'sources\.0\.sha256' must be set, got nothing; key 'sources\.0\.bytes' must be set",
+        ),
         ({"sources": [{"name": "x", "sha256": "", "bytes": -1}]}, r"sources\.0\.bytes = -1 \(Input should be greater"),
         ({"counts": {"users": "2"}}, r"counts\.users = '2' \(Input should be a valid integer\)"),
     ],
@@ -56,5 +59,7 @@ def test_what_is_no_object_is_refused() -> None:
 def test_no_key_can_be_left_out(name: str) -> None:
     values = json.loads(example().to_json())
     del values[name]
-    with pytest.raises(ValueError, match=f"must have schema 2, got None|got no '{name}'|got none of \\['{name}'\\]"):
+    with pytest.raises(
+        ValueError, match=f"must have schema 2, got None|key '{name}' must be set|got none of \\['{name}'\\]"
+    ):
         Manifest.from_json(json.dumps(values))

@@ -89,10 +89,16 @@ def test_a_file_is_read_once_and_only_when_it_is_needed(folder: Path, monkeypatc
             r"names must lie in the folder, got '../../secret'",
         ),
         ({"files": {"/secret": {"size": 1, "sha256": "0" * 64}}}, "names must lie in the folder, got '/secret'"),
-        ({"files": {"weights.bin": {"size": 12}}}, r"got no 'files\.weights\.bin\.sha256'"),
-        ({"files": {"weights.bin": {"size": "12", "sha256": "0" * 64}}}, r"files\.weights\.bin\.size = '12' \(Input"),
-        ({"files": {"weights.bin": {"size": 12, "sha256": "none"}}}, r"files\.weights\.bin\.sha256 = 'none' \(String"),
-        ({"more": 1}, "got the unknown key 'more'"),
+        ({"files": {"weights.bin": {"size": 12}}}, r"key 'files\.weights\.bin\.sha256' must be set, got nothing"),
+        (
+            {"files": {"weights.bin": {"size": "12", "sha256": "0" * 64}}},
+            r"files\.weights\.bin\.size: Input .*, got '12'",
+        ),
+        (
+            {"files": {"weights.bin": {"size": 12, "sha256": "none"}}},
+            r"files\.weights\.bin\.sha256: String .*, got 'none'",
+        ),
+        ({"more": 1}, "unknown key 'more'"),
     ],
     ids=["format", "outside", "absolute", "no digest", "type", "digest", "key"],
 )

@@ -76,7 +76,7 @@ def test_what_is_no_file_of_candidates_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the description in other must have format 2, got None; draw the candidates"):
         Candidates.load(tmp_path / "other")
     (tmp_path / "text").write_text("nothing of the kind, but long enough")
-    with pytest.raises(ValueError, match="text must be a safetensors file of candidates, got"):
+    with pytest.raises(ValueError, match="Candidates.load: text must be a whole safetensors file, got"):
         Candidates.load(tmp_path / "text")
 
 

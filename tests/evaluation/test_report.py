@@ -263,7 +263,7 @@ def test_what_is_no_run_is_refused_by_name(run: tuple[Path, Subject], tmp_path: 
         read_run(broken)
     (broken / "environment.json").write_text("{\n")
     (broken / "metrics.jsonl").write_text("")
-    with pytest.raises(ValueError, match=r"read_run: environment.json must be JSON, got"):
+    with pytest.raises(ValueError, match=r"read_run: environment.json: Invalid JSON.*, got"):
         read_run(broken)
 
 

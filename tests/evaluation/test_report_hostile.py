@@ -75,13 +75,9 @@ def test_every_picture_is_xml() -> None:
         ("metrics.jsonl", "3\n", "metrics.jsonl must hold a stage, .* got line 1 without"),
         ("metrics.jsonl", '{"stage": "text", "epoch": 0}\n{"epoch": 1}\n', "must hold a stage, .* got line 2 without"),
         ("metrics.jsonl", '{"stage": "text", "epoch": "x"}\n', "number of an epoch if any, .* got line 1 without"),
-        ("finished.json", "[]", "finished.json must hold an object, got a list"),
-        ("environment.json", "{", "environment.json must be JSON"),
-        (
-            "config.yaml",
-            "lm: &a [*a]",
-            "config.yaml must be YAML, got alias 'a' must not stand in what it names at line 1, column 9",
-        ),
+        ("finished.json", "[]", r"finished.json: Input should be an object, got \[\]"),
+        ("environment.json", "{", "environment.json: Invalid JSON: EOF"),
+        ("config.yaml", "lm: &a [*a]", "got alias 'a' must not stand in what it names at line 1, column 9"),
     ],
 )
 def test_a_damaged_run_is_named(name: str, content: str, message: str, tmp_path: Path) -> None:

@@ -62,17 +62,6 @@ def test_no_rows_and_protocol() -> None:
     assert target_ranks(scores, torch.empty(0, dtype=torch.int64)).shape == (0,)
 
 
-def test_scalars_survive_json() -> None:
-    calibration = Calibration({"text": 1.0, "sasrec": 0.37}, ("sasrec",), -4.5, 1.25, 0.1)
-    assert Calibration.from_json(calibration.to_json()) == calibration
-
-
-@pytest.mark.parametrize("text", ['{"weights": {}, "bias": 1}', "{}", "[]"])
-def test_foreign_json_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"Calibration\.from_json: keys must be those of to_json"):
-        Calibration.from_json(text)
-
-
 def test_names_and_sizes_are_checked() -> None:
     with pytest.raises(ValueError, match=r"standardize must name components, got \['b'\]; known: \['a'\]"):
         Calibration({"a": 1.0}, standardize=("b",))

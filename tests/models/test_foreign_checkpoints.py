@@ -207,7 +207,7 @@ def test_a_whole_module_is_refused_with_the_way_out(tmp_path: Path) -> None:
     [
         ("w.pt", b"", "w.pt must hold tensors and plain values alone, got what torch cannot read"),
         ("w.pt", b"garbage", "w.pt must hold tensors and plain values alone"),
-        ("w.safetensors", b"garbage", "w.safetensors must be a safetensors file"),
+        ("w.safetensors", b"garbage", "w.safetensors must be a whole safetensors file"),
     ],
 )
 def test_damaged_files_are_refused(name: str, content: bytes, message: str, tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def test_recommend_refuses_what_makes_no_sense(tiny_settings: dict[str, Any]) ->
     model.refresh_items()
     with pytest.raises(ValueError, match="k must be at least 1, got 0"):
         model.recommend([["i3"]], k=0)
-    with pytest.raises(TypeError, match="must be a list of item ids, got the string 'i3'"):
+    with pytest.raises(TypeError, match="must be a list of item ids, got a str: 'i3'"):
         model.recommend(["i3"])
     with pytest.raises(ValueError, match="allow must name items of the catalogue, got 'x'"):
         model.recommend([["i3"]], allow=["x"])

@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
 from laser_fast.cli import main
-from laser_fast.config import LaserConfig, build_config
+from laser_fast.config import LaserConfig, build_config, dump_config
 from laser_fast.data import SequenceDataset, leave_one_out, training_rows
 from laser_fast.data.batches import PackedBatch
 from laser_fast.models.laser import LaserModel
@@ -310,7 +309,7 @@ def test_another_configuration_is_refused(settings: dict[str, Any], stopped: Pat
 def test_other_data_are_refused(settings: dict[str, Any], stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (stopped / "metrics.jsonl").read_bytes()
     monkeypatch.setattr("laser_fast.training.laser.fingerprint", lambda inputs: dict.fromkeys(KNOWN, "0"))
-    with pytest.raises(ValueError, match="data it began with, got another split and item map and recommender"):
+    with pytest.raises(ValueError, match="what it began with, got another split and item map and recommender"):
         train_laser(config_of(settings, stopped), resume=True, progress=False)
     assert (stopped / "metrics.jsonl").read_bytes() == before
 
@@ -327,7 +326,7 @@ def test_a_finished_run_stays_as_it_is(
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
     model, _ = train_laser(config_of(settings, whole), resume=True)
     assert torch.equal(model.item_matrix, load_file(whole / "checkpoint" / "items.safetensors")["item_matrix"])
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**settings, "output": str(whole)}))
+    (tmp_path / "run.yaml").write_text(dump_config(config_of(settings, whole)))
     assert main(["train", str(tmp_path / "run.yaml"), "--resume"]) == 0
     printed = [line for line in capsys.readouterr().out.splitlines() if "is finished: nothing is left" in line]
     assert len(printed) == 2

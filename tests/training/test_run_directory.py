@@ -14,7 +14,7 @@ import pytest
 from laser_fast.cli import main
 from laser_fast.config import LaserConfig, RecommenderConfig, build_config
 from laser_fast.data import EvaluationRows, PackedSequences, Split
-from laser_fast.training import laser, recommender
+from laser_fast.training import laser
 from laser_fast.training.laser import train_laser
 from laser_fast.training.recommender import train_recommender
 from laser_fast.training.resume import State, StateFolder
@@ -62,19 +62,6 @@ def test_of_trainings_that_start_at_once_one_goes_on(
     refused = start_at_once(8, start)
     assert len(refused) == 7 and all(re.search(_REFUSED, text) for text in refused)
     assert not list(tmp_path.iterdir())  # the one that went on stopped before there was anything to write
-
-
-def test_of_recommenders_that_start_at_once_one_goes_on(
-    start_at_once: StartAtOnce, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def start(hold: Callable[[], None]) -> None:
-        monkeypatch.setattr(recommender, "build_recommender", _raises_after(hold))
-        with pytest.raises(Stop):
-            train_recommender(_split(), 5, _CONFIG, seed=0, run_dir=tmp_path / "run", progress=False)
-
-    refused = start_at_once(8, start)
-    assert len(refused) == 7 and all(re.search(_REFUSED, text) for text in refused)
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_command_that_comes_late_says_so_in_one_line(

@@ -6,6 +6,7 @@ from typing import Any
 
 from laser_fast.data.readers.rows import Row, is_unicode
 from laser_fast.data.readers.streams import MAX_ROW_BYTES
+from laser_fast.data.time_units import number_in
 
 _INT64_MAX = 2**63 - 1
 _NULL_WORDS = frozenset(
@@ -49,7 +50,7 @@ def parse_number(row: Row, column: str, value: Any) -> int | float:
     """
     number: int | float | None = None
     if isinstance(value, str) and "_" not in value:
-        number = _number_in(value)
+        number = number_in(value)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         number = value
     elif isinstance(value, Decimal) and value.is_finite():
@@ -61,15 +62,6 @@ def parse_number(row: Row, column: str, value: Any) -> int | float:
     if number is None or not math.isfinite(number):
         raise row.error("the value must be a finite number", column, value)
     return number
-
-
-def _number_in(text: str) -> int | float | None:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return None
 
 
 def parse_text(row: Row, column: str, value: Any, joiner: str = ", ") -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from laser_fast.data.descriptions import parse_description
 from laser_fast.models.adapter_files import find_saved
 from laser_fast.yaml_text import read_yaml
 
@@ -110,13 +111,7 @@ def _kept(path: Path) -> dict[str, Any] | None:
 def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"read_run: {path.name} must be JSON, got {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"read_run: {path.name} must hold an object, got a {type(values).__name__}")
-    return values
+    return parse_description(dict[str, Any], path.read_bytes(), f"read_run: {path.name}")
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
