@@ -83,7 +83,7 @@ def test_training_lowers_the_loss_and_beats_the_start(tiny_settings: dict[str, A
 def test_the_same_seed_gives_the_same_model(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
     runs = [config_of(tiny_settings | {"output": str(tmp_path / name)}) for name in ("first", "second")]
     for config in runs:
-        train_laser(config_of(tiny_settings | {"training": training}), progress=False)
+        train_laser(config, progress=False)
     states = [load_file(Path(config.output) / "checkpoint" / "adapter.safetensors") for config in runs]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
