@@ -212,8 +212,8 @@ def write_figures(path: str | None, figures: Any) -> None:
     """Write figures with the command and the environment as JSON; nothing without a path."""
     if path is None:
         return
-    from laser_fast.data.folders import write_json
+    from laser_fast.data.folders import replace_json
     from laser_fast.training.run_directory import describe_environment
 
     command = "laser-fast " + " ".join(sys.argv[1:])
-    write_json(Path(path), {"command": command, "environment": describe_environment(), "figures": figures})
+    replace_json(Path(path), {"command": command, "environment": describe_environment(), "figures": figures})

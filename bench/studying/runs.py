@@ -15,7 +15,7 @@ from torch import Tensor
 
 from laser_fast.config import LaserConfig, build_config
 from laser_fast.data import EvaluationRows, PackedSequences, Split
-from laser_fast.data.folders import write_json
+from laser_fast.data.folders import replace_json
 from laser_fast.evaluation import evaluate, evaluate_candidates, llara_candidates, search_calibration
 from laser_fast.models import ItemKNN, LaserModel, Markov1, Popularity, Scorer
 from laser_fast.models.catalogue_texts import CatalogueTexts
@@ -140,7 +140,7 @@ def run_variant(config: LaserConfig, variant: Variant, seed: int, work: Path) ->
         systems[WHOLE] = systems["with ID score"] | known
     ranked = {name: rank(parts, inputs.split, counts) for name, parts in systems.items()}
     ranked["cosine only"] = {"valid": None, "ranks": rank_rows(systems[""]["laser"], inputs.split)}
-    write_json(found, ranked | {"seconds": {"valid": None, "ranks": [], "value": None if finished else seconds}})
+    replace_json(found, ranked | {"seconds": {"valid": None, "ranks": [], "value": None if finished else seconds}})
     print(f"{variant.name}, seed {seed}: {seconds:.0f} s", flush=True)
     return run_variant(config, variant, seed, work)
 
@@ -179,7 +179,7 @@ def lines(config: LaserConfig, work: Path) -> dict[str, Ranked]:
     }
     scored = ("text_last", "text_history", "recommender")  # all but what is 0 for most items
     ranked |= {name: rank(parts, split, counts, standardize=scored) for name, parts in fitted.items()}
-    write_json(found, ranked)
+    replace_json(found, ranked)
     return ranked
 
 

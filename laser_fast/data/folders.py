@@ -45,9 +45,18 @@ def replace_file(path: Path, content: bytes) -> None:
     sync(path.parent)
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
+def replace_json(path: Path, values: Mapping[str, Any]) -> None:
     """`replace_file` with indented JSON."""
-    replace_file(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
+    replace_file(path, _indented(values))
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """The same into a folder that `replace_directory` gave, which puts all that is in it on the disk at its end."""
+    path.write_bytes(_indented(values))
+
+
+def _indented(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def remove(path: Path) -> None:

@@ -96,7 +96,8 @@ class CalibratedScorer:
             RuntimeError: the weights of one have changed since.
         """
         for name, version in self._versions().items():
-            if self._made_at.setdefault(name, version.now()) != version.now():
+            now = version.now()
+            if self._made_at.setdefault(name, now) != now:
                 raise RuntimeError(
                     f"CalibratedScorer: the calibration must belong to the weights of now, got one of older weights of "
                     f"{name!r}; fit it again (laser_fast.evaluation.fit_calibration), or set model.calibration = None"

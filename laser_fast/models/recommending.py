@@ -234,8 +234,9 @@ class _Sources:
         scorers = _parts(model)
         for scorer in scorers.values():
             if isinstance(scorer, RecommendingLaser):
-                versions.append(cast("LaserModel", scorer).weights.now())
-                tensors.append(cast("LaserModel", scorer).current_items())
+                laser = cast("LaserModel", scorer)
+                tensors.append(laser.current_items())
+                versions.append(laser._items_belong_to)  # that of now, or there would be no current items
             elif not isinstance(scorer, ItemToItem):  # whose table is read at every request
                 tensors += scorer.output_layer()
         settings = None

@@ -12,7 +12,7 @@ from typing import Any
 
 from laser_fast.config import Settings, build_config, dump_config
 from laser_fast.data.disk import append_line, make_directory
-from laser_fast.data.folders import is_leftover, remove, remove_leftovers, replace_file, write_json
+from laser_fast.data.folders import is_leftover, remove, remove_leftovers, replace_file, replace_json
 from laser_fast.training.tensorboard_log import TensorBoardLog
 from laser_fast.yaml_text import read_yaml
 
@@ -97,7 +97,7 @@ class RunDirectory:
         self.remove_leftovers()
         for name in (*_TRACES[1:], "states"):
             remove(self.path / name)
-        write_json(self.path / _TRACES[0], describe_environment())
+        replace_json(self.path / _TRACES[0], describe_environment())
         replace_file(self.path / "config.yaml", dump_config(config).encode())  # the last: now there is a run to resume
 
     def _refuse_another(self, config: Settings) -> None:
@@ -159,7 +159,7 @@ class RunDirectory:
             return
         if self.curves is not None:
             self.curves.close()
-        write_json(self.path / "finished.json", {"date": _now()})
+        replace_json(self.path / "finished.json", {"date": _now()})
 
     def remove_leftovers(self) -> None:
         """Delete what a process that was killed had begun to write; for a run that no process works on."""

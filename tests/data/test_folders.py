@@ -136,7 +136,7 @@ def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: 
         monkeypatch.setattr(module, "sync", noted)
     with replace_directory(tmp_path / "a" / "target") as fresh:
         (fresh / "inner").mkdir()
-        (fresh / "inner" / "file").write_text("x")
+        write_json(fresh / "inner" / "file", {})  # syncs nothing: all of it follows, once
     assert synced[0] == tmp_path.name  # in which `a` is new
     assert {"inner", "file"} == set(synced[1:3])
     assert synced[3] == fresh.name and synced[4:] == ["a"]
