@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 
 from laser_fast.yaml_text import parse_yaml, read_yaml
 
@@ -17,9 +17,25 @@ _LONGEST_VALUE = 200  # characters of a value or key that a message shows
 
 
 class Settings(BaseModel):
-    """Base of all sections: immutable, numbers finite, and a key that is not a field is an error."""
+    """Base of all sections: immutable, numbers finite, and a key that is not a field is an error.
+
+    A section within, where it is given in part, keeps what the default of its place sets.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_defaults_of_sections(cls, values: Any) -> Any:
+        """What pydantic would drop: the default of a place says more than that of its kind."""
+        if not isinstance(values, dict):
+            return values
+        kept = {}
+        for name, field in cls.model_fields.items():
+            given = values.get(name)
+            if isinstance(given, Mapping) and isinstance(field.default, Settings):
+                kept[name] = field.default.model_dump(exclude_unset=True) | dict(given)
+        return values | kept
 
     @field_validator("*", mode="before")
     @classmethod
