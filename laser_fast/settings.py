@@ -92,8 +92,11 @@ def dump_config(config: Settings) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def resolve_path(location: str | Path) -> Path:
+def resolve_path(location: str | Path, what: str = "the path") -> Path:
     """A file-system path, or `package:NAME/INNER` for a file inside an installed package, found, not imported.
+
+    Args:
+        what: the setting or argument that names it, for errors.
 
     Raises:
         FileNotFoundError: the package is not installed or has no such file; or the path does not exist.
@@ -102,7 +105,7 @@ def resolve_path(location: str | Path) -> Path:
     if not text.startswith(_PACKAGE_SCHEME):
         path = Path(text).expanduser()
         if not path.exists():
-            raise FileNotFoundError(f"resolve_path: the path must exist, got {text!r}")
+            raise FileNotFoundError(f"resolve_path: {what} must exist, got {text!r}")
         return path
     name, _, inner = text.removeprefix(_PACKAGE_SCHEME).partition("/")
     if not name.isidentifier():

@@ -94,7 +94,7 @@ def test_what_a_person_can_cause_is_one_line(
         (["train", "TMP/file/config.yaml"], "what stands before the last / must be a folder, got Not a directory"),
         (["train", "TMP/loop"], "its links must lead somewhere, got Too many levels of symbolic links"),
         (["train", "TMP/nowhere"], "TMP/nowhere: it must exist, got No such file or directory"),
-        (["train", "TMP/file"], "TMP/file must be YAML, got found unexpected end of stream at line 2, column 5"),
+        (["train", "TMP/file"], "got one: found unexpected end of stream at line 2, column 5"),
         (["train", "TMP/\x1b[2J"], r"TMP/\x1b[2J: it must exist"),
         (["train"], "the following arguments are required: config; see `laser-fast train --help`"),
         (["train", "x", "--\x1b[2J"], r"unrecognized arguments: --\x1b[2J; see `laser-fast --help`"),
