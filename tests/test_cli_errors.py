@@ -70,7 +70,7 @@ def nested(levels: int) -> object:
         (system(errno.EROFS), "a/file: the file system must be writable, got Read-only file system"),
         (system(errno.EACCES), "a/file: it must be permitted to read or write it, got Permission denied"),
         (system(errno.EMFILE), "a/file: fewer files must be open at once, got Too many open files; raise `ulimit -n`"),
-        (system(errno.EFBIG), "a/file: a file must not grow beyond what the system allows, got File too large; raise `"),
+        (system(errno.EFBIG), "a/file: a file must not grow beyond what the system allows, got File too large; raise"),
         (save_beyond_a_bound, "a file or stream: a file must not grow beyond what the system allows, got File too "),
         (system(errno.EIO, None), "a file or stream: the disk must be whole, got Input/output error"),
         (system(errno.ESTALE), "a/file: the system must be able to do it, got Stale file handle"),
