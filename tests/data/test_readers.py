@@ -111,7 +111,7 @@ HEADER = "user_id,item_id,timestamp\nu1,a,1\n"
         (",a,1", "an id must be text or a whole number, got '' in line 3, column 'user_id'"),
         (
             "u1,NaN,1",
-            "for a missing value, got 'NaN' in line 3, column 'item_id'; leave such rows out (--skip-bad-rows), or",
+            "for a missing value, got 'NaN' in line 3, column 'item_id'; leave such rows out ",
         ),
         ("u1,a", "a row must have 3 values, got 2 in line 3"),
         ("u1,a,1,9", "a row must have 3 values, got 4 in line 3"),
