@@ -157,7 +157,7 @@ def _train_recommender(parsed: argparse.Namespace) -> int:
         config = build_config(RecommenderConfig, _settings(overrides))
     else:
         config = load_config(RecommenderConfig, parsed.config, overrides)
-    dataset = SequenceDataset.load(resolve_path(parsed.data))
+    dataset = SequenceDataset.load(resolve_path(parsed.data, "data"))
     split = _split(dataset, parsed)
     print(dump_config(config))
     print(f"{split.rule}: " + ", ".join(f"{count:,} {name}" for name, count in split.counts().items()))
@@ -184,7 +184,7 @@ def _import_recommender(parsed: argparse.Namespace) -> None:
     from laser_fast.data import SequenceDataset
     from laser_fast.training.recommender_arguments import import_from_arguments
 
-    dataset = SequenceDataset.load(resolve_path(parsed.data))
+    dataset = SequenceDataset.load(resolve_path(parsed.data, "data"))
     import_from_arguments(parsed, dataset, _split(dataset, parsed), say=print)
 
 
@@ -321,7 +321,7 @@ def _load_alone(parsed: argparse.Namespace) -> Any:
     from laser_fast.models import LaserModel
     from laser_fast.models.adapter_files import find_saved
 
-    if find_saved(resolve_path(parsed.model)) is None:
+    if find_saved(resolve_path(parsed.model, "RUN")) is None:
         raise FileNotFoundError(f"recommend: the folder must hold a run or a saved Laser, got {parsed.model!r}")
     return LaserModel.from_pretrained(parsed.model, recommender=parsed.recommender, llm=parsed.llm)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,7 @@ def _evaluate(parsed: argparse.Namespace) -> None:
     from laser_fast.evaluation import across_seeds, cold_line, group_figures, spread_table, table
     from laser_fast.training.build import training_counts
 
+    _check_before(parsed, parsed.model)
     measured: dict[str, dict[str, RankingMetrics]] = {}
     figures: dict[str, Any] = {}
     rows = counts = rule = split_hash = None
@@ -98,6 +100,16 @@ def _evaluate(parsed: argparse.Namespace) -> None:
         figures = {"runs": figures, "spread": spread}
     print(f"{parsed.split} rows, {_protocol_words(parsed)}; {rule}; +- are 95% intervals over users")
     write_figures(parsed.output, figures)
+
+
+def _check_before(parsed: argparse.Namespace, runs: Sequence[str]) -> None:
+    """Refuse what would otherwise be found out after the first run was ranked for minutes."""
+    from laser_fast.training.checkpoint import find_run
+
+    if getattr(parsed, "bootstrap", None) is not None and parsed.protocol != "full":
+        raise ValueError(f"evaluate: --bootstrap is for the full ranking, got --protocol {parsed.protocol}")
+    for run in runs:
+        find_run(Path(run))
 
 
 def _measure(
@@ -143,8 +155,6 @@ def _candidates(parsed: argparse.Namespace, rows: "EvaluationRows", counts: Any)
 def _print_bootstrap(parsed: argparse.Namespace, measured: "dict[str, RankingMetrics]") -> None:
     if parsed.bootstrap is None:
         return
-    if parsed.protocol != "full":
-        raise ValueError(f"evaluate: --bootstrap is for the full ranking, got --protocol {parsed.protocol}")
     from laser_fast.evaluation import bootstrap_interval, rank_values
 
     for name, metrics in measured.items():
@@ -168,6 +178,7 @@ def _protocol_words(parsed: argparse.Namespace) -> str:
 def _significance(parsed: argparse.Namespace) -> None:
     from laser_fast.evaluation import evaluate, paired_significance
 
+    _check_before(parsed, (parsed.first, parsed.second))
     ranks, split_hash, rule = [], None, None
     for run in (parsed.first, parsed.second):
         model, inputs, config = load_run(parsed, run)

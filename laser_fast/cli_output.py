@@ -24,12 +24,14 @@ from laser_fast.settings import describe_problems
 _PROG = "laser-fast"
 _OUTPUT = "standard output"
 _BROKEN_PIPE = 128 + signal.SIGPIPE
+_SYSTEM_ERROR = re.compile(r"\(os error (\d{1,4})\)")
 _OUR_MESSAGE = re.compile(r"[^:\n]{1,100}: .*\bgot\b", re.DOTALL)
 
 _RULES = {
     errno.EACCES: "it must be permitted to read or write it",
     errno.EDQUOT: "the disk must have room; free some or choose another place",
     errno.EEXIST: "nothing must be in its place",
+    errno.EFBIG: "a file must not grow beyond what the system allows; raise `ulimit -f`, or choose another place",
     errno.EIO: "the disk must be whole",
     errno.EISDIR: "it must be a file, no folder",
     errno.ELOOP: "its links must lead somewhere",
@@ -167,6 +169,8 @@ def _explain(error: BaseException) -> str | None:
         if isinstance(error, kinds):
             rule = rule and f"{rule}, got "
             return f"{rule}{message}" if message and ours else f"{rule}{type(error).__name__}: {message}"
+    if found := _SYSTEM_ERROR.search(message):  # of packages in Rust, which have no kind of their own for it
+        return _explain_system(OSError(int(found[1]), os.strerror(int(found[1]))))
     kinds_of_packages = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
     for package, rule in _CAUSES_OF_PACKAGES.items():
         if package in kinds_of_packages:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 
 from laser_fast.yaml_text import parse_yaml, read_yaml
 
@@ -17,9 +17,25 @@ _LONGEST_VALUE = 200  # characters of a value or key that a message shows
 
 
 class Settings(BaseModel):
-    """Base of all sections: immutable, numbers finite, and a key that is not a field is an error."""
+    """Base of all sections: immutable, numbers finite, and a key that is not a field is an error.
+
+    A section within, where it is given in part, keeps what the default of its place sets.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_defaults_of_sections(cls, values: Any) -> Any:
+        """What pydantic would drop: the default of a place says more than that of its kind."""
+        if not isinstance(values, dict):
+            return values
+        kept = {}
+        for name, field in cls.model_fields.items():
+            given = values.get(name)
+            if isinstance(given, Mapping) and isinstance(field.default, Settings):
+                kept[name] = field.default.model_dump(exclude_unset=True) | dict(given)
+        return values | kept
 
     @field_validator("*", mode="before")
     @classmethod
@@ -76,8 +92,11 @@ def dump_config(config: Settings) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def resolve_path(location: str | Path) -> Path:
+def resolve_path(location: str | Path, what: str = "the path") -> Path:
     """A file-system path, or `package:NAME/INNER` for a file inside an installed package, found, not imported.
+
+    Args:
+        what: the setting or argument that names it, for errors.
 
     Raises:
         FileNotFoundError: the package is not installed or has no such file; or the path does not exist.
@@ -86,7 +105,7 @@ def resolve_path(location: str | Path) -> Path:
     if not text.startswith(_PACKAGE_SCHEME):
         path = Path(text).expanduser()
         if not path.exists():
-            raise FileNotFoundError(f"resolve_path: the path must exist, got {text!r}")
+            raise FileNotFoundError(f"resolve_path: {what} must exist, got {text!r}")
         return path
     name, _, inner = text.removeprefix(_PACKAGE_SCHEME).partition("/")
     if not name.isidentifier():

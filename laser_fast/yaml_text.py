@@ -95,7 +95,7 @@ def parse_yaml(text: str, name: str) -> Any:
         finally:
             reader.dispose()
     except yaml.YAMLError as error:
-        raise ValueError(f"parse_yaml: {name} must be YAML, got {_problem(error)}") from error
+        raise ValueError(f"parse_yaml: {name} must be YAML without faults, got one: {_problem(error)}") from error
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -6,7 +6,9 @@ import io
 import json
 import lzma
 import os
+import resource
 import sys
+import tempfile
 import warnings
 import zlib
 from collections.abc import Callable
@@ -17,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load
+from safetensors.torch import load, save_file
 from tokenizers import Tokenizer
 
 from laser_fast import doctor
@@ -46,6 +48,17 @@ def system(number: int, name: str | None = "a/file") -> Callable[[], object]:
     return raising(OSError(number, os.strerror(number), name))
 
 
+def save_beyond_a_bound() -> None:
+    """safetensors tells the system's error in words of its own, as it does of a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with tempfile.TemporaryDirectory() as folder:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        try:
+            save_file({"x": torch.zeros(4096)}, Path(folder) / "x.safetensors")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def nested(levels: int) -> object:
     return json.loads("[" * levels)
 
@@ -57,6 +70,8 @@ def nested(levels: int) -> object:
         (system(errno.EROFS), "a/file: the file system must be writable, got Read-only file system"),
         (system(errno.EACCES), "a/file: it must be permitted to read or write it, got Permission denied"),
         (system(errno.EMFILE), "a/file: fewer files must be open at once, got Too many open files; raise `ulimit -n`"),
+        (system(errno.EFBIG), "a/file: a file must not grow beyond what the system allows, got File too large; raise"),
+        (save_beyond_a_bound, "a file or stream: a file must not grow beyond what the system allows, got File too "),
         (system(errno.EIO, None), "a file or stream: the disk must be whole, got Input/output error"),
         (system(errno.ESTALE), "a/file: the system must be able to do it, got Stale file handle"),
         (system(errno.EPIPE, None), "a file or stream: the system must be able to do it, got Broken pipe"),
@@ -94,7 +109,7 @@ def test_what_a_person_can_cause_is_one_line(
         (["train", "TMP/file/config.yaml"], "what stands before the last / must be a folder, got Not a directory"),
         (["train", "TMP/loop"], "its links must lead somewhere, got Too many levels of symbolic links"),
         (["train", "TMP/nowhere"], "TMP/nowhere: it must exist, got No such file or directory"),
-        (["train", "TMP/file"], "TMP/file must be YAML, got found unexpected end of stream at line 2, column 5"),
+        (["train", "TMP/file"], "got one: found unexpected end of stream at line 2, column 5"),
         (["train", "TMP/\x1b[2J"], r"TMP/\x1b[2J: it must exist"),
         (["train"], "the following arguments are required: config; see `laser-fast train --help`"),
         (["train", "x", "--\x1b[2J"], r"unrecognized arguments: --\x1b[2J; see `laser-fast --help`"),

@@ -1,6 +1,7 @@
 """The commands that measure, on runs with a split by time, cold items and users without a history."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +141,25 @@ def test_runs_of_different_splits_are_refused(folder: Path, tmp_path: Path, caps
     for command in ("significance", "evaluate"):
         assert main([command, str(folder / "run0"), str(tmp_path / "other")]) == 2
         assert f"{command}: runs must have one split, got" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "run0", "nowhere"], "no such folder: '.*nowhere'"),
+        (["evaluate", "run0", "sasrec"], r"must hold a model, got none in '.*sasrec'; if it was stopped, .*--resume"),
+        (["evaluate", "run0", "--protocol", "uniform", "--bootstrap", "9"], "--bootstrap is for the full ranking"),
+        (["significance", "run0", "nowhere"], "no such folder: '.*nowhere'"),
+    ],
+)
+def test_what_is_wrong_is_told_before_the_first_run_is_ranked(
+    folder: Path,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(folder)
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert re.search(message, printed.err) and printed.out == ""

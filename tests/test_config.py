@@ -87,6 +87,25 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
     }
 
 
+def test_a_section_given_in_part_keeps_the_default_of_its_place() -> None:
+    training = build_config(
+        LaserConfig,
+        apply_overrides(
+            {name: value for name, value in MINIMAL.items() if name != "training"},
+            [
+                "training.phase_a.rows_per_epoch=4096",
+                "training.text.epochs=3",
+                "training.text_optimizer.weight_decay=0",
+                "training.pretrain={}",
+            ],
+        ),
+    ).training
+    assert (training.phase_a.epochs, training.phase_a.rows_per_epoch) == (1, 4096)
+    assert (training.text.epochs, training.text.batch_size) == (3, 256)
+    assert (training.text_optimizer.learning_rate, training.text_optimizer.weight_decay) == (2e-3, 0)
+    assert training.pretrain.epochs == 0
+
+
 def test_malformed_files_and_overrides(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("width: [", encoding="utf-8")

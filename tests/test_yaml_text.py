@@ -48,7 +48,9 @@ def laughs(levels: int) -> str:
 )
 def test_refused_text_is_placed(text: str, message: str) -> None:
     begin = time.perf_counter()
-    with pytest.raises(ValueError, match=f"parse_yaml: run.yaml must be YAML, got .*{message}") as caught:
+    with pytest.raises(
+        ValueError, match=f"parse_yaml: run.yaml must be YAML without faults, got one: .*{message}"
+    ) as caught:
         parse_yaml(text, "run.yaml")
     assert time.perf_counter() - begin < 5
     assert "\n" not in str(caught.value)

@@ -44,7 +44,17 @@ def append_line(path: Path, line: bytes) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """The folder, and those around it that are missing; they are on the disk when this returns."""
+    """The folder, and those around it that are missing; they are on the disk when this returns.
+
+    Raises:
+        NotADirectoryError: a file is in the place of one of them.
+    """
+    for folder in (path, *path.parents):
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(
+                f"make_directory: an output must lie in folders, got the file {str(folder)!r} in place of one; choose "
+                "another place"
+            )
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in reversed(missing):

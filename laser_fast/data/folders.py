@@ -130,7 +130,7 @@ def whole_directory(directory: Path) -> Path:
         return directory
     for old in _beside(directory, "old"):
         return old
-    raise FileNotFoundError(f"no such folder: {str(directory)!r}")
+    raise FileNotFoundError(f"whole_directory: the folder must exist, got no such folder: {str(directory)!r}")
 
 
 def _fresh(target: Path, *, folder: bool) -> tuple[Path, int]:

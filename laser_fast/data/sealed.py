@@ -72,18 +72,18 @@ class SealedFolder:
             content = (path / SEAL).read_bytes()
         except FileNotFoundError:
             raise ValueError(
-                f"SealedFolder: {path.name} must have {SEAL}, got none; copy the whole folder, or write it again with "
+                f"SealedFolder: {path} must have {SEAL}, got none; copy the whole folder, or write it again with "
                 "this version of laser_fast"
             ) from None
-        where, remedy = f"SealedFolder: {SEAL} of {path.name}", "write it again with this version of laser_fast"
+        where, remedy = f"SealedFolder: {SEAL} of {path}", "write it again with this version of laser_fast"
         self._files = parse_description(_Seal, content, where, version=("format", _FORMAT), remedy=remedy).files
         for name, known in self._files.items():
             file = path / name
             if not file.is_file():
-                raise ValueError(f"SealedFolder: {path.name} must be whole, got no {name}; copy the whole folder")
+                raise ValueError(f"SealedFolder: {path} must be whole, got no {name}; copy the whole folder")
             if (size := file.stat().st_size) != known.size:
                 raise ValueError(
-                    f"SealedFolder: {name} of {path.name} must be the file that was written, of {known.size} bytes, "
+                    f"SealedFolder: {name} of {path} must be the file that was written, of {known.size} bytes, "
                     f"got {size}; copy it again"
                 )
 
@@ -113,7 +113,7 @@ class SealedFolder:
     def _known(self, name: str) -> _SealedFile:
         if name not in self._files:
             raise ValueError(
-                f"SealedFolder: {name} must be among the files of {SEAL} in {self.path.name}, got "
+                f"SealedFolder: {name} must be among the files of {SEAL} in {self.path}, got "
                 f"{'one that was added' if (self.path / name).exists() else 'none'}; copy the whole folder"
             )
         return self._files[name]
@@ -121,7 +121,7 @@ class SealedFolder:
     def _compare(self, name: str, known: _SealedFile, found: str) -> None:
         if found != known.sha256:
             raise ValueError(
-                f"SealedFolder: {name} of {self.path.name} must be the file that was written, with SHA-256 "
+                f"SealedFolder: {name} of {self.path} must be the file that was written, with SHA-256 "
                 f"{known.sha256[:12]}, got {found[:12]}; copy it again"
             )
         self._compared.add(name)

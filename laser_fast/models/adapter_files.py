@@ -254,7 +254,7 @@ def find_saved(folder: Path) -> SavedLaser | None:
             return None
         if not (folder / _DESCRIPTION).is_file():
             return None
-    where, remedy = f"find_saved: {_DESCRIPTION}", "save the model with this version of laser_fast"
+    where, remedy = f"find_saved: {folder / _DESCRIPTION}", "save the model with this version of laser_fast"
     content, version = (folder / _DESCRIPTION).read_bytes(), ("format", _FORMAT)
     description = parse_description(LaserDescription, content, where, version=version, remedy=remedy)
     sealed = SealedFolder(folder)

@@ -104,7 +104,7 @@ def lm_of_saved(
     found = {"path": str(llm)} if isinstance(llm, str | Path) else {}
     if llm is None and not settings.path.startswith(RANDOM_SCHEME):
         on_hub = settings.path.startswith(HUB_SCHEME)
-        folder = fetched_before(settings.path, revision, "llm") if on_hub else resolve_path(settings.path)
+        folder = fetched_before(settings.path, revision, "llm") if on_hub else resolve_path(settings.path, "llm")
         found["path"] = str(folder)
     if tokenizer is None and settings.tokenizer is not None and settings.tokenizer.startswith(HUB_SCHEME):
         found["tokenizer"] = str(fetched_before(settings.tokenizer, None, "tokenizer"))

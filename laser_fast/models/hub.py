@@ -59,14 +59,17 @@ def fetched_before(location: str, revision: str | None, argument: str) -> Path:
         ) from error
 
 
-def locate(location: str) -> Path:
+def locate(location: str, what: str) -> Path:
     """Local folder of `hub:OWNER/NAME[@REVISION]`, of `package:NAME/INNER` or of a path; only the first may download.
+
+    Args:
+        what: the setting that names it, for errors.
 
     Raises:
         FileNotFoundError: there is none.
     """
     if not location.startswith(HUB_SCHEME):
-        return resolve_path(location)
+        return resolve_path(location, what)
     return fetch(location)
 
 

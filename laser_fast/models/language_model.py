@@ -51,7 +51,9 @@ def load_tokenizer(config: LanguageModelConfig) -> Any:
             f"load_language_model: lm.tokenizer must name a folder with a tokenizer when lm.path is {config.path!r}, "
             "got None"
         )
-    folder = locate(config.path if config.tokenizer is None else config.tokenizer)
+    folder = (
+        locate(config.tokenizer, "lm.tokenizer") if config.tokenizer is not None else locate(config.path, "lm.path")
+    )
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
@@ -79,7 +81,7 @@ def load_model(config: LanguageModelConfig) -> "PreTrainedModel":
         placement = Placement(dtype, device, embedding_device, packed=config.quantization == "nf4")
         model = random_model(random_config(config.path.removeprefix(RANDOM_SCHEME)), placement)
     else:
-        model = _read(locate(config.path), dtype, pack=config.quantization == "nf4")
+        model = _read(locate(config.path, "lm.path"), dtype, pack=config.quantization == "nf4")
     if config.embedding_device == "cpu":
         keep_embeddings_on_host(model)
     return model

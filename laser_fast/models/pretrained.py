@@ -93,6 +93,7 @@ class PretrainedLaser(ModelHubMixin):
 
         Raises:
             FileNotFoundError: a folder, package or repository does not exist.
+            TypeError: items that are no mapping.
             ValueError: no catalogue, another one than the recommender's, or settings that do not fit; of a saved
                 Laser a damaged file, another recommender, another language model (lists the differences), or one that
                 it names on the hub and the cache does not have.
@@ -263,6 +264,8 @@ def only_model(config: ModelConfig) -> ModelConfig:
 
 
 def _item_table(items: Mapping[str, Any]) -> ItemTable:
+    if not isinstance(items, Mapping):
+        raise TypeError(f"from_pretrained: items must map ids to texts, got a {type(items).__name__}")
     rows = [value if isinstance(value, Mapping) else {"title": value} for value in items.values()]
     names = sorted({name for row in rows for name in row})
     return ItemTable(list(items), {name: [row.get(name, "") for row in rows] for name in names})
@@ -280,7 +283,7 @@ def _counts(counts: Sequence[int] | np.ndarray | None, num_items: int) -> np.nda
 
 def _recommender(recommender: Recommender | None, items: ItemTable) -> SequentialRecommender | None:
     if isinstance(recommender, str | Path):
-        recommender = load_recommender(resolve_path(recommender))
+        recommender = load_recommender(resolve_path(recommender, "recommender"))
     known = getattr(recommender, "item_map_hash", None)
     if known is not None and known != items.hash():
         raise ValueError(

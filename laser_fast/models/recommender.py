@@ -72,9 +72,12 @@ def check_histories(function: str, items: Tensor, cu_seqlens: Tensor, num_items:
         num_items: size of the catalogue.
 
     Raises:
-        TypeError: `items` is not int64 or `cu_seqlens` not int32.
+        TypeError: `items` is no int64 tensor or `cu_seqlens` no int32 one.
         ValueError: wrong number of dimensions, an item outside 0..num_items-1, or offsets that do not run from 0 to N.
     """
+    for name, given in (("items", items), ("cu_seqlens", cu_seqlens)):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{function}: {name} must be a tensor, got a {type(given).__name__}")
     if items.dtype != torch.int64:
         raise TypeError(f"{function}: items must be int64, got {items.dtype}")
     if cu_seqlens.dtype != torch.int32:

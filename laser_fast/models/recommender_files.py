@@ -150,7 +150,7 @@ def read_recommender(sealed: SealedFolder) -> PackedRecommender:
 
 
 def _description(folder: Path) -> RecommenderDescription:
-    content, where = (folder / _SETTINGS_FILE).read_bytes(), f"load_recommender: {_SETTINGS_FILE}"
+    content, where = (folder / _SETTINGS_FILE).read_bytes(), f"load_recommender: {folder / _SETTINGS_FILE}"
     version, remedy = ("format", _FORMAT), "train it, or import it, again with this version of laser_fast"
     description = parse_description(RecommenderDescription, content, where, version=version, remedy=remedy)
     if description.kind not in _KINDS:
@@ -161,7 +161,7 @@ def _description(folder: Path) -> RecommenderDescription:
 def _build(description: RecommenderDescription, sealed: SealedFolder) -> PackedRecommender:
     """The model with random weights, once the file is known to have weights of just these names and shapes."""
     kind, settings, found = _KINDS[description.kind], description.model, tensor_shapes(sealed, _WEIGHTS_FILE)
-    where = f"load_recommender: {_SETTINGS_FILE}"
+    where = f"load_recommender: {sealed.path / _SETTINGS_FILE}"
     layers = settings.get("num_layers", 1)
     if not isinstance(layers, int) or layers > len(found):  # even layers without memory take time to build
         raise ValueError(f"{where} must have as many num_layers as {_WEIGHTS_FILE} has weights of, got {layers}")

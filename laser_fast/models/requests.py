@@ -31,14 +31,17 @@ def pack_histories(histories: Iterable[Iterable[ItemId]], index_of_item: Mapping
         TypeError: anything else than ids in an order (list, tuple, array, column), and such histories in another.
     """
     unknown: list[str] = []
-    rows = []
+    rows, emptied = [], 0
     for history in _elements("histories", "histories", histories, ordered=True):
         ids = list(_ids("a history", history, index_of_item, ordered=True))
         rows.append([index_of_item[item] for item in ids if item in index_of_item])
         unknown += [item for item in ids if item not in index_of_item]
+        emptied += bool(ids) and not rows[-1]
     if unknown:
+        left = f"; nothing is left of {emptied} histories, which are answered as empty ones" if emptied else ""
         warnings.warn(
-            f"recommend: {len(unknown)} ids are not in the catalogue and were dropped, the first is {unknown[0]!r}",
+            f"recommend: {len(unknown)} ids are not in the catalogue and were dropped, the first is {unknown[0]!r}"
+            + left,
             stacklevel=3,
         )
     return PackedSequences.from_lists(rows)

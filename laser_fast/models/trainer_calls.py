@@ -79,7 +79,7 @@ class TrainerCalls(nn.Module):
             self,
             fn,
             "choose the dtype of the frozen language model where it is loaded (dtype=), and compute in half precision "
-            "under torch.autocast (bf16=True of TrainingArguments)",
+            "under torch.autocast (of TrainingArguments: bf16, not bf16_full_eval)",
         )
         super()._apply(fn, recurse)
         return self

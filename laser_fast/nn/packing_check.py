@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from laser_fast.ops.precision import autocast_off
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -37,7 +39,8 @@ def first_position(
         RuntimeError: packed states differ from those of the sequences alone, from whatever position they count.
     """
     cu_seqlens = torch.tensor([0, *_LENGTHS], device=embeds.device).cumsum(0).to(torch.int32)
-    with torch.no_grad():
+    # in the precision of the weights: autocast rounds both ways differently, and a service may be first asked under it
+    with torch.no_grad(), autocast_off(embeds.device):
         expected = _alone(model, attention, embeds)
         tolerance = _tolerance(model, embeds.dtype)
         differences = {}

@@ -72,11 +72,11 @@ def load_inputs(config: LaserConfig) -> Inputs:
         FileNotFoundError: a folder is missing.
         ValueError: the recommender was trained on another split or catalogue.
     """
-    dataset = SequenceDataset.load(resolve_path(config.data))
+    dataset = SequenceDataset.load(resolve_path(config.data, "data"))
     split = make_split(dataset, **config.split.model_dump())
     recommender = None
     if config.recommender is not None:
-        recommender = load_recommender(resolve_path(config.recommender), expected_split_hash=split.hash)
+        recommender = load_recommender(resolve_path(config.recommender, "recommender"), expected_split_hash=split.hash)
     return Inputs(dataset, split, recommender)
 
 

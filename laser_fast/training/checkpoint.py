@@ -36,7 +36,7 @@ def load_weights(model: LaserModel, directory: Path) -> None:
         FileNotFoundError: no such checkpoint.
         ValueError: a file of it is damaged, or belongs to another catalogue or another configuration.
     """
-    _find(directory).put_into(model)
+    find_run(directory).put_into(model)
 
 
 def load_laser(
@@ -55,7 +55,7 @@ def load_laser(
         ValueError: a damaged file, data that are not those of the training, or a language model of the hub that the
             cache does not have.
     """
-    saved = _find(Path(run))
+    saved = find_run(Path(run))
     config, description = saved.description.config, saved.description
     if config is None:
         raise ValueError(
@@ -87,7 +87,7 @@ def load_laser(
 
 def restore(model: LaserModel, inputs: Inputs, directory: Path) -> LaserModel:
     """`load_weights`, and the calibration that was saved with them; returns the model."""
-    return _restore(model, inputs, _find(directory))
+    return _restore(model, inputs, find_run(directory))
 
 
 def _restore(model: LaserModel, inputs: Inputs, saved: SavedLaser) -> LaserModel:
@@ -106,9 +106,18 @@ def fingerprint(inputs: Inputs) -> dict[str, str]:
     return {"split": inputs.split.hash, "item map": items, "recommender": hashes}
 
 
-def _find(directory: Path) -> SavedLaser:
+def find_run(directory: Path) -> SavedLaser:
+    """What a run, or its checkpoint, holds; nothing but the description is read.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no Laser in it.
+        ValueError: see `find_saved`.
+    """
     saved = find_saved(directory)
     if saved is None:
         whole_directory(directory)  # it may be missing altogether
-        raise FileNotFoundError(f"load_laser: the folder must hold laser.json, got none in {directory.name!r}")
+        raise FileNotFoundError(
+            f"load_laser: a run of `laser-fast train` must hold a model, got none in {str(directory)!r}; if it was "
+            "stopped, go on with it (--resume)"
+        )
     return saved

@@ -54,20 +54,13 @@ def train_folds(
         ValueError: a fold leaves no sequence of two events to learn from.
         FloatingPointError: the loss is not finite; names the step.
     """
-    everyone = [split.train_users, split.valid.users, split.test.users]
-    num_users = 1 + max(int(users.max(initial=-1)) for users in everyone)
-    user_folds = assign_folds(num_users, config.folds, seed)
+    user_folds = folds_of_users(split, config.folds, seed)
     device = model.item_embedding.weight.device
     run = RecommenderRun() if run is None else run
     models, bases, done = [], [], {FULL: State(dict(model.state_dict()), {"epochs": epochs})}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for fold in range(config.folds):
             windows = Windows.cut(split.train.select(user_folds[split.train_users] != fold), config.max_length)
-            if not len(windows.starts):
-                raise ValueError(
-                    f"train_folds: folds must each leave a sequence of two events to learn from, got fold {fold} of "
-                    f"{config.folds} that leaves none"
-                )
             twin, name = _start(model, config, seed, fold), f"fold{fold}"
             if run.resumed is not None and name in run.resumed.values:
                 twin.load_state_dict(run.resumed.part(name).tensors)
@@ -83,6 +76,24 @@ def train_folds(
             if config.fold_items == "aligned":
                 bases.append(_rotation(model, twin, windows, config.batch_size))
     return CrossFitted(models, user_folds, config.fold_items, split.hash, torch.stack(bases) if bases else None)
+
+
+def folds_of_users(split: Split, num_folds: int, seed: int) -> np.ndarray:
+    """The fold of every user of a split, by the index of the user: int8 [U].
+
+    Raises:
+        ValueError: a fold leaves no sequence of two events to learn from.
+    """
+    everyone = [split.train_users, split.valid.users, split.test.users]
+    folds = assign_folds(1 + max(int(users.max(initial=-1)) for users in everyone), num_folds, seed)
+    learned = folds[split.train_users[np.diff(split.train.cu_seqlens) >= 2]]
+    for fold in range(num_folds):
+        if (learned == fold).all():
+            raise ValueError(
+                f"train_folds: folds must each leave a sequence of two events to learn from, got fold {fold} of "
+                f"{num_folds} that leaves none; set fewer folds, or 0 for none"
+            )
+    return folds
 
 
 def _start(model: PackedRecommender, config: RecommenderConfig, seed: int, fold: int) -> PackedRecommender:

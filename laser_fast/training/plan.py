@@ -350,7 +350,7 @@ def _shape(config: LaserConfig) -> "PretrainedConfig":
     scheme, _, name = config.lm.path.partition(":")
     if scheme == "random":
         return random_config(name)
-    folder: Path = resolve_path(config.lm.path)
+    folder: Path = resolve_path(config.lm.path, "lm.path")
     return AutoConfig.from_pretrained(folder, local_files_only=True)
 
 

@@ -24,7 +24,7 @@ def measure_workload(config: LaserConfig) -> Workload:
     Raises:
         FileNotFoundError: no data or no tokenizer.
     """
-    dataset = SequenceDataset.load(resolve_path(config.data))
+    dataset = SequenceDataset.load(resolve_path(config.data, "data"))
     split = make_split(dataset, **config.split.model_dump())
     builder = build_batches(
         config.prompt,
@@ -39,7 +39,9 @@ def measure_workload(config: LaserConfig) -> Workload:
     assert batch.positives is not None
     state_size = 64
     if config.recommender is not None and Path(config.recommender).exists():
-        state_size = load_recommender(resolve_path(config.recommender), expected_split_hash=split.hash).state_size
+        state_size = load_recommender(
+            resolve_path(config.recommender, "recommender"), expected_split_hash=split.hash
+        ).state_size
     return Workload(
         num_items=dataset.num_items,
         user_tokens=float(batch.token_lengths.mean()),

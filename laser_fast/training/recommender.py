@@ -14,7 +14,7 @@ from laser_fast.evaluation import evaluate
 from laser_fast.evaluation.state_gap import measure_state_gap
 from laser_fast.models.packed_recommender import PackedRecommender
 from laser_fast.models.recommender_files import load_recommender
-from laser_fast.training.fold_models import FULL, train_folds
+from laser_fast.training.fold_models import FULL, folds_of_users, train_folds
 from laser_fast.training.loop import EarlyStopping
 from laser_fast.training.recommender_fit import Fitting, Windows, build_recommender
 from laser_fast.training.recommender_run import RecommenderRun, open_run
@@ -67,6 +67,8 @@ def train_recommender(
     windows = Windows.cut(split.train, config.max_length)
     if not len(windows.starts):
         raise ValueError("train_recommender: a training sequence must have two events, got none that long")
+    if config.folds:
+        folds_of_users(split, config.folds, seed)  # before anything is written, or trained for long
     fingerprint = {"split": split.hash, "item map": item_map_hash, "number of items": num_items, "seed": seed}
     with open_run(run_dir, config, fingerprint, resume=resume) as run:
         if run.finished and run.directory is not None:

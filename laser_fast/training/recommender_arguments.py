@@ -17,7 +17,9 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", help="new folder for the trained recommender")
     parser.add_argument("--kind", choices=("sasrec", "gru4rec"), help="which of them (default: what the config says)")
     parser.add_argument("--config", help="YAML file with settings of the recommender")
-    parser.add_argument("--seed", type=whole_number(0, LARGEST_SEED), default=0)
+    parser.add_argument(
+        "--seed", type=whole_number(0, LARGEST_SEED), default=0, help="of weights, batches and folds (default: 0)"
+    )
     parser.add_argument(
         "--folds", type=int, metavar="K", help="also K models that have each not seen the users of one fold, for Laser"
     )

@@ -88,8 +88,13 @@ class RunDirectory:
                 return
         elif not folder.exists():
             return
+        what, remedy = "which holds something else", "choose another"
+        if not folder.is_dir():
+            what = "which is a file"
+        elif (folder / "config.yaml").is_file():
+            what, remedy = "where a run was begun", "go on with it (--resume), or choose another"
         raise FileExistsError(
-            f"RunDirectory: output must be a new or empty folder, got {str(path)!r}; remove it or choose another"
+            f"RunDirectory: output must be a new or empty folder, got {str(path)!r}, {what}; {remedy}"
         )
 
     def _begin(self, config: Settings) -> None:

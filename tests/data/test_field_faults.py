@@ -281,7 +281,7 @@ def test_a_word_for_a_missing_value_is_no_id(tmp_path: Path, kind: str, column: 
     dataset = made(tmp_path, log, None, skip_bad_rows=True, said=said)
     assert sequences(dataset) == {"u1": ["i1"]} and bad_counts(dataset)["bad_rows"] == len(NULL_WORDS)
     assert all(f"got {word!r} in " in said[0] for word in NULL_WORDS)
-    with pytest.raises(BadRowError, match=rf"got 'None' in .*, column '{column}'; exporters write this for a missing"):
+    with pytest.raises(BadRowError, match=rf"got 'None' in .*, column '{column}'; leave such rows out"):
         made(tmp_path, log, None)
 
 
@@ -304,7 +304,7 @@ def test_a_missing_item_in_an_item_file_or_in_rows_that_came_split(tmp_path: Pat
     rows = [("u", ["i0"], "i1"), ("None", ["i0"], "i1"), ("v", ["None"], "i1"), ("w", ["i0"], "nan")]
     lines = [json.dumps({"user": user, "history": history, "target": target}) for user, history, target in rows]
     (folder / "train.jsonl").write_text("\n".join(lines))
-    with pytest.raises(BadRowError, match="got 'None' in line 2, column 'user'; exporters write this"):
+    with pytest.raises(BadRowError, match="got 'None' in line 2, column 'user'; leave such rows out"):
         prepare_presplit(folder, tmp_path / "out")
     assert prepare_presplit(folder, tmp_path / "out", skip_bad_rows=True).user_ids == ["u"]
 

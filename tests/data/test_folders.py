@@ -183,3 +183,10 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     assert not list((tmp_path / "run").iterdir())
     assert [path.read_text() for path in elsewhere.iterdir()] == ["precious"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "run"]
+
+
+def test_a_file_in_place_of_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("precious")
+    for path in (tmp_path / "log.csv", tmp_path / "log.csv" / "run", tmp_path / "log.csv" / "runs" / "run"):
+        with pytest.raises(NotADirectoryError, match="must lie in folders, got the file '.*/log.csv' in place of one"):
+            make_directory(path)

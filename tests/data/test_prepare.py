@@ -137,7 +137,7 @@ def test_a_damaged_data_set_is_not_up_to_date(request_: PrepareRequest) -> None:
     prepare(request_)
     (request_.out / "item_index.npy").write_bytes(b"")
     with pytest.raises(
-        FileExistsError, match=r"it is damaged .*item_index\.npy of out must be the file that was written"
+        FileExistsError, match=r"it is damaged .*item_index\.npy of .*out must be the file that was written"
     ):
         prepare(request_)
     assert prepare(replace(request_, overwrite=True)).num_users == 2

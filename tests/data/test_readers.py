@@ -109,7 +109,10 @@ HEADER = "user_id,item_id,timestamp\nu1,a,1\n"
         ("u1,a,1_0", "must be a finite number, got '1_0' in line 3"),
         (f"u1,a,{2**63}", f"must fit into 64 bits, got '{2**63}' in line 3"),
         (",a,1", "an id must be text or a whole number, got '' in line 3, column 'user_id'"),
-        ("u1,NaN,1", "an id must be text or a whole number, got 'NaN' in line 3, column 'item_id'"),
+        (
+            "u1,NaN,1",
+            "for a missing value, got 'NaN' in line 3, column 'item_id'; leave such rows out ",
+        ),
         ("u1,a", "a row must have 3 values, got 2 in line 3"),
         ("u1,a,1,9", "a row must have 3 values, got 4 in line 3"),
         ('u1,"a,1', "the row must be well-formed, got .* in line 3"),

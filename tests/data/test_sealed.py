@@ -38,10 +38,10 @@ def test_cards_and_files_of_others_are_nobodys_business(folder: Path) -> None:
     opened.compare_all()
     for name in ("README.md", ".gitattributes"):
         with pytest.raises(
-            ValueError, match=rf"{name} must be among the files of seal\.json in model, got one that was"
+            ValueError, match=rf"{name} must be among the files of seal\.json in .*model, got one that was"
         ):
             opened.file(name)
-    with pytest.raises(ValueError, match=r"rules\.bin must be among the files of seal\.json in model, got none"):
+    with pytest.raises(ValueError, match=r"rules\.bin must be among the files of seal\.json in .*model, got none"):
         opened.read("rules.bin")
 
 
@@ -49,7 +49,7 @@ def test_another_content_is_refused_when_it_is_asked_for(folder: Path) -> None:
     (folder / "weights.bin").write_bytes(b"Some weights")
     opened = SealedFolder(folder)
     assert opened.read("inner/values.json") == b"{}"
-    message = r"weights\.bin of model must be the file that was written, with SHA-256 [0-9a-f]{12}, got [0-9a-f]{12}"
+    message = r"weights\.bin of .*model must be the file that was written, with SHA-256 [0-9a-f]{12}, got [0-9a-f]{12}"
     for ask in (opened.file, opened.read):
         with pytest.raises(ValueError, match=message):
             ask("weights.bin")
@@ -59,7 +59,7 @@ def test_another_content_is_refused_when_it_is_asked_for(folder: Path) -> None:
 
 def test_another_size_or_none_is_refused_at_once(folder: Path) -> None:
     (folder / "weights.bin").write_bytes(b"weights")
-    with pytest.raises(ValueError, match=r"weights\.bin of model must be .*, of 12 bytes, got 7; copy it again"):
+    with pytest.raises(ValueError, match=r"weights\.bin of .*model must be .*, of 12 bytes, got 7; copy it again"):
         SealedFolder(folder)
     (folder / "weights.bin").unlink()
     with pytest.raises(ValueError, match=r"model must be whole, got no weights\.bin; copy the whole folder"):
@@ -83,7 +83,7 @@ def test_a_file_is_read_once_and_only_when_it_is_needed(folder: Path, monkeypatc
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, r"seal\.json of model must have format 1, got 2; write it again"),
+        ({"format": 2}, r"seal\.json of .*model must have format 1, got 2; write it again"),
         (
             {"files": {"../../secret": {"size": 1, "sha256": "0" * 64}}},
             r"names must lie in the folder, got '../../secret'",
@@ -114,7 +114,7 @@ def test_a_seal_that_is_none_is_refused(folder: Path, change: dict[str, object],
 )
 def test_what_is_no_object_is_no_seal(folder: Path, content: bytes) -> None:
     (folder / SEAL).write_bytes(content)
-    with pytest.raises(ValueError, match=r"seal\.json of model must be (JSON|a JSON object), got"):
+    with pytest.raises(ValueError, match=r"seal\.json of .*model must be (JSON|a JSON object), got"):
         SealedFolder(folder)
 
 

@@ -77,7 +77,7 @@ def test_every_picture_is_xml() -> None:
         ("metrics.jsonl", '{"stage": "text", "epoch": "x"}\n', "number of an epoch if any, .* got line 1 without"),
         ("finished.json", "[]", r"finished.json: Input should be an object, got \[\]"),
         ("environment.json", "{", "environment.json: Invalid JSON: EOF"),
-        ("config.yaml", "lm: &a [*a]", "got alias 'a' must not stand in what it names at line 1, column 9"),
+        ("config.yaml", "lm: &a [*a]", "got one: alias 'a' must not stand in what it names at line 1, column 9"),
     ],
 )
 def test_a_damaged_run_is_named(name: str, content: str, message: str, tmp_path: Path) -> None:

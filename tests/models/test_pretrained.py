@@ -96,6 +96,10 @@ def test_a_linear_prefix_is_saved_with_the_recommender_it_reads(
     assert "Prefix: a linear map of the newest state of a frozen SASRec" in (
         tmp_path / "laser" / "README.md"
     ).read_text(encoding="utf-8")
+    with pytest.raises(TypeError, match="items must map ids to texts, got a list"):
+        new_model(items=["one title", "another"])
+    with pytest.raises(FileNotFoundError, match="resolve_path: recommender must exist, got 'nowhere'"):
+        new_model(recommender="nowhere")
     with pytest.raises(ValueError, match='recommender must be given when bituning.prefix is "linear", got None'):
         new_model(recommender=None, config={**CONFIG, "bituning": {"prefix": "linear"}})
 
@@ -372,7 +376,7 @@ def test_damaged_files_are_refused(saved: tuple[LaserModel, Path], name: str) ->
     file = saved[1] / name
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     message = (
-        "find_saved: laser.json must be JSON, got EOF" if name == "laser.json" else f"{name} of laser must be the file"
+        "laser/laser.json must be JSON, got EOF" if name == "laser.json" else f"{name} of .*laser must be the file"
     )
     with pytest.raises(ValueError, match=message):
         LaserModel.from_pretrained(saved[1])

@@ -34,6 +34,8 @@ def test_bad_types_are_refused() -> None:
         check_histories("f", torch.tensor([0.0, float("nan")]), _int32(0, 2), 5)
     with pytest.raises(TypeError, match=r"f: cu_seqlens must be int32, got torch\.int64"):
         check_histories("f", torch.tensor([0, 1]), torch.tensor([0, 2]), 5)
+    with pytest.raises(TypeError, match="f: cu_seqlens must be a tensor, got a list"):
+        check_histories("f", torch.tensor([0, 1]), [0, 2], 5)  # type: ignore[arg-type]
 
 
 def test_good_histories_pass() -> None:

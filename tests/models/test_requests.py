@@ -56,8 +56,10 @@ def test_a_table_of_numbers_is_histories_of_one_length() -> None:
 
 
 def test_unknown_numbers_are_dropped_where_the_catalogue_has_numbers() -> None:
-    with pytest.warns(UserWarning, match="2 ids are not in the catalogue and were dropped, the first is '8'"):
-        assert pack_histories([[8, 7, "y"]], NUMBERED).items.tolist() == [0]
+    with pytest.warns(UserWarning, match="2 ids are not in the catalogue and were dropped, the first is '8'$"):
+        assert pack_histories([[8, 7, "y"], []], NUMBERED).items.tolist() == [0]
+    with pytest.warns(UserWarning, match="the first is '8'; nothing is left of 2 histories, which are answered as"):
+        assert pack_histories([[8], [7], ["y", 9]], NUMBERED).items.tolist() == [0]
     with pytest.raises(
         TypeError, match="a history must name items as the catalogue does, by text like 'a', got the nu"
     ):

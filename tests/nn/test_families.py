@@ -66,6 +66,13 @@ def test_threads_that_make_the_first_call_together_get_the_same() -> None:
                 assert torch.equal(states, expected)
 
 
+@pytest.mark.parametrize("name", ["roberta", "llama", "bert"])
+def test_autocast_has_no_say_in_whether_a_model_can_run_packed(name: str) -> None:
+    lm = FrozenLM(random_model(name))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lm.first_position == int(name == "roberta")
+
+
 def deep_model() -> PreTrainedModel:
     """A Llama of 64 layers in bfloat16 whose products have the scale of an 8B model with its initial weights."""
     sizes = {"hidden_size": 128, "intermediate_size": 448, "num_attention_heads": 1, "num_key_value_heads": 1}

@@ -139,6 +139,15 @@ def test_no_sequence_to_learn_from(trained: PackedRecommender) -> None:
         _folds(trained, replace(_split(), train=train))
 
 
+def test_folds_that_cannot_be_fitted_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    train = PackedSequences.from_lists([[1, 2]] + [[1]] * 23)
+    with pytest.raises(ValueError, match="that leaves none; set fewer folds, or 0 for none"):
+        train_recommender(
+            replace(_split(), train=train), _NUM_ITEMS, _CONFIG, seed=3, run_dir=tmp_path / "run", progress=False
+        )
+    assert not list(tmp_path.iterdir())
+
+
 def test_one_fold_is_refused() -> None:
     with pytest.raises(ValueError, match=r"folds: must be 0 or at least 2 \(one fold leaves no user .*\), got 1"):
         build_config(RecommenderConfig, {"folds": 1})

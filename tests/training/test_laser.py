@@ -160,7 +160,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(tiny_settings: dict[str, An
     adapter = Path(config.output) / "checkpoint" / "adapter.safetensors"
     whole = adapter.read_bytes()
     adapter.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"adapter\.safetensors of checkpoint must be the file that was written"):
+    with pytest.raises(ValueError, match=r"adapter\.safetensors of .*checkpoint must be the file that was written"):
         load_laser(config.output)
     seal(adapter.parent)
     with pytest.raises(ValueError, match="adapter.safetensors must be a whole safetensors file"):

@@ -200,3 +200,19 @@ def test_modes_of_a_run_are_those_of_the_umask(tmp_path: Path) -> None:
         os.umask(before)
     for path in (tmp_path / "run").rglob("*"):
         assert path.stat().st_mode & 0o7777 == (0o750 if path.is_dir() else 0o640), path
+
+
+def test_what_lies_there_decides_what_is_advised(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("precious")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one.png").write_text("precious")
+    StateFolder(RunDirectory(tmp_path / "run", _CONFIG)).save(_state())
+    advice = {
+        "log.csv": "which is a file; choose another",
+        "photos": "which holds something else; choose another",
+        "run": "where a run was begun; go on with it (--resume), or choose another",
+    }
+    for name, told in advice.items():
+        with pytest.raises(FileExistsError) as caught:
+            RunDirectory(tmp_path / name, _CONFIG)
+        assert str(caught.value).endswith(told) and "remove" not in str(caught.value)

@@ -32,7 +32,8 @@ def parse_id(row: Row, column: str, value: Any) -> str:
         if "\n" in text or "\r" in text:  # most likely from a quote that stands open
             rule = "an id must be one line"
         elif text and is_null_word(text):
-            remedy = "exporters write this for a missing value: leave such rows out, or rename the id if it is one"
+            rule = "an id must be no word that exporters write for a missing value"
+            remedy = "leave such rows out (--skip-bad-rows), or rename the id if it is one"
         elif text and is_unicode(text):
             return text
     elif isinstance(value, int) and not isinstance(value, bool):
