@@ -227,4 +227,4 @@ def write_figures(path: str | None, figures: Any) -> None:
     from laser_fast.training.run_directory import describe_environment
 
     command = "laser-fast " + " ".join(sys.argv[1:])
-    replace_json(Path(path), {"command": command, "environment": describe_environment(), "figures": figures})
+    replace_json(Path(path).resolve(), {"command": command, "environment": describe_environment(), "figures": figures})

@@ -49,18 +49,21 @@ class Settings(BaseModel):
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
-def build_config(kind: type[AnySettings], values: Mapping[str, Any]) -> AnySettings:
+def build_config(kind: type[AnySettings], values: Mapping[str, Any], where: str = "configuration") -> AnySettings:
     """Validate `values` into `kind`.
+
+    Args:
+        where: the values come from; begins the message.
 
     Raises:
         ValueError: for unknown keys (with the nearest known one) and values that break a rule, in one message.
     """
     if not isinstance(values, Mapping):
-        raise ValueError(f"configuration: settings must be keys and values, got a {type(values).__name__}")
+        raise ValueError(f"{where}: settings must be keys and values, got a {type(values).__name__}")
     try:
         return kind.model_validate(dict(values))
     except ValidationError as error:
-        problems = describe_problems(error, "configuration", kind)
+        problems = describe_problems(error, where, kind)
     raise ValueError(problems)
 
 

@@ -177,10 +177,6 @@ def contents(folder: Path) -> dict[str, Any]:
         elif name == "metrics.jsonl":
             lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             found[name] = [json.dumps({key: line[key] for key in line if key not in _TIMES}) for line in lines]
-        elif name == "checkpoint/recommender.json":
-            values = json.loads(path.read_bytes())
-            values.pop("environment", None)
-            found[name] = json.dumps(values)
         else:
             found[name] = path.read_bytes()
     return found

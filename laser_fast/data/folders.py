@@ -29,7 +29,12 @@ def replace_file(path: Path, content: bytes) -> None:
     """Write beside and rename, so that the file is never half-written, not by two processes at once either.
 
     What a process that was killed in here left of this file is removed.
+
+    Raises:
+        FileExistsError: a device or a pipe is there, whose place a file would take.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise FileExistsError(f"replace_file: the target must be a file, got the device or pipe {str(path)!r}")
     _remove_partial(path)
     beside, descriptor = _fresh(path, folder=False)
     try:

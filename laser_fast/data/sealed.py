@@ -80,7 +80,9 @@ class SealedFolder:
         for name, known in self._files.items():
             file = path / name
             if not file.is_file():
-                raise ValueError(f"SealedFolder: {path} must be whole, got no {name}; copy the whole folder")
+                raise ValueError(
+                    f"SealedFolder: {path} must be whole, got no {name} ({SEAL} names it); copy the whole folder"
+                )
             if (size := file.stat().st_size) != known.size:
                 raise ValueError(
                     f"SealedFolder: {name} of {path} must be the file that was written, of {known.size} bytes, "

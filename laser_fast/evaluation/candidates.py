@@ -77,7 +77,7 @@ class Candidates:
         content = save(
             {"items": np.ascontiguousarray(self.items)}, {"about": json.dumps(about | {"sha256": self._digest()})}
         )
-        replace_file(Path(path), content)
+        replace_file(Path(path).resolve(), content)  # a link to a file elsewhere stays one
 
     def _digest(self) -> str:
         facts = f"{self.sampler} {self.seed} {self.rows_hash} {self.items.dtype} {self.items.shape}"

@@ -250,12 +250,13 @@ def calibration_components(
 
 
 def _model_config(config: ModelConfig | Mapping[str, Any] | str | Path | None) -> ModelConfig:
+    where = "configuration"
     if isinstance(config, str | Path):
-        config = read_yaml(resolve_path(config))
+        where, config = str(config), read_yaml(resolve_path(config))
         # the file of a training run says more than what the model is
         others = LaserConfig.model_fields.keys() - ModelConfig.model_fields.keys()
         config = {name: value for name, value in config.items() if name not in others}
-    return only_model(config) if isinstance(config, ModelConfig) else build_config(ModelConfig, config or {})
+    return only_model(config) if isinstance(config, ModelConfig) else build_config(ModelConfig, config or {}, where)
 
 
 def only_model(config: ModelConfig) -> ModelConfig:

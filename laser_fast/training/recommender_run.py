@@ -18,7 +18,7 @@ from laser_fast.training.interruption import Interruption
 from laser_fast.training.random_state import RandomState
 from laser_fast.training.recommender_fit import Fitting
 from laser_fast.training.resume import State, StateFolder, refuse_another_beginning
-from laser_fast.training.run_directory import RunDirectory, describe_environment
+from laser_fast.training.run_directory import RunDirectory
 
 
 class RecommenderRun:
@@ -106,8 +106,7 @@ class RecommenderRun:
         if self.directory is None or self._states is None:
             return
         if not self.finished:
-            facts = {"environment": describe_environment(), "began": self.fingerprint}
-            save_recommender(model, self.directory.checkpoint, **facts)
+            save_recommender(model, self.directory.checkpoint, began=self.fingerprint)
         self._states.clear()
 
 

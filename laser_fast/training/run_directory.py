@@ -117,7 +117,7 @@ class RunDirectory:
                 f"RunDirectory: what a run writes must not lie behind a link, got the link {links[0]!r} in "
                 f"{str(self.path)!r}; put the file or folder itself there, or make the whole output a link"
             )
-        began = dict(_settings(build_config(type(config), read_yaml(file)).model_dump()))
+        began = dict(_settings(build_config(type(config), read_yaml(file), str(file)).model_dump()))
         now = dict(_settings(config.model_dump()))
         differences = [
             f"{key} = {now.get(key)!r} instead of {began.get(key)!r}"

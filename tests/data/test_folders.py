@@ -190,3 +190,10 @@ def test_a_file_in_place_of_a_folder_is_named(tmp_path: Path) -> None:
     for path in (tmp_path / "log.csv", tmp_path / "log.csv" / "run", tmp_path / "log.csv" / "runs" / "run"):
         with pytest.raises(NotADirectoryError, match="must lie in folders, got the file '.*/log.csv' in place of one"):
             make_directory(path)
+
+
+def test_a_file_takes_the_place_of_no_pipe(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    with pytest.raises(FileExistsError, match=r"the target must be a file, got the device or pipe '.*pipe'"):
+        replace_file(pipe, b"figures")
+    assert pipe.is_fifo() and [path.name for path in tmp_path.iterdir()] == ["pipe"]

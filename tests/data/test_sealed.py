@@ -62,7 +62,9 @@ def test_another_size_or_none_is_refused_at_once(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"weights\.bin of .*model must be .*, of 12 bytes, got 7; copy it again"):
         SealedFolder(folder)
     (folder / "weights.bin").unlink()
-    with pytest.raises(ValueError, match=r"model must be whole, got no weights\.bin; copy the whole folder"):
+    with pytest.raises(
+        ValueError, match=r"model must be whole, got no weights\.bin \(seal\.json names it\); copy the whole folder"
+    ):
         SealedFolder(folder)
     (folder / SEAL).unlink()
     with pytest.raises(ValueError, match=r"model must have seal\.json, got none; copy the whole folder, or write it"):

@@ -1,6 +1,5 @@
 """A recommender whose training was stopped, wherever that was, becomes the one that was never stopped, bit by bit."""
 
-import json
 import os
 import random
 import signal
@@ -90,12 +89,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _assert_same(run: Path, whole: Path) -> None:
     assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in whole.iterdir())
     assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
-    for path in (whole / "checkpoint").glob("*.safetensors"):
+    for path in (whole / "checkpoint").iterdir():
         assert (run / "checkpoint" / path.name).read_bytes() == path.read_bytes(), path.name
-    settings = [json.loads((folder / "checkpoint" / "recommender.json").read_text()) for folder in (run, whole)]
-    for values in settings:
-        del values["facts"]["environment"]
-    assert settings[0] == settings[1]
 
 
 @pytest.mark.filterwarnings("ignore:train_recommender. .* has no state yet")
