@@ -1,11 +1,13 @@
 """Which weights something was made of: a number that whoever keeps what is derived from weights remembers with it."""
 
 import threading
+import weakref
 from collections.abc import Mapping
 from itertools import chain
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
@@ -39,6 +41,7 @@ class WeightsVersion:
 
     def _forget(self) -> None:
         self._seen: _Seen | None = None
+        self._storages: list[weakref.ref[torch.UntypedStorage]] = []
         self._children: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._tables: list[Mapping[str, Tensor | None]] = []
         self._lock = threading.Lock()
@@ -47,7 +50,8 @@ class WeightsVersion:
         """The version: another number after every change."""
         with self._lock:
             seen = self._look()
-            if seen != self._seen:
+            # where memory was given up since, what lies there now may be another tensor with the same id and version
+            if seen != self._seen or any(storage() is None for storage in self._storages):
                 self._count += self._seen is not None  # at the first look there is nothing that is older
                 self._see(seen)
             return self._count
@@ -58,8 +62,9 @@ class WeightsVersion:
             self._see(self._look())
 
     def _see(self, seen: _Seen) -> None:
-        self._seen = seen
-        for tensor in self._tensors():
+        self._seen, tensors = seen, self._tensors()
+        self._storages = [weakref.ref(tensor.untyped_storage()) for tensor in tensors]
+        for tensor in tensors:
             setattr(tensor, _WATCHED, True)
 
     def _look(self) -> _Seen:
@@ -73,7 +78,7 @@ class WeightsVersion:
 
     def _scan(self) -> None:
         modules = list(self._module.modules())
-        self._children = [(module._modules, dict(module._modules)) for module in modules if module._modules]
+        self._children = [(module._modules, dict(module._modules)) for module in modules]
         self._tables = [module._parameters for module in modules]
         self._tables += [module._buffers for module in modules if self._buffers]
 
