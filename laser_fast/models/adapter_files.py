@@ -26,12 +26,17 @@ from laser_fast.config import LanguageModelConfig, LaserConfig, ModelConfig
 from laser_fast.data.descriptions import Description, checked_description, parse_description
 from laser_fast.data.folders import replace_directory, whole_directory, write_json
 from laser_fast.data.items import ItemTable
-from laser_fast.data.sealed import SealedFolder, seal
+from laser_fast.data.sealed import SEAL, SealedFolder, seal
 from laser_fast.models.base_model import differences
 from laser_fast.models.item_to_item import ItemKNN, ItemToItem, SequentialRules
 from laser_fast.models.laser_description import LaserDescription
 from laser_fast.models.packed_recommender import PackedRecommender
-from laser_fast.models.recommender_files import is_saved_by_kind, read_recommender, write_recommender
+from laser_fast.models.recommender_files import (
+    RECOMMENDER_FILES,
+    is_saved_by_kind,
+    read_recommender,
+    write_recommender,
+)
 from laser_fast.models.tensor_files import read_tensors, refuse_other_shapes, tensor_shapes
 
 if TYPE_CHECKING:
@@ -44,6 +49,16 @@ _ITEM_TENSORS = "items.safetensors"
 _ITEMS = "items.json"
 _TABLES: dict[str, type[ItemToItem]] = {"rules": SequentialRules, "neighbors": ItemKNN}
 _IN_RUN = "checkpoint"
+LASER_FILES = (
+    _DESCRIPTION,
+    _ADAPTER,
+    _ITEM_TENSORS,
+    _ITEMS,
+    *(f"{name}.safetensors" for name in _TABLES),
+    *RECOMMENDER_FILES,
+    SEAL,
+    "README.md",
+)
 
 
 @dataclass(frozen=True, eq=False)

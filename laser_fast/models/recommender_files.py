@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import save_file
 
 from laser_fast.data.descriptions import Description, checked_description, parse_description
-from laser_fast.data.folders import replace_directory, whole_directory, write_json
-from laser_fast.data.sealed import SealedFolder, seal
+from laser_fast.data.folders import refuse_others, replace_directory, whole_directory, write_json
+from laser_fast.data.sealed import SEAL, SealedFolder, seal
 from laser_fast.models.cross_fitted import StateGap
-from laser_fast.models.cross_fitted_files import FoldsRecord, read_folds, write_folds
+from laser_fast.models.cross_fitted_files import FOLDS_FILE, FoldsRecord, read_folds, write_folds
 from laser_fast.models.gru4rec import GRU4Rec
 from laser_fast.models.packed_recommender import PackedRecommender
 from laser_fast.models.published_sasrec import LLaRASASRec, RecBoleSASRec
@@ -23,6 +23,7 @@ _KINDS: dict[str, type[PackedRecommender]] = {
 }
 _WEIGHTS_FILE = "recommender.safetensors"
 _SETTINGS_FILE = "recommender.json"
+RECOMMENDER_FILES = (_SETTINGS_FILE, _WEIGHTS_FILE, FOLDS_FILE, SEAL)
 
 
 class RecommenderDescription(Description):
@@ -56,9 +57,16 @@ def save_recommender(model: PackedRecommender, directory: str | Path, **facts: A
     The models of its folds, where it has some, come along.
 
     Args:
+        directory: new, empty, or with a saved recommender alone.
         facts: anything worth keeping with it, as JSON.
+
+    Raises:
+        FileExistsError: the folder holds something else.
+        ValueError: another process writes it.
     """
-    with replace_directory(Path(directory)) as folder:
+    target = Path(directory)
+    with replace_directory(target) as folder:
+        refuse_others("save_recommender", target, RECOMMENDER_FILES)
         folds = None if model.cross_fitted is None else write_folds(model.cross_fitted, folder)
         write_recommender(model, folder, folds, **facts)
         seal(folder)
