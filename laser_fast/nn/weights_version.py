@@ -2,10 +2,10 @@
 
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.autograd.graph import increment_version
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
+Self = TypeVar("Self", bound="VersionedModule")
 _Seen = tuple[tuple[int, ...], ...]
 _WATCHED = "laser_watched"
 _counting = threading.Lock()
@@ -95,6 +96,42 @@ class WeightsVersion:
         vars(self).update(state)
         self._forget()
         _count_steps()
+
+
+class VersionedModule(nn.Module):
+    """A module that knows the version of its weights; to move or to copy it is no change.
+
+    Attributes:
+        weights: the version of all its weights.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = WeightsVersion(self)
+
+    def _all_versions(self) -> tuple[WeightsVersion, ...]:
+        return (self.weights,)
+
+    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """To a device or a dtype: the weights stay what they are, and so does what was made of them."""
+        for version in self._all_versions():
+            version.now()  # what changed before did change
+        super()._apply(fn, recurse)
+        for version in self._all_versions():
+            version.adopt()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy, from the versions of now on."""
+        for version in self._all_versions():
+            version.now()
+        return dict(vars(self))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies have the same weights elsewhere."""
+        super().__setstate__(state)
+        for version in self._all_versions():
+            version.adopt()
 
 
 def _state(tensors: list[Tensor]) -> _Seen:

@@ -10,7 +10,7 @@ import torch
 
 from laser_fast.config import LaserConfig, build_config
 from laser_fast.data import PackedSequences
-from laser_fast.models import LaserModel
+from laser_fast.models import LaserModel, SASRec
 from laser_fast.models.calibration import CalibratedScorer, Calibration
 from laser_fast.models.objective import LaserOutput
 from laser_fast.training.build import build_laser, load_inputs, load_language_model
@@ -152,6 +152,22 @@ def test_a_calibration_of_older_weights_is_refused(model: LaserModel, tmp_path: 
     without = CalibratedScorer({"laser": model}, Calibration({"laser": 0.0}, (), 2.0), torch.ones(25))
     step(model)
     assert without.score(*PACKED).shape == (3, 25)  # no part of it is of these weights
+
+
+def test_a_recommender_beside_the_model_is_of_one_version_too(model: LaserModel) -> None:
+    other = SASRec(25, width=8)
+    settings = Calibration({"laser": 0.1, "recommender": 1.0}, ("recommender",))
+    model.calibration = CalibratedScorer({"laser": model, "recommender": other}, settings, torch.ones(25))
+    expected, index, users = model.recommend(HISTORIES, 3), model.index(), PackedSequences.from_lists([[3, 4]])
+    other._apply(torch.clone)  # as a move
+    assert copy.deepcopy(model).recommend(HISTORIES, 3) == model.recommend(HISTORIES, 3) == expected
+    assert model.index() is index
+    torch.nn.init.normal_(other.item_embedding.weight)
+    refused = "the calibration must belong to the weights of now, got one of older weights of 'recommender'"
+    with pytest.raises(RuntimeError, match=refused):
+        model.recommend(HISTORIES, 3)
+    with pytest.raises(RuntimeError, match="the index must belong to the weights of now, got one of older weights"):
+        index.search(users, 3)
 
 
 def test_a_run_that_kept_its_items_comes_back_whole(tiny_settings: dict[str, Any]) -> None:
