@@ -40,7 +40,7 @@ class DerivedState(VersionedModule):
         self.lm_weights = WeightsVersion(lm.model)
         self.calibration: CalibratedScorer | None = None
         self.kept_prefixes: KeptPrefixes | None = None
-        self._instructions: dict[tuple[int, ...], tuple[int, KeyValuePrefix]] = {}
+        self._instructions: dict[tuple[tuple[int, ...], torch.dtype | None], tuple[int, KeyValuePrefix]] = {}
         self._making_index = OwnLock()
         self.register_buffer("item_matrix", torch.empty(0, lm.hidden_size), persistent=False)
         self._items_belong_to = 0
