@@ -99,7 +99,8 @@ class DerivedState(VersionedModule):
                 "LaserModel: the item matrix must belong to the weights of now, got one of older weights; call "
                 "refresh_items() first, or keep_items() where only users were trained since"
             )
-        return items
+        # another thread may have refreshed them in between, and it was that matrix which was asked about
+        return items if items is self.item_matrix else self.current_items()
 
     def refuse_outdated(self) -> None:
         """Make sure that all that is saved beside the weights belongs to them.

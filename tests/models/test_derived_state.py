@@ -116,6 +116,22 @@ def moved(model: LaserModel) -> LaserModel:
     return model._apply(torch.clone)
 
 
+def test_a_matrix_refreshed_by_another_thread_meanwhile_is_taken_up(
+    model: LaserModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step(model)
+    older, find = model.item_matrix, model._any_items
+
+    def be_slow() -> torch.Tensor:
+        found = find()
+        monkeypatch.undo()
+        model.refresh_items()
+        return found
+
+    monkeypatch.setattr(model, "_any_items", be_slow)
+    assert model.current_items() is model.item_matrix is not older
+
+
 def test_moves_and_copies_are_no_change(model: LaserModel) -> None:
     model.calibration = CalibratedScorer({"laser": model}, Calibration({"laser": 1.0}), torch.ones(25))
     expected = model.recommend(HISTORIES, 3)
