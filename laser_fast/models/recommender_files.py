@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
-from safetensors.torch import save_file
 
 from laser_fast.data.descriptions import Description, checked_description, parse_description
 from laser_fast.data.folders import refuse_others, replace_directory, whole_directory, write_json
@@ -15,7 +14,13 @@ from laser_fast.models.gru4rec import GRU4Rec
 from laser_fast.models.packed_recommender import PackedRecommender
 from laser_fast.models.published_sasrec import LLaRASASRec, RecBoleSASRec
 from laser_fast.models.sasrec import SASRec
-from laser_fast.models.tensor_files import read_tensors, refuse_other_shapes, tensor_shapes
+from laser_fast.models.tensor_files import (
+    load_weights_of_file,
+    read_tensors,
+    refuse_other_shapes,
+    tensor_shapes,
+    write_tensors,
+)
 
 _FORMAT = 2
 _KINDS: dict[str, type[PackedRecommender]] = {
@@ -79,8 +84,7 @@ def write_recommender(model: PackedRecommender, folder: Path, folds: FoldsRecord
         folds: of those that were written beside it.
         facts: see `save_recommender`.
     """
-    weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / _WEIGHTS_FILE)
+    write_tensors(model.state_dict(), folder / _WEIGHTS_FILE)
     values = {
         "format": _FORMAT,
         "kind": model.kind,
@@ -148,7 +152,7 @@ def read_recommender(sealed: SealedFolder) -> PackedRecommender:
     sealed.file(_SETTINGS_FILE)
     description = _description(sealed.path)
     model = _build(description, sealed)
-    model.load_state_dict(read_tensors(sealed, _WEIGHTS_FILE))
+    load_weights_of_file(model, read_tensors(sealed, _WEIGHTS_FILE), f"load_recommender: {_WEIGHTS_FILE}")
     model.split_hash = description.split_hash
     model.item_map_hash = description.item_map_hash
     model.gap = description.gap
