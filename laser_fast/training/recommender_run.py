@@ -53,7 +53,7 @@ class RecommenderRun:
         """
         assert self.directory is not None and self._states is not None
         if self.finished:
-            self._refuse_another(read_facts(self.directory.checkpoint)["began"])
+            self._refuse_another(read_facts(self.directory.checkpoint).get("began", {}))
             return
         self.resumed = self._states.newest()
         if self.resumed is None:
