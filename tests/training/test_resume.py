@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -327,7 +326,7 @@ def test_a_finished_run_stays_as_it_is(
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
     model, _ = train_laser(config_of(settings, whole), resume=True)
     assert torch.equal(model.item_matrix, load_file(whole / "checkpoint" / "items.safetensors")["item_matrix"])
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**settings, "output": str(whole)}))
+    (tmp_path / "run.yaml").write_text(json.dumps({**settings, "output": str(whole)}))
     assert main(["train", str(tmp_path / "run.yaml"), "--resume"]) == 0
     printed = [line for line in capsys.readouterr().out.splitlines() if "is finished: nothing is left" in line]
     assert len(printed) == 2
