@@ -17,38 +17,41 @@ from pathlib import Path
 from laser_fast.data.disk import make_directory, open_no_link
 
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
-_claimed: ContextVar[frozenset[Path]] = ContextVar("claimed", default=frozenset())
+_claimed: ContextVar[frozenset[tuple[int, Path]]] = ContextVar("claimed", default=frozenset())
 
 
 @contextmanager
 def claim(output: str | Path) -> Iterator[None]:
     """Let no other process, and no other thread of this one, write `output` meanwhile; it need not exist.
 
-    Who has claimed a folder has claimed all that is in it, and may claim it again. A link is not followed: two names of
-    one folder are two outputs to whoever does not resolve them first.
+    Who has claimed a folder has claimed all that is in it, and may claim it again; a process that was forked meanwhile
+    is another one. A link is not followed: two names of one folder are two outputs to whoever does not resolve them
+    first.
 
     Raises:
-        ValueError: another process, or another thread, has claimed it.
+        ValueError: another process, or another thread, has claimed it, or a folder that it lies in.
         FileExistsError: a link lies where the lock file belongs.
     """
     absolute = Path(os.path.abspath(output))
     place = absolute.parent.resolve() / absolute.name
-    held = _claimed.get()
-    if not held.isdisjoint((place, *place.parents)):
+    process, held = os.getpid(), _claimed.get()
+    if any((process, folder) in held for folder in (place, *place.parents)):
         yield
         return
     descriptor = _lock(place)
-    token = _claimed.set(held | {place})
+    token = _claimed.set(held | {(process, place)})
     try:
+        _refuse_claimed_around(place)
         yield
     finally:
         _claimed.reset(token)
-        _release(place, descriptor)
+        if os.getpid() == process:  # else the lock is its parent's, which goes on
+            _release(place, descriptor)
 
 
 def lock_file(output: Path) -> Path:
     """Where the lock of an output is."""
-    return output.with_name(f".{output.name}.laser-fast.lock")
+    return output.parent / f".{output.name}.laser-fast.lock"
 
 
 def _lock(place: Path) -> int:
@@ -59,10 +62,7 @@ def _lock(place: Path) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise ValueError(
-                f"claim: an output must be written by one process at a time, got {str(place)!r}, at which another "
-                "process is at work; wait for it, stop it or choose another output"
-            ) from None
+            raise _taken(place) from None
         except OSError as error:  # some network file systems lock nothing
             warnings.warn(
                 f"claim: the file system should lock {str(place)!r} against a second process, got {error}; start none "
@@ -73,6 +73,26 @@ def _lock(place: Path) -> int:
         if any(_is_open(descriptor, path) for path in (lock_file(place), place)):
             return descriptor
         os.close(descriptor)  # whoever held it removed the file after it was opened here
+
+
+def _refuse_claimed_around(place: Path) -> None:
+    """Make sure that nobody else has claimed a folder around: its owner may put another one in its place."""
+    for folder in place.parents:
+        with suppress(OSError):  # there is none, or it is not ours to look at
+            descriptor = os.open(lock_file(folder), os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise _taken(folder) from None
+            finally:
+                os.close(descriptor)
+
+
+def _taken(place: Path) -> ValueError:
+    return ValueError(
+        f"claim: an output must be written by one process at a time, got {str(place)!r}, at which another process is "
+        "at work; wait for it, stop it or choose another output"
+    )
 
 
 def _open(place: Path) -> int:

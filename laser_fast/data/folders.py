@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,31 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def refuse_others(function: str, folder: Path, names: Sequence[str]) -> None:
+    """Make sure that whoever replaces a folder loses nothing of others.
+
+    Args:
+        function: the first word of the message.
+        names: of the files that belong into it; one that is not empty has the first.
+
+    Raises:
+        FileExistsError: a file is at its place, or it holds something else.
+    """
+    if not folder.exists():
+        return
+    got = "a file"
+    if folder.is_dir():
+        found = {entry.name for entry in folder.iterdir()}
+        others = sorted(found - set(names) if names[0] in found else found)
+        if not others:
+            return
+        got = ", ".join(map(repr, others[:3]))
+    raise FileExistsError(
+        f"{function}: the folder must be new, empty or hold what this function saves alone, got {got} at "
+        f"{str(folder)!r}; choose another"
+    )
 
 
 @contextmanager

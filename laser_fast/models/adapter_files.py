@@ -19,20 +19,30 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from laser_fast.config import LanguageModelConfig, LaserConfig, ModelConfig
 from laser_fast.data.descriptions import Description, checked_description, parse_description
 from laser_fast.data.folders import replace_directory, whole_directory, write_json
 from laser_fast.data.items import ItemTable
-from laser_fast.data.sealed import SealedFolder, seal
+from laser_fast.data.sealed import SEAL, SealedFolder, seal
 from laser_fast.models.base_model import differences
 from laser_fast.models.item_to_item import ItemKNN, ItemToItem, SequentialRules
 from laser_fast.models.laser_description import LaserDescription
 from laser_fast.models.packed_recommender import PackedRecommender
-from laser_fast.models.recommender_files import is_saved_by_kind, read_recommender, write_recommender
-from laser_fast.models.tensor_files import read_tensors, refuse_other_shapes, tensor_shapes
+from laser_fast.models.recommender_files import (
+    RECOMMENDER_FILES,
+    is_saved_by_kind,
+    read_recommender,
+    write_recommender,
+)
+from laser_fast.models.tensor_files import (
+    load_weights_of_file,
+    read_tensors,
+    refuse_other_shapes,
+    tensor_shapes,
+    write_tensors,
+)
 
 if TYPE_CHECKING:
     from laser_fast.models.laser import LaserModel
@@ -43,7 +53,18 @@ _ADAPTER = "adapter.safetensors"
 _ITEM_TENSORS = "items.safetensors"
 _ITEMS = "items.json"
 _TABLES: dict[str, type[ItemToItem]] = {"rules": SequentialRules, "neighbors": ItemKNN}
+_DERIVED = ("item_matrix", "text_vectors")
 _IN_RUN = "checkpoint"
+LASER_FILES = (
+    _DESCRIPTION,
+    _ADAPTER,
+    _ITEM_TENSORS,
+    _ITEMS,
+    *(f"{name}.safetensors" for name in _TABLES),
+    *RECOMMENDER_FILES,
+    SEAL,
+    "README.md",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,14 +206,18 @@ class SavedLaser:
                 f"load_weights: {self.name} must belong to this catalogue of {model.num_items} items, "
                 f"got another item map, of {self.description.num_items} items"
             )
+        # all is read before anything is changed
+        state, items = read_tensors(self.sealed, _ADAPTER), read_tensors(self.sealed, _ITEM_TENSORS, _DERIVED)
+        if wrong := {name: value.dtype for name, value in items.items() if not value.is_floating_point()}:
+            raise ValueError(f"load_weights: {_ITEM_TENSORS} must hold {', '.join(_DERIVED)} in float32, got {wrong}")
         try:
-            model.load_state_dict(read_tensors(self.sealed, _ADAPTER))
+            load_weights_of_file(model, state, f"load_weights: {_ADAPTER}")
         except RuntimeError as error:
             raise ValueError(f"load_weights: {self.name} must fit the configuration, got {error}") from error
-        items = read_tensors(self.sealed, _ITEM_TENSORS, ["item_matrix", "text_vectors"])
         if model.text is not None and "text_vectors" in items:
             model.text.set_vectors(items["text_vectors"])
-        model.item_matrix = items["item_matrix"].to(model.device)  # last: it belongs to all that stands before it
+        # last: it belongs to all that stands before it
+        model.item_matrix = items["item_matrix"].to(model.device, torch.float32)
 
     def put_text_into(self, model: "LaserModel") -> None:
         """The trained text residual and its vectors alone, and the weight of popularity where both have one.
@@ -205,7 +230,8 @@ class SavedLaser:
             raise ValueError(f"put_text_into: {self.name} and the model must have a text residual, got none")
         state = read_tensors(self.sealed, _ADAPTER)
         prefix = "text."
-        model.text.load_state_dict({n[len(prefix) :]: value for n, value in state.items() if n.startswith(prefix)})
+        own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        load_weights_of_file(model.text, own, f"put_text_into: {_ADAPTER}")
         model.text.set_vectors(vectors)
         if model.popularity_weight is not None and "popularity_weight" in state:
             with torch.no_grad():
@@ -232,8 +258,6 @@ def _refuse_other_table(values: dict[str, Tensor], num_items: int, name: str) ->
         problems.append(f"bounds that do not rise from 0 to {number}")
     if number and (columns.min() < 0 or columns.max() >= num_items):
         problems.append(f"columns in {columns.min()}..{columns.max()}")
-    if not entries.isfinite().all():
-        problems.append("values that are not finite")
     if problems:
         raise ValueError(
             f"checkpoint: {name} must hold int64 bounds and columns and float32 values over {num_items} items, got "
@@ -283,20 +307,19 @@ def write_laser(
     own = recommender if is_saved_by_kind(recommender) else None
     tables = _tables_of(model)
     description = _describe(model, recommender, tables, config, facts)
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     counts = torch.from_numpy(np.asarray(origin.counts, dtype=np.int64))
     with replace_directory(directory) as fresh:
-        save_file(state, fresh / _ADAPTER)
-        items = {"item_matrix": model.item_matrix.cpu().contiguous(), "counts": counts}
+        write_tensors(model.state_dict(), fresh / _ADAPTER)
+        items = {"item_matrix": model.item_matrix, "counts": counts}
         if model.text is not None:
-            items["text_vectors"] = model.text.fetch_vectors().cpu().contiguous()
-        save_file(items, fresh / _ITEM_TENSORS)
+            items["text_vectors"] = model.text.fetch_vectors()
+        write_tensors(items, fresh / _ITEM_TENSORS)
         write_json(fresh / _ITEMS, {"ids": origin.items.ids, "fields": origin.items.fields})
         if own is not None:
             write_recommender(own, fresh)
         for name, table in tables.items():
             values = {"bounds": table.bounds, "columns": table.columns, "values": table.values}
-            save_file(values, fresh / f"{name}.safetensors")
+            write_tensors(values, fresh / f"{name}.safetensors")
         write_json(fresh / _DESCRIPTION, description.model_dump(mode="json"))
         (fresh / "README.md").write_text(card, encoding="utf-8")
         seal(fresh)

@@ -78,7 +78,7 @@ class CalibratedScorer:
         self.calibration = calibration
         self.log_counts = torch.log1p(counts.float())
         self.num_items = counts.numel()
-        self._made_at = {name: version.now() for name, version in self._versions().items()}
+        self._made_at = {name: (version, version.now()) for name, version in self._versions().items()}
 
     def _versions(self) -> dict[str, WeightsVersion]:
         """Of the components with a weight that have one."""
@@ -93,11 +93,13 @@ class CalibratedScorer:
         """Make sure that the scalars belong to the models of now: they weigh the scores of these against each other.
 
         Raises:
-            RuntimeError: the weights of one have changed since.
+            RuntimeError: the weights of one have changed since it was put in.
         """
         for name, version in self._versions().items():
-            now = version.now()
-            if self._made_at.setdefault(name, now) != now:
+            known, made_at = self._made_at.get(name, (None, 0))
+            if known is not version:  # who puts another component in says that it belongs here
+                self._made_at[name] = version, version.now()
+            elif version.now() != made_at:
                 raise RuntimeError(
                     f"CalibratedScorer: the calibration must belong to the weights of now, got one of older weights of "
                     f"{name!r}; fit it again (laser_fast.evaluation.fit_calibration), or set model.calibration = None"

@@ -6,14 +6,13 @@ from typing import Annotated
 import numpy as np
 import torch
 from pydantic import Field
-from safetensors.torch import save_file
 from torch import Tensor
 
 from laser_fast.data.descriptions import Description
 from laser_fast.data.sealed import SealedFolder
 from laser_fast.models.cross_fitted import CrossFitted, FoldItems, fold_model
 from laser_fast.models.packed_recommender import PackedRecommender
-from laser_fast.models.tensor_files import Shape, read_tensors, tensor_shapes
+from laser_fast.models.tensor_files import Shape, load_weights_of_file, read_tensors, tensor_shapes, write_tensors
 
 FOLDS_FILE = "recommender_folds.safetensors"
 _USERS = "user_folds"
@@ -33,10 +32,10 @@ def write_folds(folds: CrossFitted, folder: Path) -> FoldsRecord:
     """Write the file; what is to be recorded of it in recommender.json."""
     tensors = {_USERS: torch.from_numpy(np.ascontiguousarray(folds.user_folds, dtype=np.int8))}
     if folds.bases is not None:
-        tensors[_BASES] = folds.bases.contiguous().cpu()
+        tensors[_BASES] = folds.bases
     for index, model in enumerate(folds.models):
-        tensors |= {f"{index}.{name}": value.contiguous().cpu() for name, value in _own(model, folds.items).items()}
-    save_file(tensors, folder / FOLDS_FILE)
+        tensors |= {f"{index}.{name}": value for name, value in _own(model, folds.items).items()}
+    write_tensors(tensors, folder / FOLDS_FILE)
     return FoldsRecord(number=len(folds), items=folds.items, split_hash=folds.split_hash)
 
 
@@ -64,7 +63,7 @@ def read_folds(model: PackedRecommender, sealed: SealedFolder, recorded: FoldsRe
         models = [fold_model(model, recorded.items) for _ in range(number)]
     for index, fold in enumerate(models):
         own = {name.partition(".")[2]: value for name, value in tensors.items() if name.startswith(f"{index}.")}
-        fold.load_state_dict(own, strict=False)  # compared above
+        load_weights_of_file(fold, own, f"load_recommender: {FOLDS_FILE}", strict=False)  # names were compared above
         fold.eval()
     return CrossFitted(models, users.numpy(), recorded.items, recorded.split_hash, bases)
 

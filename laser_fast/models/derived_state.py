@@ -4,19 +4,19 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from laser_fast.models.calibration import CalibratedScorer
 from laser_fast.models.kept_prefixes import KeptPrefixes
 from laser_fast.nn.frozen_lm import FrozenLM
 from laser_fast.nn.own_lock import OwnLock
 from laser_fast.nn.prefix_kv import KeyValuePrefix
-from laser_fast.nn.weights_version import WeightsVersion
+from laser_fast.nn.weights_version import VersionedModule, WeightsVersion
 
 Self = TypeVar("Self", bound="DerivedState")
 
 
-class DerivedState(nn.Module):
+class DerivedState(VersionedModule):
     """The item matrix, the calibration and the caches of `LaserModel`, each of one version of the weights.
 
     A reader of the item matrix or of the calibration refuses one of older weights by name: to make it anew takes long,
@@ -26,7 +26,7 @@ class DerivedState(nn.Module):
         lm: the frozen language model.
 
     Attributes:
-        weights, lm_weights: versions of all weights of the model, and of the language model's alone.
+        lm_weights: the version of the weights of the language model alone.
         item_matrix: V, float32 [I, d]; [0, d] until `refresh_items`. To assign one says that it belongs to the weights
             of now.
         calibration: the score that `recommend` ranks by; None = cosine over temperature.
@@ -37,10 +37,10 @@ class DerivedState(nn.Module):
 
     def __init__(self, lm: FrozenLM) -> None:
         super().__init__()
-        self.weights, self.lm_weights = WeightsVersion(self), WeightsVersion(lm.model)
+        self.lm_weights = WeightsVersion(lm.model)
         self.calibration: CalibratedScorer | None = None
         self.kept_prefixes: KeptPrefixes | None = None
-        self._instructions: dict[tuple[int, ...], tuple[int, KeyValuePrefix]] = {}
+        self._instructions: dict[tuple[tuple[int, ...], torch.dtype | None], tuple[int, KeyValuePrefix]] = {}
         self._making_index = OwnLock()
         self.register_buffer("item_matrix", torch.empty(0, lm.hidden_size), persistent=False)
         self._items_belong_to = 0
@@ -67,30 +67,20 @@ class DerivedState(nn.Module):
         if name == "item_matrix":
             self._items_belong_to = self.weights.now()
 
+    def _all_versions(self) -> tuple[WeightsVersion, ...]:
+        return self.weights, self.lm_weights
+
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """To a device or a dtype: the weights stay what they are, and so does what was made of them."""
-        versions = self.weights, self.lm_weights
-        for version in versions:
-            version.now()  # what changed before did change
+        """Caches that are cheap are made anew where the weights have gone."""
         super()._apply(fn, recurse)
-        for version in versions:
-            version.adopt()
         self._instructions.clear()
         if self.kept_prefixes is not None:
             self.kept_prefixes.store.clear()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a copy, from the versions of now on, without the index, which asks this very model for users."""
-        self.weights.now()
-        self.lm_weights.now()
-        return {name: value for name, value in vars(self).items() if name != "_kept_index"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Copies have the same weights elsewhere."""
-        super().__setstate__(state)
-        self.weights.adopt()
-        self.lm_weights.adopt()
+        """Without the index, which asks this very model for users."""
+        return {name: value for name, value in super().__getstate__().items() if name != "_kept_index"}
 
     @property
     def items_are_outdated(self) -> bool:
@@ -109,7 +99,8 @@ class DerivedState(nn.Module):
                 "LaserModel: the item matrix must belong to the weights of now, got one of older weights; call "
                 "refresh_items() first, or keep_items() where only users were trained since"
             )
-        return items
+        # another thread may have refreshed them in between, and it was that matrix which was asked about
+        return items if items is self.item_matrix else self.current_items()
 
     def refuse_outdated(self) -> None:
         """Make sure that all that is saved beside the weights belongs to them.

@@ -12,13 +12,14 @@ from laser_fast.data.batches import PackedBatch
 from laser_fast.data.sequences import PackedSequences
 from laser_fast.nn.prefix_kv import KeyValuePrefix
 from laser_fast.nn.prefix_store import PrefixStore
+from laser_fast.ops.precision import autocast_dtype
 
 if TYPE_CHECKING:
     from laser_fast.models.laser import LaserModel
 
 
 class KeptPrefixes:
-    """What stands in front of a user's text, by what M-Former read and the version of the trained weights.
+    """What stands in front of a user's text, by what M-Former read, the precision and the version of the weights.
 
     Any change of a weight (an optimizer step, a loaded state) empties it, see `WeightsVersion`.
 
@@ -52,7 +53,8 @@ class KeptPrefixes:
         What the store lacks is written.
         """
         items, bounds = batch.items.cpu().numpy(), batch.cu_seqlens.tolist()
-        names = [(batch.instruction, items[start:end].tobytes()) for start, end in pairwise(bounds)]
+        made_in = batch.instruction, autocast_dtype(self.model.device)
+        names = [(*made_in, items[start:end].tobytes()) for start, end in pairwise(bounds)]
         read = PackedSequences(items, np.asarray(bounds, dtype=np.int32))
 
         def write(positions: list[int]) -> KeyValuePrefix:

@@ -32,6 +32,7 @@ from laser_fast.nn.prefix_kv import DeepPrefix, KeyValuePrefix
 from laser_fast.nn.text_residual import TextResidual
 from laser_fast.ops import Routing
 from laser_fast.ops.host_copies import to_device
+from laser_fast.ops.precision import autocast_dtype
 
 
 class LaserModel(RecommendingLaser, PretrainedLaser, TrainerCalls, DerivedState):
@@ -231,12 +232,12 @@ class LaserModel(RecommendingLaser, PretrainedLaser, TrainerCalls, DerivedState)
     @torch.no_grad()
     def _instruction(self, input_ids: tuple[int, ...]) -> KeyValuePrefix:
         """Keys and values of the instruction, computed once: nothing in front of it is trained."""
-        version = self.lm_weights.now()
-        made_at, known = self._instructions.get(input_ids, (None, None))
+        version, name = self.lm_weights.now(), (input_ids, autocast_dtype(self.device))
+        made_at, known = self._instructions.get(name, (None, None))
         if known is None or made_at != version:
             with torch.inference_mode(False):  # the result outlives this call and may enter a training step
                 known = self.lm.key_values(self._embed_words(input_ids))
-            self._instructions[input_ids] = version, known  # threads that come together make the same
+            self._instructions[name] = version, known  # threads that come together make the same
         return known
 
     def _embed_words(self, input_ids: tuple[int, ...]) -> Tensor:

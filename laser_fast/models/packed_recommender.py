@@ -10,13 +10,14 @@ from laser_fast.models.cross_fitted import CrossFitted, StateGap
 from laser_fast.models.recommender import check_histories, newest_items
 from laser_fast.nn.dtypes import refuse_dtypes
 from laser_fast.nn.evaluation_mode import evaluating, refuse_torch_modes
+from laser_fast.nn.weights_version import VersionedModule
 from laser_fast.ops.precision import autocast_off
 from laser_fast.ops.segments import lengths_on_host
 
 Self = TypeVar("Self", bound="PackedRecommender")
 
 
-class PackedRecommender(nn.Module):
+class PackedRecommender(VersionedModule):
     """Base of the recommenders that are trained, imported, saved and loaded here; satisfies `SequentialRecommender`.
 
     A subclass defines `forward`, which gives a state after every item from that item and the older ones of its own

@@ -12,9 +12,10 @@ from torch import nn
 
 from laser_fast.config import LanguageModelConfig, LaserConfig, ModelConfig, build_config, resolve_path
 from laser_fast.data.claims import claim
+from laser_fast.data.folders import refuse_others
 from laser_fast.data.items import ItemTable
 from laser_fast.data.tokens import Tokenizer
-from laser_fast.models.adapter_files import Origin, SavedLaser, find_saved, write_laser
+from laser_fast.models.adapter_files import LASER_FILES, Origin, SavedLaser, find_saved, write_laser
 from laser_fast.models.assembly import build_execution, build_model_batches, check_tokens, laser_parts
 from laser_fast.models.base_model import LoadedBase, describe_base, lm_of_saved, load_base
 from laser_fast.models.calibration import CalibratedScorer, Calibration
@@ -191,7 +192,7 @@ class PretrainedLaser(ModelHubMixin):
         """Write what was trained, and nothing of the language model; whole or not at all.
 
         Args:
-            save_directory: a new or empty folder, or one with a saved Laser, which is replaced.
+            save_directory: a new or empty folder, or one with a saved Laser alone, which is replaced.
             repo_id: its name on the hub; with `push_to_hub` the name of the folder if None.
             push_to_hub: upload it as well; `push_arguments` go to `push_to_hub`.
             config: not used; the settings are the model's.
@@ -209,10 +210,7 @@ class PretrainedLaser(ModelHubMixin):
         folder = Path(save_directory).resolve()  # a link to a folder elsewhere stays one
         laser = cast("LaserModel", self)
         with claim(folder):
-            if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and find_saved(folder) is None):
-                raise FileExistsError(
-                    f"save_pretrained: the folder must be new, empty or a saved Laser, got {str(save_directory)!r}"
-                )
+            refuse_others("save_pretrained", folder, LASER_FILES)
             write_laser(laser, folder, model_card(laser, repo_id=repo_id, **(model_card_kwargs or {})))
         if not push_to_hub:
             return None

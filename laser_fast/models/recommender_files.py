@@ -4,18 +4,23 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
-from safetensors.torch import save_file
 
 from laser_fast.data.descriptions import Description, checked_description, parse_description
-from laser_fast.data.folders import replace_directory, whole_directory, write_json
-from laser_fast.data.sealed import SealedFolder, seal
+from laser_fast.data.folders import refuse_others, replace_directory, whole_directory, write_json
+from laser_fast.data.sealed import SEAL, SealedFolder, seal
 from laser_fast.models.cross_fitted import StateGap
-from laser_fast.models.cross_fitted_files import FoldsRecord, read_folds, write_folds
+from laser_fast.models.cross_fitted_files import FOLDS_FILE, FoldsRecord, read_folds, write_folds
 from laser_fast.models.gru4rec import GRU4Rec
 from laser_fast.models.packed_recommender import PackedRecommender
 from laser_fast.models.published_sasrec import LLaRASASRec, RecBoleSASRec
 from laser_fast.models.sasrec import SASRec
-from laser_fast.models.tensor_files import read_tensors, refuse_other_shapes, tensor_shapes
+from laser_fast.models.tensor_files import (
+    load_weights_of_file,
+    read_tensors,
+    refuse_other_shapes,
+    tensor_shapes,
+    write_tensors,
+)
 
 _FORMAT = 2
 _KINDS: dict[str, type[PackedRecommender]] = {
@@ -23,6 +28,7 @@ _KINDS: dict[str, type[PackedRecommender]] = {
 }
 _WEIGHTS_FILE = "recommender.safetensors"
 _SETTINGS_FILE = "recommender.json"
+RECOMMENDER_FILES = (_SETTINGS_FILE, _WEIGHTS_FILE, FOLDS_FILE, SEAL)
 
 
 class RecommenderDescription(Description):
@@ -56,9 +62,16 @@ def save_recommender(model: PackedRecommender, directory: str | Path, **facts: A
     The models of its folds, where it has some, come along.
 
     Args:
+        directory: new, empty, or with a saved recommender alone.
         facts: anything worth keeping with it, as JSON.
+
+    Raises:
+        FileExistsError: the folder holds something else.
+        ValueError: another process writes it.
     """
-    with replace_directory(Path(directory)) as folder:
+    target = Path(directory)
+    with replace_directory(target) as folder:
+        refuse_others("save_recommender", target, RECOMMENDER_FILES)
         folds = None if model.cross_fitted is None else write_folds(model.cross_fitted, folder)
         write_recommender(model, folder, folds, **facts)
         seal(folder)
@@ -71,8 +84,7 @@ def write_recommender(model: PackedRecommender, folder: Path, folds: FoldsRecord
         folds: of those that were written beside it.
         facts: see `save_recommender`.
     """
-    weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / _WEIGHTS_FILE)
+    write_tensors(model.state_dict(), folder / _WEIGHTS_FILE)
     values = {
         "format": _FORMAT,
         "kind": model.kind,
@@ -140,7 +152,7 @@ def read_recommender(sealed: SealedFolder) -> PackedRecommender:
     sealed.file(_SETTINGS_FILE)
     description = _description(sealed.path)
     model = _build(description, sealed)
-    model.load_state_dict(read_tensors(sealed, _WEIGHTS_FILE))
+    load_weights_of_file(model, read_tensors(sealed, _WEIGHTS_FILE), f"load_recommender: {_WEIGHTS_FILE}")
     model.split_hash = description.split_hash
     model.item_map_hash = description.item_map_hash
     model.gap = description.gap

@@ -1,6 +1,6 @@
 """What a `LaserModel` answers with: scores, an index of inner products, and the best items for a history."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -55,9 +55,9 @@ class RecommendingLaser:
     def index(self) -> InnerProductIndex:
         """The score that `recommend` ranks by as inner products of item vectors with user vectors.
 
-        Kept until the item matrix, the calibration, the recommender's output layer or the device changes. An index of
-        older weights refuses to search. It takes as much memory as the item matrix and, beside it, the output
-        layer of the recommender in float32.
+        Kept until the item matrix, the calibration, the weights or the device changes. An index of older weights, of
+        the recommender as well, refuses to search. It takes as much memory as the item matrix and, beside it, the
+        output layer of the recommender in float32.
 
         Raises:
             RuntimeError: no item matrix yet (`refresh_items`), or it or the calibration is of older weights.
@@ -185,31 +185,39 @@ def _index_of(model: "LaserModel") -> InnerProductIndex:
     return InnerProductIndex(blocks, history_bias=settings.history_bias, last_bias=settings.last_bias, rules=rules)
 
 
-def _block_of(scorer: Any, model: "LaserModel") -> ScoreBlock:
+def _block_of(scorer: "LaserModel | PackedRecommender", model: "LaserModel") -> ScoreBlock:
     """The score of a Laser or a recommender as it stands, unweighted."""
-    if isinstance(scorer, RecommendingLaser):
-        laser = cast("LaserModel", scorer)
-        made_at = laser.weights.now()
+    made_at = scorer.weights.now()
+    rows, queries = _rows_and_queries(scorer)
 
-        def unit_users(histories: PackedSequences) -> Tensor:
-            if laser.weights.now() != made_at:
-                raise RuntimeError(
-                    "InnerProductIndex: the index must belong to the weights of now, got one of older weights; call "
-                    "model.index() again"
-                )
-            return F.normalize(laser.encode_users(histories).float(), dim=-1) / laser.temperature
+    def queries_of_now(histories: PackedSequences) -> Tensor:
+        if scorer.weights.now() != made_at:
+            raise RuntimeError(
+                "InnerProductIndex: the index must belong to the weights of now, got one of older weights; call "
+                "model.index() again"
+            )
+        return queries(histories)
 
-        return ScoreBlock(F.normalize(laser.current_items().to(model.device).float(), dim=-1), unit_users)
-    recommender = cast("PackedRecommender", scorer)
-    weight, bias = recommender.output_layer()
-    rows = weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
+    return ScoreBlock(rows.detach().to(model.device), queries_of_now)
 
-    def states(histories: PackedSequences) -> Tensor:
-        device = recommender.output_layer()[0].device
-        last, filled = recommender.last_states(*packed_tensors(histories, device))
-        return last if bias is None else torch.cat([last, filled[:, None].to(last)], dim=1)
 
-    return ScoreBlock(rows.detach().to(model.device), states)
+def _rows_and_queries(
+    scorer: "LaserModel | PackedRecommender",
+) -> tuple[Tensor, Callable[[PackedSequences], Tensor]]:
+    """See `ScoreBlock`."""
+    if isinstance(scorer, PackedRecommender):
+        weight, bias = scorer.output_layer()
+
+        def states(histories: PackedSequences) -> Tensor:
+            last, filled = scorer.last_states(*packed_tensors(histories, scorer.output_layer()[0].device))
+            return last if bias is None else torch.cat([last, filled[:, None].to(last)], dim=1)
+
+        return weight if bias is None else torch.cat([weight, bias[:, None]], dim=1), states
+
+    def unit_users(histories: PackedSequences) -> Tensor:
+        return F.normalize(scorer.encode_users(histories).float(), dim=-1) / scorer.temperature
+
+    return F.normalize(scorer.current_items().float(), dim=-1), unit_users
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,7 +225,7 @@ class _Sources:
     """What an index is made of, so that a change is noticed without reading any values.
 
     Attributes:
-        versions: of the weights of every Laser.
+        versions: of the weights of every scorer that has some.
         tensors: each with an alias, which keeps its memory from becoming another tensor's, and its version.
     """
 
@@ -229,7 +237,7 @@ class _Sources:
 
     @classmethod
     def of(cls, model: "LaserModel") -> "_Sources":
-        tensors: list[Tensor | None] = []
+        tensors: list[Tensor] = []
         versions: list[int] = []
         scorers = _parts(model)
         for scorer in scorers.values():
@@ -238,15 +246,13 @@ class _Sources:
                 tensors.append(laser.current_items())
                 versions.append(laser._items_belong_to)  # that of now, or there would be no current items
             elif not isinstance(scorer, ItemToItem):  # whose table is read at every request
-                tensors += scorer.output_layer()
+                versions.append(scorer.weights.now())
         settings = None
         if model.calibration is not None:
             settings = model.calibration.calibration.to_dict()
             tensors.append(model.calibration.log_counts)
         # tensors of inference mode have no version
-        known = tuple(
-            (one, one.detach(), -1 if one.is_inference() else one._version) for one in tensors if one is not None
-        )
+        known = tuple((one, one.detach(), -1 if one.is_inference() else one._version) for one in tensors)
         return cls(model.device, settings, tuple(versions), tuple(scorers.values()), known)
 
     def same_as(self, other: "_Sources") -> bool:

@@ -13,7 +13,8 @@ from torch.nn.modules.dropout import _DropoutNd
 
 
 class _Calls(threading.local):
-    evaluating = False
+    def __init__(self) -> None:
+        self.evaluating = False  # no default of the class: what torch.compile made would go on with it
 
 
 _calls = _Calls()

@@ -23,6 +23,7 @@ from laser_fast.nn.packed_layout import PackedLayout
 from laser_fast.nn.prefix_kv import KeyValuePrefix
 from laser_fast.nn.weights_version import WeightsVersion
 from laser_fast.ops.contents import validate_indices
+from laser_fast.ops.precision import autocast_dtype
 from laser_fast.ops.segments import lengths_on_host, segment_ids, segment_positions, validate_cu_seqlens
 
 _LEAST_TOKENS = 64
@@ -312,7 +313,7 @@ class FixedShapes:
 
     def _recording(self, shape: FixedShape, prefix: KeyValuePrefix | None, last_only: bool) -> _Recording:
         self._drop_outdated()
-        form = last_only, *_form_of(prefix)
+        form = autocast_dtype(self._lm.device), last_only, *_form_of(prefix)
         key = shape, *form
         found = self._recordings.get(key)
         if form not in self._forms:

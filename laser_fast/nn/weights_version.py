@@ -1,16 +1,19 @@
 """Which weights something was made of: a number that whoever keeps what is derived from weights remembers with it."""
 
 import threading
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from itertools import chain
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
+Self = TypeVar("Self", bound="VersionedModule")
 _Seen = tuple[tuple[int, ...], ...]
 _WATCHED = "laser_watched"
 _counting = threading.Lock()
@@ -39,6 +42,7 @@ class WeightsVersion:
 
     def _forget(self) -> None:
         self._seen: _Seen | None = None
+        self._storages: list[weakref.ref[torch.UntypedStorage]] = []
         self._children: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._tables: list[Mapping[str, Tensor | None]] = []
         self._lock = threading.Lock()
@@ -47,7 +51,8 @@ class WeightsVersion:
         """The version: another number after every change."""
         with self._lock:
             seen = self._look()
-            if seen != self._seen:
+            # where memory was given up since, what lies there now may be another tensor with the same id and version
+            if seen != self._seen or any(storage() is None for storage in self._storages):
                 self._count += self._seen is not None  # at the first look there is nothing that is older
                 self._see(seen)
             return self._count
@@ -58,8 +63,9 @@ class WeightsVersion:
             self._see(self._look())
 
     def _see(self, seen: _Seen) -> None:
-        self._seen = seen
-        for tensor in self._tensors():
+        self._seen, tensors = seen, self._tensors()
+        self._storages = [weakref.ref(tensor.untyped_storage()) for tensor in tensors]
+        for tensor in tensors:
             setattr(tensor, _WATCHED, True)
 
     def _look(self) -> _Seen:
@@ -73,7 +79,7 @@ class WeightsVersion:
 
     def _scan(self) -> None:
         modules = list(self._module.modules())
-        self._children = [(module._modules, dict(module._modules)) for module in modules if module._modules]
+        self._children = [(module._modules, dict(module._modules)) for module in modules]
         self._tables = [module._parameters for module in modules]
         self._tables += [module._buffers for module in modules if self._buffers]
 
@@ -90,6 +96,42 @@ class WeightsVersion:
         vars(self).update(state)
         self._forget()
         _count_steps()
+
+
+class VersionedModule(nn.Module):
+    """A module that knows the version of its weights; to move or to copy it is no change.
+
+    Attributes:
+        weights: the version of all its weights.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = WeightsVersion(self)
+
+    def _all_versions(self) -> tuple[WeightsVersion, ...]:
+        return (self.weights,)
+
+    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """To a device or a dtype: the weights stay what they are, and so does what was made of them."""
+        for version in self._all_versions():
+            version.now()  # what changed before did change
+        super()._apply(fn, recurse)
+        for version in self._all_versions():
+            version.adopt()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy, from the versions of now on."""
+        for version in self._all_versions():
+            version.now()
+        return dict(vars(self))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies have the same weights elsewhere."""
+        super().__setstate__(state)
+        for version in self._all_versions():
+            version.adopt()
 
 
 def _state(tensors: list[Tensor]) -> _Seen:

@@ -28,7 +28,10 @@ def host_numbers(tensor: Tensor) -> np.ndarray | None:
     if host is None or type(host) is not Tensor or host.is_meta or not _has_storage(host):
         return None
     with _DisableTorchDispatch():  # a mode that counts or times operations has nothing to see here
-        numbers: np.ndarray = host.numpy()
+        try:
+            numbers: np.ndarray = host.numpy()
+        except RuntimeError:  # a transformation of torch.func wraps it
+            return None
     return numbers
 
 

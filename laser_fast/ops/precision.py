@@ -21,3 +21,10 @@ def autocast_off(device: torch.device) -> AbstractContextManager[object]:
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast rounds the operands of products to now; None outside. What is kept of a call depends on it."""
+    kind = device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None

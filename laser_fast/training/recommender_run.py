@@ -53,7 +53,7 @@ class RecommenderRun:
         """
         assert self.directory is not None and self._states is not None
         if self.finished:
-            began = read_facts(self.directory.checkpoint)["began"]
+            began = read_facts(self.directory.checkpoint).get("began", {})
             refuse_another_beginning("train_recommender", began, self.fingerprint)
             return
         self.resumed = self._states.newest()

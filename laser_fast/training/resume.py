@@ -10,6 +10,7 @@ states/000012-phase_a-1-40      the state after step 40 of the second epoch of p
 
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ from laser_fast.models.tensor_files import read_tensors
 from laser_fast.training.run_directory import RunDirectory
 
 _FORMAT = 2
+_STATE = re.compile("[0-9]+-")  # how a name begins
 _KEPT = 2  # states; should the newest be damaged, the one before it serves
 
 
@@ -148,7 +150,7 @@ class StateFolder:
         """Completed states, the oldest first."""
         if not self.path.is_dir():
             return []
-        return sorted((entry for entry in self.path.iterdir() if entry.name[:1].isdigit()), key=_number)
+        return sorted((entry for entry in self.path.iterdir() if _STATE.match(entry.name)), key=_number)
 
 
 def refuse_another_beginning(function: str, began: Mapping[str, Any], now: Mapping[str, Any]) -> None:

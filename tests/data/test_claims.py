@@ -5,7 +5,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import pytest
@@ -78,6 +78,48 @@ def test_a_child_that_lives_on_holds_nothing(tmp_path: Path) -> None:
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+
+
+def test_a_forked_process_is_another(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with claim(output):
+        assert _of_child(lambda: _is_claimed(output) and _is_claimed(output / "checkpoint"))
+
+
+def test_a_forked_process_frees_nothing(tmp_path: Path) -> None:
+    def leave() -> bool:
+        parent.close()
+        return True
+
+    parent = ExitStack()
+    with parent:
+        parent.enter_context(claim(tmp_path / "out"))
+        assert _of_child(leave)
+        assert lock_file(tmp_path / "out").exists() and _of_child(lambda: _is_claimed(tmp_path / "out"))
+    assert not _is_claimed(tmp_path / "out")
+
+
+def _of_child(ask: Callable[[], bool]) -> bool:
+    """What a forked process answers."""
+    child = os.fork()
+    if child == 0:
+        answer = False
+        try:
+            answer = ask()
+        finally:
+            os._exit(0 if answer else 1)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def test_what_lies_in_a_claimed_folder_is_claimed(tmp_path: Path, claimed_elsewhere: Elsewhere) -> None:
+    with claimed_elsewhere(tmp_path / "out"):
+        with pytest.raises(ValueError, match=_REFUSED), claim(tmp_path / "out" / "deep" / "run"):
+            pytest.fail("it may be replaced together with the folder")
+        with claim(tmp_path / "beside"):
+            pass
+        assert not list((tmp_path / "out" / "deep").iterdir())
+    with claim(tmp_path / "out" / "deep" / "run"):
+        pass
 
 
 def test_a_link_in_place_of_the_lock_is_refused(tmp_path: Path) -> None:

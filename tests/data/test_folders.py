@@ -11,6 +11,7 @@ from laser_fast.data import disk, folders
 from laser_fast.data.disk import append_line, make_directory
 from laser_fast.data.folders import (
     is_leftover,
+    refuse_others,
     remove,
     remove_leftovers,
     replace_directory,
@@ -79,6 +80,23 @@ def test_what_is_beside_a_whole_folder_is_removed(tmp_path: Path) -> None:
     assert (whole_directory(target) / "file").read_text() == "new"
     remove_leftovers(target)
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_what_others_have_is_never_replaced(tmp_path: Path) -> None:
+    folder, names = tmp_path / "model", ("model.json", "README.md")
+    refuse_others("save", folder, names)
+    folder.mkdir()
+    refuse_others("save", folder, names)
+    (folder / "README.md").touch()  # a folder with a card alone may be anybody's
+    with pytest.raises(FileExistsError, match=r"save: the folder must be new, .* alone, got 'README\.md' at '.*model'"):
+        refuse_others("save", folder, names)
+    (folder / "model.json").touch()
+    refuse_others("save", folder, names)
+    (folder / ".git").mkdir()
+    with pytest.raises(FileExistsError, match=r"got '\.git' at"):
+        refuse_others("save", folder, names)
+    with pytest.raises(FileExistsError, match="got a file at .*; choose another"):
+        refuse_others("save", folder / "model.json", names)
 
 
 def test_a_scratch_folder_is_gone_afterwards(tmp_path: Path) -> None:

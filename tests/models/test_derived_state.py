@@ -10,7 +10,7 @@ import torch
 
 from laser_fast.config import LaserConfig, build_config
 from laser_fast.data import PackedSequences
-from laser_fast.models import LaserModel
+from laser_fast.models import LaserModel, SASRec
 from laser_fast.models.calibration import CalibratedScorer, Calibration
 from laser_fast.models.objective import LaserOutput
 from laser_fast.training.build import build_laser, load_inputs, load_language_model
@@ -111,15 +111,36 @@ def test_whoever_assigns_or_keeps_a_matrix_answers_for_it(model: LaserModel) -> 
         model.keep_items()
 
 
+def moved(model: LaserModel) -> LaserModel:
+    """As `model.to(device)` does it, where there is one device."""
+    return model._apply(torch.clone)
+
+
+def test_a_matrix_refreshed_by_another_thread_meanwhile_is_taken_up(
+    model: LaserModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step(model)
+    older, find = model.item_matrix, model._any_items
+
+    def be_slow() -> torch.Tensor:
+        found = find()
+        monkeypatch.undo()
+        model.refresh_items()
+        return found
+
+    monkeypatch.setattr(model, "_any_items", be_slow)
+    assert model.current_items() is model.item_matrix is not older
+
+
 def test_moves_and_copies_are_no_change(model: LaserModel) -> None:
     model.calibration = CalibratedScorer({"laser": model}, Calibration({"laser": 1.0}), torch.ones(25))
     expected = model.recommend(HISTORIES, 3)
-    for twin in (copy.copy(model), copy.deepcopy(model), model._apply(torch.clone)):
+    for twin in (copy.copy(model), copy.deepcopy(model), moved(model)):
         assert [[one.item_id for one in best] for best in twin.recommend(HISTORIES, 3)] == [
             [one.item_id for one in best] for best in expected
         ]
     step(model)
-    for twin in (copy.copy(model), copy.deepcopy(model), model._apply(torch.clone)):
+    for twin in (copy.copy(model), copy.deepcopy(model), moved(model)):
         assert twin.items_are_outdated
         with pytest.raises(RuntimeError, match="the calibration must belong to the weights of now"):
             twin.recommend(HISTORIES, 3)
@@ -147,6 +168,22 @@ def test_a_calibration_of_older_weights_is_refused(model: LaserModel, tmp_path: 
     without = CalibratedScorer({"laser": model}, Calibration({"laser": 0.0}, (), 2.0), torch.ones(25))
     step(model)
     assert without.score(*PACKED).shape == (3, 25)  # no part of it is of these weights
+
+
+def test_a_recommender_beside_the_model_is_of_one_version_too(model: LaserModel) -> None:
+    other = SASRec(25, width=8)
+    settings = Calibration({"laser": 0.1, "recommender": 1.0}, ("recommender",))
+    model.calibration = CalibratedScorer({"laser": model, "recommender": other}, settings, torch.ones(25))
+    expected, index, users = model.recommend(HISTORIES, 3), model.index(), PackedSequences.from_lists([[3, 4]])
+    other._apply(torch.clone)  # as a move
+    assert copy.deepcopy(model).recommend(HISTORIES, 3) == model.recommend(HISTORIES, 3) == expected
+    assert model.index() is index
+    torch.nn.init.normal_(other.item_embedding.weight)
+    refused = "the calibration must belong to the weights of now, got one of older weights of 'recommender'"
+    with pytest.raises(RuntimeError, match=refused):
+        model.recommend(HISTORIES, 3)
+    with pytest.raises(RuntimeError, match="the index must belong to the weights of now, got one of older weights"):
+        index.search(users, 3)
 
 
 def test_a_run_that_kept_its_items_comes_back_whole(tiny_settings: dict[str, Any]) -> None:

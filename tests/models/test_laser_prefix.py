@@ -11,6 +11,8 @@ from transformers import AutoModel, LlamaConfig, PreTrainedModel
 from laser_fast.config import LaserConfig, build_config
 from laser_fast.data import PackedSequences, training_rows
 from laser_fast.models import LaserModel
+from laser_fast.nn.cuda_graphs import Recorder
+from laser_fast.nn.fixed_shapes import FixedShapes
 from laser_fast.nn.frozen_lm import FrozenLM
 from laser_fast.nn.packed_layout import PackedLayout
 from laser_fast.training.build import Inputs, build_laser, load_inputs, load_language_model
@@ -173,6 +175,31 @@ def test_kept_prefixes_change_nothing_but_the_work(tiny_settings: dict[str, Any]
     assert model.kept_prefixes is None
     torch.testing.assert_close(changed, model.encode_users(histories), rtol=1e-4, atol=1e-5)
     assert float((changed - expected).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("how", ["kept", "recorded", "instruction"])
+def test_what_was_kept_in_another_precision_is_not_used(tiny_settings: dict[str, Any], how: str) -> None:
+    model, _ = build(tiny_settings, prompt={"order": "prompt-first"})
+    histories = PackedSequences.from_lists(HISTORIES)
+    if how == "kept":
+        model.keep_prefixes(8)
+    if how == "recorded":
+        assert model.lm.layers
+        model.lm.fixed_shapes = FixedShapes(model.lm, Recorder(), capacity=9)
+
+    def ask() -> tuple[Tensor, Tensor]:
+        plain = model.encode_users(histories)
+        with torch.autocast("cpu", torch.bfloat16):
+            return plain, model.encode_users(histories)
+
+    expected = ask()
+    assert not torch.equal(*expected)
+    for _ in range(2):
+        assert all(map(torch.equal, ask(), expected))
+    model._apply(torch.clone)  # nothing is kept of before a move; now the other one is first
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.encode_users(histories), expected[1])
+    assert all(map(torch.equal, ask(), expected))
 
 
 def test_a_loaded_state_empties_the_store(tiny_settings: dict[str, Any]) -> None:

@@ -362,9 +362,15 @@ def test_what_is_missing_or_too_much_is_refused(
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("x")
-    with pytest.raises(FileExistsError, match="the folder must be new, empty or a saved Laser"):
+    refused = "the folder must be new, empty or hold what this function saves alone, got '{}' at .*; choose another"
+    with pytest.raises(FileExistsError, match=refused.format("thesis.txt")):
         saved[0].save_pretrained(precious)
     assert [path.name for path in precious.iterdir()] == ["thesis.txt"]
+    saved[0].save_pretrained(tmp_path / "run" / "checkpoint")
+    (tmp_path / "run" / "config.yaml").touch()
+    with pytest.raises(FileExistsError, match=refused.format("checkpoint', 'config.yaml")):
+        saved[0].save_pretrained(tmp_path / "run")  # which is read as the model in it, but is more
+    saved[0].save_pretrained(tmp_path / "run" / "checkpoint")
     saved[0].origin = None
     with pytest.raises(RuntimeError, match="save_pretrained: the model must know what it was built from"):
         saved[0].save_pretrained(tmp_path / "new")

@@ -206,6 +206,7 @@ def test_the_index_is_made_again_after_a_change_only(model: LaserModel) -> None:
         recommender(torch.tensor([1, 2]), torch.tensor([0, 2], dtype=torch.int32)).sum().backward()
         recommender.output.bias.grad = torch.randn(25, generator=torch.Generator().manual_seed(5))
         optimizer.step()
+        calibrate(model, settings, recommender=recommender)
 
     changes: dict[str, Callable[[], Any]] = {
         "matrix": lambda: setattr(model, "item_matrix", model.item_matrix.flip(0)),
@@ -214,9 +215,8 @@ def test_the_index_is_made_again_after_a_change_only(model: LaserModel) -> None:
         "scalars": lambda: setattr(scorer, "calibration", Calibration({"laser": 1.0, "recommender": 0.5}, (), 2.0)),
         "counts": lambda: scorer.log_counts.mul_(3.0),
         "component": lambda: scorer.components.update(recommender=recommender),
-        "recommender": step,
-        "rounded": lambda: recommender._apply(lambda tensor: tensor.half().float()),
         "body": lambda: scorer.components.update(recommender=_with_output_of(recommender)),
+        "recommender": step,
         "model rounded": lambda: model._apply(lambda t: t.half().float() if t.is_floating_point() else t),
         "calibration": lambda: calibrate(model, Calibration({"laser": 2.0})),
         "none": lambda: setattr(model, "calibration", None),

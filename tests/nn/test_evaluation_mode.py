@@ -1,6 +1,7 @@
 """Evaluation of one thread: no dropout in it, the modes as they were, and other threads not concerned."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -23,6 +24,21 @@ def test_it_is_of_one_thread_and_ends() -> None:
     with pytest.raises(ZeroDivisionError), evaluating():
         raise ZeroDivisionError
     assert draws_dropout(module)
+
+
+def test_what_torch_compiled_in_training_asks_again() -> None:
+    module = nn.Linear(1, 1)
+    compiled = torch.compile(lambda: draws_dropout(module), backend="eager")
+
+    def ask() -> list[bool]:
+        drawn = [compiled()]
+        with evaluating():
+            drawn.append(compiled())
+        return [*drawn, compiled()]
+
+    with ThreadPoolExecutor(1) as fresh:  # a thread that has never evaluated
+        assert fresh.submit(ask).result() == [True, False, True]
+    assert ask() == [True, False, True]
 
 
 def test_states_while_training_are_those_of_evaluation() -> None:

@@ -89,6 +89,28 @@ def test_writes_and_exchanges_count() -> None:
         assert weights.now() != before, name
 
 
+def test_memory_that_comes_back_is_no_disguise() -> None:
+    model = module()
+    weights, before = WeightsVersion(model), []
+    for _ in range(4):
+        before.append(weights.now())
+        for _ in range(2):  # the second finds the memory that the first gave up, in the same tensor
+            for parameter in model.parameters():
+                parameter.data = parameter.data - 0.1
+    assert len({*before, weights.now()}) == 5
+
+
+def test_a_module_in_one_that_had_none_counts() -> None:
+    model = module()
+    weights = WeightsVersion(model)
+    before = weights.now()
+    model[0].added = nn.Linear(2, 3)
+    added = weights.now()
+    with torch.no_grad():
+        model[0].added.weight.mul_(2.0)
+    assert len({before, added, weights.now()}) == 3
+
+
 def test_a_move_is_adopted() -> None:
     model = module()
     weights = WeightsVersion(model)

@@ -211,3 +211,16 @@ def test_combining_with_strided_inputs_has_the_gradients_of_dense_ones(turned: s
         assert ours.is_contiguous()
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)  # sums of 12 in another order
     torch.library.opcheck(torch.ops.laser_fast.combine_queries.default, tuple(strided))
+
+
+def test_transformations_of_torch_func_are_checked_by_the_device() -> None:
+    rows, offsets = torch.randn(5, 3), torch.tensor([0, 2, 5], dtype=torch.int32)
+
+    def loss(values: torch.Tensor) -> torch.Tensor:
+        return segment_sum(values, offsets).square().sum()
+
+    expected = torch.autograd.functional.jacobian(loss, rows)
+    torch.testing.assert_close(torch.func.grad(loss)(rows), expected)
+    offsets[2] = 9
+    with pytest.raises(RuntimeError, match="segment_sum: cu_seqlens must start at 0, never decrease and end at"):
+        torch.func.grad(loss)(rows)

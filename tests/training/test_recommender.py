@@ -96,7 +96,7 @@ def test_every_event_but_the_first_is_a_target_once(monkeypatch: pytest.MonkeyPa
     forward = SASRec.forward
 
     def spy(self: SASRec, items: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-        if draws_dropout(self):  # not where its states are read meanwhile
+        if draws_dropout(self):  # it is trained, not asked
             longest.append(int(cu_seqlens.diff().max()))
             seen.extend(items.tolist())
         return forward(self, items, cu_seqlens)
@@ -126,7 +126,12 @@ def test_a_loss_that_is_not_finite_stops_with_the_step() -> None:
 
 def test_a_checkpoint_gives_the_same_model(trained: tuple[PackedRecommender, Path], tmp_path: Path) -> None:
     model, run_dir = trained
-    save_recommender(model, tmp_path / "again")
+    for _ in range(2):  # the second replaces the first
+        save_recommender(model, tmp_path / "again")
+    with pytest.raises(
+        FileExistsError, match="save_recommender: the folder must be new, .* got 'checkpoint', 'config.yaml',"
+    ):
+        save_recommender(model, run_dir)
     rows = _split().test.histories
     packed = torch.from_numpy(rows.items), torch.from_numpy(rows.cu_seqlens)
     for folder in (run_dir, run_dir / "checkpoint", tmp_path / "again"):

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import pytest
 from laser_fast.cli import main
 from laser_fast.config import RecommenderConfig
 from laser_fast.data import EvaluationRows, PackedSequences, Split
-from laser_fast.models.recommender_files import load_recommender
+from laser_fast.models.recommender_files import load_recommender, save_recommender
 from laser_fast.training import recommender_run
 from laser_fast.training.interruption import Interrupted
 from laser_fast.training.recommender import train_recommender
@@ -189,6 +190,22 @@ def test_other_data_or_another_seed_are_refused(whole: Path, tmp_path: Path) -> 
         _train(tmp_path / "run", split=_split(1), resume=True)
     with pytest.raises(ValueError, match="the configuration it began with, got epochs = 3 instead of 2"):
         _train(tmp_path / "run", _CONFIG.model_copy(update={"epochs": 3}), resume=True)
+
+
+def test_a_checkpoint_that_no_run_wrote_is_not_its_own(whole: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    model = load_recommender(run)
+    save_recommender(model, run / "checkpoint")
+    with pytest.raises(ValueError, match="with what it began with, got another split and number of items and seed$"):
+        _train(run, resume=True)
+
+
+def test_what_others_put_among_the_states_is_none(whole: Path, tmp_path: Path) -> None:
+    _kill(tmp_path / "run", 2, Fitting, "epoch")
+    for name in ("1abc", "\N{SUPERSCRIPT TWO}-model-1-2"):
+        (tmp_path / "run" / "states" / name).mkdir()
+    _train(tmp_path / "run", resume=True)
+    _assert_same(tmp_path / "run", whole)
 
 
 def test_without_a_folder_there_is_nothing_to_resume() -> None:

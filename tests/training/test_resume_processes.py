@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
 Same = Callable[[Path, Path], None]
 
@@ -75,7 +74,7 @@ class Command:
             start_new_session=True,
         )
         file = folder / "whole.yaml"
-        file.write_text(yaml.safe_dump({**settings, "output": str(self.whole)}))
+        file.write_text(json.dumps({**settings, "output": str(self.whole)}))
         assert self.run("train", str(file), here=True) == 0
 
     def run(self, *arguments: str, here: bool = False, **when: Any) -> int:
@@ -115,7 +114,7 @@ def test_kills_at_random_moments_change_nothing(
     generator, moments, runs = np.random.default_rng(seed), [], [tmp_path / "run-0"]
     while len(moments) < 20:
         run, file = runs[-1], runs[-1].with_suffix(".yaml")
-        file.write_text(yaml.safe_dump({**staged_settings, "output": str(run), "training": training}))
+        file.write_text(json.dumps({**staged_settings, "output": str(run), "training": training}))
         resume = ["--resume"] if (run / "config.yaml").exists() else []
         after_s, states = float(generator.uniform(0.0, 0.1)), run / "states"
         beyond = (
@@ -146,7 +145,7 @@ def test_a_terminated_command_says_how_to_go_on(
     staged_settings: dict[str, Any], assert_same_run: Same, tmp_path: Path, command: Command
 ) -> None:
     run, file = tmp_path / "run", tmp_path / "my run.yaml"
-    file.write_text(yaml.safe_dump({**staged_settings, "output": "set below"}))
+    file.write_text(json.dumps({**staged_settings, "output": "set below"}))
     arguments = ["train", str(file), "--set", f"output={run}"]
     assert command.run(*arguments, number=signal.SIGTERM, wait_for=run / "metrics.jsonl") == 143
     again = f"stopped by SIGTERM; go on with: laser-fast train '{file}' --set output={run} --resume"

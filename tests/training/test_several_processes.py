@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -67,7 +66,7 @@ class Jobs:
     ) -> list[int]:
         """`laser-fast train` into `run`; disturb = rank, call of its loss, how."""
         file = run.with_suffix(".yaml")
-        file.write_text(yaml.safe_dump({**settings, "output": str(run)}))
+        file.write_text(json.dumps({**settings, "output": str(run)}))
         what = None if disturb is None else dict(zip(("rank", "call", "how"), disturb, strict=True))
         return self.run(ranks, run.with_suffix(".notes"), arguments=["train", str(file), *more], disturb=what)
 
