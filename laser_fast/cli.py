@@ -21,8 +21,8 @@ from laser_fast.config import (
     load_config,
     resolve_path,
 )
-from laser_fast.data.printable import printable, shorten
 from laser_fast.number_arguments import whole_number
+from laser_fast.printable import printable, shorten
 
 _LONGEST_TITLE = 300  # characters of it that are printed
 

@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TextIO, cast
 
 from pydantic import ValidationError
 
-from laser_fast.data.printable import one_line, printable
+from laser_fast.printable import one_line, printable
 from laser_fast.settings import describe_problems
 
 _PROG = "laser-fast"

@@ -31,7 +31,7 @@ ALLOWED = {
 }
 # one file of a room may be needed across: config.py and presets belong to one room, the commands to another
 ROOM_OF_FILE = {"presets": "config", "settings": "config", "yaml_text": "config", "number_arguments": "config"}
-ROOM_OF_FILE |= {"cli_evaluation": "cli", "cli_output": "cli"}
+ROOM_OF_FILE |= {"printable": "config", "cli_evaluation": "cli", "cli_output": "cli"}
 FOLDERS = {".ci", ".git", "bench", "csrc", "docs", "examples", "kernels", "laser_fast", "tests"}
 FILES = {".clang-format", ".editorconfig", ".git", ".gitattributes", ".gitignore", ".pre-commit-config.yaml", "LICENSE"}
 FILES |= {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "MANIFEST.in", "Makefile", "README.md"}

@@ -3,8 +3,8 @@
 import json
 from typing import TYPE_CHECKING, Any
 
-from laser_fast.data.printable import escape_markdown, printable
 from laser_fast.models.adapter_files import origin_of
+from laser_fast.printable import escape_markdown, printable
 
 if TYPE_CHECKING:
     from laser_fast.models.laser import LaserModel

@@ -135,14 +135,12 @@ def test_a_damage_is_one_and_follows_from_the_seed(tmp_path: Path) -> None:
 
 def test_a_kill_that_changes_a_file_is_noticed(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    (run / "checkpoint").mkdir(parents=True)
+    run.mkdir()
     (run / "metrics.jsonl").write_text('{"loss": 1.0, "time_s": 0.3}\n')
     (run / "finished.json").write_text('{"date": "now"}')
-    (run / "checkpoint" / "recommender.json").write_text('{"kind": "sasrec", "environment": {"date": "now"}}')
     before = kills.contents(run)
     (run / "metrics.jsonl").write_text('{"loss": 1.0, "time_s": 0.7}\n')
     (run / "finished.json").write_text('{"date": "then"}')
-    (run / "checkpoint" / "recommender.json").write_text('{"kind": "sasrec", "environment": {"date": "then"}}')
     assert kills.contents(run) == before
     for name, content in (("metrics.jsonl", '{"loss": 1.0000001}\n'), ("left", "")):
         (run / name).write_text(content)

@@ -4,7 +4,6 @@ import base64
 import html
 from itertools import groupby
 
-from laser_fast.data.printable import printable
 from laser_fast.evaluation.reporting.document import (
     Block,
     Bullets,
@@ -16,6 +15,7 @@ from laser_fast.evaluation.reporting.document import (
     Section,
     Table,
 )
+from laser_fast.printable import printable
 
 _STYLE = """
 :root { color-scheme: light; }

@@ -2,7 +2,6 @@
 
 import re
 
-from laser_fast.data.printable import escape_markdown, printable
 from laser_fast.evaluation.reporting.document import (
     Block,
     Bullets,
@@ -13,6 +12,7 @@ from laser_fast.evaluation.reporting.document import (
     Picture,
     Table,
 )
+from laser_fast.printable import escape_markdown, printable
 
 
 def to_markdown(document: Document) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from laser_fast.data.printable import printable
+from laser_fast.printable import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -2,7 +2,7 @@
 
 import pytest
 
-from laser_fast.data.printable import escape_markdown, one_line, printable, shorten
+from laser_fast.printable import escape_markdown, one_line, printable, shorten
 
 
 @pytest.mark.parametrize(
