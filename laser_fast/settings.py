@@ -85,9 +85,11 @@ def load_config(kind: type[AnySettings], path: str | Path, overrides: Sequence[s
 
     Raises:
         OSError: no such file, or one that cannot be read.
-        ValueError: broken YAML (`read_yaml`), a malformed override, an unknown key, a value out of range.
+        ValueError: broken YAML (`read_yaml`), a malformed override, an unknown key, a value out of range; names
+            the file.
     """
-    return build_config(kind, apply_overrides(read_yaml(path), overrides))
+    where = f"{path} with overrides" if overrides else str(path)
+    return build_config(kind, apply_overrides(read_yaml(path), overrides), where)
 
 
 def dump_config(config: Settings) -> str:

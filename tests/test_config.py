@@ -114,6 +114,11 @@ def test_malformed_files_and_overrides(tmp_path: Path) -> None:
     path.write_text("- 1", encoding="utf-8")
     with pytest.raises(ValueError, match="must hold keys and values, got a list"):
         load_config(RecommenderConfig, path)
+    path.write_text("width: -1", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^\S*config\.yaml: width: Input should be greater than .*, got -1$"):
+        load_config(RecommenderConfig, path)
+    with pytest.raises(ValueError, match=r"config\.yaml with overrides: epochs: Input should be less than .*0{12}"):
+        load_config(RecommenderConfig, path, ["width=8", "epochs=1000000000000"])
     with pytest.raises(ValueError, match="must read section.key=value, got 'epochs'"):
         apply_overrides({}, ["epochs"])
     with pytest.raises(ValueError, match="'lm' in override 'lm.path=x' must be a section, got 3"):

@@ -239,13 +239,11 @@ def _newest_state(place: Path) -> list[Any]:
     """Digests of the state that a run would go on from, and of the log and the best model that belong to it."""
     import warnings
 
-    import yaml
-
-    from laser_fast.config import LaserConfig, build_config
+    from laser_fast.config import LaserConfig, load_config
     from laser_fast.training.resume import StateFolder
     from laser_fast.training.run_directory import RunDirectory
 
-    config = build_config(LaserConfig, yaml.safe_load((place / "config.yaml").read_text(encoding="utf-8")))
+    config = load_config(LaserConfig, place / "config.yaml")
     states = StateFolder(RunDirectory(place, config, resume=True))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

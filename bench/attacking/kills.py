@@ -7,7 +7,6 @@ that fails, and after any kill a folder that a reader takes for whole and is not
 
 from __future__ import annotations
 
-import io
 import json
 import random
 import shutil
@@ -15,7 +14,6 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,6 @@ from typing import Any
 from attacking.attack import Scope
 from attacking.children import Child, Ended, Findings, Trial, done, laser_fast, run
 from attacking.world import RECOMMENDER, World
-from laser_fast.cli import parser
 
 TITLE = "kills"
 _KILLS = 75  # of every command; some strike when all is over, and are none
@@ -54,24 +51,12 @@ class Command:
         begun = self.resumes and (folder / "out" / "config.yaml").exists()
         return [*self.words, "--resume"] if begun else self.words
 
-    def known(self) -> bool:
-        """Whether the command line takes it."""
-        try:
-            with redirect_stderr(io.StringIO()):
-                parser().parse_args([*map(str, self.words), *(["--resume"] if self.resumes else [])])
-        except SystemExit:
-            return False
-        return True
-
 
 def attack(scope: Scope) -> None:
     """A line for each of the three commands that write folders."""
     scope.divide(len(writing := commands(scope)))
     for command in writing:
         what = f"`{command.name}` killed by SIGKILL at random moments, then given again"
-        if not command.known():
-            scope.not_run(command.name, what, "it knows no --resume")
-            continue
         trials = _trials(scope, command, *uninterrupted(scope, command))
         scope.try_all(command.name, what, trials)
 

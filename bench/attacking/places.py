@@ -35,9 +35,6 @@ def attack(scope: Scope) -> None:
         full, small, closed = (
             f"`{command.name}` {words}" for words in ("on a full disk", "with a bound on files", "on a read-only disk")
         )
-        if not command.known():
-            scope.not_run(command.name, full, "it knows no --resume")
-            continue
         expected, _ = uninterrupted(scope, command)
         if allowed:
             scope.try_all(command.name, full, _trials(scope, command, expected, _full))
