@@ -191,14 +191,12 @@ def _import_recommender(parsed: argparse.Namespace) -> None:
 def _train(parsed: argparse.Namespace) -> int:
     from laser_fast.nn.data_parallel import OtherProcessFailed, launched_first, launched_size, leave
     from laser_fast.training.interruption import Interrupted
-    from laser_fast.training.laser import train_laser
-    from laser_fast.training.run_directory import RunDirectory
+    from laser_fast.training.laser import is_finished, train_laser
 
     config = load_config(LaserConfig, parsed.config, parsed.set)
     say = print if launched_first() else (lambda *_, **__: None)  # of several processes one speaks
     say(dump_config(config))
-    # no need to load anything
-    if parsed.resume and RunDirectory(config.output, config, resume=True, writes=False).finished:
+    if parsed.resume and is_finished(config):
         say(f"{config.output} is finished: nothing is left to train")
         return 0
     try:

@@ -29,7 +29,7 @@ from laser_fast.models.calibration import CalibratedScorer
 from laser_fast.models.laser import LaserModel
 from laser_fast.models.pretrained import calibration_components
 from laser_fast.models.token_budget import Shortage, TokenBudget
-from laser_fast.nn.data_parallel import ALONE, Processes, launched_size
+from laser_fast.nn.data_parallel import ALONE, Processes, launched_first, launched_size
 from laser_fast.training.build import Inputs, build_laser, load_inputs, load_language_model, training_counts
 from laser_fast.training.checkpoint import fingerprint, load_weights, restore, save_laser
 from laser_fast.training.epochs import Run, Stage, keep_state, train_epochs
@@ -91,6 +91,7 @@ def train_laser(
             initialize_text(model, config.text.initialize_from)
         directory = _open(config, processes, resume=resume)
         if directory.finished:
+            StateFolder(directory).clear()  # a kill may have come before
             if progress:
                 print(f"{config.output} is finished: nothing is left to train", flush=True)
             return restore(model.eval(), inputs, directory.checkpoint), inputs
@@ -102,6 +103,19 @@ def train_laser(
         run = Run(config, inputs, model, rows, directory, accelerator, progress, plan, *files)
         _train(run, resume)
     return restore(model.eval(), inputs, directory.checkpoint), inputs
+
+
+def is_finished(config: LaserConfig) -> bool:
+    """Whether the run in `config.output` came to its end, without loading anything; what a kill after it left goes.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such run, it began with other settings, or another process is at it.
+    """
+    directory = RunDirectory(config.output, config, resume=True, writes=launched_first())
+    if directory.finished and directory.writes:
+        with claim(Path(config.output).resolve()):
+            StateFolder(directory).clear()
+    return directory.finished
 
 
 def _accelerator(config: LaserConfig) -> Accelerator:

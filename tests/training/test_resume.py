@@ -19,6 +19,7 @@ from laser_fast.cli import main
 from laser_fast.config import LaserConfig, build_config, dump_config
 from laser_fast.data import SequenceDataset, leave_one_out, training_rows
 from laser_fast.data.batches import PackedBatch
+from laser_fast.data.claims import lock_file
 from laser_fast.models.laser import LaserModel
 from laser_fast.training.interruption import Interrupted
 from laser_fast.training.laser import train_laser
@@ -33,6 +34,9 @@ KNOWN = ("split", "item map", "recommender")
 
 class Killed(BaseException):
     """Stands for whatever ends a process in the midst of a step."""
+
+
+CLEAR = StateFolder.clear  # which most tests do without
 
 
 @pytest.fixture(scope="module")
@@ -331,3 +335,27 @@ def test_a_finished_run_stays_as_it_is(
     printed = [line for line in capsys.readouterr().out.splitlines() if "is finished: nothing is left" in line]
     assert len(printed) == 2
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+
+
+@pytest.mark.parametrize("by", ["command", "function"])
+def test_what_a_kill_left_after_the_end_goes(
+    settings: dict[str, Any],
+    assert_same_run: Same,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    by: str,
+) -> None:
+    monkeypatch.setattr(StateFolder, "clear", CLEAR)
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    assert (run / "states").exists()
+    lock_file(run).touch()
+    config = config_of(settings, run)
+    (tmp_path / "run.yaml").write_text(dump_config(config))
+    if by == "command":
+        assert main(["train", str(tmp_path / "run.yaml"), "--resume"]) == 0
+    else:
+        train_laser(config, resume=True, progress=False)
+    assert not (run / "states").exists() and sorted(tmp_path.iterdir()) == [run, tmp_path / "run.yaml"]
+    assert_same_run(run, whole)
