@@ -27,7 +27,7 @@ from laser_fast.data.folders import replace_directory, whole_directory, write_js
 from laser_fast.data.items import ItemTable
 from laser_fast.data.sealed import SEAL, SealedFolder, seal
 from laser_fast.models.base_model import differences
-from laser_fast.models.item_to_item import ItemKNN, ItemToItem, SequentialRules
+from laser_fast.models.item_to_item import ItemKNN, ItemToItem, SequentialRules, refuse_other_table
 from laser_fast.models.laser_description import LaserDescription
 from laser_fast.models.packed_recommender import PackedRecommender
 from laser_fast.models.recommender_files import (
@@ -143,7 +143,7 @@ class SavedLaser:
         found: dict[str, ItemToItem] = {}
         for name, settings in self.description.tables.items():
             values = read_tensors(self.sealed, f"{name}.safetensors")
-            _refuse_other_table(values, self.description.num_items, f"{name}.safetensors")
+            refuse_other_table(values, self.description.num_items, f"{name}.safetensors")
             found[name] = _TABLES[name](
                 values["bounds"],
                 values["columns"],
@@ -236,33 +236,6 @@ class SavedLaser:
         if model.popularity_weight is not None and "popularity_weight" in state:
             with torch.no_grad():
                 model.popularity_weight.copy_(state["popularity_weight"])
-
-
-def _refuse_other_table(values: dict[str, Tensor], num_items: int, name: str) -> None:
-    """Make sure that tensors are what `ItemToItem` holds, of so many items: its entries are read without another look.
-
-    Raises:
-        ValueError: they are not.
-    """
-    if values.keys() != {"bounds", "columns", "values"}:
-        raise ValueError(f"checkpoint: {name} must hold bounds, columns and values, got {sorted(values)}")
-    bounds, columns, entries = values["bounds"], values["columns"], values["values"]
-    if bounds.shape != (num_items + 1,):
-        raise ValueError(f"checkpoint: {name} must be of {num_items} items, got {bounds.numel() - 1}")
-    number, problems = columns.numel(), []
-    if [bounds.dtype, columns.dtype, entries.dtype] != [torch.int64, torch.int64, torch.float32]:
-        problems.append(f"{bounds.dtype}, {columns.dtype} and {entries.dtype}")
-    if columns.shape != (number,) or entries.shape != (number,):
-        problems.append(f"columns and values of shapes {tuple(columns.shape)} and {tuple(entries.shape)}")
-    if bounds[0] != 0 or bounds[-1] != number or (bounds.diff() < 0).any():
-        problems.append(f"bounds that do not rise from 0 to {number}")
-    if number and (columns.min() < 0 or columns.max() >= num_items):
-        problems.append(f"columns in {columns.min()}..{columns.max()}")
-    if problems:
-        raise ValueError(
-            f"checkpoint: {name} must hold int64 bounds and columns and float32 values over {num_items} items, got "
-            + "; ".join(problems)
-        )
 
 
 def find_saved(folder: Path) -> SavedLaser | None:

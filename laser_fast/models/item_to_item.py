@@ -231,3 +231,30 @@ def _strongest(rows: Tensor, columns: Tensor, values: Tensor, limit: int) -> tup
     place = torch.arange(rows.numel()) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
     kept = place < limit
     return rows[kept], columns[kept], values[kept]
+
+
+def refuse_other_table(values: dict[str, Tensor], num_items: int, name: str) -> None:
+    """Make sure that tensors are what `ItemToItem` holds, of so many items: its entries are read without another look.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if values.keys() != {"bounds", "columns", "values"}:
+        raise ValueError(f"checkpoint: {name} must hold bounds, columns and values, got {sorted(values)}")
+    bounds, columns, entries = values["bounds"], values["columns"], values["values"]
+    if bounds.shape != (num_items + 1,):
+        raise ValueError(f"checkpoint: {name} must be of {num_items} items, got {bounds.numel() - 1}")
+    number, problems = columns.numel(), []
+    if [bounds.dtype, columns.dtype, entries.dtype] != [torch.int64, torch.int64, torch.float32]:
+        problems.append(f"{bounds.dtype}, {columns.dtype} and {entries.dtype}")
+    if columns.shape != (number,) or entries.shape != (number,):
+        problems.append(f"columns and values of shapes {tuple(columns.shape)} and {tuple(entries.shape)}")
+    if bounds[0] != 0 or bounds[-1] != number or (bounds.diff() < 0).any():
+        problems.append(f"bounds that do not rise from 0 to {number}")
+    if number and (columns.min() < 0 or columns.max() >= num_items):
+        problems.append(f"columns in {columns.min()}..{columns.max()}")
+    if problems:
+        raise ValueError(
+            f"checkpoint: {name} must hold int64 bounds and columns and float32 values over {num_items} items, got "
+            + "; ".join(problems)
+        )
