@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from laser_fast.config import LanguageModelConfig, LaserConfig, ModelConfig
 from laser_fast.data.descriptions import Description, checked_description, parse_description
