@@ -53,6 +53,8 @@ def _trials(scope: Scope, how: tuple[str, dict[str, Any], int, bool]) -> Iterato
 
 def _try(findings: Findings, world: World, how: tuple[str, dict[str, Any], int, bool], name: str, answers: int) -> None:
     kind, settings, slots, training = how
+    # in a forked process torch makes its pool anew at the first call of any new thread, and several at once meet none
+    torch.set_num_threads(torch.get_num_threads())
     made = model(world, kind, **settings)
     histories = world.histories()
     if slots:
