@@ -35,7 +35,7 @@ def test_a_description_is_read() -> None:
         ('{"format": 2}', "must have format 3, got 2; write it again"),
         ('{"format": 3.0, "parts": {}, "name": null}', r"format: Input should be a valid integer, got 3\.0$"),
         ('{"format": 3, "name": null}', "whole.json: key 'parts' must be set, got nothing$"),
-        ('{"format": 3, "parts": {}, "name": null, "namee": 1}', "unknown key 'namee', did you mean 'name'\\?$"),
+        ('{"format": 3, "parts": {}, "name": null, "names": 1}', "unknown key 'names', did you mean 'name'\\?$"),
         (
             '{"format": 3, "parts": {"a": {"weight": "1"}}, "name": null}',
             r"parts\.a\.weight: Input should be a valid number, got '1'$",
