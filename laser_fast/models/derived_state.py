@@ -24,6 +24,7 @@ class DerivedState(VersionedModule):
 
     Args:
         lm: the frozen language model.
+        num_items: size of the catalogue I.
 
     Attributes:
         lm_weights: the version of the weights of the language model alone.
@@ -35,8 +36,9 @@ class DerivedState(VersionedModule):
 
     item_matrix: Tensor
 
-    def __init__(self, lm: FrozenLM) -> None:
+    def __init__(self, lm: FrozenLM, num_items: int) -> None:
         super().__init__()
+        self.num_items = num_items
         self.lm_weights = WeightsVersion(lm.model)
         self.calibration: CalibratedScorer | None = None
         self.kept_prefixes: KeptPrefixes | None = None
@@ -44,11 +46,6 @@ class DerivedState(VersionedModule):
         self._making_index = OwnLock()
         self.register_buffer("item_matrix", torch.empty(0, lm.hidden_size), persistent=False)
         self._items_belong_to = 0
-
-    @property
-    def num_items(self) -> int:
-        """Size of the catalogue I."""
-        raise NotImplementedError
 
     def keep_items(self) -> None:
         """Say that the item matrix, made at other weights, belongs to those of now: only users were trained since.

@@ -95,7 +95,7 @@ class LaserModel(RecommendingLaser, PretrainedLaser, TrainerCalls, DerivedState)
         mask_history: bool = False,
         item_counts: Tensor | None = None,
     ) -> None:
-        super().__init__(lm)
+        super().__init__(lm, builder.num_items)
         if item_side not in ("lm", "text") or (item_side == "text" and text is None):
             raise ValueError(f'LaserModel: item_side must be "lm", or "text" where there is text, got {item_side!r}')
         if len(item_ids) != builder.num_items:
@@ -150,11 +150,6 @@ class LaserModel(RecommendingLaser, PretrainedLaser, TrainerCalls, DerivedState)
         self.budget = TokenBudget()
         self.serving = Serving(self)
         self.processes = self.balance_processes = ALONE
-
-    @property
-    def num_items(self) -> int:
-        """Size of the catalogue I."""
-        return self.builder.num_items
 
     @property
     def device(self) -> torch.device:

@@ -73,8 +73,8 @@ def test_a_child_that_lives_on_holds_nothing(tmp_path: Path) -> None:
         if child == 0:
             signal.pause()
     try:
-        with claim(tmp_path / "out"):
-            pass
+        assert not _is_claimed(tmp_path / "out")
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)  # it lives
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -166,7 +166,8 @@ def test_a_file_system_that_locks_nothing_is_named(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr("fcntl.flock", flock)
     with pytest.warns(UserWarning, match="should lock '.*/out' .*, got Bad file"), claim(tmp_path / "out"):
-        pass
+        assert lock_file(tmp_path / "out").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_of_those_that_claim_at_once_one_gets_it(start_at_once: StartAtOnce, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_every_picture_is_xml() -> None:
         ratios(names, ["1", "2"], values, values > 1, "expert"),
     ]
     for picture in pictures:
-        ElementTree.fromstring(picture.decode("utf-8"))
+        assert ElementTree.fromstring(picture.decode("utf-8")).tag.endswith("svg")
 
 
 @pytest.mark.parametrize(
