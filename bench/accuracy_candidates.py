@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from laser_fast.config import RecommenderConfig, build_config
+from laser_fast.config.settings import apply_overrides
 from laser_fast.data import SequenceDataset, make_split
 from laser_fast.evaluation import (
     RankingMetrics,
@@ -26,10 +27,9 @@ from laser_fast.evaluation import (
     spread_table,
     table,
 )
-from laser_fast.models import Popularity
-from laser_fast.settings import apply_overrides
-from laser_fast.training.recommender import train_recommender
-from laser_fast.training.run_directory import describe_environment
+from laser_fast.recommenders import Popularity
+from laser_fast.runs.run_directory import describe_environment
+from laser_fast.training.recommender.train_recommender import train_recommender
 
 
 def main() -> None:

@@ -23,9 +23,9 @@ import torch
 from laser_fast.config import RecommenderConfig, apply_overrides, build_config, load_config
 from laser_fast.data import SequenceDataset, Split, leave_one_out
 from laser_fast.evaluation import RankingMetrics, evaluate, fit_calibration, table
-from laser_fast.models import ItemKNN, Markov1, Popularity, Scorer
-from laser_fast.training.recommender import train_recommender
-from laser_fast.training.run_directory import describe_environment
+from laser_fast.recommenders import ItemKNN, Markov1, Popularity, Scorer
+from laser_fast.runs.run_directory import describe_environment
+from laser_fast.training.recommender.train_recommender import train_recommender
 
 _COLUMNS = ("HR@1", "HR@10", "NDCG@10", "MRR")
 

@@ -19,8 +19,8 @@ from transformers import AutoModel, LlamaConfig, PreTrainedModel
 from workloads import LENGTHS, draw_lengths
 
 from laser_fast.config import resolve_path
-from laser_fast.nn.attention import varlen_attention
-from laser_fast.nn.frozen_lm import FrozenLM
+from laser_fast.lm.attention.packed_attention import varlen_attention
+from laser_fast.lm.frozen_lm import FrozenLM
 from laser_fast.ops import cu_seqlens_from_lengths
 
 BATCH = 16

@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 from workloads import Case
 
-from laser_fast.nn.frozen_linear import UnpackedWeights
-from laser_fast.nn.frozen_mlp import gated_mlp
-from laser_fast.nn.frozen_norm import frozen_rms_norm, recognise_norm
+from laser_fast.lm.execution.frozen_linear import UnpackedWeights
+from laser_fast.lm.execution.frozen_mlp import gated_mlp
+from laser_fast.lm.execution.frozen_norm import frozen_rms_norm, recognise_norm
 from laser_fast.ops import rotary_embedding
 
 from .conftest import Compare

@@ -17,7 +17,7 @@ from forms import PASSES, CompareForms, Form
 from torch import Tensor
 from workloads import Case
 
-from laser_fast.nn.attention import varlen_attention
+from laser_fast.lm.attention.packed_attention import varlen_attention
 from laser_fast.ops import inject_prefix_kv, inject_prefix_kv_layers
 
 Compare = Callable[..., dict[str, float]]

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from laser_fast.data import PackedSequences
-from laser_fast.models import CalibratedScorer, Calibration, SASRec, SequentialRules
-from laser_fast.models.inner_product import InnerProductIndex, ScoreBlock, packed_tensors
-from laser_fast.models.requests import best_items
+from laser_fast.recommenders import SASRec, SequentialRules
+from laser_fast.retrieval import CalibratedScorer, Calibration
+from laser_fast.retrieval.inner_product import InnerProductIndex, ScoreBlock, packed_tensors
+from laser_fast.retrieval.requests import best_items
 
 Compare = Callable[..., dict[str, float]]
 Tables = dict[str, SequentialRules]

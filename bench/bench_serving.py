@@ -13,7 +13,7 @@ import torch
 from steps import StepShape, build_laser, frozen_model, twin
 
 from laser_fast.data import PackedSequences
-from laser_fast.models import LaserModel
+from laser_fast.laser import LaserModel
 
 Compare = Callable[..., dict[str, float]]
 Request = list[list[str]]

@@ -38,7 +38,7 @@ from transformers import PreTrainedModel
 from workloads import LENGTHS
 
 from laser_fast.data.batches import PackedBatch
-from laser_fast.models import LaserModel
+from laser_fast.laser import LaserModel
 
 Compare = Callable[..., dict[str, float]]
 

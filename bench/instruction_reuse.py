@@ -24,10 +24,10 @@ from transformers import AutoModel, AutoTokenizer, LlamaConfig
 from laser_fast.config import resolve_path
 from laser_fast.data import ItemText, SequenceDataset, prompt_layout, tokenize_texts
 from laser_fast.data.batches import BatchBuilder
-from laser_fast.models import LaserModel
+from laser_fast.laser import LaserModel
+from laser_fast.lm.frozen_lm import FrozenLM
 from laser_fast.nn.bituning import BiTuning
-from laser_fast.nn.frozen_lm import FrozenLM
-from laser_fast.training.run_directory import describe_environment
+from laser_fast.runs.run_directory import describe_environment
 
 INSTRUCTION = (
     "Below is one item of a catalogue, with what is known about it. Read the description and compress what matters to "

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from laser_fast.config import LanguageModelConfig, build_config
-from laser_fast.models.language_model import load_model
-from laser_fast.training.run_directory import describe_environment
+from laser_fast.lm.loading.language_model import load_model
+from laser_fast.runs.run_directory import describe_environment
 
 
 def status_bytes(field: str) -> int:

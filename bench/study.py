@@ -26,7 +26,7 @@ from studying.runs import encode_users_once, is_kept, lines, read_texts_once, ru
 from studying.variants import VARIANTS
 
 from laser_fast.config import LaserConfig
-from laser_fast.settings import load_config
+from laser_fast.config.settings import load_config
 
 
 def main() -> None:

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from laser_fast.config import LaserConfig
     from laser_fast.data import SequenceDataset
     from laser_fast.evaluation import evaluate
-    from laser_fast.models import LaserModel, SASRec
-    from laser_fast.training.plan import estimate_memory
+    from laser_fast.laser import LaserModel
+    from laser_fast.planning.plan import estimate_memory
+    from laser_fast.recommenders import SASRec
 
 __version__ = "0.1.0"
 
@@ -22,10 +23,10 @@ __all__ = ["LaserConfig", "LaserModel", "SASRec", "SequenceDataset", "__version_
 
 _ROOM_OF = {
     "LaserConfig": "laser_fast.config",
-    "LaserModel": "laser_fast.models",
-    "SASRec": "laser_fast.models",
+    "LaserModel": "laser_fast.laser",
+    "SASRec": "laser_fast.recommenders",
     "SequenceDataset": "laser_fast.data",
-    "estimate_memory": "laser_fast.training.plan",
+    "estimate_memory": "laser_fast.planning.plan",
     "evaluate": "laser_fast.evaluation",
 }
 

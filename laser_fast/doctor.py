@@ -156,7 +156,7 @@ def _bitsandbytes() -> Component:
 def _flash_attention() -> Component:
     import torch
 
-    from laser_fast.nn import attention_flash
+    from laser_fast.lm.attention import flash as attention_flash
 
     name = "flash attention"
     fallback = "packed attention runs on torch's scaled_dot_product_attention, one call per bucket of lengths"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import random
 import time
@@ -22,6 +23,7 @@ if not _HAS_GPU:
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+_TIMES = ("time_s", "text_tokens_per_s")
 _WORDS = ["red", "blue", "green", "small", "large", "bolt", "nut", "drill", "saw", "glove"]
 
 
@@ -70,7 +72,7 @@ def tiny_recommender(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) 
     """Folder of a SASRec trained for two epochs on `tiny_data`."""
     from laser_fast.config import RecommenderConfig
     from laser_fast.data import SequenceDataset, leave_one_out
-    from laser_fast.training.recommender import train_recommender
+    from laser_fast.training.recommender.train_recommender import train_recommender
 
     folder = tmp_path_factory.mktemp("recommender") / "sasrec"
     dataset = SequenceDataset.load(tiny_data)
@@ -82,7 +84,7 @@ def tiny_recommender(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture
 def claimed_elsewhere() -> Callable[[Path], AbstractContextManager[None]]:
     """`with claimed_elsewhere(output)`: another process is at work on it."""
-    from laser_fast.data.claims import lock_file
+    from laser_fast.files.claims import lock_file
 
     @contextmanager
     def hold(output: Path) -> Iterator[None]:
@@ -235,6 +237,65 @@ def damage_files() -> Callable[..., int]:
         return refused
 
     return damage
+
+
+@pytest.fixture(scope="session")
+def staged_settings(tiny_lm: Path, tiny_data: Path, tiny_recommender: Path) -> dict[str, Any]:
+    """A run with dropout, micro-batches, negatives and all stages, of 12 steps; the output is still to be set."""
+    stage = {"epochs": 2, "rows_per_epoch": 24}
+    return {
+        "data": str(tiny_data),
+        "recommender": str(tiny_recommender),
+        "output": "",
+        "lm": {"path": str(tiny_lm)},
+        "prompt": {"user_template": "{history}", "separator": ",", "max_items": 4},
+        "mformer": {"width": 16, "num_layers": 2, "num_heads": 2, "num_experts": 3, "num_queries": 2, "max_history": 4},
+        "bituning": {"readout": "suffix"},
+        "text": {"residual": False},
+        "objective": {"num_negatives": 1, "mask_history": False, "popularity": False},
+        "training": {
+            "batch_size": 16,
+            "micro_batch_tokens": 160,
+            "pretrain": stage,
+            "phase_a": stage,
+            "phase_b": stage,
+            "optimizer": {"learning_rate": 0.03},
+        },
+        "evaluation": {"calibrate": False},
+    }
+
+
+@pytest.fixture(scope="session")
+def assert_same_run() -> Callable[[Path, Path], None]:
+    """Two finished runs are one, bit by bit; where they kept their last state, up to that."""
+    return _assert_same_run
+
+
+def _newest_state(run: Path) -> Path:
+    return max((run / "states").iterdir())
+
+
+def _log_of(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in _TIMES} for line in lines]
+
+
+def _assert_same_run(run: Path, whole: Path) -> None:
+    """The best checkpoint, the log, and where the last state is kept: parameters, moments, generators, position."""
+    assert json.dumps(_log_of(run)) == json.dumps(_log_of(whole))  # every bit, and in one order
+    for name in ("adapter.safetensors", "items.safetensors"):
+        assert (run / "checkpoint" / name).read_bytes() == (whole / "checkpoint" / name).read_bytes(), name
+    if not (run / "states").exists():
+        return
+    from safetensors.torch import load_file as _load_tensors
+
+    last, expected = (_load_tensors(_newest_state(folder) / "tensors.safetensors") for folder in (run, whole))
+    assert last.keys() == expected.keys()
+    assert all(torch.equal(last[name], expected[name]) for name in expected)
+    values = [json.loads((_newest_state(folder) / "values.json").read_text()) for folder in (run, whole)]
+    for value in values:
+        del value["position"]["log_bytes"], value["sums"]["counts"]["time_s"]
+    assert values[0] == values[1]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from laser_fast import doctor
-from laser_fast.nn import attention_flash
+from laser_fast.lm.attention import flash as attention_flash
 from laser_fast.ops import native, triton_kernels
 
 

@@ -11,27 +11,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# A room may import itself and the rooms listed for it. `config` and `data` stand apart. Training measures what it
-# trains, so it may import evaluation, never the other way round.
-_OPS = {"kernels", "ops"}
-_NN = _OPS | {"nn"}
-_MODELS = _NN | {"models", "config", "data"}
-ALLOWED = {
-    "kernels": {"kernels"},
-    "ops": _OPS,
-    "nn": _NN,
-    "models": _MODELS,
-    "training": _MODELS | {"training", "evaluation"},
-    "retrieval": _MODELS | {"retrieval"},
-    "evaluation": _MODELS | {"evaluation"},
-    "data": {"data", "config"},
-    "config": {"config"},
-    "doctor": _NN,
-    "cli": _MODELS | {"training", "retrieval", "evaluation", "doctor", "cli"},
-}
-# one file of a room may be needed across: config.py and presets belong to one room, the commands to another
-ROOM_OF_FILE = {"presets": "config", "settings": "config", "yaml_text": "config", "number_arguments": "config"}
-ROOM_OF_FILE |= {"printable": "config", "cli_evaluation": "cli", "cli_output": "cli"}
+# From the ground up: a room imports itself and the rooms below it. `files` and `data` hold no tensors of a model, and
+# the operations stand on nothing but the kernels.
+ORDER = ("printable", "config", "files", "data", "kernels", "ops", "processes", "lm", "nn", "recommenders", "models")
+ORDER += ("retrieval", "laser", "evaluation", "runs", "planning", "training", "reports", "doctor", "cli")
+ALLOWED = {room: set(ORDER[: place + 1]) for place, room in enumerate(ORDER)}
+ALLOWED |= {"kernels": {"kernels"}, "ops": {"kernels", "ops"}, "processes": {"processes"}}
+MOST_FILES = 15  # of its own in a folder, `__init__` apart
 FOLDERS = {".ci", ".git", "bench", "csrc", "docs", "examples", "kernels", "laser_fast", "tests"}
 FILES = {".clang-format", ".editorconfig", ".git", ".gitattributes", ".gitignore", ".pre-commit-config.yaml", "LICENSE"}
 FILES |= {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "MANIFEST.in", "Makefile", "README.md"}
@@ -63,8 +49,7 @@ def name_of(file: Path) -> str:
 def room_of(module: str) -> str:
     """`laser_fast.ops.routing` -> `ops`; the package itself and its command have no room of their own."""
     parts = module.split(".")
-    room = parts[1] if len(parts) > 1 else ""
-    return ROOM_OF_FILE.get(room, room)
+    return parts[1] if len(parts) > 1 else ""
 
 
 def imported_modules(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
@@ -102,16 +87,17 @@ def test_imports_run_downhill(file: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "module", "refused"),
     [
-        ("from laser_fast.models import SASRec", "laser_fast.ops.routing", True),
+        ("from laser_fast.recommenders import SASRec", "laser_fast.ops.routing", True),
         ("def f():\n    import laser_fast.nn.mformer", "laser_fast.ops.routing", True),
-        ("from laser_fast import training", "laser_fast.models.laser", True),
+        ("from laser_fast import training", "laser_fast.laser.model", True),
         ("from ..nn import mformer", "laser_fast.ops.routing", True),
         ("import laser_fast.cli", "laser_fast.training.loop", True),
         ("from laser_fast.ops import x", "laser_fast.kernels.routing", True),
-        ("from laser_fast.config import X", "laser_fast.nn.qformer", True),
+        ("from laser_fast.laser import LaserModel", "laser_fast.models.network", True),
         ("from laser_fast.data import X", "laser_fast.config", True),
-        ("from laser_fast.retrieval import X", "laser_fast.evaluation.metrics", True),
-        ("from laser_fast.ops import route_experts", "laser_fast.models.laser", False),
+        ("from laser_fast.config import X", "laser_fast.ops.routing", True),
+        ("from laser_fast.planning import X", "laser_fast.runs.resume", True),
+        ("from laser_fast.ops import route_experts", "laser_fast.laser.model", False),
         ("from .segments import segment_ids", "laser_fast.ops.routing", False),
         ("import torch", "laser_fast.ops.routing", False),
     ],
@@ -122,7 +108,73 @@ def test_the_check_of_arrows_sees_them(source: str, module: str, refused: bool) 
 
 def test_every_room_is_in_the_plan() -> None:
     rooms = {room_of(name_of(file)) for file in library_files()} - {"", "__main__"}
-    assert rooms <= set(ALLOWED)
+    assert rooms == set(ORDER)
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that import one another."""
+    reached: dict[str, set[str]] = {}
+    for start in graph:
+        seen, waiting = set(), [start]
+        while waiting:
+            new = graph.get(waiting.pop(), set()) - seen
+            seen |= new
+            waiting += new
+        reached[start] = seen
+    groups = {
+        tuple(sorted({one} | {other for other in reached[one] if one in reached.get(other, set())}))
+        for one in graph
+        if one in reached[one]
+    }
+    return sorted(list(group) for group in groups)
+
+
+def import_graph(files: list[Path]) -> dict[str, set[str]]:
+    """Who imports whom; imports inside functions and for type checkers count as well."""
+    names = {name_of(file): file for file in files}
+    graph = {}
+    for name, file in names.items():
+        tree, package = ast.parse(file.read_text(encoding="utf-8")), file.name == "__init__.py"
+        found = {target for _, target in imported_modules(tree, name, package)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+                if all(f"{node.module}.{alias.name}" in names for alias in node.names):
+                    found -= {str(node.module)}  # files of a folder, not what its `__init__` offers
+        graph[name] = found & set(names) - {"laser_fast"}  # the package itself fetches its names at first use
+    return graph
+
+
+def test_no_circle_of_imports() -> None:
+    assert circles(import_graph(library_files())) == []
+
+
+def test_no_circle_of_imports_in_the_benchmarks() -> None:
+    assert (
+        circles(import_graph([file for file in source_files(".py") if "bench" in file.relative_to(ROOT).parts[:1]]))
+        == []
+    )
+
+
+def test_a_circle_is_seen() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": {"e"}}) == [["a", "b", "c"], ["e"]]
+
+
+def test_a_folder_holds_few_files() -> None:
+    counts: dict[str, int] = {}
+    for file in library_files():
+        if file.name != "__init__.py":
+            counts[str(file.parent.relative_to(ROOT))] = counts.get(str(file.parent.relative_to(ROOT)), 0) + 1
+    assert {folder: count for folder, count in counts.items() if count > MOST_FILES} == {}
+
+
+def test_a_name_stands_for_one_thing() -> None:
+    """An operation shares its name with its kernel, a command with what it calls."""
+    homes: dict[str, list[str]] = {}
+    for file in library_files():
+        if file.name not in ("__init__.py", "__main__.py") and room_of(name_of(file)) not in ("kernels", "cli"):
+            homes.setdefault(file.name, []).append(name_of(file))
+    assert {name: found for name, found in homes.items() if len(found) > 1} == {}
 
 
 def test_top_level_names() -> None:

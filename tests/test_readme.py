@@ -10,7 +10,7 @@ import yaml
 from laser_fast import LaserModel
 from laser_fast.cli import parser
 from laser_fast.config import LaserConfig, build_config
-from laser_fast.training.laser import train_laser
+from laser_fast.training.train import train_laser
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

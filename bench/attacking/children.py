@@ -280,10 +280,5 @@ def one_thread() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
     from tqdm import tqdm
 
-    import laser_fast.cli
-    import laser_fast.data.prepare_arguments
-    import laser_fast.training.laser
-    import laser_fast.training.recommender  # noqa: F401
-
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own is shared by all forks: one that is killed holding it stops the others

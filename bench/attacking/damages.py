@@ -195,7 +195,7 @@ def _load(place: Path) -> Any:
 
 
 def _load_run(place: Path) -> Any:
-    from laser_fast.training.checkpoint import load_laser
+    from laser_fast.runs.checkpoint import load_laser
 
     return load_laser(place)[0]
 
@@ -216,7 +216,7 @@ def _states(place: Path) -> list[str]:
     """Digests of the states that a recommender and its folds give, and of its scores."""
     import torch
 
-    from laser_fast.models.recommender_files import load_recommender
+    from laser_fast.recommenders.recommender_files import load_recommender
 
     model = load_recommender(place)
     items, cu_seqlens = torch.arange(15) % model.num_items, torch.tensor([0, 3, 8, 15], dtype=torch.int32)
@@ -240,8 +240,8 @@ def _newest_state(place: Path) -> list[Any]:
     import warnings
 
     from laser_fast.config import LaserConfig, load_config
-    from laser_fast.training.resume import StateFolder
-    from laser_fast.training.run_directory import RunDirectory
+    from laser_fast.runs.resume import StateFolder
+    from laser_fast.runs.run_directory import RunDirectory
 
     config = load_config(LaserConfig, place / "config.yaml")
     states = StateFolder(RunDirectory(place, config, resume=True))

@@ -188,7 +188,7 @@ def _prepare(scope: Scope) -> Command:
 
 
 def _recommender(world: World) -> Command:
-    from laser_fast.models.recommender_files import load_recommender
+    from laser_fast.recommenders.recommender_files import load_recommender
 
     words: list[str | Path] = ["recommender", "train", world.data, "out", *RECOMMENDER]
 

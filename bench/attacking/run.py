@@ -55,7 +55,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
 
 
 def _attack(parsed: argparse.Namespace, command: str) -> list[Line]:
-    from laser_fast.training.run_directory import describe_environment
+    from laser_fast.runs.run_directory import describe_environment
 
     modules = {name: importlib.import_module(f"attacking.{name}") for name in ATTACKS}
     one_thread()

@@ -124,8 +124,8 @@ class World:
             words = ["train", self.configuration, "--set", f"output={place}", "--set", f"training.seed={seed}"]
 
             def stop() -> int:
-                from laser_fast.training.resume import StateFolder
-                from laser_fast.training.run_directory import RunDirectory
+                from laser_fast.runs.resume import StateFolder
+                from laser_fast.runs.run_directory import RunDirectory
 
                 StateFolder.clear = RunDirectory.finish = lambda self: None  # type: ignore[method-assign]
                 return laser_fast(*words)()
@@ -149,7 +149,7 @@ def model(world: World, kind: str = "bert", **settings: Any) -> Any:
 
     from laser_fast import LaserModel
     from laser_fast.data import SequenceDataset
-    from laser_fast.models.recommender_files import load_recommender
+    from laser_fast.recommenders.recommender_files import load_recommender
 
     torch.manual_seed(0)
     config = {

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from baselines.dispatch_loop import combine_loop, dispatch_loop
 from baselines.routing_loop import routing_loop
 from laser_fast.data.batches import PackedBatch
-from laser_fast.models import LaserModel
+from laser_fast.laser import LaserModel
 from laser_fast.nn.qformer import QFormer
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from laser_fast.data.batches import PackedBatch
-from laser_fast.models import LaserModel
+from laser_fast.laser import LaserModel
 from laser_fast.ops import Routing, catalog_cross_entropy
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from baselines.padded_step import around_text, pad
 from laser_fast.data.batches import PackedBatch
-from laser_fast.models import LaserModel
+from laser_fast.laser import LaserModel
 from laser_fast.ops import catalog_cross_entropy
 
 

@@ -203,7 +203,7 @@ def _line(order: Order, name: str, found: Found, status: str, seconds: float) ->
 
 def recorded_attention() -> AbstractContextManager[Counter[str]]:
     """Counts calls of packed attention by backend and dtype while it is open."""
-    from laser_fast.nn.attention import record_backends  # the library takes seconds to import
+    from laser_fast.lm.attention.packed_attention import record_backends  # the library takes seconds to import
 
     return record_backends()
 

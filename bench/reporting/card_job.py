@@ -21,13 +21,14 @@ from torch import Tensor
 
 from laser_fast.config import LaserConfig, build_config
 from laser_fast.data.batches import PackedBatch
-from laser_fast.models import LaserModel, SASRec
+from laser_fast.laser import LaserModel
+from laser_fast.lm.frozen_lm import FrozenLM
+from laser_fast.lm.loading.language_model import load_model
 from laser_fast.models.assembly import build_execution, laser_parts
-from laser_fast.models.language_model import load_model
-from laser_fast.nn.frozen_lm import FrozenLM
 from laser_fast.ops import cu_seqlens_from_lengths
+from laser_fast.planning.plan import Workload
+from laser_fast.recommenders import SASRec
 from laser_fast.training.optimizer import build_optimizer
-from laser_fast.training.plan import Workload
 
 _GROWTH = 1.25
 _RESOLUTION = 256  # tokens

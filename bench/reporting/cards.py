@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from laser_fast.config import LaserConfig, build_config
-from laser_fast.nn.execution import CHECKPOINTING
-from laser_fast.training.plan import MemoryPlan, Workload, estimate_memory
-from laser_fast.training.plan_table import card_bytes
+from laser_fast.lm.execution.execution import CHECKPOINTING
+from laser_fast.planning.plan import MemoryPlan, Workload, estimate_memory
+from laser_fast.planning.plan_table import card_bytes
 from reporting.context import package_missing, run_script
 from reporting.models import path_of
 from reporting.tables import NONE, size, table, times

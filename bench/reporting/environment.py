@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from laser_fast.training.run_directory import describe_environment
+from laser_fast.runs.run_directory import describe_environment
 from reporting.tables import plain, size, table
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from laser_fast.nn.execution import frozen_layers
+from laser_fast.lm.execution.execution import frozen_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from laser_fast.config import LaserConfig, build_config
-from laser_fast.training.plan import MemoryPlan, Workload, estimate_memory
+from laser_fast.planning.plan import MemoryPlan, Workload, estimate_memory
 from reporting.models import settings_of
 
 if TYPE_CHECKING:

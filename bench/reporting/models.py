@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from workloads import draw_lengths
 
-from laser_fast.models.language_model import RANDOM_SCHEME
-from laser_fast.models.random_models import Placement, known_shapes, random_config, random_model
-from laser_fast.nn.frozen_lm import FrozenLM
+from laser_fast.lm.frozen_lm import FrozenLM
+from laser_fast.lm.loading.language_model import RANDOM_SCHEME
+from laser_fast.lm.loading.random_models import Placement, known_shapes, random_config, random_model
 from laser_fast.ops import cu_seqlens_from_lengths
 from reporting.context import package_missing
 

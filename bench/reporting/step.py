@@ -9,9 +9,9 @@ import torch
 from timing import Run, interleaved_medians
 from torch import Tensor
 
-from laser_fast.nn.execution import CHECKPOINTING, Execution
-from laser_fast.nn.frozen_lm import FrozenLM
-from laser_fast.training.plan import MemoryPlan
+from laser_fast.lm.execution.execution import CHECKPOINTING, Execution
+from laser_fast.lm.frozen_lm import FrozenLM
+from laser_fast.planning.plan import MemoryPlan
 from reporting.flops import floor_operations
 from reporting.memory import peak_of, plan_of_language_model, release
 from reporting.models import PackedStep, load, packed_lengths, usable_weights, weights_name

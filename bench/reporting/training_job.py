@@ -22,8 +22,8 @@ from typing import Any
 from laser_fast.config import LaserConfig, RecommenderConfig, build_config, load_config, resolve_path
 from laser_fast.data import PrepareRequest, SequenceDataset, leave_one_out, prepare
 from laser_fast.evaluation import RankingMetrics, evaluate
-from laser_fast.training.laser import train_laser
-from laser_fast.training.recommender import train_recommender
+from laser_fast.training.recommender.train_recommender import train_recommender
+from laser_fast.training.train import train_laser
 
 _LOG = "package:recbole/dataset_example/ml-100k"
 _PRESET = Path(__file__).resolve().parents[2] / "laser_fast" / "presets" / "movielens-100k.yaml"

@@ -15,8 +15,8 @@ from steps import twin
 from timing import interleaved_medians
 from torch import Tensor
 
-from laser_fast.nn.execution import Execution
-from laser_fast.nn.frozen_lm import FrozenLM
+from laser_fast.lm.execution.execution import Execution
+from laser_fast.lm.frozen_lm import FrozenLM
 from reporting.memory import peak_of, release
 from reporting.models import PackedStep, load, packed_lengths, usable_weights, weights_name
 from reporting.predictions import WATERFALL, packing_gain

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from laser_fast.config import LaserConfig
 from laser_fast.evaluation.metrics import aligned, rank_values
-from laser_fast.training.run_directory import describe_environment
+from laser_fast.runs.run_directory import describe_environment
 from studying.runs import METRIC, WHOLE
 from studying.variants import CACHED, REFERENCE, VARIANTS
 

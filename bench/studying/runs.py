@@ -14,17 +14,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from laser_fast.config import LaserConfig, build_config
+from laser_fast.config.settings import apply_overrides
 from laser_fast.data import EvaluationRows, PackedSequences, Split
-from laser_fast.data.folders import replace_json
 from laser_fast.evaluation import evaluate, evaluate_candidates, llara_candidates, search_calibration
-from laser_fast.models import ItemKNN, LaserModel, Markov1, Popularity, Scorer
-from laser_fast.models.catalogue_texts import CatalogueTexts
+from laser_fast.files.folders import replace_json
+from laser_fast.laser import LaserModel
+from laser_fast.laser.build import build_laser, load_inputs, load_language_model, training_counts
+from laser_fast.laser.catalogue_texts import CatalogueTexts
+from laser_fast.lm.frozen_lm import FrozenLM
 from laser_fast.models.text_recommender import TextRecommender
 from laser_fast.models.zero_shot import TextSimilarity, text_vectors
-from laser_fast.nn.frozen_lm import FrozenLM
-from laser_fast.settings import apply_overrides
-from laser_fast.training.build import build_laser, load_inputs, load_language_model, training_counts
-from laser_fast.training.laser import train_laser
+from laser_fast.recommenders import ItemKNN, Markov1, Popularity, Scorer
+from laser_fast.training.train import train_laser
 from studying.variants import CACHED, VARIANTS, Variant
 
 Ranked = dict[str, Any]

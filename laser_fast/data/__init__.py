@@ -6,18 +6,17 @@ Arrays here are numpy; nothing in this room knows a model.
 from laser_fast.data.dataset import SequenceDataset, write_dataset
 from laser_fast.data.items import ItemTable
 from laser_fast.data.manifest import Manifest, SourceFile
-from laser_fast.data.prepare import describe, prepare
-from laser_fast.data.prepare_arguments import add_prepare_arguments, request_from_arguments
-from laser_fast.data.prepare_request import PrepareRequest
-from laser_fast.data.presplit import given_split, prepare_presplit
+from laser_fast.data.preparation.prepare import describe, prepare
+from laser_fast.data.preparation.presplit import given_split, prepare_presplit
+from laser_fast.data.preparation.request import PrepareRequest
+from laser_fast.data.preparation.titles import normalize_title
 from laser_fast.data.readers import InteractionColumns
 from laser_fast.data.sequences import EvaluationRows, PackedSequences
-from laser_fast.data.split import Split, TrainingRows, leave_one_out, training_rows
-from laser_fast.data.split_kinds import SplitKind, make_split
-from laser_fast.data.split_time import global_time
-from laser_fast.data.split_users import by_user
+from laser_fast.data.splits.by_time import global_time
+from laser_fast.data.splits.by_user import by_user
+from laser_fast.data.splits.kinds import SplitKind, make_split
+from laser_fast.data.splits.split import Split, TrainingRows, leave_one_out, training_rows
 from laser_fast.data.text import ItemText, clean_text
-from laser_fast.data.titles import normalize_title
 from laser_fast.data.tokens import (
     PromptLayout,
     TokenizedTexts,
@@ -43,7 +42,6 @@ __all__ = [
     "SplitKind",
     "TokenizedTexts",
     "TrainingRows",
-    "add_prepare_arguments",
     "by_user",
     "clean_text",
     "describe",
@@ -58,7 +56,6 @@ __all__ = [
     "prepare_presplit",
     "prompt_layout",
     "prompt_lengths",
-    "request_from_arguments",
     "tokenize_texts",
     "training_rows",
     "write_dataset",

@@ -15,13 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from laser_fast.data.folders import replace_directory, whole_directory
 from laser_fast.data.items import ID_COLUMN, ItemTable, first_duplicate, update_with_strings
 from laser_fast.data.manifest import Manifest
 from laser_fast.data.pieces import pieces, update_with_array
-from laser_fast.data.sealed import SealedFolder, seal
-from laser_fast.data.sealed import file_sha256 as file_sha256
 from laser_fast.data.sequences import PackedSequences
+from laser_fast.files.folders import replace_directory, whole_directory
+from laser_fast.files.sealed import SealedFolder, seal
+from laser_fast.files.sealed import file_sha256 as file_sha256
 
 MANIFEST_FILE = "manifest.json"
 ITEMS_FILE = "items.parquet"

@@ -8,7 +8,7 @@ import numpy as np
 from laser_fast.data.batches import BatchBuilder, PackedBatch
 from laser_fast.data.negatives import NegativeSampler
 from laser_fast.data.sequences import EvaluationRows, PackedSequences
-from laser_fast.data.split import TrainingRows
+from laser_fast.data.splits.split import TrainingRows
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field
 
-from laser_fast.data.descriptions import Description, parse_description
+from laser_fast.files.descriptions import Description, parse_description
 
 SCHEMA = 2
 

@@ -1,7 +1,7 @@
 """Evaluation: ranks over the whole catalogue or drawn candidates, metrics with intervals, paired comparisons."""
 
 from laser_fast.evaluation.breakdown import cold_line, group_figures
-from laser_fast.evaluation.calibration import fit_calibration, search_calibration
+from laser_fast.evaluation.calibration_fit import fit_calibration, search_calibration
 from laser_fast.evaluation.candidates import Candidates, Sampler, draw_candidates, llara_candidates
 from laser_fast.evaluation.evaluate import evaluate, row_batches
 from laser_fast.evaluation.metrics import (

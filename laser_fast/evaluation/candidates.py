@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from safetensors.numpy import save
 
-from laser_fast.data.descriptions import Description, parse_description
-from laser_fast.data.folders import replace_file
-from laser_fast.models.tensor_files import open_tensors
+from laser_fast.files.descriptions import Description, parse_description
+from laser_fast.files.folders import replace_file
+from laser_fast.files.tensors import open_tensors
 
 if TYPE_CHECKING:
     from laser_fast.data import EvaluationRows

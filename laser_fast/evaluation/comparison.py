@@ -7,14 +7,14 @@ from typing import Any
 from torch import Tensor
 
 from laser_fast.data import Split
-from laser_fast.evaluation.calibration import fit_calibration
+from laser_fast.evaluation.calibration_fit import fit_calibration
 from laser_fast.evaluation.evaluate import evaluate
 from laser_fast.evaluation.metrics import RankingMetrics, paired_difference, table
-from laser_fast.models.baselines import Markov1, Popularity
-from laser_fast.models.item_to_item import ItemKNN, SequentialRules
-from laser_fast.models.laser import LaserModel
-from laser_fast.models.recommender import Scorer
+from laser_fast.laser.model import LaserModel
 from laser_fast.models.zero_shot import TextSimilarity, text_vectors
+from laser_fast.recommenders.baselines import Markov1, Popularity
+from laser_fast.recommenders.item_to_item import ItemKNN, SequentialRules
+from laser_fast.recommenders.protocol import Scorer
 
 _METRIC = "NDCG@10"
 _COLUMNS = ("HR@1", "HR@10", "NDCG@10", "MRR")

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from laser_fast.evaluation.metrics import RankingMetrics, target_ranks
-from laser_fast.models.recommender import Scorer
+from laser_fast.recommenders.protocol import Scorer
 
 if TYPE_CHECKING:
     from laser_fast.data import EvaluationRows

@@ -13,7 +13,7 @@ from torch import Tensor
 from laser_fast.evaluation.candidates import Candidates
 from laser_fast.evaluation.evaluate import row_batches
 from laser_fast.evaluation.metrics import MetricValue, RankingMetrics, rank_values, target_ranks
-from laser_fast.models.recommender import Scorer
+from laser_fast.recommenders.protocol import Scorer
 
 if TYPE_CHECKING:
     from laser_fast.data import EvaluationRows

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from laser_fast.data.sequences import EvaluationRows
-from laser_fast.data.split import Split, training_rows
+from laser_fast.data.splits.split import Split, training_rows
 from laser_fast.evaluation.evaluate import evaluate, row_batches
 from laser_fast.evaluation.metrics import RankingMetrics
-from laser_fast.models.cross_fitted import StateGap, StateSpread
-from laser_fast.models.packed_recommender import PackedRecommender
-from laser_fast.models.recommender import newest_items
+from laser_fast.recommenders.cross_fitted import StateGap, StateSpread
+from laser_fast.recommenders.packed_recommender import PackedRecommender
+from laser_fast.recommenders.protocol import newest_items
 
 _METRIC = "NDCG@10"
 _BATCH = 256

@@ -11,14 +11,14 @@ from laser_fast.data.batches import BatchBuilder
 from laser_fast.data.items import ItemTable
 from laser_fast.data.text import ItemText
 from laser_fast.data.tokens import PromptLayout, Tokenizer, prompt_layout, tokenize_texts
-from laser_fast.models.recommender import SequentialRecommender
+from laser_fast.lm.execution.execution import Execution
+from laser_fast.lm.frozen_lm import FrozenLM
 from laser_fast.nn.bituning import BiTuning
-from laser_fast.nn.execution import Execution
-from laser_fast.nn.frozen_lm import FrozenLM
+from laser_fast.nn.deep_prefix import DeepPrefix
 from laser_fast.nn.linear_prefix import LinearPrefix
 from laser_fast.nn.mformer import MFormer
-from laser_fast.nn.prefix_kv import DeepPrefix
 from laser_fast.nn.text_residual import TextResidual
+from laser_fast.recommenders.protocol import SequentialRecommender
 
 
 def build_execution(config: ExecutionConfig) -> Execution:

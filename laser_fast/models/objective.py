@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from laser_fast.data.batches import PackedBatch
-from laser_fast.nn.data_parallel import ALONE, Processes
 from laser_fast.nn.mformer import balance_across
 from laser_fast.ops import Routing, catalog_cross_entropy
 from laser_fast.ops.catalog import unit_rows
 from laser_fast.ops.host_copies import on_host, to_device
 from laser_fast.ops.precision import autocast_off, wide_dtype
 from laser_fast.ops.segments import segment_ids
+from laser_fast.processes import ALONE, Processes
 
 CANDIDATES = ("catalog", "sampled")
 

@@ -4,11 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from laser_fast.models.calibration import repeat_positions
-from laser_fast.models.recommender import check_histories, newest_items
 from laser_fast.nn.evaluation_mode import evaluating
 from laser_fast.nn.text_residual import TextResidual
 from laser_fast.ops.precision import autocast_off
+from laser_fast.recommenders.protocol import check_histories, newest_items, repeat_positions
 
 
 class TextRecommender:

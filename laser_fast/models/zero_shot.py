@@ -5,10 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from laser_fast.data.batches import BatchBuilder
-from laser_fast.models.recommender import check_histories
-from laser_fast.nn.frozen_lm import FrozenLM
+from laser_fast.lm.frozen_lm import FrozenLM
 from laser_fast.ops.precision import autocast_off
 from laser_fast.ops.segments import segment_mean, segment_sum
+from laser_fast.recommenders.protocol import check_histories
 
 
 @torch.inference_mode()

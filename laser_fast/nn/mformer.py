@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from laser_fast.nn.data_parallel import Processes
 from laser_fast.nn.qformer import QFormer, initialize_like_bert
 from laser_fast.ops.dispatch import combine_queries
 from laser_fast.ops.precision import autocast_off
 from laser_fast.ops.routing import Routing, route_experts
+from laser_fast.processes import Processes
 
 MFORMER_DTYPES = ("auto", "bfloat16", "float32")
 _BF16_PRODUCTS = (8, 0)  # CUDA capability

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from laser_fast.nn.attention import AttentionPlan, varlen_attention
-from laser_fast.nn.attention_meta import attend_without_values
+from laser_fast.lm.attention.meta import attend_without_values
+from laser_fast.lm.attention.packed_attention import AttentionPlan, varlen_attention
 from laser_fast.nn.evaluation_mode import draws_dropout
 from laser_fast.ops.dispatch import dispatch_queries
 from laser_fast.ops.prefix_kv import inject_prefix_kv

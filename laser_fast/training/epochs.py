@@ -21,16 +21,16 @@ from laser_fast.config import LaserConfig, StageConfig
 from laser_fast.data import TrainingRows
 from laser_fast.data.batches import PackedBatch
 from laser_fast.data.negatives import NegativeSampler
-from laser_fast.models.laser import LaserModel
-from laser_fast.nn.data_parallel import Processes
-from laser_fast.training.build import Inputs
+from laser_fast.laser.build import Inputs
+from laser_fast.laser.model import LaserModel
+from laser_fast.planning.memory import Plan
+from laser_fast.processes import Processes
+from laser_fast.runs.resume import State, StateFolder
+from laser_fast.runs.run_directory import RunDirectory
 from laser_fast.training.interruption import Interrupted, Interruption
 from laser_fast.training.loop import EarlyStopping, EpochSums, LossFunction, StageTrainer
-from laser_fast.training.memory import Plan
 from laser_fast.training.random_state import RandomState
-from laser_fast.training.resume import State, StateFolder
 from laser_fast.training.row_sampler import RowSampler
-from laser_fast.training.run_directory import RunDirectory
 
 
 @dataclass

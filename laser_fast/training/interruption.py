@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-from laser_fast.nn.data_parallel import ALONE, Processes
+from laser_fast.processes import ALONE, Processes
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from laser_fast.config import OptimizerConfig
-from laser_fast.training.resume import State
+from laser_fast.runs.resume import State
 
-_BLOCK_SIZE = 256  # values of a moment in 8 bits that share one float32 scale (bitsandbytes)
 _SMALLEST_PACKED = 4096  # values of a parameter below which its moments stay in 32 bits (bitsandbytes' default)
 
 
@@ -59,15 +58,6 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: State) -> None
     for group, learning_rate in zip(groups, state.values["learning_rates"], strict=True):
         group["lr"] = learning_rate
     optimizer.load_state_dict({"state": entries, "param_groups": groups})
-
-
-def optimizer_bytes_per_parameter(config: OptimizerConfig) -> float:
-    """Bytes of the optimizer's state for a trained parameter; gradients and the parameter itself come on top.
-
-    8 for two moments in float32, 2.03 for two in 8 bits with their scales. The smallest tensors, whose moments stay in
-    32 bits, are not told apart: in M-Former they are biases and norms.
-    """
-    return 2 * (1 + 4 / _BLOCK_SIZE) if config.eight_bit else 8.0
 
 
 def _check_device(optimizer: Any, device: torch.device) -> None:

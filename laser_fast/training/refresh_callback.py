@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl
 
-from laser_fast.models.laser import LaserModel
+from laser_fast.laser.model import LaserModel
 
 
 class RefreshItems(TrainerCallback):

@@ -7,8 +7,8 @@ import numpy as np
 from laser_fast.config import LaserConfig
 from laser_fast.data import TrainingRows, training_rows
 from laser_fast.evaluation.state_gap import measure_state_gap
-from laser_fast.models.packed_recommender import PackedRecommender
-from laser_fast.training.build import Inputs
+from laser_fast.laser.build import Inputs
+from laser_fast.recommenders.packed_recommender import PackedRecommender
 
 
 def laser_rows(config: LaserConfig, inputs: Inputs, *, warn: bool = True) -> TrainingRows:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from laser_fast.models.recommender import Scorer
+from laser_fast.recommenders.protocol import Scorer
 from laser_fast.training.epochs import Run
 
 

@@ -9,8 +9,8 @@ from laser_fast.config import resolve_path
 from laser_fast.data import EvaluationRows
 from laser_fast.data.batches import PackedBatch
 from laser_fast.evaluation import evaluate
-from laser_fast.models.adapter_files import find_saved, item_map_hash, origin_of
-from laser_fast.models.laser import LaserModel
+from laser_fast.laser.laser_files import find_saved, item_map_hash, origin_of
+from laser_fast.laser.model import LaserModel
 from laser_fast.models.objective import history_pairs, whole_catalog_loss
 from laser_fast.models.text_recommender import TextRecommender
 from laser_fast.nn.text_residual import TextResidual

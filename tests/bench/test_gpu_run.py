@@ -260,7 +260,7 @@ def test_buckets_are_never_measured_silently(attention: Any, counts: dict[str, i
 def test_what_the_attention_records_reaches_the_line() -> None:
     import torch
 
-    from laser_fast.nn import attention
+    from laser_fast.lm.attention import packed_attention as attention
 
     tensors = [torch.randn(5, 2, 8) for _ in range(3)]
     work, sent = work_of(["a"])

@@ -20,7 +20,7 @@ from baselines.peft_prompt import PeftPromptStep
 from transformers import PreTrainedModel
 
 from laser_fast.data.batches import PackedBatch
-from laser_fast.models import LaserModel
+from laser_fast.laser import LaserModel
 
 CPU = torch.device("cpu")
 SHAPE = steps.StepShape("amazon-scientific", users=3, queries=4, experts=4, width=16, layers=2, heads=2, state_size=8)

@@ -14,9 +14,10 @@ import yaml
 
 from laser_fast.config import LaserConfig, build_config
 from laser_fast.evaluation import evaluate, rank_values
-from laser_fast.models import LaserModel, Popularity
-from laser_fast.models.catalogue_texts import CatalogueTexts
-from laser_fast.training.build import build_laser, load_inputs, load_language_model
+from laser_fast.laser import LaserModel
+from laser_fast.laser.build import build_laser, load_inputs, load_language_model
+from laser_fast.laser.catalogue_texts import CatalogueTexts
+from laser_fast.recommenders import Popularity
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 

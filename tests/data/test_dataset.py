@@ -13,7 +13,7 @@ import pytest
 from laser_fast.data import ItemTable, Manifest, SequenceDataset, leave_one_out, write_dataset
 from laser_fast.data import dataset as dataset_module
 from laser_fast.data.dataset import ARRAY_FILES, DATA_FILES
-from laser_fast.data.sealed import seal
+from laser_fast.files.sealed import seal
 
 
 def example(texts: tuple[str, str, str] = ("Alien", "", "Das Boot")) -> SequenceDataset:

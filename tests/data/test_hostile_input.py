@@ -21,8 +21,9 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from laser_fast.data import PrepareRequest, SequenceDataset, folders, prepare
+from laser_fast.data import PrepareRequest, SequenceDataset, prepare
 from laser_fast.data.readers import BadRowError
+from laser_fast.files import folders
 
 EXAMPLES = 10_000 if os.environ.get("LASER_FAST_NIGHTLY") else 200
 DOCUMENTED = (ValueError, BadRowError, FileNotFoundError, FileExistsError)

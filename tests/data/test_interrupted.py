@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from laser_fast.data import PrepareRequest, SequenceDataset, folders, prepare
-from laser_fast.data.folders import _locked, remove_leftovers, replace_directory
+from laser_fast.data import PrepareRequest, SequenceDataset, prepare
+from laser_fast.files import folders
+from laser_fast.files.folders import _locked, remove_leftovers, replace_directory
 
 KILLS = 50
 SEED = 7

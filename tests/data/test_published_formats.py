@@ -14,13 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from laser_fast.data import (
-    PrepareRequest,
-    SequenceDataset,
-    add_prepare_arguments,
-    prepare,
-    request_from_arguments,
-)
+from laser_fast.cli.prepare_arguments import add_prepare_arguments, request_from_arguments
+from laser_fast.data import PrepareRequest, SequenceDataset, prepare
 from laser_fast.data.readers import InteractionColumns, read_interactions, read_items, read_rows
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from laser_fast.data import EvaluationRows, PackedSequences
 from laser_fast.evaluation import Candidates, draw_candidates, evaluate_candidates, llara_candidates
-from laser_fast.models import Popularity
+from laser_fast.recommenders import Popularity
 
 _HISTORIES = [[0, 1, 2], [5], [], [7, 7, 3, 9]]
 

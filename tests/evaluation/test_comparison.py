@@ -8,8 +8,8 @@ import torch
 from laser_fast.config import EvaluationConfig, LaserConfig, build_config
 from laser_fast.evaluation import comparison
 from laser_fast.evaluation.comparison import compare
-from laser_fast.models.item_to_item import ItemKNN, SequentialRules
-from laser_fast.training.build import build_laser, load_inputs, load_language_model, training_counts
+from laser_fast.laser.build import build_laser, load_inputs, load_language_model, training_counts
+from laser_fast.recommenders.item_to_item import ItemKNN, SequentialRules
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from laser_fast.data import EvaluationRows, PackedSequences
 from laser_fast.evaluation import evaluate, row_batches
-from laser_fast.models import Popularity, Scorer
+from laser_fast.recommenders import Popularity, Scorer
 
 
 class _NextItem:

@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaModel
 from laser_fast.config import LaserConfig, build_config
 from laser_fast.data import EvaluationRows, training_rows
 from laser_fast.data.batches import PackedBatch
-from laser_fast.models import LaserModel
+from laser_fast.laser import LaserModel
+from laser_fast.laser.build import build_laser, load_inputs, load_language_model
 from laser_fast.models.objective import Objective, sampled_cross_entropy
-from laser_fast.training.build import build_laser, load_inputs, load_language_model
 
 NEGATIVES = np.array([[20, 3], [21, 20], [7, 22]])
 

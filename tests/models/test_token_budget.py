@@ -13,9 +13,9 @@ from laser_fast.data import PackedSequences, training_rows
 from laser_fast.data.batches import PackedBatch
 from laser_fast.data.micro_batches import row_tokens
 from laser_fast.data.sequences import cu_seqlens_of
-from laser_fast.models import LaserModel
+from laser_fast.laser import LaserModel
+from laser_fast.laser.build import Inputs, build_laser, load_inputs, load_language_model
 from laser_fast.models.token_budget import Shortage, TokenBudget, is_out_of_memory
-from laser_fast.training.build import Inputs, build_laser, load_inputs, load_language_model
 
 HISTORIES = PackedSequences.from_lists([[0, 1, 2, 3], [7], [], [3, 4], [5], [6, 8, 9]])
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from laser_fast.config import LaserConfig, build_config
+from laser_fast.laser.build import build_laser, load_inputs, load_language_model
 from laser_fast.models.zero_shot import TextSimilarity, text_vectors
-from laser_fast.training.build import build_laser, load_inputs, load_language_model
 
 VECTORS = F.normalize(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), dim=-1)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from laser_fast.models import SASRec
 from laser_fast.nn.evaluation_mode import draws_dropout, evaluating, refuse_torch_modes
+from laser_fast.recommenders import SASRec
 
 
 def test_it_is_of_one_thread_and_ends() -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from fuzz_drawing import Call, Draw
 from torch import Tensor
 
-from laser_fast.nn.attention import varlen_attention
+from laser_fast.lm.attention.packed_attention import varlen_attention
 from laser_fast.ops import (
     ItemLists,
     NormKind,

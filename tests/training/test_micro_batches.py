@@ -16,12 +16,12 @@ from laser_fast.config import LaserConfig, build_config
 from laser_fast.data import training_rows
 from laser_fast.data.batches import PackedBatch
 from laser_fast.data.micro_batches import row_tokens
-from laser_fast.models import LaserModel
+from laser_fast.laser import LaserModel
+from laser_fast.laser.build import build_laser, load_inputs, load_language_model
 from laser_fast.models.token_budget import TokenBudget
-from laser_fast.training.build import build_laser, load_inputs, load_language_model
-from laser_fast.training.checkpoint import load_laser
-from laser_fast.training.laser import train_laser
+from laser_fast.runs.checkpoint import load_laser
 from laser_fast.training.loop import StageTrainer
+from laser_fast.training.train import train_laser
 
 STILL = {"mformer": {"dropout": 0.0}, "bituning": {"dropout": 0.0}}  # sections without dropout
 SHORT = {"pretrain": {"epochs": 0}, "phase_a": {"epochs": 1}, "phase_b": {"epochs": 0}}

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from laser_fast.config import OptimizerConfig
-from laser_fast.training.optimizer import build_optimizer, optimizer_bytes_per_parameter
+from laser_fast.planning.optimizer_bytes import optimizer_bytes_per_parameter
+from laser_fast.training.optimizer import build_optimizer
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes (pip install laser-fast[4bit])"

@@ -12,9 +12,9 @@ from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from laser_fast.config import LanguageModelConfig, LaserConfig, build_config
 from laser_fast.data import training_rows
-from laser_fast.nn.frozen_lm import FrozenLM
+from laser_fast.laser.build import build_laser, load_inputs, load_language_model
+from laser_fast.lm.frozen_lm import FrozenLM
 from laser_fast.ops import cu_seqlens_from_lengths
-from laser_fast.training.build import build_laser, load_inputs, load_language_model
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes (pip install laser-fast[4bit])"

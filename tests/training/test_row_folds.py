@@ -15,16 +15,16 @@ from laser_fast.config import LaserConfig, RecommenderConfig, build_config
 from laser_fast.data import EvaluationRows, SequenceDataset, leave_one_out, training_rows
 from laser_fast.data.batches import BatchBuilder, PackedBatch
 from laser_fast.data.loading import NextItemCollator, NextItemDataset
-from laser_fast.models import LaserModel
-from laser_fast.models.cross_fitted import CrossFitted
-from laser_fast.models.recommender import FrozenRecommender
-from laser_fast.models.recommender_files import load_recommender
-from laser_fast.training.build import load_inputs
-from laser_fast.training.checkpoint import fingerprint
-from laser_fast.training.laser import train_laser
+from laser_fast.laser import LaserModel
+from laser_fast.laser.build import load_inputs
+from laser_fast.recommenders.cross_fitted import CrossFitted
+from laser_fast.recommenders.protocol import FrozenRecommender
+from laser_fast.recommenders.recommender_files import load_recommender
+from laser_fast.runs.checkpoint import fingerprint
 from laser_fast.training.loop import StageTrainer
-from laser_fast.training.recommender import train_recommender
+from laser_fast.training.recommender.train_recommender import train_recommender
 from laser_fast.training.row_folds import laser_rows
+from laser_fast.training.train import train_laser
 
 Same = Callable[[Path, Path], None]
 SECTIONS = ("prompt", "mformer", "bituning", "objective", "execution")

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from laser_fast.config import LaserConfig, build_config
-from laser_fast.nn.data_parallel import ALONE
-from laser_fast.training.laser import train_laser
+from laser_fast.processes import ALONE
+from laser_fast.runs.run_directory import RunDirectory
 from laser_fast.training.loop import StageTrainer
-from laser_fast.training.run_directory import RunDirectory
+from laser_fast.training.train import train_laser
 
 Same = Callable[[Path, Path], None]
 

@@ -23,17 +23,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 from laser_fast.config import LaserConfig, OptimizerConfig, build_config
 from laser_fast.data import training_rows
 from laser_fast.data.batches import PackedBatch
-from laser_fast.models import LaserModel
+from laser_fast.laser import LaserModel
+from laser_fast.laser.build import build_laser, load_inputs, load_language_model
+from laser_fast.lm.attention import flash as attention_flash
+from laser_fast.lm.attention.packed_attention import record_backends
+from laser_fast.lm.execution.execution import Execution, apply_execution
 from laser_fast.models.device_batches import on_device
-from laser_fast.nn import attention_flash
-from laser_fast.nn.attention import record_backends
-from laser_fast.nn.execution import Execution, apply_execution
-from laser_fast.nn.text_branch import select_sequences
+from laser_fast.nn.stage1.text_branch import select_sequences
 from laser_fast.ops import native, triton_kernels
 from laser_fast.ops.contents import validate_indices
 from laser_fast.ops.host_copies import on_host, to_device
 from laser_fast.ops.segments import even_cu_seqlens, lengthened_cu_seqlens, segment_positions
-from laser_fast.training.build import build_laser, load_inputs, load_language_model
 from laser_fast.training.loop import StageTrainer
 
 GPU, HOST = torch.device("cuda", 0), torch.device("cpu")

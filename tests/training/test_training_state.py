@@ -11,10 +11,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from laser_fast.config import OptimizerConfig
+from laser_fast.runs.resume import State, StateFolder
+from laser_fast.runs.run_directory import RunDirectory
 from laser_fast.training.loop import StageTrainer
 from laser_fast.training.random_state import RandomState
-from laser_fast.training.resume import State, StateFolder
-from laser_fast.training.run_directory import RunDirectory
 
 
 @pytest.mark.parametrize("eight_bit", [False, True], ids=["32 bit", "8 bit"])

@@ -14,10 +14,10 @@ from laser_fast.config import LaserConfig, build_config
 from laser_fast.data import EvaluationRows, training_rows
 from laser_fast.data.batches import PackedBatch
 from laser_fast.data.negatives import NegativeSampler
-from laser_fast.models import LaserModel
-from laser_fast.training.build import build_laser, load_inputs, load_language_model
+from laser_fast.laser import LaserModel
+from laser_fast.laser.build import build_laser, load_inputs, load_language_model
 from laser_fast.training.loop import LossFunction, StageTrainer
-from laser_fast.training.pretraining import build_heads, pretraining_loss, text_vocabulary
+from laser_fast.training.stage1 import build_heads, pretraining_loss, text_vocabulary
 
 
 def build(settings: dict[str, Any], **sections: dict[str, Any]) -> tuple[LaserConfig, LaserModel, EvaluationRows]:
@@ -117,7 +117,7 @@ def test_the_negatives_of_a_micro_batch_are_those_of_its_rows(tiny_settings: dic
 def test_a_run_begins_with_the_layers_of_a_bert(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
     from transformers import BertConfig, BertModel
 
-    from laser_fast.training.laser import train_laser
+    from laser_fast.training.train import train_laser
 
     sizes = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     bert = BertModel(BertConfig(vocab_size=20, **sizes))

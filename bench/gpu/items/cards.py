@@ -47,7 +47,7 @@ class Plans:
         from reporting.cards import WORKLOAD, card_settings
 
         from laser_fast.config import LaserConfig, build_config
-        from laser_fast.training.plan import estimate_memory
+        from laser_fast.planning.plan import estimate_memory
 
         settings = card_settings(self._work.context, "none")
         return estimate_memory(build_config(LaserConfig, settings), WORKLOAD, on_gpu=True)

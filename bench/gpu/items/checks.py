@@ -24,7 +24,7 @@ class Family(NamedTuple):
 
 
 FAMILIES = {
-    "attention": Family("nn/test_attention_flash.py::test_on_a_gpu_against_float64", "bfloat16", "bfloat16"),
+    "attention": Family("lm/attention/test_flash.py::test_on_a_gpu_against_float64", "bfloat16", "bfloat16"),
     "routing": Family("kernels/test_routing.py::test_as_accurate_as_the_reference"),
     "routing, gradients": Family("kernels/test_routing_backward.py::test_as_accurate_as_autograd"),
     "dispatch, gradients": Family("kernels/test_dispatch.py::test_dispatch_backward"),
@@ -33,8 +33,8 @@ FAMILIES = {
     "RMSNorm": Family("kernels/test_rms_norm.py::test_as_accurate_as_autograd"),
     "gated product": Family("kernels/test_gated_product.py::test_as_accurate_as_autograd"),
     "rotation": Family("kernels/test_rotary.py::test_rotation"),
-    "4-bit weights": Family("nn/test_execution_gpu.py::test_four_bit_weights_give_the_gradient", "", ""),
-    "fused modules": Family("nn/test_execution_gpu.py::test_fused_kernels_err_at_most_twice", "", ""),
+    "4-bit weights": Family("lm/execution/test_execution_gpu.py::test_four_bit_weights_give_the_gradient", "", ""),
+    "fused modules": Family("lm/execution/test_execution_gpu.py::test_fused_kernels_err_at_most_twice", "", ""),
 }
 
 

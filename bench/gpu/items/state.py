@@ -66,7 +66,7 @@ def _grouped_queries(device: str, index: int) -> Found:
     """Worst relative error of the result or of a gradient, in bfloat16 against float64 on the CPU."""
     import torch
 
-    from laser_fast.nn.attention import varlen_attention
+    from laser_fast.lm.attention.packed_attention import varlen_attention
     from laser_fast.ops import cu_seqlens_from_lengths
 
     generator = torch.Generator().manual_seed(0)

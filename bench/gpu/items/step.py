@@ -62,8 +62,8 @@ class Models:
         from reporting.step import timed_step
         from steps import twin
 
-        from laser_fast.nn.execution import Execution
-        from laser_fast.nn.frozen_lm import FrozenLM
+        from laser_fast.lm.execution.execution import Execution
+        from laser_fast.lm.frozen_lm import FrozenLM
 
         context = self._work.context
         lengths = packed_lengths(context.settings.mode_tokens if self._work.rehearse else tokens)

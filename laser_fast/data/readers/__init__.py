@@ -9,7 +9,7 @@ from laser_fast.data.readers.interactions import (
     UnknownItems,
     read_interactions,
 )
-from laser_fast.data.readers.items import ItemTexts, read_items
+from laser_fast.data.readers.item_rows import ItemTexts, read_items
 from laser_fast.data.readers.layouts import Layout, layout_of
 from laser_fast.data.readers.rows import Row, column_types, read_rows
 

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from laser_fast.data.readers.bad_rows import BadRowError, BadRows
-from laser_fast.data.readers.events import TimeType, event_type
+from laser_fast.data.readers.event_columns import TimeType, event_type
 from laser_fast.data.readers.layouts import Layout
 from laser_fast.data.readers.rows import Row, read_rows
 from laser_fast.data.readers.streams import Source

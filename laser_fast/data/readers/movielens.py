@@ -8,10 +8,10 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from laser_fast.data.preparation.titles import normalize_title
 from laser_fast.data.readers.interactions import InteractionColumns
 from laser_fast.data.readers.layouts import Layout
 from laser_fast.data.readers.streams import Source
-from laser_fast.data.titles import normalize_title
 
 _GENRES_100K = (
     "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy",

@@ -1,0 +1,234 @@
+"""What the commands print: text of data cannot command the terminal, and every error is one line on stderr.
+
+An error that a person can mend (a file, a setting, an argument, a full disk, memory) ends with status 2; a fault of
+laser_fast itself with 1, told as such; a signal with what a shell expects.
+"""
+
+import argparse
+import contextlib
+import errno
+import os
+import re
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from typing import Any, NoReturn, TextIO, cast
+
+from pydantic import ValidationError
+
+from laser_fast.config.settings import describe_problems
+from laser_fast.printable import one_line, printable
+
+_PROG = "laser-fast"
+_OUTPUT = "standard output"
+_BROKEN_PIPE = 128 + signal.SIGPIPE
+_SYSTEM_ERROR = re.compile(r"\(os error (\d{1,4})\)")
+_OUR_MESSAGE = re.compile(r"[^:\n]{1,100}: .*\bgot\b", re.DOTALL)
+
+_RULES = {
+    errno.EACCES: "it must be permitted to read or write it",
+    errno.EDQUOT: "the disk must have room; free some or choose another place",
+    errno.EEXIST: "nothing must be in its place",
+    errno.EFBIG: "a file must not grow beyond what the system allows; raise `ulimit -f`, or choose another place",
+    errno.EIO: "the disk must be whole",
+    errno.EISDIR: "it must be a file, no folder",
+    errno.ELOOP: "its links must lead somewhere",
+    errno.EMFILE: "fewer files must be open at once; raise `ulimit -n`",
+    errno.ENAMETOOLONG: "its name must be shorter",
+    errno.ENOENT: "it must exist",
+    errno.ENOSPC: "the disk must have room; free some or choose another place",
+    errno.ENOTDIR: "what stands before the last / must be a folder",
+    errno.EPERM: "it must be permitted to read or write it",
+    errno.EROFS: "the file system must be writable",
+}
+
+# what a person can cause, and the rule it breaks; of what is in laser_fast's own form the message says all
+_CAUSES: tuple[tuple[tuple[type[Exception], ...], str], ...] = (
+    ((UnicodeError,), "a text must be UTF-8"),
+    ((MemoryError,), "memory must hold what is asked for"),
+    ((RecursionError,), "a file must not be nested that deep"),
+    ((EOFError,), "a file must be whole"),
+    ((OverflowError,), "a number must not be that large"),
+    ((ValueError, OSError, ImportError, FloatingPointError), ""),
+)
+# the same of packages that need not be installed or are slow to import: first part of a module's name
+_CAUSES_OF_PACKAGES = {
+    "safetensors": "a safetensors file must be whole",
+    "zlib": "a packed file must be whole",
+    "_lzma": "a packed file must be whole",
+    "lzma": "a packed file must be whole",
+    "zipfile": "an archive must be whole",
+    "tarfile": "an archive must be whole",
+    "yaml": "a file must be YAML",
+    "_pickle": "a checkpoint must hold weights alone",
+    "pickle": "a checkpoint must hold weights alone",
+    "pyarrow": "a Parquet file must be whole",
+    "httpx": "the Hub must answer",
+    "huggingface_hub": "the Hub must answer",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Arguments that are refused raise `UsageError`, so that they are told as every other error is."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise it.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(f"{message}; see `{self.prog} --help`")
+
+
+class UsageError(ValueError):
+    """Arguments that are none of the command."""
+
+
+class _Escaped:
+    """A stream that obeys no text: control characters, and what its encoding cannot hold, are written as escapes."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        encoding = self._stream.encoding or "utf-8"  # a stream of a string has none
+        shown = printable(text, lines=True).encode(encoding, "backslashreplace").decode(encoding)
+        with _named_output():
+            self._stream.write(shown)
+        return len(text)
+
+    def flush(self) -> None:
+        with _named_output():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _named_output() -> Iterator[None]:
+    """An error of the system within tells that it is of stdout."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = _OUTPUT
+        raise
+
+
+@contextlib.contextmanager
+def safe_output() -> Iterator[None]:
+    """Until its end stdout is escaped and warnings are one line each. Bars go to stderr, which is left as it is."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.showwarning = _print_warning
+        if sys.stdout is not None:  # closed by who started us
+            stack.enter_context(contextlib.redirect_stdout(cast(TextIO, _Escaped(sys.stdout))))
+        yield
+
+
+def report_error(error: BaseException, *, trace: bool) -> int:
+    """Print one line about `error` on stderr, behind its traceback where that is asked for.
+
+    Returns:
+        The exit status: 2, 1 for a fault of laser_fast, 130 for Ctrl-C, 141 for a reader of stdout that has gone, which
+        is no error and told by nothing.
+    """
+    _flush_output()
+    if isinstance(error, BrokenPipeError) and error.filename == _OUTPUT:
+        return _BROKEN_PIPE
+    if trace:
+        _say(printable("".join(traceback.format_exception(error)).rstrip(), lines=True))
+    if isinstance(error, KeyboardInterrupt):
+        _say(f"{_PROG}: stopped by SIGINT")
+        return 128 + signal.SIGINT
+    told = _explain(error)
+    if told is not None:
+        _say(f"{_PROG}: error: {one_line(told)}")
+        return 2
+    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    see = "" if trace else f"; `{_PROG} --traceback ...` shows where"
+    _say(f"{_PROG}: error: a fault of laser_fast or of a package it needs, {one_line(said)}{see}; please report it")
+    return 1
+
+
+def _explain(error: BaseException) -> str | None:
+    """What a person did and can mend; None for a fault of the program."""
+    message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if isinstance(error, ValidationError):
+        return describe_problems(error, "configuration")
+    if isinstance(error, OSError) and error.errno is not None:
+        return _explain_system(error)
+    ours = isinstance(error, UsageError) or _raised_by_us(error)
+    if ours and _OUR_MESSAGE.match(message):
+        return message
+    if _out_of_memory(error):
+        return f"memory must hold what is asked for, got {message}"
+    for kinds, rule in _CAUSES:
+        if isinstance(error, kinds):
+            rule = rule and f"{rule}, got "
+            return f"{rule}{message}" if message and ours else f"{rule}{type(error).__name__}: {message}"
+    if found := _SYSTEM_ERROR.search(message):  # of packages in Rust, which have no kind of their own for it
+        return _explain_system(OSError(int(found[1]), os.strerror(int(found[1]))))
+    kinds_of_packages = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    for package, rule in _CAUSES_OF_PACKAGES.items():
+        if package in kinds_of_packages:
+            return f"{rule}, got {message}"
+    if type(error) is Exception:  # `tokenizers` has no kind of its own
+        return f"a tokenizer must be whole, got {message}"
+    if _in_transformers_files(error):
+        return f"the files of a language model must be whole, got {type(error).__name__}: {message}"
+    return None
+
+
+def _explain_system(error: OSError) -> str:
+    """File, rule and the system's words: `runs/a: the disk must have room, got No space left on device`."""
+    names = [
+        os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes | os.PathLike)
+    ]
+    what = " -> ".join(names) or "a file or stream"
+    rule, _, remedy = _RULES.get(error.errno or 0, "the system must be able to do it").partition("; ")
+    return f"{what}: {rule}, got {error.strerror}" + (f"; {remedy}" if remedy else "")
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and str(frames[-1].f_globals.get("__name__", "")).partition(".")[0] == "laser_fast"
+
+
+def _in_transformers_files(error: BaseException) -> bool:
+    """Whether it came while transformers read a folder, of which it checks little."""
+    return any(
+        frame.f_code.co_name == "from_pretrained" and str(frame.f_globals.get("__name__")).startswith("transformers.")
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    if "torch" not in sys.modules:  # nobody could run out of it
+        return False
+    from laser_fast.models.token_budget import is_out_of_memory
+
+    return is_out_of_memory(error)
+
+
+def _flush_output() -> None:
+    """Write what stdout still holds; where it cannot be written, throw it away: Python tries again at its end."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError, AttributeError):  # full or unread; closed; none
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
+
+
+def _say(line: str) -> None:
+    if sys.stderr is not None:  # else `print` would take stdout
+        with contextlib.suppress(OSError, ValueError):  # it is full, unread or closed
+            print(line, file=sys.stderr, flush=True)
+
+
+def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    _say(f"{_PROG}: warning: {one_line(str(message))}")

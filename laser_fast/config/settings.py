@@ -1,0 +1,182 @@
+"""Sections of settings: read from YAML, overridden from the command line, refused with the name of the key."""
+
+import difflib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
+
+from laser_fast.config.yaml_text import parse_yaml, read_yaml
+
+_PACKAGE_SCHEME = "package:"
+_MOST_PROBLEMS = 10  # told at once
+_LONGEST_VALUE = 200  # characters of a value or key that a message shows
+
+
+class Settings(BaseModel):
+    """Base of all sections: immutable, numbers finite, and a key that is not a field is an error.
+
+    A section within, where it is given in part, keeps what the default of its place sets.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_defaults_of_sections(cls, values: Any) -> Any:
+        """What pydantic would drop: the default of a place says more than that of its kind."""
+        if not isinstance(values, dict):
+            return values
+        kept = {}
+        for name, field in cls.model_fields.items():
+            given = values.get(name)
+            if isinstance(given, Mapping) and isinstance(field.default, Settings):
+                kept[name] = field.default.model_dump(exclude_unset=True) | dict(given)
+        return values | kept
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML's `on` and `yes` are truth values, which would count as the number 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError(f"must not be a truth value, got {value}")
+        return value
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+def build_config(kind: type[AnySettings], values: Mapping[str, Any], where: str = "configuration") -> AnySettings:
+    """Validate `values` into `kind`.
+
+    Args:
+        where: the values come from; begins the message.
+
+    Raises:
+        ValueError: for unknown keys (with the nearest known one) and values that break a rule, in one message.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where}: settings must be keys and values, got a {type(values).__name__}")
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        problems = describe_problems(error, where, kind)
+    raise ValueError(problems)
+
+
+def describe_problems(error: ValidationError, where: str, kind: type = Settings) -> str:
+    """What a validation found, in one sentence: the rules and the values, without pydantic's own words around them.
+
+    Args:
+        where: begins the sentence.
+        kind: the model whose keys are proposed for unknown ones.
+    """
+    problems = error.errors(include_url=False)
+    told = [_describe(kind, problem) for problem in problems[:_MOST_PROBLEMS]]
+    told += [f"and {len(problems) - _MOST_PROBLEMS:,} more"] if len(problems) > _MOST_PROBLEMS else []
+    return f"{where}: " + "; ".join(told)
+
+
+def load_config(kind: type[AnySettings], path: str | Path, overrides: Sequence[str] = ()) -> AnySettings:
+    """Read a YAML file and apply `overrides` of the form `section.key=value` (the value is read as YAML).
+
+    Raises:
+        OSError: no such file, or one that cannot be read.
+        ValueError: broken YAML (`read_yaml`), a malformed override, an unknown key, a value out of range; names
+            the file.
+    """
+    where = f"{path} with overrides" if overrides else str(path)
+    return build_config(kind, apply_overrides(read_yaml(path), overrides), where)
+
+
+def dump_config(config: Settings) -> str:
+    """The effective configuration as YAML, defaults included; `load_config` reads it back to an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def resolve_path(location: str | Path, what: str = "the path") -> Path:
+    """A file-system path, or `package:NAME/INNER` for a file inside an installed package, found, not imported.
+
+    Args:
+        what: the setting or argument that names it, for errors.
+
+    Raises:
+        FileNotFoundError: the package is not installed or has no such file; or the path does not exist.
+    """
+    text = str(location)
+    if not text.startswith(_PACKAGE_SCHEME):
+        path = Path(text).expanduser()
+        if not path.exists():
+            raise FileNotFoundError(f"resolve_path: {what} must exist, got {text!r}")
+        return path
+    name, _, inner = text.removeprefix(_PACKAGE_SCHEME).partition("/")
+    if not name.isidentifier():
+        raise ValueError(f"resolve_path: the package must be a top-level module name, got {name!r} in {text!r}")
+    spec = importlib.util.find_spec(name)  # of a top-level name: looks it up, runs nothing of it
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(f"resolve_path: package {name!r} must be installed, got none; try `pip install {name}`")
+    for root in spec.submodule_search_locations:
+        if (candidate := Path(root) / inner).exists():
+            return candidate
+    raise FileNotFoundError(f"resolve_path: package {name!r} must contain {inner!r}, got nothing there")
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`values` with every `section.key=value` of `overrides` set in it.
+
+    Raises:
+        ValueError: an override of another form.
+    """
+    for override in overrides:
+        _apply_override(values, override)
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(f"load_config: an override must read section.key=value, got {override!r}")
+    *sections, last = key.strip().split(".")
+    target = values
+    for section in sections:
+        inner = target.get(section)
+        if inner is None:
+            inner = target[section] = {}
+        if not isinstance(inner, dict):
+            raise ValueError(f"load_config: {section!r} in override {override!r} must be a section, got {inner!r}")
+        target = inner
+    target[last] = parse_yaml(text, f"the value of override {override!r}")
+
+
+def _describe(kind: type, problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    name = ".".join(location)[:_LONGEST_VALUE]
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # of a model, of a dataclass
+        near = difflib.get_close_matches(name, _known_keys(kind), n=1, cutoff=0.5)
+        near = near or difflib.get_close_matches(
+            location[-1][:_LONGEST_VALUE], [key.split(".")[-1] for key in _known_keys(kind)], n=1
+        )
+        return f"unknown key {name!r}" + (f", did you mean {near[0]!r}?" if near else "")
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"key {name!r} must be set, got nothing"
+    where = f"{name}: " if name else ""
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":  # our own checks, which print the values themselves
+        return f"{where}{message}"
+    return f"{where}{message}, got {_shown(problem['input'])}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}... ({len(text):,} characters)"
+
+
+def _known_keys(kind: Any, prefix: str = "") -> list[str]:
+    """Of a model, and of those in it; none of anything else."""
+    keys = []
+    for name, field in getattr(kind, "model_fields", {}).items():
+        keys += [prefix + name, *_known_keys(field.annotation, f"{prefix}{name}.")]
+    return keys

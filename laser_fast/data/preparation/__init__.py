@@ -1,0 +1,1 @@
+"""From logs to a data set: read, filter, order, write."""

@@ -1,0 +1,1 @@
+"""Which interactions train, validate and test."""

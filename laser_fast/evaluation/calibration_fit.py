@@ -1,0 +1,269 @@
+"""Fit the scalars of a `CalibratedScorer` on validation rows: most likely targets first, then the best NDCG@10.
+
+The fused score is linear in its scalars, so that the likelihood of the targets under its softmax has one maximum, which
+a few Newton steps find from anywhere. NDCG@10 is what counts, but it is a staircase with many local maxima: it is
+searched around that point alone, one scalar at a time, by small factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from laser_fast.evaluation.evaluate import row_batches
+from laser_fast.evaluation.metrics import rank_values
+from laser_fast.recommenders.protocol import Scorer, repeat_positions
+from laser_fast.retrieval.calibration import CalibratedScorer, Calibration, standard_scores
+
+if TYPE_CHECKING:
+    from laser_fast.data import EvaluationRows
+
+_METRIC = "NDCG@10"
+_HISTORY, _LAST, _POPULARITY = "history_bias", "last_bias", "popularity_weight"
+_FACTORS = ((0.6, 0.8, 1.0, 1.25, 1.6), (0.6, 0.8, 1.0, 1.25, 1.6), (0.7, 0.85, 1.0, 1.18, 1.4))  # of each round
+_NEWTON_STEPS = 30
+_HALVINGS = 30  # of a Newton step, which far from the maximum overshoots and would never arrive
+_SUFFICIENT = 1e-4  # share of the decrease that a straight line promises
+_RIDGE = 1e-4  # keeps scalars finite where the rows do not bound them
+_ROWS_PER_CHUNK = 64  # a chunk of scores stays in the cache while a whole grid is tried on it
+_SCORES_PER_CHUNK = 2**22  # of one term, at most, in a chunk of several rows
+
+
+def fit_calibration(
+    components: Mapping[str, Scorer],
+    rows: EvaluationRows,
+    counts: Tensor,
+    **options: Any,
+) -> CalibratedScorer:
+    """`search_calibration` without the metric it reached."""
+    return search_calibration(components, rows, counts, **options)[0]
+
+
+@torch.no_grad()
+def search_calibration(
+    components: Mapping[str, Scorer],
+    rows: EvaluationRows,
+    counts: Tensor,
+    *,
+    standardize: Iterable[str] = (),
+    max_scores: int = 2**26,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+) -> tuple[CalibratedScorer, float]:
+    """Maximise NDCG@10 on `rows`, from where their targets are most likely; deterministic.
+
+    Components are scored once. No component and no popularity gets a negative weight. A term that the best NDCG@10 is
+    reached without is left out, with weight 0. A common factor changes no ranking: the first component has weight 1
+    unless it is left out.
+
+    Args:
+        components: name -> scorer; the first sets the unit of the others.
+        rows: validation rows, never test rows.
+        counts: [I], events of each item in the training part.
+        standardize: components to z-score per history (see `Calibration`).
+        max_scores: scores held per component (4 bytes each); of more rows an evenly spaced part is used.
+        batch_size: rows scored at a time.
+        device: where the histories are put before `score`.
+        progress: show a bar.
+
+    Returns:
+        The fused scorer, and its NDCG@10 on the rows that were used.
+
+    Raises:
+        ValueError: no rows or no component, names that do not fit, or scores that are not finite.
+    """
+    if not len(rows):
+        raise ValueError("fit_calibration: rows must not be empty, got 0 rows")
+    names = list(components)
+    if reserved := {_HISTORY, _LAST, _POPULARITY} & set(names):
+        raise ValueError(f"fit_calibration: components must not be called like a term, got {sorted(reserved)}")
+    start = Calibration(dict.fromkeys(names, 0.0) | dict.fromkeys(names[:1], 1.0), tuple(standardize))
+    CalibratedScorer(components, start, counts)  # its checks come before minutes of scoring
+    if len(rows) * counts.numel() > max_scores:
+        wanted = max(1, max_scores // counts.numel())
+        rows = rows.select(np.linspace(0, len(rows) - 1, wanted).round().astype(np.int64))
+    terms = _Terms(components, start.standardize, rows, counts, batch_size, device, progress)
+    values, best = _climb(terms, _likeliest(terms, [*names, _POPULARITY]), progress)
+    values, best = _without_useless(terms, values, best)
+    scale = values[names[0]] or 1.0
+    scalars = {name: value / scale * terms.units[name] for name, value in values.items()}
+    fitted = Calibration(
+        {name: scalars[name] for name in names},
+        start.standardize,
+        scalars[_HISTORY],
+        scalars[_LAST],
+        scalars[_POPULARITY],
+    )
+    return CalibratedScorer(components, fitted, counts), best
+
+
+def _likeliest(terms: _Terms, non_negative: list[str]) -> dict[str, float]:
+    """Scalars that maximise the likelihood of the targets, in units; those of `non_negative` that would not be are 0.
+
+    Newton's method on the mean cross-entropy of the softmax over the catalogue, which is convex in the scalars.
+    """
+    free = list(terms.names)
+    while True:
+        values = dict(zip(free, _minimum(terms, free).tolist(), strict=True))
+        wrong = [name for name in free if name in non_negative and values[name] < 0]
+        if not wrong:
+            return dict.fromkeys(terms.names, 0.0) | values
+        free.remove(min(wrong, key=values.__getitem__))
+
+
+def _minimum(terms: _Terms, names: list[str]) -> Tensor:
+    """Scalars of `names` with the lowest cross-entropy: float64 [T]. Newton steps, each halved until it helps."""
+    found = torch.zeros(len(names), dtype=torch.float64)
+    loss = terms.cross_entropy(names, found)
+    for _ in range(_NEWTON_STEPS):
+        gradient, curvature = terms.derivatives(names, found)
+        gradient += _RIDGE * found
+        step = torch.linalg.solve(curvature + _RIDGE * torch.eye(len(names), dtype=torch.float64), gradient)
+        promised = float(gradient @ step)
+        for halving in range(_HALVINGS):
+            share = 0.5**halving
+            trial = found - share * step
+            reached = terms.cross_entropy(names, trial) + 0.5 * _RIDGE * float(trial @ trial)
+            if reached <= loss - _SUFFICIENT * share * promised:
+                found, loss = trial, reached
+                break
+        else:
+            return found  # no step helps: rounding is all that is left
+        if float(step.abs().max()) < 1e-3:
+            return found
+    return found
+
+
+def _climb(terms: _Terms, values: dict[str, float], progress: bool) -> tuple[dict[str, float], float]:
+    """The best NDCG@10 by factors of one scalar at a time, and the scalars that reach it."""
+    free = [name for name in terms.names[1:] if values[name]]
+    best = terms.quality(values, terms.names[0], [values[terms.names[0]]])[0]
+    with tqdm(total=len(_FACTORS) * len(free), desc="calibrate", unit="scalar", disable=not progress) as bar:
+        for factors in _FACTORS:
+            for name in free:
+                grid = [values[name] * factor for factor in factors]
+                found = terms.quality(values, name, grid)
+                place = int(np.argmax(found))
+                if found[place] > best:
+                    best, values[name] = found[place], grid[place]
+                bar.set_postfix_str(f"{_METRIC} {best:.4f}")
+                bar.update()
+    return values, best
+
+
+def _without_useless(terms: _Terms, values: dict[str, float], best: float) -> tuple[dict[str, float], float]:
+    """One term after the other is left out where NDCG@10 is no lower without it, the smallest first."""
+    for name in sorted(filter(values.__getitem__, terms.names), key=lambda name: abs(values[name])):
+        without = terms.quality(values, name, [0.0])[0]
+        if without >= best and any(value for other, value in values.items() if other != name):
+            values[name], best = 0.0, without
+    return values, best
+
+
+class _Terms:
+    """Every term of the fused score for all rows, in units of the first component's deviation."""
+
+    def __init__(
+        self,
+        components: Mapping[str, Scorer],
+        standardize: tuple[str, ...],
+        rows: EvaluationRows,
+        counts: Tensor,
+        batch_size: int,
+        device: torch.device | str,
+        progress: bool,
+    ) -> None:
+        self.scores: dict[str, Tensor] = {}
+        for name, component in components.items():
+            batches = tqdm(
+                row_batches(rows, batch_size, device),
+                desc=f"score {name}",
+                total=-(-len(rows) // batch_size),
+                disable=not progress,
+            )
+            parts = [component.score(items, cu_seqlens).float().cpu() for items, cu_seqlens, _ in batches]
+            scores = torch.cat([standard_scores(part) for part in parts] if name in standardize else parts)
+            if not bool(torch.isfinite(scores).all()):
+                bad = scores[~torch.isfinite(scores)][0].item()
+                raise ValueError(f"fit_calibration: scores must be finite, got {bad} from component {name!r}")
+            self.scores[name] = scores
+        self.targets = torch.tensor(rows.targets)
+        self.log_counts = torch.log1p(counts.float().cpu())
+        self.num_items = counts.numel()
+        self.histories = rows.histories
+        self.names = [*components, _HISTORY, _LAST, _POPULARITY]
+        deviation = {name: scores.std(dim=1).mean().item() for name, scores in self.scores.items()}
+        unit = deviation[next(iter(components))] or 1.0
+        spread = self.log_counts.std().item() if self.num_items > 1 else 0.0
+        self.units = {name: unit / (size or 1.0) for name, size in deviation.items()}
+        self.units |= {_HISTORY: unit, _LAST: unit, _POPULARITY: unit / (spread or 1.0)}
+
+    def quality(self, values: Mapping[str, float], name: str, grid: list[float]) -> list[float]:
+        """Mean metric over the rows for each value of `name` in `grid`, the other scalars as in `values`."""
+        totals = torch.zeros(len(grid), dtype=torch.float64)
+        for chunk in self._chunks():
+            base = torch.zeros(len(chunk), self.num_items)
+            for other in self.names:
+                if other != name and values[other]:
+                    base += values[other] * self._term(other, chunk)
+            direction = self._term(name, chunk)
+            targets = self.targets[chunk][:, None]
+            for place, value in enumerate(grid):
+                scores = torch.add(base, direction, alpha=value)
+                ranks = (scores >= scores.gather(1, targets)).sum(dim=1)
+                totals[place] += rank_values(ranks, _METRIC).sum()
+        return (totals / self.targets.numel()).tolist()
+
+    def cross_entropy(self, names: list[str], values: Tensor) -> float:
+        """Mean cross-entropy of the targets in the softmax over the catalogue, of the T terms `names` alone."""
+        total = 0.0
+        for chunk in self._chunks():
+            scores = torch.zeros(len(chunk), self.num_items)
+            for name, value in zip(names, values.tolist(), strict=True):
+                scores += value * self._term(name, chunk)
+            of_targets = scores.gather(1, self.targets[chunk][:, None])[:, 0]
+            total += float((scores.logsumexp(dim=1) - of_targets).double().sum())
+        return total / self.targets.numel()
+
+    def derivatives(self, names: list[str], values: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the mean cross-entropy of the targets in the softmax over the catalogue: gradient [T], curvature [T, T].
+
+        Args:
+            names: T terms; the others are left out.
+            values: float64 [T], their scalars.
+        """
+        gradient = torch.zeros(len(names), dtype=torch.float64)
+        curvature = torch.zeros(len(names), len(names), dtype=torch.float64)
+        for chunk in self._chunks():
+            features = torch.stack([self._term(name, chunk) for name in names])  # [T, b, I]
+            shares = torch.einsum("t,tbi->bi", values.float(), features).softmax(dim=1)
+            weighted = features * shares
+            means = weighted.sum(dim=2)  # [T, b]
+            gradient += (means - features[:, np.arange(len(chunk)), self.targets[chunk]]).double().sum(dim=1)
+            curvature += (weighted.flatten(1) @ features.flatten(1).T - means @ means.T).double()
+        return gradient / self.targets.numel(), curvature / self.targets.numel()
+
+    def _chunks(self) -> list[np.ndarray]:
+        """The rows, a few at a time."""
+        size = max(1, min(_ROWS_PER_CHUNK, _SCORES_PER_CHUNK // self.num_items))
+        rows = np.arange(self.targets.numel())
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def _term(self, name: str, chunk: np.ndarray) -> Tensor:
+        """One term with scalar 1 (in units) for the rows of `chunk`: [b, I]."""
+        unit = self.units[name]
+        if name in self.scores:
+            return unit * self.scores[name][chunk[0] : chunk[-1] + 1]
+        if name == _POPULARITY:
+            return (unit * self.log_counts).expand(len(chunk), -1)
+        histories = self.histories.select(chunk)
+        places = repeat_positions(torch.tensor(histories.items), torch.tensor(histories.cu_seqlens), self.num_items)
+        term = torch.zeros(len(chunk), self.num_items)
+        term.view(-1)[places[0] if name == _HISTORY else places[1]] = unit
+        return term

@@ -1,7 +1,0 @@
-"""The report of a run, in words and pictures: what was trained, how well it does, and what its experts do."""
-
-from laser_fast.evaluation.reporting.report import check_report_folder, write_report
-from laser_fast.evaluation.reporting.run_record import read_run
-from laser_fast.evaluation.reporting.subject import Subject
-
-__all__ = ["Subject", "check_report_folder", "read_run", "write_report"]

@@ -1,0 +1,376 @@
+"""A trained Laser in a folder: safetensors and JSON, whole or absent; nothing of the frozen language model.
+
+laser.json               settings, which language model it belongs to, hashes, calibration
+adapter.safetensors      what was trained (`LaserModel.state_dict`)
+items.safetensors        the item matrix V that belongs to it, how often each item was seen in training, and the text
+                         vectors of the residual, where there is one
+items.json               the catalogue: external ids and text fields in index order
+recommender.*            the frozen recommender that M-Former reads, where it reads one
+rules.safetensors        the sequential rules of the calibrated score, where it has some
+neighbors.safetensors    its item neighbours, where it has some
+seal.json                size and SHA-256 of every file above, without which none is read
+README.md                a model card, which may be edited
+"""
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from laser_fast.config import LanguageModelConfig, LaserConfig, ModelConfig
+from laser_fast.data.items import ItemTable
+from laser_fast.files.descriptions import Description, checked_description, parse_description
+from laser_fast.files.folders import replace_directory, whole_directory, write_json
+from laser_fast.files.sealed import SEAL, SealedFolder, seal
+from laser_fast.files.tensors import (
+    load_weights_of_file,
+    read_tensors,
+    refuse_other_shapes,
+    tensor_shapes,
+    write_tensors,
+)
+from laser_fast.laser.description import LaserDescription
+from laser_fast.lm.loading.base_model import differences
+from laser_fast.recommenders.item_to_item import ItemKNN, ItemToItem, SequentialRules, refuse_other_table
+from laser_fast.recommenders.packed_recommender import PackedRecommender
+from laser_fast.recommenders.recommender_files import (
+    RECOMMENDER_FILES,
+    is_saved_by_kind,
+    read_recommender,
+    write_recommender,
+)
+
+if TYPE_CHECKING:
+    from laser_fast.laser.model import LaserModel
+
+_FORMAT = 3
+_DESCRIPTION = "laser.json"
+_ADAPTER = "adapter.safetensors"
+_ITEM_TENSORS = "items.safetensors"
+_ITEMS = "items.json"
+_TABLES: dict[str, type[ItemToItem]] = {"rules": SequentialRules, "neighbors": ItemKNN}
+_DERIVED = ("item_matrix", "text_vectors")
+_IN_RUN = "checkpoint"
+LASER_FILES = (
+    _DESCRIPTION,
+    _ADAPTER,
+    _ITEM_TENSORS,
+    _ITEMS,
+    *(f"{name}.safetensors" for name in _TABLES),
+    *RECOMMENDER_FILES,
+    SEAL,
+    "README.md",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """What a model was built from; recorded when it is saved and compared when it is loaded.
+
+    Attributes:
+        config: settings of the model.
+        lm: where the language model was loaded from, and how.
+        base: what the language model is, see `describe_base`.
+        items: the catalogue.
+        counts: int64 [I], events of each item in the training part; zeros where nobody counted.
+        split_hash: of the split it was trained on; None if unknown.
+    """
+
+    config: ModelConfig
+    lm: LanguageModelConfig
+    base: dict[str, Any]
+    items: ItemTable
+    counts: np.ndarray
+    split_hash: str | None = None
+
+
+class _Items(Description):
+    """What items.json holds."""
+
+    ids: list[str]
+    fields: dict[str, list[str]]
+
+
+@dataclass(frozen=True, eq=False)
+class SavedLaser:
+    """A folder written by `write_laser`; files are read, and compared with the seal, when they are asked for."""
+
+    sealed: SealedFolder
+    description: LaserDescription
+
+    @property
+    def name(self) -> str:
+        """Of the folder."""
+        return self.sealed.path.name
+
+    def items(self) -> ItemTable:
+        """The catalogue.
+
+        Raises:
+            ValueError: the file is damaged, or is of another catalogue than the rest.
+        """
+        values = parse_description(_Items, self.sealed.read(_ITEMS), f"checkpoint: {_ITEMS}")
+        table, expected = ItemTable(values.ids, values.fields), self.description
+        if len(table) != expected.num_items or table.hash() != expected.item_map_hash:
+            raise ValueError(
+                f"checkpoint: {_ITEMS} must hold the {expected.num_items} items of {_DESCRIPTION}, "
+                f"{expected.item_map_hash[:12]}, got {len(table)}, {table.hash()[:12]}"
+            )
+        return table
+
+    def counts(self) -> np.ndarray:
+        """Events of each item in the training part: int64 [I]."""
+        counts: np.ndarray = read_tensors(self.sealed, _ITEM_TENSORS, ["counts"])["counts"].numpy()
+        if counts.dtype != np.int64 or (counts < 0).any():
+            raise ValueError(f"checkpoint: counts of {_ITEM_TENSORS} must be int64 and not negative, got {counts}")
+        return counts
+
+    def recommender(self) -> PackedRecommender | None:
+        """The recommender that was saved with the model; None where there is none in the folder."""
+        record = self.description.recommender
+        return read_recommender(self.sealed) if record is not None and record.saved else None
+
+    def tables(self) -> dict[str, ItemToItem]:
+        """The rules and neighbours that the calibrated score adds, by their name in it.
+
+        Raises:
+            ValueError: a file is damaged or belongs to another catalogue.
+        """
+        found: dict[str, ItemToItem] = {}
+        for name, settings in self.description.tables.items():
+            values = read_tensors(self.sealed, f"{name}.safetensors")
+            refuse_other_table(values, self.description.num_items, f"{name}.safetensors")
+            found[name] = _TABLES[name](
+                values["bounds"],
+                values["columns"],
+                values["values"],
+                decay=settings.decay,
+                max_history=settings.max_history,
+            )
+        return found
+
+    def refuse_other_sizes(self) -> None:
+        """Make sure that the tensors are as large as the description says, before anything of these sizes is built.
+
+        Raises:
+            ValueError: a file is damaged, or of other sizes.
+        """
+        found = tensor_shapes(self.sealed, _ITEM_TENSORS)
+        empty = found.get("item_matrix", (1,))[0] == 0  # it was saved before `refresh_items`
+        wanted = self.description.item_shapes(0 if empty else self.description.num_items)
+        refuse_other_shapes(found, wanted, f"checkpoint: {_ITEM_TENSORS}")
+        found, wanted = tensor_shapes(self.sealed, _ADAPTER), self.description.adapter_shapes()
+        refuse_other_shapes(found, wanted, f"checkpoint: {_ADAPTER}")
+
+    def refuse_another_base(self, model: "LaserModel") -> None:
+        """Make sure that a model stands on the language model and the tokenizer this one was trained with.
+
+        Raises:
+            ValueError: it does not; lists the differences.
+        """
+        expected = self.description.base
+        if found := differences(expected.model_dump(), origin_of(model).base):
+            raise ValueError(
+                f"from_pretrained: the language model must be the {expected.type} this Laser was trained with, got "
+                + ", ".join(found)
+            )
+
+    def refuse_another_recommender(self, recommender: object, function: str) -> None:
+        """Make sure that a recommender has the weights of the one in training, where there was one.
+
+        Args:
+            function: the first word of the message.
+
+        Raises:
+            ValueError: it has not.
+        """
+        expected = self.description.recommender
+        if expected is not None and expected.sha256 != (found := weights_hash(recommender)):
+            raise ValueError(
+                f"{function}: recommender must be the {expected.kind} of the training, {str(expected.sha256)[:12]}, "
+                f"got a {type(recommender).__name__}, {str(found)[:12]}"
+            )
+
+    def put_into(self, model: "LaserModel") -> None:
+        """Trained parameters and item matrix into a model of the same shape.
+
+        Raises:
+            ValueError: a file is damaged, or belongs to another catalogue or other settings.
+        """
+        if self.description.item_map_hash != item_map_hash(model.item_ids):
+            raise ValueError(
+                f"load_weights: {self.name} must belong to this catalogue of {model.num_items} items, "
+                f"got another item map, of {self.description.num_items} items"
+            )
+        # all is read before anything is changed
+        state, items = read_tensors(self.sealed, _ADAPTER), read_tensors(self.sealed, _ITEM_TENSORS, _DERIVED)
+        if wrong := {name: value.dtype for name, value in items.items() if not value.is_floating_point()}:
+            raise ValueError(f"load_weights: {_ITEM_TENSORS} must hold {', '.join(_DERIVED)} in float32, got {wrong}")
+        try:
+            load_weights_of_file(model, state, f"load_weights: {_ADAPTER}")
+        except RuntimeError as error:
+            raise ValueError(f"load_weights: {self.name} must fit the configuration, got {error}") from error
+        if model.text is not None and "text_vectors" in items:
+            model.text.set_vectors(items["text_vectors"])
+        # last: it belongs to all that stands before it
+        model.item_matrix = items["item_matrix"].to(model.device, torch.float32)
+
+    def put_text_into(self, model: "LaserModel") -> None:
+        """The trained text residual and its vectors alone, and the weight of popularity where both have one.
+
+        Raises:
+            ValueError: a file is damaged, or one of the two models has no text residual.
+        """
+        vectors = read_tensors(self.sealed, _ITEM_TENSORS, ["text_vectors"]).get("text_vectors")
+        if model.text is None or vectors is None:
+            raise ValueError(f"put_text_into: {self.name} and the model must have a text residual, got none")
+        state = read_tensors(self.sealed, _ADAPTER)
+        prefix = "text."
+        own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        load_weights_of_file(model.text, own, f"put_text_into: {_ADAPTER}")
+        model.text.set_vectors(vectors)
+        if model.popularity_weight is not None and "popularity_weight" in state:
+            with torch.no_grad():
+                model.popularity_weight.copy_(state["popularity_weight"])
+
+
+def find_saved(folder: Path) -> SavedLaser | None:
+    """What `write_laser` wrote there, or into the checkpoint of the run there; None if it wrote nothing.
+
+    Raises:
+        ValueError: laser.json is damaged or of another format, or a file of the folder is missing or of another size.
+    """
+    if not (folder / _DESCRIPTION).is_file():
+        try:
+            folder = whole_directory(folder / _IN_RUN)
+        except FileNotFoundError:
+            return None
+        if not (folder / _DESCRIPTION).is_file():
+            return None
+    where, remedy = f"find_saved: {folder / _DESCRIPTION}", "save the model with this version of laser_fast"
+    content, version = (folder / _DESCRIPTION).read_bytes(), ("format", _FORMAT)
+    description = parse_description(LaserDescription, content, where, version=version, remedy=remedy)
+    sealed = SealedFolder(folder)
+    sealed.file(_DESCRIPTION)  # read before the seal, because older versions have a format and no seal
+    return SavedLaser(sealed, description)
+
+
+def write_laser(
+    model: "LaserModel", directory: Path, card: str, *, config: LaserConfig | None = None, **facts: Any
+) -> None:
+    """Write the folder; an older one at the same place is replaced when the new one is complete.
+
+    Args:
+        card: README.md of the folder.
+        config: of the run that writes it.
+        facts: anything worth keeping with it (stage, epoch, metrics), as JSON.
+
+    Raises:
+        RuntimeError: the model does not know what it was built from, or its item matrix or its calibration belongs to
+            older weights.
+        ValueError: it could not be read again, such as a calibration that is not finite.
+    """
+    origin = origin_of(model)
+    model.refuse_outdated()
+    recommender = _recommender_of(model)
+    own = recommender if is_saved_by_kind(recommender) else None
+    tables = _tables_of(model)
+    description = _describe(model, recommender, tables, config, facts)
+    counts = torch.from_numpy(np.asarray(origin.counts, dtype=np.int64))
+    with replace_directory(directory) as fresh:
+        write_tensors(model.state_dict(), fresh / _ADAPTER)
+        items = {"item_matrix": model.item_matrix, "counts": counts}
+        if model.text is not None:
+            items["text_vectors"] = model.text.fetch_vectors()
+        write_tensors(items, fresh / _ITEM_TENSORS)
+        write_json(fresh / _ITEMS, {"ids": origin.items.ids, "fields": origin.items.fields})
+        if own is not None:
+            write_recommender(own, fresh)
+        for name, table in tables.items():
+            values = {"bounds": table.bounds, "columns": table.columns, "values": table.values}
+            write_tensors(values, fresh / f"{name}.safetensors")
+        write_json(fresh / _DESCRIPTION, description.model_dump(mode="json"))
+        (fresh / "README.md").write_text(card, encoding="utf-8")
+        seal(fresh)
+
+
+def _describe(
+    model: "LaserModel",
+    recommender: object,
+    tables: dict[str, ItemToItem],
+    config: LaserConfig | None,
+    facts: dict[str, Any],
+) -> LaserDescription:
+    """`laser.json` of a model."""
+    origin = origin_of(model)
+    record = None
+    if recommender is not None:
+        saved = is_saved_by_kind(recommender)
+        record = {"kind": type(recommender).__name__, "saved": saved, "sha256": weights_hash(recommender)}
+    values = {
+        "format": _FORMAT,
+        "model": origin.config,
+        "lm": origin.lm,
+        "base": origin.base,
+        "num_items": model.num_items,
+        "item_map_hash": item_map_hash(model.item_ids),
+        "split_hash": origin.split_hash,
+        "recommender": record,
+        "calibration": None if model.calibration is None else asdict(model.calibration.calibration),
+        "tables": {name: {"decay": table.decay, "max_history": table.max_history} for name, table in tables.items()},
+        "config": config,
+        "facts": facts,
+    }
+    return checked_description(LaserDescription, values, f"write_laser: {_DESCRIPTION}")
+
+
+def origin_of(model: "LaserModel") -> Origin:
+    """What a model was built from.
+
+    Raises:
+        RuntimeError: it does not know.
+    """
+    if model.origin is None:
+        raise RuntimeError(
+            "save_pretrained: the model must know what it was built from, got none; "
+            "build it with LaserModel.from_pretrained or set `origin`"
+        )
+    return model.origin
+
+
+def _recommender_of(model: "LaserModel") -> object:
+    """The one whose states it reads, or whose scores its calibration adds; None."""
+    if model.recommender is not None:
+        return model.recommender.recommender
+    return None if model.calibration is None else model.calibration.components.get("recommender")
+
+
+def _tables_of(model: "LaserModel") -> dict[str, ItemToItem]:
+    """The rules and neighbours whose scores its calibration adds."""
+    known = {} if model.calibration is None else model.calibration.components
+    found = {}
+    for name, kind in _TABLES.items():
+        table = known.get(name)
+        if isinstance(table, kind):
+            found[name] = table
+    return found
+
+
+def weights_hash(recommender: object) -> str | None:
+    """SHA-256 of the parameters of a recommender; None for one that is no module."""
+    if not isinstance(recommender, nn.Module):
+        return None
+    digest = hashlib.sha256()
+    for name, tensor in sorted(recommender.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def item_map_hash(item_ids: list[str]) -> str:
+    """SHA-256 over the external ids in index order."""
+    return ItemTable(item_ids).hash()

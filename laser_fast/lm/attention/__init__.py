@@ -1,0 +1,1 @@
+"""Attention on packed sequences, and its backends."""

@@ -1,0 +1,210 @@
+"""The portable backend of packed attention: sequences of similar length as padded blocks, on any device.
+
+Each block goes through `torch.nn.functional.scaled_dot_product_attention`, or through plain arithmetic where the scores
+are soft-capped or have sinks, which that function does not know.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from laser_fast.lm.attention.flash import AttentionKind
+
+_LENGTH_STEP = 16  # lengths are rounded up to this: few buckets, and at most 15 slots of padding per sequence
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Sequences laid out as one padded block: slots `[query_start, query_start + sequences * query_length)`."""
+
+    sequences: int
+    query_start: int
+    query_length: int
+    key_start: int
+    key_length: int
+    mask: Tensor | None  # bool [sequences, 1, query_length, key_length], True = attend; None = attend everywhere
+    keyless: Tensor | None  # bool [sequences, 1, query_length, 1], True where a real query sees no key: its output is 0
+    _additive: dict[torch.dtype, Tensor] = field(default_factory=dict, compare=False)
+
+    def additive_mask(self, dtype: torch.dtype) -> Tensor | None:
+        """The mask as what is added to scores, made once for all layers (from a bool one every layer keeps its own)."""
+        if self.mask is None:
+            return None
+        if dtype not in self._additive:
+            zeros = torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device)
+            self._additive[dtype] = zeros.masked_fill_(~self.mask, -torch.inf)
+        return self._additive[dtype]
+
+
+@dataclass(frozen=True)
+class BucketLayout:
+    """Where each packed token goes in the padded blocks, for one batch of lengths and one kind of mask."""
+
+    query_slots: Tensor  # int64 [Tq]
+    key_slots: Tensor  # int64 [Tk]
+    num_query_slots: int
+    num_key_slots: int
+    buckets: tuple[Bucket, ...]
+
+    @staticmethod
+    def build(
+        lengths_q: list[int], lengths_k: list[int], device: torch.device, causal: bool, sliding_window: int | None
+    ) -> "BucketLayout":
+        """Lay out sequences of these lengths: on the host, then copied to the device without waiting for it."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for sequence, (length_q, length_k) in enumerate(zip(lengths_q, lengths_k, strict=True)):
+            if length_q:
+                groups.setdefault((_round_up(length_q), _round_up(length_k)), []).append(sequence)
+        first_query_slot = [0] * len(lengths_q)
+        first_key_slot = [0] * len(lengths_k)
+        buckets, query_start, key_start = [], 0, 0
+        for members in groups.values():
+            counts_q = torch.tensor([lengths_q[i] for i in members])
+            counts_k = torch.tensor([lengths_k[i] for i in members])
+            query_length, key_length = max(lengths_q[i] for i in members), max(1, *(lengths_k[i] for i in members))
+            for row, sequence in enumerate(members):
+                first_query_slot[sequence] = query_start + row * query_length
+                first_key_slot[sequence] = key_start + row * key_length
+            masks = _bucket_mask(counts_q, counts_k, query_length, key_length, causal, sliding_window)
+            mask, keyless = (None if one is None else one.to(device, non_blocking=True) for one in masks)
+            buckets.append(Bucket(len(members), query_start, query_length, key_start, key_length, mask, keyless))
+            query_start += len(members) * query_length
+            key_start += len(members) * key_length
+        # keys of a sequence without queries have no block; they go to one spare slot that nobody reads
+        for sequence, (length_q, length_k) in enumerate(zip(lengths_q, lengths_k, strict=True)):
+            if not length_q and length_k:
+                first_key_slot[sequence] = key_start
+                key_start += length_k
+        return BucketLayout(
+            _slots(first_query_slot, lengths_q, device),
+            _slots(first_key_slot, lengths_k, device),
+            query_start,
+            key_start,
+            tuple(buckets),
+        )
+
+
+def attend_in_buckets(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: BucketLayout,
+    kind: AttentionKind,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Arguments as in `varlen_attention`: [Tq, H, d], [Tk, H_kv, d] twice -> [Tq, H, d]."""
+    if not layout.buckets:
+        return query * 0.0
+    queries = _lay_out(query, layout.query_slots, layout.num_query_slots)
+    keys = _lay_out(key, layout.key_slots, layout.num_key_slots)
+    values = _lay_out(value, layout.key_slots, layout.num_key_slots)
+    outputs = []
+    for bucket in layout.buckets:
+        size_q, size_k = bucket.sequences * bucket.query_length, bucket.sequences * bucket.key_length
+        block_q, block_k, block_v = (
+            tensor[start : start + size].unflatten(0, (bucket.sequences, -1)).transpose(1, 2)
+            for tensor, start, size in (
+                (queries, bucket.query_start, size_q),
+                (keys, bucket.key_start, size_k),
+                (values, bucket.key_start, size_k),
+            )
+        )
+        if kind.softcap is None and sinks is None:
+            attended = F.scaled_dot_product_attention(
+                block_q,
+                block_k,
+                block_v,
+                attn_mask=bucket.additive_mask(query.dtype),
+                dropout_p=kind.dropout,
+                scale=kind.scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+        else:
+            attended = _plain_attention(block_q, block_k, block_v, bucket.mask, kind, sinks)
+        if bucket.keyless is not None:
+            attended = attended.masked_fill(bucket.keyless, 0.0)
+        outputs.append(attended.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).index_select(0, layout.query_slots)
+
+
+def _plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    kind: AttentionKind,
+    sinks: Tensor | None,
+) -> Tensor:
+    """[n, H, Lq, d], [n, H_kv, Lk, d] twice -> [n, H, Lq, d]; the scores of a block are materialised."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = (query @ key.transpose(2, 3) * kind.scale).to(torch.promote_types(query.dtype, torch.float32))
+    if kind.softcap is not None:
+        scores = kind.softcap * torch.tanh(scores / kind.softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        # a sink takes part in the softmax and has no value
+        sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    probabilities = F.dropout(scores.softmax(dim=-1), kind.dropout)
+    return probabilities[..., : key.shape[2]].to(value.dtype) @ value
+
+
+def _round_up(length: int) -> int:
+    return -(-length // _LENGTH_STEP) * _LENGTH_STEP
+
+
+def _slots(first_slot: list[int], lengths: list[int], device: torch.device) -> Tensor:
+    """First slot of the sequence plus position in it, for every packed token: int64 [T]."""
+    counts = torch.tensor(lengths, dtype=torch.int64)
+    starts = counts.cumsum(0) - counts
+    shift = torch.tensor(first_slot, dtype=torch.int64) - starts
+    total = sum(lengths)
+    slots = torch.arange(total) + shift.repeat_interleave(counts, output_size=total)
+    return slots.to(device, non_blocking=True)
+
+
+def _lay_out(tokens: Tensor, slots: Tensor, num_slots: int) -> Tensor:
+    blocks: Tensor = _LayOut.apply(tokens, slots, num_slots)
+    return blocks
+
+
+class _LayOut(torch.autograd.Function):
+    """Rows to their slots, zeros elsewhere; unlike `index_copy` it keeps no rows for backward, which gathers them."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, slots: Tensor, num_slots: int) -> Tensor:
+        ctx.save_for_backward(slots)
+        return tokens.new_zeros(num_slots, *tokens.shape[1:]).index_copy_(0, slots, tokens)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (slots,) = ctx.saved_tensors
+        return grad.index_select(0, slots), None, None
+
+
+def _bucket_mask(
+    counts_q: Tensor, counts_k: Tensor, query_length: int, key_length: int, causal: bool, sliding_window: int | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Mask and keyless rows of one bucket, on the host; None where they would change nothing."""
+    if not causal and sliding_window is None and bool((counts_k == key_length).all()):
+        return None, None  # padded queries may attend anywhere: their outputs are dropped
+    query_index = torch.arange(query_length)[:, None]
+    key_index = torch.arange(key_length)
+    mask = (key_index < counts_k[:, None])[:, None, :].expand(-1, query_length, -1)
+    position = query_index + (counts_k - counts_q)[:, None, None]  # of the query on the axis of the keys
+    if causal:
+        mask = mask & (key_index <= position)
+    if sliding_window is not None:
+        mask = mask & (key_index > position - sliding_window)
+        if not causal:
+            mask = mask & (key_index < position + sliding_window)
+    # also padded queries; a softmax over nothing is NaN, so let them attend
+    sees_none = ~mask.any(dim=-1, keepdim=True)
+    real = (query_index < counts_q[:, None, None]) & sees_none
+    mask = (mask | sees_none)[:, None]
+    return mask, real[:, None] if bool(real.any()) else None

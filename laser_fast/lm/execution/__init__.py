@@ -1,0 +1,1 @@
+"""How the layers of the frozen language model run: fused, recomputed, offloaded, compiled, captured."""

@@ -1,0 +1,135 @@
+"""Layers of a frozen model compiled by torch.compile: once for any number of tokens and of sequences.
+
+Packed attention reads the lengths of the batch on the host. Inside a compiled layer it is therefore one opaque
+operation that finds the layout of the running batch by itself, so that no length ever becomes a guard; the number of
+tokens is a symbol. All layers of one kind share one compiled graph.
+"""
+
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from laser_fast.lm.execution.execution import Replacement, frozen_layers, only_last_positions
+from laser_fast.lm.execution.frozen_linear import UnpackedWeights, is_packed, packed_linear
+
+if TYPE_CHECKING:
+    from laser_fast.lm.packed_layout import PackedLayout
+
+Backend = str | Callable[..., Any]
+_LEAST_TOKENS = 2  # torch.compile treats a size of 1 as a constant
+_running = threading.local()
+
+
+@contextmanager
+def running(layout: "PackedLayout") -> Iterator[None]:
+    """While this is open, `packed_attention` on this thread belongs to this batch."""
+    before = getattr(_running, "layout", None)
+    _running.layout = layout
+    try:
+        yield
+    finally:
+        _running.layout = before
+
+
+def running_layout() -> "PackedLayout | None":
+    """The batch that is running on this thread."""
+    return getattr(_running, "layout", None)
+
+
+@torch.library.custom_op("laser_fast::packed_attention", mutates_args=())
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    *,
+    causal: bool,
+    sliding_window: int | None,
+    scale: float | None,
+    dropout: float,
+    softcap: float | None,
+) -> Tensor:
+    """`PackedLayout.attend` of the running batch: query [T, H, d], key and value [T, H_kv, d] -> [T, H, d]."""
+    layout: PackedLayout = _running.layout
+    options: dict[str, Any] = {"scale": scale, "dropout": dropout, "softcap": softcap, "sinks": sinks}
+    attended = layout.attend(None, query, key, value, causal=causal, sliding_window=sliding_window, **options)
+    return attended.contiguous()
+
+
+@packed_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, **options: Any) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+class _CompiledForward:
+    """The forward of a layer: compiled where there is no gradient, else as it was."""
+
+    def __init__(self, layer: nn.Module, backend: Backend) -> None:
+        self.before: Replacement | None = vars(layer).get("forward")  # None where the class's own serves
+        self._plain: Callable[..., Any] = layer.forward
+        own = MethodType(type(layer).forward, _twin(layer))
+        self._compiled: Callable[..., Any] = torch.compile(own, dynamic=True, backend=backend)
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        layout: PackedLayout | None = kwargs.get("laser_layout")
+        plain = torch.is_grad_enabled() or layout is None or layout.keeps_inputs or hidden_states.is_meta
+        if not plain and self.before is not None and self.before.func is only_last_positions:
+            plain = layout is not None and layout.rows is not None
+        if plain or hidden_states.shape[1] < _LEAST_TOKENS:
+            return self._plain(hidden_states, *args, **kwargs)
+        if torch.is_inference_mode_enabled() and not hidden_states.is_inference():
+            hidden_states = hidden_states.clone()  # what other layers made is of the other kind, and kinds are guards
+        return self._compiled(hidden_states, *args, **kwargs)
+
+
+def compile_layers(model: nn.Module, backend: Backend = "inductor") -> int:
+    """Compile every layer of a frozen model, for calls without gradient; the number of them.
+
+    A call of the last layer for the last position of every sequence alone runs as it did.
+    """
+    plain_layers(model)
+    layers = [layer for layer in frozen_layers(model) if isinstance(vars(layer).get("forward"), Replacement | None)]
+    for layer in layers:
+        layer.forward = _CompiledForward(layer, backend)
+    return len(layers)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `compile_layers` is in force."""
+    return any(isinstance(vars(module).get("forward"), _CompiledForward) for module in model.modules())
+
+
+def plain_layers(model: nn.Module) -> None:
+    """Undo `compile_layers`."""
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, _CompiledForward):
+            del module.forward
+            if forward.before is not None:
+                module.forward = forward.before
+
+
+def _packed_linear(module: nn.Module, x: Tensor) -> Tensor:
+    """In place of the forward of bitsandbytes, which may repack the weights; a function that all modules share."""
+    return packed_linear(module, UnpackedWeights(), x)
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """The same parameters and buffers, whatever becomes of them, under the forwards of the classes.
+
+    A forward of ours belongs to one module, so every layer would be compiled for itself; without gradient it saves
+    nothing that the compiler does not save as well.
+    """
+    twin = copy.copy(module)  # shares the dictionaries that hold parameters and buffers
+    twin._modules = {name: None if child is None else _twin(child) for name, child in module._modules.items()}
+    if isinstance(vars(twin).get("forward"), Replacement):
+        del twin.forward
+    if is_packed(twin):
+        twin.forward = MethodType(_packed_linear, twin)
+    return twin

@@ -1,0 +1,337 @@
+"""The frozen model in a bounded number of shapes, each recorded once and replayed: CUDA graphs for serving.
+
+A batch is filled up with sequences of zeros behind its own, to one of few numbers of tokens and of sequences. Where the
+real sequences start is read on the device, so that one recording serves all batches that fill up to its shape.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from laser_fast.lm.attention.buckets import Bucket, BucketLayout
+from laser_fast.lm.attention.flash import PackedLengths
+from laser_fast.lm.attention.packed_attention import AttentionPlan
+from laser_fast.lm.execution.cuda_graphs import CudaGraphs, Recorder, Run
+from laser_fast.lm.frozen_lm import FrozenLM
+from laser_fast.lm.key_value_prefix import KeyValuePrefix
+from laser_fast.lm.packed_layout import PackedLayout
+from laser_fast.lm.weights_version import WeightsVersion
+from laser_fast.ops.contents import validate_indices
+from laser_fast.ops.precision import autocast_dtype
+from laser_fast.ops.segments import lengths_on_host, segment_ids, segment_positions, validate_cu_seqlens
+
+_LEAST_TOKENS = 64
+_STEPS_PER_DOUBLING = 4  # numbers of tokens 64, 80, 96, 112, 128, 160, ...: 8 % more than needed on average, at most 25
+
+
+@dataclass(frozen=True)
+class FixedShape:
+    """Packed tokens T, sequences B, and a bound of the longest sequence, its prefix not counted."""
+
+    tokens: int
+    sequences: int
+    longest: int
+
+
+def fixed_shape(num_tokens: int, num_sequences: int, longest: int, limit: int | None = None) -> FixedShape:
+    """The shape that a batch is filled up to, with at least one sequence behind its own and none empty among those.
+
+    Args:
+        num_tokens, num_sequences: of the batch, at least 1.
+        longest: tokens of its longest sequence.
+        limit: no sequence may have more, `longest` or above; None = no limit.
+    """
+    bound = max(_LEAST_TOKENS, 1 << (longest - 1).bit_length())
+    if limit is not None:
+        bound = min(bound, limit)
+    behind = 1 << (num_sequences - 1).bit_length()
+    while True:
+        sequences = 1 + behind
+        added = sequences - num_sequences
+        tokens = _next_step(num_tokens + added)
+        if tokens - num_tokens <= added * bound:
+            return FixedShape(tokens, sequences, bound)
+        behind *= 2
+
+
+def _next_step(num_tokens: int) -> int:
+    if num_tokens <= _LEAST_TOKENS:
+        return _LEAST_TOKENS
+    step = (1 << ((num_tokens - 1).bit_length() - 1)) // _STEPS_PER_DOUBLING
+    return -(-num_tokens // step) * step
+
+
+def filled_offsets(cu_seqlens: Tensor, num_tokens: int, shape: FixedShape) -> Tensor:
+    """`cu_seqlens` [B+1] with the bounds of the sequences behind, even in length: int32 [shape.sequences + 1]."""
+    added = shape.sequences + 1 - cu_seqlens.shape[0]
+    steps = torch.arange(1, added + 1, device=cu_seqlens.device)
+    behind = num_tokens + steps * (shape.tokens - num_tokens) // added
+    return torch.cat([cu_seqlens, behind.to(cu_seqlens.dtype)])
+
+
+class FixedPlan(AttentionPlan):
+    """An attention plan from a shape alone: the host reads no length."""
+
+    def __init__(
+        self, queries: PackedLengths, num_queries: int, num_keys: int, causal: bool, sliding_window: int | None
+    ) -> None:
+        self.causal = causal
+        self.sliding_window = sliding_window
+        self.num_queries = num_queries
+        self.num_keys = num_keys
+        self.packed = queries
+        self.keyless = None  # the keys of a sequence are its queries and more
+
+    @cached_property
+    def buckets(self) -> BucketLayout:
+        """One block of all sequences, as wide as the longest may be."""
+        lengths = self.packed
+        query_slots = _slots(lengths.cu_seqlens_q, self.num_queries, lengths.longest_q)
+        key_slots = _slots(lengths.cu_seqlens_k, self.num_keys, lengths.longest_k)
+        sequences = lengths.cu_seqlens_q.shape[0] - 1
+        bucket = Bucket(sequences, 0, lengths.longest_q, 0, lengths.longest_k, self._mask(), None)
+        sizes = sequences * lengths.longest_q, sequences * lengths.longest_k
+        return BucketLayout(query_slots, key_slots, *sizes, (bucket,))
+
+    def _mask(self) -> Tensor:
+        """bool [B, 1, longest_q, longest_k], True = attend; slots beyond a sequence attend somewhere."""
+        lengths = self.packed
+        counts_q, counts_k = (bounds.diff()[:, None, None] for bounds in (lengths.cu_seqlens_q, lengths.cu_seqlens_k))
+        device = lengths.cu_seqlens_q.device
+        key_index = torch.arange(lengths.longest_k, device=device)
+        position = torch.arange(lengths.longest_q, device=device)[:, None] + (counts_k - counts_q)
+        mask = (key_index < counts_k).expand(-1, lengths.longest_q, -1)
+        if self.causal:
+            mask = mask & (key_index <= position)
+        if self.sliding_window is not None:
+            mask = mask & (key_index > position - self.sliding_window)
+            if not self.causal:
+                mask = mask & (key_index < position + self.sliding_window)
+        return (mask | ~mask.any(dim=-1, keepdim=True))[:, None]
+
+
+def _slots(cu_seqlens: Tensor, num_tokens: int, width: int) -> Tensor:
+    """Of every packed token, in blocks of `width` for each sequence: int64 [T]."""
+    return segment_ids(cu_seqlens, num_tokens) * width + segment_positions(cu_seqlens, num_tokens)
+
+
+class FixedLayout(PackedLayout):
+    """A layout of one shape, wherever its sequences start."""
+
+    def __init__(
+        self,
+        shape: FixedShape,
+        cu_seqlens: Tensor,
+        layer_of: dict[nn.Module, int],
+        prefix: KeyValuePrefix | None,
+        *,
+        last_only: bool,
+    ) -> None:
+        super().__init__(cu_seqlens, layer_of, prefix, last_only=last_only)
+        self._shape = shape
+        self._prefix_length = _length_of(prefix)
+
+    def _new_plan(self, queries: Tensor, causal: bool, sliding_window: int | None) -> AttentionPlan:
+        shape, prefix_length = self._shape, self._prefix_length
+        whole = queries is self.cu_seqlens
+        longest = shape.longest if whole else 1, shape.longest + prefix_length
+        num_queries = shape.tokens if whole else shape.sequences
+        num_keys = shape.tokens + shape.sequences * prefix_length
+        lengths = PackedLengths(queries, self.cu_seqlens_k, *longest)
+        return FixedPlan(lengths, num_queries, num_keys, causal, sliding_window)
+
+
+class _Recording:
+    """A run on tensors of its own, which `load` fills."""
+
+    def __init__(self, lm: FrozenLM, shape: FixedShape, prefix: KeyValuePrefix | None, last_only: bool) -> None:
+        self._lm, self._shape, self._last_only = lm, shape, last_only
+        self._inputs_embeds = torch.zeros(shape.tokens, lm.hidden_size, dtype=lm.dtype, device=lm.device)
+        ends = torch.arange(shape.sequences + 1, device=lm.device) * shape.tokens // shape.sequences
+        self._cu_seqlens = ends.int()
+        self._prefix = None if prefix is None else _fixed_prefix(prefix, shape.sequences)
+        self.replay: Run = self._run
+
+    def _run(self) -> Tensor:
+        spared = self._last_only and self._lm.replaced.last_layer
+        layout = FixedLayout(self._shape, self._cu_seqlens, self._lm.layer_of, self._prefix, last_only=spared)
+        hidden = self._lm.run_layers(self._inputs_embeds, layout)
+        return hidden.index_select(0, self._cu_seqlens[1:].long() - 1) if self._last_only else hidden
+
+    def load(self, inputs_embeds: Tensor, cu_seqlens: Tensor, prefix: KeyValuePrefix | None) -> None:
+        num_tokens = inputs_embeds.shape[0]
+        self._inputs_embeds[:num_tokens].copy_(inputs_embeds)
+        self._inputs_embeds[num_tokens:].zero_()
+        self._cu_seqlens.copy_(filled_offsets(cu_seqlens, num_tokens, self._shape))
+        if prefix is None:
+            return
+        assert self._prefix is not None
+        if prefix.slots is not None:
+            assert self._prefix.slots is not None
+            validate_indices("FrozenLM", "prefix.slots", prefix.slots, prefix.keys[0].shape[0])
+            self._prefix.slots[: prefix.batch_size].copy_(prefix.slots)
+            self._prefix.slots[prefix.batch_size :].zero_()
+            return
+        mine, given = (*self._prefix.keys, *self._prefix.values), (*prefix.keys, *prefix.values)
+        torch._foreach_copy_([tensor[: prefix.batch_size] for tensor in mine], list(given))
+
+
+def _fixed_prefix(prefix: KeyValuePrefix, num_sequences: int) -> KeyValuePrefix:
+    """Room for prefixes of this form; of a pool, which stays where it is, only the slots."""
+    size = 1 if prefix.batch_size == 1 else num_sequences
+    if prefix.slots is not None:
+        return KeyValuePrefix(prefix.keys, prefix.values, prefix.slots.new_zeros(size))
+    return KeyValuePrefix(
+        tuple(key.new_zeros(size, *key.shape[1:]) for key in prefix.keys),
+        tuple(value.new_zeros(size, *value.shape[1:]) for value in prefix.values),
+    )
+
+
+def _form_of(prefix: KeyValuePrefix | None) -> tuple[object, ...]:
+    """What of a prefix a recording depends on."""
+    if prefix is None:
+        return ()
+    pool = None if prefix.slots is None else tuple(key.data_ptr() for key in prefix.keys)
+    return prefix.length, prefix.batch_size == 1, prefix.keys[0].dtype, pool
+
+
+def _length_of(prefix: KeyValuePrefix | None) -> int:
+    return 0 if prefix is None else prefix.length
+
+
+class FixedShapes:
+    """Recordings of a frozen model, one for each shape and form of call; the one unused for longest is dropped.
+
+    Any change of a weight drops all of them. Threads may call it on streams of their own: their calls run one after
+    another, on the device as well.
+
+    Args:
+        lm: what is recorded.
+        recorder: how; the default makes CUDA graphs.
+        capacity: recordings kept.
+        max_tokens: larger batches are not taken; their launches hide behind their arithmetic.
+
+    Attributes:
+        num_captures: recordings made since the start.
+
+    Raises:
+        ValueError: a capacity or a limit below 1.
+    """
+
+    def __init__(
+        self, lm: FrozenLM, recorder: Recorder | None = None, *, capacity: int = 64, max_tokens: int = 2048
+    ) -> None:
+        if capacity < 1 or max_tokens < 1:
+            raise ValueError(
+                f"FixedShapes: capacity and max_tokens must be at least 1, got {capacity} and {max_tokens}"
+            )
+        self.capacity = capacity
+        self.max_tokens = max_tokens
+        self.num_captures = 0
+        self._lm = lm
+        self._recorder = recorder or CudaGraphs(lm.device)
+        self._recordings: OrderedDict[tuple[object, ...], _Recording] = OrderedDict()  # oldest use first
+        self._forms: dict[tuple[object, ...], tuple[KeyValuePrefix | None, bool]] = {}
+        self._weights = WeightsVersion(lm.model, buffers=True)
+        self._version = self._weights.now()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._recordings)
+
+    def __call__(
+        self, inputs_embeds: Tensor, cu_seqlens: Tensor, prefix: KeyValuePrefix | None, *, last_only: bool
+    ) -> Tensor | None:
+        """`FrozenLM.forward` without gradient; None for a batch that is too large or has nothing in it.
+
+        Raises:
+            ValueError: a sequence longer than the model allows, or offsets or slots that point outside.
+        """
+        num_tokens, num_sequences = inputs_embeds.shape[0], cu_seqlens.shape[0] - 1
+        if not 0 < num_tokens <= self.max_tokens or inputs_embeds.is_meta:
+            return None
+        validate_cu_seqlens("FrozenLM", cu_seqlens, num_tokens)
+        longest = max(lengths_on_host(cu_seqlens))
+        self._lm.check_length(longest + _length_of(prefix))
+        shape = self._shape(num_tokens, num_sequences, longest, prefix)
+        if shape.tokens > self.max_tokens:
+            return None
+        with self._turn():
+            recording = self._recording(shape, prefix, last_only)
+            recording.load(inputs_embeds, cu_seqlens, prefix)
+            return recording.replay()[: num_sequences if last_only else num_tokens].clone()
+
+    def prepare(self, batches: Sequence[tuple[int, int]], call: Callable[[], object]) -> None:
+        """Record the shapes of some batches in every form in which `call` calls the model; too large ones are left out.
+
+        Args:
+            batches: (sequences, tokens of each, its prefix not counted).
+            call: calls the model at least once.
+
+        Raises:
+            ValueError: more shapes than are kept.
+        """
+        with self._lock:
+            self._forms.clear()
+        call()
+        with self._lock:
+            forms = dict(self._forms)
+        wanted: dict[tuple[FixedShape, tuple[object, ...]], None] = {}
+        for form, (prefix, _) in forms.items():
+            for sequences, tokens in batches:
+                if self._lm.max_length is None or tokens + _length_of(prefix) <= self._lm.max_length:
+                    wanted[self._shape(sequences * tokens, sequences, tokens, prefix), form] = None
+        fitting = [(shape, form) for shape, form in wanted if shape.tokens <= self.max_tokens]
+        if len(fitting) > self.capacity:
+            raise ValueError(f"FixedShapes: shapes must be at most capacity = {self.capacity}, got {len(fitting)}")
+        with self._turn():
+            for shape, form in fitting:
+                self._recording(shape, *forms[form])
+
+    def clear(self) -> None:
+        """Drop all recordings, once the device has done with them."""
+        with self._lock:
+            self._recorder.finish()
+            self._recordings.clear()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One thread at a time, on the host and on the device."""
+        # tensors made in inference mode could not be filled outside of it
+        with self._lock, torch.inference_mode(False), torch.no_grad(), self._recorder.in_turn():
+            yield
+
+    def _shape(self, num_tokens: int, num_sequences: int, longest: int, prefix: KeyValuePrefix | None) -> FixedShape:
+        limit = None if self._lm.max_length is None else self._lm.max_length - _length_of(prefix)
+        return fixed_shape(num_tokens, num_sequences, longest, limit)
+
+    def _recording(self, shape: FixedShape, prefix: KeyValuePrefix | None, last_only: bool) -> _Recording:
+        self._drop_outdated()
+        form = autocast_dtype(self._lm.device), last_only, *_form_of(prefix)
+        key = shape, *form
+        found = self._recordings.get(key)
+        if form not in self._forms:
+            self._forms[form] = None if prefix is None else _fixed_prefix(prefix, 2), last_only
+        if found is None:
+            if len(self._recordings) >= self.capacity:
+                self._recorder.finish()
+                self._recordings.popitem(last=False)
+            found = _Recording(self._lm, shape, prefix, last_only)
+            found.replay = self._recorder.record(found.replay)
+            self._recordings[key] = found
+            self.num_captures += 1
+        self._recordings.move_to_end(key)
+        return found
+
+    def _drop_outdated(self) -> None:
+        version = self._weights.now()
+        if version != self._version:
+            self._recorder.finish()
+            self._recordings.clear()
+            self._version = version

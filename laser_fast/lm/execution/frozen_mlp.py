@@ -1,0 +1,191 @@
+"""Gated MLP with frozen weights: `y = (act(x W_gate^T) * x W_up^T) W_down^T` (Shazeer 2020, arXiv:2002.05202).
+
+Backward to x keeps gate and up alone (the product is made again), or with `recompute` nothing but x: and where x came
+from a frozen RMSNorm, not even that, since the norm keeps its own input. Their gradients are two new tensors, or with
+`recompute` lie where gate and up lay. On a GPU either direction is one pass (`laser_fast.ops.gated_product`).
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from laser_fast.lm.execution.frozen_linear import UnpackedWeights, is_frozen_linear, is_packed, linear_input_gradient
+from laser_fast.lm.execution.frozen_norm import NormRecipe, recipe_of
+from laser_fast.ops.gated_product import ACTIVATIONS, gated_product_backward, gated_product_forward
+
+_PROBE_ROWS = 2
+_TWIN_WIDTH, _TWIN_INNER = 16, 24
+Activation = Callable[[Tensor], Tensor]
+_FORMS = (("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj"))  # the second: both in one matrix
+
+
+def recognise_gated_mlp(module: nn.Module) -> str | None:
+    """The activation of a module that computes a gated MLP, found by trying it on random rows.
+
+    Gate and up may be two linear layers or one (Phi-3, GLM). Of an MLP on the meta device a small one with random
+    weights is tried on the CPU.
+
+    Returns:
+        "silu", "gelu_tanh", "gelu", or "other" (differentiated by autograd); None where the module is no gated MLP.
+    """
+    names: tuple[str, ...] = next((form for form in _FORMS if hasattr(module, form[0])), ())
+    layers: list[Any] = [getattr(module, name, None) for name in names]
+    act = activation_of(module)
+    if act is None or not layers or not all(is_frozen_linear(layer) for layer in layers):
+        return None
+    if len(list(module.parameters())) != sum(len(list(layer.parameters())) for layer in layers):
+        return None
+    tried: Any = _tryable(module, names)
+    first = getattr(tried, names[0])
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(_PROBE_ROWS, first.in_features, generator=generator)
+    x = x.to(first.weight.device, torch.float32 if is_packed(first) else first.weight.dtype)
+    with torch.no_grad():
+        expected = tried(x)
+        gate, up = _halves(_projected(tried, x))
+        actual = tried.down_proj(act(gate) * up)
+    same = torch.allclose(actual, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
+    return _name_of(act) if same else None
+
+
+def activation_of(module: nn.Module) -> Activation | None:
+    """The activation function that an MLP holds."""
+    act: Activation | None = getattr(module, "act_fn", getattr(module, "activation_fn", None))
+    return act
+
+
+def gated_mlp(module: Any, activation: str, unpacked: UnpackedWeights, recompute: bool, x: Tensor) -> Tensor:
+    """The MLP: [..., D] -> [..., D]; gradients reach x alone.
+
+    Args:
+        module: what `recognise_gated_mlp` recognised.
+        activation: as it said.
+        recompute: keep neither gate nor up for backward.
+    """
+    # the down projection keeps nothing and stands outside, so that a recomputation of the layer stops before it
+    if recompute:
+        return module.down_proj(_RecomputedProduct.apply(x, module, activation, unpacked, recipe_of(x)))
+    return module.down_proj(_GatedProduct.apply(activation, activation_of(module), *_projected(module, x)))
+
+
+class _GatedProduct(torch.autograd.Function):
+    """`act(gate) * up`: keeps gate and up."""
+
+    @staticmethod
+    def forward(ctx: Any, activation: str, function: Activation, *projected: Tensor) -> Tensor:
+        ctx.activation, ctx.function = activation, function
+        ctx.save_for_backward(*projected)
+        return _product(activation, function, projected)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        projected = ctx.saved_tensors
+        grads = tuple(tensor.new_empty(tensor.shape) for tensor in projected)
+        _product_backward(ctx.activation, ctx.function, grad, projected, grads)
+        return None, None, *grads
+
+
+class _RecomputedProduct(torch.autograd.Function):
+    """`act(x W_gate^T) * x W_up^T`: keeps x, or what the norm in front of it kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, module: Any, activation: str, unpacked: UnpackedWeights, recipe: NormRecipe | None
+    ) -> Tensor:
+        ctx.module, ctx.activation, ctx.unpacked = module, activation, unpacked
+        ctx.function = activation_of(module)
+        ctx.recipe = None if recipe is None else (recipe.weight, recipe.kind)
+        if recipe is None:
+            ctx.save_for_backward(x)
+        else:
+            ctx.save_for_backward(recipe.x, recipe.reciprocal)
+        return _product(activation, ctx.function, _projected(module, x))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None, None
+        x, module, unpacked = ctx.saved_tensors[0], ctx.module, ctx.unpacked
+        if ctx.recipe is not None:
+            x = NormRecipe(x, ctx.saved_tensors[1], *ctx.recipe).output()
+        with unpacked.kept():
+            projected = _projected(module, x)
+        del x
+        # nobody else has what was made here, so the gradients may take its place
+        _product_backward(ctx.activation, ctx.function, grad, projected, projected)
+        if hasattr(module, "gate_up_proj"):
+            grad_x = linear_input_gradient(module.gate_up_proj, projected[0], unpacked)
+        else:
+            grad_x = linear_input_gradient(module.gate_proj, projected[0], unpacked)
+            grad_x.add_(linear_input_gradient(module.up_proj, projected[1], unpacked))
+        return grad_x, None, None, None, None
+
+
+def _projected(module: Any, x: Tensor) -> tuple[Tensor, ...]:
+    """Gate and up, [..., F] each; one [..., 2 F] where one matrix gives both."""
+    if hasattr(module, "gate_up_proj"):
+        return (module.gate_up_proj(x),)
+    return module.gate_proj(x), module.up_proj(x)
+
+
+def _halves(projected: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """Gate and up, or their gradients, where they lie."""
+    gate, up = projected if len(projected) == 2 else projected[0].chunk(2, dim=-1)
+    return gate, up
+
+
+def _product(activation: str, function: Activation, projected: tuple[Tensor, ...]) -> Tensor:
+    gate, up = _halves(projected)
+    if activation in ACTIVATIONS:
+        return gated_product_forward(gate, up, activation)
+    return function(gate) * up
+
+
+def _product_backward(
+    activation: str, function: Activation, grad: Tensor, projected: tuple[Tensor, ...], grads: tuple[Tensor, ...]
+) -> None:
+    """Write the gradients of `projected` into `grads`, which may be the same tensors."""
+    (gate, up), (grad_gate, grad_up) = _halves(projected), _halves(grads)
+    if activation in ACTIVATIONS:
+        gated_product_backward(grad, gate, up, activation, grad_gate, grad_up)
+        return
+    with torch.enable_grad():
+        leaf = gate.detach().requires_grad_()
+        activated = function(leaf)
+        (found,) = torch.autograd.grad(activated, leaf, grad * up)
+    torch.mul(activated.detach(), grad, out=grad_up)
+    grad_gate.copy_(found)
+
+
+def _name_of(function: Activation) -> str:
+    """The name of the function that gives these values."""
+    grid = torch.linspace(-6.0, 6.0, 257)
+    known: dict[str, Activation] = {
+        "silu": F.silu,
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+        "gelu": F.gelu,
+    }
+    for name, candidate in known.items():
+        if torch.allclose(function(grid), candidate(grid), rtol=1e-6, atol=1e-7):
+            return name
+    return "other"
+
+
+def _tryable(module: nn.Module, names: tuple[str, ...]) -> nn.Module:
+    """The module itself, or a small one of its kind on the CPU where it is on the meta device."""
+    if not any(parameter.is_meta for parameter in module.parameters()):
+        return module
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    with torch.random.fork_rng(devices=[]):
+        for name in names:
+            inner = 2 * _TWIN_INNER if name == "gate_up_proj" else _TWIN_INNER
+            sizes = (_TWIN_INNER, _TWIN_WIDTH) if name == "down_proj" else (_TWIN_WIDTH, inner)
+            twin._modules[name] = nn.Linear(*sizes, bias=False, device="cpu")
+    return twin

@@ -1,0 +1,248 @@
+"""Attention whose queries and keys are rotated in one launch: projections, norms of heads, rotation, packed attention.
+
+Transformers' attention modules call their rotation as a global function, which is not ours to replace. Where a module
+computes nothing but what stands above, around the exchangeable attention, this computes the same in its place.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laser_fast.lm.execution.frozen_linear import is_frozen_linear
+from laser_fast.ops.rotary import rotary_embedding
+
+_PROBE_NAME = "laser_probe"
+_PROBE_SCALES = (1.0, 30.0, 1e4)  # rows: a module that clips its projections shows it at the largest
+_PROBE_POSITIONS = (0, 7, 10_000_000)  # and one that scales by the position at the last
+_PROBE_SEEDS = (0, 1)  # options that depend on the input differ
+_TWIN_WIDTH = 8
+_FORMS = (("q_proj", "k_proj", "v_proj", "o_proj"), ("qkv_proj", "o_proj"))  # the second: all in one matrix (Phi-3)
+_NORMS = ("q_norm", "k_norm")
+_OWN_ARGUMENTS = ("position_embeddings", "past_key_values", "attention_mask")  # of a module; others are handed on
+
+
+@dataclass(frozen=True)
+class AttentionForm:
+    """How a module computes its attention.
+
+    Attributes:
+        head_size: d.
+        splits: H d, H_kv d and again H_kv d where one projection gives queries, keys and values, else None.
+        normed: whether queries and keys are normalised head by head before they are rotated (Qwen3, Gemma 3).
+        widths: of the tables cos and sin that were tried; others are left to the module.
+        options: what it tells the attention besides what it is told itself: scaling, sliding window, soft cap.
+    """
+
+    head_size: int
+    splits: tuple[int, int, int] | None
+    normed: bool
+    widths: frozenset[int]
+    options: Mapping[str, Any]
+
+
+def rotary_widths(model: nn.Module) -> set[int]:
+    """Widths that the tables of this model may have: two for every frequency in a vector of such."""
+    vectors = (buffer for buffer in model.buffers() if buffer.dim() == 1 and buffer.is_floating_point())
+    return {2 * buffer.shape[0] for buffer in vectors}
+
+
+def recognise_rotary_attention(module: nn.Module, widths: Iterable[int]) -> AttentionForm | None:
+    """How this module computes attention with rotated queries and keys; None where it computes something else.
+
+    Found by trying it on the CPU, with small random projections in the place of its own and random tables: what it
+    gives the attention (query, key, value, mask and options) and what it makes of the answer must be the same.
+
+    Args:
+        widths: of tables to be tried beside those as wide as a head.
+    """
+    names: tuple[str, ...] = next((form for form in _FORMS if hasattr(module, form[0])), ())
+    layers: list[Any] = [getattr(module, name, None) for name in names]
+    norms = [norm for name in _NORMS if isinstance(norm := getattr(module, name, None), nn.Module)]
+    head_size = getattr(module, "head_dim", None)
+    if not names or not all(is_frozen_linear(layer) for layer in layers) or "forward" in vars(module):
+        return None
+    if len(norms) == 1 or not isinstance(head_size, int) or not hasattr(module, "config"):
+        return None
+    if len(list(module.parameters())) != sum(len(list(part.parameters())) for part in (*layers, *norms)):
+        return None
+    splits = None
+    if len(names) == 2:
+        keys = (layers[0].out_features - layers[1].in_features) // 2
+        splits = layers[1].in_features, keys, keys
+    form = AttentionForm(head_size, splits, bool(norms), frozenset(), {})
+    twin = _small_twin(module, names)
+    found: AttentionForm | None = None
+    for width in sorted({head_size, *widths}):
+        if width > head_size or width % 2:
+            continue
+        tried = _tried(twin, replace(form, widths=frozenset({width})))
+        if tried is not None and (found is None or tried.options == found.options):
+            found = tried if found is None else replace(found, widths=found.widths | {width})
+    return found
+
+
+def rotary_attention(module: Any, form: AttentionForm, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """In the place of the module's forward: [1, T, D] -> [1, T, D] and whatever else the attention returns.
+
+    A call that was not tried (another attention than an exchanged one, a cache, several rows) goes to the module's own
+    forward. Backward keeps the tables and what the attention keeps.
+    """
+    attend, tables = _exchanged_attention(module), kwargs.get("position_embeddings", ())
+    tried = not args and not module.training and kwargs.get("past_key_values") is None and hidden_states.shape[0] == 1
+    if attend is None or not tried or not _fit(tables, form, hidden_states.shape[1]):
+        return type(module).forward(module, hidden_states, *args, **kwargs)
+    layout = kwargs.get("laser_layout")
+    query, key, value = _project(module, form, hidden_states[0], with_queries=layout is None or not layout.keys_only)
+    query, key = rotary_embedding(query, key, *(table[0] for table in tables))
+    heads_first = [tensor.transpose(0, 1)[None] for tensor in (query, key, value)]
+    options = {name: given for name, given in kwargs.items() if name not in _OWN_ARGUMENTS}
+    attended, weights = attend(module, *heads_first, kwargs.get("attention_mask"), **form.options, **options)
+    return module.o_proj(attended.flatten(2)), weights
+
+
+def _exchanged_attention(module: Any) -> Callable[..., Any] | None:
+    """The attention function that stands in for the module's own, called as transformers calls it."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    attend: Callable[..., Any] | None = ALL_ATTENTION_FUNCTIONS.get(module.config._attn_implementation)
+    return attend
+
+
+def _fit(tables: Any, form: AttentionForm, num_tokens: int) -> bool:
+    if not isinstance(tables, tuple) or len(tables) != 2:
+        return False
+    shapes = {tuple(table.shape) if isinstance(table, Tensor) else () for table in tables}
+    return shapes <= {(1, num_tokens, width) for width in form.widths}
+
+
+def _project(
+    module: Any, form: AttentionForm, hidden_states: Tensor, *, with_queries: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values by heads: [T, D] -> [T, H, d], [T, H_kv, d] twice; queries that nobody reads have no
+    heads."""
+    query: Any = None
+    if form.splits is not None:
+        query, key, value = module.qkv_proj(hidden_states).split(form.splits, dim=-1)
+        value = value.contiguous()  # kept for backward as a view it would keep the raw queries and keys as well
+    else:
+        key, value = module.k_proj(hidden_states), module.v_proj(hidden_states)
+        if with_queries:
+            query = module.q_proj(hidden_states)
+    key, value = (tensor.unflatten(-1, (-1, form.head_size)) for tensor in (key, value))
+    key = module.k_norm(key) if form.normed else key
+    if not with_queries:
+        return key.detach()[:, :0], key, value
+    query = query.unflatten(-1, (-1, form.head_size))
+    return module.q_norm(query) if form.normed else query, key, value
+
+
+def _record(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> tuple[Tensor, None]:
+    """An attention that writes down what it is given and answers with the queries."""
+    calls: list[tuple[Any, ...]] = options.pop(_PROBE_NAME)
+    calls.append((query, key, value, mask, options))
+    return query.transpose(1, 2), None
+
+
+class _ProbedConfig:
+    """The configuration of a module, but for the name of its attention."""
+
+    _attn_implementation = _PROBE_NAME
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+
+def _small_twin(module: nn.Module, names: tuple[str, ...]) -> Any:
+    """The module with random float32 projections from and to a few numbers, and random norms, on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    twin: Any = copy.copy(module)
+    twin._modules = dict(module._modules)
+    twin.config = _ProbedConfig(module.config)
+    twin.training = False
+    for name in names:
+        layer: Any = module._modules[name]
+        sizes = (layer.in_features, _TWIN_WIDTH) if name == "o_proj" else (_TWIN_WIDTH, layer.out_features)
+        twin._modules[name] = nn.utils.skip_init(nn.Linear, *sizes, bias=layer.bias is not None, device="cpu")
+    for name in set(_NORMS) & module._modules.keys():
+        norm: Any = copy.deepcopy(module._modules[name])
+        twin._modules[name] = norm.to_empty(device="cpu").float()
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu"))
+    return twin
+
+
+def _tried(twin: Any, form: AttentionForm) -> AttentionForm | None:
+    """The form with the options that the module itself gives, where both compute the same."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_PROBE_NAME, _record)
+    found: AttentionForm | None = None
+    for seed in _PROBE_SEEDS:
+        inputs = _probe_inputs(seed, *form.widths)
+        try:
+            theirs = _called(partial(type(twin).forward, twin), inputs)
+            own = {name: value for name, value in theirs[4].items() if name not in inputs}
+            if not all(value is None or isinstance(value, bool | int | float) for value in own.values()):
+                return None
+            found = replace(form, options=own) if found is None else found
+            ours = _called(partial(rotary_attention, twin, found), inputs)
+        except Exception:  # whatever it asks for that it was not given: it is another module
+            return None
+        if found.options != own or not _same_call(ours, theirs, inputs):
+            return None
+    return found
+
+
+def _probe_inputs(seed: int, width: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.tensor(_PROBE_SCALES, device="cpu")[:, None]
+    rows = scales * torch.randn(len(scales), _TWIN_WIDTH, generator=generator, device="cpu")
+    # of no rotation: the halves differ, and nothing is of length one
+    cos, sin = torch.randn(2, 1, len(scales), width, generator=generator, device="cpu")
+    return {
+        "hidden_states": rows[None],
+        "position_embeddings": (cos, sin),
+        "attention_mask": torch.zeros(1, 1, 1, 1, device="cpu"),
+        "position_ids": torch.tensor([_PROBE_POSITIONS], device="cpu"),
+    }
+
+
+def _called(forward: Callable[..., Any], inputs: dict[str, Any]) -> tuple[Any, ...]:
+    """What the attention was given, its options as a dictionary, and what the module returned."""
+    calls: list[tuple[Any, ...]] = []
+    with torch.no_grad():
+        output, weights = forward(**inputs, **{_PROBE_NAME: calls})
+    (call,) = calls
+    return *call, output, weights
+
+
+def _same_call(ours: tuple[Any, ...], theirs: tuple[Any, ...], inputs: dict[str, Any]) -> bool:
+    *our_tensors, our_mask, our_options, our_output, our_weights = ours
+    *their_tensors, their_mask, their_options, their_output, their_weights = theirs
+    pairs = zip([*our_tensors, our_output], [*their_tensors, their_output], strict=True)
+    beyond = {name for name in our_options if name not in their_options}  # what it was told and does not hand on
+    options = {name: value for name, value in our_options.items() if name not in beyond}
+    return (
+        all(_same_rows(one, other) for one, other in pairs)
+        and our_mask is their_mask
+        and our_weights is their_weights
+        and beyond <= inputs.keys()
+        and options.keys() == their_options.keys()
+        and all(value is their_options[name] or value == their_options[name] for name, value in options.items())
+    )
+
+
+def _same_rows(actual: Tensor, expected: Tensor) -> bool:
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return False
+    scale = expected.abs().amax(dim=-1, keepdim=True)
+    return bool(((actual - expected).abs() <= 1e-5 * scale).all())

@@ -1,0 +1,372 @@
+"""The frozen language model on packed sequences: any Hugging Face encoder or decoder, its attention replaced by ours.
+
+The replacement goes through the interfaces transformers offers for it (`AttentionInterface`,
+`AttentionMaskInterface`) under the name "laser_varlen": all sequences of a batch run as one row `[1, T]`, and the
+attention of every layer reads where each sequence starts from a keyword argument of the forward.
+"""
+
+import threading
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from laser_fast.lm.execution.compiled_layers import is_compiled, packed_attention, running, running_layout
+from laser_fast.lm.execution.execution import Execution, apply_execution
+from laser_fast.lm.frozen_module import FrozenModule
+from laser_fast.lm.key_value_prefix import KeyValuePrefix, LayerShape
+from laser_fast.lm.packed_layout import PackedLayout
+from laser_fast.lm.packing_check import check_calls, first_position, name_refusals, probe_tokens
+from laser_fast.lm.uncompiled import uncompiled
+from laser_fast.ops.segments import even_cu_seqlens, lengths_on_host
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from laser_fast.lm.execution.fixed_shapes import FixedShapes
+
+ATTENTION_NAME = "laser_varlen"
+_FINDING = threading.Lock()
+
+_PROBE_TOKENS = 16  # from whose keys and values the scale of either is read
+
+# options of an attention that change its result and that the packed attention does not have (transformers' names)
+_REFUSED_OPTIONS = {
+    "position_bias": "a position bias",
+    "head_mask": "a head mask",
+}
+
+
+class FrozenLM(FrozenModule):
+    """A frozen Hugging Face model that maps packed input embeddings to packed last hidden states.
+
+    Args:
+        model: loaded; it is frozen, and some of its modules get another `forward`. Of one with a head
+            (`AutoModelForCausalLM` and its like) the base is taken, and the head is not held.
+        execution: how it runs a step; None = the defaults.
+
+    Attributes:
+        hidden_size: width `D_llm`.
+        causal: whether its attention is causal (a decoder) or bidirectional (an encoder).
+        max_length: longest sequence its position embeddings allow; None = no limit stated.
+        layer_of: index of every attention module in the order of its first call.
+        execution, replaced: how it runs a step, and how many of its modules run so.
+        fixed_shapes: runs calls without gradient in recorded shapes where it can; None = nothing is recorded.
+
+    Raises:
+        TypeError: no model of transformers, or one that another library has wrapped.
+        ValueError: an encoder-decoder, a model without a table of token embeddings or with a head and no base, or one
+            that cannot exchange its attention.
+    """
+
+    def __init__(self, model: "PreTrainedModel", execution: Execution | None = None) -> None:
+        super().__init__()
+        model = _without_head(model)
+        config = model.config.get_text_config()
+        _register_attention()
+        model.set_attn_implementation(ATTENTION_NAME)
+        self.model = model
+        self.hidden_size: int = config.hidden_size
+        self.causal = any(getattr(module, "is_causal", False) is True for module in model.modules())
+        self.max_length: int | None = getattr(config, "max_position_embeddings", None)
+        self.fixed_shapes: FixedShapes | None = None
+        self.layer_of: dict[nn.Module, int] = {}
+        self._layers: list[LayerShape] | None = None
+        self._first_position: int | None = None
+        self.freeze()
+        self.execution = execution or Execution()
+        self.replaced = apply_execution(model, self.execution)
+
+    def run_as(self, execution: Execution) -> None:
+        """From now on run every step so.
+
+        Raises:
+            ValueError: the model has no layers or parts of the kind that is asked for; it runs as before then.
+            RuntimeError: its layers are compiled.
+        """
+        if is_compiled(self.model):
+            raise RuntimeError(
+                "FrozenLM: layers must not be compiled to run in another way, got compiled ones; "
+                'call serving.use("none") first'
+            )
+        try:
+            self.replaced = apply_execution(self.model, execution)
+        except ValueError:
+            apply_execution(self.model, self.execution)
+            raise
+        self.execution = execution
+
+    @cached_property
+    def embedding_rms(self) -> float:
+        """Root mean square of (at most some 4,096 of) the token embeddings, the scale at which virtual tokens start."""
+        table = self.model.get_input_embeddings().weight
+        if table.is_meta:
+            return 1.0
+        return float(table[:: max(1, table.shape[0] // 4096)].float().square().mean().sqrt())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its token embeddings, and so of the embeddings it takes; linear weights may be packed in 4 bits."""
+        dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of its layers; the table of token embeddings may lie in host memory."""
+        table = self.model.get_input_embeddings().weight
+        device: torch.device = next((p.device for p in self.model.parameters() if p is not table), table.device)
+        return device
+
+    @uncompiled
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Token embeddings: int64 [T] -> [T, D_llm] on the device of the layers, without gradient."""
+        with torch.no_grad():
+            embedded: Tensor = self.model.get_input_embeddings()(input_ids)
+        return embedded.to(self.device)
+
+    @property
+    def layers(self) -> list[LayerShape]:
+        """Keys and values of every attention layer, from one forward of a few random embeddings (once)."""
+        if self._layers is None:
+            generator = torch.Generator().manual_seed(0)
+            probe = torch.randn(_PROBE_TOKENS, self.hidden_size, generator=generator) * self.embedding_rms
+            found = self.key_values(probe.to(self.device)[None])
+            self._layers = [
+                LayerShape(key.shape[2], key.shape[3], _root_mean_square(key), _root_mean_square(value))
+                for key, value in zip(found.keys, found.values, strict=True)
+            ]
+        return self._layers
+
+    @property
+    def first_position(self) -> int:
+        """From where the model counts positions; found with the first call, together with whether it can run packed.
+
+        Raises:
+            RuntimeError: it cannot: see `laser_fast.lm.packing_check`.
+        """
+        if self._first_position is None:
+            with _FINDING:  # meanwhile the model has another attention: other threads wait here
+                if self._first_position is None:
+                    self._first_position = 0 if self.device.type == "meta" else self._find_first_position()
+        return self._first_position
+
+    def _find_first_position(self) -> int:
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(probe_tokens(), self.hidden_size, generator=generator) * self.embedding_rms
+
+        def run_packed(embeds: Tensor, cu_seqlens: Tensor, start: int) -> Tensor:
+            layout = PackedLayout(cu_seqlens, self.layer_of, None, first_position=start)
+            states = self._run(embeds, layout)
+            check_calls(self.model, layout.num_attention_calls)
+            return states
+
+        with torch.inference_mode(False), name_refusals(type(self.model).__name__):
+            return first_position(self.model, run_packed, ATTENTION_NAME, probe.to(self.device, self.dtype))
+
+    @uncompiled
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        cu_seqlens: Tensor,
+        prefix: KeyValuePrefix | None = None,
+        *,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Last hidden states of packed sequences; gradients reach `inputs_embeds` and `prefix` and no weight.
+
+        Args:
+            inputs_embeds: [T, D_llm].
+            cu_seqlens: int32 [B+1].
+            prefix: keys and values in front of every sequence. Positions count from its length P (0 without one) in
+                every sequence.
+            last_only: give the state of the last position of every sequence alone, and spare the last layer most of
+                its work where `Execution.last_layer` allows it. No sequence may be empty then.
+
+        Returns:
+            [T, D_llm], or [B, D_llm] with `last_only`, in the dtype of the model.
+
+        Raises:
+            ValueError: a sequence longer than `max_length`, a prefix that does not fit, or an attention option of the
+                model that cannot be honoured.
+            RuntimeError: the model does not call the exchangeable attention, or it gives a sequence other states
+                packed than alone.
+        """
+        if prefix is not None:
+            _check_prefix(prefix, self.layers, cu_seqlens.shape[0] - 1)
+        shapes = self.fixed_shapes  # another thread may choose another mode of serving meanwhile
+        if shapes is not None and not torch.is_grad_enabled():
+            served = shapes(inputs_embeds, cu_seqlens, prefix, last_only=last_only)
+            if served is not None:
+                return served
+        spared = last_only and self.replaced.last_layer
+        hidden = self._run(inputs_embeds, PackedLayout(cu_seqlens, self.layer_of, prefix, last_only=spared))
+        return hidden.index_select(0, cu_seqlens[1:].long() - 1) if last_only else hidden
+
+    @uncompiled
+    def key_values(self, inputs_embeds: Tensor, prefix: KeyValuePrefix | None = None) -> KeyValuePrefix:
+        """Keys and values of B sequences of one length, to be injected in front of what follows them.
+
+        In a causal model what follows is then computed as if the sequences stood there; a bidirectional one would have
+        let them see it, so there the two differ. Gradients reach `inputs_embeds` (use `torch.no_grad` for constants).
+
+        Args:
+            inputs_embeds: [B, P, D_llm].
+            prefix: what stands in front of them already; not part of the result.
+        """
+        batch_size, length = inputs_embeds.shape[:2]
+        bounds = even_cu_seqlens(batch_size, length, inputs_embeds.device)
+        layout = PackedLayout(bounds, self.layer_of, prefix, keep=True)
+        self._run(inputs_embeds.flatten(0, 1), layout)
+        ordered = [layout.read[layer] for layer in range(len(layout.read))]
+        return KeyValuePrefix(
+            tuple(key.unflatten(0, (batch_size, length)) for key, _ in ordered),
+            tuple(value.unflatten(0, (batch_size, length)) for _, value in ordered),
+        )
+
+    def _run(self, inputs_embeds: Tensor, layout: PackedLayout) -> Tensor:
+        if inputs_embeds.dim() != 2 or inputs_embeds.shape[1] != self.hidden_size:
+            raise ValueError(
+                f"FrozenLM: inputs_embeds must be [T, {self.hidden_size}], got {tuple(inputs_embeds.shape)}"
+            )
+        inputs_embeds = inputs_embeds.to(self.dtype)
+        if inputs_embeds.shape[0] == 0:
+            return inputs_embeds
+        if self.max_length is not None and not layout.cu_seqlens_k.is_meta and layout.first_position is None:
+            self.check_length(max(lengths_on_host(layout.cu_seqlens_k), default=0))
+        return self.run_layers(inputs_embeds, layout)
+
+    def check_length(self, longest: int) -> None:
+        """Refuse a sequence of so many tokens, its prefix counted, where the model allows fewer.
+
+        Raises:
+            ValueError: it does.
+        """
+        allowed = longest if self.max_length is None else self.max_length - self.first_position
+        if longest > allowed:
+            raise ValueError(
+                f"FrozenLM: a sequence must have at most {allowed} tokens with its prefix and suffix, "
+                f"got {longest}; lower prompt.max_tokens or prompt.max_items"
+            )
+
+    def run_layers(self, inputs_embeds: Tensor, layout: PackedLayout) -> Tensor:
+        """The model on inputs that were checked: [T, D_llm] in its own dtype -> [T, D_llm].
+
+        Raises:
+            RuntimeError: as `forward`.
+        """
+        first = self.first_position if layout.first_position is None else layout.first_position
+        options: dict[str, Any] = {"use_cache": False} if self.causal else {}
+        # without a mask transformers reads the positions on the host; one of four dimensions it takes as it is. Nobody
+        # masks by it, and to whoever multiplies by it all the same, a one is no mask
+        options["attention_mask"] = inputs_embeds.new_ones(1, 1, 1, 1)
+        with running(layout):
+            output = self.model(
+                inputs_embeds=inputs_embeds[None],
+                position_ids=layout.positions(inputs_embeds.shape[0])[None] + first,
+                laser_layout=layout,
+                **options,
+            )
+        if layout.num_attention_calls == 0:
+            raise RuntimeError(
+                f"FrozenLM: {type(self.model).__name__} must call transformers' AttentionInterface, got no call; "
+                "this architecture cannot run on packed sequences"
+            )
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden
+
+
+def _without_head(model: "PreTrainedModel") -> "PreTrainedModel":
+    """The model that gives hidden states: this one, or the base of one with a head."""
+    from transformers import PreTrainedModel
+
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"FrozenLM: the model must be one of transformers (PreTrainedModel), got a {name}; hand in the model "
+            "inside of it (of PEFT: model.merge_and_unload())"
+        )
+    if any(getattr(one, "is_encoder_decoder", False) for one in (model.config, model.config.get_text_config())):
+        raise ValueError(
+            f"FrozenLM: the model must be an encoder or a decoder, got the encoder-decoder {model.name_or_path!r}"
+        )
+    base = model.base_model
+    headed = base is not model
+    try:
+        embeddings = base.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        embeddings = None
+    if embeddings is None or (not headed and model.get_output_embeddings() is not None):
+        raise ValueError(
+            f"FrozenLM: the model must have a base with a table of token embeddings and no head, got {name}; load it "
+            "by AutoModel"
+        )
+    if headed and not base.name_or_path:
+        base.name_or_path = model.name_or_path
+    return base
+
+
+def _root_mean_square(tensor: Tensor) -> float:
+    if tensor.is_meta:
+        return 1.0
+    return float(tensor.float().square().mean().sqrt())
+
+
+def _check_prefix(prefix: KeyValuePrefix, layers: list[LayerShape], batch_size: int) -> None:
+    if len(prefix.keys) != len(layers):
+        raise ValueError(f"FrozenLM: prefix must have {len(layers)} layers, got {len(prefix.keys)}")
+    if prefix.batch_size not in (1, batch_size):
+        raise ValueError(f"FrozenLM: prefix must be shared or one for each of {batch_size}, got {prefix.batch_size}")
+    for layer, (key, shape) in enumerate(zip(prefix.keys, layers, strict=True)):
+        if tuple(key.shape[2:]) != (shape.num_heads, shape.head_size):
+            raise ValueError(
+                f"FrozenLM: prefix of layer {layer} must have {shape.num_heads} heads of {shape.head_size}, "
+                f"got {tuple(key.shape[2:])}"
+            )
+
+
+def _register_attention() -> None:
+    """Make "laser_varlen" known to transformers; repeating it changes nothing."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(ATTENTION_NAME, _laser_varlen)
+    AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """The layout says who sees whom, so no [T, T] mask is ever made."""
+
+
+def _laser_varlen(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    laser_layout: PackedLayout | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """The signature transformers calls: query [1, H, T, d], key and value [1, H_kv, T, d] -> [1, T, H, d]."""
+    if laser_layout is None:  # some models do not hand on what their forward was given
+        laser_layout = running_layout()
+    if laser_layout is None:
+        raise RuntimeError('attention "laser_varlen": the model must be called through FrozenLM, got a direct call')
+    for name, meaning in _REFUSED_OPTIONS.items():
+        if options.get(name) is not None:
+            raise ValueError(f"FrozenLM: {type(module).__name__} must not use {meaning}, got {name}={options[name]!r}")
+    causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
+    heads = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+    kind: dict[str, Any] = {"causal": causal, "sliding_window": sliding_window}
+    kind |= {"scale": scaling, "dropout": dropout, "softcap": softcap}
+    # the layout must not become part of a graph; with a gradient the graph ends here
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        return packed_attention(*heads, s_aux, **kind)[None], None
+    return laser_layout.attend(module, *heads, sinks=s_aux, **kind)[None], None

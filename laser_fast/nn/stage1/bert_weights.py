@@ -1,0 +1,101 @@
+"""A BERT checkpoint as the beginning of the querying transformer and of its text branch, as in BLIP-2.
+
+Layer by layer: self-attention, the feed-forward (for the queries and for the text alike) and their norms; the norm of
+the embeddings for both. Cross-attention, query tokens and routers stay random. So does the text's map from the
+language model's token embeddings, whose table is not BERT's; position embeddings (with BERT's first token type) are
+taken. With BERT's own word embeddings and the identity as that map, the text branch gives BERT's hidden states, but
+for the epsilon of its norms (1e-5 here, 1e-12 there).
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from laser_fast.config import resolve_path
+from laser_fast.nn.qformer import FeedForward, QFormer, QFormerLayer
+from laser_fast.nn.stage1.text_branch import TextBranch
+
+if TYPE_CHECKING:
+    from transformers import BertModel
+
+
+def load_bert(folder: str, qformer: QFormer) -> "BertModel":
+    """Read a BERT whose layers fit a querying transformer.
+
+    Args:
+        folder: with config.json and safetensors; read locally only.
+        qformer: whose width, heads and number of layers it must have (more layers are fine, the first are taken).
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: another architecture, or sizes that do not fit.
+    """
+    from transformers import AutoModel, BertModel
+
+    bert = AutoModel.from_pretrained(
+        resolve_path(folder), local_files_only=True, use_safetensors=True, dtype=torch.float32
+    )
+    if not isinstance(bert, BertModel):
+        raise ValueError(f"load_bert: mformer.initialize_from must hold a BERT, got a {type(bert).__name__}")
+    config, layers = bert.config, qformer.layers
+    first = layers[0]
+    assert isinstance(first, QFormerLayer)
+    width, num_heads = qformer.norm.weight.shape[0], first.self_attention.num_heads
+    wanted = {
+        "hidden_size": width,
+        "num_attention_heads": num_heads,
+        "intermediate_size": first.feed_forward.wide.out_features,
+        "hidden_act": "gelu",
+    }
+    differences = [f"{name} {getattr(config, name)}" for name in wanted if getattr(config, name) != wanted[name]]
+    if config.num_hidden_layers < len(layers):
+        wanted["num_hidden_layers"] = len(layers)
+        differences.append(f"num_hidden_layers {config.num_hidden_layers}")
+    if config.is_decoder:
+        wanted["is_decoder"] = False
+        differences.append("is_decoder True")
+    if differences:
+        rule = ", ".join(f"{name} {value}" for name, value in wanted.items())
+        raise ValueError(
+            f"load_bert: the BERT of mformer.initialize_from must have {rule}, got {', '.join(differences)}; change "
+            "mformer.width, num_heads or num_layers, or take another checkpoint"
+        )
+    return bert
+
+
+@torch.no_grad()
+def initialize_qformer(qformer: QFormer, bert: "BertModel") -> None:
+    """Give the layers of the queries BERT's weights; cross-attention is left as it is."""
+    _copy(qformer.norm, bert.embeddings.LayerNorm)
+    for layer, source in zip(qformer.layers, bert.encoder.layer, strict=False):
+        assert isinstance(layer, QFormerLayer)
+        own, attention = layer.self_attention, source.attention
+        parts = [attention.self.query, attention.self.key, attention.self.value]
+        own.qkv.weight.copy_(torch.cat([part.weight for part in parts]))
+        own.qkv.bias.copy_(torch.cat([part.bias for part in parts]))
+        _copy(own.out, attention.output.dense)
+        _copy(own.norm, attention.output.LayerNorm)
+        _copy_feed_forward(layer.feed_forward, source)
+
+
+@torch.no_grad()
+def initialize_text_branch(text: TextBranch, bert: "BertModel") -> None:
+    """Give the text's feed-forwards, norm and positions BERT's weights; positions past BERT's last stay random."""
+    _copy(text.norm, bert.embeddings.LayerNorm)
+    positions: Tensor = bert.embeddings.position_embeddings.weight + bert.embeddings.token_type_embeddings.weight[0]
+    count = min(len(positions), len(text.positions))
+    text.positions[:count].copy_(positions[:count])
+    for feed_forward, source in zip(text.feed_forwards, bert.encoder.layer, strict=False):
+        assert isinstance(feed_forward, FeedForward)
+        _copy_feed_forward(feed_forward, source)
+
+
+def _copy_feed_forward(own: FeedForward, source: Any) -> None:
+    _copy(own.wide, source.intermediate.dense)
+    _copy(own.out, source.output.dense)
+    _copy(own.norm, source.output.LayerNorm)
+
+
+def _copy(own: nn.Module, source: nn.Module) -> None:
+    own.load_state_dict(source.state_dict())

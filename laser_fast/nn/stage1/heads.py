@@ -1,0 +1,278 @@
+"""Stage 1: M-Former learns to say in its queries what the text of the same history says (after BLIP-2, section 3.1).
+
+No language model runs: the text goes through the querying transformer's own self-attention (`text_branch`), with token
+embeddings taken from the frozen language model's table through a linear map. Three terms, each with a weight:
+
+    contrastive (ITC)   the queries of a user are closer to its text than to other texts, and the other way round
+    matching (ITM)      queries that read user and text together tell whether they belong together
+    generation (ITG)    the text is foretold token by token from the keys and values of the queries
+
+A user has the queries of k experts, which do not see each other. For matching and generation each of the k groups
+meets the text on its own, and the answers are combined by the routing weights, as M-Former combines its queries into a
+prefix: so these terms train what the prefix is made of, every chosen expert and the router included. That costs k times
+the text; to take the first expert alone would leave the others and the router without a gradient.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from laser_fast.nn.mformer import MFormer, MFormerOutput
+from laser_fast.nn.qformer import CrossBoundaries, initialize_like_bert
+from laser_fast.nn.stage1.matching import matching_pairs, same_rows
+from laser_fast.nn.stage1.text_branch import TextBranch, select_sequences
+from laser_fast.ops.catalog_cross_entropy import catalog_cross_entropy
+from laser_fast.ops.dispatch import combine_queries, dispatch_queries
+from laser_fast.ops.precision import autocast_off, wide_dtype
+from laser_fast.ops.segments import segment_ids
+
+_LOG_TEMPERATURE_BOUNDS = (math.log(0.01), math.log(0.5))
+
+Gather = Callable[[Tensor], Tensor]
+"""Rows [B, ...] of this process to those of all, its own first, with gradient (`Processes.gather`)."""
+
+
+@dataclass(frozen=True)
+class TermWeights:
+    """Weights of the terms; one of 0 is not computed, and what only it needs is not built."""
+
+    contrastive: float = 1.0
+    matching: float = 1.0
+    generation: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not any(vars(self).values()) or min(vars(self).values()) < 0:
+            raise ValueError(
+                "TermWeights: weights must not be negative and one at least must be above 0, "
+                f"got {', '.join(f'{name} {value}' for name, value in vars(self).items())}"
+            )
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The B histories of a batch, as ids and as text.
+
+    Attributes:
+        items: int64 [N], the items whose states M-Former read.
+        cu_seqlens: int32 [B+1] over them.
+        input_ids: int64 [T], tokens of the texts.
+        token_embeds: [T, D_emb], their frozen embeddings.
+        token_cu_seqlens: int32 [B+1] over them; every text has at least one token.
+    """
+
+    items: Tensor
+    cu_seqlens: Tensor
+    input_ids: Tensor
+    token_embeds: Tensor
+    token_cu_seqlens: Tensor
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens among which generation chooses, e.g. all that occur in the texts of a catalogue.
+
+    Attributes:
+        input_ids: int64 [V], rising.
+        embeds: [V, D_emb], their frozen embeddings.
+    """
+
+    input_ids: Tensor
+    embeds: Tensor
+
+
+class PretrainingHeads(nn.Module):
+    """What stage 1 trains beside M-Former; no part of the recommender that is saved.
+
+    Args:
+        mformer: whose querying transformer and query experts are used, and trained through these terms.
+        embedding_size: D_emb, width of the token embeddings handed in.
+        max_tokens: longest text.
+        weights: of the terms.
+        vocabulary: needed by generation.
+        projection_size: of the space where queries and texts are compared.
+        temperature: where the learned one starts.
+        label_smoothing: of the contrastive term.
+
+    Raises:
+        ValueError: generation without a vocabulary.
+    """
+
+    vocabulary_ids: Tensor
+    vocabulary_embeds: Tensor
+
+    def __init__(
+        self,
+        mformer: MFormer,
+        embedding_size: int,
+        *,
+        max_tokens: int,
+        weights: TermWeights,
+        vocabulary: Vocabulary | None = None,
+        projection_size: int = 256,
+        temperature: float = 0.07,
+        label_smoothing: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if weights.generation and vocabulary is None:
+            raise ValueError("PretrainingHeads: vocabulary must be given where generation has a weight, got None")
+        width = mformer.query_experts.shape[-1]
+        self._mformer = [mformer]  # in a list: used here, not owned
+        self.weights = weights
+        self.label_smoothing = label_smoothing
+        decodes = weights.generation > 0
+        self.text = TextBranch(mformer.qformer, width, embedding_size, max_tokens=max_tokens, decodes=decodes)
+        if weights.contrastive:
+            self.query_projection = nn.Linear(width, projection_size)
+            self.text_projection = nn.Linear(width, projection_size)
+            self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+            for module in (self.query_projection, self.text_projection):
+                module.apply(initialize_like_bert)
+        self.match: nn.Linear | None = None
+        if weights.matching:
+            self.match = nn.Linear(width, 1)
+            self.match.apply(initialize_like_bert)
+        self.decoder: nn.Sequential | None = None
+        if vocabulary is not None and decodes:
+            # BERT's head; the scores are products with the frozen table, so it has no vocabulary of weights
+            norm = nn.LayerNorm(embedding_size)
+            self.decoder = nn.Sequential(nn.Linear(width, embedding_size), nn.GELU(), norm)
+            self.decoder.apply(initialize_like_bert)
+            self.register_buffer("vocabulary_ids", vocabulary.input_ids, persistent=False)
+            self.register_buffer("vocabulary_embeds", vocabulary.embeds, persistent=False)
+
+    def forward(self, written: MFormerOutput, pairs: Pairs, gather: Gather | None = None) -> dict[str, Tensor]:
+        """The terms of a batch.
+
+        Args:
+            written: what M-Former says about the histories; with its layer inputs where generation has a weight.
+            pairs: B histories as text.
+            gather: takes rows of all processes together, for the contrastive term. Negatives of the matching term are
+                rows of this process.
+
+        Returns:
+            float32 [] each: "loss", the weighted sum; and without their weights those of "contrastive", "matching",
+            "matching_accuracy" and "generation" that are on.
+        """
+        with self._mformer[0].products(written.queries.device):
+            values = self._terms(written, pairs, gather)
+        weights = vars(self.weights)
+        terms = [weights[name] * value for name, value in values.items() if name in weights]
+        return {"loss": torch.stack(terms).sum(), **values}
+
+    def _terms(self, written: MFormerOutput, pairs: Pairs, gather: Gather | None) -> dict[str, Tensor]:
+        values: dict[str, Tensor] = {}
+        similarity = None
+        if self.weights.contrastive or self.match is not None:
+            hidden = self.text.embed(pairs.token_embeds, pairs.token_cu_seqlens)
+        if self.weights.contrastive:
+            queries = F.normalize(self.query_projection(written.queries), dim=-1)
+            text = self._text_features(hidden, pairs.token_cu_seqlens)
+            similarity = pair_similarity(queries.detach(), text.detach()) / self.temperature.detach()
+            values["contrastive"] = contrastive_loss(queries, text, self.temperature, self.label_smoothing, gather)
+        if self.match is not None:
+            values["matching"], values["matching_accuracy"] = self._matching(written, pairs, hidden, similarity)
+        if self.decoder is not None:
+            values["generation"] = self._generation(written, pairs)
+        return values
+
+    def encode_text(self, token_embeds: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """First-token feature of each packed text: token_embeds [T, D_emb] -> unit vectors [B, projection]."""
+        with self._mformer[0].products(token_embeds.device):
+            return self._text_features(self.text.embed(token_embeds, cu_seqlens), cu_seqlens)
+
+    def _text_features(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
+        first = self.text.alone(hidden, cu_seqlens).index_select(0, cu_seqlens[:-1].long())
+        return F.normalize(self.text_projection(first), dim=-1)
+
+    @property
+    def temperature(self) -> Tensor:
+        """Learned, kept between 0.01 and 0.5."""
+        return self.log_temperature.clamp(*_LOG_TEMPERATURE_BOUNDS).exp()
+
+    def _matching(
+        self, written: MFormerOutput, pairs: Pairs, hidden: Tensor, similarity: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """ITM: loss and accuracy over the pairs (a third of them true); negatives are uniform without a similarity."""
+        mformer, routing = self._mformer[0], written.routing
+        same = same_rows(pairs.items, pairs.cu_seqlens) | same_rows(pairs.input_ids, pairs.token_cu_seqlens)
+        if similarity is None:
+            similarity = torch.zeros(same.shape, device=same.device)
+        users, texts, true = matching_pairs(similarity, same)
+        num_experts, num_queries = routing.expert.shape[1], mformer.query_experts.shape[1]
+        queries = dispatch_queries(
+            mformer.qformer.norm(mformer.query_experts), routing.expert.index_select(0, users).contiguous()
+        )
+        queries = F.dropout(queries, mformer.qformer.dropout, self.training)
+        rows, cu_seqlens = select_sequences(pairs.token_cu_seqlens, texts.repeat_interleave(num_experts))
+        per_user = torch.bincount(users, minlength=same.shape[0]) * (num_experts * num_queries)
+        boundaries = CrossBoundaries(pairs.cu_seqlens, per_user)
+        answers = self.text.beside(hidden.index_select(0, rows), cu_seqlens, queries, written.projected, boundaries)
+        combined = combine_queries(answers, routing.weight.index_select(0, users))
+        assert self.match is not None
+        logits = self.match(combined).mean(dim=(1, 2)).to(wide_dtype(combined))
+        loss = F.binary_cross_entropy_with_logits(logits, true.to(logits.dtype))
+        return loss, ((logits.detach() > 0) == true).to(logits.dtype).mean()
+
+    def _generation(self, written: MFormerOutput, pairs: Pairs) -> Tensor:
+        """ITG: mean over the tokens of a text, the first included, and over the texts.
+
+        (Not over all tokens: a mean over rows adds up over processes whose texts differ in length.)
+        """
+        batch_size, num_experts = written.routing.expert.shape
+        cu_seqlens, total = pairs.token_cu_seqlens, pairs.input_ids.shape[0]
+        hidden = self.text.embed(pairs.token_embeds, cu_seqlens, shifted=True)
+        # copy j of all texts goes on from the j-th group of every user; the groups of a user lie side by side
+        copies = torch.arange(num_experts, device=cu_seqlens.device, dtype=torch.int32)
+        ends = (cu_seqlens[None, 1:] + copies[:, None] * total).flatten()
+        group = torch.arange(batch_size * num_experts, device=cu_seqlens.device, dtype=torch.int32)
+        group = group.view(batch_size, num_experts).T.flatten()
+        answers = self.text.behind(
+            hidden.repeat(num_experts, 1), torch.cat([cu_seqlens[:1], ends]), written.layer_inputs, group
+        )
+        text = segment_ids(cu_seqlens, total)
+        weight = written.routing.weight.index_select(0, text)
+        combined = (answers.view(num_experts, total, -1) * weight.T[..., None].to(answers.dtype)).sum(dim=0)
+        assert self.decoder is not None
+        target = torch.searchsorted(self.vocabulary_ids, pairs.input_ids)
+        losses = catalog_cross_entropy(
+            self.decoder(combined), self.vocabulary_embeds, target, temperature=1.0, normalize=False, reduction="none"
+        )
+        return (losses / cu_seqlens.diff().index_select(0, text)).sum() / batch_size
+
+
+def pair_similarity(queries: Tensor, text: Tensor) -> Tensor:
+    """Largest cosine over a user's queries: unit vectors [B, Q, p] and [C, p] -> [B, C], at least in float32."""
+    wide = wide_dtype(queries, text)
+    with autocast_off(queries.device):
+        return torch.einsum("bqp,cp->bcq", queries.to(wide), text.to(wide)).amax(dim=-1)
+
+
+def contrastive_loss(
+    queries: Tensor,
+    text: Tensor,
+    temperature: Tensor | float,
+    label_smoothing: float,
+    gather: Gather | None = None,
+) -> Tensor:
+    """ITC: similarity of a pair = the largest over the Q queries; both directions.
+
+    Args:
+        queries: [B, Q, p], unit vectors.
+        text: [B, p], unit vectors; row b belongs to queries[b].
+        gather: gives the rows of all processes, which are then the negatives; None = those of this one.
+
+    Returns:
+        float32 [], a mean over the B rows of this process; 0 for an empty batch.
+    """
+    if queries.shape[0] == 0:
+        return queries.sum() * 0.0
+    all_queries, all_text = (queries, text) if gather is None else (gather(queries), gather(text))
+    target = torch.arange(queries.shape[0], device=queries.device)
+    forward = pair_similarity(queries, all_text) / temperature
+    backward = forward.T if all_queries is queries else pair_similarity(all_queries, text).T / temperature
+    losses = [F.cross_entropy(side, target, label_smoothing=label_smoothing) for side in (forward, backward)]
+    return (losses[0] + losses[1]) / 2

@@ -1,0 +1,1 @@
+"""What a training step will need: rehearsal, memory, plan."""

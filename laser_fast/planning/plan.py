@@ -1,0 +1,365 @@
+"""How much memory a run needs, before it runs: `estimate_memory`.
+
+Fixed bytes are counted from the shapes of everything that stays; those of a step come from rehearsals without values
+(`laser_fast.planning.rehearsal`) of a model with few layers and few rows. Both are exactly linear: in layers because
+they are alike, in rows because nothing is padded.
+"""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from laser_fast.config import LaserConfig, resolve_path
+from laser_fast.laser.model import LaserModel
+from laser_fast.lm.execution.execution import CHECKPOINTING
+from laser_fast.lm.frozen_lm import FrozenLM
+from laser_fast.models.assembly import read_out_of
+from laser_fast.planning.optimizer_bytes import optimizer_bytes_per_parameter
+from laser_fast.planning.rehearsal import (
+    Rehearsal,
+    StepShape,
+    batch_without_values,
+    language_model_without_values,
+    model_without_values,
+    rehearse,
+    rehearse_language_model,
+    stored_bytes,
+)
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+GIB = 2**30
+
+_LAYERS = (3, 5)  # of the rehearsed models; the last layer differs from the others, and so may the first
+_ROWS = (64, 192)  # so many that the language model takes most, as it does wherever memory is short
+_USABLE = 0.95  # of a card; the rest is lost between blocks of the allocator
+_CONTEXT_BYTES = 600_000_000  # CUDA context and workspaces of cuBLAS
+_ENOUGH_TOKENS = 2048  # in a micro-batch: with fewer, unpacking 4-bit weights takes over a seventh of the time
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a plan needs to know about the data.
+
+    Attributes:
+        num_items: size of the catalogue.
+        user_tokens, item_tokens: mean tokens of the text of a user and of an item, virtual ones not counted.
+        history: mean number of items of a user that M-Former reads.
+        state_size: width of the recommender's states.
+        measured: whether these come from data, not from upper bounds in the configuration.
+    """
+
+    num_items: int
+    user_tokens: float
+    item_tokens: float
+    history: float
+    state_size: int = 64
+    measured: bool = False
+
+    @staticmethod
+    def assumed(config: LaserConfig, num_items: int = 100_000) -> "Workload":
+        """The longest that the configuration allows, for when there is no data yet."""
+        prompt = config.prompt
+        return Workload(num_items, prompt.max_tokens, prompt.max_item_tokens, config.mformer.max_history)
+
+
+@dataclass(frozen=True)
+class Line:
+    """`base + per_token * tokens` bytes."""
+
+    base: float
+    per_token: float
+
+    def at(self, tokens: float) -> float:
+        """Bytes of so many packed tokens."""
+        return self.base + self.per_token * tokens
+
+    def of_share(self, share: float) -> "Line":
+        """The line over all tokens of which this one sees a share."""
+        return Line(self.base, self.per_token * share)
+
+    def __add__(self, other: "Line") -> "Line":
+        return Line(self.base + other.base, self.per_token + other.per_token)
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """Bytes of a micro-batch in one mode.
+
+    Attributes:
+        kept: what forward leaves for backward.
+        moments: what is alive at the moments of which one is the peak: the backward of the positives, with what the
+            users keep, and that of the users.
+    """
+
+    kept: Line
+    moments: tuple[Line, ...]
+
+    def peak(self, tokens: int) -> int:
+        """Most bytes alive at any time in a micro-batch of so many packed tokens."""
+        return round(max(line.at(tokens) for line in self.moments))
+
+    def largest(self, free_bytes: float) -> int:
+        """Packed tokens whose peak is at most so many bytes."""
+        return max(0, int(min((free_bytes - line.base) / line.per_token for line in self.moments)))
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What to set so that a run fits.
+
+    Attributes:
+        checkpointing: of `execution`.
+        micro_batch_tokens: of `training`, rounded down to a multiple of 64.
+    """
+
+    checkpointing: str
+    micro_batch_tokens: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of a training run on one device.
+
+    Attributes:
+        fixed: by what they are for; alive all the time.
+        step: of a micro-batch, for every mode that was asked for and that the model has.
+        optimizer_step: bytes beside `fixed` while the optimizer updates.
+        checkpointing: the mode of the configuration.
+        batch_tokens: packed tokens of a whole batch of `training.batch_size` rows.
+        row_tokens: packed tokens of one row: a user, its positive, and their virtual tokens.
+        workload: what was assumed or measured about the data.
+    """
+
+    fixed: dict[str, int]
+    step: dict[str, StepBytes]
+    optimizer_step: int
+    checkpointing: str
+    batch_tokens: int
+    row_tokens: float
+    workload: Workload
+
+    @cached_property
+    def fixed_bytes(self) -> int:
+        """Sum of `fixed`."""
+        return sum(self.fixed.values())
+
+    def total(self, tokens: int, mode: str | None = None) -> int:
+        """Most bytes alive at any time with micro-batches of so many packed tokens.
+
+        Args:
+            mode: None = that of the configuration.
+        """
+        step = self.step[self.checkpointing if mode is None else mode]
+        return self.fixed_bytes + max(step.peak(tokens), self.optimizer_step)
+
+    def largest_micro_batch(self, budget_bytes: int, mode: str) -> int:
+        """Packed tokens that fit into so many bytes in this mode; 0 where not even one row does."""
+        step = self.step[mode]
+        free = _USABLE * budget_bytes - self.fixed_bytes
+        tokens = step.largest(free)
+        return tokens if tokens >= self.row_tokens and free >= self.optimizer_step else 0
+
+    def propose(self, budget_bytes: int) -> Proposal | None:
+        """The cheapest mode in which a useful micro-batch fits, and its largest size; None where nothing fits.
+
+        Useful is a whole batch, or at least 2,048 tokens: with fewer, products of matrices no longer hide the
+        unpacking of 4-bit weights. Where no mode reaches that, the one that takes most tokens.
+        """
+        fits = {mode: self.largest_micro_batch(budget_bytes, mode) for mode in self.step}
+        wanted = min(self.batch_tokens, _ENOUGH_TOKENS)
+        useful = [mode for mode in CHECKPOINTING if fits.get(mode, 0) >= wanted]
+        mode = useful[0] if useful else max(fits, key=lambda name: fits[name])
+        tokens = fits[mode] // 64 * 64 or fits[mode]
+        return Proposal(mode, tokens) if tokens else None
+
+
+def estimate_memory(
+    config: LaserConfig, workload: Workload | None = None, *, on_gpu: bool = True, modes: Iterable[str] = CHECKPOINTING
+) -> MemoryPlan:
+    """Bytes that training by this configuration needs, from shapes alone: no weight is read and no GPU is touched.
+
+    Mixed precision is not counted: with it M-Former needs less than said. On a GPU the context is assumed to take
+    0.6 GB.
+
+    Args:
+        workload: None = `Workload.assumed`; see `laser_fast.training.plan_workload.measure_workload` for one from data.
+        on_gpu: for a GPU, or for a CPU.
+        modes: of `execution.checkpointing` to look at, those without meaning for the model are left out.
+
+    Raises:
+        FileNotFoundError, ValueError: no such language model.
+    """
+    workload = Workload.assumed(config) if workload is None else workload
+    shape = _shape(config)
+    dtype = _dtype(config, on_gpu)
+    whole = model_without_values(config, shape, dtype, _step(workload, config, 1))
+    rows = _Rows.of(config, whole, workload)
+    others = _kept_by_others(config, shape, dtype, workload, rows)
+    step = {}
+    for mode in modes:
+        execution = config.execution.model_copy(update={"checkpointing": _effective(mode, on_gpu)})
+        try:
+            step[mode] = _step_bytes(config.model_copy(update={"execution": execution}), shape, dtype, rows, others)
+        except ValueError:  # a mode that this model does not have
+            if mode == config.execution.checkpointing:
+                raise
+    trained = [parameter for parameter in whole.parameters() if parameter.requires_grad]
+    gradients = sum(parameter.numel() * 4 for parameter in trained)
+    return MemoryPlan(
+        fixed=_fixed(config, whole, on_gpu),
+        step=step,
+        optimizer_step=gradients * (2 if on_gpu else 1),  # on a GPU all updates are computed before one is applied
+        checkpointing=config.execution.checkpointing,
+        batch_tokens=round(rows.tokens * config.training.batch_size),
+        row_tokens=rows.tokens,
+        workload=workload,
+    )
+
+
+def _fixed(config: LaserConfig, model: LaserModel, on_gpu: bool) -> dict[str, int]:
+    table: Any = model.lm.model.get_input_embeddings()
+    table_bytes = stored_bytes(table)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    count = sum(parameter.numel() for parameter in trained)
+    on_host = on_gpu and config.lm.embedding_device == "cpu"
+    fixed = {
+        "language model": stored_bytes(model.lm) - table_bytes,
+        "token embeddings": 0 if on_host else table_bytes,
+        "trained parameters": sum(parameter.numel() * parameter.element_size() for parameter in trained),
+        "optimizer": round(count * optimizer_bytes_per_parameter(config.training.optimizer)),
+        "item matrix": model.item_matrix.numel() * 4,
+        **({} if model.text is None else {"text vectors": model.num_items * model.text.head.in_features * 4}),
+    }
+    return fixed | {"CUDA context": _CONTEXT_BYTES} if on_gpu else fixed
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Packed tokens of one row, virtual ones included: of its user and of its items (0 = not encoded), and how many
+    items that are."""
+
+    user: float
+    item: float
+    items: int
+
+    @property
+    def tokens(self) -> float:
+        return self.user + self.item
+
+    @staticmethod
+    def of(config: LaserConfig, model: LaserModel, workload: Workload) -> "_Rows":
+        step = _step(workload, config, 1)
+        virtual = model.virtual_tokens(batch_without_values(step))
+        items = 1 + step.num_negatives if step.item_tokens else 0
+        return _Rows(workload.user_tokens + virtual, items * (workload.item_tokens + virtual), items)
+
+
+def _kept_by_others(
+    config: LaserConfig, shape: "PretrainedConfig", dtype: torch.dtype, workload: Workload, rows: _Rows
+) -> Line:
+    """What forward leaves outside of the language model, M-Former above all."""
+    shallow = with_layers(shape, min(_LAYERS[0], shape.get_text_config().num_hidden_layers))
+    model = model_without_values(config, shallow, dtype, _step(workload, config, 1))
+    kept = []
+    for count in _ROWS:
+        whole = rehearse(model, _step(workload, config, count)).kept
+        passes = [_rehearse_pass(config, model.lm, rows.user * count, count).kept]
+        if rows.items:
+            passes.append(_rehearse_pass(config, model.lm, rows.item * count, rows.items * count).kept)
+        kept.append(float(whole - sum(passes)))
+    return _line(kept, rows.tokens)
+
+
+def _step_bytes(
+    config: LaserConfig, shape: "PretrainedConfig", dtype: torch.dtype, rows: _Rows, others: Line
+) -> StepBytes:
+    """The language model in one mode, linear in layers and in tokens, on top of what is kept elsewhere."""
+    num_layers = shape.get_text_config().num_hidden_layers
+    few = sorted({min(layers, num_layers) for layers in _LAYERS})
+    found = []
+    for layers in few:
+        lm = language_model_without_values(config, with_layers(shape, layers), dtype)
+        found.append([_rehearse_pass(config, lm, rows.user * count, count) for count in _ROWS])
+
+    def line(name: str) -> Line:
+        ends = []
+        for low, high in zip(found[0], found[-1], strict=True):
+            slope = (getattr(high, name) - getattr(low, name)) / max(1, few[-1] - few[0])
+            ends.append(getattr(low, name) + slope * (num_layers - few[0]))
+        return _line(ends, rows.user)
+
+    kept, peak = line("kept"), line("peak")
+    user, item = rows.user / rows.tokens, rows.item / rows.tokens
+    moments = [others + peak.of_share(user)]
+    if item:
+        moments.append(others + kept.of_share(user) + peak.of_share(item))
+        return StepBytes(others + kept.of_share(user) + kept.of_share(item), tuple(moments))
+    return StepBytes(others + kept, tuple(moments))
+
+
+def _rehearse_pass(config: LaserConfig, lm: FrozenLM, tokens: float, sequences: int) -> Rehearsal:
+    last_only = read_out_of(config.bituning, lm) == "suffix"
+    return rehearse_language_model(lm, round(tokens), sequences, last_only=last_only)
+
+
+def _line(values: list[float], tokens: float) -> Line:
+    """Through the bytes of `_ROWS` rows of so many tokens."""
+    per_row = (values[1] - values[0]) / (_ROWS[1] - _ROWS[0])
+    return Line(values[0] - per_row * _ROWS[0], per_row / tokens)
+
+
+def with_layers(shape: "PretrainedConfig", num_layers: int) -> "PretrainedConfig":
+    """The same architecture with fewer layers; settings that are listed by layer are cut to length."""
+    shape = copy.deepcopy(shape)
+    text = shape.get_text_config()
+    before = text.num_hidden_layers
+    text.num_hidden_layers = num_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == before:
+            setattr(text, name, value[:num_layers])
+    return shape
+
+
+def _step(workload: Workload, config: LaserConfig, rows: int) -> StepShape:
+    objective = config.objective
+    live = objective.item_gradient == "positives" and not config.text.items_are_texts
+    return StepShape(
+        rows=rows,
+        user_tokens=workload.user_tokens,
+        item_tokens=workload.item_tokens if live else 0.0,
+        history=workload.history,
+        num_items=workload.num_items,
+        state_size=workload.state_size,
+        num_negatives=objective.num_negatives if live or objective.candidates == "sampled" else 0,
+        text_history=config.text.max_history if config.text.residual else 0,
+    )
+
+
+def _shape(config: LaserConfig) -> "PretrainedConfig":
+    from transformers import AutoConfig
+
+    from laser_fast.lm.loading.random_models import random_config
+
+    scheme, _, name = config.lm.path.partition(":")
+    if scheme == "random":
+        return random_config(name)
+    folder: Path = resolve_path(config.lm.path, "lm.path")
+    return AutoConfig.from_pretrained(folder, local_files_only=True)
+
+
+def _dtype(config: LaserConfig, on_gpu: bool) -> torch.dtype:
+    if config.lm.dtype == "auto":
+        return torch.bfloat16 if on_gpu else torch.float32
+    dtype: torch.dtype = getattr(torch, config.lm.dtype)
+    return dtype
+
+
+def _effective(mode: str, on_gpu: bool) -> str:
+    return "full" if mode == "offload" and not on_gpu else mode  # host memory is where everything lies already

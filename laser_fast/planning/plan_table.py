@@ -1,0 +1,164 @@
+"""A memory plan from a configuration's data, in words and tables."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from laser_fast.config import LaserConfig, resolve_path
+from laser_fast.data import SequenceDataset, make_split, training_rows
+from laser_fast.laser.build import training_counts
+from laser_fast.lm.execution.execution import CHECKPOINTING
+from laser_fast.lm.loading.language_model import load_tokenizer
+from laser_fast.models.assembly import build_batches
+from laser_fast.planning.plan import GIB, MemoryPlan, Workload, estimate_memory
+from laser_fast.recommenders.recommender_files import load_recommender
+
+_SAMPLE_ROWS = 512
+_SHOWN_TOKENS = 4096
+
+
+def measure_workload(config: LaserConfig) -> Workload:
+    """Mean lengths over up to 512 training rows of the configuration's data, in tokens of its tokenizer.
+
+    Raises:
+        FileNotFoundError: no data or no tokenizer.
+    """
+    dataset = SequenceDataset.load(resolve_path(config.data, "data"))
+    split = make_split(dataset, **config.split.model_dump())
+    builder = build_batches(
+        config.prompt,
+        dataset.items,
+        load_tokenizer(config.lm),
+        known_items=training_counts(split, dataset.num_items) > 0,
+        max_history=config.mformer.max_history,
+    )
+    rows = training_rows(split.train, max(config.prompt.max_items, config.mformer.max_history))
+    chosen = np.random.default_rng(0).permutation(len(rows))[:_SAMPLE_ROWS]
+    batch = builder.training_batch(rows.select(np.sort(chosen)), with_positives=True)
+    assert batch.positives is not None
+    state_size = 64
+    if config.recommender is not None and Path(config.recommender).exists():
+        state_size = load_recommender(
+            resolve_path(config.recommender, "recommender"), expected_split_hash=split.hash
+        ).state_size
+    return Workload(
+        num_items=dataset.num_items,
+        user_tokens=float(batch.token_lengths.mean()),
+        item_tokens=float(batch.positives.token_lengths.mean()),
+        history=batch.items.shape[0] / len(batch),
+        state_size=state_size,
+        measured=True,
+    )
+
+
+def workload_of(config: LaserConfig) -> Workload:
+    """`measure_workload`, or the longest the configuration allows where its data or tokenizer are not there yet."""
+    without_tokenizer = config.lm.tokenizer is None and config.lm.path.startswith("random:")
+    if without_tokenizer or not Path(config.data).exists():
+        return Workload.assumed(config)
+    return measure_workload(config)
+
+
+def one_line(config: LaserConfig, *, on_gpu: bool) -> str:
+    """What the plan says of the mode that is configured, for the message of an error."""
+    mode = config.execution.checkpointing
+    try:
+        plan = estimate_memory(config, workload_of(config), on_gpu=on_gpu, modes=[mode])
+    except (RuntimeError, ValueError, OSError) as error:  # an error about memory must not be lost in another
+        return f"nothing, {error}"
+    tokens = min(plan.batch_tokens, config.training.micro_batch_tokens or plan.batch_tokens)
+    per_token = plan.step[mode].moments[-1].per_token
+    return (
+        f"{_gib(plan.fixed_bytes)} fixed and {per_token / 1e6:.2f} MB a packed token, "
+        f"{_gib(plan.total(tokens))} in all with {tokens} tokens of mean length"
+    )
+
+
+def table(plan: MemoryPlan, cards: Sequence[str]) -> str:
+    """The plan for people: what is fixed, what a step takes in every mode, and what to set on each card.
+
+    Args:
+        cards: sizes such as "8GB"; see `card_bytes`.
+    """
+    work = plan.workload
+    source = "mean of the data" if work.measured else "assumed: the longest the configuration allows"
+    lines = [
+        f"a row: {plan.row_tokens:.0f} packed tokens ({work.user_tokens:.0f} of the user, {work.item_tokens:.0f} of "
+        f"an item, the rest virtual; {source}), {work.num_items} items",
+        f"a batch: {plan.batch_tokens} packed tokens",
+        "",
+        f"fixed: {_gib(plan.fixed_bytes)}",
+        *(f"  {name:<20}{_gib(size):>12}" for name, size in plan.fixed.items()),
+        "",
+        f"{'checkpointing':<14}{'kept a token':>16}{f'peak at {_SHOWN_TOKENS}':>16}"
+        + "".join(f"{card:>10}" for card in cards),
+    ]
+    budgets = {card: card_bytes(card) for card in cards}
+    for mode in (mode for mode in CHECKPOINTING if mode in plan.step):
+        step = plan.step[mode]
+        fits = "".join(f"{plan.largest_micro_batch(size, mode):>10}" for size in budgets.values())
+        kept = f"{step.kept.per_token / 1e6:.3f} MB"
+        lines.append(f"{mode:<14}{kept:>16}{_gib(plan.total(_SHOWN_TOKENS, mode)):>16}{fits}")
+    lines.append("(under a card: packed tokens of a micro-batch that fit, 0 = not one row)")
+    for card, size in budgets.items():
+        proposal = plan.propose(size)
+        if proposal is None:
+            least = min(plan.total(round(plan.row_tokens), mode) for mode in plan.step)
+            lines.append(
+                f"{card}: does not fit, one row needs {_gib(least)}; lm.quantization, lm.embedding_device and "
+                f"training.optimizer.eight_bit lower what is fixed{_on_items(plan)}"
+            )
+        else:
+            lines.append(
+                f"{card}: --set execution.checkpointing={proposal.checkpointing} "
+                f"--set training.micro_batch_tokens={proposal.micro_batch_tokens}"
+            )
+    return "\n".join(lines)
+
+
+def to_dict(plan: MemoryPlan, cards: Sequence[str]) -> dict[str, object]:
+    """The same for programs: bytes and tokens."""
+    found, largest = {}, {}
+    for card in cards:
+        proposal = plan.propose(card_bytes(card))
+        found[card] = None if proposal is None else vars(proposal)
+        largest[card] = {mode: plan.largest_micro_batch(card_bytes(card), mode) for mode in plan.step}
+    return {
+        "fixed_bytes": plan.fixed,
+        "step": {
+            mode: {"kept_bytes_per_token": step.kept.per_token, "peak_bytes": plan.total(_SHOWN_TOKENS, mode)}
+            for mode, step in plan.step.items()
+        },
+        "peak_at_tokens": _SHOWN_TOKENS,
+        "row_tokens": plan.row_tokens,
+        "batch_tokens": plan.batch_tokens,
+        "workload": vars(plan.workload),
+        "largest_micro_batch": largest,
+        "proposals": found,
+    }
+
+
+def card_bytes(size: str) -> int:
+    """Bytes of a card as it is sold: "8GB" has 8 GiB.
+
+    Raises:
+        ValueError: another form.
+    """
+    number = size.upper().removesuffix("GIB").removesuffix("GB")
+    try:
+        value = float(number)
+    except ValueError:
+        value = 0.0
+    if number == size.upper() or not 0 < value < 10_000:
+        raise ValueError(f"plan: --gpu must be a size like 8GB, got {size!r}")
+    return round(value * GIB)
+
+
+def _on_items(plan: MemoryPlan) -> str:
+    """That the catalogue may be smaller than what was assumed."""
+    return "" if plan.workload.measured else "; the catalogue is assumed, --items N says how large it is"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB"

@@ -1,0 +1,262 @@
+"""A training step without values: the real model on the meta device, to count the bytes it would hold.
+
+Nothing about a model is written down here: what backward keeps, what is alive beside it and what a choice of
+`execution` saves is found by running the very code on tensors that have a shape and no memory.
+"""
+
+import copy
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from laser_fast.config import LaserConfig
+from laser_fast.data.batches import PackedBatch
+from laser_fast.laser.model import LaserModel
+from laser_fast.lm.frozen_lm import FrozenLM
+from laser_fast.models.assembly import build_execution, laser_parts
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_BLOCK_SIZE = 64  # weights in 4 bits that share one scale of 8 bits, and 256 of those one of 32 (bitsandbytes)
+_NESTED_BLOCK_SIZE = 256
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """One micro-batch: users and the items that are encoded with them.
+
+    Attributes:
+        rows: users.
+        user_tokens, item_tokens: tokens of text of a user and of an item, virtual ones not counted; without
+            `item_tokens` no item is encoded.
+        history: items of a user that M-Former reads.
+        num_items: size of the catalogue.
+        state_size: width of the recommender's states.
+    """
+
+    rows: int
+    user_tokens: float
+    item_tokens: float
+    history: float
+    num_items: int
+    state_size: int
+    num_negatives: int = 0
+    """Items a user is given beside its positive."""
+    text_history: int = 0
+    """Items of a user, at most, whose text vectors are read."""
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """Bytes of one step beside weights and optimizer.
+
+    Attributes:
+        kept: alive between forward and backward.
+        peak: most that was alive at any time, gradients of the trained parameters included.
+    """
+
+    kept: int
+    peak: int
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts bytes of the tensors that are made while it is active, for as long as they live.
+
+    Args:
+        known: tensors that were there before and are not counted.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._before = [tensor.untyped_storage() for tensor in known]  # held, so that no address is used again
+        self._seen = {storage._cdata for storage in self._before}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._unique2.default and args[0].is_meta:
+            output = _all_distinct(args[0])
+        else:
+            output = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
+        return output
+
+    def _count(self, storage: Any) -> None:
+        address = storage._cdata
+        if address not in self._seen:
+            num_bytes = storage.nbytes()
+            self._seen.add(address)
+            self.live += num_bytes
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._forget, address, num_bytes)
+
+    def _forget(self, address: int, num_bytes: int) -> None:
+        self._seen.discard(address)
+        self.live -= num_bytes
+
+
+def _all_distinct(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `torch.unique` gives where no value occurs twice, the most it can be: distinct values, places, counts."""
+    flat = torch.empty(values.numel(), dtype=values.dtype, device="meta")
+    return flat, torch.empty(values.shape, dtype=torch.int64, device="meta"), torch.empty_like(flat)
+
+
+def model_without_values(
+    config: LaserConfig, shape: "PretrainedConfig", dtype: torch.dtype, step: StepShape
+) -> LaserModel:
+    """The model that this configuration trains, on the meta device.
+
+    Args:
+        shape: transformers' configuration of the language model.
+        dtype: of its embeddings and of what it computes in.
+        step: for the catalogue and the recommender's width.
+    """
+    lm = language_model_without_values(config, shape, dtype)
+    with torch.device("meta"):
+        builder: Any = SimpleNamespace(num_items=step.num_items)
+        recommender: Any = _StatesWithoutValues(step.num_items, step.state_size)
+        ids = cast(Any, range(step.num_items))
+        model = LaserModel(**laser_parts(config, lm, builder, ids, recommender))
+        model.item_matrix = torch.empty(step.num_items, lm.hidden_size)
+        if model.text is not None:
+            model.text.set_vectors(torch.empty(step.num_items, lm.hidden_size))
+    return model.to("meta")
+
+
+def language_model_without_values(config: LaserConfig, shape: "PretrainedConfig", dtype: torch.dtype) -> FrozenLM:
+    """The frozen language model alone, on the meta device; arguments as in `model_without_values`."""
+    from transformers import AutoModel
+
+    shape = copy.deepcopy(shape)
+    packed = config.lm.quantization == "nf4" or getattr(shape, "quantization_config", None) is not None
+    with torch.device("meta"):
+        language_model = AutoModel.from_config(shape, dtype=dtype)
+        if packed:
+            _pack_without_values(language_model, dtype)
+    return FrozenLM(language_model, build_execution(config.execution))
+
+
+def rehearse(model: LaserModel, step: StepShape) -> Rehearsal:
+    """Forward and backward of one micro-batch on the meta device."""
+    batch = batch_without_values(step)
+    with LiveBytes([*model.parameters(), *model.buffers(), *_tensors_of(batch)]) as bytes_:
+        loss = model(batch).loss
+        kept = bytes_.live
+        loss.backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+    return Rehearsal(kept, bytes_.peak)
+
+
+def rehearse_language_model(lm: FrozenLM, tokens: int, sequences: int, *, last_only: bool) -> Rehearsal:
+    """One pass of the language model alone, forward and backward, on the meta device.
+
+    Args:
+        tokens, sequences: packed tokens and how many sequences they are.
+        last_only: as in `FrozenLM.forward`.
+    """
+    with torch.device("meta"):
+        embeds = torch.empty(tokens, lm.hidden_size, dtype=lm.dtype, requires_grad=True)
+        cu_seqlens = torch.empty(sequences + 1, dtype=torch.int32)
+    with LiveBytes([*lm.parameters(), *lm.buffers(), embeds, cu_seqlens]) as bytes_:
+        # a graph stands in front of the model in training as well: what it hands over is not a leaf
+        states = lm(embeds * 1.0, cu_seqlens, last_only=last_only)
+        kept = bytes_.live
+        states.backward(torch.empty_like(states))
+    return Rehearsal(kept, bytes_.peak)
+
+
+def stored_bytes(module: nn.Module) -> int:
+    """Bytes of its parameters and buffers, each storage once."""
+    storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in [*module.parameters(), *module.buffers()]}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+class _PackedWithoutValues(nn.Linear):
+    """The bytes of a linear layer in NF4 with double quantisation."""
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__(1, 1, bias=False)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = linear.bias
+        self.compute_dtype = dtype
+        count = linear.in_features * linear.out_features
+        codes = torch.empty(-(-count // 2), 1, dtype=torch.uint8, device="meta")
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        shape = torch.Size((linear.out_features, linear.in_features))
+        self.weight.quant_state = SimpleNamespace(shape=shape, dtype=dtype)  # type: ignore[attr-defined]
+        scales = -(-count // _BLOCK_SIZE)
+        self.register_buffer("absmax", torch.empty(scales, dtype=torch.uint8, device="meta"))
+        self.register_buffer("nested_absmax", torch.empty(-(-scales // _NESTED_BLOCK_SIZE), device="meta"))
+
+
+class _StatesWithoutValues(nn.Module):
+    """A recommender of which only the shape of its states matters."""
+
+    def __init__(self, num_items: int, state_size: int) -> None:
+        super().__init__()
+        self.num_items = num_items
+        self.state_size = state_size
+
+    def states(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """[N], [B+1] -> [N, D_id]."""
+        return torch.empty(items.shape[0], self.state_size, device=items.device)
+
+    def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """[N], [B+1] -> [B, I]."""
+        return torch.empty(cu_seqlens.shape[0] - 1, self.num_items, device=items.device)
+
+
+def _pack_without_values(model: nn.Module, dtype: torch.dtype) -> None:
+    linears = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]
+    for name, linear in linears:
+        model.set_submodule(name, _PackedWithoutValues(linear, dtype))
+
+
+def batch_without_values(step: StepShape) -> PackedBatch:
+    """A training batch of this shape on the meta device."""
+    users = _sequences(step.rows, step.user_tokens, step.history)
+    with torch.device("meta"):
+        users = _with(users, targets=torch.empty(step.rows, dtype=torch.int64))
+        if step.text_history:
+            read = torch.empty(round(step.rows * min(step.history, step.text_history)), dtype=torch.int64)
+            users = _with(users, text_items=read, text_cu_seqlens=users.cu_seqlens)
+        negatives = torch.empty(step.rows, step.num_negatives, dtype=torch.int64)
+        if step.num_negatives:
+            users = _with(users, negatives=negatives)
+        if step.item_tokens:
+            items = _sequences(step.rows * (1 + step.num_negatives), step.item_tokens, 1.0)
+            if step.text_history:
+                items = _with(items, text_items=items.items, text_cu_seqlens=items.cu_seqlens)
+            users = _with(users, positives=items, positive_targets=torch.empty(step.rows, dtype=torch.int64))
+            users = _with(users, negative_places=negatives) if step.num_negatives else users
+    return users
+
+
+def _sequences(rows: int, tokens: float, history: float) -> PackedBatch:
+    with torch.device("meta"):
+        return PackedBatch(
+            items=torch.empty(round(rows * history), dtype=torch.int64),
+            cu_seqlens=torch.empty(rows + 1, dtype=torch.int32),
+            input_ids=torch.empty(round(rows * tokens), dtype=torch.int64),
+            token_cu_seqlens=torch.empty(rows + 1, dtype=torch.int32),
+        )
+
+
+def _with(batch: PackedBatch, **values: Any) -> PackedBatch:
+    return replace(batch, **values)
+
+
+def _tensors_of(batch: PackedBatch) -> list[Tensor]:
+    own = [value for value in vars(batch).values() if isinstance(value, Tensor)]
+    return own if batch.positives is None else own + _tensors_of(batch.positives)

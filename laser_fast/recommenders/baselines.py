@@ -1,0 +1,66 @@
+"""Counting baselines without a choice to make: Popularity and a first-order Markov chain; each a `Scorer`.
+
+They live on the CPU; `score` takes histories from any device and answers there. Tables are sparse, so memory grows with
+the number of distinct item pairs seen together, not with the square of the catalogue.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from laser_fast.recommenders.item_to_item import Array, packed_histories, product, sparse
+from laser_fast.recommenders.protocol import check_histories
+
+
+class Popularity:
+    """score_i = number of events of item i in the fitted sequences, whatever the history."""
+
+    def __init__(self, counts: Tensor) -> None:
+        """Args: counts: [I], events per item."""
+        self.counts = counts.float().cpu()
+        self.num_items = counts.numel()
+
+    @classmethod
+    def fit(cls, items: Array, cu_seqlens: Array, num_items: int) -> Popularity:
+        """Count the events of packed sequences (items [N] int64, cu_seqlens [B+1] int32)."""
+        items, cu_seqlens = packed_histories("Popularity.fit", items, cu_seqlens, num_items)
+        return cls(torch.bincount(items, minlength=num_items))
+
+    def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """See `Scorer.score`."""
+        check_histories("Popularity.score", items, cu_seqlens, self.num_items)
+        return self.counts.to(items.device).expand(cu_seqlens.numel() - 1, -1).clone()
+
+
+class Markov1:
+    """score_i = |{transitions last -> i}| + count_i / (1 + max count), over directly consecutive events.
+
+    The second term is below 1: popularity decides among items that followed the last item equally often, and alone
+    serves histories that are empty or end in an item nothing ever followed.
+    """
+
+    def __init__(self, transitions: Tensor, counts: Tensor) -> None:
+        """Args: transitions: sparse [I, I], rows = the earlier item; counts: [I], events per item."""
+        self._transitions = transitions
+        self._popularity = counts.float() / (1.0 + counts.max().float())
+        self.num_items = counts.numel()
+
+    @classmethod
+    def fit(cls, items: Array, cu_seqlens: Array, num_items: int) -> Markov1:
+        """Count the transitions of packed sequences (items [N] int64, cu_seqlens [B+1] int32)."""
+        items, cu_seqlens = packed_histories("Markov1.fit", items, cu_seqlens, num_items)
+        sequence = torch.repeat_interleave(cu_seqlens.long().diff(), output_size=items.numel())
+        together = sequence[1:] == sequence[:-1]
+        pairs, times = torch.unique(items[:-1][together] * num_items + items[1:][together], return_counts=True)
+        transitions = sparse(pairs // num_items, pairs % num_items, times.float(), (num_items, num_items))
+        return cls(transitions, torch.bincount(items, minlength=num_items))
+
+    def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """See `Scorer.score`."""
+        check_histories("Markov1.score", items, cu_seqlens, self.num_items)
+        device, items, cu_seqlens = items.device, items.cpu(), cu_seqlens.cpu().long()
+        row = (cu_seqlens.diff() > 0).nonzero()[:, 0]
+        last = items[cu_seqlens[1:][row] - 1]
+        chosen = sparse(row, last, torch.ones(row.numel()), (cu_seqlens.numel() - 1, self.num_items))
+        return (product(chosen, self._transitions).to_dense() + self._popularity).to(device)

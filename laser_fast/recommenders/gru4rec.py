@@ -1,0 +1,121 @@
+"""GRU4Rec (Hidasi et al. 2016, arXiv:1511.06939) on packed histories, with tied item embeddings and full softmax."""
+
+from copy import copy
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from laser_fast.nn.evaluation_mode import draws_dropout
+from laser_fast.ops.segments import segment_positions
+from laser_fast.recommenders.packed_recommender import PackedRecommender
+
+
+class _GRU(nn.GRU):
+    """Draws its dropout where `draws_dropout` says so."""
+
+    def forward(self, *inputs: Any) -> Any:
+        """As `nn.GRU`."""
+        if not self.training or draws_dropout(self):
+            return super().forward(*inputs)
+        quiet = copy(self)  # the same weights; others may be training them
+        quiet.training = False
+        return nn.GRU.forward(quiet, *inputs)
+
+
+class GRU4Rec(PackedRecommender):
+    """Next-item logits `dense(gru(e_item)) @ E^T`.
+
+    The paper samples negatives and has an output matrix of its own; here the item embeddings are the output matrix, as
+    in the later public implementations, and training sees the whole catalogue. A state depends on nothing but its own
+    history: padding does not exist.
+
+    Attributes: see `PackedRecommender`.
+    """
+
+    kind: ClassVar[str] = "gru4rec"
+
+    def __init__(
+        self,
+        num_items: int,
+        *,
+        width: int = 64,
+        hidden_width: int | None = None,
+        num_layers: int = 1,
+        max_length: int = 50,
+        dropout: float = 0.3,
+        state_dropout: float = 0.2,
+        bias: bool = True,
+    ) -> None:
+        """Random weights (Glorot) from torch's global generator.
+
+        Args:
+            num_items: I, size of the catalogue.
+            width: of the item embeddings and the states.
+            hidden_width: of the recurrent layers; None = 2 * `width`.
+            num_layers: recurrent layers.
+            max_length: longest history, in items.
+            dropout: while training, of the embeddings and between recurrent layers.
+            state_dropout: while training, of the states before they meet the item embeddings.
+            bias: whether the recurrent layers have biases.
+
+        Raises:
+            ValueError: a size below 1.
+        """
+        hidden_width = 2 * width if hidden_width is None else hidden_width
+        settings = {
+            "num_items": num_items,
+            "width": width,
+            "hidden_width": hidden_width,
+            "num_layers": num_layers,
+            "max_length": max_length,
+            "dropout": dropout,
+            "state_dropout": state_dropout,
+            "bias": bias,
+        }
+        super().__init__(width, settings)
+        self.dropout = dropout
+        self.state_dropout = state_dropout
+        self.item_embedding = nn.Embedding(num_items, width)
+        between = dropout if num_layers > 1 else 0.0  # torch warns of it where nothing is between
+        self.gru = _GRU(width, hidden_width, num_layers, bias=bias, dropout=between)
+        self.dense = nn.Linear(hidden_width, width)
+        for parameter in self.parameters():
+            if parameter.dim() == 2:
+                nn.init.xavier_normal_(parameter)
+            else:
+                nn.init.zeros_(parameter)
+
+    def forward(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """States [N, width] float32 in the module's mode (with dropout while training), with gradients.
+
+        Args:
+            items: [N] int64, packed histories, oldest first.
+            cu_seqlens: [B+1] int32.
+        """
+        embedded = F.dropout(self.item_embedding(items), self.dropout, draws_dropout(self))
+        if items.numel():
+            order, batch_sizes = _by_time(cu_seqlens, items.numel())
+            output = self.gru(PackedSequence(embedded[order], batch_sizes))[0].data
+            hidden = torch.empty_like(output).index_copy(0, order, output)
+        else:
+            hidden = embedded.new_zeros(0, self.gru.hidden_size)
+        return F.dropout(self.dense(hidden), self.state_dropout, draws_dropout(self))
+
+
+def _by_time(cu_seqlens: Tensor, num_items: int) -> tuple[Tensor, Tensor]:
+    """How torch packs: all first items, then all second ones, the longest history first in each group.
+
+    Returns:
+        (order int64 [N], places of the packed items in that order; batch_sizes int64 [longest] on the CPU, items of
+        each group).
+    """
+    lengths = cu_seqlens.diff()
+    positions = segment_positions(cu_seqlens, num_items)
+    rank = torch.empty_like(lengths, dtype=torch.int64)
+    longest_first = lengths.argsort(descending=True, stable=True)
+    rank[longest_first] = torch.arange(lengths.numel(), device=lengths.device)
+    key = positions * lengths.numel() + rank.repeat_interleave(lengths, output_size=num_items)
+    return key.argsort(), torch.bincount(positions.cpu())

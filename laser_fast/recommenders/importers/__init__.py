@@ -1,0 +1,1 @@
+"""Recommenders trained elsewhere: RecBole and LLaRA."""

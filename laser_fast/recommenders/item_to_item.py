@@ -1,0 +1,260 @@
+"""Recommenders that add up what the items of a history say about each item: item neighbours and sequential rules.
+
+Each is a sparse table, item by item, and the weight of a history item by its age. They live on the CPU; `score` takes
+histories from any device and answers there.
+"""
+
+from __future__ import annotations
+
+import warnings
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from laser_fast.recommenders.protocol import check_histories, newest_items
+
+Array = Tensor | np.ndarray
+
+_ITEMS_PER_BLOCK = 4096  # items whose neighbours are found at a time
+_EVENTS_PER_BLOCK = 2**18  # events whose followers are counted at a time
+
+
+class ItemToItem:
+    """score_i = sum_k decay^k * table[h_k, i], h_0 the newest history item; 0 everywhere for an empty history.
+
+    Attributes:
+        bounds: int64 [I+1], where the entries of each history item start and end.
+        columns: int64 [n], the items they are for.
+        values: float32 [n], their values.
+        decay: weight ratio of an item to the next newer one, 0..1.
+        max_history: newest history items that are read.
+    """
+
+    def __init__(self, bounds: Tensor, columns: Tensor, values: Tensor, *, decay: float, max_history: int) -> None:
+        self.bounds = bounds
+        self.columns = columns
+        self.values = values
+        self.decay = decay
+        self.max_history = max_history
+        self.num_items = bounds.numel() - 1
+
+    def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """See `Scorer.score`."""
+        places, values = self._entries(items, cu_seqlens)
+        scores = torch.zeros(cu_seqlens.numel() - 1, self.num_items)
+        scores.view(-1).index_add_(0, places, values)
+        return scores.to(items.device)
+
+    def sparse_score(self, items: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+        """The scores that are not 0, without a row of the catalogue's size; arguments as `score`.
+
+        Returns:
+            Places b * I + i, int64 [n], ascending and distinct, and their scores, float32 [n]; on the CPU.
+        """
+        places, values = self._entries(items, cu_seqlens)
+        distinct, place = torch.unique(places, return_inverse=True)
+        return distinct, torch.zeros(distinct.numel()).index_add_(0, place, values)
+
+    def _entries(self, items: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+        """Every entry that is added: its place b * I + i, int64 [n], and its value, float32 [n]; on the CPU."""
+        check_histories(f"{type(self).__name__}.score", items, cu_seqlens, self.num_items)
+        items, cu_seqlens = newest_items(items.cpu(), cu_seqlens.cpu(), self.max_history)
+        row = torch.repeat_interleave(cu_seqlens.long().diff(), output_size=items.numel())
+        age = cu_seqlens[1:].long()[row] - 1 - torch.arange(items.numel())  # 0 for the newest item
+        first, counts = self.bounds[items], self.bounds[items + 1] - self.bounds[items]
+        of = torch.repeat_interleave(counts, output_size=int(counts.sum()))  # which history item an entry is of
+        entry = torch.arange(of.numel()) + (first - (counts.cumsum(0) - counts))[of]
+        return row[of] * self.num_items + self.columns[entry], self.decay ** age[of].float() * self.values[entry]
+
+
+class ItemKNN(ItemToItem):
+    """score_i = sum_k decay^k * sim(h_k, i), h_0 the newest history item; sim = c_ij / (sqrt(n_i n_j) + shrinkage).
+
+    c_ij is the number of sequences with both items and n_i with item i (repeats inside a sequence count once); an item
+    is not its own neighbour. Only the `max_neighbors` most similar items are kept of each item (ties: the lower index),
+    which bounds memory by `12 * max_neighbors` bytes per item, and only the newest `max_history` items are read. Scores
+    of empty histories are 0 everywhere.
+    """
+
+    @classmethod
+    def fit(
+        cls,
+        items: Array,
+        cu_seqlens: Array,
+        num_items: int,
+        *,
+        shrinkage: float = 20.0,
+        decay: float = 0.8,
+        max_neighbors: int = 1000,
+        max_history: int = 50,
+    ) -> ItemKNN:
+        """Similarities of packed sequences (items [N] int64, cu_seqlens [B+1] int32).
+
+        Raises:
+            ValueError: a negative shrinkage, a decay outside 0..1, or a limit below 1.
+        """
+        if shrinkage < 0 or not 0 <= decay <= 1:
+            raise ValueError(f"ItemKNN.fit: shrinkage must be >= 0 and decay in 0..1, got {shrinkage} and {decay}")
+        if max_neighbors < 1 or max_history < 1:
+            raise ValueError(
+                f"ItemKNN.fit: max_neighbors and max_history must be at least 1, got {max_neighbors} and {max_history}"
+            )
+        items, cu_seqlens = packed_histories("ItemKNN.fit", items, cu_seqlens, num_items)
+        num_sequences = cu_seqlens.numel() - 1
+        sequence = torch.repeat_interleave(cu_seqlens.long().diff(), output_size=items.numel())
+        membership = torch.unique(items * max(num_sequences, 1) + sequence)  # sorted by item, each pair once
+        item, sequence = membership // max(num_sequences, 1), membership % max(num_sequences, 1)
+        counts = torch.bincount(item, minlength=num_items)
+        bounds = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        by_sequence = sparse(sequence, item, torch.ones(item.numel()), (num_sequences, num_items))
+        blocks = []
+        for start in range(0, num_items, _ITEMS_PER_BLOCK):
+            stop = min(start + _ITEMS_PER_BLOCK, num_items)
+            part = slice(int(bounds[start]), int(bounds[stop]))
+            present = torch.ones(part.stop - part.start)
+            block = sparse(item[part] - start, sequence[part], present, (stop - start, num_sequences))
+            together = product(block, by_sequence)
+            rows, columns = together.indices()
+            rows = rows + start
+            scale = (counts[rows] * counts[columns]).double().sqrt() + shrinkage
+            similarity = (together.values().double() / scale).float()
+            other = rows != columns  # an item is not its own neighbour
+            blocks.append(_strongest(rows[other], columns[other], similarity[other], max_neighbors))
+        return cls(*_table(blocks, num_items), decay=decay, max_history=max_history)
+
+
+class SequentialRules(ItemToItem):
+    """score_i = sum_k decay^k * log(1 + c(h_k, i)), c(j, i) = sum of 1 / gap over every i that followed a j.
+
+    The gap is the number of events from j to i, 1 for the next one, at most `max_gap`. Unlike `ItemKNN` the rules are
+    directed, and an item may follow itself: they know which items are bought again. Only the `max_neighbors` strongest
+    rules are kept of each item (ties: the lower index), which bounds memory by `12 * max_neighbors` bytes per item.
+
+    Source: sequential rules (Kamehkhosh, Jannach & Ludewig, 2017), which read the last item alone; here the whole
+    history is read, and a logarithm keeps one frequent pair from outweighing everything else.
+    """
+
+    @classmethod
+    def fit(
+        cls,
+        items: Array,
+        cu_seqlens: Array,
+        num_items: int,
+        *,
+        max_gap: int = 30,
+        decay: float = 0.5,
+        max_neighbors: int = 200,
+        max_history: int = 10,
+    ) -> SequentialRules:
+        """Rules of packed sequences (items [N] int64, cu_seqlens [B+1] int32).
+
+        Raises:
+            ValueError: a decay outside 0..1, or a limit below 1.
+        """
+        if not 0 <= decay <= 1:
+            raise ValueError(f"SequentialRules.fit: decay must be in 0..1, got {decay}")
+        if min(max_gap, max_neighbors, max_history) < 1:
+            raise ValueError(
+                "SequentialRules.fit: max_gap, max_neighbors and max_history must be at least 1, "
+                f"got {max_gap}, {max_neighbors} and {max_history}"
+            )
+        items, cu_seqlens = packed_histories("SequentialRules.fit", items, cu_seqlens, num_items)
+        lengths = cu_seqlens.long().diff()
+        end = torch.repeat_interleave(cu_seqlens[1:].long(), lengths, output_size=items.numel())
+        order = items.argsort(stable=True)  # events of one item side by side
+        blocks = [
+            _followers(items, end, order[start:stop], max_gap, max_neighbors)
+            for start, stop in _item_blocks(torch.bincount(items, minlength=num_items))
+        ]
+        return cls(*_table(blocks, num_items), decay=decay, max_history=max_history)
+
+
+def _item_blocks(counts: Tensor) -> list[tuple[int, int]]:
+    """Bounds of runs of whole items in events that are sorted by item, of about `_EVENTS_PER_BLOCK`; at least one."""
+    bounds, total = counts.cumsum(0), int(counts.sum())
+    marks = torch.arange(_EVENTS_PER_BLOCK, max(total, _EVENTS_PER_BLOCK), _EVENTS_PER_BLOCK)
+    inner = bounds[torch.searchsorted(bounds, marks)].tolist()
+    return list(pairwise(sorted({0, *inner, total}))) or [(0, 0)]
+
+
+def _followers(
+    items: Tensor, end: Tensor, places: Tensor, max_gap: int, max_neighbors: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log(1 + c) of what follows the events at `places` [n] within their sequences; the strongest of each item."""
+    num_items = int(items.max()) + 1 if items.numel() else 1
+    keys, weights = [], []
+    for gap in range(1, max_gap + 1):
+        earlier = places[places + gap < end[places]]
+        keys.append(items[earlier] * num_items + items[earlier + gap])
+        weights.append(torch.full((earlier.numel(),), 1.0 / gap, dtype=torch.float64))
+    pairs, place = torch.unique(torch.cat(keys), return_inverse=True)
+    counts = torch.zeros(pairs.numel(), dtype=torch.float64).index_add_(0, place, torch.cat(weights))
+    return _strongest(pairs // num_items, pairs % num_items, torch.log1p(counts).float(), max_neighbors)
+
+
+def _table(blocks: list[tuple[Tensor, Tensor, Tensor]], num_items: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Entries by row, column and value, sorted by row: as `ItemToItem` holds them."""
+    rows, columns, values = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    bounds = torch.zeros(num_items + 1, dtype=torch.int64)
+    bounds[1:] = torch.bincount(rows, minlength=num_items).cumsum(0)
+    return bounds, columns, values
+
+
+def packed_histories(function: str, items: Array, cu_seqlens: Array, num_items: int) -> tuple[Tensor, Tensor]:
+    """Arrays or tensors as checked CPU tensors."""
+    packed = torch.as_tensor(items).cpu(), torch.as_tensor(cu_seqlens).cpu()
+    check_histories(function, *packed, num_items)
+    return packed
+
+
+def sparse(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Sparse float32 matrix; values of one place are added."""
+    return torch.sparse_coo_tensor(torch.stack([rows, columns]), values, shape, check_invariants=True).coalesce()
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Sparse times sparse, coalesced."""
+    with warnings.catch_warnings():
+        # torch announces once that the format it uses inside is in beta; nothing for the caller to act on
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        product: Tensor = torch.sparse.mm(left, right).coalesce()
+        return product
+
+
+def _strongest(rows: Tensor, columns: Tensor, values: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor]:
+    """At most `limit` entries of each row: the largest, then by lower column. Sorted by row."""
+    order = torch.from_numpy(np.lexsort((columns.numpy(), -values.numpy(), rows.numpy())))
+    rows, columns, values = rows[order], columns[order], values[order]
+    counts = torch.bincount(rows)
+    place = torch.arange(rows.numel()) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    kept = place < limit
+    return rows[kept], columns[kept], values[kept]
+
+
+def refuse_other_table(values: dict[str, Tensor], num_items: int, name: str) -> None:
+    """Make sure that tensors are what `ItemToItem` holds, of so many items: its entries are read without another look.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if values.keys() != {"bounds", "columns", "values"}:
+        raise ValueError(f"checkpoint: {name} must hold bounds, columns and values, got {sorted(values)}")
+    bounds, columns, entries = values["bounds"], values["columns"], values["values"]
+    if bounds.shape != (num_items + 1,):
+        raise ValueError(f"checkpoint: {name} must be of {num_items} items, got {bounds.numel() - 1}")
+    number, problems = columns.numel(), []
+    if [bounds.dtype, columns.dtype, entries.dtype] != [torch.int64, torch.int64, torch.float32]:
+        problems.append(f"{bounds.dtype}, {columns.dtype} and {entries.dtype}")
+    if columns.shape != (number,) or entries.shape != (number,):
+        problems.append(f"columns and values of shapes {tuple(columns.shape)} and {tuple(entries.shape)}")
+    if bounds[0] != 0 or bounds[-1] != number or (bounds.diff() < 0).any():
+        problems.append(f"bounds that do not rise from 0 to {number}")
+    if number and (columns.min() < 0 or columns.max() >= num_items):
+        problems.append(f"columns in {columns.min()}..{columns.max()}")
+    if problems:
+        raise ValueError(
+            f"checkpoint: {name} must hold int64 bounds and columns and float32 values over {num_items} items, got "
+            + "; ".join(problems)
+        )

@@ -1,0 +1,202 @@
+"""SASRec as RecBole and as LLaRA publish it, on packed histories: learned positions, weights from elsewhere.
+
+They compute what those two compute, so that their checkpoints can be read (`foreign_checkpoints`). Neither has dropout:
+they are read, not trained. Both count the positions from the oldest item they read, and both are causal, so the padding
+behind a history, which the originals need, changes nothing and is left out here.
+"""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from laser_fast.lm.attention.packed_attention import AttentionPlan, varlen_attention
+from laser_fast.ops.segments import segment_positions
+from laser_fast.recommenders.packed_recommender import PackedRecommender
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+"""By the names RecBole gives them; its gelu is the exact one."""
+
+
+class _Attention(nn.Module):
+    """Causal attention of several heads, without a projection behind it."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+
+    def forward(self, queries: Tensor, keys: Tensor, plan: AttentionPlan, cu_seqlens: Tensor, scale: float) -> Tensor:
+        """[N, width], [N, width] -> [N, width]."""
+        query, key, value = (
+            project(source).unflatten(-1, (self.num_heads, -1))
+            for project, source in ((self.query, queries), (self.key, keys), (self.value, keys))
+        )
+        return varlen_attention(query, key, value, cu_seqlens, causal=True, scale=scale, plan=plan).flatten(1)
+
+
+class _PostNormLayer(nn.Module):
+    """norm(x + attention(x)), then norm(x + mlp(x))."""
+
+    def __init__(self, width: int, inner_width: int, num_heads: int, activation: str, norm_eps: float) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.scale = (width // num_heads) ** -0.5
+        self.attention = _Attention(width, num_heads)
+        self.out = nn.Linear(width, width)
+        self.attention_norm = nn.LayerNorm(width, eps=norm_eps)
+        self.up = nn.Linear(width, inner_width)
+        self.down = nn.Linear(inner_width, width)
+        self.mlp_norm = nn.LayerNorm(width, eps=norm_eps)
+
+    def forward(self, hidden: Tensor, plan: AttentionPlan, cu_seqlens: Tensor) -> Tensor:
+        """[N, width] -> [N, width]."""
+        attended = self.out(self.attention(hidden, hidden, plan, cu_seqlens, self.scale))
+        hidden = self.attention_norm(attended + hidden)
+        return self.mlp_norm(self.down(self.activation(self.up(hidden))) + hidden)
+
+
+class RecBoleSASRec(PackedRecommender):
+    """SASRec of RecBole 1.2: `norm(item + position)`, post-norm layers, tied item embeddings.
+
+    Attributes: see `PackedRecommender`.
+    """
+
+    kind: ClassVar[str] = "recbole-sasrec"
+
+    def __init__(
+        self,
+        num_items: int,
+        *,
+        width: int = 64,
+        inner_width: int = 256,
+        num_layers: int = 2,
+        num_heads: int = 2,
+        max_length: int = 50,
+        activation: str = "gelu",
+        norm_eps: float = 1e-12,
+    ) -> None:
+        """Random weights, to be overwritten; the defaults are RecBole's.
+
+        Args:
+            num_items: I, size of the catalogue, without the padding.
+            width: of the item embeddings and the states.
+            inner_width: of the feed-forward layers.
+            num_layers: transformer layers.
+            num_heads: attention heads; must divide `width`.
+            max_length: positions there are.
+            activation: a name of `ACTIVATIONS`.
+            norm_eps: of the layer norms.
+
+        Raises:
+            ValueError: a size below 1, `width` no multiple of `num_heads`, or an unknown activation.
+        """
+        settings = {
+            "num_items": num_items,
+            "width": width,
+            "inner_width": inner_width,
+            "num_layers": num_layers,
+            "num_heads": num_heads,
+            "max_length": max_length,
+            "activation": activation,
+            "norm_eps": norm_eps,
+        }
+        super().__init__(width, settings)
+        _check_heads("RecBoleSASRec", width, num_heads)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"RecBoleSASRec: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        self.item_embedding = nn.Embedding(num_items, width)
+        self.position_embedding = nn.Embedding(max_length, width)
+        self.norm = nn.LayerNorm(width, eps=norm_eps)
+        self.layers = nn.ModuleList(
+            _PostNormLayer(width, inner_width, num_heads, activation, norm_eps) for _ in range(num_layers)
+        )
+
+    def forward(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """States [N, width] float32, with gradients.
+
+        Args:
+            items: [N] int64, packed histories, oldest first, each at most `max_length` long.
+            cu_seqlens: [B+1] int32.
+        """
+        positions = self.position_embedding(segment_positions(cu_seqlens, items.numel()))
+        hidden: Tensor = self.norm(self.item_embedding(items) + positions)
+        plan = AttentionPlan(cu_seqlens, causal=True)
+        for layer in self.layers:
+            hidden = layer(hidden, plan, cu_seqlens)
+        return hidden
+
+
+class LLaRASASRec(PackedRecommender):
+    """SASRec of LLaRA (Liao et al. 2024, arXiv:2312.02445): one layer, scores from an output layer of its own.
+
+    Queries are normalised and keys are not, the attention adds to the normalised queries, is scaled by 1/sqrt(width)
+    whatever the number of heads, and has no projection behind it. Where the entries of an embedding add up to exactly 0
+    the original takes the item for padding; here it stays an item.
+
+    Attributes: see `PackedRecommender`.
+    """
+
+    kind: ClassVar[str] = "llara-sasrec"
+
+    def __init__(self, num_items: int, *, width: int = 64, num_heads: int = 1, max_length: int = 10) -> None:
+        """Random weights, to be overwritten; the defaults are LLaRA's.
+
+        Args:
+            num_items: I, size of the catalogue, without the padding.
+            width: of the item embeddings and the states.
+            num_heads: attention heads; must divide `width`.
+            max_length: positions there are.
+
+        Raises:
+            ValueError: a size below 1, or `width` no multiple of `num_heads`.
+        """
+        super().__init__(
+            width, {"num_items": num_items, "width": width, "num_heads": num_heads, "max_length": max_length}
+        )
+        _check_heads("LLaRASASRec", width, num_heads)
+        self.item_embedding = nn.Embedding(num_items, width)
+        self.position_embedding = nn.Embedding(max_length, width)
+        self.query_norm = nn.LayerNorm(width)
+        self.attention = _Attention(width, num_heads)
+        self.mlp_input_norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, width)
+        self.down = nn.Linear(width, width)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(width)
+        self.output = nn.Linear(width, num_items)
+
+    def forward(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """States [N, width] float32, with gradients.
+
+        Args:
+            items: [N] int64, packed histories, oldest first, each at most `max_length` long.
+            cu_seqlens: [B+1] int32.
+        """
+        inputs = self.item_embedding(items) + self.position_embedding(segment_positions(cu_seqlens, items.numel()))
+        queries = self.query_norm(inputs)
+        plan = AttentionPlan(cu_seqlens, causal=True)
+        attended = self.attention(queries, inputs, plan, cu_seqlens, self.state_size**-0.5) + queries
+        hidden = self.mlp_input_norm(attended)
+        hidden = self.mlp_norm(self.down(F.relu(self.up(hidden))) + hidden)
+        states: Tensor = self.norm(hidden)
+        return states
+
+    def output_layer(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of a layer that shares nothing with the item embeddings."""
+        return self.output.weight, self.output.bias
+
+
+def _check_heads(function: str, width: int, num_heads: int) -> None:
+    if width % num_heads:
+        raise ValueError(f"{function}: width must be a multiple of num_heads, got {width} and {num_heads}")

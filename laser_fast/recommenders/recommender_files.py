@@ -1,0 +1,195 @@
+"""An ID-based recommender in a folder: safetensors and JSON, sealed, whole or absent."""
+
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import torch
+
+from laser_fast.files.descriptions import Description, checked_description, parse_description
+from laser_fast.files.folders import refuse_others, replace_directory, whole_directory, write_json
+from laser_fast.files.sealed import SEAL, SealedFolder, seal
+from laser_fast.files.tensors import (
+    load_weights_of_file,
+    read_tensors,
+    refuse_other_shapes,
+    tensor_shapes,
+    write_tensors,
+)
+from laser_fast.recommenders.cross_fitted import StateGap
+from laser_fast.recommenders.cross_fitted_files import FOLDS_FILE, FoldsRecord, read_folds, write_folds
+from laser_fast.recommenders.gru4rec import GRU4Rec
+from laser_fast.recommenders.packed_recommender import PackedRecommender
+from laser_fast.recommenders.published_sasrec import LLaRASASRec, RecBoleSASRec
+from laser_fast.recommenders.sasrec import SASRec
+
+_FORMAT = 2
+_KINDS: dict[str, type[PackedRecommender]] = {
+    model.kind: model for model in (SASRec, GRU4Rec, RecBoleSASRec, LLaRASASRec)
+}
+_WEIGHTS_FILE = "recommender.safetensors"
+_SETTINGS_FILE = "recommender.json"
+RECOMMENDER_FILES = (_SETTINGS_FILE, _WEIGHTS_FILE, FOLDS_FILE, SEAL)
+
+
+class RecommenderDescription(Description):
+    """What recommender.json holds.
+
+    Attributes:
+        model: settings of the model, all of them.
+        split_hash, item_map_hash, gap: see `PackedRecommender`.
+        folds: what is recorded of the models of the folds; None = they are not here.
+        facts: what else was worth keeping; the model does not depend on it.
+    """
+
+    format: int
+    kind: str
+    model: dict[str, int | float | str | bool]
+    split_hash: str | None
+    item_map_hash: str | None
+    gap: StateGap | None
+    folds: FoldsRecord | None
+    facts: dict[str, Any]
+
+
+def is_saved_by_kind(model: object) -> TypeGuard[PackedRecommender]:
+    """Whether `write_recommender` can write it and `read_recommender` build it again: it is of a kind known here."""
+    return type(model) in _KINDS.values()
+
+
+def save_recommender(model: PackedRecommender, directory: str | Path, **facts: Any) -> None:
+    """Write weights and settings to `directory`, which is replaced as a whole: a reader never sees half of it.
+
+    The models of its folds, where it has some, come along.
+
+    Args:
+        directory: new, empty, or with a saved recommender alone.
+        facts: anything worth keeping with it, as JSON.
+
+    Raises:
+        FileExistsError: the folder holds something else.
+        ValueError: another process writes it.
+    """
+    target = Path(directory)
+    with replace_directory(target) as folder:
+        refuse_others("save_recommender", target, RECOMMENDER_FILES)
+        folds = None if model.cross_fitted is None else write_folds(model.cross_fitted, folder)
+        write_recommender(model, folder, folds, **facts)
+        seal(folder)
+
+
+def write_recommender(model: PackedRecommender, folder: Path, folds: FoldsRecord | None = None, **facts: Any) -> None:
+    """The two files of the model itself, into a folder that is being written and is sealed at the end.
+
+    Args:
+        folds: of those that were written beside it.
+        facts: see `save_recommender`.
+    """
+    write_tensors(model.state_dict(), folder / _WEIGHTS_FILE)
+    values = {
+        "format": _FORMAT,
+        "kind": model.kind,
+        "model": model.settings,
+        "split_hash": model.split_hash,
+        "item_map_hash": model.item_map_hash,
+        "gap": model.gap,
+        "folds": folds,
+        "facts": facts,
+    }
+    description = checked_description(RecommenderDescription, values, f"write_recommender: {_SETTINGS_FILE}")
+    write_json(folder / _SETTINGS_FILE, description.model_dump(mode="json"))
+
+
+def load_recommender(
+    directory: str | Path,
+    *,
+    expected_split_hash: str | None = None,
+    expected_item_map_hash: str | None = None,
+) -> PackedRecommender:
+    """Read what `save_recommender` wrote, or the checkpoint inside a run directory; on the CPU, in eval mode.
+
+    Args:
+        directory: the folder of the checkpoint, or the run directory around it.
+        expected_split_hash: refuse a model that was fitted on another split.
+        expected_item_map_hash: refuse a model of another catalogue.
+
+    Raises:
+        FileNotFoundError: no checkpoint there.
+        ValueError: another kind of file, a damaged one, foreign or missing weights, or another split or catalogue than
+            expected.
+    """
+    folder = Path(directory)
+    if not (folder / _SETTINGS_FILE).is_file():
+        inner = folder / "checkpoint"
+        folder = whole_directory(inner if inner.is_dir() else folder)
+    if not (folder / _SETTINGS_FILE).is_file():
+        raise FileNotFoundError(f"load_recommender: the folder must hold {_SETTINGS_FILE}, got {str(directory)!r}")
+    _description(folder)  # read before the seal, because older versions have a format and no seal
+    model = read_recommender(SealedFolder(folder))
+    for what, expected in {"split_hash": expected_split_hash, "item_map_hash": expected_item_map_hash}.items():
+        if expected is not None and getattr(model, what) != expected:
+            raise ValueError(
+                f"load_recommender: {what} must be {expected}, got {getattr(model, what)}; "
+                "train the recommender on this very data set, or import it as trained on this split if it was"
+            )
+    return model
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What else was kept with the recommender in a folder of `save_recommender`.
+
+    Raises:
+        ValueError: recommender.json is damaged or of another format.
+    """
+    return _description(folder).facts
+
+
+def read_recommender(sealed: SealedFolder) -> PackedRecommender:
+    """Read the files of a folder of `save_recommender`, or the two of `write_recommender`; on the CPU, in eval mode.
+
+    Raises:
+        ValueError: another kind of file, a damaged one, foreign or missing weights.
+    """
+    sealed.file(_SETTINGS_FILE)
+    description = _description(sealed.path)
+    model = _build(description, sealed)
+    load_weights_of_file(model, read_tensors(sealed, _WEIGHTS_FILE), f"load_recommender: {_WEIGHTS_FILE}")
+    model.split_hash = description.split_hash
+    model.item_map_hash = description.item_map_hash
+    model.gap = description.gap
+    if description.folds is not None:
+        model.cross_fitted = read_folds(model, sealed, description.folds)
+    return model.eval()
+
+
+def _description(folder: Path) -> RecommenderDescription:
+    content, where = (folder / _SETTINGS_FILE).read_bytes(), f"load_recommender: {folder / _SETTINGS_FILE}"
+    version, remedy = ("format", _FORMAT), "train it, or import it, again with this version of laser_fast"
+    description = parse_description(RecommenderDescription, content, where, version=version, remedy=remedy)
+    if description.kind not in _KINDS:
+        raise ValueError(f"{where} must be of a kind out of {', '.join(_KINDS)}, got {description.kind!r}")
+    return description
+
+
+def _build(description: RecommenderDescription, sealed: SealedFolder) -> PackedRecommender:
+    """The model with random weights, once the file is known to have weights of just these names and shapes."""
+    kind, settings, found = _KINDS[description.kind], description.model, tensor_shapes(sealed, _WEIGHTS_FILE)
+    where = f"load_recommender: {sealed.path / _SETTINGS_FILE}"
+    layers = settings.get("num_layers", 1)
+    if not isinstance(layers, int) or layers > len(found):  # even layers without memory take time to build
+        raise ValueError(f"{where} must have as many num_layers as {_WEIGHTS_FILE} has weights of, got {layers}")
+    try:
+        with torch.device("meta"):
+            twin = kind(**settings)  # type: ignore[arg-type]
+    except (TypeError, RuntimeError, ArithmeticError) as error:
+        raise ValueError(f"{where} must hold settings of {description.kind}, got {settings} ({error})") from error
+    if missing := sorted(twin.settings.keys() - settings.keys()):
+        raise ValueError(f"{where} must hold all settings of {description.kind}, got none of {missing}")
+    wanted = {name: tuple(tensor.shape) for name, tensor in twin.state_dict().items()}
+    if wanted.keys() != found.keys():
+        raise ValueError(
+            f"load_recommender: {_WEIGHTS_FILE} must hold the weights of {description.kind}, "
+            f"got missing {sorted(wanted.keys() - found.keys())}, unexpected {sorted(found.keys() - wanted.keys())}"
+        )
+    refuse_other_shapes(found, wanted, f"load_recommender: {_WEIGHTS_FILE}")
+    with torch.random.fork_rng(devices=[]):  # the random weights are overwritten at once
+        return kind(**settings)  # type: ignore[arg-type]

@@ -1,0 +1,131 @@
+"""SASRec (Kang and McAuley 2018, arXiv:1808.09781) on packed histories: tied item embeddings, rotary positions."""
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from laser_fast.lm.attention.packed_attention import AttentionPlan, varlen_attention
+from laser_fast.nn.evaluation_mode import draws_dropout
+from laser_fast.ops.segments import segment_positions
+from laser_fast.recommenders.packed_recommender import PackedRecommender
+
+# wavelengths from 6 to 600 items: histories have tens of items, not thousands of tokens
+_ROTARY_BASE = 100.0
+
+
+class _Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)): one pre-norm transformer layer over packed sequences."""
+
+    def __init__(self, width: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.attention_norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, hidden: Tensor, angles: Tensor, cu_seqlens: Tensor, plan: AttentionPlan) -> Tensor:
+        """[N, width] -> [N, width], causal inside each sequence of `cu_seqlens`; `angles` as of `_rotary_angles`."""
+        query, key, value = self.qkv(self.attention_norm(hidden)).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
+        query, key = _rotate(query, angles), _rotate(key, angles)
+        probability = self.dropout if draws_dropout(self) else 0.0
+        attended = varlen_attention(query, key, value, cu_seqlens, causal=True, dropout=probability, plan=plan)
+        hidden = hidden + F.dropout(self.out(attended.flatten(1)), self.dropout, draws_dropout(self))
+        return hidden + F.dropout(self.down(F.gelu(self.up(self.mlp_norm(hidden)))), self.dropout, draws_dropout(self))
+
+
+class SASRec(PackedRecommender):
+    """Next-item logits `norm(transformer(e_item)) @ E^T`.
+
+    Queries and keys are rotated by their positions (Su et al. 2021, arXiv:2104.09864), so attention sees how far apart
+    two items are and not where the history began. A learned embedding of the position, as in the paper, has seen each
+    late position in few histories and ranked worse on validation. A state depends on nothing but its own history: not
+    on the batch, not on padding (there is none), not on younger items.
+
+    Attributes: see `PackedRecommender`.
+    """
+
+    kind: ClassVar[str] = "sasrec"
+
+    def __init__(
+        self,
+        num_items: int,
+        *,
+        width: int = 64,
+        num_layers: int = 2,
+        num_heads: int = 2,
+        max_length: int = 50,
+        dropout: float = 0.5,
+        state_dropout: float = 0.2,
+    ) -> None:
+        """Random weights (normal, deviation 0.02) from torch's global generator.
+
+        Args:
+            num_items: I, size of the catalogue.
+            width: of the item embeddings and the states.
+            num_layers: transformer layers.
+            num_heads: attention heads; must divide `width`.
+            max_length: longest history, in items.
+            dropout: while training, of the embeddings, attention weights and layer outputs.
+            state_dropout: while training, of the states before they meet the item embeddings.
+
+        Raises:
+            ValueError: a size below 1, or `width` not an even multiple of `num_heads`.
+        """
+        settings = {
+            "num_items": num_items,
+            "width": width,
+            "num_layers": num_layers,
+            "num_heads": num_heads,
+            "max_length": max_length,
+            "dropout": dropout,
+            "state_dropout": state_dropout,
+        }
+        super().__init__(width, settings)
+        if width % (2 * num_heads):
+            raise ValueError(f"SASRec: width must be an even multiple of num_heads, got {width} and {num_heads}")
+        self.dropout = dropout
+        self.state_dropout = state_dropout
+        self.item_embedding = nn.Embedding(num_items, width)
+        self.num_heads = num_heads
+        self.blocks = nn.ModuleList(_Block(width, num_heads, dropout) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(width)
+        for parameter in self.parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """States [N, width] float32 in the module's mode (with dropout while training), with gradients.
+
+        Args:
+            items: [N] int64, packed histories, oldest first, each at most `max_length` long.
+            cu_seqlens: [B+1] int32.
+        """
+        hidden = F.dropout(self.item_embedding(items), self.dropout, draws_dropout(self))
+        angles = _rotary_angles(cu_seqlens, items.numel(), self.state_size // self.num_heads)
+        plan = AttentionPlan(cu_seqlens, causal=True)
+        for block in self.blocks:
+            hidden = block(hidden, angles, cu_seqlens, plan)
+        return F.dropout(self.norm(hidden), self.state_dropout, draws_dropout(self))
+
+
+def _rotary_angles(cu_seqlens: Tensor, num_items: int, head_size: int) -> Tensor:
+    """position * base^(-2i / head_size): [N, 1, head_size / 2] float32, positions counted inside each history."""
+    positions = segment_positions(cu_seqlens, num_items)
+    steps = torch.arange(0, head_size, 2, device=cu_seqlens.device, dtype=torch.float32) / head_size
+    return (positions[:, None] * _ROTARY_BASE**-steps)[:, None]
+
+
+def _rotate(heads: Tensor, angles: Tensor) -> Tensor:
+    """Turn each pair (x_i, x_{i + d/2}) of [N, H, d] by its angle."""
+    first, second = heads.chunk(2, dim=-1)
+    cosine, sine = angles.cos(), angles.sin()
+    return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=-1)

@@ -1,0 +1,210 @@
+"""Which users go to which query expert, and what tells the users of one expert from the others.
+
+A feature of a user is an item of the history (there or not) or a kind of items (its share of the history). Everything
+is held against the same users dealt to the experts at random, in groups of the same sizes: with so many features some
+always look typical, and a group of few users always looks peculiar.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from laser_fast.data.sequences import PackedSequences
+from laser_fast.laser.model import LaserModel
+from laser_fast.reports.categories import Categories
+
+_SHUFFLES = 200
+LEAST_USERS = 20  # of an expert that is described
+
+
+@dataclass(frozen=True, eq=False)
+class UserRouting:
+    """The router's answer for B users.
+
+    Attributes:
+        expert: int64 [B, k], best first.
+        weight: float64 [B, k].
+        num_experts: E.
+        histories: what the router read.
+    """
+
+    expert: np.ndarray
+    weight: np.ndarray
+    num_experts: int
+    histories: PackedSequences
+
+    @property
+    def first(self) -> np.ndarray:
+        """Expert of first choice, int64 [B]."""
+        return np.asarray(self.expert[:, 0])
+
+    @property
+    def first_share(self) -> np.ndarray:
+        """Share of the users whose first choice an expert is, [E]."""
+        return np.bincount(self.first, minlength=self.num_experts) / max(1, len(self.expert))
+
+    @property
+    def weight_share(self) -> np.ndarray:
+        """Mean weight of an expert over the users, [E]; sums to 1."""
+        totals = np.bincount(self.expert.ravel(), weights=self.weight.ravel(), minlength=self.num_experts)
+        return np.asarray(totals / max(1, len(self.expert)))
+
+
+@torch.no_grad()
+def route_users(model: LaserModel, histories: PackedSequences, *, batch_size: int = 256) -> UserRouting:
+    """Ask the router of a model with M-Former about packed histories of item indices."""
+    mformer, recommender = model.mformer, model.recommender
+    if mformer is None or recommender is None:
+        raise ValueError("route_users: the model must have an M-Former, got none")
+    expert, weight, read = [], [], []
+    for start in range(0, len(histories), batch_size):
+        rows = histories.select(np.arange(start, min(start + batch_size, len(histories))))
+        batch = model.builder.histories(rows).to(model.device)
+        states = mformer.state_projection(recommender.states(batch.items, batch.cu_seqlens))
+        routing = mformer.router(states, batch.cu_seqlens)
+        expert.append(routing.expert.cpu().numpy().astype(np.int64))
+        weight.append(routing.weight.double().cpu().numpy())
+        packed = PackedSequences(batch.items.cpu().numpy(), batch.cu_seqlens.cpu().numpy())
+        read += packed.to_lists()
+    return UserRouting(
+        np.concatenate(expert), np.concatenate(weight), mformer.query_experts.shape[0], PackedSequences.from_lists(read)
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Sparse values of B users: value[n] of feature[n] for user[n], 0 elsewhere."""
+
+    names: tuple[str, ...]
+    user: np.ndarray
+    feature: np.ndarray
+    value: np.ndarray
+    num_users: int
+
+
+def item_features(histories: PackedSequences, titles: Sequence[str], *, least_users: int = 10) -> Features:
+    """1 where an item is in a user's history, for the items that at least `least_users` users have."""
+    user = np.repeat(np.arange(len(histories)), histories.lengths)
+    pairs = np.unique(np.stack([user, histories.items]), axis=1)
+    counts = np.bincount(pairs[1], minlength=len(titles))
+    kept = np.flatnonzero(counts >= least_users)
+    place = np.full(len(titles), -1)
+    place[kept] = np.arange(len(kept))
+    pairs = pairs[:, place[pairs[1]] >= 0]
+    names = tuple(titles[item] for item in kept.tolist())
+    return Features(names, pairs[0], place[pairs[1]], np.ones(pairs.shape[1]), len(histories))
+
+
+def category_features(histories: PackedSequences, categories: Categories) -> Features:
+    """Share of a user's history that is of each kind; an item may be of several kinds or none."""
+    size, lengths = len(categories.names), histories.lengths
+    user = np.repeat(np.arange(len(histories)), lengths)
+    kinds = [categories.of_item[item] for item in histories.items]
+    event = np.repeat(np.arange(len(kinds)), [len(of_one) for of_one in kinds])
+    flat = np.array([kind for of_one in kinds for kind in of_one], dtype=np.int64)
+    places, counts = np.unique(user[event] * size + flat, return_counts=True)
+    users = places // size
+    return Features(categories.names, users, places % size, counts / lengths[users], len(histories))
+
+
+@dataclass(frozen=True, eq=False)
+class Typical:
+    """A feature of one expert's users: how many have it, its mean there / over all users, deviation from chance."""
+
+    name: str
+    users: int
+    lift: float
+    z: float
+
+
+@dataclass(frozen=True, eq=False)
+class Contrast:
+    """What the choice of expert has to do with features of the users.
+
+    Attributes:
+        names: of the F features.
+        lift: [E, F], mean of the expert's users / mean of all; NaN for an expert without users.
+        z: [E, F], deviation from what groups dealt at random have, in standard deviations; 0 for experts with fewer
+            than 20 users.
+        users: int64 [E, F], users of the expert with the feature.
+        overall: [F], mean over all users.
+        threshold: |z| that only 1 in 20 random deals exceeds anywhere.
+        explained: share of the features' variance between users that lies between experts.
+        by_chance: the same, mean over random deals.
+        p_value: share of random deals that explain at least as much, (1 + number) / (1 + deals).
+    """
+
+    names: tuple[str, ...]
+    lift: np.ndarray
+    z: np.ndarray
+    users: np.ndarray
+    overall: np.ndarray
+    threshold: float
+    explained: float
+    by_chance: float
+    p_value: float
+
+    def typical(self, expert: int, most: int = 5, *, least_users: int = 5, more: bool = True) -> list[Typical]:
+        """What the expert's users have more (or less) of than chance allows, the clearest first."""
+        sign = 1.0 if more else -1.0
+        order = np.argsort(-sign * self.z[expert], kind="stable")
+        found: list[Typical] = []
+        for feature in order:
+            z, users = float(self.z[expert, feature]), int(self.users[expert, feature])
+            if sign * z < self.threshold or len(found) == most:
+                break
+            if users >= least_users or not more:
+                found.append(Typical(self.names[feature], users, float(self.lift[expert, feature]), z))
+        return found
+
+
+def contrast(features: Features, first: np.ndarray, num_experts: int, *, shuffles: int = _SHUFFLES) -> Contrast | None:
+    """Hold the users of each expert against all users, and the experts against random deals of a fixed seed.
+
+    Args:
+        first: int64 [B], expert of each user.
+
+    Returns:
+        None where there is nothing to compare: no feature, or fewer than two experts with 20 users.
+    """
+    group_sizes = np.bincount(first, minlength=num_experts).astype(np.float64)
+    size, total = len(features.names), features.num_users
+    if not size or (group_sizes >= LEAST_USERS).sum() < 2:
+        return None
+    sums = np.bincount(features.feature, weights=features.value, minlength=size)
+    squares = np.bincount(features.feature, weights=features.value**2, minlength=size)
+    mean = sums / total
+    variance = np.maximum(squares / total - mean**2, 0.0)
+    described = group_sizes >= LEAST_USERS
+    # of a sum over a group drawn without replacement
+    spread = np.sqrt(np.outer(group_sizes * (total - group_sizes) / (total - 1), variance))
+
+    def deal(assigned: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+        places = assigned[features.user] * size + features.feature
+        group = np.bincount(places, weights=features.value, minlength=num_experts * size).reshape(num_experts, size)
+        gap = group - np.outer(group_sizes, mean)
+        z = np.divide(gap, spread, out=np.zeros_like(gap), where=(spread > 0) & described[:, None])
+        between = (gap**2 / np.maximum(group_sizes, 1.0)[:, None]).sum()
+        return group, z, float(between / max(total * variance.sum(), 1e-30))
+
+    group, z, explained = deal(first)
+    random = np.random.default_rng(0)
+    dealt = [deal(random.permutation(first))[1:] for _ in range(shuffles)]
+    largest = np.array([np.abs(other).max() for other, _ in dealt])
+    shares = np.array([share for _, share in dealt])
+    present = np.bincount(first[features.user] * size + features.feature, minlength=num_experts * size)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        lift = group / group_sizes[:, None] / mean
+    return Contrast(
+        features.names,
+        lift,
+        z,
+        present.reshape(num_experts, size),
+        mean,
+        threshold=float(np.quantile(largest, 0.95)),
+        explained=explained,
+        by_chance=float(shares.mean()),
+        p_value=float((1 + (shares >= explained).sum()) / (1 + shuffles)),
+    )

@@ -1,0 +1,200 @@
+"""Prefixes kept between requests: a bounded pool of keys and values, least recently used out first.
+
+A user who comes back with the same history gets the same prefix; what made it (M-Former, and for input embeddings the
+language model's pass over the prefix tokens) need not run again. What a pool holds belongs to one version of the
+weights.
+"""
+
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laser_fast.lm.execution.cuda_graphs import CudaGraphs, Recorder
+from laser_fast.lm.key_value_prefix import KeyValuePrefix
+
+
+class PrefixStore:
+    """Pool of at most `capacity` prefixes, allocated at the first use.
+
+    Threads may use it at the same time, on streams of their own: no row is overwritten while a request reads it. A copy
+    of the store is empty.
+
+    Args:
+        capacity: prefixes kept; one takes P times 2 H_kv d numbers a layer (4 MiB for 32 tokens of an 8B Llama in half
+            precision).
+
+    Attributes:
+        hits, misses: prefixes served from the pool and written since the start.
+
+    Raises:
+        ValueError: a capacity below 1.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        if capacity < 1:
+            raise ValueError(f"PrefixStore: capacity must be at least 1, got {capacity}")
+        self.capacity = capacity
+        self.hits = 0
+        self.misses = 0
+        self._pool = _Pool(capacity)
+        self._version: Hashable = None
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._pool.slot_of)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PrefixStore, (self.capacity,)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the pool."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._pool.tensors)
+
+    def clear(self) -> None:
+        """Forget all prefixes and give up their memory; a request that reads some goes on with them."""
+        with self._lock:
+            self._pool = _Pool(self.capacity)
+
+    @contextmanager
+    def fetch(
+        self, names: Sequence[Hashable], version: Hashable, write: Callable[[list[int]], KeyValuePrefix]
+    ) -> Iterator[KeyValuePrefix]:
+        """The prefixes of a batch, those that are not in the pool written first; to be read before the block ends.
+
+        Args:
+            names: what each prefix depends on, B of them.
+            version: of the weights; another one than before empties the pool.
+            write: makes the prefixes of some positions of `names` as one batch of [len(positions), P, H_kv, d] a layer.
+
+        Returns:
+            The prefixes of the B sequences, in their order: slots of the pool, or, where the batch has more distinct
+            ones than the pool has room for, written for this batch and not kept.
+        """
+        position_of: dict[Hashable, int] = {}  # where each name stands first
+        for position, name in enumerate(names):
+            position_of.setdefault(name, position)
+        with self._lock:
+            if version != self._version:
+                self._pool.slot_of.clear()
+                self._version = version
+            pool = self._pool
+            held = pool.pin((version, name) for name in position_of)
+        try:
+            missing = [name for name in position_of if (version, name) not in held]
+            if missing and len(position_of) <= self.capacity:
+                # not under the lock: others are served meanwhile, and one that misses the same name writes it as well
+                written = write([position_of[name] for name in missing])
+                with self._lock:
+                    if pool.takes(written):
+                        held |= pool.put([(version, name) for name in missing], written)
+                    elif self._pool is pool:
+                        self._pool = _Pool(self.capacity)  # for the batches after this one
+            kept = len(held) == len(position_of)
+            with self._lock:
+                self.hits += len(names) - len(missing) if kept else 0
+                self.misses += len(missing) if kept else len(names)
+            if kept:
+                yield pool.prefix([held[version, name] for name in names])
+            else:
+                yield write(list(range(len(names))))
+        finally:
+            with self._lock:
+                pool.unpin(held.values())
+
+
+class _Pool:
+    """Keys and values of every layer in slots; the caller holds the lock of the store.
+
+    Attributes:
+        slot_of: slots by what lies in them, oldest use first; what is pinned but not in here has no name any more.
+        tensors: keys of all layers, then values, [capacity, P, H_kv, d] each; none before the first use.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.slot_of: OrderedDict[Hashable, int] = OrderedDict()
+        self.tensors: tuple[Tensor, ...] = ()
+        self._pins: Counter[int] = Counter()  # requests that read a slot
+        self._turns = Recorder()
+
+    def pin(self, keys: Iterable[Hashable]) -> dict[Hashable, int]:
+        """Those of the keys that are here, with their slots, which stay as they are until `unpin`."""
+        held = {key: self.slot_of[key] for key in keys if key in self.slot_of}
+        for key, slot in held.items():
+            self.slot_of.move_to_end(key)
+            self._pins[slot] += 1
+        with self._turns.in_turn():  # the device reads after what was written before
+            return held
+
+    def unpin(self, slots: Iterable[int]) -> None:
+        """The request has called all that reads these slots."""
+        self._pins.subtract(slots)
+        self._pins = +self._pins
+        with self._turns.in_turn():  # the device writes after what was read before
+            pass
+
+    def takes(self, written: KeyValuePrefix) -> bool:
+        """Whether these are tensors like those of the pool."""
+        return not self.tensors or [_form(one) for one in self.tensors] == [_form(one) for one in _tensors(written)]
+
+    def put(self, keys: Sequence[Hashable], written: KeyValuePrefix) -> dict[Hashable, int]:
+        """Copy into slots that are free or longest unused, and pin these; nothing where too many are pinned.
+
+        Args:
+            keys: of the rows of `written`; those that are here by now keep their slots.
+        """
+        new = [place for place, key in enumerate(keys) if key not in self.slot_of]
+        slots, wanted = self._free()[: len(new)], set(keys)
+        unused = (key for key, slot in self.slot_of.items() if not self._pins[slot] and key not in wanted)
+        evicted = list(islice(unused, len(new) - len(slots)))
+        if len(slots) + len(evicted) < len(new):
+            return {}
+        slots += [self.slot_of.pop(key) for key in evicted]
+        if new:
+            self._copy(new, slots, written)
+        self.slot_of.update(zip((keys[place] for place in new), slots, strict=True))
+        return self.pin(keys)
+
+    def _free(self) -> list[int]:
+        """Slots without a name that nobody reads."""
+        if len(self.slot_of) == self.capacity:
+            return []
+        taken = {*self.slot_of.values(), *self._pins}
+        return [slot for slot in range(self.capacity) if slot not in taken]
+
+    def _copy(self, places: list[int], slots: list[int], written: KeyValuePrefix) -> None:
+        """Rows of `written` (or its only one) into slots."""
+        tensors = _tensors(written)
+        if not self.tensors:
+            self.tensors = tuple(tensor.new_empty(self.capacity, *tensor.shape[1:]) for tensor in tensors)
+            device = tensors[0].device
+            self._turns = CudaGraphs(device) if device.type == "cuda" else Recorder()
+        source, target = (torch.tensor(rows, device=tensors[0].device) for rows in (places, slots))
+        with self._turns.in_turn():
+            for kept, tensor in zip(self.tensors, tensors, strict=True):
+                if tensor.shape[0] == 1:
+                    rows = tensor.expand(len(slots), *tensor.shape[1:])
+                else:
+                    rows = tensor.index_select(0, source)
+                kept.index_copy_(0, target, rows)
+
+    def prefix(self, slots: list[int]) -> KeyValuePrefix:
+        """Of B sequences, in these slots."""
+        layers = len(self.tensors) // 2
+        rows = torch.tensor(slots, dtype=torch.int32).to(self.tensors[0].device)
+        return KeyValuePrefix(self.tensors[:layers], self.tensors[layers:], rows)
+
+
+def _tensors(prefix: KeyValuePrefix) -> tuple[Tensor, ...]:
+    return *prefix.keys, *prefix.values
+
+
+def _form(tensor: Tensor) -> tuple[object, ...]:
+    return tuple(tensor.shape[1:]), tensor.dtype, tensor.device

@@ -1,0 +1,159 @@
+"""How the weights of an ID-based recommender are found: windows of the training sequences, epochs, a running mean."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from laser_fast.config import RecommenderConfig
+from laser_fast.data import PackedSequences
+from laser_fast.ops import catalog_cross_entropy
+from laser_fast.recommenders.gru4rec import GRU4Rec
+from laser_fast.recommenders.packed_recommender import PackedRecommender
+from laser_fast.recommenders.sasrec import SASRec
+from laser_fast.runs.resume import State
+from laser_fast.training.optimizer import load_optimizer_state, optimizer_state
+
+_WARMUP_STEPS = 50
+_MAX_GRAD_NORM = 5.0
+_AVERAGE_DECAY = 0.98  # of the running mean of the weights, per step
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Pieces of the training sequences; inputs are all events of a piece but the last, targets all but the first."""
+
+    starts: np.ndarray  # int64 [W], first event of each piece in `items`
+    lengths: np.ndarray  # int64 [W], events of each piece, 2..max_length+1
+    items: np.ndarray  # int64 [N]
+
+    @classmethod
+    def cut(cls, train: PackedSequences, max_length: int) -> Windows:
+        """Cut from the newest end: the oldest piece is the short one. Each event but a first is a target once."""
+        starts, lengths = [], []
+        for first, end in zip(train.cu_seqlens[:-1].tolist(), train.cu_seqlens[1:].tolist(), strict=True):
+            while end - first > 1:
+                start = max(first, end - max_length - 1)
+                starts.append(start)
+                lengths.append(end - start)
+                end = start + 1
+        return cls(np.array(starts, dtype=np.int64), np.array(lengths, dtype=np.int64), train.items)
+
+    def batch(self, rows: np.ndarray, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
+        """(items [N] int64, cu_seqlens [B+1] int32, targets [N] int64) of the pieces `rows`."""
+        counts = self.lengths[rows] - 1
+        ends = np.cumsum(counts)
+        places = np.arange(ends[-1]) + np.repeat(self.starts[rows] - (ends - counts), counts)
+        return (
+            torch.from_numpy(self.items[places]).to(device),
+            torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)).to(device),
+            torch.from_numpy(self.items[places + 1]).to(device),
+        )
+
+
+def build_recommender(num_items: int, config: RecommenderConfig) -> PackedRecommender:
+    """A new model of the kind and sizes of `config`."""
+    if config.kind == "gru4rec":
+        return GRU4Rec(
+            num_items,
+            width=config.width,
+            hidden_width=config.hidden_width,
+            num_layers=config.num_layers,
+            max_length=config.max_length,
+            dropout=config.dropout,
+            state_dropout=config.state_dropout,
+        )
+    return SASRec(
+        num_items,
+        width=config.width,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        max_length=config.max_length,
+        dropout=config.dropout,
+        state_dropout=config.state_dropout,
+    )
+
+
+class Fitting:
+    """A model that is being fitted to windows, and the running mean of its weights, which is what is to be kept.
+
+    Parameters that require no gradient stay as they are. Dropout and the order of the windows are drawn from torch's
+    global generator.
+
+    Attributes:
+        averaged: a copy of the model with the mean of the weights so far.
+    """
+
+    averaged: PackedRecommender
+
+    def __init__(self, model: PackedRecommender, windows: Windows, config: RecommenderConfig) -> None:
+        self.model, self.windows, self.batch_size = model, windows, config.batch_size
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            trained, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+        )
+        self.warmup = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: min(1.0, (step + 1) / _WARMUP_STEPS)
+        )
+        self.mean = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(_AVERAGE_DECAY))
+        assert isinstance(self.mean.module, PackedRecommender)  # a copy of `model`
+        self.averaged = self.mean.module
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.model.item_embedding.weight.device
+
+    @property
+    def step(self) -> int:
+        """Steps taken so far."""
+        return int(self.warmup.last_epoch)
+
+    def state(self) -> State:
+        """All that the rest of the fitting depends on, but the random generators."""
+        return State.join(
+            model=State(dict(self.model.state_dict())),
+            mean=State(dict(self.mean.state_dict())),
+            optimizer=optimizer_state(self.optimizer),
+            warmup=State(values=self.warmup.state_dict()),
+        )
+
+    def load_state(self, state: State) -> None:
+        """Go on from what `state` gave."""
+        self.model.load_state_dict(state.part("model").tensors)
+        self.mean.load_state_dict(state.part("mean").tensors)
+        load_optimizer_state(self.optimizer, state.part("optimizer"))
+        self.warmup.load_state_dict(state.part("warmup").values)
+
+    def epoch(self) -> float:
+        """One pass in random order, the mean following the weights; the mean loss over all targets.
+
+        Raises:
+            FloatingPointError: the loss is not finite; names the step.
+        """
+        model = self.model.train()
+        total, count = 0.0, 0
+        order = torch.randperm(len(self.windows.starts)).numpy()
+        for start in range(0, len(order), self.batch_size):
+            items, cu_seqlens, targets = self.windows.batch(order[start : start + self.batch_size], self.device)
+            loss = catalog_cross_entropy(
+                model(items, cu_seqlens), model.item_embedding.weight, targets, temperature=1.0, normalize=False
+            )
+            if not math.isfinite(value := loss.item()):
+                raise FloatingPointError(
+                    f"train_recommender: the loss must be finite, got {value} at step {self.step}; lower learning_rate"
+                )
+            self.optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRAD_NORM)
+            self.optimizer.step()
+            self.warmup.step()
+            self.mean.update_parameters(model)
+            total += value * targets.numel()
+            count += targets.numel()
+        return total / count

@@ -1,0 +1,210 @@
+"""Settings: typos are refused with a suggestion, values are checked, the file reads back to what was written."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from pydantic import ValidationError
+
+import laser_fast.config as config_module
+from laser_fast.config import (
+    LaserConfig,
+    RecommenderConfig,
+    Settings,
+    apply_overrides,
+    build_config,
+    dump_config,
+    load_config,
+    resolve_path,
+)
+
+MINIMAL: dict[str, Any] = {
+    "data": "d",
+    "recommender": "r",
+    "output": "o",
+    "lm": {"path": "lm"},
+    "training": {"phase_a": {"epochs": 2}},
+}
+
+
+def test_what_was_written_reads_back(tmp_path: Path) -> None:
+    config = build_config(LaserConfig, MINIMAL)
+    (tmp_path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    assert load_config(LaserConfig, tmp_path / "config.yaml") == config
+    assert "temperature: 0.05" in dump_config(config)  # defaults are shown
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trainig": {}}, r"unknown key 'trainig', did you mean 'training'\?"),
+        ({"mformer": {"num_expert": 2}}, r"unknown key 'mformer.num_expert', did you mean 'mformer.num_experts'\?"),
+        ({"temperature": 0.1}, r"unknown key 'temperature', did you mean '(objective\.)?temperature'\?"),
+        ({"mformer": {"num_experts": 0}}, "mformer.num_experts: .*greater than or equal to 1, got 0"),
+        ({"mformer": {"num_experts": 2, "top_k": 3}}, "mformer: top_k must be at most num_experts, got 3 and 2"),
+        ({"mformer": {"width": 10, "num_heads": 4}}, "width must be a multiple of num_heads, got 10 and 4"),
+        ({"bituning": {"prefix": "soft"}}, "bituning.prefix: .*'mformer', 'linear', 'shared' or 'none', got 'soft'"),
+        ({"prompt": {"user_template": "films"}}, r"user_template must contain \{history\} once, got 'films'"),
+        ({"recommender": None}, 'recommender must be set when bituning.prefix is "mformer", got None'),
+        (
+            {"recommender": None, "bituning": {"prefix": "linear"}},
+            'recommender must be set when bituning.prefix is "linear", got None',
+        ),
+        (
+            {"bituning": {"prefix": "none"}, "training": {"pretrain": {"epochs": 1}}},
+            "training.pretrain.epochs must be 0 .* got 1",
+        ),
+        (
+            {
+                "objective": {"contrastive_weight": 0, "matching_weight": 0, "generation_weight": 0},
+                "training": {"pretrain": {"epochs": 2}},
+            },
+            "matching_weight or generation_weight must be above 0 .* got 0 for all and 2 epochs",
+        ),
+        ({"objective": {"candidates": "sampled"}}, 'num_negatives must be at least 1 when candidates is "sampled"'),
+        ({"lm": {}}, "key 'lm.path' must be set, got nothing"),
+    ],
+)
+def test_bad_settings_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_config(LaserConfig, MINIMAL | changes)
+
+
+def test_all_problems_are_told_at_once() -> None:
+    with pytest.raises(ValueError, match="dropout: .*; unknown key 'widht'"):
+        build_config(RecommenderConfig, {"widht": 3, "dropout": 2.0})
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("width: 32\nepochs: 5\n", encoding="utf-8")
+    config = load_config(RecommenderConfig, path, ["epochs=7", "dropout=0.25"])
+    assert (config.width, config.epochs, config.dropout) == (32, 7, 0.25)
+    assert apply_overrides({}, ["lm.path=x", "training.pretrain.epochs=0"]) == {
+        "lm": {"path": "x"},
+        "training": {"pretrain": {"epochs": 0}},
+    }
+
+
+def test_a_section_given_in_part_keeps_the_default_of_its_place() -> None:
+    training = build_config(
+        LaserConfig,
+        apply_overrides(
+            {name: value for name, value in MINIMAL.items() if name != "training"},
+            [
+                "training.phase_a.rows_per_epoch=4096",
+                "training.text.epochs=3",
+                "training.text_optimizer.weight_decay=0",
+                "training.pretrain={}",
+            ],
+        ),
+    ).training
+    assert (training.phase_a.epochs, training.phase_a.rows_per_epoch) == (1, 4096)
+    assert (training.text.epochs, training.text.batch_size) == (3, 256)
+    assert (training.text_optimizer.learning_rate, training.text_optimizer.weight_decay) == (2e-3, 0)
+    assert training.pretrain.epochs == 0
+
+
+def test_malformed_files_and_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("width: [", encoding="utf-8")
+    with pytest.raises(ValueError, match="must be YAML"):
+        load_config(RecommenderConfig, path)
+    path.write_text("- 1", encoding="utf-8")
+    with pytest.raises(ValueError, match="must hold keys and values, got a list"):
+        load_config(RecommenderConfig, path)
+    path.write_text("width: -1", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^\S*config\.yaml: width: Input should be greater than .*, got -1$"):
+        load_config(RecommenderConfig, path)
+    with pytest.raises(ValueError, match=r"config\.yaml with overrides: epochs: Input should be less than .*0{12}"):
+        load_config(RecommenderConfig, path, ["width=8", "epochs=1000000000000"])
+    with pytest.raises(ValueError, match="must read section.key=value, got 'epochs'"):
+        apply_overrides({}, ["epochs"])
+    with pytest.raises(ValueError, match="'lm' in override 'lm.path=x' must be a section, got 3"):
+        apply_overrides({"lm": 3}, ["lm.path=x"])
+    with pytest.raises(FileNotFoundError):
+        load_config(RecommenderConfig, tmp_path / "nowhere.yaml")
+
+
+def numeric_fields() -> list[tuple[type[Settings], str]]:
+    """Every setting that may be a number, of every section."""
+    found = []
+    for section in vars(config_module).values():
+        if isinstance(section, type) and issubclass(section, Settings):
+            for name, field in section.model_fields.items():
+                kinds = {field.annotation, *get_args(field.annotation)}
+                kinds |= {without_bounds(kind) for kind in kinds}
+                if kinds & {int, float}:
+                    found.append((section, name))
+    return found
+
+
+def without_bounds(kind: Any) -> Any:
+    """`int` of `Annotated[int, ...]`, else what it is."""
+    return kind.__origin__ if hasattr(kind, "__metadata__") else kind
+
+
+def test_every_number_has_two_bounds() -> None:
+    fields = numeric_fields()
+    assert len(fields) > 50
+    for section, name in fields:
+        for value in (10**30, -(10**30), 1e300, -1e300, float("nan"), float("inf"), float("-inf"), True, False):
+            with pytest.raises(ValidationError) as caught:
+                section.model_validate({name: value})
+            refused = {str(problem["loc"][0]) for problem in caught.value.errors() if problem["type"] != "missing"}
+            assert name in refused, f"{section.__name__}.{name} takes {value}"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            "training.batch_size=1000000000000",
+            "training.batch_size: .*less than or equal to 1048576, got 10{12}",
+        ),
+        ("training.phase_a.epochs=1000000000000", "training.phase_a.epochs: .*less than or equal to 100000"),
+        ("objective.temperature=1.0e+300", "objective.temperature: .*less than or equal to 1000000, got 1e.300"),
+        ("objective.temperature=.nan", "objective.temperature: .*finite number, got nan"),
+        ("training.seed=9223372036854775808", "training.seed: .*less than 4294967296"),
+        ("training.seed=-1", "training.seed: .*greater than or equal to 0, got -1"),
+        ("split.valid_from=.inf", r"split.valid_from: must be a number of less than 2\^63, or a date, got inf"),
+        ("training.batch_size=yes", "training.batch_size: must not be a truth value, got True"),
+    ],
+)
+def test_numbers_out_of_bounds_are_named(setting: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_config(LaserConfig, apply_overrides(deepcopy(MINIMAL), [setting]))
+
+
+def test_a_message_does_not_grow_with_what_is_wrong() -> None:
+    with pytest.raises(ValueError, match="and 99,990 more") as caught:
+        build_config(RecommenderConfig, dict.fromkeys((f"k{number}" for number in range(10**5)), 0))
+    assert len(str(caught.value)) < 1000
+    with pytest.raises(ValueError, match=r"width: .*, got 'x+\.\.\. \(1,000,002 characters\)") as caught:
+        build_config(RecommenderConfig, {"width": "x" * 10**6})
+    assert len(str(caught.value)) < 1000
+    with pytest.raises(ValueError, match="unknown key 'wwww") as caught:
+        build_config(RecommenderConfig, {"w" * 10**6: 1})
+    assert len(str(caught.value)) < 1000
+
+
+def test_presets_are_valid() -> None:
+    folder = resolve_path("package:laser_fast/presets")
+    presets = sorted(folder.glob("*.yaml"))
+    assert presets
+    for preset in presets:
+        assert load_config(LaserConfig, preset).training.phase_a.epochs > 0
+
+
+def test_paths_inside_packages(tmp_path: Path) -> None:
+    assert resolve_path(tmp_path) == tmp_path
+    assert resolve_path("package:laser_fast/doctor.py").name == "doctor.py"
+    with pytest.raises(FileNotFoundError, match="package 'no_such_package' must be installed"):
+        resolve_path("package:no_such_package/x")
+    with pytest.raises(FileNotFoundError, match="must contain 'nothing', got nothing there"):
+        resolve_path("package:laser_fast/nothing")
+    with pytest.raises(ValueError, match="must be a top-level module name, got 'a.b'"):
+        resolve_path("package:a.b/c")
+    with pytest.raises(FileNotFoundError, match="the path must exist"):
+        resolve_path(tmp_path / "absent")

@@ -1,0 +1,181 @@
+"""The search finds what was planted, and nothing where nothing is."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from laser_fast.data import EvaluationRows, PackedSequences
+from laser_fast.evaluation import calibration_fit as calibration
+from laser_fast.evaluation import evaluate, fit_calibration
+from laser_fast.retrieval import CalibratedScorer
+
+_NUM_ITEMS = 40
+
+
+class _Table:
+    """Fixed random scores for each last item."""
+
+    num_items = _NUM_ITEMS
+
+    def __init__(self, table: Tensor) -> None:
+        self.table = table
+
+    def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return self.table[items[cu_seqlens[1:].long() - 1]].clone()
+
+
+def _noise(seed: int) -> Tensor:
+    return torch.randn(_NUM_ITEMS, _NUM_ITEMS, generator=torch.Generator().manual_seed(seed))
+
+
+def _rows(targets_of: Tensor, count: int = 200) -> EvaluationRows:
+    """Histories of two items; the target is the largest entry of `targets_of` in the row of the last one."""
+    histories = np.random.default_rng(0).integers(0, _NUM_ITEMS, (count, 2))
+    targets = targets_of[torch.from_numpy(histories[:, 1])].argmax(dim=1).numpy()
+    return EvaluationRows(np.arange(count), PackedSequences.from_lists(histories.tolist()), targets)
+
+
+def _quality(scorer: CalibratedScorer | _Table, rows: EvaluationRows) -> float:
+    return evaluate(scorer, rows)["NDCG@10"].mean
+
+
+def test_two_halves_of_the_truth_are_fused() -> None:
+    first, second = _noise(1), _noise(2)
+    rows = _rows(first + second)
+    fitted = fit_calibration({"a": _Table(first), "b": _Table(100 * second)}, rows, torch.ones(_NUM_ITEMS))
+    assert _quality(fitted, rows) > 0.95
+    assert _quality(_Table(first), rows) < 0.8
+    weights = fitted.calibration.weights
+    assert weights["b"] / weights["a"] == pytest.approx(0.01, rel=0.5)
+
+
+def test_standardised_components_are_fused_by_their_z_scores() -> None:
+    first, second = _noise(1), _noise(2)
+    scale = 10 ** torch.linspace(-3, 3, _NUM_ITEMS)[:, None]  # every history has a scale of its own
+    rows = _rows(first + second)
+    components = {"a": _Table(first), "b": _Table(scale * second + 7 * scale)}
+    fitted = fit_calibration(components, rows, torch.ones(_NUM_ITEMS), standardize=["b"])
+    assert fitted.calibration.standardize == ("b",)
+    assert _quality(fitted, rows) > 0.95
+
+
+def test_repeats_are_pushed_down() -> None:
+    scores = _noise(3)
+    truth = scores.clone()
+    scores.fill_diagonal_(50.0)  # every item is its own best neighbour and never the answer
+    truth.fill_diagonal_(-50.0)
+    rows = _rows(truth)
+    fitted = fit_calibration({"a": _Table(scores)}, rows, torch.ones(_NUM_ITEMS))
+    assert _quality(_Table(scores), rows) < 0.7
+    assert _quality(fitted, rows) > 0.9
+    assert fitted.calibration.history_bias + fitted.calibration.last_bias < -40
+
+
+def test_a_planted_popularity_is_found() -> None:
+    counts = torch.arange(_NUM_ITEMS) ** 2
+    scores = _noise(4)
+    rows = _rows(scores + 0.5 * torch.log1p(counts))
+    fitted = fit_calibration({"a": _Table(scores)}, rows, counts)
+    assert fitted.calibration.popularity_weight == pytest.approx(0.5, rel=0.5)
+    assert _quality(fitted, rows) > _quality(_Table(scores), rows) + 0.1
+
+
+def test_a_component_that_misleads_gets_no_negative_weight() -> None:
+    scores = _noise(5)
+    components = {"a": _Table(scores + _noise(7)), "against": _Table(-scores)}
+    weights = fit_calibration(components, _rows(scores), torch.ones(_NUM_ITEMS)).calibration.weights
+    assert weights == {"a": 1.0, "against": 0.0}
+
+
+def test_a_first_component_of_noise_can_be_left_out() -> None:
+    scores = _noise(5)
+    rows, components = _rows(scores), {"noise": _Table(_noise(8)), "b": _Table(scores)}
+    fitted = fit_calibration(components, rows, torch.ones(_NUM_ITEMS))
+    assert fitted.calibration.weights["noise"] == 0 and fitted.calibration.weights["b"] > 0
+    assert _quality(fitted, rows) == 1
+
+
+def test_the_search_begins_where_the_targets_are_most_likely() -> None:
+    first, second, counts = _noise(1), _noise(2), torch.arange(_NUM_ITEMS)
+    rows = _rows(first + 0.5 * second + _noise(9))
+    parts = {"a": _Table(first), "b": _Table(3 * second)}
+    terms = calibration._Terms(parts, (), rows, counts, 64, "cpu", False)
+    values = calibration._likeliest(terms, ["a", "b", "popularity_weight"])
+    free = {name: torch.tensor(value, requires_grad=True) for name, value in values.items()}
+    chunk = np.arange(len(rows))
+    scores = torch.stack([value * terms._term(name, chunk) for name, value in free.items()]).sum(dim=0)
+    torch.nn.functional.cross_entropy(scores, terms.targets).backward()
+    slopes = {name: value.grad for name, value in free.items()}
+    assert all(value > 0.1 for name, value in values.items() if name in parts)
+    for name, slope in slopes.items():  # at the maximum; one that is held at 0 would go below it
+        assert slope is not None
+        assert abs(slope) < 2e-3 or (values[name] == 0 and slope > 0)
+
+
+@pytest.mark.parametrize("spike", [3.0, 30.0, 300.0])
+def test_a_component_that_says_little_and_that_loudly_is_not_lost(spike: float) -> None:
+    """Newton's method alone runs in circles here, and a circle may end where the component seems to mislead."""
+    first, second = _noise(5), _noise(6)
+    loud = torch.where(second >= second.topk(8, dim=1).values[:, -1:], second.exp() * spike, 0.0)
+    rows = _rows(first + (second >= second.topk(8, dim=1).values[:, -1:]) * 2.0)
+    names = ["a", "b"]
+    terms = calibration._Terms(
+        {"a": _Table(first), "b": _Table(loud)}, (), rows, torch.ones(_NUM_ITEMS), 64, "cpu", False
+    )
+    found = calibration._minimum(terms, names)
+    gradient, _ = terms.derivatives(names, found)
+    assert float((gradient + calibration._RIDGE * found).abs().max()) < 1e-4
+    loss = terms.cross_entropy(names, found)
+    for place in range(2):  # the lowest point, not one that is merely flat
+        for change in (-0.1, 0.1):
+            assert terms.cross_entropy(names, found + change * torch.eye(2, dtype=torch.float64)[place]) > loss
+    fitted = fit_calibration({"a": _Table(first), "b": _Table(loud)}, rows, torch.ones(_NUM_ITEMS))
+    assert fitted.calibration.weights["b"] > 0
+    assert _quality(fitted, rows) > _quality(_Table(first), rows) + 0.05
+
+
+def test_terms_without_use_stay_at_zero() -> None:
+    scores = _noise(5)
+    rows = _rows(scores)
+    fitted = fit_calibration({"a": _Table(scores), "noise": _Table(_noise(6))}, rows, torch.arange(_NUM_ITEMS))
+    calibration = fitted.calibration
+    assert calibration.weights["noise"] == 0
+    assert (calibration.history_bias, calibration.last_bias, calibration.popularity_weight) == (0, 0, 0)
+
+
+def test_the_fit_is_deterministic_and_does_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = _noise(1), _noise(2)
+    rows, counts = _rows(first + second), torch.ones(_NUM_ITEMS)
+    components = {"a": _Table(first), "b": _Table(second)}
+    fits = [fit_calibration(components, rows, counts, batch_size=size).calibration for size in (7, 7, 200)]
+    assert fits[0] == fits[1] == fits[2]
+    monkeypatch.setattr(calibration, "_SCORES_PER_CHUNK", 3 * _NUM_ITEMS)
+    found = fit_calibration(components, rows, counts).calibration.weights
+    assert found == pytest.approx(fits[0].weights, rel=1e-4)
+
+
+def test_many_rows_are_thinned_out_evenly() -> None:
+    seen: list[int] = []
+
+    class Counting(_Table):
+        def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
+            seen.append(cu_seqlens.numel() - 1)
+            return super().score(items, cu_seqlens)
+
+    scores = _noise(5)
+    fit_calibration({"a": Counting(scores)}, _rows(scores), torch.ones(_NUM_ITEMS), max_scores=50 * _NUM_ITEMS)
+    assert sum(seen) == 50
+
+
+def test_what_cannot_be_fitted_is_refused() -> None:
+    scores = _noise(5)
+    rows, counts = _rows(scores), torch.ones(_NUM_ITEMS)
+    with pytest.raises(ValueError, match="rows must not be empty, got 0 rows"):
+        fit_calibration({"a": _Table(scores)}, rows.select([]), counts)
+    with pytest.raises(ValueError, match=r"components must not be called like a term, got \['last_bias'\]"):
+        fit_calibration({"last_bias": _Table(scores)}, rows, counts)
+    with pytest.raises(ValueError, match="scores must be finite, got nan from component 'a'"):
+        fit_calibration({"a": _Table(scores * float("nan"))}, rows, counts)
+    with pytest.raises(ValueError, match="components must be those with a weight"):
+        fit_calibration({}, rows, counts)

@@ -1,0 +1,62 @@
+"""Descriptions: what a JSON file must hold is refused by its name where it does not."""
+
+import pytest
+
+from laser_fast.files.descriptions import Description, checked_description, parse_description
+
+
+class _Part(Description):
+    weight: float
+
+
+class _Whole(Description):
+    format: int
+    parts: dict[str, _Part]
+    name: str | None
+
+
+WHERE = "load: whole.json"
+
+
+def parse(content: str) -> _Whole:
+    return parse_description(_Whole, content.encode(), WHERE, version=("format", 3), remedy="write it again")
+
+
+def test_a_description_is_read() -> None:
+    found = parse('{"format": 3, "parts": {"a": {"weight": 1}}, "name": null}')
+    assert found == _Whole(format=3, parts={"a": _Part(weight=1.0)}, name=None)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"load: whole\.json must be JSON, got EOF"),
+        ("[3]", r"load: whole\.json must be a JSON object, got list"),
+        ('{"format": 2}', "must have format 3, got 2; write it again"),
+        ('{"format": 3.0, "parts": {}, "name": null}', r"format: Input should be a valid integer, got 3\.0$"),
+        ('{"format": 3, "name": null}', "whole.json: key 'parts' must be set, got nothing$"),
+        ('{"format": 3, "parts": {}, "name": null, "names": 1}', "unknown key 'names', did you mean 'name'\\?$"),
+        (
+            '{"format": 3, "parts": {"a": {"weight": "1"}}, "name": null}',
+            r"parts\.a\.weight: Input should be a valid number, got '1'$",
+        ),
+        (
+            '{"format": 3, "parts": {"a": {"weight": NaN}}, "name": null}',
+            r"parts\.a\.weight: Input should be a finite number, got nan$",
+        ),
+        (
+            '{"format": 3, "parts": {"a": {"weight": 1e999}}, "name": null}',
+            r"parts\.a\.weight: Input should be a finite number, got inf$",
+        ),
+        ('{"format": 3, "parts": {' + ", ".join(f'"{n}": 1' for n in range(11)) + '}, "name": null}', "and 1 more$"),
+    ],
+    ids=["half", "list", "version", "type of the version", "missing", "unknown", "type", "NaN", "infinity", "many"],
+)
+def test_what_breaks_a_rule_is_named(content: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse(content)
+
+
+def test_what_could_not_be_read_again_is_not_written() -> None:
+    with pytest.raises(ValueError, match=r"load: whole\.json: weight: Input should be a finite number, got nan"):
+        checked_description(_Part, {"weight": float("nan")}, WHERE)

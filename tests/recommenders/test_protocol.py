@@ -1,0 +1,55 @@
+"""Checks of packed histories: a sentence with field, value and range before anything is looked up."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from laser_fast.recommenders.protocol import check_histories, newest_items
+
+
+def _int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("items", "cu_seqlens", "message"),
+    [
+        (torch.tensor([0, 5]), _int32(0, 2), r"f: items must be in 0\.\.4, got 5; drop unknown items first"),
+        (torch.tensor([-1, 0]), _int32(0, 2), r"f: items must be in 0\.\.4, got -1"),
+        (torch.tensor([0, 1]), _int32(0, 1), r"f: cu_seqlens must run from 0 to 2, got 0 to 1"),
+        (torch.tensor([0, 1]), _int32(1, 2), r"f: cu_seqlens must run from 0 to 2, got 1 to 2"),
+        (torch.tensor([0, 1]), _int32(0, 2, 1, 2), r"f: cu_seqlens must not decrease, got \[0, 2, 1, 2\]"),
+        (torch.tensor([0, 1]), _int32(), r"f: cu_seqlens must have shape \[B\+1\], got shape \(0,\)"),
+        (torch.tensor([[0, 1]]), _int32(0, 2), r"f: items must have one dimension, got shape \(1, 2\)"),
+    ],
+    ids=["too large", "negative", "short", "late start", "falling", "no offsets", "two dimensions"],
+)
+def test_bad_histories_are_refused(items: Tensor, cu_seqlens: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_histories("f", items, cu_seqlens, 5)
+
+
+def test_bad_types_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"f: items must be int64, got torch\.float32"):
+        check_histories("f", torch.tensor([0.0, float("nan")]), _int32(0, 2), 5)
+    with pytest.raises(TypeError, match=r"f: cu_seqlens must be int32, got torch\.int64"):
+        check_histories("f", torch.tensor([0, 1]), torch.tensor([0, 2]), 5)
+    with pytest.raises(TypeError, match="f: cu_seqlens must be a tensor, got a list"):
+        check_histories("f", torch.tensor([0, 1]), [0, 2], 5)  # type: ignore[arg-type]
+
+
+def test_good_histories_pass() -> None:
+    for items, cu_seqlens in (
+        (torch.tensor([0, 4]), _int32(0, 0, 2, 2)),
+        (torch.empty(0, dtype=torch.int64), _int32(0)),
+    ):
+        before = items.clone()
+        check_histories("f", items, cu_seqlens, 5)  # raises nothing
+        assert torch.equal(items, before)
+
+
+def test_newest_items_are_kept() -> None:
+    items, cu_seqlens = newest_items(torch.tensor([1, 2, 3, 4, 5, 6]), _int32(0, 3, 3, 4, 6), 2)
+    assert items.tolist() == [2, 3, 4, 5, 6]
+    assert cu_seqlens.tolist() == [0, 2, 2, 3, 5]
+    assert cu_seqlens.dtype == torch.int32
