@@ -1,4 +1,4 @@
-"""What README shows must work: its stand-alone code runs, its commands parse, its make targets and links exist."""
+"""What README and docs/ show must work: code runs, commands parse, make targets and links exist."""
 
 import re
 import shlex
@@ -13,11 +13,14 @@ from laser_fast.config import LaserConfig, build_config
 from laser_fast.training.train import train_laser
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, *pages: Path) -> list[str]:
+    """Of README, or of other pages."""
+    texts = [page.read_text(encoding="utf-8") for page in pages or [README]]
+    return re.findall(rf"```{language}\n(.*?)```", "\n".join(texts), flags=re.DOTALL)
 
 
 def test_stand_alone_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,28 +91,27 @@ def test_the_configuration_trains(tiny_lm: Path, tiny_data: Path, tiny_recommend
 
 
 def test_commands_parse() -> None:
-    joined = "\n".join(blocks("bash")).replace("\\\n", " ")
+    joined = "\n".join(blocks("bash", *PAGES)).replace("\\\n", " ")
     commands = [shlex.split(line, comments=True)[1:] for line in joined.splitlines() if line.startswith("laser-fast ")]
-    assert {command[0] for command in commands} >= {
-        "prepare",
-        "recommender",
-        "train",
-        "evaluate",
-        "compare",
-        "recommend",
-    }
+    assert {command[0] for command in commands} >= {"prepare", "recommender", "train", "compare", "recommend", "plan"}
     for command in commands:
         assert callable(parser().parse_args(command).run)
 
 
 def test_make_targets_exist() -> None:
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    for target in re.findall(r"^make ([a-z]+)", "\n".join(blocks("bash")), flags=re.MULTILINE):
+    for target in re.findall(r"^make ([a-z]+)", "\n".join(blocks("bash", *PAGES)), flags=re.MULTILINE):
         assert target in targets
 
 
-def test_links_lead_somewhere() -> None:
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith(("http", "#"))]
-    assert links
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
     for link in links:
-        assert (ROOT / link).exists(), link
+        if not link.startswith(("http", "#")):
+            assert (page.parent / link.partition("#")[0]).exists(), link
+
+
+def test_readme_names_every_page() -> None:
+    named = set(re.findall(r"\]\(docs/([^)#]+\.md)\)", README.read_text(encoding="utf-8")))
+    assert named == {page.name for page in PAGES if page.parent.name == "docs"}
