@@ -3,7 +3,6 @@
 Text becomes outlines, so a picture looks the same everywhere, and the bytes depend on the data alone.
 """
 
-import importlib.util
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,11 +16,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe and Ito (2008), without yellow, which is hard to see on white
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#8A5A00")
-_GREY = "#6B7278"
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#8A5A00")
+_GREY, _BLACK = "#6B7278", "#1A1A1A"
+_LEVEL: Any = {"color": _BLACK, "linewidth": 1.3, "linestyle": (0, (5, 3))}
 _WIDTH, _HEIGHT = 5.2, 3.4  # inches; with type of 11.5 points readable on a phone and in two columns on paper
 _LINE_OF_TYPE = 0.085  # of the height of a plot
-_MOST_LABELLED = len(COLORS)
 _STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 11.5,
@@ -47,32 +46,24 @@ class Line:
     validation: Sequence[float] | None = None
 
 
-def require_matplotlib() -> None:
-    """Refuse to go on without the package that draws.
-
-    Raises:
-        ImportError: it is not installed.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError(
-            "require_matplotlib: the plots of a report need the package matplotlib, got none; "
-            'pip install "laser-fast[report]"'
-        )
-
-
 def curves(lines: Sequence[Line], x_label: str, y_label: str) -> bytes:
     """Lines over training steps."""
 
     def draw(axes: "Axes") -> None:
+        from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
         ends = []
-        for line, color in zip(lines, _colors(len(lines)), strict=True):
+        for position, line in enumerate(lines):
+            color = _color(position)
             axes.plot(line.x, line.y, color=color, marker="o", markersize=5, linewidth=2)
             if line.validation is not None:
                 axes.plot(line.x, line.validation, color=color, marker="s", markersize=4, linewidth=1.5, linestyle="--")
-            ends.append((line.name, line.x[-1], line.y[-1], color))
+            ends.append((line.name, line.y[-1], color))
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-        _whole_numbers(axes, max((max(line.x) for line in lines), default=1))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.set_xlim(0, max((max(line.x) for line in lines), default=1) * 1.03)
         _label_ends(axes, ends)
 
     return _svg(draw)
@@ -86,7 +77,7 @@ def over_epochs(
     level: tuple[float, str] | None = None,
     marked: int | None = None,
 ) -> bytes:
-    """Values per epoch, epochs named on the axis.
+    """Values per epoch, epochs named on the axis; of more lines than colours only the highest and lowest are told.
 
     Args:
         labels: short names of the epochs.
@@ -96,22 +87,20 @@ def over_epochs(
     """
 
     def draw(axes: "Axes") -> None:
-        x = np.arange(len(labels))
-        ends = []
-        many = len(lines) > _MOST_LABELLED
         last = [values[-1] for _, values in lines]
+        told = {int(np.argmax(last)), int(np.argmin(last))} if len(lines) > len(_COLORS) else set(range(len(lines)))
+        ends = []
         for position, (name, values) in enumerate(lines):
-            extreme = many and position in (int(np.argmax(last)), int(np.argmin(last)))
-            color = _GREY if many and not extreme else COLORS[position % len(COLORS)]
-            strength = 0.35 if many and not extreme else 1.0
+            color, strength = (_color(position), 1.0) if position in told else (_GREY, 0.35)
+            x = np.arange(len(labels))
             axes.plot(x, values, color=color, marker="o", markersize=5, linewidth=2, alpha=strength)
-            if name and (extreme or not many):
-                ends.append((name, x[-1], values[-1], color))
+            if name and position in told:
+                ends.append((name, values[-1], color))
         if level is not None:
-            axes.axhline(level[0], color="#1A1A1A", linewidth=1.3, linestyle=(0, (5, 3)))
-            ends.append((level[1], x[-1], level[0], "#1A1A1A"))
+            axes.axhline(level[0], **_LEVEL)
+            ends.append((level[1], level[0], _BLACK))
         if marked is not None:
-            _mark(axes, marked, lines[0][1][marked])
+            _ring(axes, marked, lines[0][1][marked])
         _epoch_axis(axes, labels)
         axes.set_ylabel(y_label)
         _label_ends(axes, ends)
@@ -125,7 +114,7 @@ def bars(labels: Sequence[str], values: Sequence[float], y_label: str) -> bytes:
     def draw(axes: "Axes") -> None:
         from matplotlib.ticker import StrMethodFormatter
 
-        axes.bar(np.arange(len(labels)), values, color=COLORS[0], width=0.6)
+        axes.bar(np.arange(len(labels)), values, color=_COLORS[0], width=0.6)
         axes.grid(visible=False, axis="x")
         _epoch_axis(axes, labels)
         axes.set_ylabel(y_label)
@@ -140,23 +129,15 @@ def paired_bars(
     """Horizontal bars, one of each series for every label, with a line to compare with; values are shares."""
 
     def draw(axes: "Axes") -> None:
-        y = np.arange(len(labels), dtype=float)
-        height = 0.8 / len(series)
+        y, height = np.arange(len(labels), dtype=float), 0.8 / len(series)
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+        style: Any = {"textcoords": "offset points", "va": "center", "fontsize": 10, "zorder": 4, "bbox": box}
         for position, (name, values) in enumerate(series):
             places = y + (position - (len(series) - 1) / 2) * height
-            axes.barh(places, np.multiply(values, 100), height * 0.92, color=COLORS[position], label=name)
+            axes.barh(places, np.multiply(values, 100), height * 0.92, color=_COLORS[position], label=name)
             for place, value in zip(places, values, strict=True):
-                axes.annotate(
-                    f"{value:.0%}",
-                    (value * 100, place),
-                    (4, 0),
-                    textcoords="offset points",
-                    va="center",
-                    fontsize=10,
-                    zorder=4,
-                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
-                )
-        axes.axvline(level[0] * 100, color="#1A1A1A", linewidth=1.3, linestyle=(0, (5, 3)), label=level[1])
+                axes.annotate(f"{value:.0%}", (value * 100, place), (4, 0), **style)
+        axes.axvline(level[0] * 100, label=level[1], **_LEVEL)
         axes.set_yticks(y, _names(labels))
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
@@ -172,22 +153,15 @@ def dots(labels: Sequence[str], series: Sequence[tuple[str, Sequence[float], Seq
 
     def draw(axes: "Axes") -> None:
         y = np.arange(len(labels), dtype=float)
-        for position, (name, means, halves) in enumerate(series):
-            offset = (position - (len(series) - 1) / 2) * 0.28
-            axes.errorbar(
-                means,
-                y + offset,
-                xerr=np.nan_to_num(halves),
-                fmt="os"[position % 2],
-                markersize=6,
-                color=COLORS[position],
-                elinewidth=2,
-                capsize=0,
-                label=name,
-            )
+        lowest = 0.0
+        for position, (name, means, widths) in enumerate(series):
+            offset, halves = (position - (len(series) - 1) / 2) * 0.28, np.nan_to_num(widths)
+            style: Any = {"fmt": "os"[position % 2], "markersize": 6, "elinewidth": 2, "capsize": 0}
+            axes.errorbar(means, y + offset, xerr=halves, color=_COLORS[position], label=name, **style)
+            lowest = float(np.nanmin(means - halves, initial=lowest))
         axes.set_yticks(y, _names(labels))
         axes.set_ylim(len(labels) - 0.45, -0.55)
-        axes.set_xlim(left=min(0.0, axes.get_xlim()[0]) if _below_zero(series) else 0.0)
+        axes.set_xlim(left=min(0.0, axes.get_xlim()[0]) if lowest < 0 else 0.0)
         axes.grid(visible=False, axis="y")
         axes.set_xlabel(x_label)
         _legend_above(axes)
@@ -210,7 +184,7 @@ def ratios(rows: Sequence[str], columns: Sequence[str], values: np.ndarray, clea
         shown = np.where(clear & (values > 0), np.log2(np.maximum(values, 0.25)), np.where(clear, -2.0, 0.0))
         axes.imshow(np.clip(shown, -1.5, 1.5), cmap=colors, vmin=-1.5, vmax=1.5, aspect="auto")
         for row, column in np.ndindex(values.shape):
-            weight, color = ("bold", "#1A1A1A") if clear[row, column] else ("normal", _GREY)
+            weight, color = ("bold", _BLACK) if clear[row, column] else ("normal", _GREY)
             text = f"{values[row, column]:.1f}"
             axes.text(column, row, text, ha="center", va="center", fontsize=10, color=color, weight=weight)
         axes.set_yticks(np.arange(len(rows)), _names(rows))
@@ -244,21 +218,8 @@ def _names(labels: Sequence[str]) -> list[str]:
     return [printable(label, lines=True) for label in labels]
 
 
-def _colors(number: int) -> list[str]:
-    return [COLORS[position % len(COLORS)] for position in range(number)]
-
-
-def _below_zero(series: Sequence[tuple[str, Sequence[float], Sequence[float]]]) -> bool:
-    lows = [mean - half for _, means, halves in series for mean, half in zip(means, np.nan_to_num(halves), strict=True)]
-    return bool(np.nanmin(lows, initial=0.0) < 0)
-
-
-def _whole_numbers(axes: "Axes", largest: float) -> None:
-    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
-
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.set_xlim(0, largest * 1.03)
+def _color(position: int) -> str:
+    return _COLORS[position % len(_COLORS)]
 
 
 def _epoch_axis(axes: "Axes", labels: Sequence[str]) -> None:
@@ -269,34 +230,21 @@ def _epoch_axis(axes: "Axes", labels: Sequence[str]) -> None:
     axes.set_xlabel("epoch")
 
 
-def _mark(axes: "Axes", x: int, y: float) -> None:
-    axes.plot([x], [y], marker="o", markersize=14, markerfacecolor="none", markeredgecolor=COLORS[1], markeredgewidth=2)
+def _ring(axes: "Axes", x: int, y: float) -> None:
+    color = _COLORS[1]
+    axes.plot([x], [y], marker="o", markersize=14, markerfacecolor="none", markeredgecolor=color, markeredgewidth=2)
     axes.margins(y=0.25)
-    right = x > axes.get_xlim()[1] / 2
-    axes.annotate(
-        "kept",
-        (x, y),
-        (-12 if right else 12, 10),
-        textcoords="offset points",
-        ha="right" if right else "left",
-        color=COLORS[1],
-        weight="bold",
-    )
+    side, shift = ("right", -12) if x > axes.get_xlim()[1] / 2 else ("left", 12)
+    style: Any = {"textcoords": "offset points", "ha": side, "color": color, "weight": "bold"}
+    axes.annotate("kept", (x, y), (shift, 10), **style)
 
 
 def _legend_above(axes: "Axes") -> None:
     handles, names = axes.get_legend_handles_labels()
     order = sorted(range(len(names)), key=lambda index: "balanced" in names[index])  # matplotlib puts lines first
-    axes.figure.legend(
-        [handles[index] for index in order],
-        [names[index] for index in order],
-        loc="outside upper left",
-        ncols=3,
-        frameon=False,
-        fontsize=10,
-        handlelength=1.2,
-        columnspacing=1.0,
-    )
+    style: Any = {"loc": "outside upper left", "ncols": 3, "frameon": False, "fontsize": 10}
+    handles, names = [handles[index] for index in order], [names[index] for index in order]
+    axes.figure.legend(handles, names, handlelength=1.2, columnspacing=1.0, **style)
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
@@ -311,18 +259,14 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
     return places
 
 
-def _label_ends(axes: "Axes", ends: Sequence[tuple[str, float, float, str]]) -> None:
-    """Write names right of the plot at the height of their lines, pushed apart where they would touch."""
-    finite = [end for end in ends if np.isfinite(end[2])]
+def _label_ends(axes: "Axes", ends: Sequence[tuple[str, float, str]]) -> None:
+    """Write names, given with height and colour of their lines, right of the plot; they never touch."""
+    finite = sorted((end for end in ends if np.isfinite(end[1])), key=lambda end: end[1])
     if not finite:
         return
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)
-    order = sorted(range(len(finite)), key=lambda index: finite[index][2])
-    places = spread([(finite[index][2] - low) / (high - low) for index in order], _LINE_OF_TYPE)
-    for index, place in zip(order, places, strict=True):
-        name, _, _, color = finite[index]
-        name = printable(name, lines=True)
-        axes.annotate(
-            name, (1.0, place), (6, 0), xycoords="axes fraction", textcoords="offset points", va="center", color=color
-        )
+    style: Any = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "center"}
+    places = spread([(height - low) / (high - low) for _, height, _ in finite], _LINE_OF_TYPE)
+    for (name, _, color), place in zip(finite, places, strict=True):
+        axes.annotate(printable(name, lines=True), (1.0, place), (6, 0), color=color, **style)
