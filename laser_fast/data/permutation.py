@@ -6,6 +6,8 @@ it again until it falls inside (cycle walking, Black and Rogaway 2002), less tha
 
 import numpy as np
 
+from laser_fast.data.sequences import check_range
+
 _ROUNDS = 6
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # splitmix64 (Steele, Lea and Flood 2014)
 _STEP = np.uint64(0x9E3779B97F4A7C15)
@@ -36,9 +38,7 @@ class Permutation:
         Raises:
             ValueError: a position out of range.
         """
-        if positions.size and (positions.min() < 0 or positions.max() >= self.size):
-            worst = positions.min() if positions.min() < 0 else positions.max()
-            raise ValueError(f"Permutation: positions must lie in 0..{self.size - 1}, got {worst}")
+        check_range(positions, self.size, "Permutation: positions")
         rows = self._once(positions.astype(np.uint64))
         while (outside := rows >= self.size).any():
             rows[outside] = self._once(rows[outside])

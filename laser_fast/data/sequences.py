@@ -31,12 +31,19 @@ def cu_seqlens_of(lengths: np.ndarray) -> np.ndarray:
     return running.astype(np.int32)
 
 
+def check_range(values: np.ndarray, count: int, what: str) -> None:
+    """Raise ValueError, which names `what`, unless all integers lie in 0..count-1."""
+    if values.size and (values.min() < 0 or values.max() >= count):
+        worst = values.min() if values.min() < 0 else values.max()
+        raise ValueError(f"{what} must lie in 0..{count - 1}, got {worst}")
+
+
 def row_indices(rows: np.ndarray | Sequence[int], count: int, function: str) -> np.ndarray:
     """Rows named by indices, or by a mask of `count` entries, as int64 indices from 0 to `count - 1`.
 
     Raises:
-        TypeError: Neither integers nor a mask.
-        ValueError: A mask of another length, or an index out of range; `function` is named in the message.
+        TypeError: neither integers nor a mask.
+        ValueError: a mask of another length, or an index out of range; the message begins with `function`.
     """
     index = np.asarray(rows)
     if index.dtype == np.bool_:
@@ -47,9 +54,7 @@ def row_indices(rows: np.ndarray | Sequence[int], count: int, function: str) -> 
         return np.zeros(0, dtype=np.int64)
     if index.ndim != 1 or not np.issubdtype(index.dtype, np.integer):
         raise TypeError(f"{function}: rows must be a 1-D array of integers, got {index.dtype} of shape {index.shape}")
-    if index.min() < 0 or index.max() >= count:
-        worst = index.min() if index.min() < 0 else index.max()
-        raise ValueError(f"{function}: rows must lie in 0..{count - 1}, got {worst}")
+    check_range(index, count, f"{function}: rows")
     return index.astype(np.int64)
 
 
@@ -87,7 +92,12 @@ class PackedSequences:
             )
 
     @classmethod
-    def from_lists(cls, sequences: Iterable[Sequence[int]]) -> "PackedSequences":
+    def singles(cls, items: np.ndarray | Sequence[int]) -> "PackedSequences":
+        """A sequence of one for every item."""
+        return cls(np.asarray(items, dtype=np.int64), np.arange(len(items) + 1, dtype=np.int32))
+
+    @classmethod
+    def from_lists(cls, sequences: Iterable[Sequence[int] | np.ndarray]) -> "PackedSequences":
         """Pack lists of item indices, e.g. `PackedSequences.from_lists([[3, 1], [], [2]])`."""
         rows = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
         items = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)

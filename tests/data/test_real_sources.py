@@ -75,7 +75,7 @@ def test_movielens_split(movielens: SequenceDataset) -> None:
 
 
 def test_movielens_titles(movielens: SequenceDataset) -> None:
-    titles = dict(zip(movielens.items.ids, movielens.items.field("title"), strict=True))
+    titles = dict(zip(movielens.items.ids, movielens.items.fields["title"], strict=True))
     assert titles["12"] == "The Usual Suspects (1995)"
     assert titles["1005"] == "La Double vie de Véronique (The Double Life of Veronique) (1991)"
     assert titles["1412"] == "Land Before Time III: The Time of the Great Giving (1995)"
@@ -99,9 +99,9 @@ def test_scientific_counts(scientific: SequenceDataset) -> None:
     assert scientific.manifest.counts["tied_interactions"] == 0
     lengths = np.diff(scientific.offsets)
     assert (lengths.min(), lengths.max(), round(float(lengths.mean()), 2)) == (5, 34, 6.92)
-    assert scientific.items.field("description").count("") == 232
-    assert scientific.items.field("brand").count("") == 11
-    assert set(scientific.items.field("categories")) == {""}
+    assert scientific.items.fields["description"].count("") == 232
+    assert scientific.items.fields["brand"].count("") == 11
+    assert set(scientific.items.fields["categories"]) == {""}
 
 
 def test_scientific_split(scientific: SequenceDataset) -> None:

@@ -14,9 +14,9 @@ from laser_fast.data import (
     PromptLayout,
     TokenizedTexts,
     history_tokens,
-    item_tokens,
     prompt_layout,
     tokenize_texts,
+    tokens,
 )
 from laser_fast.data.tokens import special_tokens, words_carry_space
 
@@ -122,24 +122,10 @@ def test_other_users_of_the_batch_change_nothing() -> None:
         assert input_ids[cu_seqlens[row] : cu_seqlens[row + 1]].tolist() == alone.tolist()
 
 
-def test_item_tokens_are_histories_of_one() -> None:
-    input_ids, cu_seqlens = item_tokens([3, 2, 0], pack(TEXTS), layout())
-    assert input_ids.tolist() == [90, 91, 4, 5, 6, 7, 99, 90, 91, 99, 90, 91, 1, 2, 99]
-    assert cu_seqlens.tolist() == [0, 7, 10, 15]
-
-
-def test_gather() -> None:
-    input_ids, cu_seqlens = pack(TEXTS).gather([3, 2, 0, 3])
-    assert input_ids.tolist() == [4, 5, 6, 7, 1, 2, 4, 5, 6, 7]
-    assert cu_seqlens.tolist() == [0, 4, 4, 6, 10]
-
-
 @pytest.mark.parametrize("item", [5, -1])
 def test_items_out_of_range_are_named(item: int) -> None:
     with pytest.raises(ValueError, match=rf"item indices must lie in 0..4, got {item}"):
         history_tokens(PackedSequences.from_lists([[0, item]]), pack(TEXTS), layout())
-    with pytest.raises(ValueError, match=rf"item indices must lie in 0..4, got {item}"):
-        pack(TEXTS).gather([item])
 
 
 @pytest.mark.parametrize("changes", [{"max_items": 0}, {"max_tokens": 0}])
@@ -199,10 +185,11 @@ class WordTokenizer:
         return {"input_ids": [self._one(entry, add_special_tokens, limit) for entry in text]}
 
 
-def test_tokenize_texts_cuts_keeps_order_and_passes_over_empty_texts() -> None:
+def test_tokenize_texts_cuts_keeps_order_and_passes_over_empty_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "_TEXTS_AT_ONCE", 2)
     texts = ["a b c", "", "c", "", "a"]
     tokenizer = WordTokenizer()
-    whole = tokenize_texts(texts, tokenizer, batch_size=2)
+    whole = tokenize_texts(texts, tokenizer)
     a, b, c = (tokenizer.words[word] for word in "abc")
     assert whole.input_ids.tolist() == [a, b, c, c, a]
     assert whole.offsets.tolist() == [0, 3, 3, 4, 4, 5]
@@ -292,7 +279,7 @@ def test_prompts_are_what_the_tokenizer_makes_of_the_whole_text(kind: str) -> No
     assert np.diff(cu_seqlens).tolist() == [len(prompt) for prompt in expected]
     # of an item its first tokens are kept
     short = tokenize_texts(titles, tokenizer, 1)
-    assert short.gather([0, 1, 2])[0].tolist() == tokenizer("alien brazil heat", add_special_tokens=False)["input_ids"]
+    assert short.input_ids.tolist() == tokenizer("alien brazil heat", add_special_tokens=False)["input_ids"]
 
 
 @pytest.mark.parametrize("scheme", ["first", "always"])
@@ -358,7 +345,10 @@ def test_a_title_that_spells_a_special_token_is_text(kind: str) -> None:
     assert (np.diff(texts.offsets) > 0).all()
     for place, title in enumerate(titles[:2]):  # as ever
         front = " " if words_carry_space(tokenizer) else ""
-        assert texts.gather([place])[0].tolist() == tokenizer(front + title, add_special_tokens=False)["input_ids"]
+        assert (
+            texts.input_ids[slice(*texts.offsets[place : place + 2])].tolist()
+            == tokenizer(front + title, add_special_tokens=False)["input_ids"]
+        )
     # cut as text, too
     assert np.diff(tokenize_texts(titles, tokenizer, 2).offsets).max() == 2
     # what we write around the titles keeps its special tokens

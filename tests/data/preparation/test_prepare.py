@@ -154,7 +154,7 @@ def test_unknown_items_kept_have_empty_texts(request_: PrepareRequest, sources: 
 def test_catalogue_of_interacted_items_only(request_: PrepareRequest) -> None:
     dataset = prepare(replace(request_, catalogue="interacted"))
     assert dataset.items.ids == ["b", "a", "c"]
-    assert dataset.items.field("title") == ["Boot, Das", "Alien", "Cube"]
+    assert dataset.items.fields["title"] == ["Boot, Das", "Alien", "Cube"]
     assert named_sequences(dataset) == {"u2": ["b", "c", "a"], "u1": ["b", "a", "c"]}
 
 
@@ -176,7 +176,7 @@ def test_without_an_item_file_the_catalogue_is_the_log(request_: PrepareRequest)
 
 
 def test_texts_can_be_left_as_they_are(request_: PrepareRequest) -> None:
-    assert prepare(replace(request_, clean=False)).items.field("brand") == [" x&amp;y ", "", "<b>z</b>", "NaN"]
+    assert prepare(replace(request_, clean=False)).items.fields["brand"] == [" x&amp;y ", "", "<b>z</b>", "NaN"]
 
 
 def recbole_folder(folder: Path, item_header: str = "item_id:token\tfilm_title:token_seq\trelease_year:token") -> Path:
