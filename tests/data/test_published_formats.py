@@ -15,20 +15,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from laser_fast.cli.prepare_arguments import add_prepare_arguments, request_from_arguments
-from laser_fast.data import PrepareRequest, SequenceDataset, prepare
+from laser_fast.data import PrepareRequest, prepare
 from laser_fast.data.readers import InteractionColumns, read_interactions, read_items, read_rows
+
+from .by_id import items_of_users
 
 
 def arguments_of(*arguments: object) -> PrepareRequest:
     parser = argparse.ArgumentParser(exit_on_error=False)
     add_prepare_arguments(parser)
     return request_from_arguments(parser.parse_args([str(argument) for argument in arguments]))
-
-
-def named(dataset: SequenceDataset) -> dict[str, list[str]]:
-    return {
-        user: [dataset.items.ids[item] for item in dataset.sequence(row)] for row, user in enumerate(dataset.user_ids)
-    }
 
 
 def write_gz(path: Path, objects: list[dict[str, object]]) -> Path:
@@ -112,7 +108,7 @@ def test_movielens(tmp_path: Path, release: str) -> None:
         "title": ["Toy Story (1995)", "La Cité (1995)", "unknown"],
         "genres": ["Animation, Children's, Comedy", "Action, Adventure", ""],
     }
-    assert named(dataset) == {"7": ["1", "2"], "8": ["3"]}
+    assert items_of_users(dataset) == {"7": ["1", "2"], "8": ["3"]}
     assert dataset.timestamps.tolist() == [881250940, 881250949, 3]
     names = [source.name] if source.is_file() else sorted(file.name for file in source.iterdir() if file.suffix)
     assert {entry.name for entry in dataset.manifest.sources} <= set(names)
@@ -123,7 +119,7 @@ def test_movielens_ratings_and_chosen_texts(tmp_path: Path) -> None:
     source = movielens_csv(tmp_path / "ml")
     arguments = (tmp_path / "out", "--movielens", source, "--min-rating", 3, "--text-columns", "genres")
     dataset = prepare(arguments_of(*arguments))
-    assert named(dataset) == {"7": ["1", "2"]}
+    assert items_of_users(dataset) == {"7": ["1", "2"]}
     assert list(dataset.items.fields) == ["genres"]
     with pytest.raises(ValueError, match="unknown text column, got 'plot'; available: title, genres"):
         prepare(PrepareRequest(tmp_path / "other", movielens=source, text_columns=("plot",)))
@@ -192,14 +188,14 @@ def test_amazon(tmp_path: Path, year: str, unit: int) -> None:
         "categories": ["Clothing, Shirts", "", ""],
         "description": ["", "Two parts. One box.", ""],
     }
-    assert named(dataset) == {"AU1": ["B1", "B2"], "AU2": ["B9"]}
+    assert items_of_users(dataset) == {"AU1": ["B1", "B2"], "AU2": ["B9"]}
     assert dataset.timestamps.tolist() == [1500000000 * unit, 1514764800 * unit, 1514764801 * unit]
     assert dataset.manifest.counts.get("repeated_items", 0) == (1 if year == "2018" else 0)
     window = ("--from-time", "2018-01-01", "--to-time", "2018-01-01T00:00:01")  # one second, in the unit of the release
     second = arguments_of(tmp_path / "second", f"--amazon-{year}", *pair, *window)
-    assert named(prepare(second)) == {"AU1": ["B2"]}
+    assert items_of_users(prepare(second)) == {"AU1": ["B2"]}
     rated = arguments_of(tmp_path / "rated", f"--amazon-{year}", *pair, "--min-rating", 4)
-    assert named(prepare(rated)) == {"AU1": ["B2"], "AU2": ["B9"]}
+    assert items_of_users(prepare(rated)) == {"AU1": ["B2"], "AU2": ["B9"]}
 
 
 def test_amazon_texts_can_be_chosen_by_field_or_key(tmp_path: Path) -> None:
@@ -234,7 +230,7 @@ def test_recbole_with_all_types(tmp_path: Path, archived: bool) -> None:
     said: list[str] = []
     dataset = prepare(arguments_of(tmp_path / "out", "--recbole", source), say=said.append)
     assert dataset.items.fields == {"name": ["blue cube", "red"], "kind": ["a", "b"]}
-    assert named(dataset) == {"1": ["8", "7"]}
+    assert items_of_users(dataset) == {"1": ["8", "7"]}
     assert "not used: x.kg, x.user" in said[0]
     asked = PrepareRequest(tmp_path / "all", recbole=source, text_columns=("price", "vector"))
     assert prepare(asked).items.fields == {"price": ["1.5", ""], "vector": ["0.1 0.2", ""]}
@@ -305,7 +301,7 @@ def test_parquet_by_the_command(tmp_path: Path) -> None:
     log = parquet(tmp_path / "log.parquet", user_id=pa.array([1, 1]), item_id=pa.array(["a", "b"]), t=pa.array([2, 1]))
     items = parquet(tmp_path / "items.parquet", item_id=pa.array(["a", "b"]), title=pa.array(["A", "B"]))
     request = arguments_of(tmp_path / "out", "--interactions", log, "--items", items, "--time-column", "t")
-    assert named(prepare(request)) == {"1": ["b", "a"]}
+    assert items_of_users(prepare(request)) == {"1": ["b", "a"]}
 
 
 def test_a_second_run_does_nothing_in_every_format(tmp_path: Path) -> None:

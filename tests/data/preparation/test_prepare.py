@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from laser_fast.cli.prepare_arguments import add_prepare_arguments, request_from_arguments
-from laser_fast.data import InteractionColumns, PrepareRequest, SequenceDataset, leave_one_out, prepare
+from laser_fast.data import InteractionColumns, PrepareRequest, leave_one_out, prepare
+
+from ..by_id import items_of_users
 
 LOG = "user_id,item_id,timestamp\nu2,c,5\nu1,a,3\nu2,a,5\nu1,b,1\nu2,b,4\nu1,c,3\n"
 ITEMS = [
@@ -34,13 +36,6 @@ def request_(sources: Path) -> PrepareRequest:
     return PrepareRequest(sources.parent / "out", interactions=sources / "log.csv", items=sources / "items.jsonl")
 
 
-def named_sequences(dataset: SequenceDataset) -> dict[str, list[str]]:
-    return {
-        user: [dataset.items.ids[item] for item in dataset.sequence(index)]
-        for index, user in enumerate(dataset.user_ids)
-    }
-
-
 def request_of(*arguments: object) -> PrepareRequest:
     parser = argparse.ArgumentParser(exit_on_error=False)
     add_prepare_arguments(parser)
@@ -56,7 +51,7 @@ def test_tables_by_hand(request_: PrepareRequest) -> None:
     }
     assert dataset.user_ids == ["u2", "u1"]  # by first appearance
     # ties in the order of the file: u2 has c before a at time 5, u1 has a before c at time 3
-    assert named_sequences(dataset) == {"u2": ["b", "c", "a"], "u1": ["b", "a", "c"]}
+    assert items_of_users(dataset) == {"u2": ["b", "c", "a"], "u1": ["b", "a", "c"]}
     assert dataset.timestamps.tolist() == [4, 5, 5, 1, 3, 3]
 
 
@@ -85,12 +80,12 @@ def test_manifest_says_how_it_was_made(request_: PrepareRequest) -> None:
 
 def test_hashed_ties_do_not_depend_on_the_order_of_the_file(request_: PrepareRequest, sources: Path) -> None:
     hashed = replace(request_, tie_rule="hash:0")
-    first = named_sequences(prepare(hashed))
+    first = items_of_users(prepare(hashed))
     header, *rows = LOG.splitlines()
     (sources / "log.csv").write_text("\n".join([header, *rows[::-1]]) + "\n")
-    assert named_sequences(prepare(replace(hashed, out=request_.out.with_name("reversed")))) == first
+    assert items_of_users(prepare(replace(hashed, out=request_.out.with_name("reversed")))) == first
     other = {
-        seed: named_sequences(prepare(replace(hashed, out=request_.out.with_name(f"s{seed}"), tie_rule=f"hash:{seed}")))
+        seed: items_of_users(prepare(replace(hashed, out=request_.out.with_name(f"s{seed}"), tie_rule=f"hash:{seed}")))
         for seed in range(1, 6)
     }
     assert any(sequences != first for sequences in other.values())
@@ -148,14 +143,14 @@ def test_unknown_items_kept_have_empty_texts(request_: PrepareRequest, sources: 
     dataset = prepare(replace(request_, unknown_items="keep"))
     assert dataset.items.ids[-1] == "unheard"
     assert {name: column[-1] for name, column in dataset.items.fields.items()} == {"title": "", "brand": ""}
-    assert named_sequences(dataset)["u1"][-1] == "unheard"
+    assert items_of_users(dataset)["u1"][-1] == "unheard"
 
 
 def test_catalogue_of_interacted_items_only(request_: PrepareRequest) -> None:
     dataset = prepare(replace(request_, catalogue="interacted"))
     assert dataset.items.ids == ["b", "a", "c"]
     assert dataset.items.fields["title"] == ["Boot, Das", "Alien", "Cube"]
-    assert named_sequences(dataset) == {"u2": ["b", "c", "a"], "u1": ["b", "a", "c"]}
+    assert items_of_users(dataset) == {"u2": ["b", "c", "a"], "u1": ["b", "a", "c"]}
 
 
 def test_filters_drop_users_and_say_how_much(request_: PrepareRequest, sources: Path) -> None:
@@ -195,7 +190,7 @@ def test_recbole_needs_no_options(tmp_path: Path) -> None:
         "title": ["The Usual Suspects (1995)", "Das Boot (1981)"],
         "release_year": ["1995", "1981"],
     }
-    assert named_sequences(dataset) == {"1": ["8", "7"]}
+    assert items_of_users(dataset) == {"1": ["8", "7"]}
     assert dataset.manifest.format == "recbole"
 
 
@@ -226,7 +221,7 @@ def test_arguments_of_tables(tmp_path: Path, sources: Path) -> None:
     )
     dataset = prepare(request)
     assert dataset.items.fields == {"title": ["Das Boot (1981)", "Alien (1979)", "Cube"], "plot": ["sea", "space", "x"]}
-    assert named_sequences(dataset) == {"u": ["b", "c"]}
+    assert items_of_users(dataset) == {"u": ["b", "c"]}
     assert dataset.manifest.counts["dropped_low_rating"] == 1
 
 
@@ -277,4 +272,4 @@ def test_a_longer_log_equals_a_sort_in_python(request_: PrepareRequest, sources:
     expected: dict[str, list[str]] = {}
     for position in sorted(range(5000), key=lambda event: (times[event], event)):
         expected.setdefault(str(users[position]), []).append("abc"[items[position]])
-    assert named_sequences(dataset) == expected
+    assert items_of_users(dataset) == expected

@@ -2,7 +2,7 @@
 
 import gzip
 import json
-import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -168,11 +168,7 @@ def test_the_command_takes_it_and_refuses_options_that_would_do_nothing(
     assert message in capsys.readouterr().err
 
 
-def test_lastfm_has_the_published_counts(tmp_path: Path) -> None:
-    beside = Path(__file__).resolve().parents[3].parent / "shared" / "data"
-    folder = Path(os.environ.get("LASER_FAST_SHARED_DATA", beside)) / "lastfm"
-    if not folder.is_dir():
-        pytest.skip("needs the data set lastfm: set LASER_FAST_SHARED_DATA to the folder that holds it")
-    counts = given_split(prepare_presplit(folder, tmp_path / "out")).counts()
+def test_lastfm_has_the_published_counts(tmp_path: Path, shared_data: Callable[[str], Path]) -> None:
+    counts = given_split(prepare_presplit(shared_data("lastfm"), tmp_path / "out")).counts()
     assert (counts["train_sequences"], counts["train_events"], counts["valid_rows"]) == (976, 50_800, 122)
     assert counts["valid_rows_with_cold_target"] == counts["valid_rows_without_history"] == 0
