@@ -17,23 +17,18 @@ class PackedBatch:
     """B sequences, as the recommender and as the language model read them.
 
     Attributes:
-        items: int64 [N], history items (oldest first) whose states M-Former reads.
-        cu_seqlens: int32 [B+1] over them.
-        input_ids: int64 [T], prompts around the texts.
-        token_cu_seqlens: int32 [B+1] over them.
-        instruction: tokens that every sequence begins with, in front of the prefix and not repeated in
-            `input_ids`; None where the prompts begin with the prefix.
-        targets: int64 [B], or None where nothing is to be predicted.
-        positives: the distinct targets, and negatives, as sequences of their own, when they are to be encoded with
-            gradient.
+        items, cu_seqlens: int64 [N] and int32 [B+1], history items (oldest first) whose states M-Former reads.
+        input_ids, token_cu_seqlens: int64 [T] and int32 [B+1], prompts around the texts.
+        instruction: tokens in front of the prefix of every sequence, which `input_ids` does not repeat; None = none.
+        targets: int64 [B]; None where nothing is to be predicted.
+        positives: the distinct targets and negatives as sequences, where these are encoded with gradient.
         positive_targets: int64 [B], which of `positives` is each user's target.
-        negatives: int64 [B, n], items drawn for each user, or None where none were.
+        negatives: int64 [B, n], items drawn for each user; None = none.
         negative_places: int64 [B, n], where they stand in `positives`; None without one of the two.
         folds: int64 [B], whose states of a cross-fitted recommender M-Former reads, -1 for those of the model that has
-            seen all users; None = for all rows.
-        text_items: int64 [M], history items (oldest first), known to the recommender or not, whose frozen text vectors
-            are read; None where none are.
-        text_cu_seqlens: int32 [B+1] over them.
+            seen all users; None = -1 for all rows.
+        text_items, text_cu_seqlens: int64 [M] and int32 [B+1], history items (oldest first), known to the recommender
+            or not, whose frozen text vectors are read; None where none are.
     """
 
     items: Tensor
@@ -108,14 +103,13 @@ def _select(values: Tensor, cu_seqlens: Tensor, index: np.ndarray) -> tuple[Tens
 
 @dataclass(frozen=True, eq=False)
 class BatchBuilder:
-    """Turns histories and items into packed batches; everything that can be done once was done before.
+    """Turns histories and items into packed batches, from texts that were tokenised before.
 
     Args:
         texts: tokens of every catalogue item.
         user_layout: prompt around a history.
         item_layout: prompt around a single item.
-        known_items: bool [I], items the ID-based recommender was trained on; the states of others mean nothing and
-            are left out.
+        known_items: bool [I], items that the ID-based recommender was trained on; states of others are left out.
         max_history: newest items whose states M-Former reads.
         prompt_first: the words before the items stand in front of the prefix, as the batch's `instruction`.
         text_history: newest items whose frozen text vectors are read; 0 = none are.
@@ -134,10 +128,9 @@ class BatchBuilder:
         """Size of the catalogue I."""
         return len(self.known_items)
 
-    def histories(self, histories: PackedSequences, targets: np.ndarray | None = None) -> PackedBatch:
+    def histories(self, histories: PackedSequences) -> PackedBatch:
         """Batch of users, from their histories (oldest first)."""
-        batch = self._build(histories, self.user_layout)
-        return batch if targets is None else replace(batch, targets=torch.from_numpy(targets.astype(np.int64)))
+        return self._build(histories, self.user_layout)
 
     def items(self, indices: np.ndarray) -> PackedBatch:
         """Batch of items, each a sequence of one."""
@@ -146,18 +139,18 @@ class BatchBuilder:
     def training_batch(
         self, rows: EvaluationRows, *, with_positives: bool, negatives: np.ndarray | None = None
     ) -> PackedBatch:
-        """Batch of users with their targets, and the distinct targets and negatives as items where they get a gradient.
+        """Batch of B users with their targets.
 
         Args:
-            rows: B of them.
-            with_positives: encode targets, and negatives, in the step.
+            with_positives: encode targets, and negatives, with gradient in the step.
             negatives: int64 [B, n], items drawn for every row (`NegativeSampler`); None = none.
         """
         wanted = rows.targets[:, None]
         if negatives is not None:
             wanted = np.concatenate([wanted, negatives], axis=1)
         batch = replace(
-            self.histories(rows.histories, rows.targets),
+            self.histories(rows.histories),
+            targets=torch.from_numpy(rows.targets),
             folds=None if rows.folds is None else torch.from_numpy(rows.folds),
             negatives=None if negatives is None else torch.from_numpy(wanted[:, 1:].astype(np.int64)),
         )

@@ -13,15 +13,8 @@ from laser_fast.data.splits.split import TrainingRows
 
 @dataclass(frozen=True, eq=False)
 class NextItem:
-    """One training row.
-
-    Attributes:
-        row: its number among all rows.
-        user: index of the user.
-        history: int64 [n], item indices, oldest first.
-        target: index of the item that came next.
-        fold: of the row, see `EvaluationRows`; -1 = none.
-    """
+    """One training row: its number, the user's index, item indices (int64 [n], oldest first), the one that came next,
+    and its fold (see `EvaluationRows`; -1 = none)."""
 
     row: int
     user: int

@@ -14,8 +14,7 @@ def segment_positions(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if ends.size else 0
     shift = np.asarray(starts, dtype=np.int64) - (ends - lengths)
-    positions: np.ndarray = np.arange(total, dtype=np.int64) + np.repeat(shift, lengths)
-    return positions
+    return np.asarray(np.arange(total, dtype=np.int64) + np.repeat(shift, lengths))
 
 
 def cu_seqlens_of(lengths: np.ndarray) -> np.ndarray:
@@ -63,8 +62,8 @@ class PackedSequences:
     """B sequences of item indices, chronological (oldest first), empty ones allowed.
 
     Args:
-        items: [N], int64, the sequences one after another.
-        cu_seqlens: [B+1], int32; sequence b is `items[cu_seqlens[b]:cu_seqlens[b + 1]]`.
+        items: int64 [N].
+        cu_seqlens: int32 [B+1]; sequence b is `items[cu_seqlens[b]:cu_seqlens[b + 1]]`.
 
     Raises:
         TypeError: an array has another dtype.
@@ -145,11 +144,10 @@ class EvaluationRows:
     """B questions "what comes next?": the user, the history before it, and the item that came.
 
     Args:
-        users: [B], int64, user index.
-        histories: B packed histories, oldest item first.
-        targets: [B], int64, item index.
-        folds: [B], int64, which fold of a cross-fitted recommender has not seen the row, -1 where that does not
-            matter; None = for no row.
+        users, targets: int64 [B], indices of users and items.
+        histories: B of them, oldest item first.
+        folds: int64 [B], which fold of a cross-fitted recommender has not seen the row, -1 where that does not matter;
+            None = for no row.
     """
 
     users: np.ndarray
@@ -158,7 +156,7 @@ class EvaluationRows:
     folds: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        if self.users.dtype != np.int64 or self.targets.dtype != np.int64:
+        if not self.users.dtype == self.targets.dtype == np.int64:
             raise TypeError(
                 f"EvaluationRows: users and targets must be int64, got {self.users.dtype} and {self.targets.dtype}"
             )

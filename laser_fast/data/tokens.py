@@ -22,12 +22,7 @@ _TEXTS_AT_ONCE = 1024
 
 @dataclass(frozen=True, eq=False)
 class TokenizedTexts:
-    """Tokens of I texts, one after another.
-
-    Args:
-        input_ids: [n], int32.
-        offsets: [I+1], int64; text i is `input_ids[offsets[i]:offsets[i + 1]]`.
-    """
+    """Tokens of I texts, int32 [n], and offsets, int64 [I+1]: text i is `input_ids[offsets[i]:offsets[i + 1]]`."""
 
     input_ids: np.ndarray
     offsets: np.ndarray
@@ -203,10 +198,7 @@ def prompt_layout(
 def _newest_that_fit(
     histories: PackedSequences, texts: TokenizedTexts, layout: PromptLayout
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Items that enter the prompts, per user newest first: start and length of each text, and items per user [B].
-
-    Items without any token are passed over.
-    """
+    """Items that enter the prompts, per user newest first: start and length of each text, and items per user [B]."""
     check_range(histories.items, len(texts), "TokenizedTexts: item indices")
     recent = histories.truncate_left(layout.max_items)
     users = np.repeat(np.arange(len(recent), dtype=np.int64), recent.lengths)
@@ -241,12 +233,9 @@ def prompt_lengths(histories: PackedSequences, texts: TokenizedTexts, layout: Pr
 def history_tokens(
     histories: PackedSequences, texts: TokenizedTexts, layout: PromptLayout
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts of B histories, packed: `left`, the item texts with separators between them, `right`.
+    """Prompts of B histories (oldest first), packed: `left`, the item texts with separators between them, `right`.
 
-    Args:
-        histories: B histories over the I items of `texts`, oldest first; an empty one gives `left + right`.
-        texts: tokens of every item; items without tokens are passed over.
-        layout: what surrounds the items, and the limits.
+    Items without tokens are passed over; an empty history gives `left + right`.
 
     Returns:
         input_ids int64 [T] and cu_seqlens int32 [B+1].
