@@ -1,14 +1,7 @@
-"""A report of data from anywhere: nothing in it is more than text, and every picture is XML."""
+"""The two forms of a report of data from anywhere: nothing in it is more than text."""
 
-import json
 import unicodedata
-from pathlib import Path
-from xml.etree import ElementTree
 
-import numpy as np
-import pytest
-
-from laser_fast.reports import read_run
 from laser_fast.reports.document import (
     Block,
     Bullets,
@@ -22,7 +15,6 @@ from laser_fast.reports.document import (
     to_html,
     to_markdown,
 )
-from laser_fast.reports.plots import Line, curves, dots, over_epochs, paired_bars, ratios
 
 EVIL = "x\x1b[2J\x00\x9b \u202egnp.exe\u2028\ud800 <img src=x> ](http://y) | `a` -->\r"
 
@@ -63,44 +55,3 @@ def test_both_forms_of_a_document() -> None:
     assert "> **x**\n\n![what](plot.svg)\n\nwhy\n\n" in markdown
     assert "\n\n| a | b |\n|---|--:|\n| **b\\|c** | **1** |\n|  | 2 |\n\nof both\n" in markdown
     assert "````\n```\nrm\n````" in markdown
-
-
-def test_every_picture_is_xml() -> None:
-    pytest.importorskip("matplotlib")
-    names, values = [EVIL, "plain"], np.array([[1.0, 2.0], [0.5, 1.5]])
-    pictures = [
-        curves([Line(EVIL, [1, 2], [1.0, 2.0])], "steps", "loss"),
-        over_epochs(names, [(EVIL, [1.0, 2.0])], "share", level=(1.5, EVIL)),
-        paired_bars(names, [("one", [0.1, 0.2])], "share", (0.5, "balanced")),
-        dots(names, [("one", [0.1, 0.2], [0.01, 0.02])], "metric"),
-        ratios(names, ["1", "2"], values, values > 1, "expert"),
-    ]
-    for picture in pictures:
-        assert ElementTree.fromstring(picture.decode("utf-8")).tag.endswith("svg")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("metrics.jsonl", "[" * 10**5 + "\n", "metrics.jsonl must hold a JSON object a line, got maximum recursion"),
-        ("metrics.jsonl", "3\n", "metrics.jsonl must hold a stage, .* got line 1 without"),
-        ("metrics.jsonl", '{"stage": "text", "epoch": 0}\n{"epoch": 1}\n', "must hold a stage, .* got line 2 without"),
-        ("metrics.jsonl", '{"stage": "text", "epoch": "x"}\n', "number of an epoch if any, .* got line 1 without"),
-        ("finished.json", "[]", r"finished.json: Input should be an object, got \[\]"),
-        ("environment.json", "{", "environment.json: Invalid JSON: EOF"),
-        ("config.yaml", "lm: &a [*a]", "got one: alias 'a' must not stand in what it names at line 1, column 9"),
-    ],
-)
-def test_a_damaged_run_is_named(name: str, content: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("lm: {}\ntraining: {}\n")
-    (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=message):
-        read_run(tmp_path)
-
-
-def test_a_line_of_the_log_may_hold_any_character(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("lm: {}\ntraining: {}\n")
-    line = {"stage": "text", "epoch": 0, "note": "a\u2028b\x85c"}
-    text = json.dumps(line, ensure_ascii=False) + '\n{"stage": "te'  # the second was being written
-    (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
-    assert [epoch.values["note"] for epoch in read_run(tmp_path).epochs] == ["a\u2028b\x85c"]

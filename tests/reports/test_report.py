@@ -247,14 +247,6 @@ def test_a_single_expert_is_not_compared(run: tuple[Path, Subject]) -> None:
     assert isinstance(said, Paragraph) and "a single expert" in said.text
 
 
-def test_what_is_no_run_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"a run of `laser-fast train` must be given, got '.*nothing' without"):
-        read_run(tmp_path / "nothing")
-    (tmp_path / "config.yaml").write_text("width: 8\n")  # of a recommender
-    with pytest.raises(FileNotFoundError, match="must be given"):
-        read_run(tmp_path)
-
-
 def test_only_a_report_is_replaced(
     run: tuple[Path, Subject],
     claimed_elsewhere: Callable[[Path], AbstractContextManager[None]],
@@ -314,13 +306,13 @@ def test_the_text_stage_has_its_curve_and_stays_out_of_the_validation(run: tuple
     steps = [{"loss": 2.0 - number, "step": 4 * number, quality: 0.9, "text_tokens_per_s": 1e9} for number in (1, 2)]
     stage = tuple(Epoch("text", number, values) for number, values in enumerate(steps, start=1))
     with_text = replace(record, epochs=stage + record.epochs, config={**record.config, "text": {"residual": True}})
-    blocks = {getattr(block, "name", ""): block for block in training_blocks(with_text)}
+    *_, table = told = list(training_blocks(with_text))
+    blocks = {getattr(block, "name", ""): block for block in told}
     assert "Text stage: the text residual alone" in blocks["loss-text"].caption
     assert "Loss from 1.000 to 0.000." in blocks["loss-text"].caption
     assert "the text residual makes anew in every step" in blocks["loss-phase-a"].caption
     before = {getattr(block, "name", ""): block for block in training_blocks(record)}
     assert "loss-text" not in before and "encoded anew for every epoch" in before["loss-phase-a"].caption
     assert blocks["validation"] == before["validation"] and blocks["speed"] == before["speed"]
-    table = list(training_blocks(with_text))[-1]
     assert isinstance(table, Table) and [row[0] for row in table.rows[:2]] == ["T1", "T2"]
     assert table.caption.startswith("T: the text stage, P: stage 1")
