@@ -133,9 +133,7 @@ def group_blocks(subject: Subject | None, comparison: Comparison | None) -> Iter
     yield from _grouped("By length of the history", "length", lengths, subject, comparison)
 
 
-def _grouped(
-    title: str, name: str, groups: list[Group], subject: Subject, comparison: Comparison
-) -> Iterator[Heading | Paragraph | Picture | Table]:
+def _grouped(title: str, name: str, groups: list[Group], subject: Subject, comparison: Comparison) -> Iterator[Block]:
     yield Heading(title)
     if not groups:
         yield Paragraph("No test user is in any of these groups.", "note")

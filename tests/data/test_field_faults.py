@@ -21,7 +21,7 @@ from laser_fast.data import PrepareRequest, SequenceDataset, global_time, prepar
 from laser_fast.data.items import ItemTable
 from laser_fast.data.readers import BadRowError, delimited, streams, values
 
-from .by_id import items_of_users
+from .preparing import items_of_users
 
 HEADER = "user_id,item_id,timestamp"
 ROWS = [f"u{user},i{(user + step) % 4},{10 * user + step}" for user in range(5) for step in range(4)]

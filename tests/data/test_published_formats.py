@@ -1,6 +1,5 @@
 """Data sets as their publishers lay them out, and Parquet: one option each, the same tables as written by hand."""
 
-import argparse
 import datetime
 import gzip
 import json
@@ -14,17 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from laser_fast.cli.prepare_arguments import add_prepare_arguments, request_from_arguments
 from laser_fast.data import PrepareRequest, prepare
 from laser_fast.data.readers import InteractionColumns, read_interactions, read_items, read_rows
 
-from .by_id import items_of_users
-
-
-def arguments_of(*arguments: object) -> PrepareRequest:
-    parser = argparse.ArgumentParser(exit_on_error=False)
-    add_prepare_arguments(parser)
-    return request_from_arguments(parser.parse_args([str(argument) for argument in arguments]))
+from .preparing import items_of_users, request_of
 
 
 def write_gz(path: Path, objects: list[dict[str, object]]) -> Path:
@@ -101,7 +93,7 @@ RELEASES: dict[str, Callable[[Path], Path]] = {
 @pytest.mark.parametrize("release", RELEASES)
 def test_movielens(tmp_path: Path, release: str) -> None:
     source = RELEASES[release](tmp_path / "ml")
-    dataset = prepare(arguments_of(tmp_path / "out", "--movielens", source))
+    dataset = prepare(request_of(tmp_path / "out", "--movielens", source))
     assert dataset.manifest.format == f"movielens-{release.split()[0]}"
     assert dataset.items.ids == ["1", "2", "3"]
     assert dataset.items.fields == {
@@ -118,7 +110,7 @@ def test_movielens(tmp_path: Path, release: str) -> None:
 def test_movielens_ratings_and_chosen_texts(tmp_path: Path) -> None:
     source = movielens_csv(tmp_path / "ml")
     arguments = (tmp_path / "out", "--movielens", source, "--min-rating", 3, "--text-columns", "genres")
-    dataset = prepare(arguments_of(*arguments))
+    dataset = prepare(request_of(*arguments))
     assert items_of_users(dataset) == {"7": ["1", "2"]}
     assert list(dataset.items.fields) == ["genres"]
     with pytest.raises(ValueError, match="unknown text column, got 'plot'; available: title, genres"):
@@ -180,7 +172,7 @@ def amazon_2023(folder: Path) -> tuple[Path, Path]:
 @pytest.mark.parametrize("year, unit", [("2018", 1), ("2023", 1000)])
 def test_amazon(tmp_path: Path, year: str, unit: int) -> None:
     pair = {"2018": amazon_2018, "2023": amazon_2023}[year](tmp_path)
-    dataset = prepare(arguments_of(tmp_path / "out", f"--amazon-{year}", *pair))
+    dataset = prepare(request_of(tmp_path / "out", f"--amazon-{year}", *pair))
     assert dataset.items.ids == ["B1", "B2", "B9"]  # bought ones only, also those without metadata
     assert dataset.items.fields == {
         "title": ["Tee & top", "Box", ""],
@@ -192,9 +184,9 @@ def test_amazon(tmp_path: Path, year: str, unit: int) -> None:
     assert dataset.timestamps.tolist() == [1500000000 * unit, 1514764800 * unit, 1514764801 * unit]
     assert dataset.manifest.counts.get("repeated_items", 0) == (1 if year == "2018" else 0)
     window = ("--from-time", "2018-01-01", "--to-time", "2018-01-01T00:00:01")  # one second, in the unit of the release
-    second = arguments_of(tmp_path / "second", f"--amazon-{year}", *pair, *window)
+    second = request_of(tmp_path / "second", f"--amazon-{year}", *pair, *window)
     assert items_of_users(prepare(second)) == {"AU1": ["B2"]}
-    rated = arguments_of(tmp_path / "rated", f"--amazon-{year}", *pair, "--min-rating", 4)
+    rated = request_of(tmp_path / "rated", f"--amazon-{year}", *pair, "--min-rating", 4)
     assert items_of_users(prepare(rated)) == {"AU1": ["B2"], "AU2": ["B9"]}
 
 
@@ -228,7 +220,7 @@ def recbole(folder: Path) -> Path:
 def test_recbole_with_all_types(tmp_path: Path, archived: bool) -> None:
     source = zipped(recbole)(tmp_path / "x") if archived else recbole(tmp_path / "x")
     said: list[str] = []
-    dataset = prepare(arguments_of(tmp_path / "out", "--recbole", source), say=said.append)
+    dataset = prepare(request_of(tmp_path / "out", "--recbole", source), say=said.append)
     assert dataset.items.fields == {"name": ["blue cube", "red"], "kind": ["a", "b"]}
     assert items_of_users(dataset) == {"1": ["8", "7"]}
     assert "not used: x.kg, x.user" in said[0]
@@ -300,7 +292,7 @@ def test_parquet_items_and_bad_values(tmp_path: Path) -> None:
 def test_parquet_by_the_command(tmp_path: Path) -> None:
     log = parquet(tmp_path / "log.parquet", user_id=pa.array([1, 1]), item_id=pa.array(["a", "b"]), t=pa.array([2, 1]))
     items = parquet(tmp_path / "items.parquet", item_id=pa.array(["a", "b"]), title=pa.array(["A", "B"]))
-    request = arguments_of(tmp_path / "out", "--interactions", log, "--items", items, "--time-column", "t")
+    request = request_of(tmp_path / "out", "--interactions", log, "--items", items, "--time-column", "t")
     assert items_of_users(prepare(request)) == {"1": ["b", "a"]}
 
 

@@ -10,7 +10,7 @@ from laser_fast.data import PrepareRequest, prepare
 from laser_fast.data.text import first_words
 from laser_fast.data.time_units import parse_time
 
-from ..by_id import items_of_users
+from ..preparing import items_of_users
 
 LOG = [("u", "a", 5), ("u", "b", 1), ("v", "a", 2), ("u", "a", 3), ("u", "c", 5), ("v", "b", 9), ("w", "c", 4)]
 

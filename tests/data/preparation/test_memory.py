@@ -12,7 +12,7 @@ from laser_fast.data import PrepareRequest, pieces, prepare
 from laser_fast.data.readers.interactions import InteractionColumns, scan_interactions
 from laser_fast.files import folders
 
-from ..by_id import items_of_users
+from ..preparing import items_of_users
 
 Event = tuple[int, int, float]  # user, item, time
 

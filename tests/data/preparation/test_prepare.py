@@ -1,17 +1,14 @@
 """Preparing data sets: small sources written by hand, through the command's arguments where it has a say."""
 
-import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from laser_fast.cli.prepare_arguments import add_prepare_arguments, request_from_arguments
-from laser_fast.data import InteractionColumns, PrepareRequest, leave_one_out, prepare
+from laser_fast.data import PrepareRequest, leave_one_out, prepare
 
-from ..by_id import items_of_users
+from ..preparing import items_of_users, request_of
 
 LOG = "user_id,item_id,timestamp\nu2,c,5\nu1,a,3\nu2,a,5\nu1,b,1\nu2,b,4\nu1,c,3\n"
 ITEMS = [
@@ -34,12 +31,6 @@ def sources(tmp_path: Path) -> Path:
 @pytest.fixture
 def request_(sources: Path) -> PrepareRequest:
     return PrepareRequest(sources.parent / "out", interactions=sources / "log.csv", items=sources / "items.jsonl")
-
-
-def request_of(*arguments: object) -> PrepareRequest:
-    parser = argparse.ArgumentParser(exit_on_error=False)
-    add_prepare_arguments(parser)
-    return request_from_arguments(parser.parse_args([str(argument) for argument in arguments]))
 
 
 def test_tables_by_hand(request_: PrepareRequest) -> None:
@@ -136,14 +127,6 @@ def test_a_bad_row_writes_nothing(request_: PrepareRequest, sources: Path) -> No
     with pytest.raises(ValueError, match="got 'unheard' in line 8, column 'item_id'"):
         prepare(request_)
     assert sorted(path.name for path in request_.out.parent.iterdir()) == ["sources"]
-
-
-def test_unknown_items_kept_have_empty_texts(request_: PrepareRequest, sources: Path) -> None:
-    (sources / "log.csv").write_text(LOG + "u1,unheard,9\n")
-    dataset = prepare(replace(request_, unknown_items="keep"))
-    assert dataset.items.ids[-1] == "unheard"
-    assert {name: column[-1] for name, column in dataset.items.fields.items()} == {"title": "", "brand": ""}
-    assert items_of_users(dataset)["u1"][-1] == "unheard"
 
 
 def test_catalogue_of_interacted_items_only(request_: PrepareRequest) -> None:
@@ -258,18 +241,3 @@ def test_a_missing_source_and_a_title_from_two_columns(request_: PrepareRequest)
         prepare(replace(request_, items=Path("nothing.csv")))
     with pytest.raises(ValueError, match="the field 'title' would come from two columns, got 'brand' and 'title'"):
         prepare(replace(request_, title_column="brand"))
-    columns = InteractionColumns(time="when")
-    with pytest.raises(ValueError, match=r"log\.csv: unknown column, got 'when'; available: user_id, item_id"):
-        prepare(replace(request_, columns=columns))
-
-
-def test_a_longer_log_equals_a_sort_in_python(request_: PrepareRequest, sources: Path) -> None:
-    rng = np.random.default_rng(0)
-    users, items, times = rng.integers(0, 50, 5000), rng.integers(0, 3, 5000), rng.integers(0, 90, 5000)
-    rows = [f"{user},{'abc'[item]},{time}" for user, item, time in zip(users, items, times, strict=True)]
-    (sources / "log.csv").write_text("user_id,item_id,timestamp\n" + "\n".join(rows) + "\n")
-    dataset = prepare(request_)
-    expected: dict[str, list[str]] = {}
-    for position in sorted(range(5000), key=lambda event: (times[event], event)):
-        expected.setdefault(str(users[position]), []).append("abc"[items[position]])
-    assert items_of_users(dataset) == expected
