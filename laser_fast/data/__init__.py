@@ -1,7 +1,10 @@
-"""Data: formats in, canonical item tables and sequences, splits, texts and packed tokens.
+"""Data: logs and item tables of any format in, sequences, splits, texts and packed batches out.
 
-Arrays here are numpy; nothing in this room knows a model.
+Nothing here knows a model. Arrays are numpy; only the batches are tensors, so their names are fetched at first use and
+preparing data imports no torch.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from laser_fast.data.dataset import SequenceDataset, write_dataset
 from laser_fast.data.items import ItemTable
@@ -21,11 +24,13 @@ from laser_fast.data.tokens import (
     PromptLayout,
     TokenizedTexts,
     history_tokens,
-    item_tokens,
     prompt_layout,
     prompt_lengths,
     tokenize_texts,
 )
+
+if TYPE_CHECKING:
+    from laser_fast.data.loading import NextItemCollator, NextItemDataset
 
 __all__ = [
     "EvaluationRows",
@@ -33,6 +38,8 @@ __all__ = [
     "ItemTable",
     "ItemText",
     "Manifest",
+    "NextItemCollator",
+    "NextItemDataset",
     "PackedSequences",
     "PrepareRequest",
     "PromptLayout",
@@ -48,7 +55,6 @@ __all__ = [
     "given_split",
     "global_time",
     "history_tokens",
-    "item_tokens",
     "leave_one_out",
     "make_split",
     "normalize_title",
@@ -60,3 +66,11 @@ __all__ = [
     "training_rows",
     "write_dataset",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("NextItemCollator", "NextItemDataset"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from laser_fast.data import loading
+
+    return getattr(loading, name)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from laser_fast.data.sequences import EvaluationRows, PackedSequences, cu_seqlens_of, row_indices
+from laser_fast.data.sequences import EvaluationRows, PackedSequences, row_indices
 from laser_fast.data.tokens import PromptLayout, TokenizedTexts, history_tokens, prompt_lengths
 
 
@@ -17,23 +17,18 @@ class PackedBatch:
     """B sequences, as the recommender and as the language model read them.
 
     Attributes:
-        items: int64 [N], history items (oldest first) whose states M-Former reads.
-        cu_seqlens: int32 [B+1] over them.
-        input_ids: int64 [T], prompts around the texts.
-        token_cu_seqlens: int32 [B+1] over them.
-        instruction: tokens that every sequence begins with, in front of the prefix and not repeated in
-            `input_ids`; None where the prompts begin with the prefix.
-        targets: int64 [B], or None where nothing is to be predicted.
-        positives: the distinct targets, and negatives, as sequences of their own, when they are to be encoded with
-            gradient.
+        items, cu_seqlens: int64 [N] and int32 [B+1], history items (oldest first) whose states M-Former reads.
+        input_ids, token_cu_seqlens: int64 [T] and int32 [B+1], prompts around the texts.
+        instruction: tokens in front of the prefix of every sequence, which `input_ids` does not repeat; None = none.
+        targets: int64 [B]; None where nothing is to be predicted.
+        positives: the distinct targets and negatives as sequences, where these are encoded with gradient.
         positive_targets: int64 [B], which of `positives` is each user's target.
-        negatives: int64 [B, n], items drawn for each user, or None where none were.
+        negatives: int64 [B, n], items drawn for each user; None = none.
         negative_places: int64 [B, n], where they stand in `positives`; None without one of the two.
         folds: int64 [B], whose states of a cross-fitted recommender M-Former reads, -1 for those of the model that has
-            seen all users; None = for all rows.
-        text_items: int64 [M], history items (oldest first), known to the recommender or not, whose frozen text vectors
-            are read; None where none are.
-        text_cu_seqlens: int32 [B+1] over them.
+            seen all users; None = -1 for all rows.
+        text_items, text_cu_seqlens: int64 [M] and int32 [B+1], history items (oldest first), known to the recommender
+            or not, whose frozen text vectors are read; None where none are.
     """
 
     items: Tensor
@@ -55,10 +50,10 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch on another device."""
-        movable: dict[str, Any] = {
-            name: value for name, value in vars(self).items() if isinstance(value, Tensor | PackedBatch)
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | PackedBatch)
         }
-        return replace(self, **{name: value.to(device) for name, value in movable.items()})
+        return replace(self, **moved)
 
     @property
     def token_lengths(self) -> np.ndarray:
@@ -75,21 +70,21 @@ class PackedBatch:
         items, cu_seqlens = _select(self.items, self.cu_seqlens, index)
         input_ids, token_cu_seqlens = _select(self.input_ids, self.token_cu_seqlens, index)
         part = PackedBatch(items, cu_seqlens, input_ids, token_cu_seqlens, self.instruction)
-        if self.folds is not None:
-            part = replace(part, folds=self.folds[chosen])
+        of_rows: dict[str, Any] = {
+            name: value[chosen]
+            for name in ("targets", "negatives", "folds")
+            if (value := getattr(self, name)) is not None
+        }
         if self.text_items is not None and self.text_cu_seqlens is not None:
-            read, bounds = _select(self.text_items, self.text_cu_seqlens, index)
-            part = replace(part, text_items=read, text_cu_seqlens=bounds)
-        if self.targets is not None:
-            part = replace(part, targets=self.targets[chosen])
-        if self.negatives is not None:
-            part = replace(part, negatives=self.negatives[chosen])
-        if self.positives is None:
-            return part
-        kept, places = np.unique(self.places[index], return_inverse=True)
-        which = torch.from_numpy(places.reshape(len(index), -1).astype(np.int64)).to(self.items.device)
-        part = replace(part, positives=self.positives.select(kept), positive_targets=which[:, 0].contiguous())
-        return part if self.negative_places is None else replace(part, negative_places=which[:, 1:].contiguous())
+            read = _select(self.text_items, self.text_cu_seqlens, index)
+            of_rows |= dict(zip(("text_items", "text_cu_seqlens"), read, strict=True))
+        if self.positives is not None:
+            kept, found = np.unique(self.places[index], return_inverse=True)
+            places = torch.from_numpy(found.reshape(len(index), -1)).to(chosen)
+            of_rows |= {"positives": self.positives.select(kept), "positive_targets": places[:, 0].contiguous()}
+            if self.negative_places is not None:
+                of_rows["negative_places"] = places[:, 1:].contiguous()
+        return replace(part, **of_rows)
 
     @property
     def places(self) -> np.ndarray:
@@ -98,8 +93,7 @@ class PackedBatch:
         places = [self.positive_targets[:, None]]
         if self.negative_places is not None:
             places.append(self.negative_places)
-        found: np.ndarray = torch.cat(places, dim=1).cpu().numpy()
-        return found
+        return np.asarray(torch.cat(places, dim=1).cpu().numpy())
 
 
 def _select(values: Tensor, cu_seqlens: Tensor, index: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -109,14 +103,13 @@ def _select(values: Tensor, cu_seqlens: Tensor, index: np.ndarray) -> tuple[Tens
 
 @dataclass(frozen=True, eq=False)
 class BatchBuilder:
-    """Turns histories and items into packed batches; everything that can be done once was done before.
+    """Turns histories and items into packed batches, from texts that were tokenised before.
 
     Args:
         texts: tokens of every catalogue item.
         user_layout: prompt around a history.
         item_layout: prompt around a single item.
-        known_items: bool [I], items the ID-based recommender was trained on; the states of others mean nothing and
-            are left out.
+        known_items: bool [I], items that the ID-based recommender was trained on; states of others are left out.
         max_history: newest items whose states M-Former reads.
         prompt_first: the words before the items stand in front of the prefix, as the batch's `instruction`.
         text_history: newest items whose frozen text vectors are read; 0 = none are.
@@ -135,38 +128,36 @@ class BatchBuilder:
         """Size of the catalogue I."""
         return len(self.known_items)
 
-    def histories(self, histories: PackedSequences, targets: np.ndarray | None = None) -> PackedBatch:
+    def histories(self, histories: PackedSequences) -> PackedBatch:
         """Batch of users, from their histories (oldest first)."""
-        batch = self._build(histories, self.user_layout)
-        return batch if targets is None else replace(batch, targets=torch.from_numpy(targets.astype(np.int64)))
+        return self._build(histories, self.user_layout)
 
     def items(self, indices: np.ndarray) -> PackedBatch:
         """Batch of items, each a sequence of one."""
-        indices = np.asarray(indices, dtype=np.int64)
-        ones = PackedSequences(indices, cu_seqlens_of(np.ones(len(indices), dtype=np.int64)))
-        return self._build(ones, self.item_layout)
+        return self._build(PackedSequences.singles(indices), self.item_layout)
 
     def training_batch(
         self, rows: EvaluationRows, *, with_positives: bool, negatives: np.ndarray | None = None
     ) -> PackedBatch:
-        """Batch of users with their targets, and the distinct targets and negatives as items where they get a gradient.
+        """Batch of B users with their targets.
 
         Args:
-            rows: B of them.
-            with_positives: encode targets, and negatives, in the step.
+            with_positives: encode targets, and negatives, with gradient in the step.
             negatives: int64 [B, n], items drawn for every row (`NegativeSampler`); None = none.
         """
-        batch = self.histories(rows.histories, rows.targets)
-        if rows.folds is not None:
-            batch = replace(batch, folds=torch.from_numpy(rows.folds))
         wanted = rows.targets[:, None]
         if negatives is not None:
-            batch = replace(batch, negatives=torch.from_numpy(negatives.astype(np.int64)))
             wanted = np.concatenate([wanted, negatives], axis=1)
+        batch = replace(
+            self.histories(rows.histories),
+            targets=torch.from_numpy(rows.targets),
+            folds=None if rows.folds is None else torch.from_numpy(rows.folds),
+            negatives=None if negatives is None else torch.from_numpy(wanted[:, 1:].astype(np.int64)),
+        )
         if not with_positives:
             return batch
         distinct, found = np.unique(wanted, return_inverse=True)
-        places = torch.from_numpy(found.reshape(wanted.shape).astype(np.int64))
+        places = torch.from_numpy(found.reshape(wanted.shape))
         batch = replace(batch, positives=self.items(distinct), positive_targets=places[:, 0].contiguous())
         return batch if negatives is None else replace(batch, negative_places=places[:, 1:].contiguous())
 
@@ -181,23 +172,19 @@ class BatchBuilder:
 
     def item_lengths(self, indices: np.ndarray) -> np.ndarray:
         """Tokens of the text of every item in `items`, virtual ones not counted: int64 [n]."""
-        ones = PackedSequences(indices, cu_seqlens_of(np.ones(len(indices), dtype=np.int64)))
-        return prompt_lengths(ones, self.texts, self._inner(self.item_layout))
+        return prompt_lengths(PackedSequences.singles(indices), self.texts, self._inner(self.item_layout))
 
     def _inner(self, layout: PromptLayout) -> PromptLayout:
         """Without the instruction, where that stands in front of the prefix."""
         return replace(layout, left=[]) if self.prompt_first else layout
 
     def _build(self, sequences: PackedSequences, layout: PromptLayout) -> PackedBatch:
-        input_ids, token_cu_seqlens = history_tokens(sequences, self.texts, self._inner(layout))
+        packed = history_tokens(sequences, self.texts, self._inner(layout))
         seen = self._known(sequences).truncate_left(self.max_history)
-        batch = PackedBatch(
-            torch.from_numpy(seen.items),
-            torch.from_numpy(seen.cu_seqlens),
-            torch.from_numpy(input_ids),
-            torch.from_numpy(token_cu_seqlens),
-            tuple(layout.left) if self.prompt_first else None,
-        )
+        arrays = (seen.items, seen.cu_seqlens, *packed)
+        items, cu_seqlens, input_ids, token_cu_seqlens = (torch.from_numpy(array) for array in arrays)
+        instruction = tuple(layout.left) if self.prompt_first else None
+        batch = PackedBatch(items, cu_seqlens, input_ids, token_cu_seqlens, instruction)
         if not self.text_history:
             return batch
         read = sequences.truncate_left(self.text_history)

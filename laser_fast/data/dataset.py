@@ -18,10 +18,9 @@ import pyarrow.parquet as pq
 from laser_fast.data.items import ID_COLUMN, ItemTable, first_duplicate, update_with_strings
 from laser_fast.data.manifest import Manifest
 from laser_fast.data.pieces import pieces, update_with_array
-from laser_fast.data.sequences import PackedSequences
+from laser_fast.data.sequences import PackedSequences, check_range
 from laser_fast.files.folders import replace_directory, whole_directory
 from laser_fast.files.sealed import SealedFolder, seal
-from laser_fast.files.sealed import file_sha256 as file_sha256
 
 MANIFEST_FILE = "manifest.json"
 ITEMS_FILE = "items.parquet"
@@ -89,12 +88,7 @@ class SequenceDataset:
 
     def _check_items(self) -> None:
         for _, piece in pieces(self.item_index):
-            lowest, highest = int(piece.min()), int(piece.max())
-            if lowest < 0 or highest >= len(self.items):
-                raise ValueError(
-                    f"SequenceDataset: item_index must lie in 0..{len(self.items) - 1}, "
-                    f"got {lowest if lowest < 0 else highest}"
-                )
+            check_range(piece, len(self.items), "SequenceDataset: item_index")
 
     def _check_times(self) -> None:
         before = self.timestamps[:0]  # the last time of the piece before
@@ -125,9 +119,7 @@ class SequenceDataset:
         packed = PackedSequences.from_lists(sequences)
         if items is None:
             items = ItemTable([str(index) for index in range(int(packed.items.max(initial=-1)) + 1)])
-        if len(packed.items) and not 0 <= packed.items.min() <= packed.items.max() < len(items):
-            worst = packed.items.min() if packed.items.min() < 0 else packed.items.max()
-            raise ValueError(f"SequenceDataset.from_lists: items must lie in 0..{len(items) - 1}, got {worst}")
+        check_range(packed.items, len(items), "SequenceDataset.from_lists: items")
         offsets = packed.cu_seqlens.astype(np.int64)
         times = np.arange(len(packed.items), dtype=np.int64) - np.repeat(offsets[:-1], packed.lengths)
         users = [str(user) for user in range(len(packed))] if user_ids is None else list(user_ids)

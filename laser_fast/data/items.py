@@ -74,16 +74,6 @@ class ItemTable:
         """Item indices of external ids, int64 [len(ids)]; -1 where an id is unknown."""
         return np.fromiter((self._index.get(external, -1) for external in ids), dtype=np.int64, count=len(ids))
 
-    def field(self, name: str) -> list[str]:
-        """The text column `name`, one string per item.
-
-        Raises:
-            KeyError: there is no such column; the message lists those there are.
-        """
-        if name not in self.fields:
-            raise KeyError(f"ItemTable.field: unknown field, got {name!r}; available: {', '.join(sorted(self.fields))}")
-        return self.fields[name]
-
     def hash(self) -> str:
         """SHA-256 of the item map: the external ids in index order. Texts are not part of it."""
         digest = hashlib.sha256()

@@ -1,7 +1,7 @@
 """Training rows for the data loaders of other libraries: torch's, accelerate's, those of transformers' Trainer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 
@@ -13,15 +13,8 @@ from laser_fast.data.splits.split import TrainingRows
 
 @dataclass(frozen=True, eq=False)
 class NextItem:
-    """One training row.
-
-    Attributes:
-        row: its number among all rows.
-        user: index of the user.
-        history: int64 [n], item indices, oldest first.
-        target: index of the item that came next.
-        fold: of the row, see `EvaluationRows`; -1 = none.
-    """
+    """One training row: its number, the user's index, item indices (int64 [n], oldest first), the one that came next,
+    and its fold (see `EvaluationRows`; -1 = none)."""
 
     row: int
     user: int
@@ -30,6 +23,7 @@ class NextItem:
     fold: int = -1
 
 
+@dataclass(frozen=True, eq=False)
 class NextItemDataset:
     """Training rows as a map-style data set, for any sampler and any number of workers.
 
@@ -38,8 +32,7 @@ class NextItemDataset:
             `training_rows(split.train, 10, recommender.cross_fitted.of_users(split.train_users))`.
     """
 
-    def __init__(self, rows: TrainingRows) -> None:
-        self.rows = rows
+    rows: TrainingRows
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -50,6 +43,7 @@ class NextItemDataset:
         return NextItem(row, int(chosen.users[0]), chosen.histories.items, int(chosen.targets[0]), fold)
 
 
+@dataclass(frozen=True, eq=False)
 class NextItemCollator:
     """Rows to the arguments of `LaserModel.forward`: `model(**collate([dataset[3], dataset[8]])).loss`.
 
@@ -59,21 +53,15 @@ class NextItemCollator:
         negatives: draws items for every row; None = none. A row gets the same ones in every epoch.
     """
 
-    def __init__(
-        self, builder: BatchBuilder, *, with_positives: bool = True, negatives: NegativeSampler | None = None
-    ) -> None:
-        self.builder = builder
-        self.with_positives = with_positives
-        self.negatives = negatives
+    builder: BatchBuilder
+    _: KW_ONLY
+    with_positives: bool = True
+    negatives: NegativeSampler | None = None
 
     def __call__(self, rows: Sequence[NextItem]) -> dict[str, PackedBatch]:
-        users = np.array([row.user for row in rows], dtype=np.int64)
-        targets = np.array([row.target for row in rows], dtype=np.int64)
-        histories = PackedSequences.from_lists([row.history.tolist() for row in rows])
-        folds = np.array([row.fold for row in rows], dtype=np.int64)
+        numbers = np.array([(row.row, row.user, row.target, row.fold) for row in rows], dtype=np.int64).reshape(-1, 4)
+        number, users, targets, folds = np.ascontiguousarray(numbers.T)
+        histories = PackedSequences.from_lists([row.history for row in rows])
         chosen = EvaluationRows(users, histories, targets, folds if (folds >= 0).any() else None)
-        drawn = None
-        if self.negatives is not None:
-            drawn = self.negatives.draw(users, 0, np.array([row.row for row in rows], dtype=np.int64))
-        batch = self.builder.training_batch(chosen, with_positives=self.with_positives, negatives=drawn)
-        return {"batch": batch}
+        drawn = None if self.negatives is None else self.negatives.draw(users, 0, number)
+        return {"batch": self.builder.training_batch(chosen, with_positives=self.with_positives, negatives=drawn)}

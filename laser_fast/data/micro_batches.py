@@ -17,9 +17,9 @@ class RowTokens:
 
     Args:
         users: int64 [B].
-        positives: int64 [P]; empty where the batch brings none.
-        positive_of: int64 [B] or [B, 1 + n], which of `positives` a row needs (its target, its negatives), none twice
-            in a row; empty where the batch brings none.
+        positives: int64 [P].
+        positive_of: int64 [B, 1 + n], which of `positives` a row needs (its target, its negatives), none twice in a
+            row; [B, 0] where the batch brings none.
     """
 
     users: np.ndarray
@@ -34,11 +34,7 @@ class RowTokens:
     @property
     def rows(self) -> np.ndarray:
         """Tokens of every row on its own, its positive included: int64 [B]."""
-        return self.users + self.positives[self._needs].sum(axis=1) if len(self.positives) else self.users
-
-    @property
-    def _needs(self) -> np.ndarray:
-        return self.positive_of.reshape(len(self.users), -1)
+        return np.asarray(self.users + self.positives[self.positive_of].sum(axis=1))
 
     def split(self, limit: int) -> list[np.ndarray]:
         """Rows of parts of at most `limit` tokens each: first fit, longest row first, ties by row.
@@ -46,22 +42,20 @@ class RowTokens:
         The same batch always gives the same parts. Rows rise within a part, parts are in the order of their first
         row, and a row above the limit is a part of its own.
         """
-        alone = self.rows
-        needs = [set(row) for row in self._needs.tolist()] if len(self.positives) else [set[int]()] * len(alone)
+        needs = [set(row) for row in self.positive_of.tolist()]
         spent: list[int] = []
         parts: list[list[int]] = []
-        positives: list[set[int]] = []
-        for row in np.argsort(-alone, kind="stable").tolist():
-            for part, held in enumerate(positives):
-                tokens = int(self.users[row]) + sum(int(self.positives[one]) for one in needs[row] - held)
-                if spent[part] + tokens <= limit:
+        positives: list[set[int]] = []  # of each part
+        for row in np.argsort(-self.rows, kind="stable").tolist():
+            for part in range(len(parts) + 1):
+                if part == len(parts):  # it fits into no part
+                    spent.append(0)
+                    parts.append([])
+                    positives.append(set())
+                more = sum(int(self.positives[one]) for one in needs[row] - positives[part])
+                if not parts[part] or spent[part] + self.users[row] + more <= limit:
                     break
-            else:
-                part, tokens = len(parts), int(alone[row])
-                spent.append(0)
-                parts.append([])
-                positives.append(set())
-            spent[part] += tokens
+            spent[part] += int(self.users[row]) + more
             parts[part].append(row)
             positives[part] |= needs[row]
         return sorted((np.sort(np.asarray(part, dtype=np.int64)) for part in parts), key=lambda part: int(part[0]))
@@ -71,6 +65,6 @@ def row_tokens(batch: PackedBatch, virtual_tokens: VirtualTokens) -> RowTokens:
     """Count the packed tokens of a batch: text and virtual ones, of its users and of its positives."""
     users = batch.token_lengths + virtual_tokens(batch)
     if batch.positives is None:
-        return RowTokens(users, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
+        return RowTokens(users, np.zeros(0, dtype=np.int64), np.zeros((len(users), 0), dtype=np.int64))
     positives = batch.positives.token_lengths + virtual_tokens(batch.positives)
     return RowTokens(users, positives, batch.places)

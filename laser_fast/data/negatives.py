@@ -9,17 +9,11 @@ from laser_fast.data.sequences import PackedSequences
 
 @dataclass(frozen=True, eq=False)
 class NegativeSampler:
-    """Draws `num_negatives` distinct items for a row, none of them in the user's training sequence (so neither in the
+    """Draws `num_negatives` distinct items for a row, none of them in the user's sequence of `train` (so neither in the
     history of the row nor its target).
 
-    A row's negatives are a function of the seed, the epoch and the row's number alone: they do not depend on the batch
-    or the process the row is in, and a run that is resumed draws them again.
-
-    Args:
-        train: training sequence of every user.
-        num_items: I.
-        num_negatives: n.
-        seed: of the draws, not negative.
+    A row's negatives are a function of the seed (not negative), the epoch and the row's number alone: they do not
+    depend on the batch or the process the row is in, and a run that is resumed draws them again.
     """
 
     train: PackedSequences
@@ -28,15 +22,7 @@ class NegativeSampler:
     seed: int
 
     def draw(self, users: np.ndarray, epoch: int, rows: np.ndarray) -> np.ndarray:
-        """Negatives of some rows.
-
-        Args:
-            users: [B], the sequence of each row.
-            epoch: counted from 0.
-            rows: [B], the rows' numbers.
-
-        Returns:
-            int64 [B, n], in no order.
+        """Negatives of the rows with the numbers `rows` [B], of the sequences `users` [B]: int64 [B, n], in no order.
 
         Raises:
             ValueError: a user has fewer than n items left.

@@ -6,9 +6,19 @@ it again until it falls inside (cycle walking, Black and Rogaway 2002), less tha
 
 import numpy as np
 
+from laser_fast.data.sequences import check_range
+
 _ROUNDS = 6
-_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # splitmix64 (Steele, Lea and Flood 2014)
-_STEP = np.uint64(0x9E3779B97F4A7C15)
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+"""Step of SplitMix64 from one value to the next."""
+
+
+def split_mix(values: np.ndarray) -> np.ndarray:
+    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014): every input bit reaches every output bit."""
+    with np.errstate(over="ignore"):
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(values ^ (values >> np.uint64(31)))
 
 
 class Permutation:
@@ -36,9 +46,7 @@ class Permutation:
         Raises:
             ValueError: a position out of range.
         """
-        if positions.size and (positions.min() < 0 or positions.max() >= self.size):
-            worst = positions.min() if positions.min() < 0 else positions.max()
-            raise ValueError(f"Permutation: positions must lie in 0..{self.size - 1}, got {worst}")
+        check_range(positions, self.size, "Permutation: positions")
         rows = self._once(positions.astype(np.uint64))
         while (outside := rows >= self.size).any():
             rows[outside] = self._once(rows[outside])
@@ -47,15 +55,5 @@ class Permutation:
     def _once(self, values: np.ndarray) -> np.ndarray:
         left, right = values >> self._half_bits, values & self._mask
         for key in self._keys:
-            left, right = right, left ^ (_mixed(right + key) & self._mask)
+            left, right = right, left ^ (split_mix(right + key + GOLDEN) & self._mask)
         return (left << self._half_bits) | right
-
-
-def _mixed(values: np.ndarray) -> np.ndarray:
-    """splitmix64: every bit of the result depends on every bit of the value."""
-    with np.errstate(over="ignore"):
-        values = values + _STEP
-        values = (values ^ (values >> np.uint64(30))) * _MIX[0]
-        values = (values ^ (values >> np.uint64(27))) * _MIX[1]
-        mixed: np.ndarray = values ^ (values >> np.uint64(31))
-        return mixed

@@ -14,8 +14,7 @@ def segment_positions(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if ends.size else 0
     shift = np.asarray(starts, dtype=np.int64) - (ends - lengths)
-    positions: np.ndarray = np.arange(total, dtype=np.int64) + np.repeat(shift, lengths)
-    return positions
+    return np.asarray(np.arange(total, dtype=np.int64) + np.repeat(shift, lengths))
 
 
 def cu_seqlens_of(lengths: np.ndarray) -> np.ndarray:
@@ -31,12 +30,19 @@ def cu_seqlens_of(lengths: np.ndarray) -> np.ndarray:
     return running.astype(np.int32)
 
 
+def check_range(values: np.ndarray, count: int, what: str) -> None:
+    """Raise ValueError, which names `what`, unless all integers lie in 0..count-1."""
+    if values.size and (values.min() < 0 or values.max() >= count):
+        worst = values.min() if values.min() < 0 else values.max()
+        raise ValueError(f"{what} must lie in 0..{count - 1}, got {worst}")
+
+
 def row_indices(rows: np.ndarray | Sequence[int], count: int, function: str) -> np.ndarray:
     """Rows named by indices, or by a mask of `count` entries, as int64 indices from 0 to `count - 1`.
 
     Raises:
-        TypeError: Neither integers nor a mask.
-        ValueError: A mask of another length, or an index out of range; `function` is named in the message.
+        TypeError: neither integers nor a mask.
+        ValueError: a mask of another length, or an index out of range; the message begins with `function`.
     """
     index = np.asarray(rows)
     if index.dtype == np.bool_:
@@ -47,9 +53,7 @@ def row_indices(rows: np.ndarray | Sequence[int], count: int, function: str) -> 
         return np.zeros(0, dtype=np.int64)
     if index.ndim != 1 or not np.issubdtype(index.dtype, np.integer):
         raise TypeError(f"{function}: rows must be a 1-D array of integers, got {index.dtype} of shape {index.shape}")
-    if index.min() < 0 or index.max() >= count:
-        worst = index.min() if index.min() < 0 else index.max()
-        raise ValueError(f"{function}: rows must lie in 0..{count - 1}, got {worst}")
+    check_range(index, count, f"{function}: rows")
     return index.astype(np.int64)
 
 
@@ -58,8 +62,8 @@ class PackedSequences:
     """B sequences of item indices, chronological (oldest first), empty ones allowed.
 
     Args:
-        items: [N], int64, the sequences one after another.
-        cu_seqlens: [B+1], int32; sequence b is `items[cu_seqlens[b]:cu_seqlens[b + 1]]`.
+        items: int64 [N].
+        cu_seqlens: int32 [B+1]; sequence b is `items[cu_seqlens[b]:cu_seqlens[b + 1]]`.
 
     Raises:
         TypeError: an array has another dtype.
@@ -87,7 +91,12 @@ class PackedSequences:
             )
 
     @classmethod
-    def from_lists(cls, sequences: Iterable[Sequence[int]]) -> "PackedSequences":
+    def singles(cls, items: np.ndarray | Sequence[int]) -> "PackedSequences":
+        """A sequence of one for every item."""
+        return cls(np.asarray(items, dtype=np.int64), np.arange(len(items) + 1, dtype=np.int32))
+
+    @classmethod
+    def from_lists(cls, sequences: Iterable[Sequence[int] | np.ndarray]) -> "PackedSequences":
         """Pack lists of item indices, e.g. `PackedSequences.from_lists([[3, 1], [], [2]])`."""
         rows = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
         items = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
@@ -135,11 +144,10 @@ class EvaluationRows:
     """B questions "what comes next?": the user, the history before it, and the item that came.
 
     Args:
-        users: [B], int64, user index.
-        histories: B packed histories, oldest item first.
-        targets: [B], int64, item index.
-        folds: [B], int64, which fold of a cross-fitted recommender has not seen the row, -1 where that does not
-            matter; None = for no row.
+        users, targets: int64 [B], indices of users and items.
+        histories: B of them, oldest item first.
+        folds: int64 [B], which fold of a cross-fitted recommender has not seen the row, -1 where that does not matter;
+            None = for no row.
     """
 
     users: np.ndarray
@@ -148,7 +156,7 @@ class EvaluationRows:
     folds: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        if self.users.dtype != np.int64 or self.targets.dtype != np.int64:
+        if not self.users.dtype == self.targets.dtype == np.int64:
             raise TypeError(
                 f"EvaluationRows: users and targets must be int64, got {self.users.dtype} and {self.targets.dtype}"
             )

@@ -6,7 +6,7 @@ batches of the others.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 
 import numpy as np
 
@@ -46,15 +46,10 @@ class StreamedRows:
     def __len__(self) -> int:
         return int(self._rows_before[-1])
 
-    def users_of(self, rows: np.ndarray) -> np.ndarray:
-        """Index of the user of every row: int64 [B]."""
-        users: np.ndarray = np.searchsorted(self._rows_before, rows, side="right") - 1
-        return users
-
     def select(self, rows: np.ndarray) -> EvaluationRows:
         """The rows `rows`, with their histories and targets read from the sequences."""
         index = row_indices(rows, len(self), "StreamedRows.select")
-        users = self.users_of(index)
+        users = np.searchsorted(self._rows_before, index, side="right") - 1
         seen = index - self._rows_before[users] + 1  # events before the target
         first = self.dataset.offsets[users]
         kept = np.minimum(seen, self.max_history)
@@ -72,6 +67,7 @@ class LoaderPosition:
     row: int = 0
 
 
+@dataclass(eq=False)
 class TokenBudgetLoader:
     """Packed batches of at most so many tokens, in shuffled order; one epoch for every time it is iterated.
 
@@ -98,33 +94,24 @@ class TokenBudgetLoader:
         ValueError: a budget below 1, no rows, or a rank that is not one of the processes.
     """
 
-    def __init__(
-        self,
-        rows: StreamedRows,
-        builder: BatchBuilder,
-        max_tokens: int,
-        *,
-        virtual_tokens: int = 0,
-        with_positives: bool = True,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        if max_tokens < 1 or not len(rows):
+    rows: StreamedRows
+    builder: BatchBuilder
+    max_tokens: int
+    _: KW_ONLY
+    virtual_tokens: int = 0
+    with_positives: bool = True
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    position: LoaderPosition = field(default_factory=LoaderPosition, init=False)
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1 or not len(self.rows):
             raise ValueError(
-                f"TokenBudgetLoader: max_tokens and rows must be at least 1, got {max_tokens} and {len(rows)}"
+                f"TokenBudgetLoader: max_tokens and rows must be at least 1, got {self.max_tokens} and {len(self.rows)}"
             )
-        if not 0 <= rank < world_size:
-            raise ValueError(f"TokenBudgetLoader: rank must lie in 0..{world_size - 1}, got {rank}")
-        self.rows = rows
-        self.builder = builder
-        self.max_tokens = max_tokens
-        self.virtual_tokens = virtual_tokens
-        self.with_positives = with_positives
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.position = LoaderPosition()
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"TokenBudgetLoader: rank must lie in 0..{self.world_size - 1}, got {self.rank}")
 
     def __iter__(self) -> Iterator[PackedBatch]:
         """The batches that are left of the epoch; then `position` is at the start of the next."""

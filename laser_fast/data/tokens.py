@@ -1,4 +1,4 @@
-"""Token sequences of histories and items, packed, put together from texts that were tokenised once.
+"""Token sequences of histories, packed, put together from item texts that were tokenised once.
 
 Every item text is tokenised on its own before training; a batch of prompts is then a gather of integers: no text is
 touched and no Python loop runs over users or items.
@@ -10,21 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from laser_fast.data.sequences import PackedSequences, cu_seqlens_of, segment_positions
+from laser_fast.data.sequences import PackedSequences, check_range, cu_seqlens_of, segment_positions
 
-Tokenizer = Callable[..., Any]  # a Hugging Face tokenizer, or whatever returns {"input_ids": ...} as it does
+Tokenizer = Callable[..., Any]
+"""A Hugging Face tokenizer, or whatever returns {"input_ids": ...} as it does."""
+
 _PLACEHOLDERS = ("{history}", "{text}")
 _WORD = "films"
+_TEXTS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, eq=False)
 class TokenizedTexts:
-    """Tokens of I texts, one after another.
-
-    Args:
-        input_ids: [n], int32.
-        offsets: [I+1], int64; text i is `input_ids[offsets[i]:offsets[i + 1]]`.
-    """
+    """Tokens of I texts, int32 [n], and offsets, int64 [I+1]: text i is `input_ids[offsets[i]:offsets[i + 1]]`."""
 
     input_ids: np.ndarray
     offsets: np.ndarray
@@ -43,24 +41,6 @@ class TokenizedTexts:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def check_indices(self, indices: np.ndarray) -> None:
-        """Raise ValueError unless every index names a text."""
-        if indices.size and (indices.min() < 0 or indices.max() >= len(self)):
-            worst = indices.min() if indices.min() < 0 else indices.max()
-            raise ValueError(f"TokenizedTexts: item indices must lie in 0..{len(self) - 1}, got {worst}")
-
-    def gather(self, indices: np.ndarray | Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """The texts `indices` one after another: input_ids int64 [T] and cu_seqlens int32 [len(indices)+1].
-
-        Raises:
-            ValueError: an index is out of range.
-        """
-        rows = np.asarray(indices, dtype=np.int64)
-        self.check_indices(rows)
-        starts = self.offsets[rows]
-        lengths = self.offsets[rows + 1] - starts
-        return self.input_ids[segment_positions(starts, lengths)].astype(np.int64), cu_seqlens_of(lengths)
-
 
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
@@ -76,12 +56,6 @@ def words_carry_space(tokenizer: Tokenizer) -> bool:
     return joined == first + _ids(tokenizer, " two") and joined != first + _ids(tokenizer, "two")
 
 
-def _words_set_their_own_space(tokenizer: Tokenizer) -> bool:
-    """Whether a word has the tokens on its own that it has behind another: WordPiece drops spaces, and SentencePiece
-    puts one in front of every text (Llama 2, Mistral)."""
-    return _ids(tokenizer, "one two") == _ids(tokenizer, "one") + _ids(tokenizer, "two")
-
-
 def _ids_behind_a_word(tokenizer: Tokenizer, text: str) -> list[int]:
     """Tokens of `text` in the midst of a text, where SentencePiece puts no space in front of it."""
     word = _ids(tokenizer, _WORD)
@@ -93,17 +67,14 @@ def _as_text(tokenizer: Tokenizer) -> dict[str, bool]:
     """Options with which a tokenizer of Hugging Face finds no special token in a text."""
     if not hasattr(tokenizer, "split_special_tokens"):
         return {}
-    options = {"split_special_tokens": True}
     try:
-        tokenizer(_WORD, add_special_tokens=False, **options)
+        tokenizer(_WORD, add_special_tokens=False, split_special_tokens=True)
     except ValueError:  # mistral-common's finds none in any case, and refuses to be told so
         return {}
-    return options
+    return {"split_special_tokens": True}
 
 
-def tokenize_texts(
-    texts: Sequence[str], tokenizer: Tokenizer, max_tokens: int | None = None, *, batch_size: int = 1024
-) -> TokenizedTexts:
+def tokenize_texts(texts: Sequence[str], tokenizer: Tokenizer, max_tokens: int | None = None) -> TokenizedTexts:
     """Tokens of every text without special tokens, the first `max_tokens` of each.
 
     A text that spells a special token, such as "</s>" or "<|im_end|>", is read as the characters it is made of: what
@@ -111,9 +82,7 @@ def tokenize_texts(
 
     Args:
         texts: I texts; "" has no tokens.
-        tokenizer: a Hugging Face tokenizer.
-        max_tokens: longest text in tokens, None for no limit.
-        batch_size: texts handed to the tokenizer at once.
+        max_tokens: of a text; None = no limit.
 
     Raises:
         ValueError: `max_tokens` is smaller than 1.
@@ -127,8 +96,8 @@ def tokenize_texts(
     pieces: list[np.ndarray] = []
     lengths = np.zeros(len(texts), dtype=np.int64)
     filled = [index for index, text in enumerate(texts) if text]
-    for start in range(0, len(filled), batch_size):
-        rows = filled[start : start + batch_size]
+    for start in range(0, len(filled), _TEXTS_AT_ONCE):
+        rows = filled[start : start + _TEXTS_AT_ONCE]
         encoded = tokenizer([front + texts[row] for row in rows], add_special_tokens=False, **options)["input_ids"]
         lengths[rows] = [len(ids) for ids in encoded]
         pieces += [np.asarray(ids, dtype=np.int32) for ids in encoded]
@@ -169,16 +138,13 @@ class PromptLayout:
 
 
 def special_tokens(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Token ids the tokenizer sets before and after a single text; both empty if it has none.
-
-    Found by comparing a word's tokens with and without them, so it holds for any tokenizer.
+    """Token ids that the tokenizer sets before and after a single text, found by comparing a word's tokens with and
+    without them; both empty if it has none.
 
     Raises:
         ValueError: the word's tokens are not found between the special ones.
     """
-    probe = _WORD
-    bare = _ids(tokenizer, probe)
-    whole = list(tokenizer(probe)["input_ids"])
+    bare, whole = _ids(tokenizer, _WORD), list(tokenizer(_WORD)["input_ids"])
     for start in range(len(whole) - len(bare) + 1):
         if bare and whole[start : start + len(bare)] == bare:
             return whole[:start], whole[start + len(bare) :]
@@ -203,7 +169,6 @@ def prompt_layout(
 
     Args:
         template: words around one `{history}` (or `{text}`, for a single item).
-        tokenizer: a Hugging Face tokenizer.
         separator: text between two items.
         newest_first, max_items, max_tokens: see `PromptLayout`.
 
@@ -215,7 +180,10 @@ def prompt_layout(
         raise ValueError(f"prompt_layout: the template must have one {' or '.join(_PLACEHOLDERS)}, got {template!r}")
     before, after = template.split(found[0])
     left, right = special_tokens(tokenizer)
-    if words_carry_space(tokenizer) or _words_set_their_own_space(tokenizer):
+    # a word may have the tokens on its own that it has behind another: WordPiece drops spaces, and SentencePiece puts
+    # one in front of every text (Llama 2, Mistral)
+    alike = _ids(tokenizer, "one two") == _ids(tokenizer, "one") + _ids(tokenizer, "two")
+    if alike or words_carry_space(tokenizer):
         before, separator = before.removesuffix(" "), separator.removesuffix(" ")
     return PromptLayout(
         left=left + _ids(tokenizer, before),
@@ -230,10 +198,8 @@ def prompt_layout(
 def _newest_that_fit(
     histories: PackedSequences, texts: TokenizedTexts, layout: PromptLayout
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Items that enter the prompts, per user newest first: start and length of each text, and items per user [B].
-
-    Items without any token are passed over.
-    """
+    """Items that enter the prompts, per user newest first: start and length of each text, and items per user [B]."""
+    check_range(histories.items, len(texts), "TokenizedTexts: item indices")
     recent = histories.truncate_left(layout.max_items)
     users = np.repeat(np.arange(len(recent), dtype=np.int64), recent.lengths)
     # mirrored inside every user: newest first
@@ -257,24 +223,19 @@ def _newest_that_fit(
 
 def prompt_lengths(histories: PackedSequences, texts: TokenizedTexts, layout: PromptLayout) -> np.ndarray:
     """Tokens that `history_tokens` gives every history: int64 [B]."""
-    texts.check_indices(histories.items)
     _, lengths, counts = _newest_that_fit(histories, texts, layout)
     users = np.repeat(np.arange(len(counts)), counts)
     told = np.bincount(users, weights=lengths, minlength=len(counts)).astype(np.int64)
     separators = np.maximum(counts - 1, 0) * len(layout.separator)
-    total: np.ndarray = told + separators + len(layout.left) + len(layout.right)
-    return total
+    return np.asarray(told + separators + len(layout.left) + len(layout.right))
 
 
 def history_tokens(
     histories: PackedSequences, texts: TokenizedTexts, layout: PromptLayout
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts of B histories, packed: `left`, the item texts with separators between them, `right`.
+    """Prompts of B histories (oldest first), packed: `left`, the item texts with separators between them, `right`.
 
-    Args:
-        histories: B histories over the I items of `texts`, oldest first; an empty one gives `left + right`.
-        texts: tokens of every item; items without tokens are passed over.
-        layout: what surrounds the items, and the limits.
+    Items without tokens are passed over; an empty history gives `left + right`.
 
     Returns:
         input_ids int64 [T] and cu_seqlens int32 [B+1].
@@ -282,7 +243,6 @@ def history_tokens(
     Raises:
         ValueError: an item index is out of range.
     """
-    texts.check_indices(histories.items)
     starts, lengths, counts = _newest_that_fit(histories, texts, layout)
     users = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
     firsts = np.cumsum(counts) - counts
@@ -305,11 +265,3 @@ def history_tokens(
     texts_at = segment_positions(places + widths - lengths, lengths)
     input_ids[texts_at] = texts.input_ids[segment_positions(starts, lengths)]
     return input_ids, cu_seqlens
-
-
-def item_tokens(
-    indices: np.ndarray | Sequence[int], texts: TokenizedTexts, layout: PromptLayout
-) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts of single items, packed: as `history_tokens` of histories of one item each."""
-    items = np.asarray(indices, dtype=np.int64)
-    return history_tokens(PackedSequences(items, cu_seqlens_of(np.ones(len(items), dtype=np.int64))), texts, layout)

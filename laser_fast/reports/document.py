@@ -1,7 +1,16 @@
-"""A report as blocks of plain text, pictures and tables; `html_page` and `markdown_page` write it, all escaped."""
+"""A report as blocks of plain text, tables and pictures, and as the page that Jinja2 writes of them.
 
+Text comes from anywhere. No template escapes it by itself: every value that one shows goes through `_page`.
+"""
+
+import base64
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Literal, get_args
+
+from laser_fast.printable import escape_markdown, printable
 
 
 @dataclass(frozen=True)
@@ -28,7 +37,7 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text; every row as long as the header.
+    """Cells as text; every row is as long as the header.
 
     Attributes:
         wide: columns of words, aligned to the left; the others are aligned to the right.
@@ -44,14 +53,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A plot.
-
-    Attributes:
-        name: of its file, without suffix.
-        svg: the file.
-        alt: what it shows, for who cannot see it.
-        caption: what to see in it.
-    """
+    """A plot: its file's name without suffix, the file, what it shows (for who cannot see it), what to see in it."""
 
     name: str
     svg: bytes
@@ -79,11 +81,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
-    """The whole report.
-
-    Attributes:
-        date: when it was written; all that differs between two reports of one run.
-    """
+    """The whole report; only the date differs between two reports of one run."""
 
     title: str
     date: str
@@ -92,3 +90,40 @@ class Document:
     def pictures(self) -> list[Picture]:
         """All pictures, in order."""
         return [block for section in self.sections for block in section.blocks if isinstance(block, Picture)]
+
+
+def to_html(document: Document) -> str:
+    """One file with style and pictures inside, without a script or anything to fetch; fit for a phone and for paper."""
+    from markupsafe import escape
+
+    return _page("page.html.jinja", document, lambda text: escape(printable(text)), escape)
+
+
+def to_markdown(document: Document) -> str:
+    """Markdown with tables as GitHub reads them; pictures are the files `NAME.svg` beside it."""
+    return _page("page.md.jinja", document, escape_markdown, str.rstrip)
+
+
+def _page(template: str, document: Document, escaped: Callable[[str], str], listed: Callable[[str], str]) -> str:
+    """The template filled in: `escaped` makes text safe, `listed` the printable text of a listing."""
+    import jinja2
+    from markupsafe import Markup
+
+    def fence(text: str) -> Markup:
+        return Markup("`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0)))  # longer than any within
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        finalize=lambda value: value if isinstance(value, Markup) else Markup(escaped(str(value))),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["base64"] = lambda content: base64.b64encode(content).decode("ascii")
+    environment.filters["fence"] = fence
+    environment.filters["lines"] = lambda text: Markup(listed(printable(text, lines=True)))
+    for kind in get_args(Block):
+        environment.tests[kind.__name__.lower()] = lambda block, kind=kind: isinstance(block, kind)
+    return environment.get_template(template).render(document=document)

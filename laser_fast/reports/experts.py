@@ -1,22 +1,103 @@
 """Which users go to which query expert, and what tells the users of one expert from the others.
 
-A feature of a user is an item of the history (there or not) or a kind of items (its share of the history). Everything
-is held against the same users dealt to the experts at random, in groups of the same sizes: with so many features some
-always look typical, and a group of few users always looks peculiar.
+A feature of a user is an item of the history (there or not) or a kind of items (its share of the history); kinds are
+fields of the item table such as genres, brands, decades. Everything is held against the same users dealt to the experts
+at random, in groups of the same sizes: with so many features some always look typical, and a group of few users always
+looks peculiar.
 """
 
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from laser_fast.data.sequences import PackedSequences
+from laser_fast.data import ItemTable, PackedSequences
 from laser_fast.laser.model import LaserModel
-from laser_fast.reports.categories import Categories
 
-_SHUFFLES = 200
 LEAST_USERS = 20  # of an expert that is described
+_LEAST_USERS_WITH_IT = 5  # of a feature that an expert's users are said to have more of
+_SHUFFLES = 200
+_MOST_KINDS = 100
+_LEAST_ITEMS_PER_KIND = 5
+_LEAST_FILLED = 0.5  # share of the items that have the field
+_LONGEST_TITLE = 80
+_YEAR = re.compile(r"\d{4}")
+_SEPARATOR = re.compile(r"[|;,]")
+
+
+@dataclass(frozen=True)
+class Categories:
+    """The kinds of items that one field gives.
+
+    Attributes:
+        names: the kinds, most items first.
+        of_item: indices into `names` for each item, distinct.
+    """
+
+    field: str
+    names: tuple[str, ...]
+    of_item: tuple[tuple[int, ...], ...]
+
+    @property
+    def word(self) -> str:
+        """The field for running text."""
+        return self.field.replace("_", " ")
+
+
+def find_categories(items: ItemTable) -> list[Categories]:
+    """The fields that read as kinds, in the order of the table: parts between | ; or commas where a tenth of the values
+    has such, whole values, else words; years are put into decades.
+
+    A field counts when at least half of the items have it and it gives 2 to 100 kinds of 5 items each on average. The
+    field that names the items never does.
+    """
+    found = []
+    for field, texts in items.fields.items():
+        filled = [text for text in texts if text]
+        if field == _title_field(items) or len(filled) < _LEAST_FILLED * len(texts):
+            continue
+        for split in _ways_to_split(filled):
+            kinds = [sorted(set(split(text))) for text in texts]
+            counts = Counter(kind for of_one in kinds for kind in of_one)
+            if 2 <= len(counts) <= _MOST_KINDS and counts.total() >= _LEAST_ITEMS_PER_KIND * len(counts):
+                names = sorted(counts, key=lambda kind: (-counts[kind], kind))
+                index = {name: position for position, name in enumerate(names)}
+                of_item = tuple(tuple(index[kind] for kind in of_one) for of_one in kinds)
+                found.append(Categories(field, tuple(names), of_item))
+                break
+    return found
+
+
+def _ways_to_split(filled: Sequence[str]) -> list[Callable[[str], list[str]]]:
+    def decade(text: str) -> list[str]:
+        return [f"{text[:3]}0s"] if _YEAR.fullmatch(text) else []
+
+    def parts(text: str) -> list[str]:
+        return [part.strip() for part in _SEPARATOR.split(text) if part.strip()]
+
+    def whole(text: str) -> list[str]:
+        return [text] if text else []
+
+    if sum(bool(_YEAR.fullmatch(text)) for text in filled) >= 0.9 * len(filled):
+        return [decade]
+    lists = sum(bool(_SEPARATOR.search(text)) for text in filled) >= 0.1 * len(filled)
+    return [parts, whole, str.split] if lists else [whole, str.split]
+
+
+def _title_field(items: ItemTable) -> str | None:
+    """The field that names an item: "title" or "name", else the first; None where there are no fields."""
+    return next((name for name in ("title", "name") if name in items.fields), next(iter(items.fields), None))
+
+
+def item_titles(items: ItemTable) -> list[str]:
+    """A name for every item, of at most 80 characters; its id where it has none."""
+    field = _title_field(items)
+    texts: Sequence[str] = items.ids if field is None else items.fields[field]
+    names = [text or f"item {external}" for text, external in zip(texts, items.ids, strict=True)]
+    return [name if len(name) <= _LONGEST_TITLE else name[: _LONGEST_TITLE - 1].rstrip() + "…" for name in names]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,9 +122,14 @@ class UserRouting:
         return np.asarray(self.expert[:, 0])
 
     @property
+    def group_sizes(self) -> np.ndarray:
+        """Users whose first choice an expert is, int64 [E]."""
+        return np.bincount(self.first, minlength=self.num_experts)
+
+    @property
     def first_share(self) -> np.ndarray:
-        """Share of the users whose first choice an expert is, [E]."""
-        return np.bincount(self.first, minlength=self.num_experts) / max(1, len(self.expert))
+        """The same as a share of all users, [E]."""
+        return np.asarray(self.group_sizes / max(1, len(self.expert)))
 
     @property
     def weight_share(self) -> np.ndarray:
@@ -53,7 +139,7 @@ class UserRouting:
 
 
 @torch.no_grad()
-def route_users(model: LaserModel, histories: PackedSequences, *, batch_size: int = 256) -> UserRouting:
+def route_users(model: LaserModel, histories: PackedSequences, *, batch_size: int) -> UserRouting:
     """Ask the router of a model with M-Former about packed histories of item indices."""
     mformer, recommender = model.mformer, model.recommender
     if mformer is None or recommender is None:
@@ -66,11 +152,9 @@ def route_users(model: LaserModel, histories: PackedSequences, *, batch_size: in
         routing = mformer.router(states, batch.cu_seqlens)
         expert.append(routing.expert.cpu().numpy().astype(np.int64))
         weight.append(routing.weight.double().cpu().numpy())
-        packed = PackedSequences(batch.items.cpu().numpy(), batch.cu_seqlens.cpu().numpy())
-        read += packed.to_lists()
-    return UserRouting(
-        np.concatenate(expert), np.concatenate(weight), mformer.query_experts.shape[0], PackedSequences.from_lists(read)
-    )
+        read += PackedSequences(batch.items.cpu().numpy(), batch.cu_seqlens.cpu().numpy()).to_lists()
+    num_experts = mformer.query_experts.shape[0]
+    return UserRouting(np.concatenate(expert), np.concatenate(weight), num_experts, PackedSequences.from_lists(read))
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +168,7 @@ class Features:
     num_users: int
 
 
-def item_features(histories: PackedSequences, titles: Sequence[str], *, least_users: int = 10) -> Features:
+def item_features(histories: PackedSequences, titles: Sequence[str], least_users: int = 10) -> Features:
     """1 where an item is in a user's history, for the items that at least `least_users` users have."""
     user = np.repeat(np.arange(len(histories)), histories.lengths)
     pairs = np.unique(np.stack([user, histories.items]), axis=1)
@@ -146,7 +230,7 @@ class Contrast:
     by_chance: float
     p_value: float
 
-    def typical(self, expert: int, most: int = 5, *, least_users: int = 5, more: bool = True) -> list[Typical]:
+    def typical(self, expert: int, most: int = 5, *, more: bool = True) -> list[Typical]:
         """What the expert's users have more (or less) of than chance allows, the clearest first."""
         sign = 1.0 if more else -1.0
         order = np.argsort(-sign * self.z[expert], kind="stable")
@@ -155,29 +239,24 @@ class Contrast:
             z, users = float(self.z[expert, feature]), int(self.users[expert, feature])
             if sign * z < self.threshold or len(found) == most:
                 break
-            if users >= least_users or not more:
+            if users >= _LEAST_USERS_WITH_IT or not more:
                 found.append(Typical(self.names[feature], users, float(self.lift[expert, feature]), z))
         return found
 
 
-def contrast(features: Features, first: np.ndarray, num_experts: int, *, shuffles: int = _SHUFFLES) -> Contrast | None:
-    """Hold the users of each expert against all users, and the experts against random deals of a fixed seed.
-
-    Args:
-        first: int64 [B], expert of each user.
-
-    Returns:
-        None where there is nothing to compare: no feature, or fewer than two experts with 20 users.
+def contrast(features: Features, first: np.ndarray, num_experts: int) -> Contrast | None:
+    """Hold the users of each expert (`first`, int64 [B]) against all users, and the experts against random deals of a
+    fixed seed; None where there is nothing to compare: no feature, or fewer than two experts with 20 users.
     """
     group_sizes = np.bincount(first, minlength=num_experts).astype(np.float64)
     size, total = len(features.names), features.num_users
-    if not size or (group_sizes >= LEAST_USERS).sum() < 2:
+    described = group_sizes >= LEAST_USERS
+    if not size or described.sum() < 2:
         return None
     sums = np.bincount(features.feature, weights=features.value, minlength=size)
     squares = np.bincount(features.feature, weights=features.value**2, minlength=size)
     mean = sums / total
     variance = np.maximum(squares / total - mean**2, 0.0)
-    described = group_sizes >= LEAST_USERS
     # of a sum over a group drawn without replacement
     spread = np.sqrt(np.outer(group_sizes * (total - group_sizes) / (total - 1), variance))
 
@@ -191,7 +270,7 @@ def contrast(features: Features, first: np.ndarray, num_experts: int, *, shuffle
 
     group, z, explained = deal(first)
     random = np.random.default_rng(0)
-    dealt = [deal(random.permutation(first))[1:] for _ in range(shuffles)]
+    dealt = [deal(random.permutation(first))[1:] for _ in range(_SHUFFLES)]
     largest = np.array([np.abs(other).max() for other, _ in dealt])
     shares = np.array([share for _, share in dealt])
     present = np.bincount(first[features.user] * size + features.feature, minlength=num_experts * size)
@@ -206,5 +285,5 @@ def contrast(features: Features, first: np.ndarray, num_experts: int, *, shuffle
         threshold=float(np.quantile(largest, 0.95)),
         explained=explained,
         by_chance=float(shares.mean()),
-        p_value=float((1 + (shares >= explained).sum()) / (1 + shuffles)),
+        p_value=float((1 + (shares >= explained).sum()) / (1 + _SHUFFLES)),
     )

@@ -3,11 +3,11 @@
 Text becomes outlines, so a picture looks the same everywhere, and the bytes depend on the data alone.
 """
 
-import importlib.util
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 import numpy as np
 
@@ -16,12 +16,16 @@ from laser_fast.printable import printable
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+P = ParamSpec("P")
+Names = Sequence[str]
+Values = Sequence[float]
+
 # Okabe and Ito (2008), without yellow, which is hard to see on white
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#8A5A00")
-_GREY = "#6B7278"
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#8A5A00")
+_GREY, _BLACK = "#6B7278", "#1A1A1A"
+_LEVEL: Any = {"color": _BLACK, "linewidth": 1.3, "linestyle": (0, (5, 3))}
 _WIDTH, _HEIGHT = 5.2, 3.4  # inches; with type of 11.5 points readable on a phone and in two columns on paper
 _LINE_OF_TYPE = 0.085  # of the height of a plot
-_MOST_LABELLED = len(COLORS)
 _STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 11.5,
@@ -42,51 +46,62 @@ class Line:
     """A curve: its name stands at its end, in its colour; with `validation` it has a second, dashed part."""
 
     name: str
-    x: Sequence[float]
-    y: Sequence[float]
-    validation: Sequence[float] | None = None
+    x: Values
+    y: Values
+    validation: Values | None = None
 
 
-def require_matplotlib() -> None:
-    """Refuse to go on without the package that draws.
+def _as_svg(draw: Callable[Concatenate["Axes", P], None]) -> Callable[P, bytes]:
+    """Give `draw` the axes of a new figure, and give back the figure."""
 
-    Raises:
-        ImportError: it is not installed.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError(
-            "require_matplotlib: the plots of a report need the package matplotlib, got none; "
-            'pip install "laser-fast[report]"'
-        )
+    @wraps(draw)
+    def drawn(*arguments: P.args, **options: P.kwargs) -> bytes:
+        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        with matplotlib.rc_context(_STYLE):
+            figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
+            FigureCanvasAgg(figure)  # measures text without a display
+            draw(figure.add_subplot(), *arguments, **options)
+            target = io.BytesIO()
+            figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None})
+        return target.getvalue()
+
+    return drawn
 
 
-def curves(lines: Sequence[Line], x_label: str, y_label: str) -> bytes:
+@_as_svg
+def curves(axes: "Axes", lines: Sequence[Line], x_label: str, y_label: str) -> None:
     """Lines over training steps."""
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-    def draw(axes: "Axes") -> None:
-        ends = []
-        for line, color in zip(lines, _colors(len(lines)), strict=True):
-            axes.plot(line.x, line.y, color=color, marker="o", markersize=5, linewidth=2)
-            if line.validation is not None:
-                axes.plot(line.x, line.validation, color=color, marker="s", markersize=4, linewidth=1.5, linestyle="--")
-            ends.append((line.name, line.x[-1], line.y[-1], color))
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
-        _whole_numbers(axes, max((max(line.x) for line in lines), default=1))
-        _label_ends(axes, ends)
+    ends = []
+    for position, line in enumerate(lines):
+        color = _color(position)
+        axes.plot(line.x, line.y, color=color, marker="o", markersize=5, linewidth=2)
+        if line.validation is not None:
+            axes.plot(line.x, line.validation, color=color, marker="s", markersize=4, linewidth=1.5, linestyle="--")
+        ends.append((line.name, line.y[-1], color))
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set_xlim(0, max((max(line.x) for line in lines), default=1) * 1.03)
+    _label_ends(axes, ends)
 
-    return _svg(draw)
 
-
+@_as_svg
 def over_epochs(
-    labels: Sequence[str],
-    lines: Sequence[tuple[str, Sequence[float]]],
+    axes: "Axes",
+    labels: Names,
+    lines: Sequence[tuple[str, Values]],
     y_label: str,
     *,
     level: tuple[float, str] | None = None,
     marked: int | None = None,
-) -> bytes:
-    """Values per epoch, epochs named on the axis.
+) -> None:
+    """Values per epoch, epochs named on the axis; of more lines than colours only the highest and lowest are told.
 
     Args:
         labels: short names of the epochs.
@@ -94,174 +109,126 @@ def over_epochs(
         level: a dashed line to compare with, and its name.
         marked: epoch whose value is ringed as the kept one.
     """
-
-    def draw(axes: "Axes") -> None:
+    last = [values[-1] for _, values in lines]
+    told = {int(np.argmax(last)), int(np.argmin(last))} if len(lines) > len(_COLORS) else set(range(len(lines)))
+    ends = []
+    for position, (name, values) in enumerate(lines):
+        color, strength = (_color(position), 1.0) if position in told else (_GREY, 0.35)
         x = np.arange(len(labels))
-        ends = []
-        many = len(lines) > _MOST_LABELLED
-        last = [values[-1] for _, values in lines]
-        for position, (name, values) in enumerate(lines):
-            extreme = many and position in (int(np.argmax(last)), int(np.argmin(last)))
-            color = _GREY if many and not extreme else COLORS[position % len(COLORS)]
-            strength = 0.35 if many and not extreme else 1.0
-            axes.plot(x, values, color=color, marker="o", markersize=5, linewidth=2, alpha=strength)
-            if name and (extreme or not many):
-                ends.append((name, x[-1], values[-1], color))
-        if level is not None:
-            axes.axhline(level[0], color="#1A1A1A", linewidth=1.3, linestyle=(0, (5, 3)))
-            ends.append((level[1], x[-1], level[0], "#1A1A1A"))
-        if marked is not None:
-            _mark(axes, marked, lines[0][1][marked])
-        _epoch_axis(axes, labels)
-        axes.set_ylabel(y_label)
-        _label_ends(axes, ends)
-
-    return _svg(draw)
+        axes.plot(x, values, color=color, marker="o", markersize=5, linewidth=2, alpha=strength)
+        if name and position in told:
+            ends.append((name, values[-1], color))
+    if level is not None:
+        axes.axhline(level[0], **_LEVEL)
+        ends.append((level[1], level[0], _BLACK))
+    if marked is not None:
+        _ring(axes, marked, lines[0][1][marked])
+    _epoch_axis(axes, labels)
+    axes.set_ylabel(y_label)
+    _label_ends(axes, ends)
 
 
-def bars(labels: Sequence[str], values: Sequence[float], y_label: str) -> bytes:
+@_as_svg
+def bars(axes: "Axes", labels: Names, values: Values, y_label: str) -> None:
     """One bar per epoch."""
+    from matplotlib.ticker import StrMethodFormatter
 
-    def draw(axes: "Axes") -> None:
-        from matplotlib.ticker import StrMethodFormatter
-
-        axes.bar(np.arange(len(labels)), values, color=COLORS[0], width=0.6)
-        axes.grid(visible=False, axis="x")
-        _epoch_axis(axes, labels)
-        axes.set_ylabel(y_label)
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-
-    return _svg(draw)
+    axes.bar(np.arange(len(labels)), values, color=_COLORS[0], width=0.6)
+    axes.grid(visible=False, axis="x")
+    _epoch_axis(axes, labels)
+    axes.set_ylabel(y_label)
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
+@_as_svg
 def paired_bars(
-    labels: Sequence[str], series: Sequence[tuple[str, Sequence[float]]], x_label: str, level: tuple[float, str]
-) -> bytes:
+    axes: "Axes",
+    labels: Names,
+    series: Sequence[tuple[str, Values]],
+    x_label: str,
+    level: tuple[float, str],
+) -> None:
     """Horizontal bars, one of each series for every label, with a line to compare with; values are shares."""
-
-    def draw(axes: "Axes") -> None:
-        y = np.arange(len(labels), dtype=float)
-        height = 0.8 / len(series)
-        for position, (name, values) in enumerate(series):
-            places = y + (position - (len(series) - 1) / 2) * height
-            axes.barh(places, np.multiply(values, 100), height * 0.92, color=COLORS[position], label=name)
-            for place, value in zip(places, values, strict=True):
-                axes.annotate(
-                    f"{value:.0%}",
-                    (value * 100, place),
-                    (4, 0),
-                    textcoords="offset points",
-                    va="center",
-                    fontsize=10,
-                    zorder=4,
-                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
-                )
-        axes.axvline(level[0] * 100, color="#1A1A1A", linewidth=1.3, linestyle=(0, (5, 3)), label=level[1])
-        axes.set_yticks(y, _names(labels))
-        axes.invert_yaxis()
-        axes.grid(visible=False, axis="y")
-        axes.margins(x=0.12)
-        axes.set_xlabel(x_label)
-        _legend_above(axes)
-
-    return _svg(draw, height=max(_HEIGHT, 1.4 + 0.55 * len(labels)))
+    _resize(axes, max(_HEIGHT, 1.4 + 0.55 * len(labels)))
+    y, height = np.arange(len(labels), dtype=float), 0.8 / len(series)
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+    style: Any = {"textcoords": "offset points", "va": "center", "fontsize": 10, "zorder": 4, "bbox": box}
+    for position, (name, values) in enumerate(series):
+        places = y + (position - (len(series) - 1) / 2) * height
+        axes.barh(places, np.multiply(values, 100), height * 0.92, color=_COLORS[position], label=name)
+        for place, value in zip(places, values, strict=True):
+            axes.annotate(f"{value:.0%}", (value * 100, place), (4, 0), **style)
+    axes.axvline(level[0] * 100, label=level[1], **_LEVEL)
+    axes.set_yticks(y, _names(labels))
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.margins(x=0.12)
+    axes.set_xlabel(x_label)
+    _legend_above(axes)
 
 
-def dots(labels: Sequence[str], series: Sequence[tuple[str, Sequence[float], Sequence[float]]], x_label: str) -> bytes:
+@_as_svg
+def dots(axes: "Axes", labels: Names, series: Sequence[tuple[str, Values, Values]], x_label: str) -> None:
     """Means with intervals: (name, mean, half width) of each series for every label, one below the other."""
-
-    def draw(axes: "Axes") -> None:
-        y = np.arange(len(labels), dtype=float)
-        for position, (name, means, halves) in enumerate(series):
-            offset = (position - (len(series) - 1) / 2) * 0.28
-            axes.errorbar(
-                means,
-                y + offset,
-                xerr=np.nan_to_num(halves),
-                fmt="os"[position % 2],
-                markersize=6,
-                color=COLORS[position],
-                elinewidth=2,
-                capsize=0,
-                label=name,
-            )
-        axes.set_yticks(y, _names(labels))
-        axes.set_ylim(len(labels) - 0.45, -0.55)
-        axes.set_xlim(left=min(0.0, axes.get_xlim()[0]) if _below_zero(series) else 0.0)
-        axes.grid(visible=False, axis="y")
-        axes.set_xlabel(x_label)
-        _legend_above(axes)
-
-    return _svg(draw, height=1.5 + 0.52 * len(labels))
+    _resize(axes, 1.5 + 0.52 * len(labels))
+    y = np.arange(len(labels), dtype=float)
+    lowest = 0.0
+    for position, (name, means, widths) in enumerate(series):
+        offset, halves = (position - (len(series) - 1) / 2) * 0.28, np.nan_to_num(widths)
+        style: Any = {"fmt": "os"[position % 2], "markersize": 6, "elinewidth": 2, "capsize": 0}
+        axes.errorbar(means, y + offset, xerr=halves, color=_COLORS[position], label=name, **style)
+        lowest = float(np.nanmin(means - halves, initial=lowest))
+    axes.set_yticks(y, _names(labels))
+    axes.set_ylim(len(labels) - 0.45, -0.55)
+    axes.set_xlim(left=min(0.0, axes.get_xlim()[0]) if lowest < 0 else 0.0)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel(x_label)
+    _legend_above(axes)
 
 
-def ratios(rows: Sequence[str], columns: Sequence[str], values: np.ndarray, clear: np.ndarray, x_label: str) -> bytes:
+@_as_svg
+def ratios(axes: "Axes", rows: Names, columns: Names, values: np.ndarray, clear: np.ndarray, x_label: str) -> None:
     """A table of ratios to the average as colours: blue below 1, orange above, what is chance alone left white.
 
     Args:
         values: [rows, columns].
         clear: bool [rows, columns], beyond chance.
     """
+    _resize(axes, 0.8 + 0.3 * len(rows), max(_WIDTH, 2.2 + 0.5 * len(columns)))
+    from matplotlib.colors import LinearSegmentedColormap
 
-    def draw(axes: "Axes") -> None:
-        from matplotlib.colors import LinearSegmentedColormap
-
-        colors = LinearSegmentedColormap.from_list("ratio", ["#5AA4D6", "#FFFFFF", "#F0A15E"])
-        shown = np.where(clear & (values > 0), np.log2(np.maximum(values, 0.25)), np.where(clear, -2.0, 0.0))
-        axes.imshow(np.clip(shown, -1.5, 1.5), cmap=colors, vmin=-1.5, vmax=1.5, aspect="auto")
-        for row, column in np.ndindex(values.shape):
-            weight, color = ("bold", "#1A1A1A") if clear[row, column] else ("normal", _GREY)
-            text = f"{values[row, column]:.1f}"
-            axes.text(column, row, text, ha="center", va="center", fontsize=10, color=color, weight=weight)
-        axes.set_yticks(np.arange(len(rows)), _names(rows))
-        axes.set_xticks(np.arange(len(columns)), columns)
-        axes.set_xlabel(x_label)
-        axes.xaxis.set_label_position("top")
-        axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
-        axes.grid(visible=False)
-        for side in ("left", "bottom"):
-            axes.spines[side].set_visible(False)
-
-    return _svg(draw, width=max(_WIDTH, 2.2 + 0.5 * len(columns)), height=0.8 + 0.3 * len(rows))
+    colors = LinearSegmentedColormap.from_list("ratio", ["#5AA4D6", "#FFFFFF", "#F0A15E"])
+    shown = np.where(clear & (values > 0), np.log2(np.maximum(values, 0.25)), np.where(clear, -2.0, 0.0))
+    axes.imshow(np.clip(shown, -1.5, 1.5), cmap=colors, vmin=-1.5, vmax=1.5, aspect="auto")
+    for row, column in np.ndindex(values.shape):
+        weight, color = ("bold", _BLACK) if clear[row, column] else ("normal", _GREY)
+        text = f"{values[row, column]:.1f}"
+        axes.text(column, row, text, ha="center", va="center", fontsize=10, color=color, weight=weight)
+    axes.set_yticks(np.arange(len(rows)), _names(rows))
+    axes.set_xticks(np.arange(len(columns)), columns)
+    axes.set_xlabel(x_label)
+    axes.xaxis.set_label_position("top")
+    axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+    axes.grid(visible=False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_visible(False)
 
 
-def _svg(draw: Callable[["Axes"], None], *, width: float = _WIDTH, height: float = _HEIGHT) -> bytes:
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasAgg(figure)  # measures text without a display
-        draw(figure.add_subplot())
-        target = io.BytesIO()
-        figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None})
-    return target.getvalue()
-
-
-def _names(labels: Sequence[str]) -> list[str]:
+def _names(labels: Names) -> list[str]:
     """Words of data as labels: a picture that holds a control character anywhere is no XML and is not shown."""
     return [printable(label, lines=True) for label in labels]
 
 
-def _colors(number: int) -> list[str]:
-    return [COLORS[position % len(COLORS)] for position in range(number)]
+def _resize(axes: "Axes", height: float, width: float = _WIDTH) -> None:
+    figure: Any = axes.figure
+    figure.set_size_inches(width, height)
 
 
-def _below_zero(series: Sequence[tuple[str, Sequence[float], Sequence[float]]]) -> bool:
-    lows = [mean - half for _, means, halves in series for mean, half in zip(means, np.nan_to_num(halves), strict=True)]
-    return bool(np.nanmin(lows, initial=0.0) < 0)
+def _color(position: int) -> str:
+    return _COLORS[position % len(_COLORS)]
 
 
-def _whole_numbers(axes: "Axes", largest: float) -> None:
-    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
-
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.set_xlim(0, largest * 1.03)
-
-
-def _epoch_axis(axes: "Axes", labels: Sequence[str]) -> None:
+def _epoch_axis(axes: "Axes", labels: Names) -> None:
     every = -(-len(labels) // 12)
     places = np.arange(0, len(labels), every)
     axes.set_xticks(places, _names([labels[place] for place in places.tolist()]))
@@ -269,37 +236,24 @@ def _epoch_axis(axes: "Axes", labels: Sequence[str]) -> None:
     axes.set_xlabel("epoch")
 
 
-def _mark(axes: "Axes", x: int, y: float) -> None:
-    axes.plot([x], [y], marker="o", markersize=14, markerfacecolor="none", markeredgecolor=COLORS[1], markeredgewidth=2)
+def _ring(axes: "Axes", x: int, y: float) -> None:
+    color = _COLORS[1]
+    axes.plot([x], [y], marker="o", markersize=14, markerfacecolor="none", markeredgecolor=color, markeredgewidth=2)
     axes.margins(y=0.25)
-    right = x > axes.get_xlim()[1] / 2
-    axes.annotate(
-        "kept",
-        (x, y),
-        (-12 if right else 12, 10),
-        textcoords="offset points",
-        ha="right" if right else "left",
-        color=COLORS[1],
-        weight="bold",
-    )
+    side, shift = ("right", -12) if x > axes.get_xlim()[1] / 2 else ("left", 12)
+    style: Any = {"textcoords": "offset points", "ha": side, "color": color, "weight": "bold"}
+    axes.annotate("kept", (x, y), (shift, 10), **style)
 
 
 def _legend_above(axes: "Axes") -> None:
     handles, names = axes.get_legend_handles_labels()
     order = sorted(range(len(names)), key=lambda index: "balanced" in names[index])  # matplotlib puts lines first
-    axes.figure.legend(
-        [handles[index] for index in order],
-        [names[index] for index in order],
-        loc="outside upper left",
-        ncols=3,
-        frameon=False,
-        fontsize=10,
-        handlelength=1.2,
-        columnspacing=1.0,
-    )
+    style: Any = {"loc": "outside upper left", "ncols": 3, "frameon": False, "fontsize": 10}
+    handles, names = [handles[index] for index in order], [names[index] for index in order]
+    axes.figure.legend(handles, names, handlelength=1.2, columnspacing=1.0, **style)
 
 
-def spread(heights: Sequence[float], gap: float) -> list[float]:
+def spread(heights: Values, gap: float) -> list[float]:
     """Rising heights moved as little as it takes to be `gap` apart: upwards, and back from the top, which is 1."""
     places: list[float] = []
     for height in heights:
@@ -311,18 +265,14 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
     return places
 
 
-def _label_ends(axes: "Axes", ends: Sequence[tuple[str, float, float, str]]) -> None:
-    """Write names right of the plot at the height of their lines, pushed apart where they would touch."""
-    finite = [end for end in ends if np.isfinite(end[2])]
+def _label_ends(axes: "Axes", ends: Sequence[tuple[str, float, str]]) -> None:
+    """Write names, given with height and colour of their lines, right of the plot; they never touch."""
+    finite = sorted((end for end in ends if np.isfinite(end[1])), key=lambda end: end[1])
     if not finite:
         return
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)
-    order = sorted(range(len(finite)), key=lambda index: finite[index][2])
-    places = spread([(finite[index][2] - low) / (high - low) for index in order], _LINE_OF_TYPE)
-    for index, place in zip(order, places, strict=True):
-        name, _, _, color = finite[index]
-        name = printable(name, lines=True)
-        axes.annotate(
-            name, (1.0, place), (6, 0), xycoords="axes fraction", textcoords="offset points", va="center", color=color
-        )
+    style: Any = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "center"}
+    places = spread([(height - low) / (high - low) for _, height, _ in finite], _LINE_OF_TYPE)
+    for (name, _, color), place in zip(finite, places, strict=True):
+        axes.annotate(printable(name, lines=True), (1.0, place), (6, 0), color=color, **style)

@@ -1,26 +1,22 @@
 """The report of a run: measure, put into words, write one HTML file and one of Markdown with its plots beside it."""
 
+import importlib.util
 from datetime import datetime, timezone
 from pathlib import Path
 
 from laser_fast.evaluation.comparison import compare
 from laser_fast.files.claims import claim
 from laser_fast.files.folders import replace_directory
-from laser_fast.reports.document import Document
-from laser_fast.reports.expert_words import experts_section
-from laser_fast.reports.experts import UserRouting, route_users
-from laser_fast.reports.group_results import groups_section
-from laser_fast.reports.html_page import to_html
-from laser_fast.reports.markdown_page import to_markdown
-from laser_fast.reports.plots import require_matplotlib
-from laser_fast.reports.run_record import RunRecord
-from laser_fast.reports.samples import samples_section
-from laser_fast.reports.setup_section import setup_section
-from laser_fast.reports.subject import Subject
-from laser_fast.reports.summary import summary
-from laser_fast.reports.training_curves import training_section
+from laser_fast.reports.document import Document, Section, to_html, to_markdown
+from laser_fast.reports.experts import route_users
+from laser_fast.reports.experts_section import expert_blocks
+from laser_fast.reports.results_section import group_blocks, sample_blocks, summary_blocks
+from laser_fast.reports.setup_section import setup_blocks
+from laser_fast.reports.subject import RunRecord, Subject
+from laser_fast.reports.training_section import training_blocks
 
 HTML, MARKDOWN = "report.html", "report.md"
+_PACKAGES = ("matplotlib", "jinja2")
 
 
 def write_report(record: RunRecord, subject: Subject | None, folder: str | Path, *, date: str | None = None) -> Path:
@@ -38,22 +34,18 @@ def write_report(record: RunRecord, subject: Subject | None, folder: str | Path,
     Raises:
         FileExistsError: the folder holds something else, or is a link.
         ValueError: another process writes it.
-        ImportError: matplotlib is missing.
+        ImportError: matplotlib or Jinja2 is missing.
     """
     target = Path(folder)
     with claim(target):
         check_report_folder(target)
-        document = build_report(record, subject, date or datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"))
-        _write(document, target)
+        document = _measure(record, subject, date or datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"))
+        with replace_directory(target) as fresh:
+            (fresh / HTML).write_text(to_html(document), encoding="utf-8")
+            (fresh / MARKDOWN).write_text(to_markdown(document), encoding="utf-8")
+            for picture in document.pictures():
+                (fresh / f"{picture.name}.svg").write_bytes(picture.svg)
     return target / HTML
-
-
-def _write(document: Document, target: Path) -> None:
-    with replace_directory(target) as fresh:
-        (fresh / HTML).write_text(to_html(document), encoding="utf-8")
-        (fresh / MARKDOWN).write_text(to_markdown(document), encoding="utf-8")
-        for picture in document.pictures():
-            (fresh / f"{picture.name}.svg").write_bytes(picture.svg)
 
 
 def check_report_folder(folder: Path) -> None:
@@ -61,14 +53,18 @@ def check_report_folder(folder: Path) -> None:
 
     Raises:
         FileExistsError: the folder holds something that is no report, or is a link to one elsewhere.
-        ImportError: matplotlib is missing.
+        ImportError: matplotlib or Jinja2 is missing.
     """
-    require_matplotlib()
+    for package in _PACKAGES:
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(
+                f'write_report: a report needs the package {package}, got none; pip install "laser-fast[report]"'
+            )
     if folder.is_symlink():
         raise FileExistsError(f"write_report: the output must be a folder, got the link {str(folder)!r}; remove it")
     if not folder.exists():
         return
-    others = [] if folder.is_dir() else [folder.name]
+    others = [folder.name]
     if folder.is_dir():
         others = sorted(f.name for f in folder.iterdir() if f.name not in (HTML, MARKDOWN) and f.suffix != ".svg")
     if others:
@@ -78,7 +74,7 @@ def check_report_folder(folder: Path) -> None:
         )
 
 
-def build_report(record: RunRecord, subject: Subject | None, date: str) -> Document:
+def _measure(record: RunRecord, subject: Subject | None, date: str) -> Document:
     """Measure the model on the test users and put everything into words and pictures."""
     comparison = routing = None
     if subject is not None and len(subject.split.test):
@@ -90,19 +86,15 @@ def build_report(record: RunRecord, subject: Subject | None, date: str) -> Docum
             tables=subject.tables,
             batch_size=subject.batch_size,
         )
-        routing = _route(subject)
-    sections = (
-        summary(record, subject, comparison),
-        training_section(record),
-        experts_section(record, subject, routing),
-        groups_section(subject, comparison),
-        samples_section(subject, routing),
-        setup_section(record, subject),
-    )
-    return Document(f"Laser: report of the run “{record.name}”", date, sections)
-
-
-def _route(subject: Subject) -> UserRouting | None:
-    if subject.model.mformer is None:
-        return None
-    return route_users(subject.model, subject.split.test.histories, batch_size=subject.batch_size)
+        if subject.model.mformer is not None:
+            routing = route_users(subject.model, subject.split.test.histories, batch_size=subject.batch_size)
+    sections = {
+        "In short": summary_blocks(record, subject, comparison),
+        "Training": training_blocks(record),
+        "What the experts do": expert_blocks(record, subject, routing),
+        "Who is served well": group_blocks(subject, comparison),
+        "Recommendations of sample users": sample_blocks(subject, routing),
+        "Configuration, data, environment": setup_blocks(record, subject),
+    }
+    title = f"Laser: report of the run “{record.name}”"
+    return Document(title, date, tuple(Section(name, tuple(blocks)) for name, blocks in sections.items()))

@@ -1,15 +1,26 @@
-"""What a report is about beside the run's own files: the model that was kept, and the data it was built on."""
+"""What a report is about: the files of a run, and the model that was kept with the data it was built on."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from laser_fast.config.yaml_text import read_yaml
 from laser_fast.data import SequenceDataset, Split
-from laser_fast.evaluation.comparison import LASER, Comparison
-from laser_fast.evaluation.metrics import MetricValue
+from laser_fast.files.descriptions import parse_description
+from laser_fast.laser.laser_files import find_saved
 from laser_fast.laser.model import LaserModel
 from laser_fast.recommenders.protocol import Scorer
+
+_STAGES = {
+    "text": ("T", "the text stage"),
+    "pretrain": ("P", "stage 1"),
+    "phase_a": ("A", "phase A"),
+    "phase_b": ("B", "phase B"),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,35 +49,114 @@ class Subject:
         return self.model if self.model.calibration is None else self.model.calibration
 
 
-def rival(subject: Subject, comparison: Comparison) -> str:
-    """The system that stands beside Laser: the recommender, with the terms of the calibrated score where Laser has
-    them; without a recommender, ItemKNN."""
-    if subject.recommender is None:
-        return "ItemKNN"
-    name = type(subject.recommender).__name__
-    calibrated = f"{name}, calibrated"
-    return calibrated if subject.model.calibration is not None and calibrated in comparison.metrics else name
+@dataclass(frozen=True)
+class Epoch:
+    """One line of the log: `number` counts from 1, 0 is the model before its first step."""
+
+    stage: str
+    number: int
+    values: Mapping[str, Any]
+
+    @property
+    def short(self) -> str:
+        """For an axis: T1, P1, A0, A1, B1."""
+        return f"{_STAGES.get(self.stage, (self.stage, ''))[0]}{self.number}"
 
 
-def shown_systems(subject: Subject, comparison: Comparison) -> list[str]:
-    """Laser, its rival, and the rival's plain score."""
-    other = rival(subject, comparison)
-    plain = other.partition(",")[0]
-    return list(dict.fromkeys([LASER, other, plain]))
+@dataclass(frozen=True)
+class RunRecord:
+    """A run directory, read without its model.
+
+    Attributes:
+        name: of the folder.
+        config_text: config.yaml as it is.
+        environment: environment.json; empty where it is missing.
+        epochs: lines of the log that belong to an epoch, in order.
+        shortages: times that memory ran out.
+        finished: date of the end; None for a run that did not come to it.
+        kept: facts recorded in the checkpoint: stage, epoch, validation; None where there is no checkpoint yet.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    config_text: str
+    environment: Mapping[str, Any]
+    epochs: tuple[Epoch, ...]
+    shortages: int
+    finished: str | None
+    kept: Mapping[str, Any] | None
+
+    def of_stage(self, stage: str) -> list[Epoch]:
+        """The epochs of "text", "pretrain", "phase_a" or "phase_b"."""
+        return [epoch for epoch in self.epochs if epoch.stage == stage]
+
+    @property
+    def prefix(self) -> str:
+        """What writes the prefix."""
+        return str(self.config.get("bituning", {}).get("prefix", "mformer"))
+
+    @property
+    def items_are_texts(self) -> bool:
+        """Whether item embeddings come from the text residual alone."""
+        text = self.config.get("text") or {}
+        return bool(text.get("residual")) and text.get("item_side") != "lm"
+
+    def is_kept(self, epoch: Epoch) -> bool:
+        """Whether the checkpoint is of this epoch."""
+        return self.kept is not None and (epoch.stage, epoch.number - 1) == (self.kept["stage"], self.kept["epoch"])
 
 
-def written(value: MetricValue) -> str:
-    """`0.0904 ± 0.0144`; a dash where there is no row, no interval where there is one."""
-    if value.mean != value.mean:
-        return "-"
-    return f"{value.mean:.4f}" if value.ci95 != value.ci95 else f"{value.mean:.4f} ± {value.ci95:.4f}"
+def stage_name(stage: str) -> str:
+    """A stage in words."""
+    return _STAGES.get(stage, ("", stage))[1]
 
 
-def verdict(difference: MetricValue) -> str:
-    """A paired difference in words."""
-    amount = f"{difference.mean:+.4f} ± {difference.ci95:.4f}"
-    if difference.mean == 0.0 == difference.ci95:
-        return "the same"
-    if abs(difference.mean) <= difference.ci95 or difference.ci95 != difference.ci95:
-        return f"level within the noise ({amount})"
-    return f"{'better' if difference.mean > 0 else 'worse'} ({amount})"
+def read_run(folder: str | Path) -> RunRecord:
+    """Read what `laser-fast train` wrote; the run need not be finished.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+        ValueError: a file of it is damaged.
+    """
+    path = Path(folder)
+    config_file = path / "config.yaml"
+    config = read_yaml(config_file) if config_file.is_file() else {}
+    if not {"lm", "training"} <= set(config):
+        raise FileNotFoundError(
+            f"read_run: a run of `laser-fast train` must be given, got {str(folder)!r} without the config.yaml of one"
+        )
+    lines = _read_log(path / "metrics.jsonl")
+    finished, saved = _read_json(path / "finished.json"), find_saved(path)
+    return RunRecord(
+        name=path.resolve().name,
+        config=config,
+        config_text=config_file.read_text(encoding="utf-8"),
+        environment=_read_json(path / "environment.json") or {},
+        epochs=tuple(Epoch(line["stage"], line["epoch"] + 1, line) for line in lines if "epoch" in line),
+        shortages=sum(line["stage"] == "out_of_memory" for line in lines),
+        finished=None if finished is None else finished.get("date", ""),
+        kept=None if saved is None else saved.description.facts,
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    return parse_description(dict[str, Any], path.read_bytes(), f"read_run: {path.name}")
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    # split: JSON may hold the separators of Unicode; the last part is empty, or what a killed process had begun
+    try:
+        read = [json.loads(line) for line in text.split("\n")[:-1]]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"read_run: {path.name} must hold a JSON object a line, got {error}") from error
+    for number, line in enumerate(read, start=1):
+        is_entry = isinstance(line, dict) and isinstance(line.get("stage"), str) and type(line.get("epoch", 0)) is int
+        if not is_entry:
+            raise ValueError(
+                f"read_run: {path.name} must hold a stage, and the number of an epoch if any, in every line, "
+                f"got line {number} without"
+            )
+    return read

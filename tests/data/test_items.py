@@ -15,13 +15,6 @@ def test_index_of_gives_positions_and_minus_one_for_unknown_ids() -> None:
     assert len(table) == 3
 
 
-def test_field_names_the_columns_there_are() -> None:
-    table = ItemTable(["a"], {"title": ["Alien"], "brand": [""]})
-    assert table.field("title") == ["Alien"]
-    with pytest.raises(KeyError, match=r"unknown field, got 'titel'; available: brand, title"):
-        table.field("titel")
-
-
 @pytest.mark.parametrize(
     "ids, fields, message",
     [

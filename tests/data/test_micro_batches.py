@@ -29,8 +29,9 @@ def example() -> PackedBatch:
     )
 
 
-def counts(users: list[int], positives: list[int] | None = None, positive_of: list[int] | None = None) -> RowTokens:
-    return RowTokens(*(np.array(values or [], dtype=np.int64) for values in (users, positives, positive_of)))
+def counts(users: list[int], positives: tuple[int, ...] = (), positive_of: tuple[int, ...] = ()) -> RowTokens:
+    which = np.array(positive_of, dtype=np.int64).reshape(len(users), -1)
+    return RowTokens(np.array(users), np.array(positives, dtype=np.int64), which)
 
 
 def parts(tokens: RowTokens, limit: int) -> list[list[int]]:
@@ -100,7 +101,7 @@ def test_parts_are_filled_longest_row_first_and_keep_the_order_of_rows() -> None
 
 
 def test_a_shared_positive_is_paid_for_once_in_a_part() -> None:
-    shared = counts([2, 2, 2], [4, 4], [0, 1, 0])
+    shared = counts([2, 2, 2], (4, 4), (0, 1, 0))
     assert parts(shared, 8) == [[0, 2], [1]]
     assert parts(shared, 7) == [[0], [1], [2]]
     assert parts(shared, 14) == [[0, 1, 2]]
@@ -118,7 +119,7 @@ def test_a_negative_that_a_part_holds_already_is_not_paid_for_again() -> None:
 def test_no_part_is_above_the_limit_and_no_row_is_lost(seed: int) -> None:
     random = np.random.default_rng(seed)
     users, positives = random.integers(1, 60, 40), random.integers(1, 20, 12)
-    tokens = RowTokens(users, positives, random.integers(0, 12, 40))
+    tokens = RowTokens(users, positives, random.integers(0, 12, (40, 1)))
     limit = int(tokens.rows.max())
     found = tokens.split(limit)
     assert sorted(np.concatenate(found).tolist()) == list(range(40))

@@ -1,6 +1,5 @@
 """Data sets as their publishers lay them out, and Parquet: one option each, the same tables as written by hand."""
 
-import argparse
 import datetime
 import gzip
 import json
@@ -14,21 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from laser_fast.cli.prepare_arguments import add_prepare_arguments, request_from_arguments
-from laser_fast.data import PrepareRequest, SequenceDataset, prepare
+from laser_fast.data import PrepareRequest, prepare
 from laser_fast.data.readers import InteractionColumns, read_interactions, read_items, read_rows
 
-
-def arguments_of(*arguments: object) -> PrepareRequest:
-    parser = argparse.ArgumentParser(exit_on_error=False)
-    add_prepare_arguments(parser)
-    return request_from_arguments(parser.parse_args([str(argument) for argument in arguments]))
-
-
-def named(dataset: SequenceDataset) -> dict[str, list[str]]:
-    return {
-        user: [dataset.items.ids[item] for item in dataset.sequence(row)] for row, user in enumerate(dataset.user_ids)
-    }
+from .preparing import items_of_users, request_of
 
 
 def write_gz(path: Path, objects: list[dict[str, object]]) -> Path:
@@ -105,14 +93,14 @@ RELEASES: dict[str, Callable[[Path], Path]] = {
 @pytest.mark.parametrize("release", RELEASES)
 def test_movielens(tmp_path: Path, release: str) -> None:
     source = RELEASES[release](tmp_path / "ml")
-    dataset = prepare(arguments_of(tmp_path / "out", "--movielens", source))
+    dataset = prepare(request_of(tmp_path / "out", "--movielens", source))
     assert dataset.manifest.format == f"movielens-{release.split()[0]}"
     assert dataset.items.ids == ["1", "2", "3"]
     assert dataset.items.fields == {
         "title": ["Toy Story (1995)", "La Cité (1995)", "unknown"],
         "genres": ["Animation, Children's, Comedy", "Action, Adventure", ""],
     }
-    assert named(dataset) == {"7": ["1", "2"], "8": ["3"]}
+    assert items_of_users(dataset) == {"7": ["1", "2"], "8": ["3"]}
     assert dataset.timestamps.tolist() == [881250940, 881250949, 3]
     names = [source.name] if source.is_file() else sorted(file.name for file in source.iterdir() if file.suffix)
     assert {entry.name for entry in dataset.manifest.sources} <= set(names)
@@ -122,8 +110,8 @@ def test_movielens(tmp_path: Path, release: str) -> None:
 def test_movielens_ratings_and_chosen_texts(tmp_path: Path) -> None:
     source = movielens_csv(tmp_path / "ml")
     arguments = (tmp_path / "out", "--movielens", source, "--min-rating", 3, "--text-columns", "genres")
-    dataset = prepare(arguments_of(*arguments))
-    assert named(dataset) == {"7": ["1", "2"]}
+    dataset = prepare(request_of(*arguments))
+    assert items_of_users(dataset) == {"7": ["1", "2"]}
     assert list(dataset.items.fields) == ["genres"]
     with pytest.raises(ValueError, match="unknown text column, got 'plot'; available: title, genres"):
         prepare(PrepareRequest(tmp_path / "other", movielens=source, text_columns=("plot",)))
@@ -184,7 +172,7 @@ def amazon_2023(folder: Path) -> tuple[Path, Path]:
 @pytest.mark.parametrize("year, unit", [("2018", 1), ("2023", 1000)])
 def test_amazon(tmp_path: Path, year: str, unit: int) -> None:
     pair = {"2018": amazon_2018, "2023": amazon_2023}[year](tmp_path)
-    dataset = prepare(arguments_of(tmp_path / "out", f"--amazon-{year}", *pair))
+    dataset = prepare(request_of(tmp_path / "out", f"--amazon-{year}", *pair))
     assert dataset.items.ids == ["B1", "B2", "B9"]  # bought ones only, also those without metadata
     assert dataset.items.fields == {
         "title": ["Tee & top", "Box", ""],
@@ -192,14 +180,14 @@ def test_amazon(tmp_path: Path, year: str, unit: int) -> None:
         "categories": ["Clothing, Shirts", "", ""],
         "description": ["", "Two parts. One box.", ""],
     }
-    assert named(dataset) == {"AU1": ["B1", "B2"], "AU2": ["B9"]}
+    assert items_of_users(dataset) == {"AU1": ["B1", "B2"], "AU2": ["B9"]}
     assert dataset.timestamps.tolist() == [1500000000 * unit, 1514764800 * unit, 1514764801 * unit]
     assert dataset.manifest.counts.get("repeated_items", 0) == (1 if year == "2018" else 0)
     window = ("--from-time", "2018-01-01", "--to-time", "2018-01-01T00:00:01")  # one second, in the unit of the release
-    second = arguments_of(tmp_path / "second", f"--amazon-{year}", *pair, *window)
-    assert named(prepare(second)) == {"AU1": ["B2"]}
-    rated = arguments_of(tmp_path / "rated", f"--amazon-{year}", *pair, "--min-rating", 4)
-    assert named(prepare(rated)) == {"AU1": ["B2"], "AU2": ["B9"]}
+    second = request_of(tmp_path / "second", f"--amazon-{year}", *pair, *window)
+    assert items_of_users(prepare(second)) == {"AU1": ["B2"]}
+    rated = request_of(tmp_path / "rated", f"--amazon-{year}", *pair, "--min-rating", 4)
+    assert items_of_users(prepare(rated)) == {"AU1": ["B2"], "AU2": ["B9"]}
 
 
 def test_amazon_texts_can_be_chosen_by_field_or_key(tmp_path: Path) -> None:
@@ -232,9 +220,9 @@ def recbole(folder: Path) -> Path:
 def test_recbole_with_all_types(tmp_path: Path, archived: bool) -> None:
     source = zipped(recbole)(tmp_path / "x") if archived else recbole(tmp_path / "x")
     said: list[str] = []
-    dataset = prepare(arguments_of(tmp_path / "out", "--recbole", source), say=said.append)
+    dataset = prepare(request_of(tmp_path / "out", "--recbole", source), say=said.append)
     assert dataset.items.fields == {"name": ["blue cube", "red"], "kind": ["a", "b"]}
-    assert named(dataset) == {"1": ["8", "7"]}
+    assert items_of_users(dataset) == {"1": ["8", "7"]}
     assert "not used: x.kg, x.user" in said[0]
     asked = PrepareRequest(tmp_path / "all", recbole=source, text_columns=("price", "vector"))
     assert prepare(asked).items.fields == {"price": ["1.5", ""], "vector": ["0.1 0.2", ""]}
@@ -304,8 +292,8 @@ def test_parquet_items_and_bad_values(tmp_path: Path) -> None:
 def test_parquet_by_the_command(tmp_path: Path) -> None:
     log = parquet(tmp_path / "log.parquet", user_id=pa.array([1, 1]), item_id=pa.array(["a", "b"]), t=pa.array([2, 1]))
     items = parquet(tmp_path / "items.parquet", item_id=pa.array(["a", "b"]), title=pa.array(["A", "B"]))
-    request = arguments_of(tmp_path / "out", "--interactions", log, "--items", items, "--time-column", "t")
-    assert named(prepare(request)) == {"1": ["b", "a"]}
+    request = request_of(tmp_path / "out", "--interactions", log, "--items", items, "--time-column", "t")
+    assert items_of_users(prepare(request)) == {"1": ["b", "a"]}
 
 
 def test_a_second_run_does_nothing_in_every_format(tmp_path: Path) -> None:

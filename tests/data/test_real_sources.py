@@ -1,8 +1,8 @@
 """Real sources: MovieLens-100K as it ships in RecBole's wheel, and the shared data sets, against published counts."""
 
 import importlib.util
-import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,22 +27,14 @@ def _movielens() -> Path:
     return Path(locations[0]) / "dataset_example" / "ml-100k"
 
 
-def _shared(name: str) -> Path:
-    beside = Path(__file__).resolve().parents[2].parent / "shared" / "data"
-    folder = Path(os.environ.get("LASER_FAST_SHARED_DATA", beside)) / name
-    if not folder.is_dir():
-        pytest.skip(f"needs the data set {name}: set LASER_FAST_SHARED_DATA to the folder that holds it")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def movielens(tmp_path_factory: pytest.TempPathFactory) -> SequenceDataset:
     return prepare(PrepareRequest(tmp_path_factory.mktemp("ml") / "out", recbole=_movielens()))
 
 
 @pytest.fixture(scope="module")
-def scientific(tmp_path_factory: pytest.TempPathFactory) -> SequenceDataset:
-    folder = _shared("amazon-scientific")
+def scientific(tmp_path_factory: pytest.TempPathFactory, shared_data: Callable[[str], Path]) -> SequenceDataset:
+    folder = shared_data("amazon-scientific")
     return prepare(
         PrepareRequest(
             tmp_path_factory.mktemp("scientific") / "out",
@@ -75,7 +67,7 @@ def test_movielens_split(movielens: SequenceDataset) -> None:
 
 
 def test_movielens_titles(movielens: SequenceDataset) -> None:
-    titles = dict(zip(movielens.items.ids, movielens.items.field("title"), strict=True))
+    titles = dict(zip(movielens.items.ids, movielens.items.fields["title"], strict=True))
     assert titles["12"] == "The Usual Suspects (1995)"
     assert titles["1005"] == "La Double vie de Véronique (The Double Life of Veronique) (1991)"
     assert titles["1412"] == "Land Before Time III: The Time of the Great Giving (1995)"
@@ -99,9 +91,9 @@ def test_scientific_counts(scientific: SequenceDataset) -> None:
     assert scientific.manifest.counts["tied_interactions"] == 0
     lengths = np.diff(scientific.offsets)
     assert (lengths.min(), lengths.max(), round(float(lengths.mean()), 2)) == (5, 34, 6.92)
-    assert scientific.items.field("description").count("") == 232
-    assert scientific.items.field("brand").count("") == 11
-    assert set(scientific.items.field("categories")) == {""}
+    assert scientific.items.fields["description"].count("") == 232
+    assert scientific.items.fields["brand"].count("") == 11
+    assert set(scientific.items.fields["categories"]) == {""}
 
 
 def test_scientific_split(scientific: SequenceDataset) -> None:
@@ -115,8 +107,8 @@ def test_scientific_split(scientific: SequenceDataset) -> None:
     assert int((last == split.test.targets).sum()) == 64
 
 
-def test_scientific_refuses_other_columns(tmp_path: Path) -> None:
-    folder = _shared("amazon-scientific")
+def test_scientific_refuses_other_columns(tmp_path: Path, shared_data: Callable[[str], Path]) -> None:
+    folder = shared_data("amazon-scientific")
     request = PrepareRequest(
         tmp_path / "out", interactions=folder / "interactions.csv.gz", columns=InteractionColumns(time="time")
     )
@@ -124,8 +116,8 @@ def test_scientific_refuses_other_columns(tmp_path: Path) -> None:
         prepare(request)
 
 
-def test_lastfm_rows() -> None:
-    folder = _shared("lastfm")
+def test_lastfm_rows(shared_data: Callable[[str], Path]) -> None:
+    folder = shared_data("lastfm")
     ids, fields = read_items(folder / "items.jsonl.gz", "item_id", ["title"])
     assert len(ids) == len({title.lower() for title in fields["title"]}) == 4606
     rows = list(read_rows(folder / "valid.jsonl.gz", ["user", "history", "target"]))

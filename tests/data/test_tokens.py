@@ -14,9 +14,9 @@ from laser_fast.data import (
     PromptLayout,
     TokenizedTexts,
     history_tokens,
-    item_tokens,
     prompt_layout,
     tokenize_texts,
+    tokens,
 )
 from laser_fast.data.tokens import special_tokens, words_carry_space
 
@@ -67,7 +67,7 @@ def prompts(draw: st.DrawFn) -> tuple[list[list[int]], list[list[int]], PromptLa
 
 
 @given(prompts())
-@settings(max_examples=300, deadline=None, database=None)
+@settings(max_examples=100, deadline=None, database=None)
 def test_equal_to_a_loop_over_users(case: tuple[list[list[int]], list[list[int]], PromptLayout]) -> None:
     texts, histories, chosen = case
     input_ids, cu_seqlens = history_tokens(PackedSequences.from_lists(histories), pack(texts), chosen)
@@ -122,24 +122,10 @@ def test_other_users_of_the_batch_change_nothing() -> None:
         assert input_ids[cu_seqlens[row] : cu_seqlens[row + 1]].tolist() == alone.tolist()
 
 
-def test_item_tokens_are_histories_of_one() -> None:
-    input_ids, cu_seqlens = item_tokens([3, 2, 0], pack(TEXTS), layout())
-    assert input_ids.tolist() == [90, 91, 4, 5, 6, 7, 99, 90, 91, 99, 90, 91, 1, 2, 99]
-    assert cu_seqlens.tolist() == [0, 7, 10, 15]
-
-
-def test_gather() -> None:
-    input_ids, cu_seqlens = pack(TEXTS).gather([3, 2, 0, 3])
-    assert input_ids.tolist() == [4, 5, 6, 7, 1, 2, 4, 5, 6, 7]
-    assert cu_seqlens.tolist() == [0, 4, 4, 6, 10]
-
-
 @pytest.mark.parametrize("item", [5, -1])
 def test_items_out_of_range_are_named(item: int) -> None:
     with pytest.raises(ValueError, match=rf"item indices must lie in 0..4, got {item}"):
         history_tokens(PackedSequences.from_lists([[0, item]]), pack(TEXTS), layout())
-    with pytest.raises(ValueError, match=rf"item indices must lie in 0..4, got {item}"):
-        pack(TEXTS).gather([item])
 
 
 @pytest.mark.parametrize("changes", [{"max_items": 0}, {"max_tokens": 0}])
@@ -199,10 +185,11 @@ class WordTokenizer:
         return {"input_ids": [self._one(entry, add_special_tokens, limit) for entry in text]}
 
 
-def test_tokenize_texts_cuts_keeps_order_and_passes_over_empty_texts() -> None:
+def test_tokenize_texts_cuts_keeps_order_and_passes_over_empty_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "_TEXTS_AT_ONCE", 2)
     texts = ["a b c", "", "c", "", "a"]
     tokenizer = WordTokenizer()
-    whole = tokenize_texts(texts, tokenizer, batch_size=2)
+    whole = tokenize_texts(texts, tokenizer)
     a, b, c = (tokenizer.words[word] for word in "abc")
     assert whole.input_ids.tolist() == [a, b, c, c, a]
     assert whole.offsets.tolist() == [0, 3, 3, 4, 4, 5]
@@ -237,26 +224,33 @@ def test_special_tokens_must_leave_the_text_as_it_is() -> None:
         special_tokens(odd)
 
 
-def byte_level_tokenizer() -> Any:
-    tokenizers = pytest.importorskip("tokenizers")
-    transformers = pytest.importorskip("transformers")
-    vocabulary = {
-        character: index for index, character in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))
-    }
-    model = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = tokenizers.decoders.ByteLevel()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=model)
+def untrained(kind: str) -> Any:
+    """A byte-level tokenizer without merges, or one of words as SentencePiece writes them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    if kind == "byte level":
+        alphabet = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+        inner = Tokenizer(models.BPE(alphabet, []))
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        return PreTrainedTokenizerFast(tokenizer_object=inner)
+    words = ["<unk>", "\u2581", "\u2581Films", "\u2581watched", ":", ";", ".", "\u2581Alien", "\u2581Das", "\u2581Boot"]
+    distinct = dict.fromkeys([*words, *"Filmswatched"])
+    inner = Tokenizer(models.Unigram([(word, -1.0 - 0.1 * index) for index, word in enumerate(distinct)], unk_id=0))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
 
 
-def test_pieces_of_a_byte_level_tokenizer_give_the_tokens_of_the_whole() -> None:
-    tokenizer = byte_level_tokenizer()
-    assert words_carry_space(tokenizer)
-    assert not words_carry_space(WordTokenizer())
+@pytest.mark.parametrize("kind", ["byte level", "first", "always"])
+def test_pieces_give_the_tokens_of_the_whole(kind: str) -> None:
+    tokenizer = untrained(kind)
+    assert words_carry_space(tokenizer) == (kind == "byte level")
     texts = tokenize_texts(["Alien", "Das Boot"], tokenizer)
     made = prompt_layout("Films watched: {history}.", tokenizer)
     input_ids, _ = history_tokens(PackedSequences.from_lists([[0, 1]]), texts, made)
-    assert input_ids.tolist() == tokenizer("Films watched: Das Boot; Alien.")["input_ids"]
+    whole = tokenizer("Films watched: Das Boot; Alien.")["input_ids"]
+    assert input_ids.tolist() == whole
+    assert kind == "byte level" or not {0, 1} & set(whole)  # no lone space, nothing unknown
 
 
 # special tokens a tokenizer sets around a text; none of these has a padding token
@@ -292,27 +286,7 @@ def test_prompts_are_what_the_tokenizer_makes_of_the_whole_text(kind: str) -> No
     assert np.diff(cu_seqlens).tolist() == [len(prompt) for prompt in expected]
     # of an item its first tokens are kept
     short = tokenize_texts(titles, tokenizer, 1)
-    assert short.gather([0, 1, 2])[0].tolist() == tokenizer("alien brazil heat", add_special_tokens=False)["input_ids"]
-
-
-@pytest.mark.parametrize("scheme", ["first", "always"])
-def test_pieces_of_a_sentencepiece_tokenizer_give_the_tokens_of_the_whole(scheme: str) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<unk>", "\u2581", "\u2581Films", "\u2581watched", ":", ";", ".", "\u2581Alien", "\u2581Das", "\u2581Boot"]
-    pieces = [(word, -1.0 - 0.1 * index) for index, word in enumerate([*words, *"Filmswatched"])]
-    distinct = list(dict(pieces).items())
-    inner = Tokenizer(models.Unigram(distinct, unk_id=0))
-    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
-    assert not words_carry_space(tokenizer)
-    texts = tokenize_texts(["Alien", "Das Boot"], tokenizer)
-    made = prompt_layout("Films watched: {history}.", tokenizer)
-    input_ids, _ = history_tokens(PackedSequences.from_lists([[0, 1]]), texts, made)
-    whole = tokenizer("Films watched: Das Boot; Alien.")["input_ids"]
-    assert input_ids.tolist() == whole
-    assert 1 not in whole and 0 not in whole  # no lone space, nothing unknown
+    assert short.input_ids.tolist() == tokenizer("alien brazil heat", add_special_tokens=False)["input_ids"]
 
 
 def _tokenizer_of(kind: str) -> Any:
@@ -358,7 +332,10 @@ def test_a_title_that_spells_a_special_token_is_text(kind: str) -> None:
     assert (np.diff(texts.offsets) > 0).all()
     for place, title in enumerate(titles[:2]):  # as ever
         front = " " if words_carry_space(tokenizer) else ""
-        assert texts.gather([place])[0].tolist() == tokenizer(front + title, add_special_tokens=False)["input_ids"]
+        assert (
+            texts.input_ids[slice(*texts.offsets[place : place + 2])].tolist()
+            == tokenizer(front + title, add_special_tokens=False)["input_ids"]
+        )
     # cut as text, too
     assert np.diff(tokenize_texts(titles, tokenizer, 2).offsets).max() == 2
     # what we write around the titles keeps its special tokens

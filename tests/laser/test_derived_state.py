@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ CHANGES: dict[str, Callable[[LaserModel], object]] = {
 def test_no_reader_takes_an_older_item_matrix(tiny_settings: dict[str, Any], tmp_path: Path, name: str) -> None:
     model, config = build(tiny_settings), build_config(LaserConfig, tiny_settings)
     index, users = model.index(), PackedSequences.from_lists([[3, 4]])
-    batch = model.builder.histories(users, targets=torch.tensor([5]).numpy())
+    batch = replace(model.builder.histories(users), targets=torch.tensor([5]))
 
     def loss() -> LaserOutput:
         with torch.no_grad():

@@ -46,6 +46,6 @@ def test_text_vectors_are_means_of_hidden_states(tiny_settings: dict[str, Any], 
     from transformers import BertModel
 
     plain = BertModel.from_pretrained(tiny_lm).eval()
-    text = inputs.dataset.items.field("title")[3]
+    text = inputs.dataset.items.fields["title"][3]
     hidden = plain(torch.tensor([tokenizer(text)["input_ids"]])).last_hidden_state[0]
     torch.testing.assert_close(vectors[3], F.normalize(hidden.mean(0), dim=0), rtol=1e-4, atol=1e-5)

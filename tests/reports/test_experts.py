@@ -7,9 +7,18 @@ import pytest
 
 from laser_fast.data.items import ItemTable
 from laser_fast.data.sequences import PackedSequences
-from laser_fast.reports.categories import Categories, find_categories, item_titles
-from laser_fast.reports.expert_words import _conclusion, _Found
-from laser_fast.reports.experts import Contrast, Features, UserRouting, category_features, contrast, item_features
+from laser_fast.reports.experts import (
+    Categories,
+    Contrast,
+    Features,
+    UserRouting,
+    category_features,
+    contrast,
+    find_categories,
+    item_features,
+    item_titles,
+)
+from laser_fast.reports.experts_section import Contrasts, conclusion
 
 GENRES = ["Action", "Drama", "Comedy", "Sci-Fi", "Horror", "War", "Crime", "Musical", "Western", "Mystery"]
 TITLES = [f"film {index}" for index in range(40)]
@@ -49,12 +58,12 @@ def test_a_planted_difference_is_found_and_named() -> None:
     assert all(one.lift > 1.2 and one.users >= 5 for one in found)
     assert {one.name for one in result.typical(0, 10, more=False)} <= {f"film {index}" for index in range(5)}
     assert np.isnan(result.lift[2]).all() and not result.z[2].any()  # nobody's first choice
-    told = _conclusion(_Found(result, []), routing_of(first, histories_of(first, 0.9)))
+    told = conclusion(Contrasts(result, []), routing_of(first, histories_of(first, 0.9)))
     assert told.startswith("The experts") and "p ≤ 0.005" in told and "do not" not in told and "lean" not in told
     kinds = Categories("kind", ("planted", "other"), tuple((int(item >= 5),) for item in range(40)))
     by_kind = contrast(category_features(histories_of(first, 0.9), kinds), first, 3)
     assert by_kind is not None
-    told = _conclusion(_Found(result, [(kinds, by_kind)]), routing_of(first, histories_of(first, 0.9)))
+    told = conclusion(Contrasts(result, [(kinds, by_kind)]), routing_of(first, histories_of(first, 0.9)))
     assert "those of expert 1 lean to other, those of expert 2 lean to planted" in told
 
 
@@ -65,7 +74,7 @@ def test_users_dealt_at_random_do_not_differ() -> None:
     assert result is not None and result.p_value > 0.05
     assert result.explained == pytest.approx(result.by_chance, rel=0.5)
     assert not any(result.typical(expert) for expert in range(3))
-    told = _conclusion(_Found(result, []), routing_of(first, histories))
+    told = conclusion(Contrasts(result, []), routing_of(first, histories))
     assert told.startswith("The experts do not differ in whom they serve") and "would be made up" in told
 
 
@@ -75,7 +84,7 @@ def test_few_users_say_nothing() -> None:
     nobody = Features((), np.zeros(0, int), np.zeros(0, int), np.zeros(0), 40)
     assert contrast(nobody, np.array([0, 1] * 20), 2) is None
     routing = routing_of(np.zeros(40, dtype=np.int64), PackedSequences.from_lists([[0]] * 40))
-    assert _conclusion(_Found(None, []), routing).startswith("Expert 1 is the first choice of 100% of the users")
+    assert conclusion(Contrasts(None, []), routing).startswith("Expert 1 is the first choice of 100% of the users")
 
 
 def test_a_small_difference_is_called_small() -> None:
@@ -83,7 +92,7 @@ def test_a_small_difference_is_called_small() -> None:
     small = Contrast(
         ("a",), np.ones(shape), np.zeros(shape), np.zeros(shape, int), np.ones(1), 3.0, 0.006, 0.002, 0.005
     )
-    told = _conclusion(_Found(small, []), routing_of(first, PackedSequences.from_lists([[0]] * 100)))
+    told = conclusion(Contrasts(small, []), routing_of(first, PackedSequences.from_lists([[0]] * 100)))
     assert told.startswith("The experts differ in whom they serve, but hardly")
 
 
@@ -124,5 +133,5 @@ def test_which_fields_sort_items_into_kinds(field: str, texts: list[str], names:
 
 
 def test_items_without_a_title_go_by_their_id() -> None:
-    assert item_titles(ItemTable(["a", "b"], {"title": ["x" * 100, ""]}), longest=10) == ["xxxxxxxxx…", "item b"]
+    assert item_titles(ItemTable(["a", "b"], {"title": ["x" * 100, ""]})) == ["x" * 79 + "…", "item b"]
     assert item_titles(ItemTable(["a", "b"])) == ["a", "b"]

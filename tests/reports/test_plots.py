@@ -12,22 +12,23 @@ from laser_fast.reports.plots import Line, bars, curves, dots, over_epochs, pair
 pytest.importorskip("matplotlib")
 
 NAN = float("nan")
+ODD = "\x1b\x00\u202e<b>$\\frac{1}$"  # what no XML may hold, and a formula that is none
 PLOTS: dict[str, Callable[[], bytes]] = {
     "curves": lambda: curves(
         [Line("a", [4, 8], [2.0, 1.0], [2.5, 2.0]), Line("b", [4, 8], [2.0, NAN])], "steps", "loss"
     ),
-    "one point": lambda: curves([Line("a", [4], [2.0])], "steps", "loss"),
-    "epochs": lambda: over_epochs(["A0", "A1"], [("", [0.1, 0.2])], "NDCG@10", marked=1),
+    "one point": lambda: curves([Line(ODD, [4], [2.0])], "steps", "loss"),
+    "epochs": lambda: over_epochs([ODD, "A1"], [("", [0.1, 0.2])], "NDCG@10", marked=1),
     "many experts": lambda: over_epochs(
         [f"A{epoch}" for epoch in range(30)],
         [(f"expert {number}", [number + 0.1 * epoch for epoch in range(30)]) for number in range(16)],
         "load",
-        level=(8.0, "balanced"),
+        level=(8.0, ODD),
     ),
-    "bars": lambda: bars(["A1", "A2"], [900.0, 1000.0], "tokens"),
-    "paired bars": lambda: paired_bars(["x", "y"], [("a", [0.2, 0.8]), ("b", [0.5, 0.5])], "share", (0.5, "balanced")),
-    "dots": lambda: dots(["x", "y"], [("a", [0.2, NAN], [0.1, NAN]), ("b", [0.0, 0.1], [0.1, NAN])], "NDCG@10"),
-    "ratios": lambda: ratios(["x"], ["1", "2"], np.array([[0.0, 2.5]]), np.array([[True, False]]), "expert"),
+    "bars": lambda: bars([ODD, "A2"], [900.0, 1000.0], "tokens"),
+    "paired bars": lambda: paired_bars([ODD, "y"], [("a", [0.2, 0.8]), ("b", [0.5, 0.5])], "share", (0.5, "balanced")),
+    "dots": lambda: dots([ODD, "y"], [("a", [0.2, NAN], [0.1, NAN]), ("b", [0.0, 0.1], [0.1, NAN])], "NDCG@10"),
+    "ratios": lambda: ratios([ODD], ["1", "2"], np.array([[0.0, 2.5]]), np.array([[True, False]]), "expert"),
 }
 
 
@@ -38,10 +39,6 @@ def test_a_plot_is_a_picture_and_depends_on_its_data_alone(name: str) -> None:
     assert root.tag.endswith("svg") and float(root.attrib["width"].removesuffix("pt")) > 300
     assert b"<script" not in svg and b"<dc:date>" not in svg
     assert PLOTS[name]() == svg
-
-
-def test_texts_of_data_are_not_read_as_formulas() -> None:
-    assert bars(["$\\frac{1}$"], [1.0], "y")  # not even valid as one
 
 
 @pytest.mark.parametrize("heights", [[0.1, 0.11, 0.12], [0.9, 0.95, 0.99, 1.0], [0.0], [0.2, 0.8], [0.5] * 8])

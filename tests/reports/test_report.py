@@ -20,13 +20,11 @@ from laser_fast.data.items import ItemTable
 from laser_fast.evaluation import evaluate
 from laser_fast.evaluation.comparison import compare
 from laser_fast.reports import Subject, check_report_folder, read_run, write_report
-from laser_fast.reports.document import Document, Listing, Paragraph, Section, Table
-from laser_fast.reports.expert_words import experts_section
+from laser_fast.reports.document import Paragraph, Table
 from laser_fast.reports.experts import route_users
-from laser_fast.reports.html_page import to_html
-from laser_fast.reports.markdown_page import escape_markdown, to_markdown
-from laser_fast.reports.run_record import Epoch, RunRecord
-from laser_fast.reports.training_curves import loss_terms, training_section
+from laser_fast.reports.experts_section import expert_blocks
+from laser_fast.reports.subject import Epoch, RunRecord
+from laser_fast.reports.training_section import loss_terms, training_blocks
 
 pytest.importorskip("matplotlib")
 
@@ -239,32 +237,14 @@ def test_users_are_routed_as_the_model_routes_them(run: tuple[Path, Subject]) ->
     assert routing.weight_share.sum() == pytest.approx(1.0)
     without = SimpleNamespace(mformer=None, recommender=None)
     with pytest.raises(ValueError, match="route_users: the model must have an M-Former, got none"):
-        route_users(without, histories)  # type: ignore[arg-type]
+        route_users(without, histories, batch_size=7)  # type: ignore[arg-type]
 
 
 def test_a_single_expert_is_not_compared(run: tuple[Path, Subject]) -> None:
     record = read_run(run[0])
     single = replace(record, config={**record.config, "mformer": {**record.config["mformer"], "num_experts": 1}})
-    section = experts_section(single, run[1], None)
-    assert [type(block) for block in section.blocks] == [Paragraph]
-    assert "a single expert" in section.blocks[0].text  # type: ignore[union-attr]
-
-
-def test_what_is_no_run_is_refused_by_name(run: tuple[Path, Subject], tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"a run of `laser-fast train` must be given, got '.*nothing' without"):
-        read_run(tmp_path / "nothing")
-    (tmp_path / "config.yaml").write_text("width: 8\n")  # of a recommender
-    with pytest.raises(FileNotFoundError, match="must be given"):
-        read_run(tmp_path)
-    broken = tmp_path / "run"
-    shutil.copytree(run[0], broken)
-    (broken / "metrics.jsonl").write_text("{\n")
-    with pytest.raises(ValueError, match=r"read_run: metrics.jsonl must hold a JSON object a line, got"):
-        read_run(broken)
-    (broken / "environment.json").write_text("{\n")
-    (broken / "metrics.jsonl").write_text("")
-    with pytest.raises(ValueError, match=r"read_run: environment.json: Invalid JSON.*, got"):
-        read_run(broken)
+    (said,) = expert_blocks(single, run[1], None)
+    assert isinstance(said, Paragraph) and "a single expert" in said.text
 
 
 def test_only_a_report_is_replaced(
@@ -288,9 +268,10 @@ def test_only_a_report_is_replaced(
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
     assert not (tmp_path / "elsewhere").exists() and not (tmp_path / "new").exists()
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
-    with pytest.raises(ImportError, match=r'need the package matplotlib, got none; pip install "laser-fast\[report\]"'):
-        check_report_folder(tmp_path / "new")
+    for package in ("matplotlib", "jinja2"):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else found(name))
+        with pytest.raises(ImportError, match=rf'needs the package {package}, got none; pip install "laser-fast\[rep'):
+            check_report_folder(tmp_path / "new")
 
 
 def test_the_command(run: tuple[Path, Subject], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -302,14 +283,6 @@ def test_the_command(run: tuple[Path, Subject], tmp_path: Path, capsys: pytest.C
     assert main(["report", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
     assert "a run of `laser-fast train` must be given" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_markdown_cannot_be_broken_out_of() -> None:
-    assert escape_markdown("a|b\n# [x](y) `c` $d$ <i>") == r"a\|b \# \[x\](y) \`c\` \$d\$ &lt;i&gt;"
-    document = Document("t", DATE, (Section("s", (Listing("```\nrm"), Table(("a",), (("b|c",),)))),))
-    markdown = to_markdown(document)
-    assert "````\n```\nrm\n````" in markdown and r"| b\|c |" in markdown
-    assert "<pre>```\nrm</pre>" in to_html(document)
 
 
 def test_losses_of_any_stage_are_found(run: tuple[Path, Subject]) -> None:
@@ -333,13 +306,13 @@ def test_the_text_stage_has_its_curve_and_stays_out_of_the_validation(run: tuple
     steps = [{"loss": 2.0 - number, "step": 4 * number, quality: 0.9, "text_tokens_per_s": 1e9} for number in (1, 2)]
     stage = tuple(Epoch("text", number, values) for number, values in enumerate(steps, start=1))
     with_text = replace(record, epochs=stage + record.epochs, config={**record.config, "text": {"residual": True}})
-    blocks = {getattr(block, "name", ""): block for block in training_section(with_text).blocks}
+    *_, table = told = list(training_blocks(with_text))
+    blocks = {getattr(block, "name", ""): block for block in told}
     assert "Text stage: the text residual alone" in blocks["loss-text"].caption
     assert "Loss from 1.000 to 0.000." in blocks["loss-text"].caption
     assert "the text residual makes anew in every step" in blocks["loss-phase-a"].caption
-    before = {getattr(block, "name", ""): block for block in training_section(record).blocks}
+    before = {getattr(block, "name", ""): block for block in training_blocks(record)}
     assert "loss-text" not in before and "encoded anew for every epoch" in before["loss-phase-a"].caption
     assert blocks["validation"] == before["validation"] and blocks["speed"] == before["speed"]
-    table = training_section(with_text).blocks[-1]
     assert isinstance(table, Table) and [row[0] for row in table.rows[:2]] == ["T1", "T2"]
     assert table.caption.startswith("T: the text stage, P: stage 1")

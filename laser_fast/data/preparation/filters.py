@@ -31,15 +31,13 @@ def newest(events: np.ndarray, longest: int) -> np.ndarray:
     """The newest `longest` events of every user: bool [n]."""
     users = np.ascontiguousarray(events["user"])
     ends = np.searchsorted(users, users, side="right")
-    kept: np.ndarray = ends - np.arange(len(users)) <= longest
-    return kept
+    return np.asarray(ends - np.arange(len(users)) <= longest)
 
 
 def long_enough(events: np.ndarray, shortest: int) -> np.ndarray:
     """The events of users with at least `shortest` of them: bool [n]."""
     _, user, counts = np.unique(events["user"], return_inverse=True, return_counts=True)
-    kept: np.ndarray = counts[user] >= shortest
-    return kept
+    return np.asarray(counts[user] >= shortest)
 
 
 def keep_core(events: EventBlocks, num_items: int, min_user: int, min_item: int) -> int:
@@ -53,8 +51,7 @@ def keep_core(events: EventBlocks, num_items: int, min_user: int, min_item: int)
     users, items = np.ones(int(events.bounds[-1]), dtype=bool), np.ones(num_items, dtype=bool)
 
     def alive(block: np.ndarray) -> np.ndarray:
-        kept: np.ndarray = users[block["user"]] & items[block["item"]]
-        return kept
+        return np.asarray(users[block["user"]] & items[block["item"]])
 
     before, left = (-1, -1), (len(users), len(items))
     while before != left:

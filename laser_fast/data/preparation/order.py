@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from laser_fast.data.permutation import GOLDEN, split_mix
 from laser_fast.data.pieces import pieces
 
 FILE_ORDER = "file-order"
@@ -34,15 +35,6 @@ def _string_hashes(strings: Sequence[str]) -> np.ndarray:
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
-    """The finalizer of SplitMix64 (Steele et al. 2014): every input bit reaches every output bit."""
-    with np.errstate(over="ignore"):
-        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: np.ndarray = values ^ (values >> np.uint64(31))
-    return mixed
-
-
 class TieKeys:
     """A hash of (seed, user id, item id) for every event: the same on every machine and in any file order.
 
@@ -53,12 +45,12 @@ class TieKeys:
 
     def __init__(self, user_ids: Sequence[str], item_ids: Sequence[str], seed: int) -> None:
         users, items = _string_hashes(user_ids), _string_hashes(item_ids)
-        self._users = _mix(users ^ _mix(np.full(1, seed, dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15)))
-        self._items = _mix(items)
+        self._users = split_mix(users ^ split_mix(np.full(1, seed, dtype=np.uint64) + GOLDEN))
+        self._items = split_mix(items)
 
     def __call__(self, user_index: np.ndarray, item_index: np.ndarray) -> np.ndarray:
         """Keys of events, uint64 [n]."""
-        return _mix(self._users[user_index] ^ self._items[item_index])
+        return split_mix(self._users[user_index] ^ self._items[item_index])
 
 
 def chronological_order(user_index: np.ndarray, timestamps: np.ndarray, keys: np.ndarray | None) -> np.ndarray:

@@ -12,7 +12,6 @@ from laser_fast.data.dataset import (
     MANIFEST_FILE,
     SequenceDataset,
     check_target,
-    file_sha256,
     mapped_arrays,
     read_manifest,
     write_around_arrays,
@@ -32,6 +31,7 @@ from laser_fast.data.splits.split import leave_one_out_rule, split_hash
 from laser_fast.data.text import clean_text, first_words
 from laser_fast.files.claims import claim
 from laser_fast.files.folders import remove_leftovers, replace_directory, scratch_directory
+from laser_fast.files.sealed import file_sha256
 
 _LOGGER = logging.getLogger(__name__)
 

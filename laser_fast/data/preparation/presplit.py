@@ -13,14 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from laser_fast.data.dataset import (
-    MANIFEST_FILE,
-    SequenceDataset,
-    check_target,
-    file_sha256,
-    read_manifest,
-    write_dataset,
-)
+from laser_fast.data.dataset import MANIFEST_FILE, SequenceDataset, check_target, read_manifest, write_dataset
 from laser_fast.data.items import ItemTable
 from laser_fast.data.manifest import Manifest, SourceFile
 from laser_fast.data.preparation.order import FILE_ORDER
@@ -32,6 +25,7 @@ from laser_fast.data.splits.split import Split, event_rows, first_events, parts_
 from laser_fast.data.text import clean_text
 from laser_fast.files.claims import claim
 from laser_fast.files.folders import remove_leftovers
+from laser_fast.files.sealed import file_sha256
 
 _LOGGER = logging.getLogger(__name__)
 _PARTS = ("train", "valid", "test")

@@ -7,7 +7,7 @@ import numpy as np
 
 from laser_fast.data.dataset import SequenceDataset
 from laser_fast.data.sequences import segment_positions
-from laser_fast.data.splits.split import Split, event_rows, first_events, parts_hash
+from laser_fast.data.splits.split import Split, check_fractions, event_rows, first_events, parts_hash
 from laser_fast.data.time_units import TOLD, moment_in, units_in
 
 Moment = float | int | str
@@ -71,11 +71,7 @@ def global_time(
 
 
 def _borders(times: np.ndarray, valid_fraction: float, test_fraction: float) -> tuple[float, float]:
-    if min(valid_fraction, test_fraction) <= 0 or valid_fraction + test_fraction >= 1:
-        raise ValueError(
-            "global_time: valid_fraction and test_fraction must be above 0 and sum to less than 1, "
-            f"got {valid_fraction} and {test_fraction}"
-        )
+    check_fractions("global_time", valid_fraction, test_fraction)
     if not len(times):
         raise ValueError("global_time: the data set must have events, got none")
     newest = [max(1, round(len(times) * share)) for share in (valid_fraction + test_fraction, test_fraction)]
@@ -108,8 +104,7 @@ def _events_before(dataset: SequenceDataset, border: float) -> np.ndarray:
     """How many events of each user are older: int64 [U]; they are its first ones, as times never fall."""
     running = np.zeros(len(dataset.timestamps) + 1, dtype=np.int64)
     np.cumsum(dataset.timestamps < border, out=running[1:])
-    counts: np.ndarray = running[dataset.offsets[1:]] - running[dataset.offsets[:-1]]
-    return counts
+    return np.asarray(running[dataset.offsets[1:]] - running[dataset.offsets[:-1]])
 
 
 def _check_parts(dataset: SequenceDataset, borders: tuple[float, float], counts: list[int]) -> None:

@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 
 from laser_fast.data.dataset import SequenceDataset
-from laser_fast.data.splits.split import Split, event_rows, first_events, parts_hash
+from laser_fast.data.splits.split import Split, check_fractions, event_rows, first_events, parts_hash
 
 _MIN_EVENTS = 2  # a history and a target
 
@@ -26,11 +26,7 @@ def by_user(
     Raises:
         ValueError: a fraction is out of range, or too few users have two events.
     """
-    if min(valid_fraction, test_fraction) <= 0 or valid_fraction + test_fraction >= 1:
-        raise ValueError(
-            "by_user: valid_fraction and test_fraction must be above 0 and sum to less than 1, "
-            f"got {valid_fraction} and {test_fraction}"
-        )
+    check_fractions("by_user", valid_fraction, test_fraction)
     lengths = np.diff(dataset.offsets)
     able = np.flatnonzero(lengths >= _MIN_EVENTS)
     counts = [max(1, int(len(able) * fraction)) for fraction in (valid_fraction, test_fraction)]

@@ -9,13 +9,7 @@ import numpy as np
 from laser_fast.data.dataset import SequenceDataset
 from laser_fast.data.items import update_with_strings
 from laser_fast.data.pieces import update_with_array
-from laser_fast.data.sequences import (
-    EvaluationRows,
-    PackedSequences,
-    cu_seqlens_of,
-    row_indices,
-    segment_positions,
-)
+from laser_fast.data.sequences import EvaluationRows, PackedSequences, cu_seqlens_of, row_indices, segment_positions
 
 MIN_EVENTS = 3  # one event to train on, one validation target, one test target
 
@@ -50,6 +44,15 @@ class Split:
             counts[f"{part}_rows_without_history"] = int((rows.histories.lengths == 0).sum())
             counts[f"{part}_rows_with_cold_target"] = int((~np.isin(rows.targets, trained)).sum())
         return counts
+
+
+def check_fractions(function: str, valid_fraction: float, test_fraction: float) -> None:
+    """Raise ValueError unless both parts get something and training too."""
+    if min(valid_fraction, test_fraction) <= 0 or valid_fraction + test_fraction >= 1:
+        raise ValueError(
+            f"{function}: valid_fraction and test_fraction must be above 0 and sum to less than 1, "
+            f"got {valid_fraction} and {test_fraction}"
+        )
 
 
 def leave_one_out_rule(tie_rule: str) -> str:
@@ -154,8 +157,7 @@ class TrainingRows:
     @property
     def targets(self) -> np.ndarray:
         """Target of every row, int64 [R]."""
-        targets: np.ndarray = self.train.items[self.positions]
-        return targets
+        return np.asarray(self.train.items[self.positions])
 
     @property
     def histories(self) -> PackedSequences:

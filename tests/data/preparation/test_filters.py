@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from laser_fast.data import PrepareRequest, SequenceDataset, prepare
+from laser_fast.data import PrepareRequest, prepare
 from laser_fast.data.text import first_words
 from laser_fast.data.time_units import parse_time
+
+from ..preparing import items_of_users
 
 LOG = [("u", "a", 5), ("u", "b", 1), ("v", "a", 2), ("u", "a", 3), ("u", "c", 5), ("v", "b", 9), ("w", "c", 4)]
 
@@ -23,14 +25,7 @@ def request_(tmp_path: Path) -> PrepareRequest:
 def outcome(request: PrepareRequest) -> tuple[dict[str, str], dict[str, int]]:
     dataset = prepare(request)
     dropped = {name: count for name, count in dataset.manifest.counts.items() if name.startswith("dropped_") and count}
-    return named(dataset), dropped
-
-
-def named(dataset: SequenceDataset) -> dict[str, str]:
-    return {
-        user: "".join(dataset.items.ids[item] for item in dataset.sequence(row))
-        for row, user in enumerate(dataset.user_ids)
-    }
+    return {user: "".join(items) for user, items in items_of_users(dataset).items()}, dropped
 
 
 @pytest.mark.parametrize(
@@ -81,20 +76,14 @@ def test_duplicates_and_newest_agree_with_a_plain_loop(tmp_path: Path, keep: str
     rows = [(f"u{rng.integers(20)}", f"i{rng.integers(9)}", int(rng.integers(40))) for _ in range(600)]
     (tmp_path / "log.csv").write_text("user_id,item_id,timestamp\n" + "".join(f"{u},{i},{t}\n" for u, i, t in rows))
     request = PrepareRequest(tmp_path / "all", interactions=tmp_path / "log.csv", tie_rule=rule)
-    whole = named_lists(prepare(request))
+    whole = items_of_users(prepare(request))
     filtered = replace(request, out=tmp_path / "some", duplicates=keep, max_history=5)  # type: ignore[arg-type]
     expected = {}
     for user, items in whole.items():
         ordered = items if keep == "first" else items[::-1]
         kept = list(dict.fromkeys(ordered))
         expected[user] = (kept if keep == "first" else kept[::-1])[-5:]
-    assert named_lists(prepare(filtered)) == expected
-
-
-def named_lists(dataset: SequenceDataset) -> dict[str, list[str]]:
-    return {
-        user: [dataset.items.ids[item] for item in dataset.sequence(row)] for row, user in enumerate(dataset.user_ids)
-    }
+    assert items_of_users(prepare(filtered)) == expected
 
 
 def test_texts_are_cut_after_words(request_: PrepareRequest) -> None:

@@ -1,15 +1,14 @@
 """Preparing data sets: small sources written by hand, through the command's arguments where it has a say."""
 
-import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from laser_fast.cli.prepare_arguments import add_prepare_arguments, request_from_arguments
-from laser_fast.data import InteractionColumns, PrepareRequest, SequenceDataset, leave_one_out, prepare
+from laser_fast.data import PrepareRequest, leave_one_out, prepare
+
+from ..preparing import items_of_users, request_of
 
 LOG = "user_id,item_id,timestamp\nu2,c,5\nu1,a,3\nu2,a,5\nu1,b,1\nu2,b,4\nu1,c,3\n"
 ITEMS = [
@@ -34,19 +33,6 @@ def request_(sources: Path) -> PrepareRequest:
     return PrepareRequest(sources.parent / "out", interactions=sources / "log.csv", items=sources / "items.jsonl")
 
 
-def named_sequences(dataset: SequenceDataset) -> dict[str, list[str]]:
-    return {
-        user: [dataset.items.ids[item] for item in dataset.sequence(index)]
-        for index, user in enumerate(dataset.user_ids)
-    }
-
-
-def request_of(*arguments: object) -> PrepareRequest:
-    parser = argparse.ArgumentParser(exit_on_error=False)
-    add_prepare_arguments(parser)
-    return request_from_arguments(parser.parse_args([str(argument) for argument in arguments]))
-
-
 def test_tables_by_hand(request_: PrepareRequest) -> None:
     dataset = prepare(request_)
     assert dataset.items.ids == ["b", "a", "z", "c"]  # the order of the item file, unused items kept
@@ -56,7 +42,7 @@ def test_tables_by_hand(request_: PrepareRequest) -> None:
     }
     assert dataset.user_ids == ["u2", "u1"]  # by first appearance
     # ties in the order of the file: u2 has c before a at time 5, u1 has a before c at time 3
-    assert named_sequences(dataset) == {"u2": ["b", "c", "a"], "u1": ["b", "a", "c"]}
+    assert items_of_users(dataset) == {"u2": ["b", "c", "a"], "u1": ["b", "a", "c"]}
     assert dataset.timestamps.tolist() == [4, 5, 5, 1, 3, 3]
 
 
@@ -85,12 +71,12 @@ def test_manifest_says_how_it_was_made(request_: PrepareRequest) -> None:
 
 def test_hashed_ties_do_not_depend_on_the_order_of_the_file(request_: PrepareRequest, sources: Path) -> None:
     hashed = replace(request_, tie_rule="hash:0")
-    first = named_sequences(prepare(hashed))
+    first = items_of_users(prepare(hashed))
     header, *rows = LOG.splitlines()
     (sources / "log.csv").write_text("\n".join([header, *rows[::-1]]) + "\n")
-    assert named_sequences(prepare(replace(hashed, out=request_.out.with_name("reversed")))) == first
+    assert items_of_users(prepare(replace(hashed, out=request_.out.with_name("reversed")))) == first
     other = {
-        seed: named_sequences(prepare(replace(hashed, out=request_.out.with_name(f"s{seed}"), tie_rule=f"hash:{seed}")))
+        seed: items_of_users(prepare(replace(hashed, out=request_.out.with_name(f"s{seed}"), tie_rule=f"hash:{seed}")))
         for seed in range(1, 6)
     }
     assert any(sequences != first for sequences in other.values())
@@ -143,19 +129,11 @@ def test_a_bad_row_writes_nothing(request_: PrepareRequest, sources: Path) -> No
     assert sorted(path.name for path in request_.out.parent.iterdir()) == ["sources"]
 
 
-def test_unknown_items_kept_have_empty_texts(request_: PrepareRequest, sources: Path) -> None:
-    (sources / "log.csv").write_text(LOG + "u1,unheard,9\n")
-    dataset = prepare(replace(request_, unknown_items="keep"))
-    assert dataset.items.ids[-1] == "unheard"
-    assert {name: column[-1] for name, column in dataset.items.fields.items()} == {"title": "", "brand": ""}
-    assert named_sequences(dataset)["u1"][-1] == "unheard"
-
-
 def test_catalogue_of_interacted_items_only(request_: PrepareRequest) -> None:
     dataset = prepare(replace(request_, catalogue="interacted"))
     assert dataset.items.ids == ["b", "a", "c"]
-    assert dataset.items.field("title") == ["Boot, Das", "Alien", "Cube"]
-    assert named_sequences(dataset) == {"u2": ["b", "c", "a"], "u1": ["b", "a", "c"]}
+    assert dataset.items.fields["title"] == ["Boot, Das", "Alien", "Cube"]
+    assert items_of_users(dataset) == {"u2": ["b", "c", "a"], "u1": ["b", "a", "c"]}
 
 
 def test_filters_drop_users_and_say_how_much(request_: PrepareRequest, sources: Path) -> None:
@@ -176,7 +154,7 @@ def test_without_an_item_file_the_catalogue_is_the_log(request_: PrepareRequest)
 
 
 def test_texts_can_be_left_as_they_are(request_: PrepareRequest) -> None:
-    assert prepare(replace(request_, clean=False)).items.field("brand") == [" x&amp;y ", "", "<b>z</b>", "NaN"]
+    assert prepare(replace(request_, clean=False)).items.fields["brand"] == [" x&amp;y ", "", "<b>z</b>", "NaN"]
 
 
 def recbole_folder(folder: Path, item_header: str = "item_id:token\tfilm_title:token_seq\trelease_year:token") -> Path:
@@ -195,7 +173,7 @@ def test_recbole_needs_no_options(tmp_path: Path) -> None:
         "title": ["The Usual Suspects (1995)", "Das Boot (1981)"],
         "release_year": ["1995", "1981"],
     }
-    assert named_sequences(dataset) == {"1": ["8", "7"]}
+    assert items_of_users(dataset) == {"1": ["8", "7"]}
     assert dataset.manifest.format == "recbole"
 
 
@@ -226,7 +204,7 @@ def test_arguments_of_tables(tmp_path: Path, sources: Path) -> None:
     )
     dataset = prepare(request)
     assert dataset.items.fields == {"title": ["Das Boot (1981)", "Alien (1979)", "Cube"], "plot": ["sea", "space", "x"]}
-    assert named_sequences(dataset) == {"u": ["b", "c"]}
+    assert items_of_users(dataset) == {"u": ["b", "c"]}
     assert dataset.manifest.counts["dropped_low_rating"] == 1
 
 
@@ -263,18 +241,3 @@ def test_a_missing_source_and_a_title_from_two_columns(request_: PrepareRequest)
         prepare(replace(request_, items=Path("nothing.csv")))
     with pytest.raises(ValueError, match="the field 'title' would come from two columns, got 'brand' and 'title'"):
         prepare(replace(request_, title_column="brand"))
-    columns = InteractionColumns(time="when")
-    with pytest.raises(ValueError, match=r"log\.csv: unknown column, got 'when'; available: user_id, item_id"):
-        prepare(replace(request_, columns=columns))
-
-
-def test_a_longer_log_equals_a_sort_in_python(request_: PrepareRequest, sources: Path) -> None:
-    rng = np.random.default_rng(0)
-    users, items, times = rng.integers(0, 50, 5000), rng.integers(0, 3, 5000), rng.integers(0, 90, 5000)
-    rows = [f"{user},{'abc'[item]},{time}" for user, item, time in zip(users, items, times, strict=True)]
-    (sources / "log.csv").write_text("user_id,item_id,timestamp\n" + "\n".join(rows) + "\n")
-    dataset = prepare(request_)
-    expected: dict[str, list[str]] = {}
-    for position in sorted(range(5000), key=lambda event: (times[event], event)):
-        expected.setdefault(str(users[position]), []).append("abc"[items[position]])
-    assert named_sequences(dataset) == expected

@@ -2,7 +2,7 @@
 
 import gzip
 import json
-import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def test_rows_become_sequences_and_the_split_is_the_sources(prepared: SequenceDa
     assert split.valid.targets.tolist() == [3, 5]
     assert len(split.test) == 0
     assert prepared.user_ids == ["a@train.0", "b@train.1", "b@train.2", "d", "v", "a@valid.1"]
-    assert prepared.items.field("title")[0] == "t0"
+    assert prepared.items.fields["title"][0] == "t0"
     assert split.rule == "as the source gives it, ties by file-order"
     assert make_split(prepared, "given").hash == split.hash == prepared.manifest.split_hash
 
@@ -161,18 +161,14 @@ def test_the_command_takes_it_and_refuses_options_that_would_do_nothing(
     source = ["--presplit", str(write(tmp_path / "source", train=TRAIN, valid=VALID))]
     assert main(["prepare", str(tmp_path / "out"), *source, "--no-clean", "--skip-bad-rows", "--no-progress"]) == 0
     assert "13 train_events, 4 train_sequences, 2 valid_rows" in capsys.readouterr().out
-    assert SequenceDataset.load(tmp_path / "out").items.field("title")[0] == "t0 <b>"
+    assert SequenceDataset.load(tmp_path / "out").items.fields["title"][0] == "t0 <b>"
     refused = ["--min-rating", "3", "--user-column", "who"]
     assert main(["prepare", str(tmp_path / "out2"), *source, *refused]) == 2
     message = "prepare: options must concern data that came split, got --user-column, --min-rating"
     assert message in capsys.readouterr().err
 
 
-def test_lastfm_has_the_published_counts(tmp_path: Path) -> None:
-    beside = Path(__file__).resolve().parents[3].parent / "shared" / "data"
-    folder = Path(os.environ.get("LASER_FAST_SHARED_DATA", beside)) / "lastfm"
-    if not folder.is_dir():
-        pytest.skip("needs the data set lastfm: set LASER_FAST_SHARED_DATA to the folder that holds it")
-    counts = given_split(prepare_presplit(folder, tmp_path / "out")).counts()
+def test_lastfm_has_the_published_counts(tmp_path: Path, shared_data: Callable[[str], Path]) -> None:
+    counts = given_split(prepare_presplit(shared_data("lastfm"), tmp_path / "out")).counts()
     assert (counts["train_sequences"], counts["train_events"], counts["valid_rows"]) == (976, 50_800, 122)
     assert counts["valid_rows_with_cold_target"] == counts["valid_rows_without_history"] == 0

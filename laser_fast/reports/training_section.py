@@ -1,34 +1,16 @@
 """How the training went: losses of each stage, validation of each epoch, speed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from laser_fast.reports.document import Block, Paragraph, Picture, Section, Table
+from laser_fast.reports.document import Block, Paragraph, Picture, Table
 from laser_fast.reports.plots import Line, bars, curves, over_epochs
-from laser_fast.reports.run_record import Epoch, RunRecord, stage_name
+from laser_fast.reports.subject import Epoch, RunRecord, stage_name
 
 _METRIC = "validation_NDCG@10"
-_NO_LOSSES = {
-    "step",
-    "time_s",
-    "text_tokens_per_s",
-    "micro_batches",
-    "peak_allocated_bytes",
-    "peak_reserved_bytes",
-    "learning_rate",
-    "balance",
-    "terms",  # the loss without the balance
-    "epoch",
-    _METRIC,
-}
-_MEANINGS = {
-    "loss": "all terms together",
-    "cross_entropy": "against the catalogue",
-    "contrastive": "contrastive",
-    "matching": "matching",
-    "generation": "generation",
-}
+_NO_LOSSES = {"step", "epoch", "time_s", "text_tokens_per_s", "micro_batches", "learning_rate", "balance"}
+_NO_LOSSES |= {"peak_allocated_bytes", "peak_reserved_bytes", "terms"}  # terms: the loss without the balance
+_MEANINGS = {"loss": "all terms together", "cross_entropy": "against the catalogue"}
 _TITLES = {"text": "Text stage", "pretrain": "Stage 1", "phase_a": "Stage 2, phase A", "phase_b": "Stage 2, phase B"}
-_OPTIONAL = "text"  # most runs have none, and need not say so
 _BEFORE_THE_LM = ("text", "pretrain")
 _EXPLAINED = {
     "text": "the text residual alone learns which texts follow which, from vectors that were computed once.",
@@ -41,30 +23,27 @@ _EXPLAINED = {
 }
 
 
-def training_section(record: RunRecord) -> Section:
-    """Section 2; a run without a line in its log has a sentence instead of curves."""
-    blocks: list[Block] = []
-    if not any("step" in epoch.values for epoch in record.epochs):
-        blocks.append(Paragraph("The log holds no finished epoch, so there is no curve to show.", "note"))
+def training_blocks(record: RunRecord) -> Iterator[Block]:
+    """A curve for every stage; a sentence instead where the log has no line of it."""
+    if any("step" in epoch.values for epoch in record.epochs):
+        yield Paragraph(
+            "Each point is the mean over one epoch, drawn at its last step; lower is better. Losses are in nats."
+        )
     else:
-        text = "Each point is the mean over one epoch, drawn at its last step; lower is better. Losses are in nats."
-        blocks.append(Paragraph(text))
+        yield Paragraph("The log holds no finished epoch, so there is no curve to show.", "note")
     for stage, title in _TITLES.items():
         epochs = [epoch for epoch in record.of_stage(stage) if "step" in epoch.values]
         if epochs:
-            blocks.append(_losses(stage, title, epochs, record.items_are_texts))
-        elif record.epochs and stage != _OPTIONAL:
-            blocks.append(Paragraph(f"{title}: this run has no epoch of it.", "note"))
-    measured = [epoch for epoch in record.epochs if _METRIC in epoch.values]
-    if measured:
-        blocks.append(_validation(record, measured))
-    timed = [epoch for epoch in record.epochs if "text_tokens_per_s" in epoch.values]
-    if timed:
-        blocks += [_speed([epoch for epoch in timed if epoch.stage not in _BEFORE_THE_LM] or timed), _table(record)]
+            yield _losses(stage, title, epochs, record.items_are_texts)
+        elif record.epochs and stage != "text":  # most runs have no text stage, and need not say so
+            yield Paragraph(f"{title}: this run has no epoch of it.", "note")
+    if measured := [epoch for epoch in record.epochs if _METRIC in epoch.values]:
+        yield _validation(record, measured)
+    if timed := [epoch for epoch in record.epochs if "text_tokens_per_s" in epoch.values]:
+        yield _speed([epoch for epoch in timed if epoch.stage not in _BEFORE_THE_LM] or timed)
+        yield _table(record)
     if record.shortages:
-        text = f"Memory ran out {record.shortages} times; the batches went through in smaller parts."
-        blocks.append(Paragraph(text, "note"))
-    return Section("Training", tuple(blocks))
+        yield Paragraph(f"Memory ran out {record.shortages} times; the batches went through in smaller parts.", "note")
 
 
 def loss_terms(epochs: Sequence[Epoch]) -> list[str]:
@@ -123,24 +102,20 @@ def _speed(epochs: list[Epoch]) -> Picture:
 
 
 def _table(record: RunRecord) -> Table:
-    def number(epoch: Epoch, name: str, form: str) -> str:
-        value = epoch.values.get(name)
-        return "-" if value is None else format(value, form)
-
-    header = ("epoch", "steps so far", "loss", "balance", "NDCG@10, validation", "seconds", "text tokens/s")
-    rows = tuple(
-        (
-            epoch.short + (" (kept)" if record.is_kept(epoch) else ""),
-            number(epoch, "step", ",d"),
-            number(epoch, "loss", ".4f"),
-            number(epoch, "balance", ".3f"),
-            number(epoch, _METRIC, ".4f"),
-            number(epoch, "time_s", ",.1f"),
-            number(epoch, "text_tokens_per_s", ",.0f"),
-        )
-        for epoch in record.epochs
+    columns = (
+        ("steps so far", "step", ",d"),
+        ("loss", "loss", ".4f"),
+        ("balance", "balance", ".3f"),
+        ("NDCG@10, validation", _METRIC, ".4f"),
+        ("seconds", "time_s", ",.1f"),
+        ("text tokens/s", "text_tokens_per_s", ",.0f"),
     )
+    rows = []
+    for epoch in record.epochs:
+        values = [(epoch.values.get(name), form) for _, name, form in columns]
+        cells = ["-" if value is None else format(value, form) for value, form in values]
+        rows.append((epoch.short + (" (kept)" if record.is_kept(epoch) else ""), *cells))
     kept = frozenset(place for place, epoch in enumerate(record.epochs) if record.is_kept(epoch))
     text = "T: the text stage, " if record.of_stage("text") else ""
     caption = f"{text}P: stage 1, A and B: the phases of stage 2. Seconds are those of the training steps alone."
-    return Table(header, rows, caption, strong=kept)
+    return Table(("epoch", *(title for title, _, _ in columns)), tuple(rows), caption, strong=kept)
