@@ -14,15 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from laser_fast.cli.prepare_arguments import add_prepare_arguments, request_from_arguments
+from laser_fast.cli.prepare import add_arguments, request_of
 from laser_fast.data import PrepareRequest, SequenceDataset, prepare
 from laser_fast.data.readers import InteractionColumns, read_interactions, read_items, read_rows
 
 
 def arguments_of(*arguments: object) -> PrepareRequest:
     parser = argparse.ArgumentParser(exit_on_error=False)
-    add_prepare_arguments(parser)
-    return request_from_arguments(parser.parse_args([str(argument) for argument in arguments]))
+    add_arguments(parser)
+    return request_of(parser.parse_args([str(argument) for argument in arguments]))
 
 
 def named(dataset: SequenceDataset) -> dict[str, list[str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from laser_fast.cli.prepare_arguments import add_prepare_arguments, request_from_arguments
+from laser_fast.cli import prepare as command
 from laser_fast.data import InteractionColumns, PrepareRequest, SequenceDataset, leave_one_out, prepare
 
 LOG = "user_id,item_id,timestamp\nu2,c,5\nu1,a,3\nu2,a,5\nu1,b,1\nu2,b,4\nu1,c,3\n"
@@ -43,8 +43,8 @@ def named_sequences(dataset: SequenceDataset) -> dict[str, list[str]]:
 
 def request_of(*arguments: object) -> PrepareRequest:
     parser = argparse.ArgumentParser(exit_on_error=False)
-    add_prepare_arguments(parser)
-    return request_from_arguments(parser.parse_args([str(argument) for argument in arguments]))
+    command.add_arguments(parser)
+    return command.request_of(parser.parse_args([str(argument) for argument in arguments]))
 
 
 def test_tables_by_hand(request_: PrepareRequest) -> None:

@@ -1,4 +1,4 @@
-"""Numbers of the command line, with the bounds that settings have in `config`."""
+"""Arguments that several commands have: numbers with the bounds that settings have in `config`, and `--set`."""
 
 import argparse
 import math
@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 MOST = 10**6
 """Of what a command loops over or holds at once: items of an answer, draws, resamples."""
-LARGEST_SEED = 2**32 - 1
 
 
 def whole_number(least: int, most: int = MOST) -> Callable[[str], float]:
@@ -30,3 +29,15 @@ def _number(kind: Callable[[str], float], rule: str, least: float, most: float) 
         return value
 
     return read
+
+
+def add_seed(parser: argparse.ArgumentParser, text: str) -> None:
+    """Add `--seed`, as large as NumPy takes it."""
+    parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=0, help=text)
+
+
+def add_settings(parser: argparse.ArgumentParser, example: str) -> None:
+    """Add `--set`, which changes the configuration."""
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help=f"override one setting, e.g. --set {example}"
+    )
