@@ -6,10 +6,9 @@ Nothing is looked at before `diagnose` is called, and nothing found there can ma
 from __future__ import annotations
 
 import importlib.util
-import json
 import platform
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 
 import laser_fast
@@ -224,23 +223,3 @@ def diagnose() -> list[Component]:
     for name in _OPERATIONS:
         components.append(_safely(f"op {name}", lambda: _operation(name), False))
     return components
-
-
-def _line(component: Component, width: int) -> str:
-    text = f"{'on ' if component.on else 'off'}  {component.name:<{width}}  {component.version:<16}  {component.reason}"
-    return (text + (f"  -> {component.remedy}" if component.remedy else "")).rstrip().replace("\n", " ")
-
-
-def print_report(json_output: bool = False) -> int:
-    """Print `diagnose()`, one line per component or as JSON.
-
-    Returns:
-        Exit code: 1 where something that laser_fast needs is off, else 0.
-    """
-    components = diagnose()
-    if json_output:
-        print(json.dumps({"version": laser_fast.__version__, "components": [asdict(c) for c in components]}, indent=1))
-    else:
-        width = max(len(component.name) for component in components)
-        print("\n".join(_line(component, width) for component in components))
-    return int(any(component.required and not component.on for component in components))

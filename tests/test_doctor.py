@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from laser_fast import doctor
+from laser_fast.cli import main
 from laser_fast.lm.attention import flash as attention_flash
 from laser_fast.ops import native, triton_kernels
 
@@ -35,7 +36,7 @@ def pretend_version(monkeypatch: pytest.MonkeyPatch, distribution: str, version:
 
 
 def test_every_component_and_operation_has_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor.print_report() == 0
+    assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(doctor.diagnose())
     for name in (
@@ -60,7 +61,7 @@ def test_every_operation_of_the_library_is_listed() -> None:
 
 
 def test_json_holds_the_same(capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor.print_report(json_output=True) == 0
+    assert main(["doctor", "--json"]) == 0
     parsed: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert parsed["version"] == metadata.version("laser-fast")
     assert [c["name"] for c in parsed["components"]] == [c.name for c in doctor.diagnose()]
@@ -85,7 +86,7 @@ def test_missing_required_component_fails_the_command(
 ) -> None:
     pretend_version(monkeypatch, "transformers", None)
     assert not report("transformers").on
-    assert doctor.print_report() == 1
+    assert main(["doctor"]) == 1
     assert "-> pip install transformers" in capsys.readouterr().out
 
 

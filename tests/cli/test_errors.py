@@ -22,18 +22,16 @@ import torch
 from safetensors.torch import load, save_file
 from tokenizers import Tokenizer
 
-from laser_fast import doctor
 from laser_fast.cli import main
 from laser_fast.config import PromptConfig
 from laser_fast.data import ItemTable
-from laser_fast.laser import laser_files as adapter_files
 from laser_fast.nn.text_residual import TextResidual
 from laser_fast.retrieval.requests import Recommendation, pack_histories
 
 
 def run(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object], *arguments: str) -> int:
     """A command that does `act`."""
-    monkeypatch.setattr(doctor, "print_report", lambda json_output: act() and 0)
+    monkeypatch.setattr("laser_fast.cli.doctor.run", lambda parsed: act() and 0)
     return main([*arguments, "doctor"])
 
 
@@ -235,8 +233,8 @@ def evil_model(monkeypatch: pytest.MonkeyPatch) -> None:
     origin = SimpleNamespace(items=items, config=SimpleNamespace(prompt=prompt))
     model: Any = SimpleNamespace(item_ids=items.ids)
     model.recommend = lambda histories, k, exclude_seen: [[Recommendation(item, 0.5) for item in items.ids]]
-    monkeypatch.setattr("laser_fast.cli.commands._load_alone", lambda parsed: model)
-    monkeypatch.setattr(adapter_files, "origin_of", lambda model: origin)
+    monkeypatch.setattr("laser_fast.cli.recommend._load_alone", lambda parsed: model)
+    monkeypatch.setattr("laser_fast.laser.laser_files.origin_of", lambda model: origin)
 
 
 def test_recommend_shows_any_title_on_its_line(evil_model: None, capsys: pytest.CaptureFixture[str]) -> None:
