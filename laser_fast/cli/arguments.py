@@ -4,11 +4,11 @@ import argparse
 import math
 from collections.abc import Callable
 
-MOST = 10**6
-"""Of what a command loops over or holds at once: items of an answer, draws, resamples."""
+_MOST = 10**6  # items of an answer, draws, resamples: what a command loops over or holds at once
+LARGEST_SEED = 2**32 - 1
 
 
-def whole_number(least: int, most: int = MOST) -> Callable[[str], float]:
+def whole_number(least: int, most: int = _MOST) -> Callable[[str], float]:
     """The `type` of an argument that is a whole number between two bounds, both included."""
     return _number(int, f"a whole number from {least} to {most}", least, most)
 
@@ -29,11 +29,6 @@ def _number(kind: Callable[[str], float], rule: str, least: float, most: float) 
         return value
 
     return read
-
-
-def add_seed(parser: argparse.ArgumentParser, text: str) -> None:
-    """Add `--seed`, as large as NumPy takes it."""
-    parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=0, help=text)
 
 
 def add_settings(parser: argparse.ArgumentParser, example: str) -> None:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from laser_fast.cli.arguments import add_seed, add_settings, whole_number
+from laser_fast.cli.arguments import LARGEST_SEED, add_settings, whole_number
 from laser_fast.config import (
     RecommenderConfig,
     SplitConfig,
@@ -38,7 +38,8 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", help="new folder for the trained recommender")
     parser.add_argument("--kind", choices=("sasrec", "gru4rec"), help="which of them (default: what the config says)")
     parser.add_argument("--config", help="YAML file with settings of the recommender")
-    add_seed(parser, "of weights, batches and folds (default: 0)")
+    seed = "of weights, batches and folds (default: 0)"
+    parser.add_argument("--seed", type=whole_number(0, LARGEST_SEED), default=0, help=seed)
     folds = "also K models that have each not seen the users of one fold, for Laser"
     parser.add_argument("--folds", type=int, metavar="K", help=folds)
     parser.add_argument("--resume", action="store_true", help="go on with the run in OUTPUT from its last whole state")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from laser_fast.cli.arguments import add_seed
+from laser_fast.cli.arguments import LARGEST_SEED, whole_number
 
 if TYPE_CHECKING:
     from laser_fast.config import LaserConfig
@@ -32,12 +32,12 @@ def add_measurement(command: argparse.ArgumentParser) -> None:
     """Add where the things are, which rows are ranked, and where the figures go."""
     add_places(command)
     command.add_argument("--split", choices=("test", "valid"), default="test")
-    add_seed(command, "of what is drawn")
+    command.add_argument("--seed", type=whole_number(0, LARGEST_SEED), default=0, help="of what is drawn")
     add_output(command)
 
 
 def add_output(command: argparse.ArgumentParser) -> None:
-    """Add where the figures go, for `write_figures`."""
+    """Add where `write_figures` writes."""
     command.add_argument("--output", help="also write the figures to this JSON file")
 
 

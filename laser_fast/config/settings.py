@@ -71,10 +71,10 @@ class Settings(BaseModel):
         return value
 
 
-AnySettings = TypeVar("AnySettings", bound=Settings)
+Model = TypeVar("Model", bound=BaseModel)
 
 
-def build_config(kind: type[AnySettings], values: Mapping[str, Any], where: str = "configuration") -> AnySettings:
+def build_config(kind: type[Model], values: Mapping[str, Any], where: str = "configuration") -> Model:
     """Validate `values` into `kind`.
 
     Args:
@@ -92,7 +92,7 @@ def build_config(kind: type[AnySettings], values: Mapping[str, Any], where: str 
     raise ValueError(problems)
 
 
-def load_config(kind: type[AnySettings], path: str | Path, overrides: Sequence[str] = ()) -> AnySettings:
+def load_config(kind: type[Model], path: str | Path, overrides: Sequence[str] = ()) -> Model:
     """Read a YAML file and apply `overrides` of the form `section.key=value` (the value is read as YAML).
 
     Raises:

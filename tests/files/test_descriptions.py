@@ -2,7 +2,8 @@
 
 import pytest
 
-from laser_fast.files.descriptions import Description, checked_description, parse_description
+from laser_fast.config import build_config
+from laser_fast.files.descriptions import Description, parse_description
 
 
 class _Part(Description):
@@ -59,4 +60,4 @@ def test_what_breaks_a_rule_is_named(content: str, message: str) -> None:
 
 def test_what_could_not_be_read_again_is_not_written() -> None:
     with pytest.raises(ValueError, match=r"load: whole\.json: weight: Input should be a finite number, got nan"):
-        checked_description(_Part, {"weight": float("nan")}, WHERE)
+        build_config(_Part, {"weight": float("nan")}, WHERE)
