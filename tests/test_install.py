@@ -114,12 +114,13 @@ def test_with_nvcc(sources: Path, fresh_python: str) -> None:
 def test_with_only_a_cxx_compiler(sources: Path, tmp_path: Path, fresh_python: str) -> None:
     path = path_without(tmp_path / "bin", _NVCC)
     editable, facts = install(fresh_python, sources, path, "-e"), install(fresh_python, sources, path)
-    assert editable | {"library": ""} == facts | {"library": ""}
+    library = editable.pop("library")  # the other lies where the test before had one, which a process loads once
+    assert editable == {name: fact for name, fact in facts.items() if name != "library"}
     assert facts["level"] == "cpu"
     assert facts["reason"] == "no nvcc found (PATH, CUDA_HOME) when it was installed"
     for name in OPERATIONS:
-        assert exported(facts["library"], f"{name}_cpu")
-        assert not exported(facts["library"], f"{name}_cuda")
+        assert exported(library, f"{name}_cpu")
+        assert not exported(library, f"{name}_cuda")
 
 
 @pytest.mark.slow
