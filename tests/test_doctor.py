@@ -18,13 +18,15 @@ from laser_fast.cli import main
 from laser_fast.lm.attention import flash as attention_flash
 from laser_fast.ops import native, triton_kernels
 
+Patch, Printed = pytest.MonkeyPatch, pytest.CaptureFixture[str]
+
 
 def report(name: str) -> doctor.Component:
     (found,) = [component for component in doctor.diagnose() if component.name == name]
     return found
 
 
-def pretend_version(monkeypatch: pytest.MonkeyPatch, distribution: str, version: str | None) -> None:
+def pretend_version(monkeypatch: Patch, distribution: str, version: str | None) -> None:
     real = metadata.version
 
     def fake(name: str) -> str:
@@ -37,7 +39,7 @@ def pretend_version(monkeypatch: pytest.MonkeyPatch, distribution: str, version:
     monkeypatch.setattr(metadata, "version", fake)
 
 
-def test_every_component_and_operation_has_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_component_and_operation_has_one_line(capsys: Printed) -> None:
     components = doctor.diagnose()
     assert all(component.reason for component in components if not component.on)
     assert main(["doctor"]) == 0
@@ -53,7 +55,7 @@ def test_every_component_and_operation_has_one_line(capsys: pytest.CaptureFixtur
     assert parsed["components"] == [asdict(component) for component in components]
 
 
-def test_unsafe_transformers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsafe_transformers_is_named(monkeypatch: Patch) -> None:
     pretend_version(monkeypatch, "transformers", "5.2.9")
     assert report("transformers").reason.startswith("UNSAFE")
     assert "pip install -U transformers" in report("transformers").remedy
@@ -62,22 +64,20 @@ def test_unsafe_transformers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "outside what laser-fast needs" in report("transformers").reason
 
 
-def test_missing_required_component_fails_the_command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("distribution", "status", "remedy"),
+    [("transformers", 1, "pip install transformers"), ("bitsandbytes", 0, 'pip install "laser-fast[4bit]"')],
+)
+def test_a_missing_required_component_fails_the_command(
+    distribution: str, status: int, remedy: str, monkeypatch: Patch, capsys: Printed
 ) -> None:
-    pretend_version(monkeypatch, "transformers", None)
-    assert not report("transformers").on
-    assert main(["doctor"]) == 1
-    assert "-> pip install transformers" in capsys.readouterr().out
+    pretend_version(monkeypatch, distribution, None)
+    assert not report(distribution).on and remedy in report(distribution).remedy
+    assert main(["doctor"]) == status
+    assert f"-> {report(distribution).remedy}" in capsys.readouterr().out
 
 
-def test_missing_bitsandbytes_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_version(monkeypatch, "bitsandbytes", None)
-    assert not report("bitsandbytes").on
-    assert 'pip install "laser-fast[4bit]"' in report("bitsandbytes").remedy
-
-
-def test_missing_library_is_reported_with_reason_and_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_library_is_reported_with_reason_and_reference(monkeypatch: Patch) -> None:
     absent = native.NativeLibrary("none", "no C++ compiler found when it was installed", None)
     monkeypatch.setattr(native, "load_native", lambda: absent)
     assert not report("compiled library").on
@@ -94,7 +94,7 @@ def test_library_in_use_is_reported() -> None:
     assert report("op inject_prefix_kv").version == wanted
 
 
-def test_missing_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_triton(monkeypatch: Patch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     assert (report("Triton").on, report("Triton").reason) == (False, "not installed")
 
@@ -107,9 +107,7 @@ def test_missing_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         ("the device is sm_75, the kernels need sm_80 or newer", "torch reference", ""),
     ],
 )
-def test_operations_with_a_triton_kernel(
-    absence: str, version: str, remedy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_operations_with_a_triton_kernel(absence: str, version: str, remedy: str, monkeypatch: Patch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(triton_kernels, "triton_absence", lambda index: absence)
@@ -128,7 +126,7 @@ def test_operations_with_a_triton_kernel(
         ("buckets", False, "this torch has none; packed attention runs on torch's scaled_dot_product_attention"),
     ],
 )
-def test_the_attention_that_runs(chosen: str, on: bool, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_attention_that_runs(chosen: str, on: bool, reason: str, monkeypatch: Patch) -> None:
     monkeypatch.setattr(attention_flash, "choose_fast", lambda kind, device, grouped: (chosen, None))
     assert not report("flash attention").on or torch.cuda.is_available()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -137,7 +135,7 @@ def test_the_attention_that_runs(chosen: str, on: bool, reason: str, monkeypatch
     assert line.reason.startswith(reason)
 
 
-def test_a_probe_that_fails_becomes_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_that_fails_becomes_a_line(monkeypatch: Patch) -> None:
     def broken() -> bool:
         raise RuntimeError("driver mismatch")
 
@@ -146,7 +144,7 @@ def test_a_probe_that_fails_becomes_a_line(monkeypatch: pytest.MonkeyPatch) -> N
     assert report("CUDA device").reason == "RuntimeError: driver mismatch"
 
 
-def test_looking_changes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_looking_changes_no_file(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
     doctor.diagnose()
     assert list(tmp_path.iterdir()) == []

@@ -23,7 +23,10 @@ ROOT = Path(__file__).resolve().parents[1]
 if not (ROOT / "setup.py").is_file():
     pytest.skip("needs the source tree, not only the tests", allow_module_level=True)
 
+Patch, Printed = pytest.MonkeyPatch, pytest.CaptureFixture[str]
 OPERATIONS = ("inject_prefix_kv", "inject_prefix_kv_backward", "inject_prefix_kv_layers")
+_PIP = pytest.mark.usefixtures("package_index")
+_NEEDS_CXX = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on PATH")
 _NVCC = re.compile(r"nvcc(-.*)?")
 _CXX = re.compile(r"(.+-)?(c\+\+|g\+\+|clang\+\+|gcc|cc|clang|c89|c99)(-[\d.]+)?")
 
@@ -97,9 +100,9 @@ def exported(library: str, name: str) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("package_index")
+@_PIP
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
-@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on PATH")
+@_NEEDS_CXX
 def test_with_nvcc(sources: Path, fresh_python: str) -> None:
     facts = install(fresh_python, sources, os.environ["PATH"], TORCH_CUDA_ARCH_LIST="8.0+PTX")
     assert (facts["level"], facts["reason"]) == ("cuda", "")
@@ -109,8 +112,8 @@ def test_with_nvcc(sources: Path, fresh_python: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("package_index")
-@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on PATH")
+@_PIP
+@_NEEDS_CXX
 def test_with_only_a_cxx_compiler(sources: Path, tmp_path: Path, fresh_python: str) -> None:
     path = path_without(tmp_path / "bin", _NVCC)
     editable, facts = install(fresh_python, sources, path, "-e"), install(fresh_python, sources, path)
@@ -124,19 +127,18 @@ def test_with_only_a_cxx_compiler(sources: Path, tmp_path: Path, fresh_python: s
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("package_index")
+@_PIP
 def test_with_no_compiler(sources: Path, tmp_path: Path, fresh_python: str) -> None:
     facts = install(fresh_python, sources, path_without(tmp_path / "bin", _NVCC, _CXX))
     assert (facts["level"], facts["reason"]) == ("none", "no C++ compiler found when it was installed")
 
 
 @pytest.fixture
-def setup_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def setup_module(monkeypatch: Patch) -> ModuleType:
     for name in ("CUDA_HOME", "CUDA_PATH", "CXX", "LASER_FAST_BUILD", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS"):
         monkeypatch.delenv(name, raising=False)
     specification = importlib.util.spec_from_file_location("laser_fast_setup", ROOT / "setup.py")
-    assert specification is not None
-    assert specification.loader is not None
+    assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
@@ -163,7 +165,7 @@ def test_default_targets_are_those_nvcc_knows_and_the_newest_has_ptx(setup_modul
     ]
 
 
-def test_the_arch_list_of_torch_is_honoured(setup_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_arch_list_of_torch_is_honoured(setup_module: ModuleType, monkeypatch: Patch) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a 12.0+PTX")
     assert setup_module.cuda_targets("unused") == [
         "-gencode=arch=compute_80,code=sm_80",
@@ -176,7 +178,7 @@ def test_the_arch_list_of_torch_is_honoured(setup_module: ModuleType, monkeypatc
         setup_module.cuda_targets("unused")
 
 
-def test_jobs(setup_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs(setup_module: ModuleType, monkeypatch: Patch) -> None:
     assert 1 <= setup_module.max_jobs() <= (os.cpu_count() or 1)
     page = os.sysconf("SC_PAGE_SIZE")
     real: Callable[[str], int] = os.sysconf
@@ -188,7 +190,7 @@ def test_jobs(setup_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.fixture
-def cxx(setup_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def cxx(setup_module: ModuleType, tmp_path: Path, monkeypatch: Patch) -> None:
     """A C++ compiler that makes an empty file of everything."""
     make = 'while [ "$1" != -o ]; do shift; done; : > "$2"'
     monkeypatch.setenv("CXX", str(program(tmp_path / "compiler", make)))
@@ -196,11 +198,7 @@ def cxx(setup_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.usefixtures("cxx")
 def test_a_failing_cuda_build_falls_back_loudly(
-    setup_module: ModuleType,
-    old_nvcc: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    setup_module: ModuleType, old_nvcc: Path, tmp_path: Path, monkeypatch: Patch, capfd: Printed
 ) -> None:
     monkeypatch.setenv("CUDA_HOME", str(old_nvcc.parents[1]))
     library, facts = setup_module.compile_library(tmp_path / "build")
@@ -211,7 +209,7 @@ def test_a_failing_cuda_build_falls_back_loudly(
 
 @pytest.mark.usefixtures("cxx")
 def test_a_second_build_compiles_nothing(
-    setup_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    setup_module: ModuleType, tmp_path: Path, monkeypatch: Patch, capfd: Printed
 ) -> None:
     monkeypatch.setenv("LASER_FAST_BUILD", "cpu")
     for expected in ("-shared", "no work to do"):
@@ -221,7 +219,7 @@ def test_a_second_build_compiles_nothing(
 
 @pytest.mark.usefixtures("cxx")
 def test_a_demanded_build_fails_where_it_cannot_be_had(
-    setup_module: ModuleType, old_nvcc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    setup_module: ModuleType, old_nvcc: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.setenv("LASER_FAST_BUILD", "cuda")
     for name, value, reason in (
@@ -234,7 +232,7 @@ def test_a_demanded_build_fails_where_it_cannot_be_had(
             setup_module.compile_library(tmp_path / "build")
 
 
-def test_no_build_and_nonsense(setup_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_build_and_nonsense(setup_module: ModuleType, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setenv("LASER_FAST_BUILD", "none")
     assert setup_module.compile_library(tmp_path) == (None, {"level": "none", "reason": "LASER_FAST_BUILD=none"})
     monkeypatch.setenv("LASER_FAST_BUILD", "gpu")

@@ -13,16 +13,7 @@ if TYPE_CHECKING:
 
 _GB = 10**9
 _SOURCES = ("recbole", "interactions", "movielens", "items", "amazon_2018", "amazon_2023")
-_PRESPLIT_OPTIONS = (
-    "out",
-    "presplit",
-    "item_id_column",
-    "text_columns",
-    "clean",
-    "skip_bad_rows",
-    "no_progress",
-    "overwrite",
-)
+_PRESPLIT = ("out", "presplit", "item_id_column", "text_columns", "clean", "skip_bad_rows", "no_progress", "overwrite")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,7 +115,7 @@ def run(parsed: argparse.Namespace) -> None:
     useless = [
         f"--{name.replace('_', '-')}"
         for name, default in vars(parser.parse_args(["", "--presplit", ""])).items()
-        if name not in _PRESPLIT_OPTIONS and getattr(parsed, name) != default
+        if name not in _PRESPLIT and getattr(parsed, name) != default
     ]
     if useless:
         raise ValueError(f"prepare: options must concern data that came split, got {', '.join(useless)}")

@@ -16,21 +16,20 @@ if TYPE_CHECKING:
 
 
 def add_run(command: argparse.ArgumentParser) -> None:
-    """Add one run, and where the things are now that it was built on."""
+    """Add one run, and what it was built on."""
     command.add_argument("model", metavar="RUN", help="run directory written by train")
-    add_places(command)
+    _add_places(command)
 
 
-def add_places(command: argparse.ArgumentParser) -> None:
-    """Add where the things are now that a run was built on."""
+def _add_places(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data", help="where the data set is now, if it moved")
     command.add_argument("--recommender", help="where the recommender is now, if it moved")
     command.add_argument("--llm", help="where the language model is now, or hub:OWNER/NAME to fetch it")
 
 
 def add_measurement(command: argparse.ArgumentParser) -> None:
-    """Add where the things are, which rows are ranked, and where the figures go."""
-    add_places(command)
+    """Add what the runs were built on, which rows are ranked, and where the figures go."""
+    _add_places(command)
     command.add_argument("--split", choices=("test", "valid"), default="test")
     command.add_argument("--seed", type=whole_number(0, LARGEST_SEED), default=0, help="of what is drawn")
     add_output(command)

@@ -118,25 +118,21 @@ def test_a_section_given_in_part_keeps_the_default_of_its_place() -> None:
     assert training.pretrain.epochs == 0
 
 
-def test_malformed_files_and_overrides(tmp_path: Path) -> None:
-    path = tmp_path / "config.yaml"
-    path.write_text("width: [", encoding="utf-8")
-    with pytest.raises(ValueError, match="must be YAML"):
-        load_config(RecommenderConfig, path)
-    path.write_text("- 1", encoding="utf-8")
-    with pytest.raises(ValueError, match="must hold keys and values, got a list"):
-        load_config(RecommenderConfig, path)
-    path.write_text("width: -1", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"^\S*config\.yaml: width: Input should be greater than .*, got -1$"):
-        load_config(RecommenderConfig, path)
-    with pytest.raises(ValueError, match=r"config\.yaml with overrides: epochs: Input should be less than .*0{12}"):
-        load_config(RecommenderConfig, path, ["width=8", "epochs=1000000000000"])
-    with pytest.raises(ValueError, match="must read section.key=value, got 'epochs'"):
-        apply_overrides({}, ["epochs"])
-    with pytest.raises(ValueError, match="'lm' in override 'lm.path=x' must be a section, got 3"):
-        apply_overrides({"lm": 3}, ["lm.path=x"])
-    with pytest.raises(FileNotFoundError):
-        load_config(RecommenderConfig, tmp_path / "nowhere.yaml")
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("width: [", [], "must be YAML"),
+        ("- 1", [], "must hold keys and values, got a list"),
+        ("width: -1", [], r"^\S*config\.yaml: width: Input should be greater than .*, got -1$"),
+        ("width: 8", ["epochs=1000000000000"], r"yaml with overrides: epochs: Input should be less than .*0{12}"),
+        ("width: 8", ["epochs"], "must read section.key=value, got 'epochs'"),
+        ("width: 8", ["width.x=1"], "'width' in override 'width.x=1' must be a section, got 8"),
+    ],
+)
+def test_malformed_files_and_overrides(text: str, overrides: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        load_config(RecommenderConfig, tmp_path / "config.yaml", overrides)
 
 
 def numeric_fields() -> list[tuple[type[Settings], str]]:
