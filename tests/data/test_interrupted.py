@@ -23,7 +23,8 @@ SEED = 7
 KILLER = """
 import os, signal, sys, time
 from pathlib import Path
-from laser_fast.data import PrepareRequest, folders, prepare
+from laser_fast.data import PrepareRequest, prepare
+from laser_fast.files import folders
 folders.sync = lambda path: None  # a killed process leaves its files to the system, synced or not
 for line in sys.stdin:
     rule, seconds = line.split()[0], float(line.split()[1])
