@@ -90,7 +90,7 @@ def write_ninja(level: str, folder: Path, cxx: str, nvcc: str | None) -> None:
     flags = f"-O3 -std=c++17 -isystem '{ffi / 'include'}'"
     libraries = f"'-L{ffi / 'lib'}' -ltvm_ffi -lpthread"  # threads are part of libc since glibc 2.34 only
     text = io.StringIO()
-    ninja = Writer(text)
+    ninja = Writer(text)  # type: ignore[arg-type]  # its stub takes a stream for a string
     warned = f"{flags} -fPIC -fvisibility=hidden -Wall -Wextra"
     ninja.rule("cxx", f"'{cxx}' -MMD -MF $out.d {warned} -c $in -o $out", depfile="$out.d", deps="gcc")
     link = f"'{cxx}' -shared"
@@ -103,8 +103,8 @@ def write_ninja(level: str, folder: Path, cxx: str, nvcc: str | None) -> None:
     sources = CPU_SOURCES + (CUDA_SOURCES if level == "cuda" else ())
     objects = [f"{source}.o" for source in sources]
     for source, target in zip(sources, objects, strict=True):
-        ninja.build(target, "nvcc" if source in CUDA_SOURCES else "cxx", str(ROOT / "csrc" / source))
-    ninja.build(LIBRARY, "link", objects)
+        ninja.build([target], "nvcc" if source in CUDA_SOURCES else "cxx", [str(ROOT / "csrc" / source)])
+    ninja.build([LIBRARY], "link", objects)
     ninja.default(LIBRARY)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "build.ninja"
