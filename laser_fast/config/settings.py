@@ -36,7 +36,8 @@ class Settings(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_retired(cls, values: Any) -> Any:
+    def _read_older_and_partial(cls, values: Any) -> Any:
+        """Drop what is retired, and keep the default of a section's place, which says more than that of its kind."""
         if not isinstance(values, dict):
             return values
         kept = dict(values)
@@ -47,20 +48,11 @@ class Settings(BaseModel):
                     f"{name} is no setting any more and must be {only!r}, got {value!r}; remove it, or use the version "
                     "of laser_fast that wrote it"
                 )
-        return kept
-
-    @model_validator(mode="before")
-    @classmethod
-    def _keep_defaults_of_sections(cls, values: Any) -> Any:
-        """What pydantic would drop: the default of a place says more than that of its kind."""
-        if not isinstance(values, dict):
-            return values
-        kept = {}
         for name, field in cls.model_fields.items():
-            given = values.get(name)
+            given = kept.get(name)
             if isinstance(given, Mapping) and isinstance(field.default, Settings):
                 kept[name] = field.default.model_dump(exclude_unset=True) | dict(given)
-        return values | kept
+        return kept
 
     @field_validator("*", mode="before")
     @classmethod
