@@ -8,6 +8,7 @@ TORCH_CUDA_ARCH_LIST (e.g. "8.0;9.0+PTX"); MAX_JOBS (default: one job per 4 GiB 
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import os
 import re
@@ -81,39 +82,34 @@ def tvm_ffi_copy() -> Path:
     return copy
 
 
-def ninja_escape(text: object) -> str:
-    return str(text).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-
-
 def write_ninja(level: str, folder: Path, cxx: str, nvcc: str | None) -> None:
     """Write build.ninja, unless it is there already with the same text (ninja then rebuilds only what changed)."""
+    from ninja.ninja_syntax import Writer
+
     ffi = tvm_ffi_copy()
     flags = f"-O3 -std=c++17 -isystem '{ffi / 'include'}'"
-    link = f"'-L{ffi / 'lib'}' -ltvm_ffi -lpthread"  # threads are part of libc since glibc 2.34 only
+    libraries = f"'-L{ffi / 'lib'}' -ltvm_ffi -lpthread"  # threads are part of libc since glibc 2.34 only
+    text = io.StringIO()
+    ninja = Writer(text)  # type: ignore[arg-type]  # its stub takes a stream for a string
+    warned = f"{flags} -fPIC -fvisibility=hidden -Wall -Wextra"
+    ninja.rule("cxx", f"'{cxx}' -MMD -MF $out.d {warned} -c $in -o $out", depfile="$out.d", deps="gcc")
+    link = f"'{cxx}' -shared"
+    if level == "cuda":
+        hidden = f"-ccbin '{cxx}' -Xcompiler -fPIC,-fvisibility=hidden {' '.join(cuda_targets(str(nvcc)))}"
+        compile_cuda = f"'{nvcc}' -MD -MF $out.d {flags} {hidden} -c $in -o $out"
+        ninja.rule("nvcc", compile_cuda, depfile="$out.d", deps="gcc")
+        link = f"'{nvcc}' -shared -ccbin '{cxx}'"  # with a static cudart
+    ninja.rule("link", f"{link} $in -o $out {libraries}")
     sources = CPU_SOURCES + (CUDA_SOURCES if level == "cuda" else ())
     objects = [f"{source}.o" for source in sources]
-    lines = [
-        "ninja_required_version = 1.5",
-        f"rule cxx\n  command = '{cxx}' -MMD -MF $out.d {flags} -fPIC -fvisibility=hidden -Wall -Wextra -c $in -o $out",
-        "  depfile = $out.d\n  deps = gcc",
-    ]
-    if level == "cuda":
-        nvcc_flags = f"{flags} -ccbin '{cxx}' -Xcompiler -fPIC,-fvisibility=hidden {' '.join(cuda_targets(str(nvcc)))}"
-        lines.append(f"rule nvcc\n  command = '{nvcc}' -MD -MF $out.d {nvcc_flags} -c $in -o $out")
-        lines.append("  depfile = $out.d\n  deps = gcc")
-        lines.append(
-            f"rule link\n  command = '{nvcc}' -shared -ccbin '{cxx}' $in -o $out {link}"
-        )  # with a static cudart
-    else:
-        lines += [f"rule link\n  command = '{cxx}' -shared $in -o $out {link}"]
     for source, target in zip(sources, objects, strict=True):
-        rule = "nvcc" if source in CUDA_SOURCES else "cxx"
-        lines.append(f"build {target}: {rule} {ninja_escape(ROOT / 'csrc' / source)}")
-    lines.append(f"build {LIBRARY}: link {' '.join(objects)}\ndefault {LIBRARY}\n")
+        ninja.build([target], "nvcc" if source in CUDA_SOURCES else "cxx", [str(ROOT / "csrc" / source)])
+    ninja.build([LIBRARY], "link", objects)
+    ninja.default(LIBRARY)
     folder.mkdir(parents=True, exist_ok=True)
-    file, text = folder / "build.ninja", "\n".join(lines)
-    if not file.exists() or file.read_text() != text:
-        file.write_text(text)
+    file = folder / "build.ninja"
+    if not file.exists() or file.read_text() != text.getvalue():
+        file.write_text(text.getvalue())
 
 
 def compile_library(folder: Path) -> tuple[Path | None, dict[str, Any]]:

@@ -6,11 +6,12 @@ Nothing is looked at before `diagnose` is called, and nothing found there can ma
 from __future__ import annotations
 
 import importlib.util
-import json
 import platform
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
+from typing import NamedTuple
 
 import laser_fast
 
@@ -28,6 +29,7 @@ _OPERATIONS = (
     "rms_norm",
 )
 _COMPILED_OPERATIONS = ("inject_prefix_kv", "inject_prefix_kv_layers")
+_REFERENCE = "torch reference"
 _PLAIN_OPERATIONS = ("gated_product", "rms_norm")  # functions over Triton kernels, which no registry knows
 
 
@@ -37,11 +39,11 @@ class Component:
 
     Attributes:
         name: "torch", "Triton", "op route_experts", ...
-        version: Of the component, or the backend an operation runs on; empty where there is none.
-        on: Whether it is used.
-        reason: Why it is on or off, or a warning; may be empty for one that is on.
-        remedy: What to do about it; empty where nothing is to be done.
-        required: Whether laser_fast cannot work without it.
+        version: of the component, or the backend that an operation runs on; empty where there is none.
+        on: whether it is used.
+        reason: why it is on or off, or a warning; may be empty for one that is on.
+        remedy: what to do about it; empty where nothing is to be done.
+        required: whether laser_fast cannot work without it.
     """
 
     name: str
@@ -52,18 +54,20 @@ class Component:
     required: bool = False
 
 
+class _Found(NamedTuple):
+    """What a probe tells of its component; see `Component`."""
+
+    version: str = ""
+    on: bool = True
+    reason: str = ""
+    remedy: str = ""
+
+
 def _version(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _importable(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False
 
 
 def _older_than_required(distribution: str) -> str:
@@ -80,167 +84,142 @@ def _older_than_required(distribution: str) -> str:
     return f"{installed} is outside what laser-fast needs ({bounds})"
 
 
-def _python() -> Component:
+def _python() -> _Found:
     system = f"{platform.system()} {platform.machine()}"
-    return Component("Python", platform.python_version(), True, f"{platform.python_implementation()} on {system}")
+    return _Found(platform.python_version(), True, f"{platform.python_implementation()} on {system}")
 
 
-def _laser_fast() -> Component:
+def _laser_fast() -> _Found:
     if _version("laser-fast") is None:
-        return Component("laser_fast", laser_fast.__version__, True, "imported, not installed", "pip install -e .")
-    return Component("laser_fast", laser_fast.__version__, True)
+        return _Found(laser_fast.__version__, True, "imported, not installed", "pip install -e .")
+    return _Found(laser_fast.__version__)
 
 
-def _torch() -> Component:
+def _torch() -> _Found:
     import torch
 
     build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     outside = _older_than_required("torch")
-    remedy = "pip install -U torch" if outside else ""
-    return Component("torch", torch.__version__, True, "; ".join(filter(None, [build, outside])), remedy, required=True)
+    reason = "; ".join(filter(None, [build, outside]))
+    return _Found(torch.__version__, True, reason, "pip install -U torch" if outside else "")
 
 
-def _cuda_device() -> Component:
+def _cuda_device() -> _Found:
     import torch
 
     if torch.cuda.is_available():
         device = torch.cuda.get_device_properties(torch.cuda.current_device())
         memory = f"{device.total_memory / 2**30:.0f} GiB"
-        return Component("CUDA device", f"sm_{device.major}{device.minor}", True, f"{device.name}, {memory}")
+        return _Found(f"sm_{device.major}{device.minor}", True, f"{device.name}, {memory}")
     if torch.version.cuda is None:
-        return Component("CUDA device", "", False, "torch is a CPU build", "for a GPU, install a CUDA build of torch")
-    return Component("CUDA device", "", False, "torch sees no device", "check the driver with nvidia-smi")
+        return _Found("", False, "torch is a CPU build", "for a GPU, install a CUDA build of torch")
+    return _Found("", False, "torch sees no device", "check the driver with nvidia-smi")
 
 
-def _triton() -> Component:
+def _triton() -> _Found:
     import torch
 
-    version = _version("triton")
-    if not _importable("triton"):
-        wanted = "pip install triton" if torch.cuda.is_available() else ""
-        return Component("Triton", "", False, "not installed", wanted)
-    if not torch.cuda.is_available():
-        return Component("Triton", version or "", False, "no CUDA device; kernels run in Triton's interpreter in tests")
-    return Component("Triton", version or "", True)
+    try:
+        installed = importlib.util.find_spec("triton") is not None
+    except ValueError:  # sys.modules holds something that is no module
+        installed = False
+    gpu = torch.cuda.is_available()
+    if not installed:
+        return _Found("", False, "not installed", "pip install triton" if gpu else "")
+    return _Found(
+        _version("triton") or "", gpu, "" if gpu else "no CUDA device; kernels run in Triton's interpreter in tests"
+    )
 
 
-def _compiled_library() -> Component:
+def _compiled_library() -> _Found:
     from laser_fast.ops import native
 
     library = native.load_native()
     if library.level == "none":
-        return Component("compiled library", "", False, library.reason, native.REMEDY)
-    return Component("compiled library", f"for {library.level}", True, library.reason)
+        return _Found("", False, library.reason, native.REMEDY)
+    return _Found(f"for {library.level}", True, library.reason)
 
 
-def _transformers() -> Component:
+def _transformers() -> _Found:
     from packaging.version import Version
 
     version = _version("transformers")
     if version is None:
-        return Component("transformers", "", False, "not installed", "pip install transformers", required=True)
-    warning, remedy = _older_than_required("transformers"), "pip install -U transformers"
+        return _Found("", False, "not installed", "pip install transformers")
+    warning = _older_than_required("transformers")
     if Version(version) < Version(_UNSAFE_TRANSFORMERS):
         warning = f"UNSAFE: before {_UNSAFE_TRANSFORMERS} a model's config.json can run code without trust_remote_code"
-    return Component("transformers", version, True, warning, remedy if warning else "", required=True)
+    return _Found(version, True, warning, "pip install -U transformers" if warning else "")
 
 
-def _bitsandbytes() -> Component:
+def _bitsandbytes() -> _Found:
     version = _version("bitsandbytes")
     if version is None:
         remedy = 'for 4-bit models: pip install "laser-fast[4bit]"'
-        return Component("bitsandbytes", "", False, "not installed; models load in full or half precision", remedy)
-    return Component("bitsandbytes", version, True, "4-bit models can be loaded")
+        return _Found("", False, "not installed; models load in full or half precision", remedy)
+    return _Found(version, True, "4-bit models can be loaded")
 
 
-def _flash_attention() -> Component:
+def _flash_attention() -> _Found:
     import torch
 
-    from laser_fast.lm.attention import flash as attention_flash
+    from laser_fast.lm.attention import flash
 
-    name = "flash attention"
     fallback = "packed attention runs on torch's scaled_dot_product_attention, one call per bucket of lengths"
     if not torch.cuda.is_available():
-        return Component(name, "", False, f"no CUDA device; {fallback}")
-    kind, device = attention_flash.AttentionKind(causal=True, scale=1.0), torch.device("cuda", 0)
-    chosen, _ = attention_flash.choose_fast(kind, device, grouped=True)
-    if chosen == attention_flash.BUCKETS:
-        return Component(name, "", False, f"this torch has none; {fallback}", "pip install -U torch")
-    version = _version("flash-attn") if chosen == attention_flash.FLASH_ATTN else torch.__version__
-    return Component(name, version or "", True, f"{chosen}, in half precision")
+        return _Found("", False, f"no CUDA device; {fallback}")
+    kind, device = flash.AttentionKind(causal=True, scale=1.0), torch.device("cuda", 0)
+    chosen, _ = flash.choose_fast(kind, device, grouped=True)
+    if chosen == flash.BUCKETS:
+        return _Found("", False, f"this torch has none; {fallback}", "pip install -U torch")
+    version = _version("flash-attn") if chosen == flash.FLASH_ATTN else torch.__version__
+    return _Found(version or "", True, f"{chosen}, in half precision")
 
 
-def _operation(name: str) -> Component:
+def _operation(name: str) -> _Found:
     import torch
 
-    import laser_fast.ops
     from laser_fast.ops import native, triton_kernels
 
-    if not hasattr(laser_fast.ops, name):
-        return Component(f"op {name}", "", False, "not in this version")
     gpu = torch.cuda.is_available()
+    device = "CUDA" if gpu else "CPU"
     if name in _COMPILED_OPERATIONS:
         library = native.load_native()
         absence = native.cuda_absence(torch.cuda.current_device()) if gpu else ""
         if library.level != "none" and not absence:
-            return Component(f"op {name}", "compiled " + ("CUDA" if gpu else "CPU"), True)
-        reason = f"compiled {'CUDA' if gpu else 'CPU'} code: {absence or library.reason}"
-        return Component(f"op {name}", "torch reference", True, reason, native.REMEDY)
+            return _Found(f"compiled {device}")
+        return _Found(_REFERENCE, True, f"compiled {device} code: {absence or library.reason}", native.REMEDY)
     # the registry of torch.library tells whether an operation has a kernel of its own for the GPU
     has_kernel = name in _PLAIN_OPERATIONS or torch._C._dispatch_has_kernel_for_dispatch_key(
         f"laser_fast::{name}", "CUDA"
     )
     if not gpu or not has_kernel:
-        reason = "no GPU kernel in this version" if gpu else "no CUDA device"
-        return Component(f"op {name}", "torch reference", True, reason)
-    absence = triton_kernels.triton_absence(torch.cuda.current_device())
-    if absence:
-        remedy = triton_kernels.REMEDY if "not installed" in absence else ""
-        return Component(f"op {name}", "torch reference", True, absence, remedy)
-    return Component(f"op {name}", "Triton", True)
+        return _Found(_REFERENCE, True, "no GPU kernel in this version" if gpu else "no CUDA device")
+    if absence := triton_kernels.triton_absence(torch.cuda.current_device()):
+        return _Found(_REFERENCE, True, absence, triton_kernels.REMEDY if "not installed" in absence else "")
+    return _Found("Triton")
 
 
-def _safely(name: str, probe: Callable[[], Component], required: bool) -> Component:
-    try:
-        return probe()
-    except Exception as error:  # whatever is broken here is what the report is for
-        return Component(name, "", False, f"{type(error).__name__}: {error}", f"reinstall {name}", required)
+_COMPONENTS: dict[str, Callable[[], _Found]] = {
+    "Python": _python,
+    "laser_fast": _laser_fast,
+    "torch": _torch,
+    "CUDA device": _cuda_device,
+    "Triton": _triton,
+    "compiled library": _compiled_library,
+    "transformers": _transformers,
+    "bitsandbytes": _bitsandbytes,
+    "flash attention": _flash_attention,
+} | {f"op {name}": partial(_operation, name) for name in _OPERATIONS}
 
 
 def diagnose() -> list[Component]:
     """Look at every component and operation; never raises. Loads torch, and on a GPU starts a CUDA context."""
-    probes: list[tuple[str, Callable[[], Component], bool]] = [
-        ("Python", _python, True),
-        ("laser_fast", _laser_fast, True),
-        ("torch", _torch, True),
-        ("CUDA device", _cuda_device, False),
-        ("Triton", _triton, False),
-        ("compiled library", _compiled_library, False),
-        ("transformers", _transformers, True),
-        ("bitsandbytes", _bitsandbytes, False),
-        ("flash attention", _flash_attention, False),
-    ]
-    components = [_safely(name, probe, required) for name, probe, required in probes]
-    for name in _OPERATIONS:
-        components.append(_safely(f"op {name}", lambda: _operation(name), False))
+    components = []
+    for name, probe in _COMPONENTS.items():
+        try:
+            found = probe()
+        except Exception as error:  # whatever is broken here is what the report is for
+            found = _Found("", False, f"{type(error).__name__}: {error}", f"reinstall {name}")
+        components.append(Component(name, *found, required=name in ("torch", "transformers")))
     return components
-
-
-def _line(component: Component, width: int) -> str:
-    text = f"{'on ' if component.on else 'off'}  {component.name:<{width}}  {component.version:<16}  {component.reason}"
-    return (text + (f"  -> {component.remedy}" if component.remedy else "")).rstrip().replace("\n", " ")
-
-
-def print_report(json_output: bool = False) -> int:
-    """Print `diagnose()`, one line per component or as JSON.
-
-    Returns:
-        Exit code: 1 where something that laser_fast needs is off, else 0.
-    """
-    components = diagnose()
-    if json_output:
-        print(json.dumps({"version": laser_fast.__version__, "components": [asdict(c) for c in components]}, indent=1))
-    else:
-        width = max(len(component.name) for component in components)
-        print("\n".join(_line(component, width) for component in components))
-    return int(any(component.required and not component.on for component in components))

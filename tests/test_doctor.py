@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+import laser_fast.ops
 from laser_fast import doctor
+from laser_fast.cli import main
 from laser_fast.lm.attention import flash as attention_flash
 from laser_fast.ops import native, triton_kernels
+
+Patch, Printed = pytest.MonkeyPatch, pytest.CaptureFixture[str]
 
 
 def report(name: str) -> doctor.Component:
@@ -21,7 +26,7 @@ def report(name: str) -> doctor.Component:
     return found
 
 
-def pretend_version(monkeypatch: pytest.MonkeyPatch, distribution: str, version: str | None) -> None:
+def pretend_version(monkeypatch: Patch, distribution: str, version: str | None) -> None:
     real = metadata.version
 
     def fake(name: str) -> str:
@@ -34,44 +39,23 @@ def pretend_version(monkeypatch: pytest.MonkeyPatch, distribution: str, version:
     monkeypatch.setattr(metadata, "version", fake)
 
 
-def test_every_component_and_operation_has_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor.print_report() == 0
+def test_every_component_and_operation_has_one_line(capsys: Printed) -> None:
+    components = doctor.diagnose()
+    assert all(component.reason for component in components if not component.on)
+    assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(doctor.diagnose())
-    for name in (
-        "torch",
-        "CUDA device",
-        "Triton",
-        "compiled library",
-        "transformers",
-        "bitsandbytes",
-        "flash attention",
-    ):
+    assert [line.startswith("on ") for line in lines] == [component.on for component in components]
+    for name in ("torch", "CUDA device", "Triton", "compiled library", "transformers", "bitsandbytes"):
         assert sum(f"  {name}  " in line for line in lines) == 1, name
-    assert all(line.startswith(("on ", "off ")) for line in lines)
-
-
-def test_every_operation_of_the_library_is_listed() -> None:
-    import laser_fast.ops
-
     references = {name.removesuffix("_reference") for name in laser_fast.ops.__all__ if name.endswith("_reference")}
-    listed = {c.name.removeprefix("op ") for c in doctor.diagnose() if c.name.startswith("op ") and c.on}
-    assert listed == references
-
-
-def test_json_holds_the_same(capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor.print_report(json_output=True) == 0
+    assert {c.name.removeprefix("op ") for c in components if c.name.startswith("op ") and c.on} == references
+    assert main(["doctor", "--json"]) == 0
     parsed: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert parsed["version"] == metadata.version("laser-fast")
-    assert [c["name"] for c in parsed["components"]] == [c.name for c in doctor.diagnose()]
-    assert set(parsed["components"][0]) == {"name", "version", "on", "reason", "remedy", "required"}
+    assert parsed["components"] == [asdict(component) for component in components]
 
 
-def test_what_is_off_says_why() -> None:
-    assert all(component.reason for component in doctor.diagnose() if not component.on)
-
-
-def test_unsafe_transformers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsafe_transformers_is_named(monkeypatch: Patch) -> None:
     pretend_version(monkeypatch, "transformers", "5.2.9")
     assert report("transformers").reason.startswith("UNSAFE")
     assert "pip install -U transformers" in report("transformers").remedy
@@ -80,22 +64,20 @@ def test_unsafe_transformers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "outside what laser-fast needs" in report("transformers").reason
 
 
-def test_missing_required_component_fails_the_command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("distribution", "status", "remedy"),
+    [("transformers", 1, "pip install transformers"), ("bitsandbytes", 0, 'pip install "laser-fast[4bit]"')],
+)
+def test_a_missing_required_component_fails_the_command(
+    distribution: str, status: int, remedy: str, monkeypatch: Patch, capsys: Printed
 ) -> None:
-    pretend_version(monkeypatch, "transformers", None)
-    assert not report("transformers").on
-    assert doctor.print_report() == 1
-    assert "-> pip install transformers" in capsys.readouterr().out
+    pretend_version(monkeypatch, distribution, None)
+    assert not report(distribution).on and remedy in report(distribution).remedy
+    assert main(["doctor"]) == status
+    assert f"-> {report(distribution).remedy}" in capsys.readouterr().out
 
 
-def test_missing_bitsandbytes_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_version(monkeypatch, "bitsandbytes", None)
-    assert not report("bitsandbytes").on
-    assert 'pip install "laser-fast[4bit]"' in report("bitsandbytes").remedy
-
-
-def test_missing_library_is_reported_with_reason_and_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_library_is_reported_with_reason_and_reference(monkeypatch: Patch) -> None:
     absent = native.NativeLibrary("none", "no C++ compiler found when it was installed", None)
     monkeypatch.setattr(native, "load_native", lambda: absent)
     assert not report("compiled library").on
@@ -112,7 +94,7 @@ def test_library_in_use_is_reported() -> None:
     assert report("op inject_prefix_kv").version == wanted
 
 
-def test_missing_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_triton(monkeypatch: Patch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     assert (report("Triton").on, report("Triton").reason) == (False, "not installed")
 
@@ -125,9 +107,7 @@ def test_missing_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         ("the device is sm_75, the kernels need sm_80 or newer", "torch reference", ""),
     ],
 )
-def test_operations_with_a_triton_kernel(
-    absence: str, version: str, remedy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_operations_with_a_triton_kernel(absence: str, version: str, remedy: str, monkeypatch: Patch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(triton_kernels, "triton_absence", lambda index: absence)
@@ -146,7 +126,7 @@ def test_operations_with_a_triton_kernel(
         ("buckets", False, "this torch has none; packed attention runs on torch's scaled_dot_product_attention"),
     ],
 )
-def test_the_attention_that_runs(chosen: str, on: bool, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_attention_that_runs(chosen: str, on: bool, reason: str, monkeypatch: Patch) -> None:
     monkeypatch.setattr(attention_flash, "choose_fast", lambda kind, device, grouped: (chosen, None))
     assert not report("flash attention").on or torch.cuda.is_available()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -155,7 +135,7 @@ def test_the_attention_that_runs(chosen: str, on: bool, reason: str, monkeypatch
     assert line.reason.startswith(reason)
 
 
-def test_a_probe_that_fails_becomes_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_that_fails_becomes_a_line(monkeypatch: Patch) -> None:
     def broken() -> bool:
         raise RuntimeError("driver mismatch")
 
@@ -164,7 +144,7 @@ def test_a_probe_that_fails_becomes_a_line(monkeypatch: pytest.MonkeyPatch) -> N
     assert report("CUDA device").reason == "RuntimeError: driver mismatch"
 
 
-def test_looking_changes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_looking_changes_no_file(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
     doctor.diagnose()
     assert list(tmp_path.iterdir()) == []

@@ -23,7 +23,10 @@ ROOT = Path(__file__).resolve().parents[1]
 if not (ROOT / "setup.py").is_file():
     pytest.skip("needs the source tree, not only the tests", allow_module_level=True)
 
+Patch, Printed = pytest.MonkeyPatch, pytest.CaptureFixture[str]
 OPERATIONS = ("inject_prefix_kv", "inject_prefix_kv_backward", "inject_prefix_kv_layers")
+_PIP = pytest.mark.usefixtures("package_index")
+_NEEDS_CXX = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on PATH")
 _NVCC = re.compile(r"nvcc(-.*)?")
 _CXX = re.compile(r"(.+-)?(c\+\+|g\+\+|clang\+\+|gcc|cc|clang|c89|c99)(-[\d.]+)?")
 
@@ -45,15 +48,7 @@ def sources(tmp_path: Path) -> Path:
     built = shutil.ignore_patterns("_native", "__pycache__", "*.egg-info")
     for name in ("csrc", "kernels", "laser_fast"):
         shutil.copytree(ROOT / name, copy / name, ignore=built)
-    for name in (
-        "pyproject.toml",
-        "setup.py",
-        "README.md",
-        "LICENSE",
-        "MANIFEST.in",
-        "CHANGELOG.md",
-        "constraints.txt",
-    ):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in", "CHANGELOG.md"):
         shutil.copy(ROOT / name, copy / name)
     return copy
 
@@ -69,30 +64,33 @@ def path_without(folder: Path, *hidden: re.Pattern[str]) -> str:
     return str(folder)
 
 
-def install_both_ways(sources: Path, place: Path, path: str) -> dict[str, str]:
-    """`pip install -e .`, then `pip install .`, in one fresh environment; returns the build facts of the second."""
+@pytest.fixture(scope="module")
+def fresh_python(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The interpreter of an environment with nothing but pip."""
+    place = tmp_path_factory.mktemp("venv")
+    subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
+    return str(place / "bin" / "python")
+
+
+def install(python: str, sources: Path, path: str, *options: str, **variables: str) -> dict[str, str]:
+    """`pip install` of the sources; returns the build facts and the place of the library."""
     kept = ("CUDA_HOME", "CUDA_PATH", "CXX", "LASER_FAST_BUILD", "TORCH_CUDA_ARCH_LIST", "PYTHONPATH", "MAX_JOBS")
-    environment = {name: value for name, value in os.environ.items() if name not in kept} | {"PATH": path}
-    subprocess.run([sys.executable, "-m", "venv", str(place)], check=True, env=environment)
-    python = str(place / "bin" / "python")
-    facts = []
-    for arguments in (["-e", str(sources)], [str(sources)]):
-        command = [python, "-m", "pip", "install", "-v", "--no-deps", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
-        (build_environment,) = re.findall(r"Successfully installed (.*\bninja-.*)", done.stdout + done.stderr)
-        assert {name.rsplit("-", 1)[0] for name in build_environment.split()} >= {"apache-tvm-ffi", "setuptools"}
-        assert not re.search(r"\btorch\b", build_environment)
-        code = "import json, laser_fast, laser_fast.kernels as k; print(json.dumps([laser_fast.__file__, k.__file__]))"
-        shown = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=place, check=True)
-        package, kernels = (Path(file) for file in json.loads(shown.stdout))
-        assert package.is_relative_to(sources if "-e" in arguments else place)
-        assert kernels.is_relative_to(sources if "-e" in arguments else place)
-        facts.append(json.loads((package.parent / "_native" / "build.json").read_text(encoding="utf-8")))
-        library = package.parent / "_native" / "laser_fast_native.so"
-        assert library.exists() is (facts[-1]["level"] != "none")
-    assert facts[0] == facts[1]
-    return facts[1] | {"library": str(library)}
+    environment = {name: value for name, value in os.environ.items() if name not in kept} | {"PATH": path} | variables
+    command = [python, "-m", "pip", "install", "-v", "--no-deps", *options, str(sources)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    (build_environment,) = re.findall(r"Successfully installed (.*\bninja-.*)", done.stdout + done.stderr)
+    assert {name.rsplit("-", 1)[0] for name in build_environment.split()} >= {"apache-tvm-ffi", "setuptools"}
+    assert not re.search(r"\btorch\b", build_environment)
+    place = sources if "-e" in options else Path(python).parents[1]
+    code = "import json, laser_fast, laser_fast.kernels as k; print(json.dumps([laser_fast.__file__, k.__file__]))"
+    shown = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=sources.parent, check=True)
+    package, kernels = (Path(file) for file in json.loads(shown.stdout))
+    assert package.is_relative_to(place) and kernels.is_relative_to(place)
+    facts = json.loads((package.parent / "_native" / "build.json").read_text(encoding="utf-8"))
+    library = package.parent / "_native" / "laser_fast_native.so"
+    assert library.exists() is (facts["level"] != "none")
+    return dict(facts) | {"library": str(library)}
 
 
 def exported(library: str, name: str) -> bool:
@@ -102,46 +100,45 @@ def exported(library: str, name: str) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("package_index")
+@_PIP
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
-@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on PATH")
-def test_with_nvcc(sources: Path, tmp_path: Path) -> None:
-    facts = install_both_ways(sources, tmp_path / "venv", os.environ["PATH"])
+@_NEEDS_CXX
+def test_with_nvcc(sources: Path, fresh_python: str) -> None:
+    facts = install(fresh_python, sources, os.environ["PATH"], TORCH_CUDA_ARCH_LIST="8.0+PTX")
     assert (facts["level"], facts["reason"]) == ("cuda", "")
     for name in OPERATIONS:
         assert exported(facts["library"], f"{name}_cpu")
         assert exported(facts["library"], f"{name}_cuda")
-    ninja = (sources / "build" / "native" / "cuda" / "build.ninja").read_text(encoding="utf-8")
-    assert "code=sm_80" in ninja
-    assert re.search(r"-gencode=arch=compute_(\d+),code=compute_\1", ninja), "no PTX for cards to come"
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("package_index")
-@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on PATH")
-def test_with_only_a_cxx_compiler(sources: Path, tmp_path: Path) -> None:
-    facts = install_both_ways(sources, tmp_path / "venv", path_without(tmp_path / "bin", _NVCC))
+@_PIP
+@_NEEDS_CXX
+def test_with_only_a_cxx_compiler(sources: Path, tmp_path: Path, fresh_python: str) -> None:
+    path = path_without(tmp_path / "bin", _NVCC)
+    editable, facts = install(fresh_python, sources, path, "-e"), install(fresh_python, sources, path)
+    library = editable.pop("library")  # the other lies where the test before had one, which a process loads once
+    assert editable == {name: fact for name, fact in facts.items() if name != "library"}
     assert facts["level"] == "cpu"
     assert facts["reason"] == "no nvcc found (PATH, CUDA_HOME) when it was installed"
     for name in OPERATIONS:
-        assert exported(facts["library"], f"{name}_cpu")
-        assert not exported(facts["library"], f"{name}_cuda")
+        assert exported(library, f"{name}_cpu")
+        assert not exported(library, f"{name}_cuda")
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("package_index")
-def test_with_no_compiler(sources: Path, tmp_path: Path) -> None:
-    facts = install_both_ways(sources, tmp_path / "venv", path_without(tmp_path / "bin", _NVCC, _CXX))
+@_PIP
+def test_with_no_compiler(sources: Path, tmp_path: Path, fresh_python: str) -> None:
+    facts = install(fresh_python, sources, path_without(tmp_path / "bin", _NVCC, _CXX))
     assert (facts["level"], facts["reason"]) == ("none", "no C++ compiler found when it was installed")
 
 
 @pytest.fixture
-def setup_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def setup_module(monkeypatch: Patch) -> ModuleType:
     for name in ("CUDA_HOME", "CUDA_PATH", "CXX", "LASER_FAST_BUILD", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS"):
         monkeypatch.delenv(name, raising=False)
     specification = importlib.util.spec_from_file_location("laser_fast_setup", ROOT / "setup.py")
-    assert specification is not None
-    assert specification.loader is not None
+    assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
@@ -168,7 +165,7 @@ def test_default_targets_are_those_nvcc_knows_and_the_newest_has_ptx(setup_modul
     ]
 
 
-def test_the_arch_list_of_torch_is_honoured(setup_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_arch_list_of_torch_is_honoured(setup_module: ModuleType, monkeypatch: Patch) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a 12.0+PTX")
     assert setup_module.cuda_targets("unused") == [
         "-gencode=arch=compute_80,code=sm_80",
@@ -181,7 +178,7 @@ def test_the_arch_list_of_torch_is_honoured(setup_module: ModuleType, monkeypatc
         setup_module.cuda_targets("unused")
 
 
-def test_jobs(setup_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs(setup_module: ModuleType, monkeypatch: Patch) -> None:
     assert 1 <= setup_module.max_jobs() <= (os.cpu_count() or 1)
     page = os.sysconf("SC_PAGE_SIZE")
     real: Callable[[str], int] = os.sysconf
@@ -192,52 +189,50 @@ def test_jobs(setup_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None
     assert setup_module.max_jobs() == 7
 
 
+@pytest.fixture
+def cxx(setup_module: ModuleType, tmp_path: Path, monkeypatch: Patch) -> None:
+    """A C++ compiler that makes an empty file of everything."""
+    make = 'while [ "$1" != -o ]; do shift; done; : > "$2"'
+    monkeypatch.setenv("CXX", str(program(tmp_path / "compiler", make)))
+
+
+@pytest.mark.usefixtures("cxx")
 def test_a_failing_cuda_build_falls_back_loudly(
-    setup_module: ModuleType,
-    old_nvcc: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    setup_module: ModuleType, old_nvcc: Path, tmp_path: Path, monkeypatch: Patch, capfd: Printed
 ) -> None:
-    if setup_module.find_cxx() is None:
-        pytest.skip("no C++ compiler on PATH")
     monkeypatch.setenv("CUDA_HOME", str(old_nvcc.parents[1]))
     library, facts = setup_module.compile_library(tmp_path / "build")
-    assert facts["level"] == "cpu"
-    assert "the cuda build failed" in facts["reason"]
+    assert facts["level"] == "cpu" and "the cuda build failed" in facts["reason"]
     assert library.is_file()
     assert "WARNING: the cuda build failed" in capfd.readouterr().err
 
 
+@pytest.mark.usefixtures("cxx")
 def test_a_second_build_compiles_nothing(
-    setup_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    setup_module: ModuleType, tmp_path: Path, monkeypatch: Patch, capfd: Printed
 ) -> None:
-    if setup_module.find_cxx() is None:
-        pytest.skip("no C++ compiler on PATH")
     monkeypatch.setenv("LASER_FAST_BUILD", "cpu")
-    setup_module.compile_library(tmp_path / "build with a space")
-    capfd.readouterr()
-    setup_module.compile_library(tmp_path / "build with a space")
-    assert "no work to do" in capfd.readouterr().out
+    for expected in ("-shared", "no work to do"):
+        setup_module.compile_library(tmp_path / "build with a space")
+        assert expected in capfd.readouterr().out
 
 
+@pytest.mark.usefixtures("cxx")
 def test_a_demanded_build_fails_where_it_cannot_be_had(
-    setup_module: ModuleType, old_nvcc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    setup_module: ModuleType, old_nvcc: Path, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.setenv("LASER_FAST_BUILD", "cuda")
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    if setup_module.find_cxx() is not None:
-        with pytest.raises(RuntimeError, match="LASER_FAST_BUILD=cuda: no nvcc found"):
+    for name, value, reason in (
+        ("CUDA_HOME", str(tmp_path), "no nvcc found"),
+        ("CUDA_HOME", str(old_nvcc.parents[1]), "the cuda build failed"),
+        ("CXX", "no-such-compiler", r"no C\+\+ compiler found"),
+    ):
+        monkeypatch.setenv(name, value)
+        with pytest.raises(RuntimeError, match=f"LASER_FAST_BUILD=cuda: {reason}"):
             setup_module.compile_library(tmp_path / "build")
-        monkeypatch.setenv("CUDA_HOME", str(old_nvcc.parents[1]))
-        with pytest.raises(RuntimeError, match="LASER_FAST_BUILD=cuda: the cuda build failed"):
-            setup_module.compile_library(tmp_path / "build")
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(RuntimeError, match="LASER_FAST_BUILD=cuda: no C\\+\\+ compiler found"):
-        setup_module.compile_library(tmp_path / "build")
 
 
-def test_no_build_and_nonsense(setup_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_build_and_nonsense(setup_module: ModuleType, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setenv("LASER_FAST_BUILD", "none")
     assert setup_module.compile_library(tmp_path) == (None, {"level": "none", "reason": "LASER_FAST_BUILD=none"})
     monkeypatch.setenv("LASER_FAST_BUILD", "gpu")

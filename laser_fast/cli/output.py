@@ -44,7 +44,7 @@ _RULES = {
     errno.EROFS: "the file system must be writable",
 }
 
-# what a person can cause, and the rule it breaks; of what is in laser_fast's own form the message says all
+# what a person can cause, and the rule it breaks; a message in laser_fast's own form says all
 _CAUSES: tuple[tuple[tuple[type[Exception], ...], str], ...] = (
     ((UnicodeError,), "a text must be UTF-8"),
     ((MemoryError,), "memory must hold what is asked for"),
@@ -53,37 +53,27 @@ _CAUSES: tuple[tuple[tuple[type[Exception], ...], str], ...] = (
     ((OverflowError,), "a number must not be that large"),
     ((ValueError, OSError, ImportError, FloatingPointError), ""),
 )
-# the same of packages that need not be installed or are slow to import: first part of a module's name
-_CAUSES_OF_PACKAGES = {
-    "safetensors": "a safetensors file must be whole",
-    "zlib": "a packed file must be whole",
-    "_lzma": "a packed file must be whole",
-    "lzma": "a packed file must be whole",
-    "zipfile": "an archive must be whole",
-    "tarfile": "an archive must be whole",
-    "yaml": "a file must be YAML",
-    "_pickle": "a checkpoint must hold weights alone",
-    "pickle": "a checkpoint must hold weights alone",
-    "pyarrow": "a Parquet file must be whole",
-    "httpx": "the Hub must answer",
-    "huggingface_hub": "the Hub must answer",
-}
+# the same for packages that need not be installed or are slow to import
+_CAUSES_OF_PACKAGES = (
+    ("a safetensors file must be whole", {"safetensors"}),
+    ("a packed file must be whole", {"zlib", "_lzma", "lzma"}),
+    ("an archive must be whole", {"zipfile", "tarfile"}),
+    ("a checkpoint must hold weights alone", {"_pickle", "pickle"}),
+    ("a Parquet file must be whole", {"pyarrow"}),
+    ("the Hub must answer", {"httpx", "huggingface_hub"}),
+)
 
 
 class Parser(argparse.ArgumentParser):
     """Arguments that are refused raise `UsageError`, so that they are told as every other error is."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise it.
-
-        Raises:
-            UsageError: always.
-        """
+        """Raise `UsageError` always."""
         raise UsageError(f"{message}; see `{self.prog} --help`")
 
 
 class UsageError(ValueError):
-    """Arguments that are none of the command."""
+    """The command line has arguments that the command does not know or take."""
 
 
 class _Escaped:
@@ -160,7 +150,8 @@ def _explain(error: BaseException) -> str | None:
         return describe_problems(error, "configuration")
     if isinstance(error, OSError) and error.errno is not None:
         return _explain_system(error)
-    ours = isinstance(error, UsageError) or _raised_by_us(error)
+    calls = _calls(error)
+    ours = isinstance(error, UsageError) or (bool(calls) and calls[-1][0].partition(".")[0] == "laser_fast")
     if ours and _OUR_MESSAGE.match(message):
         return message
     if _out_of_memory(error):
@@ -171,13 +162,14 @@ def _explain(error: BaseException) -> str | None:
             return f"{rule}{message}" if message and ours else f"{rule}{type(error).__name__}: {message}"
     if found := _SYSTEM_ERROR.search(message):  # of packages in Rust, which have no kind of their own for it
         return _explain_system(OSError(int(found[1]), os.strerror(int(found[1]))))
-    kinds_of_packages = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
-    for package, rule in _CAUSES_OF_PACKAGES.items():
-        if package in kinds_of_packages:
+    raised_by = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    for rule, packages in _CAUSES_OF_PACKAGES:
+        if packages & raised_by:
             return f"{rule}, got {message}"
     if type(error) is Exception:  # `tokenizers` has no kind of its own
         return f"a tokenizer must be whole, got {message}"
-    if _in_transformers_files(error):
+    if any(name == "from_pretrained" and module.startswith("transformers.") for module, name in calls):
+        # transformers checks little of the folder it reads
         return f"the files of a language model must be whole, got {type(error).__name__}: {message}"
     return None
 
@@ -192,17 +184,10 @@ def _explain_system(error: OSError) -> str:
     return f"{what}: {rule}, got {error.strerror}" + (f"; {remedy}" if remedy else "")
 
 
-def _raised_by_us(error: BaseException) -> bool:
+def _calls(error: BaseException) -> list[tuple[str, str]]:
+    """Module and function of every call on the way to the error, the innermost last."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return bool(frames) and str(frames[-1].f_globals.get("__name__", "")).partition(".")[0] == "laser_fast"
-
-
-def _in_transformers_files(error: BaseException) -> bool:
-    """Whether it came while transformers read a folder, of which it checks little."""
-    return any(
-        frame.f_code.co_name == "from_pretrained" and str(frame.f_globals.get("__name__")).startswith("transformers.")
-        for frame, _ in traceback.walk_tb(error.__traceback__)
-    )
+    return [(str(frame.f_globals.get("__name__", "")), frame.f_code.co_name) for frame in frames]
 
 
 def _out_of_memory(error: BaseException) -> bool:

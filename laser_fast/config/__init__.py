@@ -1,23 +1,22 @@
-"""Every setting, typed and validated in one place; read from YAML, overridden from the command line."""
+"""Every setting, typed and validated in one place; read from YAML, overridden from the command line.
 
-from laser_fast.config.schema import (
-    BiTuningConfig,
+The sections are frozen pydantic models, so a configuration that exists is valid: an unknown key, a value out of range
+or two settings that contradict each other are refused when the file is read, with the name of the key and the nearest
+known one. Modules never receive these objects; builders unpack them.
+"""
+
+from laser_fast.config.language_model_sections import ExecutionConfig, LanguageModelConfig, PromptConfig
+from laser_fast.config.laser_config import LaserConfig, ModelConfig
+from laser_fast.config.recommender_sections import RecommenderConfig, SplitConfig
+from laser_fast.config.settings import Settings, apply_overrides, build_config, dump_config, load_config, resolve_path
+from laser_fast.config.trained_sections import BiTuningConfig, MFormerConfig, TextConfig
+from laser_fast.config.training_sections import (
     EvaluationConfig,
-    ExecutionConfig,
-    LanguageModelConfig,
-    LaserConfig,
-    MFormerConfig,
-    ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
-    PromptConfig,
-    RecommenderConfig,
-    SplitConfig,
     StageConfig,
-    TextConfig,
     TrainingConfig,
 )
-from laser_fast.config.settings import Settings, apply_overrides, build_config, dump_config, load_config, resolve_path
 
 __all__ = [
     "BiTuningConfig",

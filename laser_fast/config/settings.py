@@ -11,6 +11,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 
 from laser_fast.config.yaml_text import parse_yaml, read_yaml
 
+RETIRED = {
+    "RecommenderConfig.hidden_width": None,
+    "RecommenderConfig.weight_decay": 0.0,
+    "MFormerConfig.cross_attention_freq": 2,
+    "BiTuningConfig.deep_prefix_rank": 64,
+    "ObjectiveConfig.contrastive_temperature": 0.07,
+    "ObjectiveConfig.label_smoothing": 0.1,
+}
+"""Settings that older runs and models have in their files, and the one behaviour that was kept of each."""
+
 _PACKAGE_SCHEME = "package:"
 _MOST_PROBLEMS = 10  # told at once
 _LONGEST_VALUE = 200  # characters of a value or key that a message shows
@@ -26,16 +36,23 @@ class Settings(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _keep_defaults_of_sections(cls, values: Any) -> Any:
-        """What pydantic would drop: the default of a place says more than that of its kind."""
+    def _read_older_and_partial(cls, values: Any) -> Any:
+        """Drop what is retired, and keep the default of a section's place, which says more than that of its kind."""
         if not isinstance(values, dict):
             return values
-        kept = {}
+        kept = dict(values)
+        for key, only in RETIRED.items():
+            section, _, name = key.partition(".")
+            if section == cls.__name__ and name in kept and (value := kept.pop(name)) != only:
+                raise ValueError(
+                    f"{name} is no setting any more and must be {only!r}, got {value!r}; remove it, or use the version "
+                    "of laser_fast that wrote it"
+                )
         for name, field in cls.model_fields.items():
-            given = values.get(name)
+            given = kept.get(name)
             if isinstance(given, Mapping) and isinstance(field.default, Settings):
                 kept[name] = field.default.model_dump(exclude_unset=True) | dict(given)
-        return values | kept
+        return kept
 
     @field_validator("*", mode="before")
     @classmethod
@@ -46,10 +63,10 @@ class Settings(BaseModel):
         return value
 
 
-AnySettings = TypeVar("AnySettings", bound=Settings)
+Model = TypeVar("Model", bound=BaseModel)
 
 
-def build_config(kind: type[AnySettings], values: Mapping[str, Any], where: str = "configuration") -> AnySettings:
+def build_config(kind: type[Model], values: Mapping[str, Any], where: str = "configuration") -> Model:
     """Validate `values` into `kind`.
 
     Args:
@@ -67,29 +84,37 @@ def build_config(kind: type[AnySettings], values: Mapping[str, Any], where: str 
     raise ValueError(problems)
 
 
-def describe_problems(error: ValidationError, where: str, kind: type = Settings) -> str:
-    """What a validation found, in one sentence: the rules and the values, without pydantic's own words around them.
-
-    Args:
-        where: begins the sentence.
-        kind: the model whose keys are proposed for unknown ones.
-    """
-    problems = error.errors(include_url=False)
-    told = [_describe(kind, problem) for problem in problems[:_MOST_PROBLEMS]]
-    told += [f"and {len(problems) - _MOST_PROBLEMS:,} more"] if len(problems) > _MOST_PROBLEMS else []
-    return f"{where}: " + "; ".join(told)
-
-
-def load_config(kind: type[AnySettings], path: str | Path, overrides: Sequence[str] = ()) -> AnySettings:
+def load_config(kind: type[Model], path: str | Path, overrides: Sequence[str] = ()) -> Model:
     """Read a YAML file and apply `overrides` of the form `section.key=value` (the value is read as YAML).
 
     Raises:
         OSError: no such file, or one that cannot be read.
-        ValueError: broken YAML (`read_yaml`), a malformed override, an unknown key, a value out of range; names
-            the file.
+        ValueError: broken YAML (`read_yaml`), or what `apply_overrides` or `build_config` refuses; names the file.
     """
     where = f"{path} with overrides" if overrides else str(path)
     return build_config(kind, apply_overrides(read_yaml(path), overrides), where)
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`values` with every `section.key=value` of `overrides` set in it.
+
+    Raises:
+        ValueError: an override of another form.
+    """
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(f"load_config: an override must read section.key=value, got {override!r}")
+        *sections, last = key.strip().split(".")
+        target = values
+        for section in sections:
+            if target.get(section) is None:
+                target[section] = {}
+            target = target[section]
+            if not isinstance(target, dict):
+                raise ValueError(f"load_config: {section!r} in override {override!r} must be a section, got {target!r}")
+        target[last] = parse_yaml(text, f"the value of override {override!r}")
+    return values
 
 
 def dump_config(config: Settings) -> str:
@@ -124,58 +149,40 @@ def resolve_path(location: str | Path, what: str = "the path") -> Path:
     raise FileNotFoundError(f"resolve_path: package {name!r} must contain {inner!r}, got nothing there")
 
 
-def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`values` with every `section.key=value` of `overrides` set in it.
+def describe_problems(error: ValidationError, where: str, kind: type = Settings) -> str:
+    """What a validation found, in one sentence: the rules and the values, without pydantic's own words around them.
 
-    Raises:
-        ValueError: an override of another form.
+    Args:
+        where: begins the sentence.
+        kind: the model whose keys are proposed for unknown ones.
     """
-    for override in overrides:
-        _apply_override(values, override)
-    return values
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise ValueError(f"load_config: an override must read section.key=value, got {override!r}")
-    *sections, last = key.strip().split(".")
-    target = values
-    for section in sections:
-        inner = target.get(section)
-        if inner is None:
-            inner = target[section] = {}
-        if not isinstance(inner, dict):
-            raise ValueError(f"load_config: {section!r} in override {override!r} must be a section, got {inner!r}")
-        target = inner
-    target[last] = parse_yaml(text, f"the value of override {override!r}")
+    problems = error.errors(include_url=False)
+    told = [_describe(kind, problem) for problem in problems[:_MOST_PROBLEMS]]
+    told += [f"and {len(problems) - _MOST_PROBLEMS:,} more"] if len(problems) > _MOST_PROBLEMS else []
+    return f"{where}: " + "; ".join(told)
 
 
 def _describe(kind: type, problem: Any) -> str:
     location = [str(part) for part in problem["loc"]]
     name = ".".join(location)[:_LONGEST_VALUE]
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):  # of a model, of a dataclass
-        near = difflib.get_close_matches(name, _known_keys(kind), n=1, cutoff=0.5)
-        near = near or difflib.get_close_matches(
-            location[-1][:_LONGEST_VALUE], [key.split(".")[-1] for key in _known_keys(kind)], n=1
+        known = _known_keys(kind)
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or difflib.get_close_matches(
+            location[-1][:_LONGEST_VALUE], [key.split(".")[-1] for key in known], n=1
         )
         return f"unknown key {name!r}" + (f", did you mean {near[0]!r}?" if near else "")
     if problem["type"] in ("missing", "missing_argument"):
         return f"key {name!r} must be set, got nothing"
-    where = f"{name}: " if name else ""
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":  # our own checks, which print the values themselves
-        return f"{where}{message}"
-    return f"{where}{message}, got {_shown(problem['input'])}"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}... ({len(text):,} characters)"
+    told = (f"{name}: " if name else "") + problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":  # our own checks print the values themselves
+        return told
+    value = repr(problem["input"])
+    shown = value if len(value) <= _LONGEST_VALUE else f"{value[:_LONGEST_VALUE]}... ({len(value):,} characters)"
+    return f"{told}, got {shown}"
 
 
 def _known_keys(kind: Any, prefix: str = "") -> list[str]:
-    """Of a model, and of those in it; none of anything else."""
+    """Keys of a model and of those in it; none of anything else."""
     keys = []
     for name, field in getattr(kind, "model_fields", {}).items():
         keys += [prefix + name, *_known_keys(field.annotation, f"{prefix}{name}.")]

@@ -4,7 +4,7 @@ A few lines with aliases of aliases stand for more values than memory holds, so 
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -53,23 +53,22 @@ class _Reader(yaml.SafeLoader):
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and (name := (key.tag, key.value)) in seen:
-                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} must be set once", problem_mark=key.start_mark)
-            elif isinstance(key, yaml.ScalarNode):
+            if isinstance(key, yaml.ScalarNode):
+                if (name := (key.tag, key.value)) in seen:
+                    self._refuse(f"key {key.value!r} must be set once", key)
                 seen.add(name)
         return node
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
         if node.tag in _NUMBERS and len(node.value) > _LONGEST_NUMBER:
-            problem = f"a number must have at most {_LONGEST_NUMBER} characters, got {len(node.value)}"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+            self._refuse(f"a number must have at most {_LONGEST_NUMBER} characters, got {len(node.value)}", node)
         try:
             return super().construct_object(node, deep)
         except (ValueError, OverflowError) as error:  # of int, float and date
             raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from error
 
-    def _refuse(self, problem: str, event: Any) -> None:
-        raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+    def _refuse(self, problem: str, place: Any) -> NoReturn:
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=place.start_mark)
 
 
 def _children(node: Any) -> list[Any]:

@@ -24,9 +24,8 @@ _claimed: ContextVar[frozenset[tuple[int, Path]]] = ContextVar("claimed", defaul
 def claim(output: str | Path) -> Iterator[None]:
     """Let no other process, and no other thread of this one, write `output` meanwhile; it need not exist.
 
-    Who has claimed a folder has claimed all that is in it, and may claim it again; a process that was forked meanwhile
-    is another one. A link is not followed: two names of one folder are two outputs to whoever does not resolve them
-    first.
+    Who has claimed a folder has claimed all that is in it, and may claim it again; a process forked meanwhile is
+    another one. A link is not followed: two names of one folder are two outputs, unless the caller resolves them.
 
     Raises:
         ValueError: another process, or another thread, has claimed it, or a folder that it lies in.

@@ -1,7 +1,6 @@
-"""JSON files that say what lies beside them, read through a model: whatever is missing, unknown or of another type is
-refused by its name."""
+"""JSON files that say what lies beside them; what is missing, unknown or of another type is refused by its name."""
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import from_json
@@ -10,16 +9,12 @@ from laser_fast.config.settings import describe_problems
 
 
 class Description(BaseModel):
-    """Base of all descriptions: nothing is converted, no key is unknown, no number is NaN or infinite.
-
-    A field has no default: a key that was taken out is missed.
-    """
+    """Base of all descriptions: nothing is converted, and no field has a default, so that a missing key is noticed."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 Kind = TypeVar("Kind")
-AnyDescription = TypeVar("AnyDescription", bound=Description)
 
 
 def parse_description(
@@ -40,18 +35,6 @@ def parse_description(
         _refuse_another_version(content, *version, where, remedy)
     try:
         return TypeAdapter(kind).validate_json(content)
-    except ValidationError as error:
-        raise ValueError(describe_problems(error, where, kind)) from error
-
-
-def checked_description(kind: type[AnyDescription], values: dict[str, Any], where: str) -> AnyDescription:
-    """A description to be written, by the rules it will be read by.
-
-    Raises:
-        ValueError: fields that break a rule; names them.
-    """
-    try:
-        return kind.model_validate(values)
     except ValidationError as error:
         raise ValueError(describe_problems(error, where, kind)) from error
 

@@ -1,4 +1,4 @@
-"""What is on the disk when a call returns, so that a power cut takes nothing of it."""
+"""Calls after which all is on the disk, so that a power cut takes nothing of it."""
 
 import errno
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def sync(path: Path) -> None:
-    """Put what the system still holds of a file, or the names in a folder, on the disk."""
+    """Write what the system still holds of a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -31,11 +31,7 @@ def open_no_link(path: Path, flags: int) -> int:
 
 
 def append_line(path: Path, line: bytes) -> None:
-    """Add a line to a file that is created if need be; it is on the disk when this returns.
-
-    Raises:
-        FileExistsError: the path is a link.
-    """
+    """Add a line to a file, opened by `open_no_link`."""
     descriptor = open_no_link(path, os.O_WRONLY | os.O_APPEND)
     with os.fdopen(descriptor, "ab") as file:
         file.write(line + b"\n")
@@ -44,7 +40,7 @@ def append_line(path: Path, line: bytes) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """The folder, and those around it that are missing; they are on the disk when this returns.
+    """Make the folder, and those around it that are missing.
 
     Raises:
         NotADirectoryError: a file is in the place of one of them.

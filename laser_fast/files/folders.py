@@ -56,7 +56,7 @@ def replace_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """The same into a folder that `replace_directory` gave, which puts all that is in it on the disk at its end."""
+    """Indented JSON into a folder that `replace_directory` gave, which syncs all that is in it at its end."""
     path.write_bytes(_indented(values))
 
 
@@ -77,24 +77,19 @@ def refuse_others(function: str, folder: Path, names: Sequence[str]) -> None:
 
     Args:
         function: the first word of the message.
-        names: of the files that belong into it; one that is not empty has the first.
+        names: files that belong into it; one that is not empty has the first of them.
 
     Raises:
         FileExistsError: a file is at its place, or it holds something else.
     """
-    if not folder.exists():
-        return
-    got = "a file"
-    if folder.is_dir():
-        found = {entry.name for entry in folder.iterdir()}
-        others = sorted(found - set(names) if names[0] in found else found)
-        if not others:
-            return
-        got = ", ".join(map(repr, others[:3]))
-    raise FileExistsError(
-        f"{function}: the folder must be new, empty or hold what this function saves alone, got {got} at "
-        f"{str(folder)!r}; choose another"
-    )
+    found = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    others = sorted(found - set(names) if names[0] in found else found)
+    if others or (folder.exists() and not folder.is_dir()):
+        got = ", ".join(map(repr, others[:3])) or "a file"
+        raise FileExistsError(
+            f"{function}: the folder must be new, empty or hold what this function saves alone, got {got} at "
+            f"{str(folder)!r}; choose another"
+        )
 
 
 @contextmanager
@@ -215,8 +210,7 @@ def _beside(target: Path, ending: str) -> list[Path]:
 
 
 def _settle(folder: Path) -> None:
-    """Put all that is in a new folder on the disk, its files with the modes of new files: some writers (safetensors)
-    make theirs readable to the user alone."""
+    """Sync all that is in a new folder, its files with the modes of new files: safetensors makes its own private."""
     mode = folder.stat().st_mode & 0o666  # as the umask left it; asking for the umask would change it for a moment
     for path in folder.rglob("*"):
         if path.is_file() and path.stat().st_mode & 0o777 != mode:

@@ -15,10 +15,7 @@ from laser_fast.files.folders import write_json
 
 SEAL = "seal.json"
 _FORMAT = 1
-_PIECE_BYTES = 1 << 20
-
-# the card of a model, which people and the hub edit, and which nothing reads
-_UNSEALED = frozenset({"README.md"})
+_CARD = "README.md"  # of a model: people and the hub edit it, and nothing reads it
 
 
 class _SealedFile(Description):
@@ -41,14 +38,11 @@ class _Seal(Description):
 
 
 def seal(folder: Path) -> None:
-    """Write `seal.json` about every other file of a folder, those of inner folders included; the last to be written.
-
-    Files called README.md are left out: they may be edited.
-    """
+    """Write `seal.json`, the last file of a folder, about all others in it, inner folders included, but README.md."""
     files = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and path.name not in _UNSEALED and name != SEAL:
+        if path.is_file() and path.name != _CARD and name != SEAL:
             files[name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
     write_json(folder / SEAL, {"format": _FORMAT, "files": files})
 
@@ -56,10 +50,7 @@ def seal(folder: Path) -> None:
 class SealedFolder:
     """A folder that `seal` sealed: opening it compares sizes, asking for a file compares its content.
 
-    Files that the seal does not name are nobody's business, and are never given out.
-
-    Args:
-        path: the folder.
+    Files that the seal does not name are never given out.
 
     Raises:
         ValueError: there is no seal, it is damaged, or a file of it is missing or of another size; names the file.
@@ -84,13 +75,10 @@ class SealedFolder:
                     f"SealedFolder: {path} must be whole, got no {name} ({SEAL} names it); copy the whole folder"
                 )
             if (size := file.stat().st_size) != known.size:
-                raise ValueError(
-                    f"SealedFolder: {name} of {path} must be the file that was written, of {known.size} bytes, "
-                    f"got {size}; copy it again"
-                )
+                raise self._another(name, f"of {known.size} bytes", size)
 
     def file(self, name: str) -> Path:
-        """The path of a file, which is read once to compare its SHA-256 before it is given out for the first time.
+        """The path of a file, whose SHA-256 is compared the first time it is given out.
 
         Raises:
             ValueError: it is not the file that was sealed, or none was.
@@ -122,17 +110,18 @@ class SealedFolder:
 
     def _compare(self, name: str, known: _SealedFile, found: str) -> None:
         if found != known.sha256:
-            raise ValueError(
-                f"SealedFolder: {name} of {self.path} must be the file that was written, with SHA-256 "
-                f"{known.sha256[:12]}, got {found[:12]}; copy it again"
-            )
+            raise self._another(name, f"with SHA-256 {known.sha256[:12]}", found[:12])
         self._compared.add(name)
+
+    def _another(self, name: str, known: str, got: object) -> ValueError:
+        rule = f"{name} of {self.path} must be the file that was written, {known}"
+        return ValueError(f"SealedFolder: {rule}, got {got}; copy it again")
 
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, read in pieces."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while piece := stream.read(_PIECE_BYTES):
+        while piece := stream.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()

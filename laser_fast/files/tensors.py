@@ -39,7 +39,7 @@ def read_tensors(sealed: SealedFolder, name: str, only: Collection[str] | None =
         only: read no others; one that the file does not have is left out.
 
     Raises:
-        ValueError: the file is missing, damaged, no safetensors file, or holds a number that is none.
+        ValueError: the file is missing, damaged, no safetensors file, or holds a number that is NaN or infinite.
     """
     with open_tensors(sealed.file(name), "read_tensors") as opened:
         names = [key for key in opened.keys() if only is None or key in only]  # noqa: SIM118 - not a dictionary
@@ -50,13 +50,10 @@ def read_tensors(sealed: SealedFolder, name: str, only: Collection[str] | None =
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """A file for `read_tensors`.
-
-    Args:
-        tensors: on any device, with any strides.
+    """A file for `read_tensors`, from tensors on any device with any strides.
 
     Raises:
-        ValueError: it could not be read again: a number is none.
+        ValueError: it could not be read again, as a number is NaN or infinite.
     """
     prepared = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     _refuse_not_finite(prepared, f"write_tensors: {path.name}")
@@ -68,7 +65,6 @@ def load_weights_of_file(module: nn.Module, tensors: Mapping[str, Tensor], where
 
     Args:
         where: begins the message: the function, a colon, and the name of the file.
-        strict: as there.
 
     Raises:
         ValueError: the weights of the module are floating point and those of the file are not.

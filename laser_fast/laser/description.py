@@ -7,6 +7,7 @@ from pydantic import Field
 from laser_fast.config import LanguageModelConfig, LaserConfig, ModelConfig
 from laser_fast.files.descriptions import Description
 from laser_fast.files.tensors import Shape
+from laser_fast.nn.deep_prefix import DEEP_PREFIX_RANK
 
 Size = Annotated[int, Field(ge=1)]
 
@@ -100,7 +101,7 @@ class LaserDescription(Description):
             shapes[last] = (mformer.width, mformer.width)
         if bituning.prefix_mode == "kv":
             inner = mformer.width if bituning.prefix == "mformer" else width
-            shapes["deep_prefix.down.weight"] = (bituning.deep_prefix_rank, inner)
+            shapes["deep_prefix.down.weight"] = (DEEP_PREFIX_RANK, inner)
         if bituning.head == "linear":
             shapes["head.weight"] = (width, width)
         if model.text.residual:

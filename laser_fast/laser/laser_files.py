@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from laser_fast.config import LanguageModelConfig, LaserConfig, ModelConfig
+from laser_fast.config import LanguageModelConfig, LaserConfig, ModelConfig, build_config
 from laser_fast.data.items import ItemTable
-from laser_fast.files.descriptions import Description, checked_description, parse_description
+from laser_fast.files.descriptions import Description, parse_description
 from laser_fast.files.folders import replace_directory, whole_directory, write_json
 from laser_fast.files.sealed import SEAL, SealedFolder, seal
 from laser_fast.files.tensors import (
@@ -325,7 +325,7 @@ def _describe(
         "config": config,
         "facts": facts,
     }
-    return checked_description(LaserDescription, values, f"write_laser: {_DESCRIPTION}")
+    return build_config(LaserDescription, values, f"write_laser: {_DESCRIPTION}")
 
 
 def origin_of(model: "LaserModel") -> Origin:

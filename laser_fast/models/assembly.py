@@ -62,7 +62,7 @@ def laser_parts(
     deep_prefix = None
     if deep:
         width, rms = (config.mformer.width, 1.0) if "mformer" in writer else (lm.hidden_size, lm.embedding_rms)
-        deep_prefix = DeepPrefix(width, lm.layers, rank=config.bituning.deep_prefix_rank, token_rms=rms)
+        deep_prefix = DeepPrefix(width, lm.layers, token_rms=rms)
     return {
         "lm": lm,
         "builder": builder,
@@ -147,7 +147,6 @@ def build_mformer(
         width=config.width,
         num_layers=config.num_layers,
         num_heads=config.num_heads,
-        cross_attention_freq=config.cross_attention_freq,
         num_experts=config.num_experts,
         top_k=config.top_k,
         num_queries=config.num_queries,

@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 from laser_fast.lm.key_value_prefix import KeyValuePrefix, LayerShape
 
+DEEP_PREFIX_RANK = 64
+
 
 class DeepPrefix(nn.Module):
     """Keys and values of every layer from the prefix tokens: `[K_l; V_l] = W_l (W_down p + b_down) + b_l`, low rank.
@@ -19,7 +21,9 @@ class DeepPrefix(nn.Module):
         token_rms: root mean square of the tokens at the start.
     """
 
-    def __init__(self, width: int, layers: list[LayerShape], *, rank: int = 64, token_rms: float = 1.0) -> None:
+    def __init__(
+        self, width: int, layers: list[LayerShape], *, rank: int = DEEP_PREFIX_RANK, token_rms: float = 1.0
+    ) -> None:
         super().__init__()
         if not layers:
             raise ValueError("DeepPrefix: layers must name at least one attention layer, got none")

@@ -5,7 +5,8 @@ from typing import Any, TypeGuard
 
 import torch
 
-from laser_fast.files.descriptions import Description, checked_description, parse_description
+from laser_fast.config import build_config
+from laser_fast.files.descriptions import Description, parse_description
 from laser_fast.files.folders import refuse_others, replace_directory, whole_directory, write_json
 from laser_fast.files.sealed import SEAL, SealedFolder, seal
 from laser_fast.files.tensors import (
@@ -95,7 +96,7 @@ def write_recommender(model: PackedRecommender, folder: Path, folds: FoldsRecord
         "folds": folds,
         "facts": facts,
     }
-    description = checked_description(RecommenderDescription, values, f"write_recommender: {_SETTINGS_FILE}")
+    description = build_config(RecommenderDescription, values, f"write_recommender: {_SETTINGS_FILE}")
     write_json(folder / _SETTINGS_FILE, description.model_dump(mode="json"))
 
 

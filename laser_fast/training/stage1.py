@@ -71,8 +71,6 @@ def build_heads(config: LaserConfig, model: LaserModel) -> PretrainingHeads:
         max_tokens=len(layout.left) + layout.max_tokens + len(layout.right),
         weights=weights,
         vocabulary=text_vocabulary(builder, model) if weights.generation else None,
-        temperature=objective.contrastive_temperature,
-        label_smoothing=objective.label_smoothing,
     )
     if config.mformer.initialize_from is not None:
         bert = load_bert(config.mformer.initialize_from, model.mformer.qformer)

@@ -1,55 +1,85 @@
-"""The commands as a user types them, from files to recommendations, in one process each."""
+"""The commands as a user types them, from files to recommendations: a split by time, cold items, empty histories."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
+from laser_fast import LaserModel
 from laser_fast.cli import main
+from laser_fast.evaluation import Candidates
+
+_WORDS = "abcde"
+Printed = pytest.CaptureFixture[str]
+
+
+def _write_log(folder: Path) -> None:
+    """30 users walk through 20 items; from moment 4 on, every second one meets one of five new items; two come late."""
+    events = ["user_id,item_id,timestamp"]
+    for user in range(30):
+        for step in range(4 + user % 4):
+            item = 20 + user % 5 if step >= 4 and user % 2 else (user * 3 + step) % 20
+            events.append(f"u{user},i{item},{step}")
+    events += ["late1,i3,4", "late1,i4,5", "late2,i5,5"]
+    (folder / "events.csv").write_text("\n".join(events) + "\n", encoding="utf-8")
+    items = [f"i{index},{_WORDS[index // 5]} {_WORDS[index % 5]}" for index in range(25)]
+    (folder / "items.csv").write_text("\n".join(["item_id,title", *items]) + "\n", encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_lm: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder in which `recommender train` and `train` were run."""
+def folder(tiny_lm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set, a recommender of the split by time, and two runs with other seeds."""
     folder = tmp_path_factory.mktemp("cli")
-    settings = ["width=8", "num_layers=1", "max_length=10", "epochs=2"]
+    _write_log(folder)
+    source = ["--interactions", str(folder / "events.csv"), "--items", str(folder / "items.csv")]
+    assert main(["prepare", str(folder / "set"), *source]) == 0
+    settings = ["width=8", "num_layers=1", "max_length=10", "epochs=1"]
     arguments = [part for setting in settings for part in ("--set", setting)]
-    assert main(["recommender", "train", str(tiny_data), str(folder / "sasrec"), *arguments]) == 0
-    config = {
-        "data": str(tiny_data),
+    arguments += ["--split", "global-time", "--split-set", "valid_from=4", "--split-set", "test_from=5"]
+    assert main(["recommender", "train", str(folder / "set"), str(folder / "sasrec"), *arguments]) == 0
+    config: dict[str, Any] = {
+        "data": str(folder / "set"),
         "recommender": str(folder / "sasrec"),
-        "output": str(folder / "laser"),
+        "output": str(folder / "run0"),
+        "split": {"kind": "global-time", "valid_from": 4, "test_from": 5},
         "lm": {"path": str(tiny_lm)},
         "mformer": {"width": 16, "num_layers": 2, "num_heads": 2, "num_experts": 2, "num_queries": 2, "max_history": 4},
-        "training": {"batch_size": 16, "phase_a": {"epochs": 5}, "phase_b": {"epochs": 0}},
+        "training": {"batch_size": 16, "phase_a": {"epochs": 5, "rows_per_epoch": 32}, "phase_b": {"epochs": 0}},
     }
     (folder / "laser.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    assert main(["train", str(folder / "laser.yaml"), "--set", "training.phase_a.epochs=1"]) == 0
+    for seed in (0, 1):
+        changes = [f"training.seed={seed}", f"output={folder / f'run{seed}'}", "training.phase_a.epochs=1"]
+        assert main(["train", str(folder / "laser.yaml"), *(f"--set={change}" for change in changes)]) == 0
     return folder
 
 
-def test_the_effective_configuration_is_saved(trained: Path) -> None:
-    saved = yaml.safe_load((trained / "laser" / "config.yaml").read_text(encoding="utf-8"))
+def test_the_effective_configuration_is_saved(folder: Path) -> None:
+    saved = yaml.safe_load((folder / "run0" / "config.yaml").read_text(encoding="utf-8"))
     assert saved["training"]["phase_a"]["epochs"] == 1  # the override, not the file's 5
     assert saved["objective"]["temperature"] == 0.05  # a default
 
 
-def test_evaluate_prints_and_writes_the_same_figures(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["evaluate", str(trained / "laser"), "--output", str(tmp_path / "figures.json")]) == 0
-    written = json.loads((tmp_path / "figures.json").read_text())
-    printed = capsys.readouterr().out
-    value = written["figures"]["Laser"]["metrics"]["NDCG@10"]
+def test_evaluate_prints_what_it_writes_and_cold_items_apart(folder: Path, tmp_path: Path, capsys: Printed) -> None:
+    output = tmp_path / "figures.json"
+    assert main(["evaluate", str(folder / "run0"), "--output", str(output), "--bootstrap", "200"]) == 0
+    printed, written = capsys.readouterr().out, json.loads(output.read_text())
+    figures = written["figures"]["Laser"]
+    value = figures["metrics"]["NDCG@10"]
     assert f"{value['mean']:.4f} +- {value['ci95']:.4f}" in printed
-    assert "leave-one-out" in printed and "full ranking" in printed
     assert written["environment"]["versions"]["torch"]
+    assert "global time, validation from 4, test from 5" in printed and "full ranking" in printed
+    assert "targets never seen in training: NDCG@10" in printed
+    assert "Laser, HR@10: 95% bootstrap interval [" in printed
+    seen, cold = figures["groups"]["seen in training"]
+    assert (figures["rows"], seen["rows"], cold["rows"]) == (16, 9, 7)
 
 
-def test_compare_lists_every_system(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", str(trained / "laser"), "--output", str(tmp_path / "table.json")]) == 0
+def test_compare_lists_every_system(folder: Path, tmp_path: Path, capsys: Printed) -> None:
+    assert main(["compare", str(folder / "run0"), "--output", str(tmp_path / "table.json")]) == 0
     systems = [
         "Popularity",
         "Markov-1",
@@ -69,24 +99,85 @@ def test_compare_lists_every_system(trained: Path, tmp_path: Path, capsys: pytes
     assert [line for line in lines if line in systems] == systems
 
 
-def test_recommend_for_a_history_of_ids(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["recommend", str(trained / "laser"), "--history", "i1", "i2", "-k", "3", "--json"]) == 0
+def test_several_runs_give_their_spread(folder: Path, tmp_path: Path, capsys: Printed) -> None:
+    runs = [str(folder / "run0"), str(folder / "run1")]
+    assert main(["evaluate", *runs, "--output", str(tmp_path / "figures.json")]) == 0
+    printed = capsys.readouterr().out
+    figures = json.loads((tmp_path / "figures.json").read_text())["figures"]
+    means = [figures["runs"][run]["Laser"]["metrics"]["MRR"]["mean"] for run in runs]
+    spread = figures["spread"]["Laser"]["MRR"]
+    assert (spread["mean"], spread["deviation"]) == pytest.approx((np.mean(means), np.std(means, ddof=1)))
+    assert spread["runs"] == 2
+    assert f"{spread['mean']:.4f} (sd {spread['deviation']:.4f})" in printed and "mean of 2 runs" in printed
+
+
+def test_sampled_rankings_have_names_and_stored_draws(folder: Path, tmp_path: Path, capsys: Printed) -> None:
+    stored = tmp_path / "candidates.safetensors"
+    command = ["evaluate", str(folder / "run0"), "--protocol", "uniform", "--candidates", "10", "--draws", "3"]
+    command += ["--candidates-file", str(stored), "--output", str(tmp_path / "figures.json")]
+    outputs = []
+    for _ in range(2):  # drawn and written, then read
+        assert main([*command, "--seed", str(len(outputs))]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert Candidates.load(stored).items.shape == (3, 16, 10)
+    assert outputs[0] == outputs[1] and "sampled ranking, no full one: the target among 10" in outputs[0]
+    metrics = json.loads((tmp_path / "figures.json").read_text())["figures"]["Laser"]["metrics"]
+    assert all(name.endswith("|sampled10") for name in metrics)
+    assert main([*command, "--protocol", "popularity"]) == 2
+    assert "must hold candidates of --protocol popularity, got uniform ones" in capsys.readouterr().err
+    popular = ["--protocol", "popularity", "--candidates", "5", "--draws", "2"]
+    assert main(["evaluate", str(folder / "run0"), *popular]) == 0
+    assert "HR@1|popularity5" in capsys.readouterr().out
+    assert main(["evaluate", str(folder / "run0"), "--protocol", "llara"]) == 0
+    assert "HR@1|sampled20" in (printed := capsys.readouterr().out) and "20 draws of seed 0" in printed
+
+
+def test_significance_between_two_runs(folder: Path, tmp_path: Path, capsys: Printed) -> None:
+    runs = [str(folder / "run0"), str(folder / "run1")]
+    assert main(["significance", *runs, "--resamples", "500", "--output", str(tmp_path / "d.json")]) == 0
+    written = json.loads((tmp_path / "d.json").read_text())["figures"]
+    assert [entry["metric"] for entry in written["differences"]] == ["HR@10", "NDCG@10", "MRR"]
+    assert written["differences"][0]["rows"] == 16
+    assert f"p = {written['differences'][2]['p_value']:.4f}" in capsys.readouterr().out
+    assert main(["significance", runs[0], runs[0], "--metrics", "MRR"]) == 0
+    assert "MRR +0.0000 [+0.0000, +0.0000], p = 1.0000" in capsys.readouterr().out
+
+
+def test_runs_of_different_splits_are_refused(folder: Path, tmp_path: Path, capsys: Printed) -> None:
+    changes = ["recommender=null", "bituning.prefix=none", "split.targets=last", "evaluation.calibrate=false"]
+    changes += ["training.phase_a.epochs=1", f"output={tmp_path / 'other'}"]
+    assert main(["train", str(folder / "laser.yaml"), *(f"--set={change}" for change in changes)]) == 0
+    for command in ("significance", "evaluate"):
+        assert main([command, str(folder / "run0"), str(tmp_path / "other")]) == 2
+        assert f"{command}: runs must have one split, got" in capsys.readouterr().err
+
+
+def test_a_data_set_with_another_split_is_refused(folder: Path, tmp_path: Path, capsys: Printed) -> None:
+    events = ["user_id,item_id,timestamp", *(f"u{user},i{step},{step}" for user in range(4) for step in range(6))]
+    (tmp_path / "events.csv").write_text("\n".join(events) + "\n", encoding="utf-8")
+    assert main(["prepare", str(tmp_path / "other"), "--interactions", str(tmp_path / "events.csv")]) == 0
+    assert main(["evaluate", str(folder / "run0"), "--data", str(tmp_path / "other")]) == 2
+    assert "split_hash must be" in capsys.readouterr().err
+
+
+def test_recommend_for_a_history_of_ids(folder: Path, capsys: Printed) -> None:
+    command = ["recommend", str(folder / "run0"), "--json", "--history"]
+    assert main([*command, "i1", "i2", "-k", "3"]) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert answer["history"] == ["i1", "i2"]
-    assert len(answer["recommendations"]) == 3
+    assert answer["history"] == ["i1", "i2"] and len(answer["recommendations"]) == 3
     assert not {"i1", "i2"} & {item["item"] for item in answer["recommendations"]}
+    assert main([*command, "i1", "-k", "25", "--include-seen"]) == 0
+    scores = {item["item"]: item["score"] for item in json.loads(capsys.readouterr().out)["recommendations"]}
+    assert len(scores) == 25  # the five that no training sequence holds are among them
+    assert np.isfinite(list(scores.values())).all() and len({scores[f"i{index}"] for index in range(20, 25)}) == 5
 
 
-def test_a_saved_model_needs_no_data_set(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_lm: Path
-) -> None:
-    from laser_fast import LaserModel
-
-    LaserModel.from_pretrained(trained / "laser").save_pretrained(tmp_path / "alone")
+def test_a_saved_model_needs_no_data_set(folder: Path, tmp_path: Path, capsys: Printed, tiny_lm: Path) -> None:
+    LaserModel.from_pretrained(folder / "run0").save_pretrained(tmp_path / "alone")
     question = ["--history", "i1", "i2", "-k", "3", "--json"]
     answers = []
-    for folder in (trained / "laser", tmp_path / "alone"):
-        assert main(["recommend", str(folder), *question]) == 0
+    for place in (folder / "run0", tmp_path / "alone"):
+        assert main(["recommend", str(place), *question]) == 0
         answers.append(json.loads(capsys.readouterr().out))
     assert answers[0] == answers[1]
     assert main(["recommend", str(tmp_path / "alone")]) == 2
@@ -95,8 +186,8 @@ def test_a_saved_model_needs_no_data_set(
     assert "the folder must hold a run or a saved Laser" in capsys.readouterr().err
 
 
-def test_recommend_in_words(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["recommend", str(trained / "laser"), "--user", "u3"]) == 0
+def test_recommend_in_words(folder: Path, capsys: Printed) -> None:
+    assert main(["recommend", str(folder / "run0"), "--user", "u3"]) == 0
     printed = capsys.readouterr().out
     assert "user u3, 7 items, the newest last:" in printed
     assert "    5. " in printed and "    6. " not in printed
@@ -105,41 +196,37 @@ def test_recommend_in_words(trained: Path, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["recommend", "RUN", "--user", "nobody"], "--user must name users of the data set, got 'nobody'"),
-        (["recommend", "RUN", "-k", "0"], "-k: must be a whole number from 1 to 1000000, got '0'"),
-        (["train", "RUN/../laser.yaml"], "output must be a new or empty folder"),
+        (["recommend", "run0", "--user", "nobody"], "--user must name users of the data set, got 'nobody'"),
+        (["recommend", "run0", "-k", "0"], "-k: must be a whole number from 1 to 1000000, got '0'"),
+        (["train", "laser.yaml"], "output must be a new or empty folder"),
         (
-            ["train", "RUN/../laser.yaml", "--set", "mformer.topk=1"],
-            "unknown key 'mformer.topk', did you mean 'mformer.top_k'?",
+            ["train", "laser.yaml", "--set", "mformer.topk=1"],
+            r"unknown key 'mformer.topk', did you mean 'mformer.top_k'\?",
         ),
-        (["evaluate", "RUN/nowhere"], "no such folder"),
+        (
+            ["train", "laser.yaml", "--set", "split.test_from=6", "--set", "output=never"],
+            "load_recommender: split_hash must be",
+        ),
+        (["recommender", "train", "set", "never", "--split", "random"], "kind: Input should be 'leave-one-out'"),
+        (["evaluate", "run0", "nowhere"], "no such folder: '.*nowhere'"),
+        (["evaluate", "run0", "sasrec"], r"must hold a model, got none in '.*sasrec'; if it was stopped, .*--resume"),
+        (["evaluate", "run0", "--protocol", "uniform", "--bootstrap", "9"], "for the full ranking, got .* uniform"),
+        (["significance", "run0", "nowhere"], "no such folder: '.*nowhere'"),
     ],
 )
 def test_refused_input_is_one_line_on_stderr(
-    trained: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    folder: Path, arguments: list[str], message: str, capsys: Printed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert main([argument.replace("RUN", str(trained / "laser")) for argument in arguments]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("laser-fast: error: ") and message in error
+    """What is wrong with any run is told before the first one is ranked."""
+    monkeypatch.chdir(folder)
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    error = printed.err.splitlines()[-1]
+    assert error.startswith("laser-fast: error: ") and re.search(message, error)
+    assert arguments[0] == "train" or printed.out == ""
 
 
-def test_a_recommender_of_another_split_is_refused(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    events = ["user_id,item_id,timestamp", *(f"u{user},i{step},{step}" for user in range(4) for step in range(5))]
-    (tmp_path / "events.csv").write_text("\n".join(events) + "\n", encoding="utf-8")
-    assert main(["prepare", str(tmp_path / "other"), "--interactions", str(tmp_path / "events.csv")]) == 0
-    assert main(["evaluate", str(trained / "laser"), "--data", str(tmp_path / "other")]) == 2
-    assert "split" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_doctor_answers_in_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor", "--json"]) == 0
-    report: Any = json.loads(capsys.readouterr().out)
-    assert "torch" in json.dumps(report)
-
-
-def test_plan_says_what_a_card_takes(tiny_settings: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
+def test_plan_says_what_a_card_takes(tiny_settings: dict[str, Any], tmp_path: Path, capsys: Printed) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(tiny_settings))
     assert main(["plan", str(path), "--gpu", "8GB", "--items", "5000", "--json"]) == 0
@@ -148,5 +235,3 @@ def test_plan_says_what_a_card_takes(tiny_settings: dict[str, Any], tmp_path: Pa
     assert printed["proposals"]["8GB"]["micro_batch_tokens"] > 1000
     assert main(["plan", str(path), "--cpu"]) == 0
     assert "CUDA context" not in capsys.readouterr().out
-    assert main(["plan", str(path), "--gpu", "8"]) == 2
-    assert "plan: --gpu must be a size like 8GB, got '8'" in capsys.readouterr().err

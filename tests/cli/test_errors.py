@@ -22,18 +22,18 @@ import torch
 from safetensors.torch import load, save_file
 from tokenizers import Tokenizer
 
-from laser_fast import doctor
 from laser_fast.cli import main
 from laser_fast.config import PromptConfig
 from laser_fast.data import ItemTable
-from laser_fast.laser import laser_files as adapter_files
 from laser_fast.nn.text_residual import TextResidual
 from laser_fast.retrieval.requests import Recommendation, pack_histories
 
+Patch, Printed = pytest.MonkeyPatch, pytest.CaptureFixture[str]
 
-def run(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object], *arguments: str) -> int:
+
+def run(monkeypatch: Patch, act: Callable[[], object], *arguments: str) -> int:
     """A command that does `act`."""
-    monkeypatch.setattr(doctor, "print_report", lambda json_output: act() and 0)
+    monkeypatch.setattr("laser_fast.cli.doctor.run", lambda parsed: act() and 0)
     return main([*arguments, "doctor"])
 
 
@@ -59,10 +59,6 @@ def save_beyond_a_bound() -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def nested(levels: int) -> object:
-    return json.loads("[" * levels)
-
-
 @pytest.mark.parametrize(
     ("act", "message"),
     [
@@ -76,7 +72,7 @@ def nested(levels: int) -> object:
         (system(errno.ESTALE), "a/file: the system must be able to do it, got Stale file handle"),
         (system(errno.EPIPE, None), "a file or stream: the system must be able to do it, got Broken pipe"),
         (lambda: b"\xff".decode(), "a text must be UTF-8, got UnicodeDecodeError: 'utf-8' codec can't decode"),
-        (lambda: nested(10**5), "a file must not be nested that deep, got RecursionError: maximum recursion depth"),
+        (lambda: json.loads("[" * 10**5), "a file must not be nested that deep, got RecursionError: maximum recursion"),
         (lambda: zlib.decompress(b"x"), "a packed file must be whole, got Error -5 while decompressing data"),
         (lambda: lzma.decompress(b"x"), "a packed file must be whole, got Input format not supported"),
         (lambda: gzip.decompress(gzip.compress(b"x" * 99)[:-9]), "a file must be whole, got EOFError: Compressed file"),
@@ -94,7 +90,7 @@ def nested(levels: int) -> object:
     ],
 )  # fmt: skip
 def test_what_a_person_can_cause_is_one_line(
-    act: Callable[[], object], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    act: Callable[[], object], message: str, monkeypatch: Patch, capsys: Printed
 ) -> None:
     assert run(monkeypatch, act) == 2
     error = capsys.readouterr().err
@@ -122,7 +118,7 @@ def test_what_a_person_can_cause_is_one_line(
         (["prepare", "x", "--recbole", "y", "--min-rating", "nan"], "must be a number from -1e+300 to 1e+300, got"),
     ],
 )  # fmt: skip
-def test_real_causes(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_real_causes(arguments: list[str], message: str, tmp_path: Path, capsys: Printed) -> None:
     (tmp_path / "file").write_text('a: 1\nb: "')
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     assert main([argument.replace("TMP", str(tmp_path)) for argument in arguments]) == 2
@@ -134,7 +130,7 @@ def test_real_causes(arguments: list[str], message: str, tmp_path: Path, capsys:
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("content", ["", "{", "3", "null", "[]", "[" * 10**5, "\ud800"])
 def test_a_language_model_of_damaged_files(
-    name: str, content: str, tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    name: str, content: str, tiny_lm: Path, tmp_path: Path, monkeypatch: Patch, capsys: Printed
 ) -> None:
     from laser_fast.config import LanguageModelConfig
     from laser_fast.lm.loading.language_model import load_language_model
@@ -147,41 +143,34 @@ def test_a_language_model_of_damaged_files(
     assert capsys.readouterr().err.splitlines()[-1].startswith("laser-fast: error: ")
 
 
-def test_a_fault_of_the_program_is_told_as_one(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_fault_of_the_program_is_told_as_one(monkeypatch: Patch, capsys: Printed) -> None:
     for error in (KeyError("lm"), TypeError("f: x must be y, got z"), RuntimeError("odd"), AssertionError()):
         assert run(monkeypatch, raising(error)) == 1
         told = capsys.readouterr().err
-        assert told.startswith(
-            f"laser-fast: error: a fault of laser_fast or of a package it needs, {type(error).__name__}"
-        )
+        expected = f"laser-fast: error: a fault of laser_fast or of a package it needs, {type(error).__name__}"
+        assert told.startswith(expected)
         assert "`laser-fast --traceback ...` shows where" in told and told.count("\n") == 1
 
 
-def test_the_traceback_is_shown_when_asked_for(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_traceback_is_shown_when_asked_for(monkeypatch: Patch, capsys: Printed) -> None:
     assert run(monkeypatch, raising(ValueError("a: b must be c, got \x1b")), "--traceback") == 2
     told = capsys.readouterr().err
     assert told.startswith("Traceback (most recent call last):\n") and "in raising" not in told
     assert ", in act\n" in told and told.endswith("laser-fast: error: ValueError: a: b must be c, got \\x1b\n")
 
 
-def test_a_message_is_cut(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_message_is_cut(monkeypatch: Patch, capsys: Printed) -> None:
     assert run(monkeypatch, raising(ValueError(f"f: x must be y, got {'z' * 10**6}; do this"))) == 2
     told = capsys.readouterr().err
     assert len(told) < 2100 and "f: x must be y, got zzz" in told and told.endswith("zzz; do this\n")
 
 
-def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_is_one_line(monkeypatch: Patch, capsys: Printed) -> None:
     assert run(monkeypatch, raising(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err == "laser-fast: stopped by SIGINT\n"
 
 
-def test_a_reader_that_has_gone_is_no_error(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_reader_that_has_gone_is_no_error(monkeypatch: Patch, capsys: Printed) -> None:
     for text in ("a line", "many lines\n" * 10**5):  # found at the end, and in the midst
         reader, writer = os.pipe()
         os.close(reader)
@@ -192,7 +181,7 @@ def test_a_reader_that_has_gone_is_no_error(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full here")
-def test_a_full_disk_behind_stdout(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_behind_stdout(monkeypatch: Patch, capsys: Printed) -> None:
     with Path("/dev/full").open("w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
         assert run(monkeypatch, lambda: print("a line")) == 2
@@ -200,23 +189,21 @@ def test_a_full_disk_behind_stdout(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert told.startswith("laser-fast: error: standard output: the disk must have room, got No space left on device")
 
 
-def test_streams_that_are_closed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_streams_that_are_closed(monkeypatch: Patch, capsys: Printed) -> None:
     monkeypatch.setattr(sys, "stdout", None)
     assert run(monkeypatch, lambda: print("nobody reads it")) == 0
     monkeypatch.setattr(sys, "stderr", None)
     assert run(monkeypatch, raising(ValueError("x"))) == 2
 
 
-def test_an_encoding_that_cannot_hold_a_title(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoding_that_cannot_hold_a_title(monkeypatch: Patch) -> None:
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
     assert run(monkeypatch, lambda: print("Amélie \ud800")) == 0
     assert written.getvalue() == b"Am\\xe9lie \\ud800\n"
 
 
-def test_what_is_printed_commands_no_terminal(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_printed_commands_no_terminal(monkeypatch: Patch, capsys: Printed) -> None:
     def act() -> None:
         print("a\x1b]0;title\x07\x9b2J\u202eb\n\tc")
         warnings.warn("w\x1b[2J\n" + "x" * 10**5, stacklevel=1)
@@ -228,29 +215,27 @@ def test_what_is_printed_commands_no_terminal(
 
 
 @pytest.fixture
-def evil_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def evil_model(monkeypatch: Patch) -> None:
     """A model whose ids and titles come from nobody's friend."""
     items = ItemTable(["a\n9. forged", "b\x1b[2J"], {"title": ["\x1b[31mred \u202e", "long " * 10**5]})
     prompt = SimpleNamespace(item_template="{title}")
     origin = SimpleNamespace(items=items, config=SimpleNamespace(prompt=prompt))
     model: Any = SimpleNamespace(item_ids=items.ids)
     model.recommend = lambda histories, k, exclude_seen: [[Recommendation(item, 0.5) for item in items.ids]]
-    monkeypatch.setattr("laser_fast.cli.commands._load_alone", lambda parsed: model)
-    monkeypatch.setattr(adapter_files, "origin_of", lambda model: origin)
+    monkeypatch.setattr("laser_fast.cli.recommend._load_alone", lambda parsed: model)
+    monkeypatch.setattr("laser_fast.laser.laser_files.origin_of", lambda model: origin)
 
 
-def test_recommend_shows_any_title_on_its_line(evil_model: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_recommend_shows_any_title_on_its_line(evil_model: None, capsys: Printed) -> None:
     assert main(["recommend", "x", "--history", "a\n9. forged", "no\nitem"]) == 0
     out = capsys.readouterr().out
     assert not set(out) & {"\x1b", "\u202e"} and len(out) < 2000
-    assert [line.strip()[:2] for line in out.splitlines() if line.startswith("    ") and "." in line[:8]] == [
-        "1.",
-        "2.",
-    ]
+    ranks = [line.strip()[:2] for line in out.splitlines() if line.startswith("    ") and "." in line[:8]]
+    assert ranks == ["1.", "2."]
     assert r"\x1b[31mred \u202e" in out and r"no\nitem" in out
 
 
-def test_json_is_ascii_and_reads_back(evil_model: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_is_ascii_and_reads_back(evil_model: None, capsys: Printed) -> None:
     assert main(["recommend", "x", "--history", "a", "--json"]) == 0
     out = capsys.readouterr().out
     assert out.isascii() and "\x1b" not in out

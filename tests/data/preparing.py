@@ -2,15 +2,15 @@
 
 import argparse
 
-from laser_fast.cli.prepare_arguments import add_prepare_arguments, request_from_arguments
+from laser_fast.cli import prepare as command
 from laser_fast.data import PrepareRequest, SequenceDataset
 
 
 def request_of(*arguments: object) -> PrepareRequest:
     """The request of `laser-fast prepare ARGUMENTS`."""
     parser = argparse.ArgumentParser(exit_on_error=False)
-    add_prepare_arguments(parser)
-    return request_from_arguments(parser.parse_args([str(argument) for argument in arguments]))
+    command.add_arguments(parser)
+    return command.request_of(parser.parse_args([str(argument) for argument in arguments]))
 
 
 def items_of_users(dataset: SequenceDataset) -> dict[str, list[str]]:

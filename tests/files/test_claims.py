@@ -38,32 +38,51 @@ def test_a_claim_holds_what_is_inside_and_the_same_again(tmp_path: Path) -> None
     assert not list(tmp_path.iterdir())
 
 
-def test_another_thread_is_another(tmp_path: Path) -> None:
-    refused: list[str] = []
+def _is_claimed(output: Path) -> bool:
+    try:
+        with claim(output):
+            return False
+    except ValueError:
+        return True
 
-    def other() -> None:
+
+def _of_thread(ask: Callable[[], bool]) -> bool:
+    """What another thread answers."""
+    answers: list[bool] = []
+    thread = threading.Thread(target=lambda: answers.append(ask()))
+    thread.start()
+    thread.join()
+    return answers == [True]
+
+
+def _of_child(ask: Callable[[], bool]) -> bool:
+    """What a forked process answers."""
+    child = os.fork()
+    if child == 0:
+        answer = False
         try:
-            with claim(tmp_path / "out"):
-                pass
-        except ValueError as error:
-            refused.append(str(error))
+            answer = ask()
+        finally:
+            os._exit(0 if answer else 1)
+    return os.waitpid(child, 0)[1] == 0
 
-    with claim(tmp_path / "out"):
-        thread = threading.Thread(target=other)
-        thread.start()
-        thread.join()
-    assert len(refused) == 1
+
+def test_another_thread_and_a_forked_process_are_others(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with claim(output):
+        assert _of_thread(lambda: _is_claimed(output))
+        assert _of_child(lambda: _is_claimed(output) and _is_claimed(output / "checkpoint"))
 
 
 def test_what_a_dead_process_left_is_no_obstacle(tmp_path: Path) -> None:
-    child = os.fork()
-    if child == 0:
+    def die() -> bool:
         with claim(tmp_path / "out"):
             os.kill(os.getpid(), signal.SIGKILL)
-    os.waitpid(child, 0)
+        return True
+
+    assert not _of_child(die)
     assert lock_file(tmp_path / "out").exists()
-    with claim(tmp_path / "out"):
-        pass
+    assert not _is_claimed(tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -80,35 +99,16 @@ def test_a_child_that_lives_on_holds_nothing(tmp_path: Path) -> None:
         os.waitpid(child, 0)
 
 
-def test_a_forked_process_is_another(tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    with claim(output):
-        assert _of_child(lambda: _is_claimed(output) and _is_claimed(output / "checkpoint"))
-
-
 def test_a_forked_process_frees_nothing(tmp_path: Path) -> None:
     def leave() -> bool:
         parent.close()
         return True
 
-    parent = ExitStack()
-    with parent:
+    with ExitStack() as parent:
         parent.enter_context(claim(tmp_path / "out"))
         assert _of_child(leave)
         assert lock_file(tmp_path / "out").exists() and _of_child(lambda: _is_claimed(tmp_path / "out"))
     assert not _is_claimed(tmp_path / "out")
-
-
-def _of_child(ask: Callable[[], bool]) -> bool:
-    """What a forked process answers."""
-    child = os.fork()
-    if child == 0:
-        answer = False
-        try:
-            answer = ask()
-        finally:
-            os._exit(0 if answer else 1)
-    return os.waitpid(child, 0)[1] == 0
 
 
 def test_what_lies_in_a_claimed_folder_is_claimed(tmp_path: Path, claimed_elsewhere: Elsewhere) -> None:
@@ -142,22 +142,10 @@ def test_where_nobody_may_write_beside_it_the_folder_itself_is_locked(
     monkeypatch.setattr(os, "open", refuse)
     (tmp_path / "out").mkdir()
     with claim(tmp_path / "out"):
-        thread = threading.Thread(target=lambda: seen.append(_is_claimed(tmp_path / "out")))
-        seen: list[bool] = []
-        thread.start()
-        thread.join()
-    assert seen == [True]
+        assert _of_thread(lambda: _is_claimed(tmp_path / "out"))
     assert not _is_claimed(tmp_path / "out")
     with pytest.raises(PermissionError), claim(tmp_path / "absent"):
         pytest.fail("claimed")
-
-
-def _is_claimed(output: Path) -> bool:
-    try:
-        with claim(output):
-            return False
-    except ValueError:
-        return True
 
 
 def test_a_file_system_that_locks_nothing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,8 @@ from laser_fast.data import SequenceDataset
 from laser_fast.files import sealed as module
 from laser_fast.files.sealed import SEAL, SealedFolder, seal
 
+_FILE = {"size": 1, "sha256": "0" * 64}
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -86,20 +88,11 @@ def test_a_file_is_read_once_and_only_when_it_is_needed(folder: Path, monkeypatc
     ("change", "message"),
     [
         ({"format": 2}, r"seal\.json of .*model must have format 1, got 2; write it again"),
-        (
-            {"files": {"../../secret": {"size": 1, "sha256": "0" * 64}}},
-            r"names must lie in the folder, got '../../secret'",
-        ),
-        ({"files": {"/secret": {"size": 1, "sha256": "0" * 64}}}, "names must lie in the folder, got '/secret'"),
-        ({"files": {"weights.bin": {"size": 12}}}, r"key 'files\.weights\.bin\.sha256' must be set, got nothing"),
-        (
-            {"files": {"weights.bin": {"size": "12", "sha256": "0" * 64}}},
-            r"files\.weights\.bin\.size: Input .*, got '12'",
-        ),
-        (
-            {"files": {"weights.bin": {"size": 12, "sha256": "none"}}},
-            r"files\.weights\.bin\.sha256: String .*, got 'none'",
-        ),
+        ({"files": {"../../secret": _FILE}}, r"names must lie in the folder, got '../../secret'"),
+        ({"files": {"/secret": _FILE}}, "names must lie in the folder, got '/secret'"),
+        ({"files": {"a": {"size": 12}}}, r"key 'files\.a\.sha256' must be set, got nothing"),
+        ({"files": {"a": _FILE | {"size": "12"}}}, r"files\.a\.size: Input .*, got '12'"),
+        ({"files": {"a": _FILE | {"sha256": "none"}}}, r"files\.a\.sha256: String .*, got 'none'"),
         ({"more": 1}, "unknown key 'more'"),
     ],
     ids=["format", "outside", "absolute", "no digest", "type", "digest", "key"],

@@ -62,7 +62,6 @@ def build_recommender(num_items: int, config: RecommenderConfig) -> PackedRecomm
         return GRU4Rec(
             num_items,
             width=config.width,
-            hidden_width=config.hidden_width,
             num_layers=config.num_layers,
             max_length=config.max_length,
             dropout=config.dropout,
@@ -94,9 +93,7 @@ class Fitting:
     def __init__(self, model: PackedRecommender, windows: Windows, config: RecommenderConfig) -> None:
         self.model, self.windows, self.batch_size = model, windows, config.batch_size
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            trained, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-        )
+        self.optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0, fused=True)
         self.warmup = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: min(1.0, (step + 1) / _WARMUP_STEPS)
         )

@@ -203,11 +203,11 @@ def test_a_run_directory_is_never_overwritten(trained: tuple[PackedRecommender, 
 
 
 def test_gru4rec_is_trained_saved_and_loaded_by_the_same_functions(tmp_path: Path) -> None:
-    update = {"kind": "gru4rec", "hidden_width": 48, "epochs": 25}
+    update = {"kind": "gru4rec", "epochs": 25}
     model = train_recommender(
         _split(), _NUM_ITEMS, _CONFIG.model_copy(update=update), seed=0, run_dir=tmp_path / "gru", progress=False
     )
-    assert isinstance(model, GRU4Rec) and model.settings["hidden_width"] == 48 and model.settings["num_layers"] == 1
+    assert isinstance(model, GRU4Rec) and model.settings["hidden_width"] == 64 and model.settings["num_layers"] == 1
     assert evaluate(model, _split().test)["HR@1"].mean > 0.9
     loaded = load_recommender(tmp_path / "gru", expected_split_hash="a hash")
     assert isinstance(loaded, GRU4Rec) and loaded.settings == model.settings

@@ -1,15 +1,14 @@
-"""Numbers of the command line, with the bounds that settings have in `config`."""
+"""Arguments that several commands have: numbers with the bounds that settings have in `config`, and `--set`."""
 
 import argparse
 import math
 from collections.abc import Callable
 
-MOST = 10**6
-"""Of what a command loops over or holds at once: items of an answer, draws, resamples."""
+_MOST = 10**6  # items of an answer, draws, resamples: what a command loops over or holds at once
 LARGEST_SEED = 2**32 - 1
 
 
-def whole_number(least: int, most: int = MOST) -> Callable[[str], float]:
+def whole_number(least: int, most: int = _MOST) -> Callable[[str], float]:
     """The `type` of an argument that is a whole number between two bounds, both included."""
     return _number(int, f"a whole number from {least} to {most}", least, most)
 
@@ -30,3 +29,10 @@ def _number(kind: Callable[[str], float], rule: str, least: float, most: float) 
         return value
 
     return read
+
+
+def add_settings(parser: argparse.ArgumentParser, example: str) -> None:
+    """Add `--set`, which changes the configuration."""
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help=f"override one setting, e.g. --set {example}"
+    )
