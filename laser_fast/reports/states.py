@@ -1,6 +1,6 @@
 """What the ID-based recommender's states are worth where it has seen the target and where it has not."""
 
-from laser_fast.recommenders.cross_fitted import StateGap
+from laser_fast.recommenders.state_spread import StateGap
 from laser_fast.reports.document import Block, Heading, Paragraph, Table
 from laser_fast.reports.run_record import RunRecord
 from laser_fast.reports.subject import Subject

@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import pytest
 
-from laser_fast.recommenders.cross_fitted import StateGap, StateSpread
+from laser_fast.recommenders.state_spread import StateGap, StateSpread
 from laser_fast.reports.document import Block, Heading, Paragraph, Table
 from laser_fast.reports.run_record import RunRecord
 from laser_fast.reports.states import state_blocks
