@@ -68,7 +68,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(parsed: argparse.Namespace) -> None:
-    from laser_fast.evaluation import across_seeds, cold_line, group_figures, spread_table, table
+    from laser_fast.evaluation import across_seeds, cold_line, group_figures, table
     from laser_fast.laser.build import training_counts
 
     _check_before(parsed, parsed.model)
@@ -96,7 +96,7 @@ def _evaluate(parsed: argparse.Namespace) -> None:
     else:
         names = [name for name in measured[parsed.model[0]] if all(name in run for run in measured.values())]
         spreads = {name: across_seeds([run[name] for run in measured.values()]) for name in names}
-        print(f"mean of {len(measured)} runs (sample deviation of their figures)\n{spread_table(spreads)}")
+        print(f"mean of {len(measured)} runs (sample deviation of their figures)\n{table(spreads)}")
         spread = {name: {key: value.to_dict() for key, value in spreads[name].items()} for name in names}
         figures = {"runs": figures, "spread": spread}
     print(f"{parsed.split} rows, {_protocol_words(parsed)}; {rule}; +- are 95% intervals over users")

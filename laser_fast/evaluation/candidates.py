@@ -1,26 +1,42 @@
-"""Candidates of sampled rankings: drawn once with a seed, checked against the rows they belong to, stored in a file."""
+"""Sampled rankings: every target among a few candidates, under names that no full ranking has.
+
+The candidates are drawn once with a seed, checked against the rows they belong to, and can be stored in a file.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 from safetensors.numpy import save
+from torch import Tensor
 
+from laser_fast.evaluation.evaluate import row_scores
+from laser_fast.evaluation.metrics import (
+    MetricValue,
+    RankingMetrics,
+    metric_names,
+    or_none,
+    rank_values,
+    target_ranks,
+)
 from laser_fast.files.descriptions import Description, parse_description
 from laser_fast.files.folders import replace_file
 from laser_fast.files.tensors import open_tensors
+from laser_fast.recommenders.protocol import Scorer
 
 if TYPE_CHECKING:
     from laser_fast.data import EvaluationRows
 
 Sampler = Literal["uniform", "popularity"]
-LLARA_CANDIDATES = 20
-_LLARA_SHOWN = 10
+_LLARA_CANDIDATES, _LLARA_SHOWN = 20, 10
 _FORMAT = 2
 _MOST_ITEMS = 2**31  # of all rankings together: 16 GiB
 
@@ -62,7 +78,7 @@ class Candidates:
         Raises:
             ValueError: other rows, or an item outside 0..num_items-1.
         """
-        if (actual := hash_of_rows(rows)) != self.rows_hash:
+        if (actual := _hash_of_rows(rows)) != self.rows_hash:
             raise ValueError(
                 f"Candidates: rows must be those the candidates were drawn for, {self.rows_hash[:12]}, "
                 f"got {actual[:12]}; draw anew"
@@ -109,7 +125,7 @@ class Candidates:
         return found
 
 
-def hash_of_rows(rows: EvaluationRows) -> str:
+def _hash_of_rows(rows: EvaluationRows) -> str:
     """SHA-256 over histories and targets."""
     digest = hashlib.sha256()
     for array in (rows.histories.items, rows.histories.cu_seqlens, rows.targets):
@@ -184,7 +200,7 @@ def draw_candidates(
                 keys = log_counts + random.gumbel(size=num_items)  # the largest are a draw without replacement
                 keys[barred] = -np.inf
                 items[draw, row, 1:] = np.argpartition(-keys, num_candidates - 2)[: num_candidates - 1]
-    return Candidates(items, "uniform" if counts is None else "popularity", seed, hash_of_rows(rows))
+    return Candidates(items, "uniform" if counts is None else "popularity", seed, _hash_of_rows(rows))
 
 
 def llara_candidates(rows: EvaluationRows, num_items: int, *, draws: int = 20, seed: int = 0) -> Candidates:
@@ -194,4 +210,85 @@ def llara_candidates(rows: EvaluationRows, num_items: int, *, draws: int = 20, s
 
     Source: Liao et al., SIGIR 2024 (LLaRA), section 4.1.
     """
-    return draw_candidates(rows, num_items, LLARA_CANDIDATES, draws=draws, seed=seed, shown=_LLARA_SHOWN)
+    return draw_candidates(rows, num_items, _LLARA_CANDIDATES, draws=draws, seed=seed, shown=_LLARA_SHOWN)
+
+
+@dataclass(frozen=True)
+class DrawnValue(MetricValue):
+    """A metric averaged over the draws of each row, then over rows.
+
+    Attributes:
+        standard_error: over rows, of their means over the draws.
+        draw_error: over draws: what another set of D draws would change; NaN for one draw.
+        draw_deviation: sample deviation of the figure of a single draw; NaN for one draw.
+    """
+
+    draw_error: float
+    draw_deviation: float
+
+    @classmethod
+    def from_draws(cls, values: Tensor) -> DrawnValue:
+        """From the value of every draw and row, [D, B]."""
+        over_rows = MetricValue.from_values(values.mean(dim=0))
+        draws = values.shape[0]
+        deviation = values.mean(dim=1).std().item() if draws > 1 else math.nan
+        return cls(over_rows.mean, over_rows.standard_error, deviation / math.sqrt(draws), deviation)
+
+    def to_dict(self) -> dict[str, float | None]:
+        """As `MetricValue.to_dict`, with what concerns the draws."""
+        drawn = {"draw_error": or_none(self.draw_error), "draw_deviation": or_none(self.draw_deviation)}
+        return super().to_dict() | drawn
+
+
+@dataclass(frozen=True)
+class SampledMetrics(RankingMetrics):
+    """Metrics of rankings among C candidates; names end in "|sampledC" or "|popularityC", `ranks` is [D, B]."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return self.ranks.shape[1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `RankingMetrics.to_dict`, with the number of draws."""
+        return super().to_dict() | {"draws": self.ranks.shape[0]}
+
+
+@torch.no_grad()
+def evaluate_candidates(
+    scorer: Scorer,
+    rows: EvaluationRows,
+    candidates: Candidates,
+    *,
+    ks: Sequence[int] = (1, 5, 10, 20),
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+) -> SampledMetrics:
+    """Rank each row's target among its candidates, in every draw; ties count against the target.
+
+    Args:
+        scorer: gives [b, I] scores for b packed histories, once per row.
+        rows: B rows.
+        candidates: drawn for these rows.
+        ks: cut-offs; those of C and above are left out, every ranking would pass them.
+        batch_size: rows scored at a time.
+        device: where the histories are put before `scorer.score`.
+
+    Raises:
+        ValueError: candidates of other rows, a cut-off below 1, or a scorer that returns NaN or a wrong shape.
+    """
+    if any(k < 1 for k in ks):
+        raise ValueError(f"evaluate_candidates: ks must be at least 1, got {tuple(ks)}")
+    candidates.check_rows(rows, scorer.num_items)
+    drawn, start = torch.tensor(candidates.items), 0
+    ranks = torch.empty(drawn.shape[:2], dtype=torch.int64)
+    for found, targets in row_scores("evaluate_candidates", scorer, rows, batch_size, device):
+        scores, stop = found.cpu(), start + len(targets)
+        if bool(torch.isnan(scores).any()):
+            raise ValueError(f"evaluate_candidates: scores must not be NaN, got NaN in rows from {start} on")
+        for draw in range(drawn.shape[0]):
+            chosen = scores.gather(1, drawn[draw, start:stop])
+            ranks[draw, start:stop] = target_ranks(chosen, torch.zeros(len(targets), dtype=torch.int64))
+        start = stop
+    names = metric_names([k for k in ks if k < drawn.shape[2]])
+    values = {name + candidates.suffix: DrawnValue.from_draws(rank_values(ranks, name)) for name in names}
+    return SampledMetrics(values, ranks)
