@@ -19,9 +19,6 @@ def test_quantile_groups_are_equal_in_size_and_keep_ties_together() -> None:
     assert quantile_groups(np.zeros(0, dtype=np.int64), "items") == []
     rows = np.concatenate([group.rows for group in groups])
     assert sorted(rows.tolist()) == list(range(100))
-
-
-def test_at_least_one_group() -> None:
     with pytest.raises(ValueError, match="quantile_groups: num_groups must be at least 1, got 0"):
         quantile_groups(np.arange(3), "items", 0)
 

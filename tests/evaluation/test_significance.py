@@ -28,16 +28,16 @@ def test_the_bootstrap_agrees_with_the_normal_interval_of_many_rows() -> None:
     assert high == pytest.approx(mean + half, abs=0.1 * half)
 
 
-def test_the_bootstrap_follows_its_seed_and_not_the_size_of_its_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = rank_values(ranks(50, 0), "HR@10")
-    once = bootstrap_interval(values, seed=4)
+def test_results_follow_the_seed_and_not_the_size_of_the_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, pair = rank_values(ranks(50, 0), "HR@10"), (ranks(40, 0), ranks(40, 1))
+    once, whole = bootstrap_interval(values, seed=4), paired_significance(*pair)
     assert once == bootstrap_interval(values, seed=4)
     assert 0 <= once[0] < values.mean() < once[1] <= 1
-    assert all(end == end for end in bootstrap_interval(torch.ones(1)))
+    assert bootstrap_interval(torch.ones(1)) == (1.0, 1.0)
     assert all(end != end for end in bootstrap_interval(torch.ones(0)))
-    monkeypatch.setattr("laser_fast.evaluation.significance._MAX_DRAWS", 1)
-    in_pieces = bootstrap_interval(values, seed=4)
-    assert in_pieces == pytest.approx(once, abs=0.05)
+    monkeypatch.setattr("laser_fast.evaluation.significance._MAX_DRAWS", 4000)
+    assert bootstrap_interval(values, seed=4) == pytest.approx(once, abs=0.05)
+    assert paired_significance(*pair).p_value == pytest.approx(whole.p_value, abs=0.02)
 
 
 def test_p_is_the_share_of_signs_that_reach_as_far() -> None:
@@ -75,12 +75,6 @@ def test_p_is_even_where_nothing_differs() -> None:
     assert np.mean(found) == pytest.approx(0.5, abs=0.08)
 
 
-def test_pieces_of_the_permutations_change_nothing_but_the_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = paired_significance(ranks(40, 0), ranks(40, 1))
-    monkeypatch.setattr("laser_fast.evaluation.significance._MAX_DRAWS", 4000)
-    assert paired_significance(ranks(40, 0), ranks(40, 1)).p_value == pytest.approx(whole.p_value, abs=0.02)
-
-
 @pytest.mark.parametrize(
     ("a", "b", "settings", "message"),
     [
@@ -98,7 +92,7 @@ def test_what_cannot_be_compared_is_refused(
         paired_significance(*pair, **settings)  # type: ignore[arg-type]
 
 
-def test_settings_of_the_bootstrap_are_checked() -> None:
+def test_resamples_of_the_bootstrap_are_checked() -> None:
     with pytest.raises(ValueError, match="bootstrap_interval: resamples must be from 1 to 10,000,000, got 0"):
         bootstrap_interval(torch.ones(3), resamples=0)
 
@@ -113,12 +107,8 @@ def test_figures_of_several_seeds() -> None:
     lines = table({"Laser": spread}, ("NDCG@10", "MRR")).splitlines()
     assert lines[0].split() == ["NDCG@10", "MRR"]
     assert f"{means.mean():.4f} (sd {means.std(ddof=1):.4f})" in lines[1]
-    assert table({}) == ""
-
-
-def test_one_seed_has_no_spread() -> None:
-    spread = across_seeds([RankingMetrics.from_ranks(ranks(30, 0))])["MRR"]
-    assert spread.to_dict()["deviation"] is None and str(spread) == f"{spread.mean:.4f}"
+    alone = across_seeds(runs[:1])["MRR"]
+    assert alone.to_dict()["deviation"] is None and str(alone) == f"{alone.mean:.4f}"
 
 
 def test_runs_that_do_not_belong_together_are_refused() -> None:
