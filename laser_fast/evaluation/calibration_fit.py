@@ -67,9 +67,7 @@ def search_calibration(
         counts: [I], events of each item in the training part.
         standardize: components to z-score per history (see `Calibration`).
         max_scores: scores held per component (4 bytes each); of more rows an evenly spaced part is used.
-        batch_size: rows scored at a time.
-        device: where the histories are put before `score`.
-        progress: show a bar.
+        batch_size, device, progress: as in `evaluate`.
 
     Returns:
         The fused scorer, and its NDCG@10 on the rows that were used.
@@ -92,13 +90,8 @@ def search_calibration(
     values, best = _without_useless(terms, values, best)
     scale = values[names[0]] or 1.0
     scalars = {name: value / scale * terms.units[name] for name, value in values.items()}
-    fitted = Calibration(
-        {name: scalars[name] for name in names},
-        start.standardize,
-        scalars[_HISTORY],
-        scalars[_LAST],
-        scalars[_POPULARITY],
-    )
+    weights = {name: scalars.pop(name) for name in names}
+    fitted = Calibration(weights, start.standardize, **scalars)  # what is left are the terms, by their names there
     return CalibratedScorer(components, fitted, counts), best
 
 

@@ -19,14 +19,7 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from laser_fast.evaluation.evaluate import row_scores
-from laser_fast.evaluation.metrics import (
-    MetricValue,
-    RankingMetrics,
-    metric_names,
-    or_none,
-    rank_values,
-    target_ranks,
-)
+from laser_fast.evaluation.metrics import MetricValue, RankingMetrics, metric_names, or_none, rank_values, target_ranks
 from laser_fast.files.descriptions import Description, parse_description
 from laser_fast.files.folders import replace_file
 from laser_fast.files.tensors import open_tensors
@@ -90,9 +83,8 @@ class Candidates:
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, whole or not at all."""
         about = {"format": _FORMAT, "sampler": self.sampler, "seed": self.seed, "rows_hash": self.rows_hash}
-        content = save(
-            {"items": np.ascontiguousarray(self.items)}, {"about": json.dumps(about | {"sha256": self._digest()})}
-        )
+        about |= {"sha256": self._digest()}
+        content = save({"items": np.ascontiguousarray(self.items)}, {"about": json.dumps(about)})
         replace_file(Path(path).resolve(), content)  # a link to a file elsewhere stays one
 
     def _digest(self) -> str:
@@ -161,14 +153,10 @@ def draw_candidates(
     Raises:
         ValueError: a number out of range, or a row with too few items outside its history.
     """
-    for name, value, least in (
-        ("num_candidates", num_candidates, 2),
-        ("draws", draws, 1),
-        ("seed", seed, 0),
-        ("shown", 0 if shown is None else shown, 0),
-    ):
-        if value < least:
-            raise ValueError(f"draw_candidates: {name} must be at least {least}, got {value}")
+    least = {"num_candidates": (num_candidates, 2), "draws": (draws, 1), "seed": (seed, 0), "shown": (shown or 0, 0)}
+    for name, (value, smallest) in least.items():
+        if value < smallest:
+            raise ValueError(f"draw_candidates: {name} must be at least {smallest}, got {value}")
     if draws * len(rows) * num_candidates > _MOST_ITEMS:
         raise ValueError(
             f"draw_candidates: draws x rows x num_candidates must be at most {_MOST_ITEMS:,}, "
@@ -266,12 +254,9 @@ def evaluate_candidates(
     """Rank each row's target among its candidates, in every draw; ties count against the target.
 
     Args:
-        scorer: gives [b, I] scores for b packed histories, once per row.
-        rows: B rows.
         candidates: drawn for these rows.
         ks: cut-offs; those of C and above are left out, every ranking would pass them.
-        batch_size: rows scored at a time.
-        device: where the histories are put before `scorer.score`.
+        scorer, rows, batch_size, device: as in `evaluate`.
 
     Raises:
         ValueError: candidates of other rows, a cut-off below 1, or a scorer that returns NaN or a wrong shape.

@@ -25,13 +25,13 @@ from laser_fast.recommenders.sasrec import SASRec
 from laser_fast.recommenders.state_spread import StateGap
 
 _FORMAT = 2
-_KINDS: dict[str, type[PackedRecommender]] = {
-    model.kind: model for model in (SASRec, GRU4Rec, RecBoleSASRec, LLaRASASRec)
-}
+_MODELS: tuple[type[PackedRecommender], ...] = (SASRec, GRU4Rec, RecBoleSASRec, LLaRASASRec)
+_KINDS = {model.kind: model for model in _MODELS}
 _WEIGHTS_FILE = "recommender.safetensors"
 _SETTINGS_FILE = "recommender.json"
 _FOLDS_FILE = "recommender_folds.safetensors"
 _USERS, _BASES = "user_folds", "bases"
+_RECORDED = ("split_hash", "item_map_hash", "gap")  # attributes of a model beside its settings
 RECOMMENDER_FILES = (_SETTINGS_FILE, _WEIGHTS_FILE, _FOLDS_FILE, SEAL)
 
 
@@ -49,13 +49,9 @@ class FoldsRecord(Description):
 
 
 class RecommenderDescription(Description):
-    """What recommender.json holds.
+    """What recommender.json holds: `model` are all settings; without `folds` their models are not here.
 
-    Attributes:
-        model: settings of the model, all of them.
-        split_hash, item_map_hash, gap: see `PackedRecommender`.
-        folds: None = the models of the folds are not here.
-        facts: what else was worth keeping; the model does not depend on it.
+    The model does not depend on `facts`, which were worth keeping as well.
     """
 
     format: int
@@ -70,7 +66,7 @@ class RecommenderDescription(Description):
 
 def is_saved_by_kind(model: object) -> TypeGuard[PackedRecommender]:
     """Whether `write_recommender` can write it and `read_recommender` build it again: it is of a kind known here."""
-    return type(model) in _KINDS.values()
+    return type(model) in _MODELS
 
 
 def save_recommender(model: PackedRecommender, directory: str | Path, **facts: Any) -> None:
@@ -92,23 +88,11 @@ def save_recommender(model: PackedRecommender, directory: str | Path, **facts: A
 
 
 def write_recommender(model: PackedRecommender, folder: Path, *, with_folds: bool = False, **facts: Any) -> None:
-    """Write the files of a model into a folder that is being written and is sealed at the end.
-
-    Args:
-        facts: see `save_recommender`.
-    """
+    """Write the files of a model into a folder that is being written and is sealed at the end."""
     write_tensors(model.state_dict(), folder / _WEIGHTS_FILE)
     folds = _write_folds(model.cross_fitted, folder) if with_folds and model.cross_fitted is not None else None
-    values = {
-        "format": _FORMAT,
-        "kind": model.kind,
-        "model": model.settings,
-        "split_hash": model.split_hash,
-        "item_map_hash": model.item_map_hash,
-        "gap": model.gap,
-        "folds": folds,
-        "facts": facts,
-    }
+    values = {"format": _FORMAT, "kind": model.kind, "model": model.settings, "folds": folds, "facts": facts}
+    values |= {name: getattr(model, name) for name in _RECORDED}
     description = checked_description(RecommenderDescription, values, f"write_recommender: {_SETTINGS_FILE}")
     write_json(folder / _SETTINGS_FILE, description.model_dump(mode="json"))
 
@@ -133,7 +117,6 @@ def load_recommender(
     """Read what `save_recommender` wrote, or the checkpoint inside a run directory; on the CPU, in eval mode.
 
     Args:
-        directory: the folder of the checkpoint, or the run directory around it.
         expected_split_hash: refuse a model that was fitted on another split.
         expected_item_map_hash: refuse a model of another catalogue.
 
@@ -178,9 +161,8 @@ def read_recommender(sealed: SealedFolder) -> PackedRecommender:
     description = _description(sealed.path)
     model = _build(description, sealed)
     load_weights_of_file(model, read_tensors(sealed, _WEIGHTS_FILE), f"load_recommender: {_WEIGHTS_FILE}")
-    model.split_hash = description.split_hash
-    model.item_map_hash = description.item_map_hash
-    model.gap = description.gap
+    for name in _RECORDED:
+        setattr(model, name, getattr(description, name))
     if description.folds is not None:
         model.cross_fitted = _read_folds(model, sealed, description.folds)
     return model.eval()

@@ -72,7 +72,7 @@ def import_recommender(
     Args:
         checkpoint: safetensors, or a file of torch that holds a state_dict, alone or under the key "state_dict" (and
             beside it, if need be, RecBole's settings as a plain dictionary under "config").
-        kind: "recbole-sasrec", "recbole-gru4rec" or "llara-sasrec".
+        kind: a key of `LAYOUTS`.
         items: the catalogue; the model's items are in its order.
         item_map: external id of every index of the checkpoint, as RecBole's `dataset.field2id_token` has them.
         same_order: without `item_map`: the checkpoint's items are these items in this order.
@@ -112,17 +112,9 @@ def import_recommender(
             f"import_recommender: {path.name} must be a {kind} of these {len(items)} items, got " + "; ".join(problems)
         )
     model.item_map_hash = items.hash()
-    report = ImportReport(
-        kind,
-        path.name,
-        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-        items_in_checkpoint=num_items,
-        items_dropped=num_items - len(items),
-        same_order=item_map is None,
-        settings=dict(model.settings),
-        assumed=assumed,
-    )
-    return model.eval(), report
+    digest, dropped = hashlib.sha256(path.read_bytes()).hexdigest(), num_items - len(items)
+    of_items = num_items, dropped, item_map is None
+    return model.eval(), ImportReport(kind, path.name, digest, *of_items, dict(model.settings), assumed)
 
 
 def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

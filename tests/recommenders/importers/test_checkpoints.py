@@ -77,13 +77,10 @@ def test_everything_that_does_not_fit_is_in_one_message(tmp_path: Path, foreign_
     weights = foreign_weights("recbole-sasrec")
     del weights["LayerNorm.bias"]
     torch.save(weights | {"extra": torch.zeros(2)}, tmp_path / "best.pth")
+    other = ItemTable(["a", "x"])
     with pytest.raises(ValueError) as caught:
         import_recommender(
-            tmp_path / "best.pth",
-            "recbole-sasrec",
-            ItemTable(["a", "x"]),
-            item_map={1: "a", 2: "a", 9: "y"},
-            max_length=3,
+            tmp_path / "best.pth", "recbole-sasrec", other, item_map={1: "a", 2: "a", 9: "y"}, max_length=3
         )
     for part in (
         "best.pth must be a recbole-sasrec of these 2 items, got missing keys ['LayerNorm.bias']; "
@@ -101,24 +98,9 @@ def test_everything_that_does_not_fit_is_in_one_message(tmp_path: Path, foreign_
     ("kind", "change", "options", "message"),
     [
         ("llara-sasrec", {}, {"item_map": None}, "no item map for its 5 items; give one, or state that they are in"),
-        (
-            "llara-sasrec",
-            {},
-            {"item_map": None, "same_order": True},
-            "got 5 items, so they cannot be in the same order",
-        ),
-        (
-            "llara-sasrec",
-            {"s_fc.weight": torch.zeros(4, WIDTH)},
-            {},
-            r"s_fc.weight of shape \(4, 8\) instead of \(5, 8\)",
-        ),
-        (
-            "llara-sasrec",
-            {"ln_1.bias": torch.full((WIDTH,), torch.nan)},
-            {},
-            "ln_1.bias with values that are no",
-        ),
+        ("llara-sasrec", {}, {"item_map": None, "same_order": True}, "got 5 items, so they cannot be in the same"),
+        ("llara-sasrec", {"s_fc.weight": torch.zeros(4, WIDTH)}, {}, r"s_fc.weight of shape \(4, 8\) instead of \(5,"),
+        ("llara-sasrec", {"ln_1.bias": torch.full((WIDTH,), torch.nan)}, {}, "ln_1.bias with values that are no"),
         ("llara-sasrec", {}, {"num_heads": 3}, "width must be a multiple of num_heads, got 8 and 3"),
         ("recbole-sasrec", {}, {"activation": "mish"}, "activation must be one of gelu, .*, got 'mish'"),
         ("recbole-gru4rec", {"dense.weight": None}, {}, r"missing keys \['dense.weight'\]"),
@@ -126,12 +108,7 @@ def test_everything_that_does_not_fit_is_in_one_message(tmp_path: Path, foreign_
     ],
 )
 def test_what_does_not_fit_is_refused(
-    kind: str,
-    change: dict[str, Tensor | None],
-    options: dict[str, Any],
-    message: str,
-    tmp_path: Path,
-    foreign_weights: Weights,
+    kind: str, change: dict[str, Any], options: dict[str, Any], message: str, tmp_path: Path, foreign_weights: Weights
 ) -> None:
     weights = {**foreign_weights(kind), **change}
     torch.save({name: tensor for name, tensor in weights.items() if tensor is not None}, tmp_path / "w.pt")
@@ -144,12 +121,8 @@ def test_settings_beside_the_weights_are_read(tmp_path: Path, foreign_weights: W
     config = {"n_heads": 2, "hidden_act": "relu", "layer_norm_eps": 1e-6, "learning_rate": 0.1}
     torch.save({"state_dict": foreign_weights("recbole-sasrec"), "config": config}, tmp_path / "best.pth")
     model, report = import_recommender(tmp_path / "best.pth", "recbole-sasrec", ITEMS, item_map=RECBOLE_MAP)
-    assert {name: model.settings[name] for name in ("num_heads", "activation", "norm_eps", "inner_width")} == {
-        "num_heads": 2,
-        "activation": "relu",
-        "norm_eps": 1e-6,
-        "inner_width": 12,
-    }
+    told = {"num_heads": 2, "activation": "relu", "norm_eps": 1e-6, "inner_width": 12}
+    assert {name: model.settings[name] for name in told} == told
     assert report.assumed == []
     with pytest.raises(ValueError, match="got num_heads 1 against 2 in the file"):
         import_recommender(tmp_path / "best.pth", "recbole-sasrec", ITEMS, item_map=RECBOLE_MAP, num_heads=1)
@@ -170,9 +143,7 @@ def test_a_malicious_pickle_leaves_no_trace(tmp_path: Path, foreign_weights: Wei
     for name, zipped in (("new.pth", True), ("old.pth", False)):
         content = {"state_dict": foreign_weights("llara-sasrec"), "config": _Trap(trace)}
         torch.save(content, tmp_path / name, _use_new_zipfile_serialization=zipped)
-        with pytest.raises(
-            ValueError, match=rf"{name} must hold tensors and plain values alone, got an object of posix"
-        ):
+        with pytest.raises(ValueError, match=rf"{name} must hold tensors and .* alone, got an object of posix"):
             import_recommender(tmp_path / name, "llara-sasrec", ITEMS, item_map=LLARA_MAP, num_heads=1)
         assert not trace.exists()
     assert zipfile.is_zipfile(tmp_path / "new.pth") and not zipfile.is_zipfile(tmp_path / "old.pth")
@@ -182,9 +153,7 @@ def test_a_malicious_pickle_leaves_no_trace(tmp_path: Path, foreign_weights: Wei
 
 def test_a_whole_module_is_refused_with_the_way_out(tmp_path: Path) -> None:
     torch.save(torch.nn.Sequential(torch.nn.Linear(2, 2)), tmp_path / "SASRec.pt")
-    with pytest.raises(
-        ValueError, match=r"got an object of torch.nn.*Sequential; where .* `torch.save\(model.state_dict"
-    ):
+    with pytest.raises(ValueError, match=r"an object of torch.nn.*Sequential; where .* `torch.save\(model.state_dict"):
         import_recommender(tmp_path / "SASRec.pt", "llara-sasrec", ITEMS, same_order=True)
 
 
@@ -194,20 +163,16 @@ def test_a_whole_module_is_refused_with_the_way_out(tmp_path: Path) -> None:
         ("w.pt", b"", "w.pt must hold tensors and plain values alone, got what torch cannot read"),
         ("w.pt", b"garbage", "w.pt must hold tensors and plain values alone"),
         ("w.safetensors", b"garbage", "w.safetensors must be a whole safetensors file"),
+        ("w.pt", None, "checkpoint must be a file, got"),
+        ("w.pt", {"epoch": 3, "best": "yes"}, "a state_dict, names with tensors, got 'epoch': int, 'best': str"),
+        ("w.pt", torch.zeros(3), "must hold a state_dict, names with tensors, got a Tensor"),
     ],
+    ids=["empty", "garbage", "no-safetensors", "nowhere", "no-tensors", "one-tensor"],
 )
-def test_damaged_files_are_refused(name: str, content: bytes, message: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
+def test_what_is_no_checkpoint_is_refused(name: str, content: Any, message: str, tmp_path: Path) -> None:
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    elif content is not None:
+        torch.save(content, tmp_path / name)
+    with pytest.raises(FileNotFoundError if content is None else ValueError, match=message):
         import_recommender(tmp_path / name, "llara-sasrec", ITEMS, same_order=True)
-
-
-def test_files_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="checkpoint must be a file, got"):
-        import_recommender(tmp_path / "nowhere.pt", "llara-sasrec", ITEMS)
-    torch.save({"epoch": 3, "best": "yes"}, tmp_path / "w.pt")
-    with pytest.raises(ValueError, match="must hold a state_dict, names with tensors, got 'epoch': int, 'best': str"):
-        import_recommender(tmp_path / "w.pt", "llara-sasrec", ITEMS)
-    torch.save(torch.zeros(3), tmp_path / "w.pt")
-    with pytest.raises(ValueError, match="must hold a state_dict, names with tensors, got a Tensor"):
-        import_recommender(tmp_path / "w.pt", "llara-sasrec", ITEMS)
