@@ -4,7 +4,6 @@ from laser_fast.evaluation.calibration_fit import fit_calibration, search_calibr
 from laser_fast.evaluation.candidates import (
     Candidates,
     DrawnValue,
-    SampledMetrics,
     draw_candidates,
     evaluate_candidates,
     llara_candidates,
@@ -32,7 +31,6 @@ __all__ = [
     "DrawnValue",
     "MetricValue",
     "RankingMetrics",
-    "SampledMetrics",
     "SeedSpread",
     "Significance",
     "across_seeds",

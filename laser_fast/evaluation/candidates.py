@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -228,19 +228,6 @@ class DrawnValue(MetricValue):
         return super().to_dict() | drawn
 
 
-@dataclass(frozen=True)
-class SampledMetrics(RankingMetrics):
-    """Metrics of rankings among C candidates; names end in "|sampledC" or "|popularityC", `ranks` is [D, B]."""
-
-    def __len__(self) -> int:
-        """Number of rows."""
-        return self.ranks.shape[1]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As `RankingMetrics.to_dict`, with the number of draws."""
-        return super().to_dict() | {"draws": self.ranks.shape[0]}
-
-
 @torch.no_grad()
 def evaluate_candidates(
     scorer: Scorer,
@@ -250,8 +237,10 @@ def evaluate_candidates(
     ks: Sequence[int] = (1, 5, 10, 20),
     batch_size: int = 256,
     device: torch.device | str = "cpu",
-) -> SampledMetrics:
+) -> RankingMetrics:
     """Rank each row's target among its candidates, in every draw; ties count against the target.
+
+    Names of the metrics end in "|sampledC" or "|popularityC"; their values are `DrawnValue`s.
 
     Args:
         candidates: drawn for these rows.
@@ -276,4 +265,4 @@ def evaluate_candidates(
         start = stop
     names = metric_names([k for k in ks if k < drawn.shape[2]])
     values = {name + candidates.suffix: DrawnValue.from_draws(rank_values(ranks, name)) for name in names}
-    return SampledMetrics(values, ranks)
+    return RankingMetrics(values, ranks)

@@ -119,7 +119,8 @@ class RankingMetrics:
 
     Attributes:
         values: metric name -> value.
-        ranks: [B] int64 on the CPU, the rank of each row's target: what paired comparisons need.
+        ranks: [B] int64 on the CPU, the rank of each row's target: what paired comparisons need; [D, B] where it was
+            ranked among candidates of D draws.
     """
 
     values: Mapping[str, MetricValue]
@@ -148,11 +149,12 @@ class RankingMetrics:
 
     def __len__(self) -> int:
         """Number of rows."""
-        return self.ranks.numel()
+        return self.ranks.shape[-1]
 
     def to_dict(self) -> dict[str, Any]:
-        """`{"rows": B, "metrics": {name: {"mean", "standard_error", "ci95"}}}`; without the ranks."""
-        return {"rows": len(self), "metrics": {name: value.to_dict() for name, value in self.values.items()}}
+        """`{"rows": B, "metrics": {name: {"mean", "standard_error", "ci95"}}}`, and "draws": D; without the ranks."""
+        drawn = {"draws": self.ranks.shape[0]} if self.ranks.dim() == 2 else {}
+        return {"rows": len(self), "metrics": {name: value.to_dict() for name, value in self.values.items()}} | drawn
 
 
 def paired_difference(ranks_a: Tensor, ranks_b: Tensor, metric: str = "NDCG@10") -> MetricValue:

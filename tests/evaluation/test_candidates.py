@@ -61,14 +61,6 @@ def test_llara_hides_the_shown_history_alone() -> None:
     assert others == set(range(40)) - set(range(4, 14)) - {14}
 
 
-def test_a_file_gives_back_the_same_candidates(tmp_path: Path) -> None:
-    drawn = draw_candidates(rows_of(), 12, 5, draws=3, seed=7, counts=np.ones(12, dtype=np.int64))
-    drawn.save(tmp_path / "c.safetensors")
-    read = Candidates.load(tmp_path / "c.safetensors")
-    assert np.array_equal(read.items, drawn.items)
-    assert (read.sampler, read.seed, read.rows_hash, read.suffix) == ("popularity", 7, drawn.rows_hash, "|popularity5")
-
-
 def test_what_is_no_file_of_candidates_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="Candidates.load: the path must be a file, got"):
         Candidates.load(tmp_path / "none")
@@ -80,16 +72,17 @@ def test_what_is_no_file_of_candidates_is_refused(tmp_path: Path) -> None:
         Candidates.load(tmp_path / "text")
 
 
-def test_damaged_candidates_are_refused(tmp_path: Path, damage_files: Callable[..., int]) -> None:
-    drawn = draw_candidates(rows_of(), 12, 5, draws=3, seed=7)
+def test_a_file_gives_back_the_same_candidates_or_is_refused(tmp_path: Path, damage_files: Callable[..., int]) -> None:
+    drawn = draw_candidates(rows_of(), 12, 5, draws=3, seed=7, counts=np.ones(12, dtype=np.int64))
     file = tmp_path / "folder" / "candidates"
     file.parent.mkdir()
     drawn.save(file)
 
     def same(read: Candidates) -> bool:
-        facts = (read.sampler, read.seed, read.rows_hash) == (drawn.sampler, drawn.seed, drawn.rows_hash)
-        return facts and np.array_equal(read.items, drawn.items)
+        facts = (read.sampler, read.seed, read.rows_hash, read.suffix)
+        return facts == ("popularity", 7, drawn.rows_hash, "|popularity5") and np.array_equal(read.items, drawn.items)
 
+    assert same(Candidates.load(file))
     assert damage_files(file.parent, lambda: Candidates.load(file), same, 80) > 70
 
 

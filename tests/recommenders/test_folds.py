@@ -110,7 +110,7 @@ def test_folds_are_saved_and_loaded(model: SASRec, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("items", ["own", "shared"])
-def test_folds_of_older_versions_are_read(model: SASRec, items: str, tmp_path: Path) -> None:
+def test_folds_of_older_versions_and_none_are_read(model: SASRec, items: str, tmp_path: Path) -> None:
     """Without bases, and with the item embeddings of the full model, which are then not in the file."""
     folds = folds_of(model)
     folds.bases = None
@@ -127,14 +127,10 @@ def test_folds_of_older_versions_are_read(model: SASRec, items: str, tmp_path: P
         loaded = load_recommender(tmp_path / "model")
         assert torch.equal(loaded.fold_states(_ITEMS, _BOUNDS, 1), model.fold_states(_ITEMS, _BOUNDS, 1))
         save_recommender(loaded, tmp_path / "model")
-
-
-def test_a_folder_without_folds_is_read_as_before(model: SASRec, tmp_path: Path) -> None:
     model.cross_fitted = model.gap = None
     save_recommender(model, tmp_path / "model")
-    assert _record(tmp_path / "model") is None
     loaded = load_recommender(tmp_path / "model")
-    assert loaded.cross_fitted is None and loaded.gap is None
+    assert _record(tmp_path / "model") is None and loaded.cross_fitted is None and loaded.gap is None
 
 
 def test_damaged_folds_are_refused(model: SASRec, tmp_path: Path) -> None:
