@@ -16,7 +16,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 from tqdm import tqdm
 
-from laser_fast.evaluation.evaluate import row_batches
+from laser_fast.evaluation.evaluate import row_scores
 from laser_fast.evaluation.metrics import rank_values
 from laser_fast.recommenders.protocol import Scorer, repeat_positions
 from laser_fast.retrieval.calibration import CalibratedScorer, Calibration, standard_scores
@@ -145,13 +145,9 @@ class _Terms:
     ) -> None:
         self.scores: dict[str, Tensor] = {}
         for name, component in components.items():
-            batches = tqdm(
-                row_batches(rows, batch_size, device),
-                desc=f"score {name}",
-                total=-(-len(rows) // batch_size),
-                disable=not progress,
-            )
-            parts = [component.score(items, cu_seqlens).float().cpu() for items, cu_seqlens, _ in batches]
+            batches = row_scores("fit_calibration", component, rows, batch_size, device)
+            bar = tqdm(batches, desc=f"score {name}", total=-(-len(rows) // batch_size), disable=not progress)
+            parts = [scores.float().cpu() for scores, _ in bar]
             scores = torch.cat([standard_scores(part) for part in parts] if name in standardize else parts)
             if not bool(torch.isfinite(scores).all()):
                 bad = scores[~torch.isfinite(scores)][0].item()

@@ -19,7 +19,7 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from laser_fast.evaluation.evaluate import row_scores
-from laser_fast.evaluation.metrics import MetricValue, RankingMetrics, metric_names, or_none, rank_values, target_ranks
+from laser_fast.evaluation.metrics import MetricValue, RankingMetrics, metric_names, or_none, rank_values
 from laser_fast.files.descriptions import Description, parse_description
 from laser_fast.files.folders import replace_file
 from laser_fast.files.tensors import open_tensors
@@ -259,9 +259,8 @@ def evaluate_candidates(
         scores, stop = found.cpu(), start + len(targets)
         if bool(torch.isnan(scores).any()):
             raise ValueError(f"evaluate_candidates: scores must not be NaN, got NaN in rows from {start} on")
-        for draw in range(drawn.shape[0]):
-            chosen = scores.gather(1, drawn[draw, start:stop])
-            ranks[draw, start:stop] = target_ranks(chosen, torch.zeros(len(targets), dtype=torch.int64))
+        chosen = scores.expand(len(drawn), -1, -1).gather(2, drawn[:, start:stop])  # the first is the target
+        ranks[:, start:stop] = (chosen >= chosen[..., :1]).sum(dim=2)
         start = stop
     names = metric_names([k for k in ks if k < drawn.shape[2]])
     values = {name + candidates.suffix: DrawnValue.from_draws(rank_values(ranks, name)) for name in names}

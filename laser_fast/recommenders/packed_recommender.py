@@ -45,10 +45,7 @@ class PackedRecommender(VersionedModule):
     item_embedding: nn.Embedding
 
     def __init__(self, state_size: int, settings: dict[str, Any]) -> None:
-        """Record the sizes.
-
-        Args:
-            settings: `num_items` and `max_length` among them.
+        """Record the sizes; `num_items` and `max_length` are among the settings.
 
         Raises:
             ValueError: a size of `settings` below 1.
