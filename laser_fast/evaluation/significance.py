@@ -12,6 +12,7 @@ from torch import Tensor
 
 from laser_fast.evaluation.metrics import RankingMetrics, or_none, rank_values
 
+_LEVEL = 0.95  # of the intervals
 _MAX_DRAWS = 2**24  # random numbers held at a time
 _MOST_RESAMPLES = 10**7
 
@@ -33,7 +34,8 @@ def bootstrap_interval(values: Tensor, *, resamples: int = 2000, seed: int = 0) 
     for count in _pieces(resamples, exact.numel()):
         rows = torch.randint(exact.numel(), (count, exact.numel()), generator=generator)
         means.append(exact[rows].mean(dim=1))
-    low, high = torch.quantile(torch.cat(means), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    tails = torch.tensor([(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], dtype=torch.float64)
+    low, high = torch.quantile(torch.cat(means), tails).tolist()
     return low, high
 
 
