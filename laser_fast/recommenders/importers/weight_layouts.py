@@ -56,7 +56,7 @@ class Layout:
         if self.layer is None:
             return {}
         found = [int(match[1]) for name in weights if (match := re.match(self.layer, name))]
-        return {"num_layers": 1 + max(found, default=0)}
+        return {"num_layers": min(1 + max(found, default=0), 1 + len(weights))}  # a large number takes time to build
 
     def _size(self, weights: Weights, ours: str, dimension: int) -> int:
         tensor = weights.get(self._theirs(ours))

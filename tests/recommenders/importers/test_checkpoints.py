@@ -104,6 +104,7 @@ def test_everything_that_does_not_fit_is_in_one_message(tmp_path: Path, foreign_
         ("llara-sasrec", {}, {"num_heads": 3}, "width must be a multiple of num_heads, got 8 and 3"),
         ("recbole-sasrec", {}, {"activation": "mish"}, "activation must be one of gelu, .*, got 'mish'"),
         ("recbole-gru4rec", {"dense.weight": None}, {}, r"missing keys \['dense.weight'\]"),
+        ("recbole-sasrec", {"trm_encoder.layer.999999999.x": torch.zeros(1)}, {}, r"unexpected keys \['trm_encoder"),
         ("bert4rec", {}, {}, "kind must be one of recbole-sasrec, recbole-gru4rec, llara-sasrec, got 'bert4rec'"),
     ],
 )
