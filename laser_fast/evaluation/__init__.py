@@ -1,13 +1,7 @@
 """Evaluation: ranks over the whole catalogue or drawn candidates, metrics with intervals, paired comparisons."""
 
 from laser_fast.evaluation.calibration_fit import fit_calibration, search_calibration
-from laser_fast.evaluation.candidates import (
-    Candidates,
-    DrawnValue,
-    draw_candidates,
-    evaluate_candidates,
-    llara_candidates,
-)
+from laser_fast.evaluation.candidates import Candidates, draw_candidates, evaluate_candidates, llara_candidates
 from laser_fast.evaluation.evaluate import evaluate, row_batches
 from laser_fast.evaluation.groups import cold_line, group_figures
 from laser_fast.evaluation.metrics import (
@@ -18,21 +12,12 @@ from laser_fast.evaluation.metrics import (
     table,
     target_ranks,
 )
-from laser_fast.evaluation.significance import (
-    SeedSpread,
-    Significance,
-    across_seeds,
-    bootstrap_interval,
-    paired_significance,
-)
+from laser_fast.evaluation.significance import across_seeds, bootstrap_interval, paired_significance
 
 __all__ = [
     "Candidates",
-    "DrawnValue",
     "MetricValue",
     "RankingMetrics",
-    "SeedSpread",
-    "Significance",
     "across_seeds",
     "bootstrap_interval",
     "cold_line",
