@@ -24,7 +24,6 @@ from laser_fast.evaluation import (
     evaluate,
     evaluate_candidates,
     llara_candidates,
-    spread_table,
     table,
 )
 from laser_fast.recommenders import Popularity
@@ -62,7 +61,7 @@ def main() -> None:
     sampled_spread = across_seeds([measured[f"SASRec, seed {seed}"] for seed in range(arguments.seeds)])
     spreads = sampled_spread | across_seeds(full)
     print(table(measured, ("HR@1|sampled20", "MRR|sampled20")))
-    print(spread_table({"SASRec": spreads}, ("HR@1|sampled20", "HR@10", "NDCG@10")))
+    print(table({"SASRec": spreads}, ("HR@1|sampled20", "HR@10", "NDCG@10")))
     if arguments.out is None:
         return
     report = {

@@ -6,7 +6,7 @@
         --out bench/results/cpu/study-amazon-scientific.json
 
 The configuration names data, recommender and language model; the two variants of fold designs read recommenders beside
-it, `recommender train ... runs/study/sasrec-shared --folds 3 --set fold_items=shared` and `-own` with `fold_items=own`.
+it, `-shared` and `-own`, whose folds `recommender_files.FoldsRecord` can read and `recommender train` does not make.
 Every finished run stays in `--work` and is not repeated, so a study may be stopped and gone on with; with `--kept`
 nothing is trained, and what is there is reported.
 

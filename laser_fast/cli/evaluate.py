@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     """Print the figures of every run, and of several their mean and spread."""
-    from laser_fast.evaluation import across_seeds, cold_line, group_figures, spread_table, table
+    from laser_fast.evaluation import across_seeds, cold_line, group_figures, table
     from laser_fast.laser.build import training_counts
 
     if parsed.bootstrap is not None and parsed.protocol != "full":
@@ -62,7 +62,7 @@ def run(parsed: argparse.Namespace) -> None:
     else:
         shared = [system for system in (COSINE, LASER) if all(system in systems for systems in measured.values())]
         spreads = {system: across_seeds([systems[system] for systems in measured.values()]) for system in shared}
-        print(f"mean of {len(measured)} runs (sample deviation of their figures)\n{spread_table(spreads)}")
+        print(f"mean of {len(measured)} runs (sample deviation of their figures)\n{table(spreads)}")
         spread = {
             system: {metric: value.to_dict() for metric, value in found.items()} for system, found in spreads.items()
         }

@@ -35,10 +35,6 @@ class RecommenderConfig(Settings):
     folds: Annotated[int, Field(ge=0, le=127)] = 3
     """Models beside this one, each fitted without the users of its fold, whose states Laser's training rows are read
     with; 0 = none (the paper), else at least 2."""
-    fold_items: Literal["aligned", "own", "shared"] = "aligned"
-    """"aligned": each fold learns its own item embeddings from the start this model had, and its states are rotated
-    onto this model's; "own": from a start of its own, not rotated; "shared": all read the finished item embeddings of
-    this model, which have learned by heart who bought what with what: nearly as good on seen rows as this model."""
 
     @field_validator("folds")
     @classmethod

@@ -14,6 +14,7 @@ from laser_fast.config.yaml_text import parse_yaml, read_yaml
 RETIRED = {
     "RecommenderConfig.hidden_width": None,
     "RecommenderConfig.weight_decay": 0.0,
+    "RecommenderConfig.fold_items": "aligned",
     "MFormerConfig.cross_attention_freq": 2,
     "BiTuningConfig.deep_prefix_rank": 64,
     "ObjectiveConfig.contrastive_temperature": 0.07,

@@ -1,9 +1,9 @@
 """Evaluation: ranks over the whole catalogue or drawn candidates, metrics with intervals, paired comparisons."""
 
-from laser_fast.evaluation.breakdown import cold_line, group_figures
 from laser_fast.evaluation.calibration_fit import fit_calibration, search_calibration
-from laser_fast.evaluation.candidates import Candidates, Sampler, draw_candidates, llara_candidates
+from laser_fast.evaluation.candidates import Candidates, draw_candidates, evaluate_candidates, llara_candidates
 from laser_fast.evaluation.evaluate import evaluate, row_batches
+from laser_fast.evaluation.groups import cold_line, group_figures
 from laser_fast.evaluation.metrics import (
     MetricValue,
     RankingMetrics,
@@ -12,19 +12,12 @@ from laser_fast.evaluation.metrics import (
     table,
     target_ranks,
 )
-from laser_fast.evaluation.protocols import DrawnValue, SampledMetrics, evaluate_candidates
-from laser_fast.evaluation.seeds import SeedSpread, across_seeds, spread_table
-from laser_fast.evaluation.significance import Significance, bootstrap_interval, paired_significance
+from laser_fast.evaluation.significance import across_seeds, bootstrap_interval, paired_significance
 
 __all__ = [
     "Candidates",
-    "DrawnValue",
     "MetricValue",
     "RankingMetrics",
-    "SampledMetrics",
-    "Sampler",
-    "SeedSpread",
-    "Significance",
     "across_seeds",
     "bootstrap_interval",
     "cold_line",
@@ -39,7 +32,6 @@ __all__ = [
     "rank_values",
     "row_batches",
     "search_calibration",
-    "spread_table",
     "table",
     "target_ranks",
 ]

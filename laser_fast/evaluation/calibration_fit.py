@@ -1,8 +1,8 @@
 """Fit the scalars of a `CalibratedScorer` on validation rows: most likely targets first, then the best NDCG@10.
 
-The fused score is linear in its scalars, so that the likelihood of the targets under its softmax has one maximum, which
-a few Newton steps find from anywhere. NDCG@10 is what counts, but it is a staircase with many local maxima: it is
-searched around that point alone, one scalar at a time, by small factors.
+The fused score is linear in its scalars, so the likelihood of the targets under its softmax has one maximum, which is
+found from anywhere. NDCG@10 is what counts, but it is a staircase with many local maxima: it is searched around that
+point alone, one scalar at a time, by small factors.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from scipy.optimize import minimize
 from torch import Tensor
 from tqdm import tqdm
 
-from laser_fast.evaluation.evaluate import row_batches
+from laser_fast.evaluation.evaluate import row_scores
 from laser_fast.evaluation.metrics import rank_values
 from laser_fast.recommenders.protocol import Scorer, repeat_positions
 from laser_fast.retrieval.calibration import CalibratedScorer, Calibration, standard_scores
@@ -26,10 +27,8 @@ if TYPE_CHECKING:
 _METRIC = "NDCG@10"
 _HISTORY, _LAST, _POPULARITY = "history_bias", "last_bias", "popularity_weight"
 _FACTORS = ((0.6, 0.8, 1.0, 1.25, 1.6), (0.6, 0.8, 1.0, 1.25, 1.6), (0.7, 0.85, 1.0, 1.18, 1.4))  # of each round
-_NEWTON_STEPS = 30
-_HALVINGS = 30  # of a Newton step, which far from the maximum overshoots and would never arrive
-_SUFFICIENT = 1e-4  # share of the decrease that a straight line promises
 _RIDGE = 1e-4  # keeps scalars finite where the rows do not bound them
+_TOLERANCES = {"ftol": 1e-15, "gtol": 1e-8, "maxiter": 1000}  # the scalars do not depend on where the search stopped
 _ROWS_PER_CHUNK = 64  # a chunk of scores stays in the cache while a whole grid is tried on it
 _SCORES_PER_CHUNK = 2**22  # of one term, at most, in a chunk of several rows
 
@@ -68,9 +67,7 @@ def search_calibration(
         counts: [I], events of each item in the training part.
         standardize: components to z-score per history (see `Calibration`).
         max_scores: scores held per component (4 bytes each); of more rows an evenly spaced part is used.
-        batch_size: rows scored at a time.
-        device: where the histories are put before `score`.
-        progress: show a bar.
+        batch_size, device, progress: as in `evaluate`.
 
     Returns:
         The fused scorer, and its NDCG@10 on the rows that were used.
@@ -93,51 +90,18 @@ def search_calibration(
     values, best = _without_useless(terms, values, best)
     scale = values[names[0]] or 1.0
     scalars = {name: value / scale * terms.units[name] for name, value in values.items()}
-    fitted = Calibration(
-        {name: scalars[name] for name in names},
-        start.standardize,
-        scalars[_HISTORY],
-        scalars[_LAST],
-        scalars[_POPULARITY],
-    )
+    weights = {name: scalars.pop(name) for name in names}
+    fitted = Calibration(weights, start.standardize, **scalars)  # what is left are the terms, by their names there
     return CalibratedScorer(components, fitted, counts), best
 
 
 def _likeliest(terms: _Terms, non_negative: list[str]) -> dict[str, float]:
-    """Scalars that maximise the likelihood of the targets, in units; those of `non_negative` that would not be are 0.
-
-    Newton's method on the mean cross-entropy of the softmax over the catalogue, which is convex in the scalars.
-    """
-    free = list(terms.names)
-    while True:
-        values = dict(zip(free, _minimum(terms, free).tolist(), strict=True))
-        wrong = [name for name in free if name in non_negative and values[name] < 0]
-        if not wrong:
-            return dict.fromkeys(terms.names, 0.0) | values
-        free.remove(min(wrong, key=values.__getitem__))
-
-
-def _minimum(terms: _Terms, names: list[str]) -> Tensor:
-    """Scalars of `names` with the lowest cross-entropy: float64 [T]. Newton steps, each halved until it helps."""
-    found = torch.zeros(len(names), dtype=torch.float64)
-    loss = terms.cross_entropy(names, found)
-    for _ in range(_NEWTON_STEPS):
-        gradient, curvature = terms.derivatives(names, found)
-        gradient += _RIDGE * found
-        step = torch.linalg.solve(curvature + _RIDGE * torch.eye(len(names), dtype=torch.float64), gradient)
-        promised = float(gradient @ step)
-        for halving in range(_HALVINGS):
-            share = 0.5**halving
-            trial = found - share * step
-            reached = terms.cross_entropy(names, trial) + 0.5 * _RIDGE * float(trial @ trial)
-            if reached <= loss - _SUFFICIENT * share * promised:
-                found, loss = trial, reached
-                break
-        else:
-            return found  # no step helps: rounding is all that is left
-        if float(step.abs().max()) < 1e-3:
-            return found
-    return found
+    """Scalars, in units, that maximise the likelihood of the targets; those of `non_negative` are at least 0."""
+    bounds = [(0.0 if name in non_negative else None, None) for name in terms.names]
+    found = minimize(
+        terms.cross_entropy, np.zeros(len(bounds)), jac=True, method="L-BFGS-B", bounds=bounds, options=_TOLERANCES
+    )
+    return dict(zip(terms.names, found.x.tolist(), strict=True))
 
 
 def _climb(terms: _Terms, values: dict[str, float], progress: bool) -> tuple[dict[str, float], float]:
@@ -181,13 +145,9 @@ class _Terms:
     ) -> None:
         self.scores: dict[str, Tensor] = {}
         for name, component in components.items():
-            batches = tqdm(
-                row_batches(rows, batch_size, device),
-                desc=f"score {name}",
-                total=-(-len(rows) // batch_size),
-                disable=not progress,
-            )
-            parts = [component.score(items, cu_seqlens).float().cpu() for items, cu_seqlens, _ in batches]
+            batches = row_scores("fit_calibration", component, rows, batch_size, device)
+            bar = tqdm(batches, desc=f"score {name}", total=-(-len(rows) // batch_size), disable=not progress)
+            parts = [scores.float().cpu() for scores, _ in bar]
             scores = torch.cat([standard_scores(part) for part in parts] if name in standardize else parts)
             if not bool(torch.isfinite(scores).all()):
                 bad = scores[~torch.isfinite(scores)][0].item()
@@ -220,34 +180,25 @@ class _Terms:
                 totals[place] += rank_values(ranks, _METRIC).sum()
         return (totals / self.targets.numel()).tolist()
 
-    def cross_entropy(self, names: list[str], values: Tensor) -> float:
-        """Mean cross-entropy of the targets in the softmax over the catalogue, of the T terms `names` alone."""
-        total = 0.0
-        for chunk in self._chunks():
-            scores = torch.zeros(len(chunk), self.num_items)
-            for name, value in zip(names, values.tolist(), strict=True):
-                scores += value * self._term(name, chunk)
-            of_targets = scores.gather(1, self.targets[chunk][:, None])[:, 0]
-            total += float((scores.logsumexp(dim=1) - of_targets).double().sum())
-        return total / self.targets.numel()
-
-    def derivatives(self, names: list[str], values: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the mean cross-entropy of the targets in the softmax over the catalogue: gradient [T], curvature [T, T].
+    def cross_entropy(self, values: np.ndarray) -> tuple[float, np.ndarray]:
+        """Mean cross-entropy of the targets in the softmax over the catalogue, with a ridge, and its gradient [T].
 
         Args:
-            names: T terms; the others are left out.
-            values: float64 [T], their scalars.
+            values: float64 [T], the scalars of `names`.
         """
-        gradient = torch.zeros(len(names), dtype=torch.float64)
-        curvature = torch.zeros(len(names), len(names), dtype=torch.float64)
+        loss, gradient = 0.0, np.zeros(len(values))
         for chunk in self._chunks():
-            features = torch.stack([self._term(name, chunk) for name in names])  # [T, b, I]
-            shares = torch.einsum("t,tbi->bi", values.float(), features).softmax(dim=1)
-            weighted = features * shares
-            means = weighted.sum(dim=2)  # [T, b]
-            gradient += (means - features[:, np.arange(len(chunk)), self.targets[chunk]]).double().sum(dim=1)
-            curvature += (weighted.flatten(1) @ features.flatten(1).T - means @ means.T).double()
-        return gradient / self.targets.numel(), curvature / self.targets.numel()
+            terms = [self._term(name, chunk) for name in self.names]
+            scores = torch.zeros(len(chunk), self.num_items, dtype=torch.float64)
+            for value, term in zip(values.tolist(), terms, strict=True):
+                scores.add_(term, alpha=value)
+            targets, log_shares = self.targets[chunk][:, None], scores.log_softmax(dim=1)
+            loss -= float(log_shares.gather(1, targets).sum())
+            surplus = log_shares.exp().scatter_add_(1, targets, torch.full_like(targets, -1, dtype=torch.float64))
+            for place, term in enumerate(terms):
+                gradient[place] += float(torch.linalg.vecdot(surplus, term.double()).sum())
+        rows = self.targets.numel()
+        return loss / rows + 0.5 * _RIDGE * float(values @ values), gradient / rows + _RIDGE * values
 
     def _chunks(self) -> list[np.ndarray]:
         """The rows, a few at a time."""

@@ -1,26 +1,35 @@
-"""Candidates of sampled rankings: drawn once with a seed, checked against the rows they belong to, stored in a file."""
+"""Sampled rankings: every target among a few candidates, under names that no full ranking has.
+
+The candidates are drawn once with a seed, checked against the rows they belong to, and can be stored in a file.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import torch
 from safetensors.numpy import save
+from torch import Tensor
 
+from laser_fast.evaluation.evaluate import row_scores
+from laser_fast.evaluation.metrics import MetricValue, RankingMetrics, metric_names, or_none, rank_values
 from laser_fast.files.descriptions import Description, parse_description
 from laser_fast.files.folders import replace_file
 from laser_fast.files.tensors import open_tensors
+from laser_fast.recommenders.protocol import Scorer
 
 if TYPE_CHECKING:
     from laser_fast.data import EvaluationRows
 
 Sampler = Literal["uniform", "popularity"]
-LLARA_CANDIDATES = 20
-_LLARA_SHOWN = 10
+_LLARA_CANDIDATES, _LLARA_SHOWN = 20, 10
 _FORMAT = 2
 _MOST_ITEMS = 2**31  # of all rankings together: 16 GiB
 
@@ -62,7 +71,7 @@ class Candidates:
         Raises:
             ValueError: other rows, or an item outside 0..num_items-1.
         """
-        if (actual := hash_of_rows(rows)) != self.rows_hash:
+        if (actual := _hash_of_rows(rows)) != self.rows_hash:
             raise ValueError(
                 f"Candidates: rows must be those the candidates were drawn for, {self.rows_hash[:12]}, "
                 f"got {actual[:12]}; draw anew"
@@ -74,9 +83,8 @@ class Candidates:
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, whole or not at all."""
         about = {"format": _FORMAT, "sampler": self.sampler, "seed": self.seed, "rows_hash": self.rows_hash}
-        content = save(
-            {"items": np.ascontiguousarray(self.items)}, {"about": json.dumps(about | {"sha256": self._digest()})}
-        )
+        about |= {"sha256": self._digest()}
+        content = save({"items": np.ascontiguousarray(self.items)}, {"about": json.dumps(about)})
         replace_file(Path(path).resolve(), content)  # a link to a file elsewhere stays one
 
     def _digest(self) -> str:
@@ -109,7 +117,7 @@ class Candidates:
         return found
 
 
-def hash_of_rows(rows: EvaluationRows) -> str:
+def _hash_of_rows(rows: EvaluationRows) -> str:
     """SHA-256 over histories and targets."""
     digest = hashlib.sha256()
     for array in (rows.histories.items, rows.histories.cu_seqlens, rows.targets):
@@ -145,14 +153,10 @@ def draw_candidates(
     Raises:
         ValueError: a number out of range, or a row with too few items outside its history.
     """
-    for name, value, least in (
-        ("num_candidates", num_candidates, 2),
-        ("draws", draws, 1),
-        ("seed", seed, 0),
-        ("shown", 0 if shown is None else shown, 0),
-    ):
-        if value < least:
-            raise ValueError(f"draw_candidates: {name} must be at least {least}, got {value}")
+    least = {"num_candidates": (num_candidates, 2), "draws": (draws, 1), "seed": (seed, 0), "shown": (shown or 0, 0)}
+    for name, (value, smallest) in least.items():
+        if value < smallest:
+            raise ValueError(f"draw_candidates: {name} must be at least {smallest}, got {value}")
     if draws * len(rows) * num_candidates > _MOST_ITEMS:
         raise ValueError(
             f"draw_candidates: draws x rows x num_candidates must be at most {_MOST_ITEMS:,}, "
@@ -184,7 +188,7 @@ def draw_candidates(
                 keys = log_counts + random.gumbel(size=num_items)  # the largest are a draw without replacement
                 keys[barred] = -np.inf
                 items[draw, row, 1:] = np.argpartition(-keys, num_candidates - 2)[: num_candidates - 1]
-    return Candidates(items, "uniform" if counts is None else "popularity", seed, hash_of_rows(rows))
+    return Candidates(items, "uniform" if counts is None else "popularity", seed, _hash_of_rows(rows))
 
 
 def llara_candidates(rows: EvaluationRows, num_items: int, *, draws: int = 20, seed: int = 0) -> Candidates:
@@ -194,4 +198,70 @@ def llara_candidates(rows: EvaluationRows, num_items: int, *, draws: int = 20, s
 
     Source: Liao et al., SIGIR 2024 (LLaRA), section 4.1.
     """
-    return draw_candidates(rows, num_items, LLARA_CANDIDATES, draws=draws, seed=seed, shown=_LLARA_SHOWN)
+    return draw_candidates(rows, num_items, _LLARA_CANDIDATES, draws=draws, seed=seed, shown=_LLARA_SHOWN)
+
+
+@dataclass(frozen=True)
+class DrawnValue(MetricValue):
+    """A metric averaged over the draws of each row, then over rows.
+
+    Attributes:
+        standard_error: over rows, of their means over the draws.
+        draw_error: over draws: what another set of D draws would change; NaN for one draw.
+        draw_deviation: sample deviation of the figure of a single draw; NaN for one draw.
+    """
+
+    draw_error: float
+    draw_deviation: float
+
+    @classmethod
+    def from_draws(cls, values: Tensor) -> DrawnValue:
+        """From the value of every draw and row, [D, B]."""
+        over_rows = MetricValue.from_values(values.mean(dim=0))
+        draws = values.shape[0]
+        deviation = values.mean(dim=1).std().item() if draws > 1 else math.nan
+        return cls(over_rows.mean, over_rows.standard_error, deviation / math.sqrt(draws), deviation)
+
+    def to_dict(self) -> dict[str, float | None]:
+        """As `MetricValue.to_dict`, with what concerns the draws."""
+        drawn = {"draw_error": or_none(self.draw_error), "draw_deviation": or_none(self.draw_deviation)}
+        return super().to_dict() | drawn
+
+
+@torch.no_grad()
+def evaluate_candidates(
+    scorer: Scorer,
+    rows: EvaluationRows,
+    candidates: Candidates,
+    *,
+    ks: Sequence[int] = (1, 5, 10, 20),
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+) -> RankingMetrics:
+    """Rank each row's target among its candidates, in every draw; ties count against the target.
+
+    Names of the metrics end in "|sampledC" or "|popularityC"; their values are `DrawnValue`s.
+
+    Args:
+        candidates: drawn for these rows.
+        ks: cut-offs; those of C and above are left out, every ranking would pass them.
+        scorer, rows, batch_size, device: as in `evaluate`.
+
+    Raises:
+        ValueError: candidates of other rows, a cut-off below 1, or a scorer that returns NaN or a wrong shape.
+    """
+    if any(k < 1 for k in ks):
+        raise ValueError(f"evaluate_candidates: ks must be at least 1, got {tuple(ks)}")
+    candidates.check_rows(rows, scorer.num_items)
+    drawn, start = torch.tensor(candidates.items), 0
+    ranks = torch.empty(drawn.shape[:2], dtype=torch.int64)
+    for found, targets in row_scores("evaluate_candidates", scorer, rows, batch_size, device):
+        scores, stop = found.cpu(), start + len(targets)
+        if bool(torch.isnan(scores).any()):
+            raise ValueError(f"evaluate_candidates: scores must not be NaN, got NaN in rows from {start} on")
+        chosen = scores.expand(len(drawn), -1, -1).gather(2, drawn[:, start:stop])  # the first is the target
+        ranks[:, start:stop] = (chosen >= chosen[..., :1]).sum(dim=2)
+        start = stop
+    names = metric_names([k for k in ks if k < drawn.shape[2]])
+    values = {name + candidates.suffix: DrawnValue.from_draws(rank_values(ranks, name)) for name in names}
+    return RankingMetrics(values, ranks)

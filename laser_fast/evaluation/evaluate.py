@@ -37,6 +37,24 @@ def row_batches(
         )
 
 
+def row_scores(
+    function: str, scorer: Scorer, rows: EvaluationRows, batch_size: int, device: torch.device | str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(scores [B, I], targets [B] int64) of each chunk of `row_batches`.
+
+    Args:
+        function: name of the public function, the first word of the message.
+
+    Raises:
+        ValueError: the scorer returns a wrong shape.
+    """
+    for items, cu_seqlens, targets in row_batches(rows, batch_size, device):
+        scores, expected = scorer.score(items, cu_seqlens), (len(targets), scorer.num_items)
+        if scores.shape != expected:
+            raise ValueError(f"{function}: score must return shape {expected}, got {tuple(scores.shape)}")
+        yield scores, targets
+
+
 @torch.no_grad()
 def evaluate(
     scorer: Scorer,
@@ -61,14 +79,9 @@ def evaluate(
     Raises:
         ValueError: the scorer returns NaN or a wrong shape.
     """
-    ranks = []
+    ranks = [torch.empty(0, dtype=torch.int64)]
     with tqdm(total=len(rows), desc="evaluate", unit="row", disable=not progress) as bar:
-        for items, cu_seqlens, targets in row_batches(rows, batch_size, device):
-            scores = scorer.score(items, cu_seqlens)
-            if scores.shape != (len(targets), scorer.num_items):
-                raise ValueError(
-                    f"evaluate: score must return shape {(len(targets), scorer.num_items)}, got {tuple(scores.shape)}"
-                )
+        for scores, targets in row_scores("evaluate", scorer, rows, batch_size, device):
             ranks.append(target_ranks(scores, targets).cpu())
             bar.update(len(targets))
-    return RankingMetrics.from_ranks(torch.cat(ranks) if ranks else torch.empty(0, dtype=torch.int64))
+    return RankingMetrics.from_ranks(torch.cat(ranks))

@@ -1,12 +1,20 @@
 """Metrics by groups of test rows: how often the target was seen in training, and how long the history is."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from laser_fast.evaluation.metrics import MetricValue, RankingMetrics, rank_values
+
+if TYPE_CHECKING:
+    from laser_fast.data import EvaluationRows
+
+_METRICS = ("HR@10", "NDCG@10", "MRR")
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,3 +80,48 @@ def group_table(
 ) -> list[list[MetricValue]]:
     """`group_metric` for every group (rows) and system (columns)."""
     return [[group_metric(metrics, group, metric) for metrics in systems.values()] for group in groups]
+
+
+def group_figures(metrics: RankingMetrics, rows: EvaluationRows, counts: np.ndarray) -> dict[str, list[dict[str, Any]]]:
+    """HR@10, NDCG@10 and MRR of one system for the cold and the warm rows, by popularity and by length of the history.
+
+    Args:
+        metrics: of a ranking of the whole catalogue, in the order of `rows`.
+        rows: B rows.
+        counts: int64 [I], events of each item in the training part; a target with 0 is cold.
+
+    Returns:
+        "seen in training", "popularity" and "history length": one entry a group, with its label, rows and metrics.
+
+    Raises:
+        ValueError: metrics of another number of rows.
+    """
+    if metrics.ranks.shape != rows.targets.shape:
+        raise ValueError(f"group_figures: metrics must be of {len(rows)} rows, got {tuple(metrics.ranks.shape)} ranks")
+    groups = {
+        "seen in training": _seen_and_cold(rows, counts),
+        "popularity": popularity_groups(rows.targets, counts)[0],
+        "history length": quantile_groups(rows.histories.lengths, "items"),
+    }
+
+    def figures(group: Group) -> dict[str, Any]:
+        values = {metric: group_metric(metrics, group, metric).to_dict() for metric in _METRICS}
+        return {"group": group.label, "rows": len(group), "metrics": values}
+
+    return {name: [figures(group) for group in members] for name, members in groups.items()}
+
+
+def cold_line(metrics: RankingMetrics, rows: EvaluationRows, counts: np.ndarray, metric: str = "NDCG@10") -> str:
+    """One line about the rows whose target no training sequence holds, beside the others."""
+    seen, cold = _seen_and_cold(rows, counts)
+    if not len(cold):
+        return "every target was seen in training"
+    return (
+        f"targets never seen in training: {metric} {group_metric(metrics, cold, metric)} on {len(cold):,} rows; "
+        f"seen: {group_metric(metrics, seen, metric)} on {len(seen):,}"
+    )
+
+
+def _seen_and_cold(rows: EvaluationRows, counts: np.ndarray) -> tuple[Group, Group]:
+    seen = counts[rows.targets] > 0
+    return Group("seen", np.flatnonzero(seen)), Group("never", np.flatnonzero(~seen))

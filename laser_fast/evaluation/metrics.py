@@ -1,6 +1,5 @@
 """Ranks of targets and what is reported about them: HR@K, NDCG@K, MRR with standard errors and 95% intervals."""
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -76,6 +75,16 @@ def rank_values(ranks: Tensor, metric: str) -> Tensor:
     return hit if match[1] == "HR" else hit / torch.log2(1.0 + exact)
 
 
+def or_none(number: float) -> float | None:
+    """None for NaN."""
+    return None if math.isnan(number) else number
+
+
+def metric_names(ks: Sequence[int]) -> list[str]:
+    """HR and NDCG at each of the cut-offs, and MRR."""
+    return [f"HR@{k}" for k in ks] + [f"NDCG@{k}" for k in ks] + ["MRR"]
+
+
 @dataclass(frozen=True)
 class MetricValue:
     """Mean over rows; NaN where it is not defined (no rows; for the errors, fewer than two)."""
@@ -98,8 +107,7 @@ class MetricValue:
 
     def to_dict(self) -> dict[str, float | None]:
         """Plain numbers; what is not defined is None (JSON has no NaN)."""
-        numbers = {"mean": self.mean, "standard_error": self.standard_error, "ci95": self.ci95}
-        return {name: None if math.isnan(number) else number for name, number in numbers.items()}
+        return {"mean": or_none(self.mean), "standard_error": or_none(self.standard_error), "ci95": or_none(self.ci95)}
 
     def __str__(self) -> str:
         return "-" if math.isnan(self.mean) else f"{self.mean:.4f} +- {self.ci95:.4f}"
@@ -110,33 +118,28 @@ class RankingMetrics:
     """HR@K, NDCG@K and MRR of one system on one set of rows, by name: `metrics["NDCG@10"].mean`.
 
     Attributes:
-        values: metric name -> value. Names of sampled rankings end in `|sampled<C>`, so that they cannot be mistaken
-            for rankings of the whole catalogue.
-        ranks: [B] int64 on the CPU, the rank of each row's target: what paired comparisons need.
+        values: metric name -> value.
+        ranks: [B] int64 on the CPU, the rank of each row's target: what paired comparisons need; [D, B] where it was
+            ranked among candidates of D draws.
     """
 
     values: Mapping[str, MetricValue]
     ranks: Tensor = field(repr=False, compare=False)
 
     @classmethod
-    def from_ranks(
-        cls, ranks: Tensor, ks: Sequence[int] = (1, 5, 10, 20), *, sampled_candidates: int | None = None
-    ) -> "RankingMetrics":
+    def from_ranks(cls, ranks: Tensor, ks: Sequence[int] = (1, 5, 10, 20)) -> "RankingMetrics":
         """Metrics of the ranks of B targets.
 
         Args:
             ranks: [B] int64, each >= 1; B may be 0, then every value is NaN.
             ks: cut-offs of HR and NDCG.
-            sampled_candidates: number of candidates of each ranking where that is not the whole catalogue.
 
         Raises:
             ValueError: a cut-off or a rank below 1.
         """
         if any(k < 1 for k in ks):
             raise ValueError(f"RankingMetrics.from_ranks: ks must be at least 1, got {tuple(ks)}")
-        names = [f"HR@{k}" for k in ks] + [f"NDCG@{k}" for k in ks] + ["MRR"]
-        suffix = "" if sampled_candidates is None else f"|sampled{sampled_candidates}"
-        values = {name + suffix: MetricValue.from_values(rank_values(ranks, name)) for name in names}
+        values = {name: MetricValue.from_values(rank_values(ranks, name)) for name in metric_names(ks)}
         return cls(values, ranks.detach().cpu())
 
     def __getitem__(self, name: str) -> MetricValue:
@@ -146,23 +149,19 @@ class RankingMetrics:
 
     def __len__(self) -> int:
         """Number of rows."""
-        return self.ranks.numel()
+        return self.ranks.shape[-1]
 
     def to_dict(self) -> dict[str, Any]:
-        """`{"rows": B, "metrics": {name: {"mean", "standard_error", "ci95"}}}`; without the ranks."""
-        return {"rows": len(self), "metrics": {name: value.to_dict() for name, value in self.values.items()}}
-
-    def to_json(self, *, indent: int | None = None) -> str:
-        """`to_dict` as JSON text."""
-        return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
+        """`{"rows": B, "metrics": {name: {"mean", "standard_error", "ci95"}}}`, and "draws": D; without the ranks."""
+        drawn = {"draws": self.ranks.shape[0]} if self.ranks.dim() == 2 else {}
+        return {"rows": len(self), "metrics": {name: value.to_dict() for name, value in self.values.items()}} | drawn
 
 
 def paired_difference(ranks_a: Tensor, ranks_b: Tensor, metric: str = "NDCG@10") -> MetricValue:
     """Mean of metric(a) - metric(b) over the same rows, with the standard error of that difference.
 
     Args:
-        ranks_a: [B] int64, ranks by system a.
-        ranks_b: [B] int64, ranks of the same targets by system b.
+        ranks_a, ranks_b: [B] int64, ranks of the same targets.
         metric: "HR@K", "NDCG@K" or "MRR".
 
     Raises:
@@ -176,21 +175,18 @@ def paired_difference(ranks_a: Tensor, ranks_b: Tensor, metric: str = "NDCG@10")
     return MetricValue.from_values(rank_values(ranks_a, metric) - rank_values(ranks_b, metric))
 
 
-def table(rows: Mapping[str, RankingMetrics], metrics: Sequence[str] | None = None) -> str:
-    """Aligned text table: a line per system, a column per metric, each `mean +- half width of the 95% interval`.
+def table(systems: Mapping[str, RankingMetrics | Mapping[str, object]], metrics: Sequence[str] | None = None) -> str:
+    """Aligned text: a line per system, a column per metric (default: those of the first); "" for no systems.
 
-    Args:
-        rows: system name -> metrics.
-        metrics: columns in order; default: every metric of the first system.
-
-    Returns:
-        Lines without a newline at the end; "" for no systems.
+    A figure of `RankingMetrics` is `mean +- half width of the 95% interval`; another, such as a `SeedSpread`, is as it
+    prints itself.
     """
-    if not rows:
+    if not systems:
         return ""
-    columns = list(metrics) if metrics is not None else list(next(iter(rows.values())).values)
-    cells = [["", *columns], *([name, *(str(result[column]) for column in columns)] for name, result in rows.items())]
-    return aligned(cells)
+    figures = {name: found.values if isinstance(found, RankingMetrics) else found for name, found in systems.items()}
+    columns = list(next(iter(figures.values())) if metrics is None else metrics)
+    lines = [[name, *(str(found[column]) for column in columns)] for name, found in figures.items()]
+    return aligned([["", *columns], *lines])
 
 
 def aligned(cells: Sequence[Sequence[str]]) -> str:

@@ -1,43 +1,40 @@
-"""Bootstrap intervals over users, and whether two systems differ on the same rows."""
+"""How sure a figure is: intervals over users, whether two systems differ on the same rows, spread over seeds."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from laser_fast.evaluation.metrics import rank_values
+from laser_fast.evaluation.metrics import RankingMetrics, or_none, rank_values
 
+_LEVEL = 0.95  # of the intervals
 _MAX_DRAWS = 2**24  # random numbers held at a time
 _MOST_RESAMPLES = 10**7
 
 
-def bootstrap_interval(
-    values: Tensor, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile interval of the mean of `values` [B] over resamples of the rows; NaN for no rows.
+def bootstrap_interval(values: Tensor, *, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """95% percentile interval of the mean of `values` [B] over resamples of the rows; NaN for no rows.
 
     Source: Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
 
     Raises:
-        ValueError: `level` is not between 0 and 1, or `resamples` is not in 1 to 10 million.
+        ValueError: `resamples` is not in 1 to 10 million.
     """
-    if not 0 < level < 1:
-        raise ValueError(f"bootstrap_interval: level must lie between 0 and 1, got {level}")
     _check_resamples("bootstrap_interval", resamples)
     if not values.numel():
         return float("nan"), float("nan")
     exact = values.double().cpu()
     generator = torch.Generator().manual_seed(seed)
     means = []
-    step = max(1, _MAX_DRAWS // exact.numel())
-    for start in range(0, resamples, step):
-        count = min(step, resamples - start)
+    for count in _pieces(resamples, exact.numel()):
         rows = torch.randint(exact.numel(), (count, exact.numel()), generator=generator)
         means.append(exact[rows].mean(dim=1))
-    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    tails = torch.tensor([(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], dtype=torch.float64)
     low, high = torch.quantile(torch.cat(means), tails).tolist()
     return low, high
 
@@ -99,9 +96,8 @@ def paired_significance(
     reached = observed - 1e-9 * max(1.0, differences.abs().sum().item())
     changed = differences[differences != 0]
     generator = torch.Generator().manual_seed(seed)
-    as_far, step = 0, max(1, _MAX_DRAWS // max(1, changed.numel()))
-    for start in range(0, resamples, step):
-        count = min(step, resamples - start)
+    as_far = 0
+    for count in _pieces(resamples, changed.numel()):
         signs = torch.randint(2, (count, changed.numel()), generator=generator, dtype=torch.int8).double() * 2 - 1
         as_far += int(((signs @ changed).abs() >= reached).sum())
     low, high = bootstrap_interval(differences, resamples=resamples, seed=seed)
@@ -112,3 +108,48 @@ def paired_significance(
 def _check_resamples(function: str, resamples: int) -> None:
     if not 1 <= resamples <= _MOST_RESAMPLES:
         raise ValueError(f"{function}: resamples must be from 1 to {_MOST_RESAMPLES:,}, got {resamples}")
+
+
+def _pieces(resamples: int, rows: int) -> list[int]:
+    """How many resamples of so many rows are drawn at a time."""
+    step = max(1, _MAX_DRAWS // max(1, rows))
+    return [min(step, resamples - start) for start in range(0, resamples, step)]
+
+
+@dataclass(frozen=True)
+class SeedSpread:
+    """One metric over n runs: mean of their means, sample deviation of their means (NaN for one run)."""
+
+    mean: float
+    deviation: float
+    runs: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f}" if math.isnan(self.deviation) else f"{self.mean:.4f} (sd {self.deviation:.4f})"
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """Plain numbers; what is not defined is None."""
+        return {"mean": or_none(self.mean), "deviation": or_none(self.deviation), "runs": self.runs}
+
+
+def across_seeds(runs: Sequence[RankingMetrics]) -> dict[str, SeedSpread]:
+    """Spread of every metric over runs of one configuration on the same rows.
+
+    Raises:
+        ValueError: no run, or runs with other rows or metrics.
+    """
+    if not runs:
+        raise ValueError("across_seeds: at least one run is needed, got none")
+    if len({(len(run), tuple(run.values)) for run in runs}) > 1:
+        raise ValueError(
+            f"across_seeds: runs must have the same rows and metrics, got {sorted(len(run) for run in runs)} rows and "
+            f"{sorted({len(run.values) for run in runs})} metrics"
+        )
+    spread = {}
+    for name in runs[0].values:
+        means = [run[name].mean for run in runs]
+        mean = math.fsum(means) / len(means)
+        squares = math.fsum((value - mean) ** 2 for value in means)
+        deviation = math.sqrt(squares / (len(means) - 1)) if len(means) > 1 else math.nan
+        spread[name] = SeedSpread(mean, deviation, len(means))
+    return spread

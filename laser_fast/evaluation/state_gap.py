@@ -10,9 +10,8 @@ from laser_fast.data.sequences import EvaluationRows
 from laser_fast.data.splits.split import Split, training_rows
 from laser_fast.evaluation.evaluate import evaluate, row_batches
 from laser_fast.evaluation.metrics import RankingMetrics
-from laser_fast.recommenders.cross_fitted import StateGap, StateSpread
 from laser_fast.recommenders.packed_recommender import PackedRecommender
-from laser_fast.recommenders.protocol import newest_items
+from laser_fast.recommenders.state_spread import StateGap, StateSpread
 
 _METRIC = "NDCG@10"
 _BATCH = 256
@@ -37,53 +36,30 @@ def measure_state_gap(recommender: PackedRecommender, split: Split, *, seed: int
     train = EvaluationRows(split.train_users[train.users], train.histories, train.targets)
     figures: dict[str, float | None] = {}
     states: dict[str, StateSpread] = {}
-    for part, own in ((train, ("in_sample", "held_out")), (split.valid, ("valid", "held_out_valid"))):
-        full = _last_states(recommender, part)
-        figures[own[0]] = _quality(evaluate(recommender, part, batch_size=_BATCH, device=_device(recommender)).ranks)
-        found = {own[0]: full}
-        figures[own[1]] = None
+    for part, own, of_folds in ((train, "in_sample", "held_out"), (split.valid, "valid", "held_out_valid")):
+        ranks, full = _ranks_and_states(recommender, part)
+        figures[own], figures[of_folds], found = _quality(ranks), None, {own: full}
         if recommender.cross_fitted is not None:
-            ranks, found[own[1]] = _of_folds(recommender, part)
-            figures[own[1]] = _quality(ranks)
+            folds = recommender.cross_fitted.of_users(part.users)
+            fold_states = torch.zeros_like(full)
+            for fold in range(len(recommender.cross_fitted)):
+                here = np.flatnonzero(folds == fold)
+                ranks[here], fold_states[here] = _ranks_and_states(recommender, part.select(here), fold)
+            figures[of_folds], found[of_folds] = _quality(ranks), fold_states
         if len(part) > 1:
             states |= {name: StateSpread.of(last, full) for name, last in found.items()}
     return StateGap(rows=len(train), states=states, **figures)
 
 
-def _of_folds(recommender: PackedRecommender, rows: EvaluationRows) -> tuple[Tensor, Tensor]:
-    """Ranks [B] and last states [B, D] of every row by the model of its user's fold."""
-    assert recommender.cross_fitted is not None
-    folds = recommender.cross_fitted.of_users(rows.users)
-    ranks = torch.zeros(len(rows), dtype=torch.int64)
-    states = torch.zeros(len(rows), recommender.state_size)
-    for fold, model in enumerate(recommender.cross_fitted.models):
-        here = np.flatnonzero(folds == fold)
-        part = rows.select(here)
-        ranks[here] = evaluate(model, part, batch_size=_BATCH, device=_device(model)).ranks
-        states[here] = _last_states(recommender, part, fold)
-    return ranks, states
-
-
-def _last_states(model: PackedRecommender, rows: EvaluationRows, fold: int | None = None) -> Tensor:
-    """State after the newest item of every row, zeros for an empty history: float32 [B, D] on the CPU.
-
-    Args:
-        fold: whose states; None = those of the full model.
-    """
-    found = [torch.zeros(0, model.state_size)]
-    for items, cu_seqlens, _ in row_batches(rows, _BATCH, _device(model)):
-        items, cu_seqlens = newest_items(items, cu_seqlens, model.max_length)
-        states = model.states(items, cu_seqlens) if fold is None else model.fold_states(items, cu_seqlens, fold)
-        last = states.new_zeros(len(cu_seqlens) - 1, model.state_size)
-        filled = cu_seqlens.diff() > 0
-        last[filled] = states[cu_seqlens[1:][filled].long() - 1]
-        found.append(last.cpu())
-    return torch.cat(found)
+def _ranks_and_states(model: PackedRecommender, rows: EvaluationRows, fold: int | None = None) -> tuple[Tensor, Tensor]:
+    """Ranks [B] and last states float32 [B, D], on the CPU, by a fold of the model; None = by the model itself."""
+    device = model.item_embedding.weight.device
+    scorer = model if fold is None or model.cross_fitted is None else model.cross_fitted.models[fold]
+    states = [torch.zeros(0, model.state_size)]
+    for items, cu_seqlens, _ in row_batches(rows, _BATCH, device):
+        states.append(model.last_states(items, cu_seqlens, fold)[0].cpu())
+    return evaluate(scorer, rows, batch_size=_BATCH, device=device).ranks, torch.cat(states)
 
 
 def _quality(ranks: Tensor) -> float | None:
     return RankingMetrics.from_ranks(ranks)[_METRIC].mean if len(ranks) else None
-
-
-def _device(model: PackedRecommender) -> torch.device:
-    return model.item_embedding.weight.device

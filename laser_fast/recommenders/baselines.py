@@ -1,7 +1,6 @@
 """Counting baselines without a choice to make: Popularity and a first-order Markov chain; each a `Scorer`.
 
-They live on the CPU; `score` takes histories from any device and answers there. Tables are sparse, so memory grows with
-the number of distinct item pairs seen together, not with the square of the catalogue.
+They live on the CPU; `score` takes histories from any device and answers there.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from laser_fast.recommenders.item_to_item import Array, packed_histories, product, sparse
+from laser_fast.recommenders.item_to_item import Array, ItemToItem, entries_by_row, packed_histories
 from laser_fast.recommenders.protocol import check_histories
 
 
@@ -40,8 +39,8 @@ class Markov1:
     serves histories that are empty or end in an item nothing ever followed.
     """
 
-    def __init__(self, transitions: Tensor, counts: Tensor) -> None:
-        """Args: transitions: sparse [I, I], rows = the earlier item; counts: [I], events per item."""
+    def __init__(self, transitions: ItemToItem, counts: Tensor) -> None:
+        """Args: transitions: how often an item followed another, of the last item alone; counts: [I], events."""
         self._transitions = transitions
         self._popularity = counts.float() / (1.0 + counts.max().float())
         self.num_items = counts.numel()
@@ -53,14 +52,10 @@ class Markov1:
         sequence = torch.repeat_interleave(cu_seqlens.long().diff(), output_size=items.numel())
         together = sequence[1:] == sequence[:-1]
         pairs, times = torch.unique(items[:-1][together] * num_items + items[1:][together], return_counts=True)
-        transitions = sparse(pairs // num_items, pairs % num_items, times.float(), (num_items, num_items))
-        return cls(transitions, torch.bincount(items, minlength=num_items))
+        table = entries_by_row([(pairs // num_items, pairs % num_items, times.float())], num_items)
+        return cls(ItemToItem(*table, decay=1.0, max_history=1), torch.bincount(items, minlength=num_items))
 
     def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
         """See `Scorer.score`."""
         check_histories("Markov1.score", items, cu_seqlens, self.num_items)
-        device, items, cu_seqlens = items.device, items.cpu(), cu_seqlens.cpu().long()
-        row = (cu_seqlens.diff() > 0).nonzero()[:, 0]
-        last = items[cu_seqlens[1:][row] - 1]
-        chosen = sparse(row, last, torch.ones(row.numel()), (cu_seqlens.numel() - 1, self.num_items))
-        return (product(chosen, self._transitions).to_dense() + self._popularity).to(device)
+        return self._transitions.score(items, cu_seqlens).add_(self._popularity.to(items.device))

@@ -29,10 +29,7 @@ class GRU4Rec(PackedRecommender):
     """Next-item logits `dense(gru(e_item)) @ E^T`.
 
     The paper samples negatives and has an output matrix of its own; here the item embeddings are the output matrix, as
-    in the later public implementations, and training sees the whole catalogue. A state depends on nothing but its own
-    history: padding does not exist.
-
-    Attributes: see `PackedRecommender`.
+    in the later public implementations, and training sees the whole catalogue.
     """
 
     kind: ClassVar[str] = "gru4rec"
@@ -52,11 +49,8 @@ class GRU4Rec(PackedRecommender):
         """Random weights (Glorot) from torch's global generator.
 
         Args:
-            num_items: I, size of the catalogue.
             width: of the item embeddings and the states.
             hidden_width: of the recurrent layers; None = 2 * `width`.
-            num_layers: recurrent layers.
-            max_length: longest history, in items.
             dropout: while training, of the embeddings and between recurrent layers.
             state_dropout: while training, of the states before they meet the item embeddings.
             bias: whether the recurrent layers have biases.
@@ -65,16 +59,9 @@ class GRU4Rec(PackedRecommender):
             ValueError: a size below 1.
         """
         hidden_width = 2 * width if hidden_width is None else hidden_width
-        settings = {
-            "num_items": num_items,
-            "width": width,
-            "hidden_width": hidden_width,
-            "num_layers": num_layers,
-            "max_length": max_length,
-            "dropout": dropout,
-            "state_dropout": state_dropout,
-            "bias": bias,
-        }
+        settings: dict[str, Any] = {"num_items": num_items, "width": width, "hidden_width": hidden_width}
+        settings |= {"num_layers": num_layers, "max_length": max_length, "dropout": dropout}
+        settings |= {"state_dropout": state_dropout, "bias": bias}
         super().__init__(width, settings)
         self.dropout = dropout
         self.state_dropout = state_dropout
@@ -83,18 +70,10 @@ class GRU4Rec(PackedRecommender):
         self.gru = _GRU(width, hidden_width, num_layers, bias=bias, dropout=between)
         self.dense = nn.Linear(hidden_width, width)
         for parameter in self.parameters():
-            if parameter.dim() == 2:
-                nn.init.xavier_normal_(parameter)
-            else:
-                nn.init.zeros_(parameter)
+            (nn.init.xavier_normal_ if parameter.dim() == 2 else nn.init.zeros_)(parameter)
 
     def forward(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """States [N, width] float32 in the module's mode (with dropout while training), with gradients.
-
-        Args:
-            items: [N] int64, packed histories, oldest first.
-            cu_seqlens: [B+1] int32.
-        """
+        """See `PackedRecommender`."""
         embedded = F.dropout(self.item_embedding(items), self.dropout, draws_dropout(self))
         if items.numel():
             order, batch_sizes = _by_time(cu_seqlens, items.numel())
@@ -109,8 +88,7 @@ def _by_time(cu_seqlens: Tensor, num_items: int) -> tuple[Tensor, Tensor]:
     """How torch packs: all first items, then all second ones, the longest history first in each group.
 
     Returns:
-        (order int64 [N], places of the packed items in that order; batch_sizes int64 [longest] on the CPU, items of
-        each group).
+        (places of the packed items in that order, int64 [N]; items of each group, int64 [longest] on the CPU).
     """
     lengths = cu_seqlens.diff()
     positions = segment_positions(cu_seqlens, num_items)

@@ -6,16 +6,18 @@ histories from any device and answers there.
 
 from __future__ import annotations
 
-import warnings
 from itertools import pairwise
 
 import numpy as np
 import torch
+from scipy.sparse import csr_array
 from torch import Tensor
 
 from laser_fast.recommenders.protocol import check_histories, newest_items
 
 Array = Tensor | np.ndarray
+Entries = tuple[Tensor, Tensor, Tensor]
+"""Rows int64 [n], columns int64 [n] and values float32 [n] of a sparse table."""
 
 _ITEMS_PER_BLOCK = 4096  # items whose neighbours are found at a time
 _EVENTS_PER_BLOCK = 2**18  # events whose followers are counted at a time
@@ -74,8 +76,7 @@ class ItemKNN(ItemToItem):
 
     c_ij is the number of sequences with both items and n_i with item i (repeats inside a sequence count once); an item
     is not its own neighbour. Only the `max_neighbors` most similar items are kept of each item (ties: the lower index),
-    which bounds memory by `12 * max_neighbors` bytes per item, and only the newest `max_history` items are read. Scores
-    of empty histories are 0 everywhere.
+    which bounds memory by `12 * max_neighbors` bytes per item.
     """
 
     @classmethod
@@ -102,27 +103,20 @@ class ItemKNN(ItemToItem):
                 f"ItemKNN.fit: max_neighbors and max_history must be at least 1, got {max_neighbors} and {max_history}"
             )
         items, cu_seqlens = packed_histories("ItemKNN.fit", items, cu_seqlens, num_items)
-        num_sequences = cu_seqlens.numel() - 1
         sequence = torch.repeat_interleave(cu_seqlens.long().diff(), output_size=items.numel())
-        membership = torch.unique(items * max(num_sequences, 1) + sequence)  # sorted by item, each pair once
-        item, sequence = membership // max(num_sequences, 1), membership % max(num_sequences, 1)
-        counts = torch.bincount(item, minlength=num_items)
-        bounds = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        by_sequence = sparse(sequence, item, torch.ones(item.numel()), (num_sequences, num_items))
+        shape = num_items, cu_seqlens.numel() - 1
+        holds = csr_array((np.ones(items.numel()), (items.numpy(), sequence.numpy())), shape)
+        holds.data[:] = 1.0  # repeats were added up
+        counts = np.diff(holds.indptr).astype(np.float64)
         blocks = []
         for start in range(0, num_items, _ITEMS_PER_BLOCK):
-            stop = min(start + _ITEMS_PER_BLOCK, num_items)
-            part = slice(int(bounds[start]), int(bounds[stop]))
-            present = torch.ones(part.stop - part.start)
-            block = sparse(item[part] - start, sequence[part], present, (stop - start, num_sequences))
-            together = product(block, by_sequence)
-            rows, columns = together.indices()
-            rows = rows + start
-            scale = (counts[rows] * counts[columns]).double().sqrt() + shrinkage
-            similarity = (together.values().double() / scale).float()
+            together = (holds[start : start + _ITEMS_PER_BLOCK] @ holds.T).tocoo()
+            rows, columns = together.row.astype(np.int64) + start, together.col.astype(np.int64)
+            similarity = together.data / (np.sqrt(counts[rows] * counts[columns]) + shrinkage)
             other = rows != columns  # an item is not its own neighbour
-            blocks.append(_strongest(rows[other], columns[other], similarity[other], max_neighbors))
-        return cls(*_table(blocks, num_items), decay=decay, max_history=max_history)
+            found = rows[other], columns[other], similarity[other].astype(np.float32)
+            blocks.append(_strongest(*found, max_neighbors))
+        return cls(*entries_by_row(blocks, num_items), decay=decay, max_history=max_history)
 
 
 class SequentialRules(ItemToItem):
@@ -168,7 +162,7 @@ class SequentialRules(ItemToItem):
             _followers(items, end, order[start:stop], max_gap, max_neighbors)
             for start, stop in _item_blocks(torch.bincount(items, minlength=num_items))
         ]
-        return cls(*_table(blocks, num_items), decay=decay, max_history=max_history)
+        return cls(*entries_by_row(blocks, num_items), decay=decay, max_history=max_history)
 
 
 def _item_blocks(counts: Tensor) -> list[tuple[int, int]]:
@@ -179,9 +173,7 @@ def _item_blocks(counts: Tensor) -> list[tuple[int, int]]:
     return list(pairwise(sorted({0, *inner, total}))) or [(0, 0)]
 
 
-def _followers(
-    items: Tensor, end: Tensor, places: Tensor, max_gap: int, max_neighbors: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _followers(items: Tensor, end: Tensor, places: Tensor, max_gap: int, max_neighbors: int) -> Entries:
     """log(1 + c) of what follows the events at `places` [n] within their sequences; the strongest of each item."""
     num_items = int(items.max()) + 1 if items.numel() else 1
     keys, weights = [], []
@@ -191,11 +183,21 @@ def _followers(
         weights.append(torch.full((earlier.numel(),), 1.0 / gap, dtype=torch.float64))
     pairs, place = torch.unique(torch.cat(keys), return_inverse=True)
     counts = torch.zeros(pairs.numel(), dtype=torch.float64).index_add_(0, place, torch.cat(weights))
-    return _strongest(pairs // num_items, pairs % num_items, torch.log1p(counts).float(), max_neighbors)
+    strength = torch.log1p(counts).float()
+    return _strongest((pairs // num_items).numpy(), (pairs % num_items).numpy(), strength.numpy(), max_neighbors)
 
 
-def _table(blocks: list[tuple[Tensor, Tensor, Tensor]], num_items: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Entries by row, column and value, sorted by row: as `ItemToItem` holds them."""
+def _strongest(rows: np.ndarray, columns: np.ndarray, values: np.ndarray, limit: int) -> Entries:
+    """At most `limit` entries of each row: the largest, then by lower column. Sorted by row."""
+    order = np.lexsort((columns, -values, rows))
+    counts = np.bincount(rows)
+    place = np.arange(len(rows)) - np.repeat(counts.cumsum() - counts, counts)  # within its row
+    kept = order[place < limit]
+    return torch.from_numpy(rows[kept]), torch.from_numpy(columns[kept]), torch.from_numpy(values[kept])
+
+
+def entries_by_row(blocks: list[Entries], num_items: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Bounds, columns and values, as `ItemToItem` holds them, of entries that are sorted by row."""
     rows, columns, values = (torch.cat(parts) for parts in zip(*blocks, strict=True))
     bounds = torch.zeros(num_items + 1, dtype=torch.int64)
     bounds[1:] = torch.bincount(rows, minlength=num_items).cumsum(0)
@@ -207,30 +209,6 @@ def packed_histories(function: str, items: Array, cu_seqlens: Array, num_items: 
     packed = torch.as_tensor(items).cpu(), torch.as_tensor(cu_seqlens).cpu()
     check_histories(function, *packed, num_items)
     return packed
-
-
-def sparse(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Sparse float32 matrix; values of one place are added."""
-    return torch.sparse_coo_tensor(torch.stack([rows, columns]), values, shape, check_invariants=True).coalesce()
-
-
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """Sparse times sparse, coalesced."""
-    with warnings.catch_warnings():
-        # torch announces once that the format it uses inside is in beta; nothing for the caller to act on
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        product: Tensor = torch.sparse.mm(left, right).coalesce()
-        return product
-
-
-def _strongest(rows: Tensor, columns: Tensor, values: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor]:
-    """At most `limit` entries of each row: the largest, then by lower column. Sorted by row."""
-    order = torch.from_numpy(np.lexsort((columns.numpy(), -values.numpy(), rows.numpy())))
-    rows, columns, values = rows[order], columns[order], values[order]
-    counts = torch.bincount(rows)
-    place = torch.arange(rows.numel()) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    kept = place < limit
-    return rows[kept], columns[kept], values[kept]
 
 
 def refuse_other_table(values: dict[str, Tensor], num_items: int, name: str) -> None:

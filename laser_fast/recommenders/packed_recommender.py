@@ -1,8 +1,12 @@
 """What all recommenders of this package share: states of packed histories, and scores from the newest state."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -11,8 +15,8 @@ from laser_fast.nn.dtypes import refuse_dtypes
 from laser_fast.nn.evaluation_mode import evaluating, refuse_torch_modes
 from laser_fast.ops.precision import autocast_off
 from laser_fast.ops.segments import lengths_on_host
-from laser_fast.recommenders.cross_fitted import CrossFitted, StateGap
 from laser_fast.recommenders.protocol import check_histories, newest_items
+from laser_fast.recommenders.state_spread import StateGap
 
 Self = TypeVar("Self", bound="PackedRecommender")
 
@@ -20,9 +24,10 @@ Self = TypeVar("Self", bound="PackedRecommender")
 class PackedRecommender(VersionedModule):
     """Base of the recommenders that are trained, imported, saved and loaded here; satisfies `SequentialRecommender`.
 
-    A subclass defines `forward`, which gives a state after every item from that item and the older ones of its own
-    history, and has `item_embedding`. It draws dropout where `draws_dropout` says so, which is not while requests are
-    answered. Its arguments, by name, are `settings`.
+    A subclass defines `item_embedding` and `forward(items [N] int64, cu_seqlens [B+1] int32)`, which gives a state
+    after every item from that item and the older ones of its own history: [N, state_size] float32, with gradients.
+    Histories are packed, oldest item first, at most `max_length` long. `forward` draws dropout where `draws_dropout`
+    says so, which is not while requests are answered. The arguments of a subclass, by name, are `settings`.
 
     Attributes:
         kind: its name in files and configurations.
@@ -32,8 +37,7 @@ class PackedRecommender(VersionedModule):
         split_hash: hash of the split whose training part it was fitted on; None before training, or if unknown.
         item_map_hash: hash of the item table whose indices it knows, where that was recorded.
         settings: the arguments it was built with.
-        cross_fitted: models beside it that have not seen certain users; no part of its `state_dict`. None = there are
-            none.
+        cross_fitted: models beside it that have not seen certain users; no part of its `state_dict`; None = no such.
         gap: what was measured of its states where it has seen the target and where not; None = nothing.
     """
 
@@ -41,11 +45,7 @@ class PackedRecommender(VersionedModule):
     item_embedding: nn.Embedding
 
     def __init__(self, state_size: int, settings: dict[str, Any]) -> None:
-        """Record the sizes.
-
-        Args:
-            state_size: width of the states.
-            settings: the arguments of the subclass; `num_items` and `max_length` among them.
+        """Record the sizes; `num_items` and `max_length` are among the settings.
 
         Raises:
             ValueError: a size of `settings` below 1.
@@ -63,6 +63,12 @@ class PackedRecommender(VersionedModule):
         self.cross_fitted: CrossFitted | None = None
         self.gap: StateGap | None = None
 
+    def twin(self: Self) -> Self:
+        """A new model of this kind and these sizes, with random weights from torch's global generator."""
+        twin = type(self)(**self.settings)
+        twin.split_hash, twin.item_map_hash = self.split_hash, self.item_map_hash
+        return twin
+
     def output_layer(self) -> tuple[Tensor, Tensor | None]:
         """What `logits` multiplies states with, [I, state_size], and adds, [I]: the item embeddings, and nothing."""
         return self.item_embedding.weight, None
@@ -74,14 +80,7 @@ class PackedRecommender(VersionedModule):
         return logits if bias is None else logits + bias
 
     def states(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """State after each item, without dropout, gradient or autocast; the module's mode stays as it is.
-
-        Args:
-            items: [N] int64, packed histories, oldest first, each at most `max_length` long.
-            cu_seqlens: [B+1] int32; histories may be empty.
-
-        Returns:
-            [N, state_size] float32.
+        """`SequentialRecommender.states`, without dropout, gradient or autocast; the module's mode stays as it is.
 
         Raises:
             TypeError, ValueError: see `check_histories`; ValueError also for a history longer than `max_length`.
@@ -110,8 +109,10 @@ class PackedRecommender(VersionedModule):
         number = 0 if self.cross_fitted is None else len(self.cross_fitted)
         if self.cross_fitted is None or not 0 <= fold < number:
             raise ValueError(f"{type(self).__name__}.fold_states: fold must be one of {number}, got {fold}")
+        bases = self.cross_fitted.bases
         with autocast_off(items.device):
-            return self.cross_fitted.states(items, cu_seqlens, fold)
+            states = self.cross_fitted.models[fold].states(items, cu_seqlens)
+            return states if bases is None else states @ bases[fold]
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """To a device, float32 or float64, and the folds along.
@@ -121,19 +122,14 @@ class PackedRecommender(VersionedModule):
         """
         exact = (torch.float32, torch.float64)
         refuse_dtypes(self, fn, "its states are read in float32; leave it as it is", allowed=exact)
-        if self.cross_fitted is not None:
-            self.cross_fitted.move(fn)
+        if (folds := self.cross_fitted) is not None:
+            for model in folds.models:
+                model._apply(fn)
+            folds.bases = None if folds.bases is None else fn(folds.bases)
         return super()._apply(fn, recurse)
 
     def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Next-item logits from the newest `max_length` items of each history; an empty history scores 0 everywhere.
-
-        Args:
-            items: [N] int64, packed histories, oldest first, of any length.
-            cu_seqlens: [B+1] int32; histories may be empty.
-
-        Returns:
-            [B, num_items] float32.
+        """`Scorer.score`: next-item logits from the newest `max_length` items; an empty history scores 0 everywhere.
 
         Raises:
             TypeError, ValueError: see `check_histories`.
@@ -143,19 +139,63 @@ class PackedRecommender(VersionedModule):
         with torch.no_grad(), autocast_off(items.device):
             return self.logits(last).masked_fill_(~filled[:, None], 0.0)
 
-    def last_states(self, items: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    def last_states(self, items: Tensor, cu_seqlens: Tensor, fold: int | None = None) -> tuple[Tensor, Tensor]:
         """State after the newest item of each history, read from its newest `max_length` items.
 
         Args:
             items: [N] int64, packed histories, oldest first, of any length.
             cu_seqlens: [B+1] int32; histories may be empty.
+            fold: whose states (`fold_states`); None = this model's.
 
         Returns:
             (states [B, state_size] float32, 0 for an empty history; bool [B], whether a history has items).
         """
         items, cu_seqlens = newest_items(items, cu_seqlens, self.max_length)
-        states = self.states(items, cu_seqlens)
+        states = self.states(items, cu_seqlens) if fold is None else self.fold_states(items, cu_seqlens, fold)
         last = states.new_zeros(cu_seqlens.numel() - 1, self.state_size)
         filled = cu_seqlens.diff() > 0
         last[filled] = states[cu_seqlens[1:][filled].long() - 1]
         return last, filled
+
+
+@dataclass(eq=False)
+class CrossFitted:
+    """The models of K folds over the users of a split, beside a recommender that was fitted on all of them.
+
+    A recommender has seen the targets of its training rows. What reads its states there and those of other histories
+    later learns from states that are too good: the states of a row's own fold are as good as later ones.
+
+    Attributes:
+        models: K recommenders in evaluation mode; `models[k]` has not seen the users of fold k.
+        user_folds: int8 [U], fold 0..K-1 of every user of the split.
+        split_hash: of the split.
+        bases: float32 [K, D, D], by which the states of each model are multiplied to lie where the full model's do;
+            None = they are left as they are.
+    """
+
+    models: list[PackedRecommender]
+    user_folds: np.ndarray
+    split_hash: str | None
+    bases: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.models)
+
+    def of_users(self, users: np.ndarray) -> np.ndarray:
+        """Fold of each of the users: int64 [B] -> int64 [B].
+
+        Raises:
+            ValueError: a user the folds do not know.
+        """
+        if users.size and not 0 <= users.min() <= users.max() < len(self.user_folds):
+            worst = int(users.min() if users.min() < 0 else users.max())
+            raise ValueError(f"CrossFitted: users must be in 0..{len(self.user_folds) - 1}, got {worst}")
+        folds: np.ndarray = self.user_folds[users].astype(np.int64)
+        return folds
+
+
+def assign_folds(num_users: int, folds: int, seed: int) -> np.ndarray:
+    """Fold of every user, `permutation(user) mod folds`: int8 [num_users], sizes differing by at most one."""
+    places = np.random.default_rng(seed).permutation(num_users)
+    assigned: np.ndarray = (places % folds).astype(np.int8)
+    return assigned

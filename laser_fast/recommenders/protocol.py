@@ -43,10 +43,6 @@ class SequentialRecommender(Scorer, Protocol):
     def states(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
         """State after each item, from that item and the older ones of the same history only.
 
-        Args:
-            items: [N] int64, packed histories, oldest first.
-            cu_seqlens: [B+1] int32.
-
         Returns:
             [N, state_size] float32.
         """
@@ -63,25 +59,20 @@ class CrossFittedRecommender(SequentialRecommender, Protocol):
 
 
 def check_histories(function: str, items: Tensor, cu_seqlens: Tensor, num_items: int) -> None:
-    """Check packed histories before anything is looked up with them.
+    """Check packed histories before anything is looked up with them: items [N] int64, cu_seqlens [B+1] int32.
 
     Args:
         function: name of the public function, the first word of every message.
-        items: [N] int64.
-        cu_seqlens: [B+1] int32.
-        num_items: size of the catalogue.
 
     Raises:
         TypeError: `items` is no int64 tensor or `cu_seqlens` no int32 one.
         ValueError: wrong number of dimensions, an item outside 0..num_items-1, or offsets that do not run from 0 to N.
     """
-    for name, given in (("items", items), ("cu_seqlens", cu_seqlens)):
+    for name, given, dtype in (("items", items, torch.int64), ("cu_seqlens", cu_seqlens, torch.int32)):
         if not isinstance(given, Tensor):
             raise TypeError(f"{function}: {name} must be a tensor, got a {type(given).__name__}")
-    if items.dtype != torch.int64:
-        raise TypeError(f"{function}: items must be int64, got {items.dtype}")
-    if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"{function}: cu_seqlens must be int32, got {cu_seqlens.dtype}")
+        if given.dtype != dtype:
+            raise TypeError(f"{function}: {name} must be {str(dtype).removeprefix('torch.')}, got {given.dtype}")
     if items.dim() != 1:
         raise ValueError(f"{function}: items must have one dimension, got shape {tuple(items.shape)}")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
@@ -102,16 +93,7 @@ def check_histories(function: str, items: Tensor, cu_seqlens: Tensor, num_items:
 
 
 def newest_items(items: Tensor, cu_seqlens: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
-    """The last `max_length` items of each packed history.
-
-    Args:
-        items: [N] int64.
-        cu_seqlens: [B+1] int32.
-        max_length: items kept of each history.
-
-    Returns:
-        (items [M] int64, cu_seqlens [B+1] int32), M <= N.
-    """
+    """The last `max_length` items of each packed history: items [M] int64, M <= N, and cu_seqlens [B+1] int32."""
     lengths = cu_seqlens.diff()
     # distance to the end of its own history, 1 for the newest item
     ends = torch.repeat_interleave(cu_seqlens[1:], lengths, output_size=items.numel())
@@ -162,12 +144,7 @@ class FrozenRecommender(FrozenModule):
 
 
 def repeat_positions(items: Tensor, cu_seqlens: Tensor, num_items: int) -> tuple[Tensor, Tensor]:
-    """Where the history items stand in flattened [B, num_items] scores.
-
-    Args:
-        items: [N] int64, packed histories.
-        cu_seqlens: [B+1] int32.
-        num_items: I.
+    """Where the items of packed histories stand in flattened [B, num_items] scores.
 
     Returns:
         (seen, last), int64: places b * I + i of all distinct history items, and of the last items where there is one.

@@ -1,12 +1,12 @@
 """SASRec as RecBole and as LLaRA publish it, on packed histories: learned positions, weights from elsewhere.
 
-They compute what those two compute, so that their checkpoints can be read (`foreign_checkpoints`). Neither has dropout:
-they are read, not trained. Both count the positions from the oldest item they read, and both are causal, so the padding
-behind a history, which the originals need, changes nothing and is left out here.
+They compute what those two compute, so that their checkpoints can be read (`importers`). Neither has dropout: they are
+read, not trained. Both count the positions from the oldest item they read, and both are causal, so the padding behind a
+history, which the originals need, changes nothing and is left out here.
 """
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,6 @@ class _Attention(nn.Module):
         self.value = nn.Linear(width, width)
 
     def forward(self, queries: Tensor, keys: Tensor, plan: AttentionPlan, cu_seqlens: Tensor, scale: float) -> Tensor:
-        """[N, width], [N, width] -> [N, width]."""
         query, key, value = (
             project(source).unflatten(-1, (self.num_heads, -1))
             for project, source in ((self.query, queries), (self.key, keys), (self.value, keys))
@@ -60,17 +59,13 @@ class _PostNormLayer(nn.Module):
         self.mlp_norm = nn.LayerNorm(width, eps=norm_eps)
 
     def forward(self, hidden: Tensor, plan: AttentionPlan, cu_seqlens: Tensor) -> Tensor:
-        """[N, width] -> [N, width]."""
         attended = self.out(self.attention(hidden, hidden, plan, cu_seqlens, self.scale))
         hidden = self.attention_norm(attended + hidden)
         return self.mlp_norm(self.down(self.activation(self.up(hidden))) + hidden)
 
 
 class RecBoleSASRec(PackedRecommender):
-    """SASRec of RecBole 1.2: `norm(item + position)`, post-norm layers, tied item embeddings.
-
-    Attributes: see `PackedRecommender`.
-    """
+    """SASRec of RecBole 1.2: `norm(item + position)`, post-norm layers, tied item embeddings."""
 
     kind: ClassVar[str] = "recbole-sasrec"
 
@@ -88,29 +83,12 @@ class RecBoleSASRec(PackedRecommender):
     ) -> None:
         """Random weights, to be overwritten; the defaults are RecBole's.
 
-        Args:
-            num_items: I, size of the catalogue, without the padding.
-            width: of the item embeddings and the states.
-            inner_width: of the feed-forward layers.
-            num_layers: transformer layers.
-            num_heads: attention heads; must divide `width`.
-            max_length: positions there are.
-            activation: a name of `ACTIVATIONS`.
-            norm_eps: of the layer norms.
-
         Raises:
-            ValueError: a size below 1, `width` no multiple of `num_heads`, or an unknown activation.
+            ValueError: a size below 1, `width` no multiple of `num_heads`, or an activation outside `ACTIVATIONS`.
         """
-        settings = {
-            "num_items": num_items,
-            "width": width,
-            "inner_width": inner_width,
-            "num_layers": num_layers,
-            "num_heads": num_heads,
-            "max_length": max_length,
-            "activation": activation,
-            "norm_eps": norm_eps,
-        }
+        settings: dict[str, Any] = {"num_items": num_items, "width": width, "inner_width": inner_width}
+        settings |= {"num_layers": num_layers, "num_heads": num_heads, "max_length": max_length}
+        settings |= {"activation": activation, "norm_eps": norm_eps}
         super().__init__(width, settings)
         _check_heads("RecBoleSASRec", width, num_heads)
         if activation not in ACTIVATIONS:
@@ -123,12 +101,7 @@ class RecBoleSASRec(PackedRecommender):
         )
 
     def forward(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """States [N, width] float32, with gradients.
-
-        Args:
-            items: [N] int64, packed histories, oldest first, each at most `max_length` long.
-            cu_seqlens: [B+1] int32.
-        """
+        """See `PackedRecommender`."""
         positions = self.position_embedding(segment_positions(cu_seqlens, items.numel()))
         hidden: Tensor = self.norm(self.item_embedding(items) + positions)
         plan = AttentionPlan(cu_seqlens, causal=True)
@@ -152,18 +125,11 @@ class LLaRASASRec(PackedRecommender):
     def __init__(self, num_items: int, *, width: int = 64, num_heads: int = 1, max_length: int = 10) -> None:
         """Random weights, to be overwritten; the defaults are LLaRA's.
 
-        Args:
-            num_items: I, size of the catalogue, without the padding.
-            width: of the item embeddings and the states.
-            num_heads: attention heads; must divide `width`.
-            max_length: positions there are.
-
         Raises:
             ValueError: a size below 1, or `width` no multiple of `num_heads`.
         """
-        super().__init__(
-            width, {"num_items": num_items, "width": width, "num_heads": num_heads, "max_length": max_length}
-        )
+        settings = {"num_items": num_items, "width": width, "num_heads": num_heads, "max_length": max_length}
+        super().__init__(width, settings)
         _check_heads("LLaRASASRec", width, num_heads)
         self.item_embedding = nn.Embedding(num_items, width)
         self.position_embedding = nn.Embedding(max_length, width)
@@ -177,12 +143,7 @@ class LLaRASASRec(PackedRecommender):
         self.output = nn.Linear(width, num_items)
 
     def forward(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """States [N, width] float32, with gradients.
-
-        Args:
-            items: [N] int64, packed histories, oldest first, each at most `max_length` long.
-            cu_seqlens: [B+1] int32.
-        """
+        """See `PackedRecommender`."""
         inputs = self.item_embedding(items) + self.position_embedding(segment_positions(cu_seqlens, items.numel()))
         queries = self.query_norm(inputs)
         plan = AttentionPlan(cu_seqlens, causal=True)

@@ -1,45 +1,58 @@
-"""An ID-based recommender in a folder: safetensors and JSON, sealed, whole or absent."""
+"""An ID-based recommender in a folder, with its folds: safetensors and JSON, sealed, whole or absent."""
 
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Annotated, Any, Literal, TypeGuard
 
+import numpy as np
 import torch
+from pydantic import Field
 
 from laser_fast.config import build_config
 from laser_fast.files.descriptions import Description, parse_description
 from laser_fast.files.folders import refuse_others, replace_directory, whole_directory, write_json
 from laser_fast.files.sealed import SEAL, SealedFolder, seal
 from laser_fast.files.tensors import (
+    Shape,
     load_weights_of_file,
     read_tensors,
     refuse_other_shapes,
     tensor_shapes,
     write_tensors,
 )
-from laser_fast.recommenders.cross_fitted import StateGap
-from laser_fast.recommenders.cross_fitted_files import FOLDS_FILE, FoldsRecord, read_folds, write_folds
 from laser_fast.recommenders.gru4rec import GRU4Rec
-from laser_fast.recommenders.packed_recommender import PackedRecommender
+from laser_fast.recommenders.packed_recommender import CrossFitted, PackedRecommender
 from laser_fast.recommenders.published_sasrec import LLaRASASRec, RecBoleSASRec
 from laser_fast.recommenders.sasrec import SASRec
+from laser_fast.recommenders.state_spread import StateGap
 
 _FORMAT = 2
-_KINDS: dict[str, type[PackedRecommender]] = {
-    model.kind: model for model in (SASRec, GRU4Rec, RecBoleSASRec, LLaRASASRec)
-}
+_MODELS: tuple[type[PackedRecommender], ...] = (SASRec, GRU4Rec, RecBoleSASRec, LLaRASASRec)
+_KINDS = {model.kind: model for model in _MODELS}
 _WEIGHTS_FILE = "recommender.safetensors"
 _SETTINGS_FILE = "recommender.json"
-RECOMMENDER_FILES = (_SETTINGS_FILE, _WEIGHTS_FILE, FOLDS_FILE, SEAL)
+_FOLDS_FILE = "recommender_folds.safetensors"
+_USERS, _BASES = "user_folds", "bases"
+_RECORDED = ("split_hash", "item_map_hash", "gap")  # attributes of a model beside its settings
+RECOMMENDER_FILES = (_SETTINGS_FILE, _WEIGHTS_FILE, _FOLDS_FILE, SEAL)
+
+
+class FoldsRecord(Description):
+    """What recommender.json says of the folds.
+
+    Attributes:
+        items: "aligned": there are bases; "own": there are none; "shared": none either, and in the file no item
+            embeddings, which are the full model's (written by older versions alone).
+    """
+
+    number: Annotated[int, Field(ge=1, le=127)]  # the fold of a user is int8
+    items: Literal["aligned", "own", "shared"]
+    split_hash: str | None
 
 
 class RecommenderDescription(Description):
-    """What recommender.json holds.
+    """What recommender.json holds: `model` are all settings; without `folds` their models are not here.
 
-    Attributes:
-        model: settings of the model, all of them.
-        split_hash, item_map_hash, gap: see `PackedRecommender`.
-        folds: what is recorded of the models of the folds; None = they are not here.
-        facts: what else was worth keeping; the model does not depend on it.
+    The model does not depend on `facts`, which were worth keeping as well.
     """
 
     format: int
@@ -54,13 +67,11 @@ class RecommenderDescription(Description):
 
 def is_saved_by_kind(model: object) -> TypeGuard[PackedRecommender]:
     """Whether `write_recommender` can write it and `read_recommender` build it again: it is of a kind known here."""
-    return type(model) in _KINDS.values()
+    return type(model) in _MODELS
 
 
 def save_recommender(model: PackedRecommender, directory: str | Path, **facts: Any) -> None:
-    """Write weights and settings to `directory`, which is replaced as a whole: a reader never sees half of it.
-
-    The models of its folds, where it has some, come along.
+    """Write weights, settings and folds to `directory`, which is replaced as a whole: a reader never sees half of it.
 
     Args:
         directory: new, empty, or with a saved recommender alone.
@@ -73,31 +84,29 @@ def save_recommender(model: PackedRecommender, directory: str | Path, **facts: A
     target = Path(directory)
     with replace_directory(target) as folder:
         refuse_others("save_recommender", target, RECOMMENDER_FILES)
-        folds = None if model.cross_fitted is None else write_folds(model.cross_fitted, folder)
-        write_recommender(model, folder, folds, **facts)
+        write_recommender(model, folder, with_folds=True, **facts)
         seal(folder)
 
 
-def write_recommender(model: PackedRecommender, folder: Path, folds: FoldsRecord | None = None, **facts: Any) -> None:
-    """The two files of the model itself, into a folder that is being written and is sealed at the end.
-
-    Args:
-        folds: of those that were written beside it.
-        facts: see `save_recommender`.
-    """
+def write_recommender(model: PackedRecommender, folder: Path, *, with_folds: bool = False, **facts: Any) -> None:
+    """Write the files of a model into a folder that is being written and is sealed at the end."""
     write_tensors(model.state_dict(), folder / _WEIGHTS_FILE)
-    values = {
-        "format": _FORMAT,
-        "kind": model.kind,
-        "model": model.settings,
-        "split_hash": model.split_hash,
-        "item_map_hash": model.item_map_hash,
-        "gap": model.gap,
-        "folds": folds,
-        "facts": facts,
-    }
+    folds = _write_folds(model.cross_fitted, folder) if with_folds and model.cross_fitted is not None else None
+    values = {"format": _FORMAT, "kind": model.kind, "model": model.settings, "folds": folds, "facts": facts}
+    values |= {name: getattr(model, name) for name in _RECORDED}
     description = build_config(RecommenderDescription, values, f"write_recommender: {_SETTINGS_FILE}")
     write_json(folder / _SETTINGS_FILE, description.model_dump(mode="json"))
+
+
+def _write_folds(folds: CrossFitted, folder: Path) -> FoldsRecord:
+    tensors = {_USERS: torch.from_numpy(np.ascontiguousarray(folds.user_folds, dtype=np.int8))}
+    if folds.bases is not None:
+        tensors[_BASES] = folds.bases
+    for index, model in enumerate(folds.models):
+        tensors |= {f"{index}.{name}": value for name, value in model.state_dict().items()}
+    write_tensors(tensors, folder / _FOLDS_FILE)
+    items: Literal["aligned", "own"] = "own" if folds.bases is None else "aligned"
+    return FoldsRecord(number=len(folds), items=items, split_hash=folds.split_hash)
 
 
 def load_recommender(
@@ -109,7 +118,6 @@ def load_recommender(
     """Read what `save_recommender` wrote, or the checkpoint inside a run directory; on the CPU, in eval mode.
 
     Args:
-        directory: the folder of the checkpoint, or the run directory around it.
         expected_split_hash: refuse a model that was fitted on another split.
         expected_item_map_hash: refuse a model of another catalogue.
 
@@ -145,7 +153,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 def read_recommender(sealed: SealedFolder) -> PackedRecommender:
-    """Read the files of a folder of `save_recommender`, or the two of `write_recommender`; on the CPU, in eval mode.
+    """Read what `write_recommender` wrote; on the CPU, in eval mode.
 
     Raises:
         ValueError: another kind of file, a damaged one, foreign or missing weights.
@@ -154,11 +162,10 @@ def read_recommender(sealed: SealedFolder) -> PackedRecommender:
     description = _description(sealed.path)
     model = _build(description, sealed)
     load_weights_of_file(model, read_tensors(sealed, _WEIGHTS_FILE), f"load_recommender: {_WEIGHTS_FILE}")
-    model.split_hash = description.split_hash
-    model.item_map_hash = description.item_map_hash
-    model.gap = description.gap
+    for name in _RECORDED:
+        setattr(model, name, getattr(description, name))
     if description.folds is not None:
-        model.cross_fitted = read_folds(model, sealed, description.folds)
+        model.cross_fitted = _read_folds(model, sealed, description.folds)
     return model.eval()
 
 
@@ -180,17 +187,55 @@ def _build(description: RecommenderDescription, sealed: SealedFolder) -> PackedR
         raise ValueError(f"{where} must have as many num_layers as {_WEIGHTS_FILE} has weights of, got {layers}")
     try:
         with torch.device("meta"):
-            twin = kind(**settings)  # type: ignore[arg-type]
+            model = kind(**settings)  # type: ignore[arg-type]
     except (TypeError, RuntimeError, ArithmeticError) as error:
         raise ValueError(f"{where} must hold settings of {description.kind}, got {settings} ({error})") from error
-    if missing := sorted(twin.settings.keys() - settings.keys()):
+    if missing := sorted(model.settings.keys() - settings.keys()):
         raise ValueError(f"{where} must hold all settings of {description.kind}, got none of {missing}")
-    wanted = {name: tuple(tensor.shape) for name, tensor in twin.state_dict().items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    _refuse_other_weights(found, wanted, _WEIGHTS_FILE, description.kind)
+    with torch.random.fork_rng(devices=[]):  # the random weights are overwritten at once
+        return model.twin()
+
+
+def _read_folds(model: PackedRecommender, sealed: SealedFolder, record: FoldsRecord) -> CrossFitted:
+    """The models of the folds beside `model`; on the CPU, in eval mode."""
+    if record.split_hash != model.split_hash:
+        raise ValueError(
+            f"load_recommender: the folds must be of the recommender's split, {model.split_hash}, "
+            f"got {record.split_hash}"
+        )
+    number, weights = record.number, model.state_dict()
+    own = {
+        name: tuple(value.shape)
+        for name, value in weights.items()
+        if record.items != "shared" or not name.startswith("item_embedding.")
+    }
+    wanted: dict[str, Shape] = {f"{index}.{name}": shape for index in range(number) for name, shape in own.items()}
+    if record.items == "aligned":
+        wanted[_BASES] = (number, model.state_size, model.state_size)
+    found = {name: shape for name, shape in tensor_shapes(sealed, _FOLDS_FILE).items() if name != _USERS}
+    _refuse_other_weights(found, wanted, _FOLDS_FILE, f"{number} folds of this {model.kind}")
+    tensors = read_tensors(sealed, _FOLDS_FILE)
+    users, bases = tensors.pop(_USERS, torch.zeros(0, dtype=torch.int8)), tensors.pop(_BASES, None)
+    if users.dtype != torch.int8 or not users.numel() or int(users.min()) < 0 or int(users.max()) >= number:
+        raise ValueError(
+            f"load_recommender: {_USERS} of {_FOLDS_FILE} must be int8 in 0..{number - 1}, got {users.dtype} "
+            f"{users.unique().tolist()[:8]}"
+        )
+    with torch.random.fork_rng(devices=[]):  # the random weights are overwritten at once
+        models = [model.twin().eval() for _ in range(number)]
+    for index, fold in enumerate(models):
+        learned = weights | {name: tensors[f"{index}.{name}"] for name in own}
+        load_weights_of_file(fold, learned, f"load_recommender: {_FOLDS_FILE}")
+    return CrossFitted(models, users.numpy(), record.split_hash, bases)
+
+
+def _refuse_other_weights(found: dict[str, Shape], wanted: dict[str, Shape], file: str, what: str) -> None:
+    """Make sure that a file has tensors of just these names and shapes, before anything of these sizes is built."""
     if wanted.keys() != found.keys():
         raise ValueError(
-            f"load_recommender: {_WEIGHTS_FILE} must hold the weights of {description.kind}, "
+            f"load_recommender: {file} must hold the weights of {what}, "
             f"got missing {sorted(wanted.keys() - found.keys())}, unexpected {sorted(found.keys() - wanted.keys())}"
         )
-    refuse_other_shapes(found, wanted, f"load_recommender: {_WEIGHTS_FILE}")
-    with torch.random.fork_rng(devices=[]):  # the random weights are overwritten at once
-        return kind(**settings)  # type: ignore[arg-type]
+    refuse_other_shapes(found, wanted, f"load_recommender: {file}")

@@ -1,6 +1,6 @@
 """SASRec (Kang and McAuley 2018, arXiv:1808.09781) on packed histories: tied item embeddings, rotary positions."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,6 @@ class _Block(nn.Module):
         self.down = nn.Linear(4 * width, width)
 
     def forward(self, hidden: Tensor, angles: Tensor, cu_seqlens: Tensor, plan: AttentionPlan) -> Tensor:
-        """[N, width] -> [N, width], causal inside each sequence of `cu_seqlens`; `angles` as of `_rotary_angles`."""
         query, key, value = self.qkv(self.attention_norm(hidden)).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
         query, key = _rotate(query, angles), _rotate(key, angles)
         probability = self.dropout if draws_dropout(self) else 0.0
@@ -44,10 +43,7 @@ class SASRec(PackedRecommender):
 
     Queries and keys are rotated by their positions (Su et al. 2021, arXiv:2104.09864), so attention sees how far apart
     two items are and not where the history began. A learned embedding of the position, as in the paper, has seen each
-    late position in few histories and ranked worse on validation. A state depends on nothing but its own history: not
-    on the batch, not on padding (there is none), not on younger items.
-
-    Attributes: see `PackedRecommender`.
+    late position in few histories and ranked worse on validation.
     """
 
     kind: ClassVar[str] = "sasrec"
@@ -66,26 +62,16 @@ class SASRec(PackedRecommender):
         """Random weights (normal, deviation 0.02) from torch's global generator.
 
         Args:
-            num_items: I, size of the catalogue.
             width: of the item embeddings and the states.
-            num_layers: transformer layers.
-            num_heads: attention heads; must divide `width`.
-            max_length: longest history, in items.
             dropout: while training, of the embeddings, attention weights and layer outputs.
             state_dropout: while training, of the states before they meet the item embeddings.
 
         Raises:
             ValueError: a size below 1, or `width` not an even multiple of `num_heads`.
         """
-        settings = {
-            "num_items": num_items,
-            "width": width,
-            "num_layers": num_layers,
-            "num_heads": num_heads,
-            "max_length": max_length,
-            "dropout": dropout,
-            "state_dropout": state_dropout,
-        }
+        settings: dict[str, Any] = {"num_items": num_items, "width": width, "num_layers": num_layers}
+        settings |= {"num_heads": num_heads, "max_length": max_length, "dropout": dropout}
+        settings["state_dropout"] = state_dropout
         super().__init__(width, settings)
         if width % (2 * num_heads):
             raise ValueError(f"SASRec: width must be an even multiple of num_heads, got {width} and {num_heads}")
@@ -103,12 +89,7 @@ class SASRec(PackedRecommender):
                 nn.init.zeros_(parameter)
 
     def forward(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """States [N, width] float32 in the module's mode (with dropout while training), with gradients.
-
-        Args:
-            items: [N] int64, packed histories, oldest first, each at most `max_length` long.
-            cu_seqlens: [B+1] int32.
-        """
+        """See `PackedRecommender`."""
         hidden = F.dropout(self.item_embedding(items), self.dropout, draws_dropout(self))
         angles = _rotary_angles(cu_seqlens, items.numel(), self.state_size // self.num_heads)
         plan = AttentionPlan(cu_seqlens, causal=True)

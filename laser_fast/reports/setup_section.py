@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from laser_fast.recommenders.cross_fitted import StateGap
+from laser_fast.recommenders.state_spread import StateGap
 from laser_fast.reports.document import Block, Heading, Listing, Paragraph, Table
 from laser_fast.reports.subject import RunRecord, Subject
 

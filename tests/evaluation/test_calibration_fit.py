@@ -40,24 +40,18 @@ def _quality(scorer: CalibratedScorer | _Table, rows: EvaluationRows) -> float:
     return evaluate(scorer, rows)["NDCG@10"].mean
 
 
-def test_two_halves_of_the_truth_are_fused() -> None:
+@pytest.mark.parametrize("standardize", [(), ("b",)])
+def test_two_halves_of_the_truth_are_fused(standardize: tuple[str, ...]) -> None:
     first, second = _noise(1), _noise(2)
     rows = _rows(first + second)
-    fitted = fit_calibration({"a": _Table(first), "b": _Table(100 * second)}, rows, torch.ones(_NUM_ITEMS))
-    assert _quality(fitted, rows) > 0.95
-    assert _quality(_Table(first), rows) < 0.8
-    weights = fitted.calibration.weights
-    assert weights["b"] / weights["a"] == pytest.approx(0.01, rel=0.5)
-
-
-def test_standardised_components_are_fused_by_their_z_scores() -> None:
-    first, second = _noise(1), _noise(2)
     scale = 10 ** torch.linspace(-3, 3, _NUM_ITEMS)[:, None]  # every history has a scale of its own
-    rows = _rows(first + second)
-    components = {"a": _Table(first), "b": _Table(scale * second + 7 * scale)}
-    fitted = fit_calibration(components, rows, torch.ones(_NUM_ITEMS), standardize=["b"])
-    assert fitted.calibration.standardize == ("b",)
-    assert _quality(fitted, rows) > 0.95
+    components = {"a": _Table(first), "b": _Table(scale * second + 7 * scale if standardize else 100 * second)}
+    fitted = fit_calibration(components, rows, torch.ones(_NUM_ITEMS), standardize=standardize)
+    assert _quality(fitted, rows) > 0.95 and _quality(_Table(first), rows) < 0.8
+    assert fitted.calibration.standardize == standardize
+    if not standardize:
+        weights = fitted.calibration.weights
+        assert weights["b"] / weights["a"] == pytest.approx(0.01, rel=0.5)
 
 
 def test_repeats_are_pushed_down() -> None:
@@ -81,16 +75,15 @@ def test_a_planted_popularity_is_found() -> None:
     assert _quality(fitted, rows) > _quality(_Table(scores), rows) + 0.1
 
 
-def test_a_component_that_misleads_gets_no_negative_weight() -> None:
+def test_what_has_no_use_gets_no_weight() -> None:
     scores = _noise(5)
+    rows, counts = _rows(scores), torch.arange(_NUM_ITEMS)
     components = {"a": _Table(scores + _noise(7)), "against": _Table(-scores)}
-    weights = fit_calibration(components, _rows(scores), torch.ones(_NUM_ITEMS)).calibration.weights
-    assert weights == {"a": 1.0, "against": 0.0}
-
-
-def test_a_first_component_of_noise_can_be_left_out() -> None:
-    scores = _noise(5)
-    rows, components = _rows(scores), {"noise": _Table(_noise(8)), "b": _Table(scores)}
+    assert fit_calibration(components, rows, counts).calibration.weights == {"a": 1.0, "against": 0.0}
+    found = fit_calibration({"a": _Table(scores), "noise": _Table(_noise(6))}, rows, counts).calibration
+    assert found.weights["noise"] == 0
+    assert (found.history_bias, found.last_bias, found.popularity_weight) == (0, 0, 0)
+    components = {"noise": _Table(_noise(8)), "b": _Table(scores)}  # the first one can be left out as well
     fitted = fit_calibration(components, rows, torch.ones(_NUM_ITEMS))
     assert fitted.calibration.weights["noise"] == 0 and fitted.calibration.weights["b"] > 0
     assert _quality(fitted, rows) == 1
@@ -99,73 +92,63 @@ def test_a_first_component_of_noise_can_be_left_out() -> None:
 def test_the_search_begins_where_the_targets_are_most_likely() -> None:
     first, second, counts = _noise(1), _noise(2), torch.arange(_NUM_ITEMS)
     rows = _rows(first + 0.5 * second + _noise(9))
-    parts = {"a": _Table(first), "b": _Table(3 * second)}
-    terms = calibration._Terms(parts, (), rows, counts, 64, "cpu", False)
+    terms = calibration._Terms({"a": _Table(first), "b": _Table(3 * second)}, (), rows, counts, 64, "cpu", False)
     values = calibration._likeliest(terms, ["a", "b", "popularity_weight"])
-    free = {name: torch.tensor(value, requires_grad=True) for name, value in values.items()}
+    free = {name: torch.tensor(value, dtype=torch.float64, requires_grad=True) for name, value in values.items()}
     chunk = np.arange(len(rows))
-    scores = torch.stack([value * terms._term(name, chunk) for name, value in free.items()]).sum(dim=0)
-    torch.nn.functional.cross_entropy(scores, terms.targets).backward()
-    slopes = {name: value.grad for name, value in free.items()}
-    assert all(value > 0.1 for name, value in values.items() if name in parts)
-    for name, slope in slopes.items():  # at the maximum; one that is held at 0 would go below it
-        assert slope is not None
-        assert abs(slope) < 2e-3 or (values[name] == 0 and slope > 0)
+    scores = torch.stack([value * terms._term(name, chunk).double() for name, value in free.items()]).sum(dim=0)
+    ridge = 0.5 * calibration._RIDGE * torch.stack(list(free.values())).square().sum()
+    loss = torch.nn.functional.cross_entropy(scores, terms.targets) + ridge
+    loss.backward()
+    found, gradient = terms.cross_entropy(np.array(list(values.values())))
+    assert found == pytest.approx(loss.item(), abs=1e-12)
+    assert gradient.tolist() == pytest.approx([value.grad.item() for value in free.values() if value.grad is not None])
+    assert values["a"] > 0.1 and values["b"] > 0.1
+    for name, slope in zip(values, gradient.tolist(), strict=True):  # at the maximum; one held at 0 would go below it
+        assert abs(slope) < 1e-6 or (values[name] == 0 and slope > 0 and name == "popularity_weight")
 
 
 @pytest.mark.parametrize("spike", [3.0, 30.0, 300.0])
 def test_a_component_that_says_little_and_that_loudly_is_not_lost(spike: float) -> None:
-    """Newton's method alone runs in circles here, and a circle may end where the component seems to mislead."""
+    """Newton's method runs in circles here, and a circle may end where the component seems to mislead."""
     first, second = _noise(5), _noise(6)
-    loud = torch.where(second >= second.topk(8, dim=1).values[:, -1:], second.exp() * spike, 0.0)
-    rows = _rows(first + (second >= second.topk(8, dim=1).values[:, -1:]) * 2.0)
-    names = ["a", "b"]
-    terms = calibration._Terms(
-        {"a": _Table(first), "b": _Table(loud)}, (), rows, torch.ones(_NUM_ITEMS), 64, "cpu", False
-    )
-    found = calibration._minimum(terms, names)
-    gradient, _ = terms.derivatives(names, found)
-    assert float((gradient + calibration._RIDGE * found).abs().max()) < 1e-4
-    loss = terms.cross_entropy(names, found)
-    for place in range(2):  # the lowest point, not one that is merely flat
-        for change in (-0.1, 0.1):
-            assert terms.cross_entropy(names, found + change * torch.eye(2, dtype=torch.float64)[place]) > loss
-    fitted = fit_calibration({"a": _Table(first), "b": _Table(loud)}, rows, torch.ones(_NUM_ITEMS))
+    told = second >= second.topk(8, dim=1).values[:, -1:]
+    rows = _rows(first + told * 2.0)
+    components = {"a": _Table(first), "b": _Table(torch.where(told, second.exp() * spike, 0.0))}
+    terms = calibration._Terms(components, (), rows, torch.ones(_NUM_ITEMS), 64, "cpu", False)
+    found = np.array(list(calibration._likeliest(terms, ["a", "b"]).values()))
+    loss, gradient = terms.cross_entropy(found)
+    assert np.abs(gradient).max() < 1e-6
+    for change in (-0.1, 0.1):  # the lowest point, not one that is merely flat
+        assert all(terms.cross_entropy(found + change * direction)[0] > loss for direction in np.eye(5)[:4])
+    fitted = fit_calibration(components, rows, torch.ones(_NUM_ITEMS))
     assert fitted.calibration.weights["b"] > 0
     assert _quality(fitted, rows) > _quality(_Table(first), rows) + 0.05
 
 
-def test_terms_without_use_stay_at_zero() -> None:
-    scores = _noise(5)
-    rows = _rows(scores)
-    fitted = fit_calibration({"a": _Table(scores), "noise": _Table(_noise(6))}, rows, torch.arange(_NUM_ITEMS))
-    calibration = fitted.calibration
-    assert calibration.weights["noise"] == 0
-    assert (calibration.history_bias, calibration.last_bias, calibration.popularity_weight) == (0, 0, 0)
-
-
 def test_the_fit_is_deterministic_and_does_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = _noise(1), _noise(2)
-    rows, counts = _rows(first + second), torch.ones(_NUM_ITEMS)
+    rows, counts = _rows(first + second, 100), torch.ones(_NUM_ITEMS)
     components = {"a": _Table(first), "b": _Table(second)}
-    fits = [fit_calibration(components, rows, counts, batch_size=size).calibration for size in (7, 7, 200)]
-    assert fits[0] == fits[1] == fits[2]
-    monkeypatch.setattr(calibration, "_SCORES_PER_CHUNK", 3 * _NUM_ITEMS)
-    found = fit_calibration(components, rows, counts).calibration.weights
-    assert found == pytest.approx(fits[0].weights, rel=1e-4)
+    fits = [fit_calibration(components, rows, counts, batch_size=size).calibration for size in (7, 200)]
+    assert fits[0] == fits[1]
+    monkeypatch.setattr(calibration, "_SCORES_PER_CHUNK", 30 * _NUM_ITEMS)
+    assert fit_calibration(components, rows, counts).calibration.weights == pytest.approx(fits[0].weights, rel=1e-4)
 
 
 def test_many_rows_are_thinned_out_evenly() -> None:
     seen: list[int] = []
 
-    class Counting(_Table):
+    class Watched(_Table):
         def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-            seen.append(cu_seqlens.numel() - 1)
+            seen.extend(items.tolist())
             return super().score(items, cu_seqlens)
 
     scores = _noise(5)
-    fit_calibration({"a": Counting(scores)}, _rows(scores), torch.ones(_NUM_ITEMS), max_scores=50 * _NUM_ITEMS)
-    assert sum(seen) == 50
+    rows = _rows(scores)
+    fit_calibration({"a": Watched(scores)}, rows, torch.ones(_NUM_ITEMS), max_scores=50 * _NUM_ITEMS)
+    every = np.linspace(0, 199, 50).round().astype(np.int64)
+    assert seen == rows.select(every).histories.items.tolist()
 
 
 def test_what_cannot_be_fitted_is_refused() -> None:

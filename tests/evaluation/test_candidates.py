@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
-from torch import Tensor
 
 from laser_fast.data import EvaluationRows, PackedSequences
 from laser_fast.evaluation import Candidates, draw_candidates, evaluate_candidates, llara_candidates
@@ -61,14 +61,6 @@ def test_llara_hides_the_shown_history_alone() -> None:
     assert others == set(range(40)) - set(range(4, 14)) - {14}
 
 
-def test_a_file_gives_back_the_same_candidates(tmp_path: Path) -> None:
-    drawn = draw_candidates(rows_of(), 12, 5, draws=3, seed=7, counts=np.ones(12, dtype=np.int64))
-    drawn.save(tmp_path / "c.safetensors")
-    read = Candidates.load(tmp_path / "c.safetensors")
-    assert np.array_equal(read.items, drawn.items)
-    assert (read.sampler, read.seed, read.rows_hash, read.suffix) == ("popularity", 7, drawn.rows_hash, "|popularity5")
-
-
 def test_what_is_no_file_of_candidates_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="Candidates.load: the path must be a file, got"):
         Candidates.load(tmp_path / "none")
@@ -80,17 +72,18 @@ def test_what_is_no_file_of_candidates_is_refused(tmp_path: Path) -> None:
         Candidates.load(tmp_path / "text")
 
 
-def test_damaged_candidates_are_refused(tmp_path: Path, damage_files: Callable[..., int]) -> None:
-    drawn = draw_candidates(rows_of(), 12, 5, draws=3, seed=7)
+def test_a_file_gives_back_the_same_candidates_or_is_refused(tmp_path: Path, damage_files: Callable[..., int]) -> None:
+    drawn = draw_candidates(rows_of(), 12, 5, draws=3, seed=7, counts=np.ones(12, dtype=np.int64))
     file = tmp_path / "folder" / "candidates"
     file.parent.mkdir()
     drawn.save(file)
 
     def same(read: Candidates) -> bool:
-        facts = (read.sampler, read.seed, read.rows_hash) == (drawn.sampler, drawn.seed, drawn.rows_hash)
-        return facts and np.array_equal(read.items, drawn.items)
+        facts = (read.sampler, read.seed, read.rows_hash, read.suffix)
+        return facts == ("popularity", 7, drawn.rows_hash, "|popularity5") and np.array_equal(read.items, drawn.items)
 
-    assert damage_files(file.parent, lambda: Candidates.load(file), same, 200) > 180
+    assert same(Candidates.load(file))
+    assert damage_files(file.parent, lambda: Candidates.load(file), same, 80) > 70
 
 
 def test_candidates_of_other_rows_or_items_are_refused() -> None:
@@ -120,24 +113,12 @@ def test_draws_that_cannot_be_are_refused(settings: dict[str, object], message: 
         draw_candidates(rows_of(), 12, **{"num_candidates": 5, **settings})  # type: ignore[arg-type]
 
 
-class _Fixed:
-    """Gives prepared scores, row by row."""
-
-    def __init__(self, scores: Tensor) -> None:
-        self.scores, self.num_items, self.at = scores, scores.shape[1], 0
-
-    def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-        start = self.at
-        self.at = start + cu_seqlens.numel() - 1
-        return self.scores[start : self.at]
-
-
-def test_ranks_and_errors_equal_a_count_by_hand() -> None:
+def test_ranks_and_errors_equal_a_count_by_hand(fixed_scores: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     scores = torch.randint(4, (4, 12), generator=generator).float()  # many ties
     rows = rows_of()
     drawn = draw_candidates(rows, 12, 6, draws=7)
-    metrics = evaluate_candidates(_Fixed(scores), rows, drawn, ks=(1, 3, 6, 20), batch_size=3)
+    metrics = evaluate_candidates(fixed_scores(scores), rows, drawn, ks=(1, 3, 6, 20), batch_size=3)
     expected = np.empty((7, 4))
     for draw in range(7):
         for row in range(4):
@@ -164,19 +145,16 @@ def test_one_draw_has_no_error_over_draws_and_a_constant_no_credit() -> None:
         metrics["HR@5"]  # never under the name of a full ranking
 
 
-def test_broken_scores_and_cut_offs_are_refused() -> None:
+def test_broken_scores_and_cut_offs_are_refused(fixed_scores: Any) -> None:
     rows = rows_of()
     drawn = draw_candidates(rows, 12, 2)
     scores = torch.zeros(4, 12)
     with pytest.raises(ValueError, match=r"evaluate_candidates: ks must be at least 1, got \(0,\)"):
-        evaluate_candidates(_Fixed(scores), rows, drawn, ks=(0,))
+        evaluate_candidates(fixed_scores(scores), rows, drawn, ks=(0,))
+    narrow = fixed_scores(scores[:, :3])
+    narrow.num_items = 12
+    with pytest.raises(ValueError, match=r"evaluate_candidates: score must return shape \(4, 12\), got \(4, 3\)"):
+        evaluate_candidates(narrow, rows, drawn)
     scores[2, 11] = float("nan")  # also where it is no candidate
     with pytest.raises(ValueError, match="scores must not be NaN, got NaN in rows from 2 on"):
-        evaluate_candidates(_Fixed(scores), rows, drawn, batch_size=1)
-
-    class Narrow(_Fixed):
-        def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-            return super().score(items, cu_seqlens)[:, :3]
-
-    with pytest.raises(ValueError, match=r"evaluate_candidates: score must return shape \(4, 12\), got \(4, 3\)"):
-        evaluate_candidates(Narrow(torch.zeros(4, 12)), rows, drawn)
+        evaluate_candidates(fixed_scores(scores), rows, drawn, batch_size=1)

@@ -1,27 +1,18 @@
 """Full ranking in chunks."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from laser_fast.data import EvaluationRows, PackedSequences
 from laser_fast.evaluation import evaluate, row_batches
 from laser_fast.recommenders import Popularity, Scorer
 
-
-class _NextItem:
-    """Scores last + 1 highest, then last + 2, and so on around the catalogue."""
-
-    num_items = 6
-
-    def __init__(self) -> None:
-        self.batches: list[int] = []
-
-    def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-        self.batches.append(cu_seqlens.numel() - 1)
-        last = items[cu_seqlens[1:].long() - 1]
-        return -((torch.arange(6) - last[:, None] - 1) % 6).float()
+# after item 1 comes 2, then 3, and so on around six items; `_LAST` are the last items of `_rows`
+_LAST = torch.tensor([1, 5, 2, 3, 0])
+_SCORES = -((torch.arange(6) - _LAST[:, None] - 1) % 6).float()
 
 
 def _rows() -> EvaluationRows:
@@ -29,17 +20,17 @@ def _rows() -> EvaluationRows:
     return EvaluationRows(np.arange(5), histories, np.array([2, 2, 3, 3, 1]))
 
 
-def test_ranks_follow_the_rows() -> None:
-    # after 1 comes 2: rank 1; after 5 come 0, 1, 2: rank 3; a repeat of the last item is the last of six
-    assert evaluate(_NextItem(), _rows()).ranks.tolist() == [1, 3, 1, 6, 1]
-
-
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
-def test_chunks_change_nothing(batch_size: int) -> None:
-    scorer = _NextItem()
-    assert evaluate(scorer, _rows(), batch_size=batch_size).ranks.tolist() == [1, 3, 1, 6, 1]
-    assert max(scorer.batches) <= batch_size
-    assert sum(scorer.batches) == 5
+def test_ranks_follow_the_rows_whatever_the_chunks(
+    batch_size: int, fixed_scores: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scorer = fixed_scores(_SCORES)
+    assert isinstance(scorer, Scorer) and not isinstance(object(), Scorer)
+    assert evaluate(scorer, _rows(), batch_size=batch_size, progress=True).ranks.tolist() == [1, 3, 1, 6, 1]
+    assert max(scorer.batches) <= batch_size and sum(scorer.batches) == 5
+    assert "5/5" in capsys.readouterr().err
+    evaluate(fixed_scores(_SCORES), _rows(), batch_size=batch_size)
+    assert capsys.readouterr().err == ""
 
 
 def test_history_items_are_not_filtered() -> None:
@@ -47,14 +38,12 @@ def test_history_items_are_not_filtered() -> None:
     assert evaluate(popularity, _rows()).ranks.tolist() == [1, 1, 4, 4, 5]
 
 
-def test_no_rows() -> None:
-    rows = EvaluationRows(np.zeros(0, np.int64), PackedSequences.from_lists([]), np.zeros(0, np.int64))
-    metrics = evaluate(_NextItem(), rows)
-    assert len(metrics) == 0
-    assert metrics.to_dict()["metrics"]["MRR"]["mean"] is None
+def test_no_rows(fixed_scores: Any) -> None:
+    metrics = evaluate(fixed_scores(_SCORES), _rows().select([]))
+    assert len(metrics) == 0 and metrics.to_dict()["metrics"]["MRR"]["mean"] is None
 
 
-def test_memory_mapped_rows_are_left_alone(tmp_path: pytest.TempPathFactory) -> None:
+def test_memory_mapped_rows_are_left_alone() -> None:
     rows = _rows()
     for array in (rows.histories.items, rows.targets):
         array.setflags(write=False)
@@ -64,36 +53,12 @@ def test_memory_mapped_rows_are_left_alone(tmp_path: pytest.TempPathFactory) -> 
     assert rows.histories.items.tolist() == [0, 1, 5, 2, 2, 2, 3, 4, 0]
 
 
-def test_a_progress_bar_counts_rows(capsys: pytest.CaptureFixture[str]) -> None:
-    evaluate(_NextItem(), _rows(), batch_size=2, progress=True)
-    assert "5/5" in capsys.readouterr().err
-    evaluate(_NextItem(), _rows(), batch_size=2)
-    assert capsys.readouterr().err == ""
-
-
-def test_a_wrong_shape_is_refused() -> None:
-    class Narrow(_NextItem):
-        def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-            return super().score(items, cu_seqlens)[:, :4]
-
-    with pytest.raises(ValueError, match=r"score must return shape \(5, 6\), got \(5, 4\)"):
-        evaluate(Narrow(), _rows())
-
-
-def test_not_a_number_is_refused() -> None:
-    class Broken(_NextItem):
-        def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-            return super().score(items, cu_seqlens) * float("nan")
-
+def test_broken_scores_and_batch_sizes_are_refused(fixed_scores: Any) -> None:
+    narrow = fixed_scores(_SCORES[:, :4])
+    narrow.num_items = 6
+    with pytest.raises(ValueError, match=r"evaluate: score must return shape \(5, 6\), got \(5, 4\)"):
+        evaluate(narrow, _rows())
     with pytest.raises(ValueError, match="scores must not be NaN"):
-        evaluate(Broken(), _rows())
-
-
-def test_batch_size_is_checked() -> None:
+        evaluate(fixed_scores(_SCORES * float("nan")), _rows())
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        evaluate(_NextItem(), _rows(), batch_size=0)
-
-
-def test_protocol_is_what_is_needed() -> None:
-    assert isinstance(_NextItem(), Scorer)
-    assert not isinstance(object(), Scorer)
+        evaluate(fixed_scores(_SCORES), _rows(), batch_size=0)

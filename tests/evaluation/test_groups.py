@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from laser_fast.data import EvaluationRows, PackedSequences
+from laser_fast.evaluation import cold_line, group_figures
 from laser_fast.evaluation.groups import Group, group_metric, group_table, popularity_groups, quantile_groups
 from laser_fast.evaluation.metrics import RankingMetrics
 
@@ -17,9 +19,6 @@ def test_quantile_groups_are_equal_in_size_and_keep_ties_together() -> None:
     assert quantile_groups(np.zeros(0, dtype=np.int64), "items") == []
     rows = np.concatenate([group.rows for group in groups])
     assert sorted(rows.tolist()) == list(range(100))
-
-
-def test_at_least_one_group() -> None:
     with pytest.raises(ValueError, match="quantile_groups: num_groups must be at least 1, got 0"):
         quantile_groups(np.arange(3), "items", 0)
 
@@ -44,3 +43,22 @@ def test_a_group_has_the_metric_of_its_rows() -> None:
     assert np.isnan(group_metric(metrics, both[2]).mean)
     table = group_table(both[:2], {"x": metrics, "y": metrics}, "HR@1")
     assert [[value.mean for value in row] for row in table] == [[1.0, 1.0], [0.0, 0.0]]
+
+
+def test_cold_targets_are_reported_apart() -> None:
+    rows = EvaluationRows(
+        np.arange(5), PackedSequences.from_lists([[0], [0, 1], [], [2], [1]]), np.array([3, 0, 3, 1, 2])
+    )
+    metrics = RankingMetrics.from_ranks(torch.tensor([1, 2, 30, 1, 40]))
+    counts = np.array([4, 2, 9, 0])
+    figures = group_figures(metrics, rows, counts)
+    seen, cold = figures["seen in training"]
+    assert (seen["group"], seen["rows"], cold["group"], cold["rows"]) == ("seen", 3, "never", 2)
+    assert cold["metrics"]["HR@10"]["mean"] == 0.5 and seen["metrics"]["HR@10"]["mean"] == pytest.approx(2 / 3)
+    assert sum(group["rows"] for group in figures["popularity"]) == 3
+    assert sum(group["rows"] for group in figures["history length"]) == 5
+    assert cold_line(metrics, rows, counts, "HR@10").startswith("targets never seen in training: HR@10 0.5000 +- ")
+    assert cold_line(metrics, rows, counts, "HR@10").endswith("on 3")
+    assert cold_line(metrics, rows, counts + 1) == "every target was seen in training"
+    with pytest.raises(ValueError, match=r"group_figures: metrics must be of 5 rows, got \(3,\) ranks"):
+        group_figures(RankingMetrics.from_ranks(torch.tensor([1, 2, 3])), rows, counts)

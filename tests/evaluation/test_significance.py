@@ -6,16 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from laser_fast.data import EvaluationRows, PackedSequences
 from laser_fast.evaluation import (
     RankingMetrics,
     across_seeds,
     bootstrap_interval,
-    cold_line,
-    group_figures,
     paired_significance,
     rank_values,
-    spread_table,
+    table,
 )
 
 
@@ -29,21 +26,18 @@ def test_the_bootstrap_agrees_with_the_normal_interval_of_many_rows() -> None:
     mean, half = values.mean().item(), 1.959964 * values.std().item() / 4000**0.5
     assert low == pytest.approx(mean - half, abs=0.1 * half)
     assert high == pytest.approx(mean + half, abs=0.1 * half)
-    narrow = bootstrap_interval(values, level=0.5, resamples=3000)
-    assert low < narrow[0] < narrow[1] < high
-    assert narrow[1] - mean == pytest.approx(0.6745 / 1.96 * half, abs=0.1 * half)
 
 
-def test_the_bootstrap_follows_its_seed_and_not_the_size_of_its_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = rank_values(ranks(50, 0), "HR@10")
-    once = bootstrap_interval(values, seed=4)
+def test_results_follow_the_seed_and_not_the_size_of_the_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, pair = rank_values(ranks(50, 0), "HR@10"), (ranks(40, 0), ranks(40, 1))
+    once, whole = bootstrap_interval(values, seed=4), paired_significance(*pair)
     assert once == bootstrap_interval(values, seed=4)
     assert 0 <= once[0] < values.mean() < once[1] <= 1
-    assert all(end == end for end in bootstrap_interval(torch.ones(1)))
+    assert bootstrap_interval(torch.ones(1)) == (1.0, 1.0)
     assert all(end != end for end in bootstrap_interval(torch.ones(0)))
-    monkeypatch.setattr("laser_fast.evaluation.significance._MAX_DRAWS", 1)
-    in_pieces = bootstrap_interval(values, seed=4)
-    assert in_pieces == pytest.approx(once, abs=0.05)
+    monkeypatch.setattr("laser_fast.evaluation.significance._MAX_DRAWS", 4000)
+    assert bootstrap_interval(values, seed=4) == pytest.approx(once, abs=0.05)
+    assert paired_significance(*pair).p_value == pytest.approx(whole.p_value, abs=0.02)
 
 
 def test_p_is_the_share_of_signs_that_reach_as_far() -> None:
@@ -81,12 +75,6 @@ def test_p_is_even_where_nothing_differs() -> None:
     assert np.mean(found) == pytest.approx(0.5, abs=0.08)
 
 
-def test_pieces_of_the_permutations_change_nothing_but_the_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = paired_significance(ranks(40, 0), ranks(40, 1))
-    monkeypatch.setattr("laser_fast.evaluation.significance._MAX_DRAWS", 4000)
-    assert paired_significance(ranks(40, 0), ranks(40, 1)).p_value == pytest.approx(whole.p_value, abs=0.02)
-
-
 @pytest.mark.parametrize(
     ("a", "b", "settings", "message"),
     [
@@ -104,9 +92,7 @@ def test_what_cannot_be_compared_is_refused(
         paired_significance(*pair, **settings)  # type: ignore[arg-type]
 
 
-def test_settings_of_the_bootstrap_are_checked() -> None:
-    with pytest.raises(ValueError, match="bootstrap_interval: level must lie between 0 and 1, got 1"):
-        bootstrap_interval(torch.ones(3), level=1)
+def test_resamples_of_the_bootstrap_are_checked() -> None:
     with pytest.raises(ValueError, match="bootstrap_interval: resamples must be from 1 to 10,000,000, got 0"):
         bootstrap_interval(torch.ones(3), resamples=0)
 
@@ -118,15 +104,11 @@ def test_figures_of_several_seeds() -> None:
     assert spread["NDCG@10"].mean == pytest.approx(means.mean(), abs=1e-12)
     assert spread["NDCG@10"].deviation == pytest.approx(means.std(ddof=1), abs=1e-12)
     assert spread["NDCG@10"].runs == 3
-    lines = spread_table({"Laser": spread}, ("NDCG@10", "MRR")).splitlines()
+    lines = table({"Laser": spread}, ("NDCG@10", "MRR")).splitlines()
     assert lines[0].split() == ["NDCG@10", "MRR"]
     assert f"{means.mean():.4f} (sd {means.std(ddof=1):.4f})" in lines[1]
-    assert spread_table({}) == ""
-
-
-def test_one_seed_has_no_spread() -> None:
-    spread = across_seeds([RankingMetrics.from_ranks(ranks(30, 0))])["MRR"]
-    assert spread.to_dict()["deviation"] is None and str(spread) == f"{spread.mean:.4f}"
+    alone = across_seeds(runs[:1])["MRR"]
+    assert alone.to_dict()["deviation"] is None and str(alone) == f"{alone.mean:.4f}"
 
 
 def test_runs_that_do_not_belong_together_are_refused() -> None:
@@ -134,22 +116,3 @@ def test_runs_that_do_not_belong_together_are_refused() -> None:
         across_seeds([])
     with pytest.raises(ValueError, match=r"the same rows and metrics, got \[3, 4\] rows"):
         across_seeds([RankingMetrics.from_ranks(ranks(count, 0)) for count in (3, 4)])
-
-
-def test_cold_targets_are_reported_apart() -> None:
-    rows = EvaluationRows(
-        np.arange(5), PackedSequences.from_lists([[0], [0, 1], [], [2], [1]]), np.array([3, 0, 3, 1, 2])
-    )
-    metrics = RankingMetrics.from_ranks(torch.tensor([1, 2, 30, 1, 40]))
-    counts = np.array([4, 2, 9, 0])
-    figures = group_figures(metrics, rows, counts)
-    seen, cold = figures["seen in training"]
-    assert (seen["group"], seen["rows"], cold["group"], cold["rows"]) == ("seen", 3, "never", 2)
-    assert cold["metrics"]["HR@10"]["mean"] == 0.5 and seen["metrics"]["HR@10"]["mean"] == pytest.approx(2 / 3)
-    assert sum(group["rows"] for group in figures["popularity"]) == 3
-    assert sum(group["rows"] for group in figures["history length"]) == 5
-    assert cold_line(metrics, rows, counts, "HR@10").startswith("targets never seen in training: HR@10 0.5000 +- ")
-    assert cold_line(metrics, rows, counts, "HR@10").endswith("on 3")
-    assert cold_line(metrics, rows, counts + 1) == "every target was seen in training"
-    with pytest.raises(ValueError, match=r"group_figures: metrics must be of 5 rows, got \(3,\) ranks"):
-        group_figures(RankingMetrics.from_ranks(torch.tensor([1, 2, 3])), rows, counts)

@@ -16,9 +16,9 @@ from laser_fast.data import PackedSequences
 from laser_fast.files.sealed import seal
 from laser_fast.laser.laser_files import SavedLaser, find_saved, weights_hash
 from laser_fast.recommenders import SASRec, SequentialRules
-from laser_fast.recommenders.cross_fitted import CrossFitted, StateGap, StateSpread, assign_folds, fold_model
-from laser_fast.recommenders.packed_recommender import PackedRecommender
+from laser_fast.recommenders.packed_recommender import CrossFitted, PackedRecommender, assign_folds
 from laser_fast.recommenders.recommender_files import load_recommender, save_recommender
+from laser_fast.recommenders.state_spread import StateGap, StateSpread
 from laser_fast.retrieval.calibration import CalibratedScorer, Calibration
 
 CONFIG: dict[str, Any] = {
@@ -209,9 +209,9 @@ def test_what_could_not_be_read_again_is_not_saved(tmp_path: Path) -> None:
 def recommender(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     model = SASRec(10, width=8, num_layers=1, max_length=6).eval()
-    models = [fold_model(model, "aligned").eval() for _ in range(3)]
+    models = [model.twin().eval() for _ in range(3)]
     bases = torch.eye(8).expand(3, 8, 8).contiguous()
-    model.cross_fitted = CrossFitted(models, assign_folds(20, 3, 0), "aligned", None, bases)
+    model.cross_fitted = CrossFitted(models, assign_folds(20, 3, 0), None, bases)
     model.gap = StateGap(7, 0.6, 0.12, 0.11, None, {"valid": StateSpread(2.0, 0.5, 0.1, 1.0)})
     save_recommender(model, tmp_path / "model")
     return tmp_path / "model"
@@ -246,7 +246,7 @@ def test_a_damaged_recommender_is_refused_or_equal(recommender: Path, damage_fil
         ("model.width", 10**30, r"must hold settings of sasrec, got"),
         ("model.num_layers", HUGE, "must have as many num_layers as .* has weights of, got 1000000000000"),
         ("folds.number", HUGE, r"folds\.number: Input .*, got 1000000000000"),
-        ("folds.number", 4, r"bases of recommender_folds\.safetensors must have shape \(4, 8, 8\), got \(3, 8, 8\)"),
+        ("folds.number", 4, r"_folds\.safetensors must hold the weights of 4 folds of this sasrec, got missing \['3\."),
         ("gap.in_sample", float("nan"), r"gap\.in_sample: Input .*, got nan"),
         ("gap.states", {"valid": {"norm": 1.0}}, r"key 'gap\.states\.valid\.norm_deviation' must be set, got nothing"),
     ],

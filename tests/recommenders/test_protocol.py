@@ -38,14 +38,11 @@ def test_bad_types_are_refused() -> None:
         check_histories("f", torch.tensor([0, 1]), [0, 2], 5)  # type: ignore[arg-type]
 
 
-def test_good_histories_pass() -> None:
-    for items, cu_seqlens in (
-        (torch.tensor([0, 4]), _int32(0, 0, 2, 2)),
-        (torch.empty(0, dtype=torch.int64), _int32(0)),
-    ):
-        before = items.clone()
-        check_histories("f", items, cu_seqlens, 5)  # raises nothing
-        assert torch.equal(items, before)
+@pytest.mark.parametrize(("items", "cu_seqlens"), [([0, 4], (0, 0, 2, 2)), ([], (0,))])
+def test_good_histories_pass(items: list[int], cu_seqlens: tuple[int, ...]) -> None:
+    given = torch.tensor(items, dtype=torch.int64)
+    check_histories("f", given, _int32(*cu_seqlens), 5)  # raises nothing
+    assert given.tolist() == items
 
 
 def test_newest_items_are_kept() -> None:

@@ -1,54 +1,22 @@
 """RecBole's and LLaRA's SASRec against the published architectures written out for one sequence, in float64."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from laser_fast.data import ItemTable
 from laser_fast.recommenders import SequentialRecommender
+from laser_fast.recommenders.importers.checkpoints import import_recommender
 from laser_fast.recommenders.importers.weight_layouts import LAYOUTS
 from laser_fast.recommenders.published_sasrec import ACTIVATIONS, LLaRASASRec, RecBoleSASRec
 
-WIDTH, INNER, LENGTH, HEADS = 8, 12, 7, 2
-
-
-def recbole_weights(num_items: int, layers: int = 2) -> dict[str, Tensor]:
-    """Random weights under RecBole's names: a row for the padding in front."""
-    shapes = {"item_embedding.weight": (num_items + 1, WIDTH), "position_embedding.weight": (LENGTH, WIDTH)}
-    shapes |= {"LayerNorm.weight": (WIDTH,), "LayerNorm.bias": (WIDTH,)}
-    for index in range(layers):
-        for name, (rows, columns) in {
-            "multi_head_attention.query": (WIDTH, WIDTH),
-            "multi_head_attention.key": (WIDTH, WIDTH),
-            "multi_head_attention.value": (WIDTH, WIDTH),
-            "multi_head_attention.dense": (WIDTH, WIDTH),
-            "multi_head_attention.LayerNorm": (WIDTH, 0),
-            "feed_forward.dense_1": (INNER, WIDTH),
-            "feed_forward.dense_2": (WIDTH, INNER),
-            "feed_forward.LayerNorm": (WIDTH, 0),
-        }.items():
-            shapes[f"trm_encoder.layer.{index}.{name}.weight"] = (rows, columns) if columns else (rows,)
-            shapes[f"trm_encoder.layer.{index}.{name}.bias"] = (rows,)
-    return _random(shapes)
-
-
-def llara_weights(num_items: int) -> dict[str, Tensor]:
-    """Random weights under LLaRA's names: a row for the padding at the end, convolutions over one place."""
-    shapes: dict[str, tuple[int, ...]] = {"item_embeddings.weight": (num_items + 1, WIDTH)}
-    shapes |= {"positional_embeddings.weight": (LENGTH, WIDTH), "s_fc.weight": (num_items, WIDTH)}
-    shapes |= {"s_fc.bias": (num_items,)}
-    for name in ("ln_1", "ln_2", "ln_3", "feed_forward.layer_norm"):
-        shapes |= {f"{name}.weight": (WIDTH,), f"{name}.bias": (WIDTH,)}
-    for name in ("mh_attn.linear_q", "mh_attn.linear_k", "mh_attn.linear_v"):
-        shapes |= {f"{name}.weight": (WIDTH, WIDTH), f"{name}.bias": (WIDTH,)}
-    for name in ("feed_forward.w_1", "feed_forward.w_2"):
-        shapes |= {f"{name}.weight": (WIDTH, WIDTH, 1), f"{name}.bias": (WIDTH,)}
-    return _random(shapes)
-
-
-def _random(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+WIDTH, HEADS = 8, 2
+HISTORIES = ([4, 1, 1, 0, 3, 2, 4], [], [2], [0, 4, 3])
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -61,18 +29,25 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     return torch.cat(outputs, dim=1)
 
 
-def recbole_states(w: dict[str, Tensor], history: Tensor, activation: str = "gelu") -> Tensor:
+class _Written:
+    """Layers by their names in a checkpoint."""
+
+    def __init__(self, weights: dict[str, Tensor], eps: float) -> None:
+        self.weights, self.eps = weights, eps
+
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        return F.layer_norm(x, (WIDTH,), self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], self.eps)
+
+    def affine(self, x: Tensor, name: str) -> Tensor:
+        return x @ self.weights[f"{name}.weight"].flatten(1).T + self.weights[f"{name}.bias"]
+
+
+def recbole_states(weights: dict[str, Tensor], history: Tensor, activation: str = "gelu") -> Tensor:
     """Their model on one history of their indices: [L, width]."""
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        centred = x - x.mean(dim=1, keepdim=True)
-        scaled = centred / (centred.square().mean(dim=1, keepdim=True) + 1e-12).sqrt()
-        return scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
-
-    def affine(x: Tensor, name: str) -> Tensor:
-        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-
-    x = norm(w["item_embedding.weight"][history] + w["position_embedding.weight"][: len(history)], "LayerNorm")
+    written = _Written(weights, 1e-12)
+    norm, affine = written.norm, written.affine
+    x = weights["item_embedding.weight"][history] + weights["position_embedding.weight"][: len(history)]
+    x = norm(x, "LayerNorm")
     for index in range(2):
         attention, mlp = (f"trm_encoder.layer.{index}.{part}" for part in ("multi_head_attention", "feed_forward"))
         query, key, value = (affine(x, f"{attention}.{part}") for part in ("query", "key", "value"))
@@ -84,73 +59,47 @@ def recbole_states(w: dict[str, Tensor], history: Tensor, activation: str = "gel
     return x
 
 
-def llara_states(w: dict[str, Tensor], history: Tensor) -> Tensor:
+def llara_states(weights: dict[str, Tensor], history: Tensor) -> Tensor:
     """Their model on one history of their indices: [L, width]."""
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        return F.layer_norm(x, (WIDTH,), w[f"{name}.weight"], w[f"{name}.bias"])
-
-    def affine(x: Tensor, name: str) -> Tensor:
-        return x @ w[f"{name}.weight"].reshape(-1, WIDTH).T + w[f"{name}.bias"]
-
-    x = w["item_embeddings.weight"][history] + w["positional_embeddings.weight"][: len(history)]
+    written = _Written(weights, 1e-5)
+    norm, affine = written.norm, written.affine
+    x = weights["item_embeddings.weight"][history] + weights["positional_embeddings.weight"][: len(history)]
     queries = norm(x, "ln_1")
-    query = affine(queries, "mh_attn.linear_q")
-    key, value = affine(x, "mh_attn.linear_k"), affine(x, "mh_attn.linear_v")
+    query, key, value = (affine(y, f"mh_attn.linear_{z}") for y, z in ((queries, "q"), (x, "k"), (x, "v")))
     x = norm(_attend(query, key, value, WIDTH**-0.5) + queries, "ln_2")
     x = norm(affine(affine(x, "feed_forward.w_1").relu(), "feed_forward.w_2") + x, "feed_forward.layer_norm")
     return norm(x, "ln_3")
 
 
-def _packed(*histories: list[int]) -> tuple[Tensor, Tensor]:
-    lengths = torch.tensor([0, *(len(history) for history in histories)])
-    return torch.tensor([item for history in histories for item in history]), lengths.cumsum(0).int()
-
-
-HISTORIES = ([4, 1, 1, 0, 3, 2, 4], [], [2], [0, 4, 3])
-
-
-@pytest.mark.parametrize("activation", ["gelu", "relu"])
-def test_recbole_is_what_recbole_publishes(activation: str) -> None:
-    weights = recbole_weights(5)
-    layout = LAYOUTS["recbole-sasrec"](weights)
-    settings = {**layout.sizes, "num_items": 5, "num_heads": HEADS, "activation": activation}
-    model, problems = layout.build(weights, torch.arange(1, 6), settings)
-    assert model is not None and problems == [] and isinstance(model, SequentialRecommender)
-    model = model.double().eval()
-    model.load_state_dict(
-        {layout.names[name]: tensor for name, tensor in weights.items()}
-        | {"item_embedding.weight": weights["item_embedding.weight"][1:]}
-    )  # what was rounded to float32
-    expected = [recbole_states(weights, torch.tensor(history) + 1, activation) for history in HISTORIES if history]
-    states = model.states(*_packed(*HISTORIES))
-    torch.testing.assert_close(states, torch.cat(expected), rtol=1e-10, atol=1e-10)
-    scores = model.score(*_packed(*HISTORIES))
-    last = torch.stack([states[-1] for states in expected]) @ weights["item_embedding.weight"][1:].T
-    torch.testing.assert_close(scores[[0, 2, 3]], last, rtol=1e-10, atol=1e-10)
-    assert scores[1].abs().max() == 0
-
-
-def test_llara_is_what_llara_publishes() -> None:
-    weights = llara_weights(5)
-    layout = LAYOUTS["llara-sasrec"](weights)
-    model, problems = layout.build(weights, torch.arange(5), {**layout.sizes, "num_items": 5, "num_heads": HEADS})
-    assert model is not None and problems == [] and isinstance(model, SequentialRecommender)
-    model = model.double().eval()
-    exact = {
-        layout.names[name]: tensor.squeeze(-1) if tensor.dim() == 3 else tensor for name, tensor in weights.items()
-    }
-    model.load_state_dict(exact | {"item_embedding.weight": weights["item_embeddings.weight"][:5]})
-    expected = [llara_states(weights, torch.tensor(history)) for history in HISTORIES if history]
-    states = model.states(*_packed(*HISTORIES))
-    torch.testing.assert_close(states, torch.cat(expected), rtol=1e-10, atol=1e-10)
-    last = torch.stack([states[-1] for states in expected]) @ weights["s_fc.weight"].T + weights["s_fc.bias"]
-    scores = model.score(*_packed(*HISTORIES))
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("recbole-sasrec", {"activation": "gelu"}), ("recbole-sasrec", {"activation": "relu"}), ("llara-sasrec", {})],
+    ids=["recbole-gelu", "recbole-relu", "llara"],
+)
+def test_the_models_are_what_is_published(
+    kind: str, settings: dict[str, Any], pack: Callable[..., Any], foreign_weights: Callable[..., Any], tmp_path: Path
+) -> None:
+    weights, first = foreign_weights(kind, 2), LAYOUTS[kind].first_item
+    torch.save(weights, tmp_path / "w.pt")
+    items = ItemTable(list("abcde"))
+    model, _ = import_recommender(tmp_path / "w.pt", kind, items, same_order=True, num_heads=HEADS, **settings)
+    assert isinstance(model, SequentialRecommender)
+    exact = {ours: weights[theirs] for theirs, ours in LAYOUTS[kind].names(weights).items()}
+    exact = {name: tensor.squeeze(-1) if tensor.dim() == 3 else tensor for name, tensor in exact.items()}
+    embeddings = exact["item_embedding.weight"][first : first + 5]
+    model = model.double()
+    model.load_state_dict(exact | {"item_embedding.weight": embeddings})  # what was rounded to float32
+    written = recbole_states if kind == "recbole-sasrec" else llara_states
+    expected = [written(weights, torch.tensor(history) + first, **settings) for history in HISTORIES if history]
+    torch.testing.assert_close(model.states(*pack(*HISTORIES)), torch.cat(expected), rtol=1e-10, atol=1e-10)
+    output, bias = (embeddings, 0.0) if kind == "recbole-sasrec" else (weights["s_fc.weight"], weights["s_fc.bias"])
+    scores = model.score(*pack(*HISTORIES))
+    last = torch.stack([states[-1] for states in expected]) @ output.T + bias
     torch.testing.assert_close(scores[[0, 2, 3]], last, rtol=1e-10, atol=1e-10)
     assert scores[1].abs().max() == 0  # and not the bias: nothing is known of nobody
 
 
-def test_sizes_are_checked() -> None:
+def test_sizes_are_checked(pack: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="RecBoleSASRec: width must be a multiple of num_heads, got 8 and 3"):
         RecBoleSASRec(5, width=8, num_heads=3)
     with pytest.raises(ValueError, match="LLaRASASRec: width must be a multiple of num_heads, got 8 and 3"):
@@ -160,5 +109,5 @@ def test_sizes_are_checked() -> None:
     with pytest.raises(ValueError, match="LLaRASASRec: max_length must be at least 1, got 0"):
         LLaRASASRec(5, max_length=0)
     with pytest.raises(ValueError, match=r"RecBoleSASRec\.states: histories must have at most 3 items, got 4"):
-        RecBoleSASRec(5, width=8, max_length=3).states(*_packed([0, 1, 2, 3]))
+        RecBoleSASRec(5, width=8, max_length=3).states(*pack([0, 1, 2, 3]))
     assert set(ACTIVATIONS) == {"gelu", "relu", "swish", "tanh", "sigmoid"}

@@ -6,7 +6,7 @@ from typing import Any, cast, get_args
 import pytest
 
 from laser_fast.config import BiTuningConfig
-from laser_fast.recommenders.cross_fitted import StateGap, StateSpread
+from laser_fast.recommenders.state_spread import StateGap, StateSpread
 from laser_fast.reports.document import Block, Heading, Paragraph, Table
 from laser_fast.reports.results_section import what_was_trained
 from laser_fast.reports.setup_section import score_blocks, state_blocks

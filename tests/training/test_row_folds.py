@@ -17,7 +17,7 @@ from laser_fast.data.batches import BatchBuilder, PackedBatch
 from laser_fast.data.loading import NextItemCollator, NextItemDataset
 from laser_fast.laser import LaserModel
 from laser_fast.laser.build import load_inputs
-from laser_fast.recommenders.cross_fitted import CrossFitted
+from laser_fast.recommenders.packed_recommender import CrossFitted
 from laser_fast.recommenders.protocol import FrozenRecommender
 from laser_fast.recommenders.recommender_files import load_recommender
 from laser_fast.runs.checkpoint import fingerprint

@@ -16,11 +16,8 @@ from torch import Tensor
 
 from laser_fast.data.items import ItemTable
 from laser_fast.files.tensors import open_tensors
-from laser_fast.recommenders.importers.weight_layouts import LAYOUTS, Layout
+from laser_fast.recommenders.importers.weight_layouts import LAYOUTS, Layout, Weights
 from laser_fast.recommenders.packed_recommender import PackedRecommender
-
-KINDS = tuple(LAYOUTS)
-"""What can be imported."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +25,7 @@ class ImportReport:
     """What was taken from a checkpoint, and what was not in it.
 
     Attributes:
-        kind: one of `KINDS`.
         source: name of the file.
-        sha256: of the file.
         items_in_checkpoint: items it knows, without the padding.
         items_dropped: of these, those the data set does not have.
         same_order: nobody gave an item map; its order was stated to be that of the data set.
@@ -77,7 +72,7 @@ def import_recommender(
     Args:
         checkpoint: safetensors, or a file of torch that holds a state_dict, alone or under the key "state_dict" (and
             beside it, if need be, RecBole's settings as a plain dictionary under "config").
-        kind: "recbole-sasrec", "recbole-gru4rec" or "llara-sasrec".
+        kind: a key of `LAYOUTS`.
         items: the catalogue; the model's items are in its order.
         item_map: external id of every index of the checkpoint, as RecBole's `dataset.field2id_token` has them.
         same_order: without `item_map`: the checkpoint's items are these items in this order.
@@ -94,41 +89,36 @@ def import_recommender(
     """
     path = Path(checkpoint)
     if kind not in LAYOUTS:
-        raise ValueError(f"import_recommender: kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    weights, config = read_weights(path)
-    layout = LAYOUTS[kind](weights)
-    problems = layout.key_problems(weights)
+        raise ValueError(f"import_recommender: kind must be one of {', '.join(LAYOUTS)}, got {kind!r}")
+    weights, config = _read_weights(path)
+    layout, problems = LAYOUTS[kind], list[str]()
+    names, num_items = layout.names(weights), layout.num_items(weights)
+    if missing := sorted(names.keys() - weights.keys()):
+        problems.append(f"missing keys {missing}")
+    if unexpected := sorted(weights.keys() - names.keys()):
+        problems.append(f"unexpected keys {unexpected}")
     rows = torch.empty(0, dtype=torch.int64)
-    if layout.num_items > 0:
-        rows, of_items = _rows(layout, items, item_map, same_order)
-        problems += of_items
-    values, assumed, unknown = layout.settings(
-        {name: value for name, value in settings.items() if value is not None}, config
-    )
-    problems += unknown
+    if num_items > 0:
+        known = range(layout.first_item, layout.first_item + num_items)
+        rows = _rows(known, items, item_map, same_order, problems)
+    given = {name: value for name, value in settings.items() if value is not None}
+    asked, assumed = _asked(layout, given, config, problems)
     model = None
     if not problems:
-        model, problems = layout.build(weights, rows, {"num_items": len(items), **values})
+        values = {"num_items": len(items), **layout.settings(weights), **asked}
+        model = _build(layout, weights, rows, values, problems)
     if model is None or problems:
         raise ValueError(
             f"import_recommender: {path.name} must be a {kind} of these {len(items)} items, got " + "; ".join(problems)
         )
     model.item_map_hash = items.hash()
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    dropped = layout.num_items - len(items)
-    report = ImportReport(
-        kind, path.name, digest, layout.num_items, dropped, item_map is None, dict(model.settings), assumed
-    )
-    return model.eval(), report
+    digest, dropped = hashlib.sha256(path.read_bytes()).hexdigest(), num_items - len(items)
+    of_items = num_items, dropped, item_map is None
+    return model.eval(), ImportReport(kind, path.name, digest, *of_items, dict(model.settings), assumed)
 
 
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a checkpoint and, where it has them as a plain dictionary, its settings.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is no checkpoint, or it would have to be unpickled; nothing in it was run.
-    """
+def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a checkpoint and, where it has them as a plain dictionary, its settings."""
     if not path.is_file():
         raise FileNotFoundError(f"import_recommender: checkpoint must be a file, got {str(path)!r}")
     if path.suffix == ".safetensors":
@@ -157,43 +147,89 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _culprit(error: Exception) -> str:
     """What the restricted reader met, in few words; its own message recommends to switch the restriction off."""
     found = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"class (\S+)", str(error))
-    if found:
-        return f"an object of {found.group(1)}"
-    return f"what torch cannot read ({type(error).__name__})"
+    return f"an object of {found[1]}" if found else f"what torch cannot read ({type(error).__name__})"
 
 
 def _shown(content: object) -> str:
-    if isinstance(content, Mapping):
-        wrong = [
-            f"{name!r}: {type(value).__name__}" for name, value in content.items() if not isinstance(value, Tensor)
-        ]
-        return ", ".join(wrong[:3])
-    return f"a {type(content).__name__}"
+    if not isinstance(content, Mapping):
+        return f"a {type(content).__name__}"
+    wrong = [f"{name!r}: {type(value).__name__}" for name, value in content.items() if not isinstance(value, Tensor)]
+    return ", ".join(wrong[:3])
 
 
 def _rows(
-    layout: Layout, items: ItemTable, item_map: Mapping[int, str] | None, same_order: bool
-) -> tuple[Tensor, list[str]]:
-    """Row of every item of the data set in the checkpoint's item tables, int64 [I], and what is wrong with the map."""
-    first, count = layout.first_item, layout.num_items
+    known: range, items: ItemTable, item_map: Mapping[int, str] | None, same_order: bool, problems: list[str]
+) -> Tensor:
+    """Row of every item of the data set in the checkpoint's item tables, int64 [I], whose items have indices `known`.
+
+    What is wrong is added to `problems`.
+    """
     if item_map is None:
         if not same_order:
-            return torch.empty(0, dtype=torch.int64), [
-                f"no item map for its {count} items; give one, or state that they are in the order of the data set"
-            ]
-        problems = [] if count == len(items) else [f"{count} items, so they cannot be in the same order"]
-        return torch.arange(len(items)) + first, problems
-    known = {index: external for index, external in item_map.items() if index != layout.padding}
-    outside = [index for index in known if not first <= index < first + count]
-    row_of = {external: index for index, external in known.items()}
-    problems = []
-    if outside:
+            problems.append(
+                f"no item map for its {len(known)} items; give one, or state that they are in the order of the data set"
+            )
+        elif len(known) != len(items):
+            problems.append(f"{len(known)} items, so they cannot be in the same order")
+        return torch.arange(len(items)) + known.start
+    padding = 0 if known.start else known.stop
+    external = {index: name for index, name in item_map.items() if index != padding}
+    row_of = {name: index for index, name in external.items()}
+    if outside := [index for index in external if index not in known]:
         problems.append(
-            f"{len(outside)} indices of the item map outside {first}..{first + count - 1}, e.g. {outside[0]}"
+            f"{len(outside)} indices of the item map outside {known.start}..{known.stop - 1}, e.g. {outside[0]}"
         )
-    if len(row_of) < len(known):
-        repeated = next(external for index, external in known.items() if row_of[external] != index)
-        problems.append(f"the item map names {repeated!r} twice")
-    if missing := [external for external in items.ids if external not in row_of]:
+    if repeated := [name for index, name in external.items() if row_of[name] != index]:
+        problems.append(f"the item map names {repeated[0]!r} twice")
+    if missing := [name for name in items.ids if name not in row_of]:
         problems.append(f"{len(missing)} items of the data set not in the item map, e.g. {missing[0]!r}")
-    return torch.tensor([row_of.get(external, first) for external in items.ids], dtype=torch.int64), problems
+    return torch.tensor([row_of.get(name, known.start) for name in items.ids], dtype=torch.int64)
+
+
+def _asked(
+    layout: Layout, given: Mapping[str, Any], config: Mapping[str, Any], problems: list[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Settings that the caller and the file tell, and the names of those that are published defaults."""
+    values, assumed = dict[str, Any](), []
+    for name, (their_name, default) in layout.asked.items():
+        told = config.get(their_name)
+        if name in given and told is not None and given[name] != told:
+            problems.append(f"{name} {given[name]} against {told} in the file")
+        values[name] = given.get(name, told)
+        if values[name] is None and default is None:
+            problems.append(f"no {name}, which the weights do not tell")
+        elif values[name] is None:
+            values[name] = default
+            assumed.append(name)
+    problems += [f"{name}, which it has no use for" for name in given if name not in layout.asked]
+    return values, assumed
+
+
+def _build(
+    layout: Layout, weights: Weights, rows: Tensor, settings: dict[str, Any], problems: list[str]
+) -> PackedRecommender | None:
+    """The model with these weights, its items those of `rows`; shapes and values that do not fit are `problems`."""
+    try:
+        with torch.random.fork_rng(devices=[]):  # the random weights are overwritten at once
+            model = layout.model(**settings)
+    except (TypeError, ValueError) as error:
+        problems.append(str(error))
+        return None
+    own, state = model.state_dict(), {}
+    for theirs, ours in layout.names(weights).items():
+        tensor, expected = weights[theirs], own[ours].shape
+        of_items = ours.startswith(("item_embedding.", "output."))
+        if of_items:  # the embeddings have a row for the padding as well
+            number = layout.num_items(weights) + ours.startswith("item_embedding.")
+            expected = torch.Size([number, *expected[1:]])
+        if tensor.dim() == 3 and tensor.shape[2:] == (1,):  # a convolution over one place is a linear map
+            tensor = tensor[:, :, 0]
+        if tensor.shape != expected:
+            problems.append(f"{theirs} of shape {tuple(weights[theirs].shape)} instead of {tuple(expected)}")
+        elif not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            problems.append(f"{theirs} with values that are no finite floating-point numbers")
+        else:
+            state[ours] = (tensor[rows] if of_items else tensor).float()
+    if not problems:
+        model.load_state_dict(state)
+    return model

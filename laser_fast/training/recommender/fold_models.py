@@ -11,8 +11,7 @@ from tqdm import tqdm
 
 from laser_fast.config import RecommenderConfig
 from laser_fast.data import Split
-from laser_fast.recommenders.cross_fitted import CrossFitted, assign_folds, fold_model
-from laser_fast.recommenders.packed_recommender import PackedRecommender
+from laser_fast.recommenders.packed_recommender import CrossFitted, PackedRecommender, assign_folds
 from laser_fast.runs.resume import State
 from laser_fast.training.recommender.fit import Fitting, Windows
 from laser_fast.training.recommender.run import RecommenderRun
@@ -33,15 +32,12 @@ def train_folds(
 ) -> CrossFitted:
     """The models of `config.folds` folds beside a finished `model`.
 
-    User u is in fold permutation(u) mod K, by the seed. `config.fold_items`:
-
-        aligned   begins with the weights that `model` began with, and learns all of them; its states are rotated onto
-                  those of `model`, and scaled to their length, on the sequences both have learned from
-        own       the same from random weights of its own, and its states stay as they are
-        shared    reads the item embeddings of `model`, which have seen all users, and learns everything else
+    User u is in fold permutation(u) mod K, by the seed. A fold begins with the weights that `model` began with, and
+    learns all of them; its states are rotated onto those of `model`, and scaled to their length, on the sequences both
+    have learned from.
 
     A fold is fitted for a given number of epochs and kept as it then is: nothing of its own users, nor their validation
-    rows, has a say in its weights, but by what is shared, and in the rotation by the full model's states of others. The
+    rows, has a say in its weights, but in the rotation by the full model's states of others. The
     same seed gives the same weights on a CPU with as many threads. The global random state is left as it was.
 
     Args:
@@ -61,7 +57,7 @@ def train_folds(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for fold in range(config.folds):
             windows = Windows.cut(split.train.select(user_folds[split.train_users] != fold), config.max_length)
-            twin, name = _start(model, config, seed, fold), f"fold{fold}"
+            twin, name = _start(model, seed, fold), f"fold{fold}"
             if run.resumed is not None and name in run.resumed.values:
                 twin.load_state_dict(run.resumed.part(name).tensors)
             else:
@@ -71,11 +67,8 @@ def train_folds(
                     _train_fold(fitting, fold, epochs, run, done, bar)
             models.append(twin.eval())
             done[name] = State(dict(twin.state_dict()))
-            if config.fold_items == "shared":
-                twin.item_embedding = model.item_embedding  # to the last bit
-            if config.fold_items == "aligned":
-                bases.append(_rotation(model, twin, windows, config.batch_size))
-    return CrossFitted(models, user_folds, config.fold_items, split.hash, torch.stack(bases) if bases else None)
+            bases.append(_rotation(model, twin, windows, config.batch_size))
+    return CrossFitted(models, user_folds, split.hash, torch.stack(bases))
 
 
 def folds_of_users(split: Split, num_folds: int, seed: int) -> np.ndarray:
@@ -96,17 +89,11 @@ def folds_of_users(split: Split, num_folds: int, seed: int) -> np.ndarray:
     return folds
 
 
-def _start(model: PackedRecommender, config: RecommenderConfig, seed: int, fold: int) -> PackedRecommender:
+def _start(model: PackedRecommender, seed: int, fold: int) -> PackedRecommender:
     """The model of a fold before its first step; torch's generator stands where the fitting is to begin."""
-    own_seed = int(np.random.SeedSequence([seed, 1 + fold]).generate_state(1)[0])
-    aligned = config.fold_items == "aligned"
-    torch.manual_seed(seed if aligned else own_seed)
-    twin = fold_model(model, "own").to(model.item_embedding.weight.device)
-    if aligned:
-        torch.manual_seed(own_seed)
-    if config.fold_items == "shared":
-        twin.item_embedding.load_state_dict(model.item_embedding.state_dict())
-        twin.item_embedding.requires_grad_(False)
+    torch.manual_seed(seed)
+    twin = model.twin().to(model.item_embedding.weight.device)
+    torch.manual_seed(int(np.random.SeedSequence([seed, 1 + fold]).generate_state(1)[0]))
     return twin
 
 

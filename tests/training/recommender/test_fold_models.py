@@ -14,8 +14,7 @@ from laser_fast.config import RecommenderConfig, build_config
 from laser_fast.data import EvaluationRows, PackedSequences, Split
 from laser_fast.evaluation import evaluate
 from laser_fast.evaluation.state_gap import measure_state_gap
-from laser_fast.recommenders.cross_fitted import CrossFitted, FoldItems
-from laser_fast.recommenders.packed_recommender import PackedRecommender
+from laser_fast.recommenders.packed_recommender import CrossFitted, PackedRecommender
 from laser_fast.recommenders.recommender_files import load_recommender
 from laser_fast.training.recommender.fit import Windows, build_recommender
 from laser_fast.training.recommender.fold_models import _rotation, train_folds
@@ -45,11 +44,8 @@ def trained() -> PackedRecommender:
     return train_recommender(_split(), _NUM_ITEMS, _CONFIG, seed=3, progress=False)
 
 
-def _folds(
-    model: PackedRecommender, split: Split, items: FoldItems = "aligned", *, seed: int = 3, epochs: int = 2
-) -> CrossFitted:
-    config = _CONFIG.model_copy(update={"fold_items": items})
-    return train_folds(model, split, config, epochs=epochs, seed=seed, progress=False)
+def _folds(model: PackedRecommender, split: Split, *, seed: int = 3, epochs: int = 2) -> CrossFitted:
+    return train_folds(model, split, _CONFIG, epochs=epochs, seed=seed, progress=False)
 
 
 def _equal(first: PackedRecommender, second: PackedRecommender) -> bool:
@@ -57,30 +53,27 @@ def _equal(first: PackedRecommender, second: PackedRecommender) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("items", ["aligned", "own", "shared"])
-def test_a_folds_weights_do_not_depend_on_its_users(trained: PackedRecommender, items: FoldItems) -> None:
+def test_a_folds_weights_do_not_depend_on_its_users(trained: PackedRecommender) -> None:
     split = _split()
-    folds = _folds(trained, split, items)
+    folds = _folds(trained, split)
     sequences = split.train.to_lists()
     inside = folds.user_folds[split.train_users] == 1
     changed = [[7, 2, 2, 9] if inside[row] else sequence for row, sequence in enumerate(sequences)]
     assert 0 < inside.sum() < 24
     valid = replace(split.valid, targets=np.where(folds.user_folds == 1, 5, split.valid.targets))
-    other = _folds(trained, replace(split, train=PackedSequences.from_lists(changed), valid=valid), items)
+    other = _folds(trained, replace(split, train=PackedSequences.from_lists(changed), valid=valid))
     assert (other.user_folds == folds.user_folds).all()
     assert _equal(folds.models[1], other.models[1])
     assert not _equal(folds.models[0], other.models[0]) and not _equal(folds.models[2], other.models[2])
 
 
-def test_folds_share_the_items_of_the_full_model_or_learn_their_own(trained: PackedRecommender) -> None:
+def test_folds_learn_items_of_their_own(trained: PackedRecommender) -> None:
     before = {name: value.clone() for name, value in trained.state_dict().items()}
-    shared = _folds(trained, _split(), "shared").models
-    assert all(model.item_embedding is trained.item_embedding for model in shared)
-    assert trained.item_embedding.weight.requires_grad and not any(model.training for model in shared)
-    weights = [model.item_embedding.weight for model in _folds(trained, _split(), "own").models]
+    models = _folds(trained, _split()).models
+    weights = [model.item_embedding.weight for model in models]
     assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], trained.item_embedding.weight)
     assert all(torch.equal(value, before[name]) for name, value in trained.state_dict().items())
-    assert not torch.equal(shared[0].state_dict()["norm.bias"], shared[1].state_dict()["norm.bias"])
+    assert not any(model.training for model in models)
 
 
 def test_one_seed_one_result(trained: PackedRecommender) -> None:
@@ -98,7 +91,6 @@ def test_aligned_folds_begin_where_the_full_model_began(trained: PackedRecommend
     torch.manual_seed(3)
     start = build_recommender(_NUM_ITEMS, _CONFIG)
     assert all(_equal(model, start) for model in _folds(trained, _split(), epochs=0).models)
-    assert not any(_equal(model, start) for model in _folds(trained, _split(), "own", epochs=0).models)
 
 
 def test_states_are_rotated_onto_those_of_the_full_model(trained: PackedRecommender) -> None:
