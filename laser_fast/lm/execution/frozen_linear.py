@@ -14,11 +14,15 @@ from torch import Tensor, nn
 
 
 class UnpackedWeights:
-    """Weights in 16 or 32 bits of layers that are being computed again, from there until their backward took them."""
+    """Weights in 16 or 32 bits of layers that are being computed again, from there until their backward took them.
+
+    Attributes:
+        keeping: whether a recomputation is under way.
+    """
 
     def __init__(self) -> None:
+        self.keeping = False
         self._kept: dict[nn.Module, Tensor] = {}
-        self._keeping = False
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -27,21 +31,16 @@ class UnpackedWeights:
         What an earlier recomputation left behind (its backward stopped half-way) is dropped first.
         """
         self._kept.clear()
-        self._keeping = True
+        self.keeping = True
         try:
             yield
         finally:
-            self._keeping = False
-
-    @property
-    def keeping(self) -> bool:
-        """Whether a recomputation is under way."""
-        return self._keeping
+            self.keeping = False
 
     def unpack(self, module: nn.Module) -> Tensor:
         """The weight for a forward: [out, in], in the dtype it was quantised from."""
         weight = _unpack(module)
-        if self._keeping:
+        if self.keeping:
             self._kept[module] = weight
         return weight
 
