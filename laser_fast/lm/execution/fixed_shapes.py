@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from laser_fast.lm.attention.buckets import Bucket, BucketLayout
+from laser_fast.lm.attention.buckets import Bucket, BucketLayout, visible_keys
 from laser_fast.lm.attention.flash import PackedLengths
 from laser_fast.lm.attention.packed_attention import AttentionPlan
 from laser_fast.lm.execution.cuda_graphs import CudaGraphs, Recorder, Run
@@ -91,29 +91,16 @@ class FixedPlan(AttentionPlan):
     @cached_property
     def buckets(self) -> BucketLayout:
         """One block of all sequences, as wide as the longest may be."""
-        lengths = self.packed
-        query_slots = _slots(lengths.cu_seqlens_q, self.num_queries, lengths.longest_q)
-        key_slots = _slots(lengths.cu_seqlens_k, self.num_keys, lengths.longest_k)
-        sequences = lengths.cu_seqlens_q.shape[0] - 1
-        bucket = Bucket(sequences, 0, lengths.longest_q, 0, lengths.longest_k, self._mask(), None)
-        sizes = sequences * lengths.longest_q, sequences * lengths.longest_k
+        bounds_q, bounds_k = self.packed.cu_seqlens_q, self.packed.cu_seqlens_k
+        longest_q, longest_k = self.packed.longest_q, self.packed.longest_k
+        sequences = bounds_q.shape[0] - 1
+        mask = visible_keys(bounds_q.diff(), bounds_k.diff(), longest_q, longest_k, self.causal, self.sliding_window)
+        mask = (mask | ~mask.any(dim=-1, keepdim=True))[:, None]  # slots beyond a sequence attend somewhere
+        bucket = Bucket(sequences, 0, longest_q, 0, longest_k, mask, None)
+        query_slots = _slots(bounds_q, self.num_queries, longest_q)
+        key_slots = _slots(bounds_k, self.num_keys, longest_k)
+        sizes = sequences * longest_q, sequences * longest_k
         return BucketLayout(query_slots, key_slots, *sizes, (bucket,))
-
-    def _mask(self) -> Tensor:
-        """bool [B, 1, longest_q, longest_k], True = attend; slots beyond a sequence attend somewhere."""
-        lengths = self.packed
-        counts_q, counts_k = (bounds.diff()[:, None, None] for bounds in (lengths.cu_seqlens_q, lengths.cu_seqlens_k))
-        device = lengths.cu_seqlens_q.device
-        key_index = torch.arange(lengths.longest_k, device=device)
-        position = torch.arange(lengths.longest_q, device=device)[:, None] + (counts_k - counts_q)
-        mask = (key_index < counts_k).expand(-1, lengths.longest_q, -1)
-        if self.causal:
-            mask = mask & (key_index <= position)
-        if self.sliding_window is not None:
-            mask = mask & (key_index > position - self.sliding_window)
-            if not self.causal:
-                mask = mask & (key_index < position + self.sliding_window)
-        return (mask | ~mask.any(dim=-1, keepdim=True))[:, None]
 
 
 def _slots(cu_seqlens: Tensor, num_tokens: int, width: int) -> Tensor:
@@ -135,10 +122,9 @@ class FixedLayout(PackedLayout):
     ) -> None:
         super().__init__(cu_seqlens, layer_of, prefix, last_only=last_only)
         self._shape = shape
-        self._prefix_length = _length_of(prefix)
 
     def _new_plan(self, queries: Tensor, causal: bool, sliding_window: int | None) -> AttentionPlan:
-        shape, prefix_length = self._shape, self._prefix_length
+        shape, prefix_length = self._shape, _length_of(self.prefix)
         whole = queries is self.cu_seqlens
         longest = shape.longest if whole else 1, shape.longest + prefix_length
         num_queries = shape.tokens if whole else shape.sequences
@@ -169,17 +155,16 @@ class _Recording:
         self._inputs_embeds[:num_tokens].copy_(inputs_embeds)
         self._inputs_embeds[num_tokens:].zero_()
         self._cu_seqlens.copy_(filled_offsets(cu_seqlens, num_tokens, self._shape))
-        if prefix is None:
+        if prefix is None or self._prefix is None:
             return
-        assert self._prefix is not None
-        if prefix.slots is not None:
-            assert self._prefix.slots is not None
+        size, slots = prefix.batch_size, self._prefix.slots
+        if prefix.slots is not None and slots is not None:
             validate_indices("FrozenLM", "prefix.slots", prefix.slots, prefix.keys[0].shape[0])
-            self._prefix.slots[: prefix.batch_size].copy_(prefix.slots)
-            self._prefix.slots[prefix.batch_size :].zero_()
+            slots[:size].copy_(prefix.slots)
+            slots[size:].zero_()
             return
         mine, given = (*self._prefix.keys, *self._prefix.values), (*prefix.keys, *prefix.values)
-        torch._foreach_copy_([tensor[: prefix.batch_size] for tensor in mine], list(given))
+        torch._foreach_copy_([tensor[:size] for tensor in mine], list(given))
 
 
 def _fixed_prefix(prefix: KeyValuePrefix, num_sequences: int) -> KeyValuePrefix:
@@ -227,7 +212,7 @@ class FixedShapes:
     def __init__(
         self, lm: FrozenLM, recorder: Recorder | None = None, *, capacity: int = 64, max_tokens: int = 2048
     ) -> None:
-        if capacity < 1 or max_tokens < 1:
+        if min(capacity, max_tokens) < 1:
             raise ValueError(
                 f"FixedShapes: capacity and max_tokens must be at least 1, got {capacity} and {max_tokens}"
             )
@@ -297,8 +282,7 @@ class FixedShapes:
     def clear(self) -> None:
         """Drop all recordings, once the device has done with them."""
         with self._lock:
-            self._recorder.finish()
-            self._recordings.clear()
+            self._drop(len(self._recordings))
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -312,7 +296,10 @@ class FixedShapes:
         return fixed_shape(num_tokens, num_sequences, longest, limit)
 
     def _recording(self, shape: FixedShape, prefix: KeyValuePrefix | None, last_only: bool) -> _Recording:
-        self._drop_outdated()
+        version = self._weights.now()
+        if version != self._version:
+            self._version = version
+            self._drop(len(self._recordings))
         form = autocast_dtype(self._lm.device), last_only, *_form_of(prefix)
         key = shape, *form
         found = self._recordings.get(key)
@@ -320,8 +307,7 @@ class FixedShapes:
             self._forms[form] = None if prefix is None else _fixed_prefix(prefix, 2), last_only
         if found is None:
             if len(self._recordings) >= self.capacity:
-                self._recorder.finish()
-                self._recordings.popitem(last=False)
+                self._drop(1)
             found = _Recording(self._lm, shape, prefix, last_only)
             found.replay = self._recorder.record(found.replay)
             self._recordings[key] = found
@@ -329,9 +315,8 @@ class FixedShapes:
         self._recordings.move_to_end(key)
         return found
 
-    def _drop_outdated(self) -> None:
-        version = self._weights.now()
-        if version != self._version:
-            self._recorder.finish()
-            self._recordings.clear()
-            self._version = version
+    def _drop(self, count: int) -> None:
+        """Forget the recordings of the oldest use, once the device has done with them."""
+        self._recorder.finish()
+        for _ in range(count):
+            self._recordings.popitem(last=False)
