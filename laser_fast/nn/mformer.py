@@ -25,21 +25,13 @@ _BF16_PRODUCTS = (8, 0)  # CUDA capability
 
 @dataclass(frozen=True)
 class MFormerOutput:
-    """What M-Former says about a batch of users.
+    """What M-Former says about a batch of users."""
 
-    Attributes:
-        prefix: [B, Q, D_llm]; None where M-Former has no projection to the language model.
-        queries: [B, Q, D], before that projection.
-        routing: experts, weights, pooled probabilities, load and balance loss (`laser_fast.ops.Routing`).
-        projected: [N, D], the states as the querying transformer reads them.
-        layer_inputs: what enters each of its layers, [B*k, Q, D]; empty where it was not asked for.
-    """
-
-    prefix: Tensor | None
-    queries: Tensor
+    prefix: Tensor | None  # [B, Q, D_llm]; None where M-Former has no projection to the language model
+    queries: Tensor  # [B, Q, D], before that projection
     routing: Routing
-    projected: Tensor
-    layer_inputs: tuple[Tensor, ...] = ()
+    projected: Tensor  # [N, D], the states as the querying transformer reads them
+    layer_inputs: tuple[Tensor, ...] = ()  # what enters each of its layers, [B*k, Q, D], where it was asked for
 
 
 class Router(nn.Module):
@@ -104,14 +96,8 @@ class MFormer(nn.Module):
         self.state_projection = nn.Linear(state_size, width)
         self.router = Router(width, num_experts, top_k, weighting=weighting)
         self.query_experts = nn.Parameter(torch.randn(num_experts, num_queries, width))
-        self.qformer = QFormer(
-            width,
-            num_layers,
-            num_heads,
-            cross_attention_freq=cross_attention_freq,
-            dropout=dropout,
-            recompute=recompute,
-        )
+        sizes = (width, num_layers, num_heads)
+        self.qformer = QFormer(*sizes, cross_attention_freq=cross_attention_freq, dropout=dropout, recompute=recompute)
         self.lm_projection: nn.Linear | None = None
         if lm_width is not None:
             self.lm_projection = nn.Linear(width, lm_width)

@@ -46,7 +46,7 @@ class TextResidual(nn.Module):
         self.max_history = max_history
         self.dropout = dropout
         self.source: Callable[[], Tensor] | None = None
-        self.source_version: Callable[[], int] = _unchanging
+        self.source_version: Callable[[], int] = int  # always 0
         self._came_from: int | None = None  # the version; None for vectors that were set
         self._fetching = OwnLock()
         self.head = nn.Linear(width, width)
@@ -56,10 +56,7 @@ class TextResidual(nn.Module):
         self.register_buffer("vectors", torch.empty(0, width), persistent=False)
 
     def set_vectors(self, vectors: Tensor) -> None:
-        """Take the frozen vectors, on the device of the head, in place of those there are, whatever the source.
-
-        Args:
-            vectors: float32 [I, D], as `centred` gives them.
+        """Take these vectors, float32 [I, D] as `centred` gives them, in place of those there are, whatever the source.
 
         Raises:
             ValueError: another shape.
@@ -137,17 +134,10 @@ class TextResidual(nn.Module):
         return embeddings
 
 
-def _unchanging() -> int:
-    return 0
-
-
 def centred(vectors: Tensor) -> Tensor:
     """Unit vectors of texts without what all of them share: rows minus their mean, scaled back to length 1.
 
-    The hidden states of a language model lie in a narrow cone, in which all cosines are near 1; a row that equals the
-    mean stays 0.
-
-    Args:
-        vectors: float32 [I, D].
+    float32 [I, D] -> [I, D]. The hidden states of a language model lie in a narrow cone, in which all cosines are near
+    1; a row that equals the mean stays 0.
     """
     return F.normalize(vectors - vectors.mean(dim=0, keepdim=True), dim=-1)

@@ -11,7 +11,7 @@ from transformers import AutoModel, BertConfig, DynamicCache, LlamaConfig, Mistr
 
 from laser_fast.lm.frozen_lm import FrozenLM
 from laser_fast.lm.key_value_prefix import KeyValuePrefix, LayerShape
-from laser_fast.nn.deep_prefix import DeepPrefix
+from laser_fast.nn.prefixes import DeepPrefix
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61}
 CONFIGS = {

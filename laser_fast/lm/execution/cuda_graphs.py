@@ -84,7 +84,7 @@ class CudaGraphs(Recorder):
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
-        """See `Recorder`; the caller holds a lock."""
+        """As `Recorder` says; the caller holds a lock."""
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(self._done)
         try:
@@ -93,5 +93,5 @@ class CudaGraphs(Recorder):
             self._done.record(stream)
 
     def finish(self) -> None:
-        """See `Recorder`."""
+        """As `Recorder` says."""
         self._done.synchronize()

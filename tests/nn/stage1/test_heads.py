@@ -150,7 +150,7 @@ def test_matching_equals_one_pair_at_a_time() -> None:
     torch.manual_seed(5)
     values = heads(written, pairs)
     queries = F.normalize(heads.query_projection(written.queries), dim=-1)
-    text = heads.encode_text(pairs.token_embeds, TEXTS)
+    text = heads.text_features(heads.text.embed(pairs.token_embeds, TEXTS), TEXTS)
     torch.manual_seed(5)
     drawn = matching_pairs(pair_similarity(queries, text) / heads.temperature, torch.eye(4, dtype=torch.bool))
     losses, right = [], 0
@@ -316,8 +316,11 @@ def test_matching_pairs_beat_shuffled_pairs() -> None:
 def test_texts_do_not_see_each_other() -> None:
     _, heads = build()
     tokens = pairs_of().token_embeds[:7]
-    both = heads.encode_text(tokens, torch.tensor([0, 3, 7], dtype=torch.int32))
-    alone = heads.encode_text(tokens[3:], torch.tensor([0, 4], dtype=torch.int32))
+    bounds = torch.tensor([0, 3, 7], dtype=torch.int32), torch.tensor([0, 4], dtype=torch.int32)
+    both, alone = (
+        heads.text_features(heads.text.embed(rows, cu_seqlens), cu_seqlens)
+        for rows, cu_seqlens in zip((tokens, tokens[3:]), bounds, strict=True)
+    )
     torch.testing.assert_close(both[1:], alone)
 
 

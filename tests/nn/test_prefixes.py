@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from laser_fast.nn.linear_prefix import LinearPrefix
+from laser_fast.nn.prefixes import LinearPrefix
 
 LENGTHS = [4, 0, 1, 9, 0]
 
