@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, LlamaConfig, OlmoConfig, Phi3Config, PreTrainedModel
+from transformers import AutoConfig, AutoModel
 from transformers.models.llama import modeling_llama
 
 from laser_fast.lm.execution import rotary_attention as rotary_attention_module
@@ -19,27 +19,17 @@ from laser_fast.lm.execution.rotary_attention import (
     rotary_widths,
 )
 from laser_fast.lm.frozen_lm import FrozenLM
-from laser_fast.lm.key_value_prefix import KeyValuePrefix
 
-from ..families import FAMILIES, LENGTHS, REFUSED, WIDTH
-from ..families import random_model as of_family
+from ..families import FAMILIES, LENGTHS, REFUSED, WIDTH, random_model
+from ..packed import pack_linears, packed_inputs, random_prefix
 
 RECOGNISED = ("llama", "mistral", "ministral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2")
 RECOGNISED += ("gemma3_text", "phi3", "olmo", "smollm3", "starcoder2", "stablelm", "nemotron", "granite", "exaone4")
 RECOGNISED += ("seed_oss", "granitemoe", "phimoe", "eurobert", "nomic_bert")
-SIZES = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-SIZES |= {"num_key_value_heads": 2, "vocab_size": 61, "max_position_embeddings": 64}
-PREFIX = 3
 
 
-def small_model(config: Any = None) -> PreTrainedModel:
-    """A Llama, or what the configuration says, with weights so large that attention matters; frozen."""
-    torch.manual_seed(0)
-    model = AutoModel.from_config(copy.deepcopy(config or LlamaConfig(**SIZES)), attn_implementation="eager")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(5.0 if parameter.dim() > 1 else 1.0)
-    return model.requires_grad_(False).eval()
+def small_model(name: str = "llama", **changes: Any) -> Any:
+    return random_model(name, **changes).requires_grad_(False)
 
 
 def attention_of(model: Any, layer: int = 0) -> Any:
@@ -48,11 +38,8 @@ def attention_of(model: Any, layer: int = 0) -> Any:
 
 def fused_modules(model: nn.Module) -> list[nn.Module]:
     """Modules with our forward."""
-    return [module for module in model.modules() if is_ours(vars(module).get("forward"))]
-
-
-def is_ours(forward: Any) -> bool:
-    return getattr(forward, "func", None) is rotary_attention
+    forwards = {module: vars(module).get("forward") for module in model.modules()}
+    return [module for module, forward in forwards.items() if getattr(forward, "func", None) is rotary_attention]
 
 
 def without_rotation(lm: FrozenLM) -> FrozenLM:
@@ -78,18 +65,12 @@ def rotations(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 def run(lm: FrozenLM, *, last_only: bool = False, with_prefix: bool = False) -> list[Tensor]:
     """States, and gradients of the embeddings and of an injected prefix, of a loss on the last positions."""
-    generator = torch.Generator().manual_seed(3)
-    embeds = torch.randn(sum(LENGTHS), WIDTH, generator=generator).requires_grad_()
-    cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
-    leaves, prefix = [embeds], None
-    if with_prefix:
-        shapes = [(len(LENGTHS), PREFIX, layer.num_heads, layer.head_size) for layer in lm.layers for _ in "kv"]
-        leaves += [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
-        prefix = KeyValuePrefix(tuple(leaves[1::2]), tuple(leaves[2::2]))
-    states = lm(embeds, cu_seqlens, prefix, last_only=last_only)
+    embeds, cu_seqlens = packed_inputs(LENGTHS)
+    prefix, leaves = random_prefix(lm, len(LENGTHS), 3) if with_prefix else (None, [])
+    states = lm(embeds.requires_grad_(), cu_seqlens, prefix, last_only=last_only)
     rows = states if last_only else states[cu_seqlens[1:].long() - 1]
     probe = torch.randn(rows.shape, generator=torch.Generator().manual_seed(1))
-    return [states, *torch.autograd.grad((rows * probe).sum(), leaves)]
+    return [states, *torch.autograd.grad((rows * probe).sum(), [embeds, *leaves])]
 
 
 def assert_same(actual: list[Tensor], expected: list[Tensor], tolerance: float = 1e-6) -> None:
@@ -99,7 +80,7 @@ def assert_same(actual: list[Tensor], expected: list[Tensor], tolerance: float =
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in REFUSED])
 def test_families_are_recognised_by_what_their_attention_computes(name: str) -> None:
-    lm = FrozenLM(of_family(name))
+    lm = FrozenLM(random_model(name))
     found = lm.replaced.attentions
     assert found == len(fused_modules(lm.model)) == (len(lm.layers) if name in RECOGNISED else 0)
 
@@ -108,7 +89,7 @@ def test_families_are_recognised_by_what_their_attention_computes(name: str) -> 
 @pytest.mark.parametrize("last_only", [False, True], ids=["all", "last"])
 @pytest.mark.parametrize("name", RECOGNISED)
 def test_no_number_changes(name: str, last_only: bool, with_prefix: bool, rotations: list[tuple[int, int]]) -> None:
-    lm = FrozenLM(of_family(name))
+    lm = FrozenLM(random_model(name))
     if with_prefix and not lm.causal:
         pytest.skip("an encoder takes no injected prefix")
     run(lm)  # as the first call tries the model, the heads of its layers are known behind it
@@ -122,14 +103,6 @@ def test_no_number_changes(name: str, last_only: bool, with_prefix: bool, rotati
     expected = run(without_rotation(lm), last_only=last_only, with_prefix=with_prefix)
     assert not rotations
     assert_same(actual, expected)
-
-
-@pytest.mark.parametrize("checkpointing", ["mlp", "full", "offload"])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi3"])
-def test_no_number_changes_where_layers_are_computed_again(name: str, checkpointing: str) -> None:
-    execution = Execution(checkpointing=checkpointing)
-    actual = run(FrozenLM(of_family(name), execution), last_only=True, with_prefix=True)
-    assert_same(actual, run(without_rotation(FrozenLM(of_family(name))), last_only=True, with_prefix=True))
 
 
 def test_the_spared_last_layer_computes_queries_of_the_last_positions_alone(rotations: list[tuple[int, int]]) -> None:
@@ -146,7 +119,7 @@ def test_the_spared_last_layer_computes_queries_of_the_last_positions_alone(rota
 @pytest.mark.parametrize("factor", [0.5, 1.0])
 def test_tables_narrower_than_a_head(factor: float, rotations: list[tuple[int, int]]) -> None:
     rope = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": factor}
-    model = small_model(Phi3Config(**SIZES, rope_parameters=rope, pad_token_id=0))
+    model = small_model("phi3", rope_parameters=rope)
     lm = FrozenLM(model)
     run(lm)
     rotations.clear()
@@ -206,11 +179,7 @@ def test_another_use_of_the_rotation_is_not_recognised(
 
 
 def test_clipped_projections_are_not_recognised() -> None:
-    found = [
-        FrozenLM(small_model(OlmoConfig(**SIZES, clip_qkv=clip, pad_token_id=0))).replaced.attentions
-        for clip in (None, 1000.0)
-    ]
-    assert found == [2, 0]
+    assert [FrozenLM(small_model("olmo", clip_qkv=clip)).replaced.attentions for clip in (None, 1000.0)] == [2, 0]
 
 
 def by_position(own: Callable[..., Any]) -> Callable[..., Any]:
@@ -283,7 +252,7 @@ def test_a_module_with_something_of_its_own_is_not_recognised(change: Callable[[
 
 
 def test_recognition_changes_neither_the_module_nor_the_random_numbers() -> None:
-    model = of_family("qwen3").requires_grad_(False)
+    model = small_model("qwen3")
     module = attention_of(model)
     before, state = copy.deepcopy(module.state_dict()), torch.get_rng_state()
     attributes = dict(vars(module))
@@ -310,41 +279,9 @@ def test_calls_that_were_not_tried_run_as_transformers_has_them(rotations: list[
     assert len(rotations) == 2
 
 
-def test_another_execution_takes_the_place_of_the_first() -> None:
-    model = small_model()
-    expected = run(FrozenLM(model))
-    assert [type(module).__name__ for module in fused_modules(model)] == ["LlamaAttention"] * 2
-    plain = FrozenLM(model, Execution(fused=False, last_layer="all"))
-    assert plain.replaced.attentions == 0 and not fused_modules(model)
-    assert_same(run(plain), expected, 1e-5)  # norms and MLPs are others as well
-    assert FrozenLM(model).replaced.attentions == 2
-    assert all(torch.equal(*pair) for pair in zip(run(FrozenLM(model)), expected, strict=True))
-
-
-def kept_bytes(lm: FrozenLM) -> int:
-    """Distinct bytes that autograd keeps of one pass, beside weights."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*lm.parameters(), *lm.buffers()]}
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    embeds = torch.randn(64, WIDTH).requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        lm(embeds, torch.tensor([0, 32, 64], dtype=torch.int32))
-    return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in own)
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3"])
-def test_backward_keeps_no_more_than_without(name: str) -> None:
-    fused = kept_bytes(FrozenLM(of_family(name)))
-    assert fused <= kept_bytes(without_rotation(FrozenLM(of_family(name))))
-
-
 def test_a_model_without_values_is_recognised() -> None:
     with torch.device("meta"):
-        model = AutoModel.from_config(LlamaConfig(**SIZES))
+        model = AutoModel.from_config(AutoConfig.for_model("llama", **FAMILIES["llama"]))
         inputs = torch.empty(9, WIDTH, requires_grad=True), torch.empty(3, dtype=torch.int32)
     lm = FrozenLM(model)
     states = lm(*inputs, last_only=True)
@@ -354,19 +291,8 @@ def test_a_model_without_values_is_recognised() -> None:
 
 
 def test_projections_in_four_bits(rotations: list[tuple[int, int]]) -> None:
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    lm = FrozenLM(small_model())
-    for layer in range(2):
-        module = attention_of(lm.model, layer)
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            plain = getattr(module, name)
-            packed = bitsandbytes.nn.Linear4bit(
-                plain.in_features, plain.out_features, False, torch.float32, quant_type="nf4"
-            )
-            packed.load_state_dict(plain.state_dict())
-            setattr(module, name, packed.requires_grad_(False).to("cpu"))
-    lm = FrozenLM(lm.model)
-    assert lm.replaced.attentions == 2 and lm.replaced.packed_linears == 8
+    lm = FrozenLM(pack_linears(small_model()))
+    assert lm.replaced.attentions == 2 and lm.replaced.packed_linears == 14
     rotations.clear()
     actual = run(lm, last_only=True)
     assert rotations
@@ -376,8 +302,7 @@ def test_projections_in_four_bits(rotations: list[tuple[int, int]]) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "stablelm"])
 def test_on_a_gpu_it_errs_at_most_twice_as_much_as_transformers(name: str) -> None:
-    embeds = torch.randn(sum(LENGTHS), WIDTH, generator=torch.Generator().manual_seed(3)).cuda()
-    cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).to("cuda", torch.int32)
+    embeds, cu_seqlens = (tensor.cuda() for tensor in packed_inputs(LENGTHS))
     probe = torch.randn(sum(LENGTHS), WIDTH, generator=torch.Generator().manual_seed(1)).cuda()
 
     def both(lm: FrozenLM, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -385,8 +310,8 @@ def test_on_a_gpu_it_errs_at_most_twice_as_much_as_transformers(name: str) -> No
         states = lm(leaf, cu_seqlens)
         return states.detach(), torch.autograd.grad((states * probe.to(dtype)).sum(), leaf)[0]
 
-    exact = [x.double() for x in both(without_rotation(FrozenLM(of_family(name).cuda())), torch.float32)]
-    half = [FrozenLM(of_family(name).to("cuda", torch.bfloat16)) for _ in range(2)]
+    exact = [x.double() for x in both(without_rotation(FrozenLM(random_model(name).cuda())), torch.float32)]
+    half = [FrozenLM(random_model(name).to("cuda", torch.bfloat16)) for _ in range(2)]
     fused, plain = both(half[0], torch.bfloat16), both(without_rotation(half[1]), torch.bfloat16)
     for ours, theirs, true in zip(fused, plain, exact, strict=True):
         error, allowed = (float((x.double() - true).norm() / true.norm()) for x in (ours, theirs))
