@@ -129,32 +129,25 @@ def test_tables_narrower_than_a_head(factor: float, rotations: list[tuple[int, i
     assert_same(actual, run(without_rotation(lm)))
 
 
-def interleaved(x: Tensor) -> Tensor:
-    return torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
-
-
-def other_sign(x: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((second, -first), dim=-1)
-
-
 Rotate = Callable[..., tuple[Tensor, Tensor]]
-
-
-def scaled(own: Rotate) -> Rotate:
-    return lambda q, k, *tables: (1.001 * own(q, k, *tables)[0], own(q, k, *tables)[1])
-
-
-def only_queries(own: Rotate) -> Rotate:
-    return lambda q, k, *tables: (own(q, k, *tables)[0], k)
 
 
 def first_half_of_the_tables(own: Rotate) -> Rotate:
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = (table[..., : table.shape[-1] // 2].repeat(1, 1, 2) for table in (cos, sin))
-        return own(q, k, cos, sin)
+        return own(q, k, *(table[..., : table.shape[-1] // 2].repeat(1, 1, 2) for table in (cos, sin)))
 
     return rotate
+
+
+HALVES: dict[str, Callable[[Tensor], Tensor]] = {
+    "interleaved": lambda x: torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2),
+    "other sign": lambda x: torch.cat((x.chunk(2, dim=-1)[1], -x.chunk(2, dim=-1)[0]), dim=-1),
+}
+ROTATIONS: dict[str, Callable[[Rotate], Rotate]] = {
+    "scaled": lambda own: lambda q, k, *tables: (1.001 * own(q, k, *tables)[0], own(q, k, *tables)[1]),
+    "only queries": lambda own: lambda q, k, *tables: (own(q, k, *tables)[0], k),
+    "first half of the tables": first_half_of_the_tables,
+}
 
 
 def test_the_unchanged_model_is_recognised() -> None:
@@ -162,19 +155,13 @@ def test_the_unchanged_model_is_recognised() -> None:
     assert form == AttentionForm(8, None, False, frozenset({8}), {"dropout": 0.0, "scaling": 8**-0.5})
 
 
-@pytest.mark.parametrize("rotate_half", [interleaved, other_sign])
-def test_another_rotation_of_halves_is_not_recognised(
-    rotate_half: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(modeling_llama, "rotate_half", rotate_half)
-    assert recognise_rotary_attention(attention_of(small_model()), ()) is None
-
-
-@pytest.mark.parametrize("change", [scaled, only_queries, first_half_of_the_tables])
-def test_another_use_of_the_rotation_is_not_recognised(
-    change: Callable[[Rotate], Rotate], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", change(modeling_llama.apply_rotary_pos_emb))
+@pytest.mark.parametrize("name", [*HALVES, *ROTATIONS])
+def test_another_rotation_is_not_recognised(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name in HALVES:
+        monkeypatch.setattr(modeling_llama, "rotate_half", HALVES[name])
+    else:
+        own = modeling_llama.apply_rotary_pos_emb
+        monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", ROTATIONS[name](own))
     assert recognise_rotary_attention(attention_of(small_model()), ()) is None
 
 
@@ -224,30 +211,19 @@ def test_a_module_that_does_more_is_not_recognised(change: Callable[..., Any], m
     assert recognise_rotary_attention(attention_of(small_model()), ()) is None
 
 
-def trained(module: Any) -> None:
-    module.q_proj.requires_grad_(True)
+OWN: dict[str, Callable[[Any], object]] = {
+    "trained": lambda module: module.q_proj.requires_grad_(True),
+    "hooked": lambda module: module.o_proj.register_forward_hook(lambda *_: None),
+    "more weights": lambda module: setattr(module, "gate", nn.Linear(2, 2).requires_grad_(False)),
+    "one norm": lambda module: setattr(module, "q_norm", modeling_llama.LlamaRMSNorm(8).requires_grad_(False)),
+    "a forward of somebody": lambda module: setattr(module, "forward", module.forward),
+}
 
 
-def hooked(module: Any) -> None:
-    module.o_proj.register_forward_hook(lambda *_: None)
-
-
-def with_more_weights(module: Any) -> None:
-    module.gate = nn.Linear(2, 2).requires_grad_(False)
-
-
-def with_one_norm(module: Any) -> None:
-    module.q_norm = modeling_llama.LlamaRMSNorm(8).requires_grad_(False)
-
-
-def with_a_forward_of_somebody(module: Any) -> None:
-    module.forward = module.forward
-
-
-@pytest.mark.parametrize("change", [trained, hooked, with_more_weights, with_one_norm, with_a_forward_of_somebody])
-def test_a_module_with_something_of_its_own_is_not_recognised(change: Callable[[Any], None]) -> None:
+@pytest.mark.parametrize("change", OWN)
+def test_a_module_with_something_of_its_own_is_not_recognised(change: str) -> None:
     module = attention_of(small_model())
-    change(module)
+    OWN[change](module)
     assert recognise_rotary_attention(module, ()) is None
 
 
