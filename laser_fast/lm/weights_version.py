@@ -53,7 +53,7 @@ class WeightsVersion:
             seen = self._look()
             # where memory was given up since, what lies there now may be another tensor with the same id and version
             if seen != self._seen or any(storage() is None for storage in self._storages):
-                self._count += self._seen is not None  # at the first look there is nothing that is older
+                self._count += self._seen is not None  # the first look has nothing to compare with
                 self._see(seen)
             return self._count
 
@@ -135,14 +135,12 @@ class VersionedModule(nn.Module):
 
 
 def _state(tensors: list[Tensor]) -> _Seen:
-    return tuple(map(id, tensors)), tuple(map(Tensor.data_ptr, tensors)), _versions(tensors)
-
-
-def _versions(tensors: list[Tensor]) -> tuple[int, ...]:
+    """Which tensors, where they lie, and how often torch counted a write."""
     try:
-        return tuple(map(attrgetter("_version"), tensors))
+        counts = tuple(map(attrgetter("_version"), tensors))
     except RuntimeError:  # one of them was made in inference mode
-        return tuple(map(_version, tensors))
+        counts = tuple(map(_version, tensors))
+    return tuple(map(id, tensors)), tuple(map(Tensor.data_ptr, tensors)), counts
 
 
 def _version(tensor: Tensor) -> int:

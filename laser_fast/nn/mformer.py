@@ -111,7 +111,7 @@ class MFormer(nn.Module):
         Args:
             states: [N, D_id], packed states of the frozen recommender, one per history item.
             cu_seqlens: int32 [B+1]; empty histories are allowed (their queries read nothing).
-            keep_layer_inputs: give what enters each layer of the querying transformer (stage 1 generates from it).
+            keep_layer_inputs: give what enters each layer (stage 1 generates from it).
 
         Raises:
             ValueError: states of another width.
@@ -134,9 +134,8 @@ class MFormer(nn.Module):
         The meta device has no autocast, so a plan counts float32: twice what bfloat16 keeps of a batch, but none of the
         copies of the weights that autocast makes, 2 bytes each.
         """
-        if not torch.amp.is_autocast_available(device.type):
-            return nullcontext()
-        if torch.is_autocast_enabled(device.type) or self.query_experts.dtype != torch.float32:
+        available = torch.amp.is_autocast_available(device.type) and not torch.is_autocast_enabled(device.type)
+        if not available or self.query_experts.dtype != torch.float32:
             return nullcontext()
         narrow = self.dtype == "bfloat16"
         if self.dtype == "auto" and device.type == "cuda":

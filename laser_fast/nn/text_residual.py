@@ -33,12 +33,10 @@ class TextResidual(nn.Module):
         dropout: on both sides' vectors, before the head.
 
     Attributes:
-        vectors: float32 [I, D], unit rows; [0, D] until they are needed.
-        source: gives the vectors.
-        source_version: of what the source reads.
+        source, source_version: gives the vectors, and the version of what it reads.
     """
 
-    vectors: Tensor
+    vectors: Tensor  # float32 [I, D], unit rows; [0, D] until they are needed
 
     def __init__(self, num_items: int, width: int, *, max_history: int = 10, dropout: float = 0.0) -> None:
         super().__init__()
@@ -72,11 +70,7 @@ class TextResidual(nn.Module):
             torch.autograd.graph.increment_version(self.head.weight)
 
     def fetch_vectors(self) -> Tensor:
-        """The frozen vectors: float32 [I, D].
-
-        Raises:
-            RuntimeError: none were set and there is no source.
-        """
+        """The frozen vectors, float32 [I, D]; a RuntimeError where none were set and there is no source."""
         if self.vectors.shape[0] != self.num_items:
             with self._fetching:
                 if self.vectors.shape[0] != self.num_items:  # else another thread was first
@@ -110,14 +104,11 @@ class TextResidual(nn.Module):
         return embeddings
 
     def users(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Embeddings of histories, or of items as histories of one; an empty history gets the bias alone.
+        """Embeddings of histories: float32 [B, D], with gradient; an empty history gets the bias alone.
 
         Args:
             items: int64 [N], oldest first, each history at most `max_history` long.
             cu_seqlens: int32 [B+1].
-
-        Returns:
-            float32 [B, D], with gradient into head and recency weights.
 
         Raises:
             TypeError, ValueError: offsets that do not run from 0 to N, or an item outside 0..I-1.

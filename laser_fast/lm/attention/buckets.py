@@ -18,7 +18,7 @@ _LENGTH_STEP = 16  # lengths are rounded up to this: few buckets, and at most 15
 
 @dataclass(frozen=True)
 class Bucket:
-    """Sequences laid out as one padded block: slots `[query_start, query_start + sequences * query_length)`."""
+    """Sequences as one padded block: slots `[query_start, query_start + sequences * query_length)`."""
 
     sequences: int
     query_start: int
@@ -58,8 +58,7 @@ class BucketLayout:
         for sequence, (length_q, length_k) in enumerate(zip(lengths_q, lengths_k, strict=True)):
             if length_q:
                 groups.setdefault((_round_up(length_q), _round_up(length_k)), []).append(sequence)
-        first_query_slot = [0] * len(lengths_q)
-        first_key_slot = [0] * len(lengths_k)
+        first_query_slot, first_key_slot = [0] * len(lengths_q), [0] * len(lengths_k)
         buckets, query_start, key_start = [], 0, 0
         for members in groups.values():
             counts_q = torch.tensor([lengths_q[i] for i in members])

@@ -34,10 +34,9 @@ class _CompiledForward:
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         layout: PackedLayout | None = kwargs.get("laser_layout")
-        plain = torch.is_grad_enabled() or layout is None or layout.keep or hidden_states.is_meta
-        if not plain and self.before is not None and self.before.func is only_last_positions:
-            plain = layout is not None and layout.rows is not None
-        if plain or hidden_states.shape[1] < _LEAST_TOKENS:
+        plain = torch.is_grad_enabled() or hidden_states.is_meta or hidden_states.shape[1] < _LEAST_TOKENS
+        spared = self.before is not None and self.before.func is only_last_positions
+        if plain or layout is None or layout.keep or (spared and layout.rows is not None):
             return self._plain(hidden_states, *args, **kwargs)
         if torch.is_inference_mode_enabled() and not hidden_states.is_inference():
             hidden_states = hidden_states.clone()  # what other layers made is of the other kind, and kinds are guards

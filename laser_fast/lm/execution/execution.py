@@ -60,18 +60,13 @@ class Execution:
 
 @dataclass(frozen=True)
 class Replaced:
-    """What `apply_execution` found: how many modules of each kind it gave another forward.
-
-    Attributes:
-        norms, mlps, attentions, packed_linears: their numbers.
-        last_layer: whether the last layer can run for the last position of every sequence alone.
-    """
+    """What `apply_execution` found: how many modules of each kind it gave another forward."""
 
     norms: int
     mlps: int
     attentions: int
     packed_linears: int
-    last_layer: bool
+    last_layer: bool  # whether the last layer can run for the last position of every sequence alone
 
 
 def apply_execution(model: "PreTrainedModel", execution: Execution) -> Replaced:

@@ -4,6 +4,7 @@ A batch is filled up with sequences of zeros behind its own, to one of few numbe
 real sequences start is read on the device, so that one recording serves all batches that fill up to its shape.
 """
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -43,20 +44,17 @@ def fixed_shape(num_tokens: int, num_sequences: int, longest: int, limit: int | 
     """The shape that a batch is filled up to, with at least one sequence behind its own and none empty among those.
 
     Args:
-        num_tokens, num_sequences: of the batch, at least 1.
-        longest: tokens of its longest sequence.
-        limit: no sequence may have more, `longest` or above; None = no limit.
+        limit: no sequence may have more tokens, `longest` or above; None = no limit.
     """
     bound = max(_LEAST_TOKENS, 1 << (longest - 1).bit_length())
     if limit is not None:
         bound = min(bound, limit)
     behind = 1 << (num_sequences - 1).bit_length()
     while True:
-        sequences = 1 + behind
-        added = sequences - num_sequences
+        added = 1 + behind - num_sequences
         tokens = _next_step(num_tokens + added)
         if tokens - num_tokens <= added * bound:
-            return FixedShape(tokens, sequences, bound)
+            return FixedShape(tokens, 1 + behind, bound)
         behind *= 2
 
 
@@ -267,11 +265,13 @@ class FixedShapes:
         call()
         with self._lock:
             forms = dict(self._forms)
-        wanted: dict[tuple[FixedShape, tuple[object, ...]], None] = {}
-        for form, (prefix, _) in forms.items():
-            for sequences, tokens in batches:
-                if self._lm.max_length is None or tokens + _length_of(prefix) <= self._lm.max_length:
-                    wanted[self._shape(sequences * tokens, sequences, tokens, prefix), form] = None
+        most = self._lm.max_length or math.inf
+        wanted = {
+            (self._shape(sequences * tokens, sequences, tokens, prefix), form): None
+            for form, (prefix, _) in forms.items()
+            for sequences, tokens in batches
+            if tokens + _length_of(prefix) <= most
+        }
         fitting = [(shape, form) for shape, form in wanted if shape.tokens <= self.max_tokens]
         if len(fitting) > self.capacity:
             raise ValueError(f"FixedShapes: shapes must be at most capacity = {self.capacity}, got {len(fitting)}")

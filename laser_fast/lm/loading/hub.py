@@ -14,7 +14,6 @@ _COMMIT_LENGTH = 40
 def fetch(location: str, *, revision: str | None = None, local_files_only: bool = False) -> Path:
     """Local folder of a repository `OWNER/NAME[@REVISION]`, with or without `hub:` in front of its name.
 
-    Fetched are safetensors, JSON and text: nothing that would be unpickled, and no code.
     `HF_HUB_OFFLINE`, `HF_TOKEN` and `HF_HOME` mean what they mean everywhere.
 
     Args:
