@@ -33,6 +33,7 @@ class PackedLayout:
         keep: bool = False,
         last_only: bool = False,
         first_position: int | None = None,
+        new_plan: Callable[..., AttentionPlan] = AttentionPlan,
     ) -> None:
         self.cu_seqlens = cu_seqlens
         self.cu_seqlens_k = cu_seqlens if prefix is None else lengthened_cu_seqlens(cu_seqlens, prefix.length)
@@ -44,6 +45,7 @@ class PackedLayout:
         self.first_position = first_position
         self.keys_only = False
         self.num_attention_calls = 0
+        self._new_plan = new_plan
         self._collected: tuple[Tensor, Tensor] | None = None
         self._plans: dict[tuple[bool, int | None, bool], AttentionPlan] = {}
 
@@ -113,11 +115,8 @@ class PackedLayout:
             queries = self.cu_seqlens
             if rows_only:  # one query a sequence
                 queries = even_cu_seqlens(queries.shape[0] - 1, 1, queries.device)
-            self._plans[kind] = self._new_plan(queries, causal, sliding_window)
+            self._plans[kind] = self._new_plan(queries, self.cu_seqlens_k, causal=causal, sliding_window=sliding_window)
         return self._plans[kind]
-
-    def _new_plan(self, queries: Tensor, causal: bool, sliding_window: int | None) -> AttentionPlan:
-        return AttentionPlan(queries, self.cu_seqlens_k, causal=causal, sliding_window=sliding_window)
 
 
 class _KeysKnown(Exception):

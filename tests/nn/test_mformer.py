@@ -117,18 +117,12 @@ def test_configurations_run_forward_and_backward(options: dict[str, object]) -> 
     model = make(**options)
     states, cu_seqlens = batch()
     output = model(states, cu_seqlens)
-    (output.prefix.square().sum() + output.routing.balance_loss).backward()
+    output.prefix.square().sum().backward()
     assert output.prefix.shape == (4, 3, 10)
+    # through the weights, which a single expert has not
+    assert float(model.router.weight.grad.abs().max()) > 0 or options.get("num_experts") == 1
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and bool(torch.isfinite(parameter.grad).all()), name
-
-
-def test_gradients_reach_the_router_through_the_weights() -> None:
-    model = make()
-    states, cu_seqlens = batch()
-    model(states, cu_seqlens).prefix.square().sum().backward()
-    assert model.router.weight.grad is not None
-    assert float(model.router.weight.grad.abs().max()) > 0
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0]], ids=["no user", "one empty", "two empty"])
@@ -164,6 +158,8 @@ def test_bad_arguments() -> None:
         make(num_heads=3)
     with pytest.raises(ValueError, match="num_layers must be at least 1, got 0"):
         make(num_layers=0)
+    with pytest.raises(ValueError, match="dtype must be one of auto, bfloat16, float32, got 'float16'"):
+        make(dtype="float16")
 
 
 def test_bfloat16_products_change_no_route_and_hardly_the_prefix() -> None:
@@ -210,8 +206,3 @@ def test_auto_is_bfloat16_on_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) 
         assert not isinstance(narrow.products(torch.device("cpu")), torch.autocast)
     model.dtype = "float32"
     assert not isinstance(products((9, 0)), torch.autocast)
-
-
-def test_another_dtype_is_refused() -> None:
-    with pytest.raises(ValueError, match="dtype must be one of auto, bfloat16, float32, got 'float16'"):
-        make(dtype="float16")

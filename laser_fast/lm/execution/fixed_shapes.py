@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from laser_fast.lm.attention.buckets import Bucket, BucketLayout, visible_keys
 from laser_fast.lm.attention.flash import PackedLengths
@@ -106,31 +106,6 @@ def _slots(cu_seqlens: Tensor, num_tokens: int, width: int) -> Tensor:
     return segment_ids(cu_seqlens, num_tokens) * width + segment_positions(cu_seqlens, num_tokens)
 
 
-class FixedLayout(PackedLayout):
-    """A layout of one shape, wherever its sequences start."""
-
-    def __init__(
-        self,
-        shape: FixedShape,
-        cu_seqlens: Tensor,
-        layer_of: dict[nn.Module, int],
-        prefix: KeyValuePrefix | None,
-        *,
-        last_only: bool,
-    ) -> None:
-        super().__init__(cu_seqlens, layer_of, prefix, last_only=last_only)
-        self._shape = shape
-
-    def _new_plan(self, queries: Tensor, causal: bool, sliding_window: int | None) -> AttentionPlan:
-        shape, prefix_length = self._shape, _length_of(self.prefix)
-        whole = queries is self.cu_seqlens
-        longest = shape.longest if whole else 1, shape.longest + prefix_length
-        num_queries = shape.tokens if whole else shape.sequences
-        num_keys = shape.tokens + shape.sequences * prefix_length
-        lengths = PackedLengths(queries, self.cu_seqlens_k, *longest)
-        return FixedPlan(lengths, num_queries, num_keys, causal, sliding_window)
-
-
 class _Recording:
     """A run on tensors of its own, which `load` fills."""
 
@@ -144,9 +119,17 @@ class _Recording:
 
     def _run(self) -> Tensor:
         spared = self._last_only and self._lm.replaced.last_layer
-        layout = FixedLayout(self._shape, self._cu_seqlens, self._lm.layer_of, self._prefix, last_only=spared)
+        layer_of, plan = self._lm.layer_of, self._new_plan
+        layout = PackedLayout(self._cu_seqlens, layer_of, self._prefix, last_only=spared, new_plan=plan)
         hidden = self._lm.run_layers(self._inputs_embeds, layout)
         return hidden.index_select(0, self._cu_seqlens[1:].long() - 1) if self._last_only else hidden
+
+    def _new_plan(self, queries: Tensor, keys: Tensor, *, causal: bool, sliding_window: int | None) -> AttentionPlan:
+        """For the whole sequences, or for one query of each, wherever they start."""
+        shape, prefix_length, whole = self._shape, _length_of(self._prefix), queries is self._cu_seqlens
+        lengths = PackedLengths(queries, keys, shape.longest if whole else 1, shape.longest + prefix_length)
+        num_keys = shape.tokens + shape.sequences * prefix_length
+        return FixedPlan(lengths, shape.tokens if whole else shape.sequences, num_keys, causal, sliding_window)
 
     def load(self, inputs_embeds: Tensor, cu_seqlens: Tensor, prefix: KeyValuePrefix | None) -> None:
         num_tokens = inputs_embeds.shape[0]

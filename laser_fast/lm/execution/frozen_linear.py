@@ -4,7 +4,7 @@ For weights packed in 4 bits (bitsandbytes) backward keeps the packed weight alo
 is computed again before its backward, one unpacked copy serves both (`UnpackedWeights`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,6 +65,15 @@ def is_frozen_linear(module: nn.Module | None) -> bool:
         return False
     hooked = any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
     return not hooked and not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def frozen_projections(module: nn.Module, forms: Iterable[tuple[str, ...]], *others: nn.Module) -> tuple[str, ...]:
+    """The names of the first form whose first name the module has; none where they are not all frozen linear layers, or
+    where the module has parameters outside of them and of the `others`."""
+    names: tuple[str, ...] = next((form for form in forms if hasattr(module, form[0])), ())
+    parts = [part for name in names if is_frozen_linear(part := getattr(module, name, None)) and part is not None]
+    own = sum(len(list(part.parameters())) for part in (*parts, *others))
+    return names if len(parts) == len(names) and len(list(module.parameters())) == own else ()
 
 
 def packed_linear(module: nn.Module, unpacked: UnpackedWeights, x: Tensor) -> Tensor:

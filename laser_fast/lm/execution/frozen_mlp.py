@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from laser_fast.lm.execution.frozen_linear import UnpackedWeights, is_frozen_linear, is_packed, linear_input_gradient
+from laser_fast.lm.execution.frozen_linear import UnpackedWeights, frozen_projections, is_packed, linear_input_gradient
 from laser_fast.lm.execution.frozen_norm import NormRecipe, recipe_of
 from laser_fast.ops.gated_product import ACTIVATIONS, gated_product_backward, gated_product_forward
 
@@ -33,12 +33,9 @@ def recognise_gated_mlp(module: nn.Module) -> str | None:
     Returns:
         "silu", "gelu_tanh", "gelu", or "other" (differentiated by autograd); None where the module is no gated MLP.
     """
-    names: tuple[str, ...] = next((form for form in _FORMS if hasattr(module, form[0])), ())
-    layers: list[Any] = [getattr(module, name, None) for name in names]
     act = activation_of(module)
-    if act is None or not layers or not all(is_frozen_linear(layer) for layer in layers):
-        return None
-    if len(list(module.parameters())) != sum(len(list(layer.parameters())) for layer in layers):
+    names = () if act is None else frozen_projections(module, _FORMS)
+    if act is None or not names:
         return None
     tried: Any = _tryable(module, names)
     first = getattr(tried, names[0])

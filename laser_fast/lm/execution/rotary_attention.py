@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laser_fast.lm.execution.frozen_linear import is_frozen_linear
+from laser_fast.lm.execution.frozen_linear import frozen_projections
 from laser_fast.ops.rotary import rotary_embedding
 
 _PROBE_NAME = "laser_probe"
@@ -52,20 +52,18 @@ def recognise_rotary_attention(module: nn.Module, widths: Iterable[int]) -> Atte
     Args:
         widths: of tables to be tried beside those as wide as a head.
     """
-    names: tuple[str, ...] = next((form for form in _FORMS if hasattr(module, form[0])), ())
-    layers: list[Any] = [getattr(module, name, None) for name in names]
     norms = [norm for name in _NORMS if isinstance(norm := getattr(module, name, None), nn.Module)]
     head_size = getattr(module, "head_dim", None)
-    if not names or not all(is_frozen_linear(layer) for layer in layers) or "forward" in vars(module):
+    names = frozen_projections(module, _FORMS, *norms)
+    if not names or "forward" in vars(module):
         return None
     if len(norms) == 1 or not isinstance(head_size, int) or not hasattr(module, "config"):
         return None
-    if len(list(module.parameters())) != sum(len(list(part.parameters())) for part in (*layers, *norms)):
-        return None
     splits = None
     if len(names) == 2:
-        keys = (layers[0].out_features - layers[1].in_features) // 2
-        splits = layers[1].in_features, keys, keys
+        joint, out = (getattr(module, name) for name in names)
+        keys = (joint.out_features - out.in_features) // 2
+        splits = out.in_features, keys, keys
     twin = _small_twin(module, names)
     found: AttentionForm | None = None
     for width in sorted({head_size, *widths}):
