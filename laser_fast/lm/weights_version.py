@@ -28,9 +28,7 @@ class WeightsVersion:
     A write that torch does not count (through `.data`, or by another library, into the same memory; a moving average
     put in place so) is not seen; who writes so tells torch: `torch.autograd.graph.increment_version(parameter)`.
 
-    Args:
-        module: whose weights they are.
-        buffers: whether its buffers count as weights.
+    With `buffers` the buffers of the module count as weights.
     """
 
     def __init__(self, module: nn.Module, *, buffers: bool = False) -> None:
@@ -99,15 +97,11 @@ class WeightsVersion:
 
 
 class VersionedModule(nn.Module):
-    """A module that knows the version of its weights; to move or to copy it is no change.
-
-    Attributes:
-        weights: the version of all its weights.
-    """
+    """A module that knows the version of its weights; to move or to copy it is no change."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.weights = WeightsVersion(self)
+        self.weights = WeightsVersion(self)  # the version of all its weights
 
     def _all_versions(self) -> tuple[WeightsVersion, ...]:
         return (self.weights,)

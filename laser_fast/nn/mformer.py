@@ -151,10 +151,8 @@ def balance_across(routing: Routing, cu_seqlens: Tensor, processes: Processes) -
 
     A mean of the processes' own losses is another function: it wants the load even within every share of a batch.
 
-    Args:
-        routing: of this process's users.
-        cu_seqlens: int32 [B+1], their histories.
-        processes: one alone gets what the operation gives, bit for bit.
+    Takes the routing and histories (int32 [B+1]) of this process's users; one process alone gets what the operation
+    gives, bit for bit.
 
     Returns:
         loss [] and load [E], in the dtype of `routing.pooled`, the same in every process. The loss is to be weighted by

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from laser_fast.lm.frozen_lm import FrozenLM
 from laser_fast.lm.key_value_prefix import KeyValuePrefix
 
-from .families import WIDTH
+from .families import LENGTHS, WIDTH
 
 
 def packed_inputs(lengths: list[int], width: int = WIDTH, seed: int = 3) -> tuple[Tensor, Tensor]:
@@ -32,6 +32,25 @@ def random_prefix(lm: FrozenLM, size: int, length: int = 5, **options: Any) -> t
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
     """Equal up to a share of the largest value."""
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * float(expected.detach().abs().max()))
+
+
+def states_and_gradients(
+    lm: FrozenLM, lengths: list[int] = LENGTHS, *, last_only: bool = False, with_prefix: bool = False
+) -> list[Tensor]:
+    """States of the last positions, and gradients of the embeddings and of an injected prefix."""
+    embeds, cu_seqlens = packed_inputs(lengths)
+    prefix, leaves = random_prefix(lm, len(lengths), 3) if with_prefix else (None, [])
+    states = lm(embeds.requires_grad_(), cu_seqlens, prefix, last_only=last_only)
+    if not last_only:
+        states = states[cu_seqlens[1:].long() - 1]
+    probe = torch.randn(states.shape, generator=torch.Generator().manual_seed(1))
+    return [states, *torch.autograd.grad((states * probe).sum(), [embeds, *leaves])]
+
+
+def assert_all_close(actual: list[Tensor], expected: list[Tensor], tolerance: float = 1e-6) -> None:
+    """Each of them equal up to a share of its largest value."""
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert_close(ours, theirs, tolerance)
 
 
 def pack_linears(model: nn.Module) -> nn.Module:

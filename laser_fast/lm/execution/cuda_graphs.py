@@ -34,9 +34,6 @@ class CudaGraphs(Recorder):
 
     Two of them at the same time would overwrite each other's results, and a caller on another stream the inputs of the
     one before it: so there is one event, after the latest replay and what was read of it, that every turn waits for.
-
-    Args:
-        device: of the runs.
     """
 
     def __init__(self, device: torch.device) -> None:

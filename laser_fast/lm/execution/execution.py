@@ -84,7 +84,7 @@ def apply_execution(model: "PreTrainedModel", execution: Execution) -> Replaced:
     for module in packed:
         _replace(module, packed_linear, module, unpacked)
     norms = mlps = attentions = 0
-    if execution.fused:  # attentions first: they are tried one by one, as their windows and scales may differ
+    if execution.fused:  # every attention is tried, since their windows and scales may differ
         recognise_attention = partial(recognise_rotary_attention, widths=rotary_widths(model))
         attentions = _replace_known(model, recognise_attention, rotary_attention)
         norms = _replace_known(model, _one_of_a_kind(recognise_norm), frozen_rms_norm)

@@ -25,13 +25,10 @@ _FORMS = (("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj")) 
 
 
 def recognise_gated_mlp(module: nn.Module) -> str | None:
-    """The activation of a module that computes a gated MLP, found by trying it on random rows.
+    """The activation of a module that computes a gated MLP, found by trying it on random rows; None for any other.
 
-    Gate and up may be two linear layers or one (Phi-3, GLM). Of an MLP on the meta device a small one with random
-    weights is tried on the CPU.
-
-    Returns:
-        "silu", "gelu_tanh", "gelu", or "other" (differentiated by autograd); None where the module is no gated MLP.
+    "silu", "gelu_tanh", "gelu", or "other" (differentiated by autograd). Gate and up may be two linear layers or one
+    (Phi-3, GLM). Of an MLP on the meta device a small one with random weights is tried on the CPU.
     """
     act = activation_of(module)
     names = () if act is None else frozen_projections(module, _FORMS)

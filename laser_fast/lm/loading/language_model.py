@@ -22,9 +22,8 @@ def load_language_model(config: LanguageModelConfig) -> "tuple[PreTrainedModel, 
     """Read model and tokenizer; nothing is downloaded but what `hub:` names, and no code of a folder is run.
 
     Raises:
-        FileNotFoundError: no such folder or package.
-        RuntimeError: 4-bit weights are asked for and bitsandbytes is not installed.
-        ValueError: a random model without a tokenizer, with one that has more tokens, or of an unknown shape.
+        FileNotFoundError, RuntimeError, ValueError: as `load_tokenizer` and `load_model`.
+        ValueError: the tokenizer has more tokens than the model.
     """
     tokenizer = load_tokenizer(config)
     model = load_model(config)

@@ -135,7 +135,6 @@ class PretrainingHeads(nn.Module):
 
         Args:
             written: what M-Former says about the histories; with its layer inputs where generation has a weight.
-            pairs: B histories as text.
             gather: takes rows of all processes together, for the contrastive term. Negatives of the matching term are
                 rows of this process.
 

@@ -12,37 +12,22 @@ from laser_fast.lm.execution.execution import Execution
 from laser_fast.lm.frozen_lm import FrozenLM
 
 from ..families import FAMILIES, LENGTHS, random_model
-from ..packed import assert_close, packed_inputs, random_prefix, saved_bytes
+from ..packed import assert_all_close, packed_inputs, saved_bytes, states_and_gradients
 
 NAMES = ("llama", "qwen3", "bert", "gemma2", "gpt_oss", "mistral", "phi3", "gpt2")
 PLAIN = Execution(fused=False, last_layer="all")
 GATED = ("llama", "qwen3", "gemma2", "phi3")
 
 
-def hidden_and_gradients(
-    name: str, execution: Execution, *, last_only: bool = False, with_prefix: bool = False
-) -> list[Tensor]:
-    """Hidden states, gradient of the input, gradients of an injected prefix."""
-    lm = FrozenLM(random_model(name), execution)
-    embeds, cu_seqlens = packed_inputs(LENGTHS)
-    prefix, leaves = random_prefix(lm, len(LENGTHS), 3) if with_prefix else (None, [])
-    hidden = lm(embeds.requires_grad_(), cu_seqlens, prefix, last_only=last_only)
-    if not last_only:  # the same loss in either case: of the last position of every sequence
-        hidden = hidden[cu_seqlens[1:].long() - 1]
-    probe = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
-    return [hidden, *torch.autograd.grad((hidden * probe).sum(), [embeds, *leaves])]
-
-
-def assert_same(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
-    for ours, theirs in zip(actual, expected, strict=True):
-        assert_close(ours, theirs, tolerance)
+def hidden_and_gradients(name: str, execution: Execution, *arguments: Any, **options: Any) -> list[Tensor]:
+    return states_and_gradients(FrozenLM(random_model(name), execution), *arguments, **options)
 
 
 @pytest.mark.parametrize("last_only", [False, True], ids=["all", "last"])
 @pytest.mark.parametrize("name", NAMES)
 def test_fused_modules_and_the_spared_last_layer_change_no_number(name: str, last_only: bool) -> None:
     expected = hidden_and_gradients(name, PLAIN)
-    assert_same(hidden_and_gradients(name, Execution(), last_only=last_only), expected, 2e-5)
+    assert_all_close(hidden_and_gradients(name, Execution(), last_only=last_only), expected, 2e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
@@ -51,7 +36,7 @@ def test_a_prefix_is_seen_by_the_spared_last_layer(name: str) -> None:
     for checkpointing in ("none", "full"):
         execution = Execution(checkpointing=checkpointing)
         actual = hidden_and_gradients(name, execution, last_only=True, with_prefix=True)
-        assert_same(actual, expected, 2e-5)
+        assert_all_close(actual, expected, 2e-5)
     assert all(float(gradient.abs().max()) > 1e-4 for gradient in expected[2:])  # the prefix matters in every layer
 
 
@@ -62,7 +47,7 @@ def test_computing_again_gives_the_same_bits(name: str, checkpointing: str, last
     expected = hidden_and_gradients(name, Execution(), last_only=last_only)
     actual = hidden_and_gradients(name, Execution(checkpointing=checkpointing), last_only=last_only)
     if checkpointing == "mlp":  # sums the gradients of gate and up in another order
-        assert_same(actual, expected, 1e-6)
+        assert_all_close(actual, expected, 1e-6)
     else:
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(actual, expected, strict=True))
 
@@ -70,7 +55,7 @@ def test_computing_again_gives_the_same_bits(name: str, checkpointing: str, last
 @pytest.mark.parametrize("name", ["bert", "gpt2", "mistral", "gpt_oss"])
 def test_layers_are_computed_again_whatever_is_in_them(name: str) -> None:
     expected = hidden_and_gradients(name, Execution())
-    assert_same(hidden_and_gradients(name, Execution(checkpointing="full")), expected, 1e-6)
+    assert_all_close(hidden_and_gradients(name, Execution(checkpointing="full")), expected, 1e-6)
 
 
 def test_what_is_recognised_is_recognised_by_what_it_computes() -> None:

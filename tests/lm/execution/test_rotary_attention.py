@@ -21,7 +21,7 @@ from laser_fast.lm.execution.rotary_attention import (
 from laser_fast.lm.frozen_lm import FrozenLM
 
 from ..families import FAMILIES, LENGTHS, REFUSED, WIDTH, random_model
-from ..packed import pack_linears, packed_inputs, random_prefix
+from ..packed import assert_all_close, pack_linears, packed_inputs, states_and_gradients
 
 RECOGNISED = ("llama", "mistral", "ministral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2")
 RECOGNISED += ("gemma3_text", "phi3", "olmo", "smollm3", "starcoder2", "stablelm", "nemotron", "granite", "exaone4")
@@ -63,21 +63,6 @@ def rotations(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return seen
 
 
-def run(lm: FrozenLM, *, last_only: bool = False, with_prefix: bool = False) -> list[Tensor]:
-    """States, and gradients of the embeddings and of an injected prefix, of a loss on the last positions."""
-    embeds, cu_seqlens = packed_inputs(LENGTHS)
-    prefix, leaves = random_prefix(lm, len(LENGTHS), 3) if with_prefix else (None, [])
-    states = lm(embeds.requires_grad_(), cu_seqlens, prefix, last_only=last_only)
-    rows = states if last_only else states[cu_seqlens[1:].long() - 1]
-    probe = torch.randn(rows.shape, generator=torch.Generator().manual_seed(1))
-    return [states, *torch.autograd.grad((rows * probe).sum(), [embeds, *leaves])]
-
-
-def assert_same(actual: list[Tensor], expected: list[Tensor], tolerance: float = 1e-6) -> None:
-    for ours, theirs in zip(actual, expected, strict=True):
-        assert float((ours - theirs).detach().abs().max()) <= tolerance * float(theirs.detach().abs().max())
-
-
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in REFUSED])
 def test_families_are_recognised_by_what_their_attention_computes(name: str) -> None:
     lm = FrozenLM(random_model(name))
@@ -92,26 +77,26 @@ def test_no_number_changes(name: str, last_only: bool, with_prefix: bool, rotati
     lm = FrozenLM(random_model(name))
     if with_prefix and not lm.causal:
         pytest.skip("an encoder takes no injected prefix")
-    run(lm)  # as the first call tries the model, the heads of its layers are known behind it
+    states_and_gradients(lm)  # as the first call tries the model, the heads of its layers are known behind it
     heads = [(4, layer.num_heads) for layer in lm.layers]
     rotations.clear()
-    actual = run(lm, last_only=last_only, with_prefix=with_prefix)
+    actual = states_and_gradients(lm, last_only=last_only, with_prefix=with_prefix)
     if last_only and name in ("stablelm", "nemotron"):  # whose layers hand nothing on: queries for nobody as well
         heads.append(heads[-1])
     assert [both for both in rotations if both[0]] == heads
     rotations.clear()
-    expected = run(without_rotation(lm), last_only=last_only, with_prefix=with_prefix)
+    expected = states_and_gradients(without_rotation(lm), last_only=last_only, with_prefix=with_prefix)
     assert not rotations
-    assert_same(actual, expected)
+    assert_all_close(actual, expected)
 
 
 def test_the_spared_last_layer_computes_queries_of_the_last_positions_alone(rotations: list[tuple[int, int]]) -> None:
     lm = FrozenLM(small_model())
-    run(lm)
+    states_and_gradients(lm)
     rotations.clear()
     rows: list[int] = []
     attention_of(lm.model, 1).q_proj.register_forward_hook(lambda module, given, _: rows.append(given[0].shape[-2]))
-    run(lm, last_only=True)
+    states_and_gradients(lm, last_only=True)
     assert rotations == [(4, 2), (0, 2), (4, 2)]  # the last layer first for its keys, then for its queries
     assert rows == [len(LENGTHS)]
 
@@ -121,12 +106,12 @@ def test_tables_narrower_than_a_head(factor: float, rotations: list[tuple[int, i
     rope = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": factor}
     model = small_model("phi3", rope_parameters=rope)
     lm = FrozenLM(model)
-    run(lm)
+    states_and_gradients(lm)
     rotations.clear()
-    actual = run(lm)
+    actual = states_and_gradients(lm)
     assert lm.replaced.attentions == len(rotations) == 2
     assert 8 * factor in attention_of(model).forward.args[1].widths
-    assert_same(actual, run(without_rotation(lm)))
+    assert_all_close(actual, states_and_gradients(without_rotation(lm)))
 
 
 Rotate = Callable[..., tuple[Tensor, Tensor]]
@@ -169,7 +154,10 @@ def test_clipped_projections_are_not_recognised() -> None:
     assert [FrozenLM(small_model("olmo", clip_qkv=clip)).replaced.attentions for clip in (None, 1000.0)] == [2, 0]
 
 
-def by_position(own: Callable[..., Any]) -> Callable[..., Any]:
+Forward = Callable[..., Any]
+
+
+def by_position(own: Forward) -> Forward:
     """The scale of a sequence grows beyond 8192 positions."""
 
     def forward(self: Any, hidden_states: Tensor, position_ids: Tensor, **kwargs: Any) -> Any:
@@ -179,35 +167,26 @@ def by_position(own: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def drops_a_mask(own: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda self, *args, attention_mask=None, **kwargs: own(self, *args, attention_mask=None, **kwargs)
-
-
-def more_after_the_output(own: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output, weights = own(self, *args, **kwargs)
-        return output.relu(), weights
-
-    return forward
-
-
-def option_of_the_input(own: Callable[..., Any]) -> Callable[..., Any]:
+def option_of_the_input(own: Forward) -> Forward:
     def forward(self: Any, hidden_states: Tensor, **kwargs: Any) -> Any:
         return own(self, hidden_states, softcap=float(hidden_states.abs().max()), **kwargs)
 
     return forward
 
 
-def option_that_is_a_tensor(own: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda self, *args, **kwargs: own(self, *args, s_aux=torch.ones(4), **kwargs)
+MORE: dict[str, Callable[[Forward], Forward]] = {
+    "by position": by_position,
+    "option of the input": option_of_the_input,
+    "option that is a tensor": lambda own: lambda *args, **kwargs: own(*args, s_aux=torch.ones(4), **kwargs),
+    "drops a mask": lambda own: lambda *args, **kwargs: own(*args, **kwargs | {"attention_mask": None}),
+    "more after the output": lambda own: lambda *args, **kwargs: (own(*args, **kwargs)[0].relu(), None),
+}
 
 
-@pytest.mark.parametrize(
-    "change", [by_position, drops_a_mask, more_after_the_output, option_of_the_input, option_that_is_a_tensor]
-)
-def test_a_module_that_does_more_is_not_recognised(change: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("change", MORE)
+def test_a_module_that_does_more_is_not_recognised(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cls = modeling_llama.LlamaAttention
-    monkeypatch.setattr(cls, "forward", change(cls.forward))
+    monkeypatch.setattr(cls, "forward", MORE[change](cls.forward))
     assert recognise_rotary_attention(attention_of(small_model()), ()) is None
 
 
@@ -270,9 +249,9 @@ def test_projections_in_four_bits(rotations: list[tuple[int, int]]) -> None:
     lm = FrozenLM(pack_linears(small_model()))
     assert lm.replaced.attentions == 2 and lm.replaced.packed_linears == 14
     rotations.clear()
-    actual = run(lm, last_only=True)
+    actual = states_and_gradients(lm, last_only=True)
     assert rotations
-    assert_same(actual, run(without_rotation(lm), last_only=True))
+    assert_all_close(actual, states_and_gradients(without_rotation(lm), last_only=True))
 
 
 @pytest.mark.gpu

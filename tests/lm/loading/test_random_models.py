@@ -30,12 +30,8 @@ PARAMETERS = {
     "qwen3-8b": 8_190_735_360 - 151_936 * 4096,
 }
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 80}
-GROUPED = SIZES | {
-    "intermediate_size": 97,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "attention_bias": False,
-}  # 97: odd
+# an odd width
+GROUPED = SIZES | {"intermediate_size": 97, "num_key_value_heads": 2, "head_dim": 16, "attention_bias": False}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": GROUPED,
     "qwen2": SIZES | {"intermediate_size": 96, "num_key_value_heads": 2},  # biases
