@@ -70,7 +70,7 @@ class FrozenLM(FrozenModule):
         self.replaced = apply_execution(model, self.execution)
 
     def run_as(self, execution: Execution) -> None:
-        """From now on run every step so.
+        """Run every step this way from now on.
 
         Raises:
             ValueError: the model has no layers or parts of the kind that is asked for; it runs as before then.
@@ -90,19 +90,19 @@ class FrozenLM(FrozenModule):
 
     @cached_property
     def embedding_rms(self) -> float:
-        """Root mean square of (at most some 4,096 of) the token embeddings, the scale at which virtual tokens start."""
+        """Root mean square of at most 8,191 token embeddings: the scale at which virtual tokens start."""
         table = self.model.get_input_embeddings().weight
         return _root_mean_square(table[:: max(1, table.shape[0] // 4096)])
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its token embeddings, and so of the embeddings it takes; linear weights may be packed in 4 bits."""
+        """The dtype of its token embeddings, which inputs are cast to; linear weights may be packed in 4 bits."""
         dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
         return dtype
 
     @property
     def device(self) -> torch.device:
-        """Of its layers; the table of token embeddings may lie in host memory."""
+        """Where its layers are; the table of token embeddings may lie in host memory."""
         table = self.model.get_input_embeddings().weight
         device: torch.device = next((p.device for p in self.model.parameters() if p is not table), table.device)
         return device
@@ -223,11 +223,7 @@ class FrozenLM(FrozenModule):
         return self.run_layers(inputs_embeds, layout)
 
     def check_length(self, longest: int) -> None:
-        """Refuse a sequence of so many tokens, its prefix counted, where the model allows fewer.
-
-        Raises:
-            ValueError: it does.
-        """
+        """Raise a ValueError where the model allows fewer than `longest` tokens in a sequence, its prefix counted."""
         allowed = longest if self.max_length is None else self.max_length - self.first_position
         if longest > allowed:
             raise ValueError(
@@ -263,7 +259,7 @@ class FrozenLM(FrozenModule):
 
 
 def _without_head(model: "PreTrainedModel") -> "PreTrainedModel":
-    """The model that gives hidden states: this one, or the base of one with a head."""
+    """The model itself, or its base where it has a head."""
     from transformers import PreTrainedModel
 
     name = type(model).__name__

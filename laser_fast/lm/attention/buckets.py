@@ -175,7 +175,7 @@ def visible_keys(
     """Which keys each slot of a padded block sees: int64 [n] queries and keys -> bool [n, query_length, key_length]."""
     counts_q, counts_k = counts_q[:, None, None], counts_k[:, None, None]
     key_index = torch.arange(key_length, device=counts_k.device)
-    # of every query on the axis of the keys
+    # where every query stands on the axis of the keys
     position = torch.arange(query_length, device=counts_k.device)[:, None] + (counts_k - counts_q)
     mask = (key_index < counts_k).expand(-1, query_length, -1)
     if causal:

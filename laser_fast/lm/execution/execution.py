@@ -76,7 +76,7 @@ def apply_execution(model: "PreTrainedModel", execution: Execution) -> Replaced:
         ValueError: "mlp" for a model without gated MLPs, or "full" and "offload" for one without layers that can be
             computed again.
     """
-    for module in model.modules():  # of an earlier call
+    for module in model.modules():  # what an earlier call put there goes
         if isinstance(vars(module).get("forward"), Replacement):
             del module.forward
     unpacked = UnpackedWeights()

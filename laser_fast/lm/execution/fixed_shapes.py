@@ -102,7 +102,7 @@ class FixedPlan(AttentionPlan):
 
 
 def _slots(cu_seqlens: Tensor, num_tokens: int, width: int) -> Tensor:
-    """Of every packed token, in blocks of `width` for each sequence: int64 [T]."""
+    """The slot of every packed token in blocks of `width` for each sequence: int64 [T]."""
     return segment_ids(cu_seqlens, num_tokens) * width + segment_positions(cu_seqlens, num_tokens)
 
 

@@ -24,7 +24,7 @@ class HostEmbedding(nn.Module):
 
     @property
     def weight(self) -> Any:
-        """Of the table: [vocabulary, D_llm]."""
+        """The table itself: [vocabulary, D_llm]."""
         return self.table.weight
 
     def forward(self, input_ids: Tensor) -> Tensor:

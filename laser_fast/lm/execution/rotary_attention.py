@@ -187,7 +187,7 @@ def _probe_inputs(seed: int, width: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     scales = torch.tensor(_PROBE_SCALES, device="cpu")[:, None]
     rows = scales * torch.randn(len(scales), _TWIN_WIDTH, generator=generator, device="cpu")
-    # of no rotation: the halves differ, and nothing is of length one
+    # tables of no rotation: the halves differ, and no pair has length one
     cos, sin = torch.randn(2, 1, len(scales), width, generator=generator, device="cpu")
     return {
         "hidden_states": rows[None],

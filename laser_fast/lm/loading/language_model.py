@@ -90,7 +90,7 @@ def _read(folder: Path, dtype: torch.dtype, *, pack: bool) -> "PreTrainedModel":
     from transformers import AutoConfig, AutoModel, BitsAndBytesConfig
     from transformers.utils import logging
 
-    refuse_damaged_weights(folder)  # of which transformers names no file
+    refuse_damaged_weights(folder)  # transformers does not name the damaged file
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     packed_already = getattr(config, "quantization_config", None) is not None
     options: dict[str, Any] = {"dtype": dtype}
