@@ -7,7 +7,7 @@ from pydantic import Field
 from laser_fast.config import LanguageModelConfig, LaserConfig, ModelConfig
 from laser_fast.files.descriptions import Description
 from laser_fast.files.tensors import Shape
-from laser_fast.nn.deep_prefix import DEEP_PREFIX_RANK
+from laser_fast.nn.prefixes import DEEP_PREFIX_RANK
 
 Size = Annotated[int, Field(ge=1)]
 

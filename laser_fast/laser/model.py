@@ -23,10 +23,9 @@ from laser_fast.models.objective import LaserOutput as LaserOutput
 from laser_fast.models.objective import Objective
 from laser_fast.models.token_budget import TokenBudget
 from laser_fast.nn.bituning import BiTuning
-from laser_fast.nn.deep_prefix import DeepPrefix
 from laser_fast.nn.evaluation_mode import draws_dropout, evaluating
-from laser_fast.nn.linear_prefix import LinearPrefix
 from laser_fast.nn.mformer import MFormer
+from laser_fast.nn.prefixes import DeepPrefix, LinearPrefix
 from laser_fast.nn.text_residual import TextResidual
 from laser_fast.ops import Routing
 from laser_fast.ops.host_copies import to_device

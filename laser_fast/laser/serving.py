@@ -50,7 +50,7 @@ class Serving:
         if mode == "graphs" and lm.device.type != "cuda":
             raise RuntimeError(f'Serving: mode "graphs" needs a language model on a CUDA device, got {lm.device}')
         plain_layers(lm.model)
-        if lm.fixed_shapes is not None:
+        if isinstance(lm.fixed_shapes, FixedShapes):
             lm.fixed_shapes.clear()
         lm.fixed_shapes = None
         self.mode = "none"
@@ -77,19 +77,19 @@ class Serving:
         wanted = list(shapes or ())
         if any(users < 1 or tokens < 1 for users, tokens in wanted):
             raise ValueError(f"Serving.warmup: shapes must be pairs of at least 1, got {wanted}")
-        lm = self._model.lm
-        if lm.fixed_shapes is None:
+        graphs = self._model.lm.fixed_shapes
+        if not isinstance(graphs, FixedShapes):
             for users in (1, 2):
                 self._encode(users)
             return
         if shapes is None:
-            wanted = [(1, tokens) for tokens in range(1, lm.fixed_shapes.max_tokens + 1)]
+            wanted = [(1, tokens) for tokens in range(1, graphs.max_tokens + 1)]
         # one user and several differ in form where each has a prefix
         single, several = [pair for pair in wanted if pair[0] == 1], [pair for pair in wanted if pair[0] > 1]
         if single:
-            lm.fixed_shapes.prepare(single, lambda: self._encode(1))
+            graphs.prepare(single, lambda: self._encode(1))
         if several:
-            lm.fixed_shapes.prepare(several, lambda: self._encode(2))
+            graphs.prepare(several, lambda: self._encode(2))
 
     def _encode(self, users: int) -> torch.Tensor:
         """Users with a history of one item."""

@@ -1,41 +1,31 @@
 """The frozen language model on packed sequences: any Hugging Face encoder or decoder, its attention replaced by ours.
 
-The replacement goes through the interfaces transformers offers for it (`AttentionInterface`,
-`AttentionMaskInterface`) under the name "laser_varlen": all sequences of a batch run as one row `[1, T]`, and the
-attention of every layer reads where each sequence starts from a keyword argument of the forward.
+embeddings [T, D_llm] -> the model's layers, whose attention reads the layout of the batch -> last hidden states
 """
 
 import threading
+from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from laser_fast.lm.execution.compiled_layers import is_compiled, packed_attention, running, running_layout
+from laser_fast.lm.exchanged_attention import ATTENTION_NAME, register_attention, running
+from laser_fast.lm.execution.compiled_layers import is_compiled
 from laser_fast.lm.execution.execution import Execution, apply_execution
 from laser_fast.lm.frozen_module import FrozenModule
 from laser_fast.lm.key_value_prefix import KeyValuePrefix, LayerShape
 from laser_fast.lm.packed_layout import PackedLayout
-from laser_fast.lm.packing_check import check_calls, first_position, name_refusals, probe_tokens
+from laser_fast.lm.packing_check import PROBE_TOKENS, first_position
 from laser_fast.lm.uncompiled import uncompiled
 from laser_fast.ops.segments import even_cu_seqlens, lengths_on_host
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from laser_fast.lm.execution.fixed_shapes import FixedShapes
-
-ATTENTION_NAME = "laser_varlen"
 _FINDING = threading.Lock()
-
-_PROBE_TOKENS = 16  # from whose keys and values the scale of either is read
-
-# options of an attention that change its result and that the packed attention does not have (transformers' names)
-_REFUSED_OPTIONS = {
-    "position_bias": "a position bias",
-    "head_mask": "a head mask",
-}
+_MEASURED_TOKENS = 16  # from whose keys and values the scale of either is read
 
 
 class FrozenLM(FrozenModule):
@@ -52,7 +42,8 @@ class FrozenLM(FrozenModule):
         max_length: longest sequence its position embeddings allow; None = no limit stated.
         layer_of: index of every attention module in the order of its first call.
         execution, replaced: how it runs a step, and how many of its modules run so.
-        fixed_shapes: runs calls without gradient in recorded shapes where it can; None = nothing is recorded.
+        fixed_shapes: takes the arguments of `forward` in calls without gradient and gives its result, or None to leave
+            the call to the model (see `FixedShapes`); None = no such thing.
 
     Raises:
         TypeError: no model of transformers, or one that another library has wrapped.
@@ -64,13 +55,13 @@ class FrozenLM(FrozenModule):
         super().__init__()
         model = _without_head(model)
         config = model.config.get_text_config()
-        _register_attention()
+        register_attention()
         model.set_attn_implementation(ATTENTION_NAME)
         self.model = model
         self.hidden_size: int = config.hidden_size
         self.causal = any(getattr(module, "is_causal", False) is True for module in model.modules())
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
-        self.fixed_shapes: FixedShapes | None = None
+        self.fixed_shapes: Callable[..., Tensor | None] | None = None
         self.layer_of: dict[nn.Module, int] = {}
         self._layers: list[LayerShape] | None = None
         self._first_position: int | None = None
@@ -79,7 +70,7 @@ class FrozenLM(FrozenModule):
         self.replaced = apply_execution(model, self.execution)
 
     def run_as(self, execution: Execution) -> None:
-        """From now on run every step so.
+        """Run every step this way from now on.
 
         Raises:
             ValueError: the model has no layers or parts of the kind that is asked for; it runs as before then.
@@ -99,39 +90,28 @@ class FrozenLM(FrozenModule):
 
     @cached_property
     def embedding_rms(self) -> float:
-        """Root mean square of (at most some 4,096 of) the token embeddings, the scale at which virtual tokens start."""
+        """Root mean square of at most 8,191 token embeddings: the scale at which virtual tokens start."""
         table = self.model.get_input_embeddings().weight
-        if table.is_meta:
-            return 1.0
-        return float(table[:: max(1, table.shape[0] // 4096)].float().square().mean().sqrt())
+        return _root_mean_square(table[:: max(1, table.shape[0] // 4096)])
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its token embeddings, and so of the embeddings it takes; linear weights may be packed in 4 bits."""
+        """The dtype of its token embeddings, which inputs are cast to; linear weights may be packed in 4 bits."""
         dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
         return dtype
 
     @property
     def device(self) -> torch.device:
-        """Of its layers; the table of token embeddings may lie in host memory."""
+        """Where its layers are; the table of token embeddings may lie in host memory."""
         table = self.model.get_input_embeddings().weight
         device: torch.device = next((p.device for p in self.model.parameters() if p is not table), table.device)
         return device
-
-    @uncompiled
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """Token embeddings: int64 [T] -> [T, D_llm] on the device of the layers, without gradient."""
-        with torch.no_grad():
-            embedded: Tensor = self.model.get_input_embeddings()(input_ids)
-        return embedded.to(self.device)
 
     @property
     def layers(self) -> list[LayerShape]:
         """Keys and values of every attention layer, from one forward of a few random embeddings (once)."""
         if self._layers is None:
-            generator = torch.Generator().manual_seed(0)
-            probe = torch.randn(_PROBE_TOKENS, self.hidden_size, generator=generator) * self.embedding_rms
-            found = self.key_values(probe.to(self.device)[None])
+            found = self.key_values(self._random_embeds(_MEASURED_TOKENS)[None])
             self._layers = [
                 LayerShape(key.shape[2], key.shape[3], _root_mean_square(key), _root_mean_square(value))
                 for key, value in zip(found.keys, found.values, strict=True)
@@ -152,17 +132,23 @@ class FrozenLM(FrozenModule):
         return self._first_position
 
     def _find_first_position(self) -> int:
-        generator = torch.Generator().manual_seed(0)
-        probe = torch.randn(probe_tokens(), self.hidden_size, generator=generator) * self.embedding_rms
-
-        def run_packed(embeds: Tensor, cu_seqlens: Tensor, start: int) -> Tensor:
+        def run_packed(embeds: Tensor, cu_seqlens: Tensor, start: int) -> tuple[Tensor, int]:
             layout = PackedLayout(cu_seqlens, self.layer_of, None, first_position=start)
-            states = self._run(embeds, layout)
-            check_calls(self.model, layout.num_attention_calls)
-            return states
+            return self._run(embeds, layout), layout.num_attention_calls
 
-        with torch.inference_mode(False), name_refusals(type(self.model).__name__):
-            return first_position(self.model, run_packed, ATTENTION_NAME, probe.to(self.device, self.dtype))
+        return first_position(self.model, run_packed, self._random_embeds(PROBE_TOKENS))
+
+    def _random_embeds(self, num_tokens: int) -> Tensor:
+        with torch.inference_mode(False):
+            drawn = torch.randn(num_tokens, self.hidden_size, generator=torch.Generator().manual_seed(0))
+            return (drawn * self.embedding_rms).to(self.device, self.dtype)
+
+    @uncompiled
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Token embeddings: int64 [T] -> [T, D_llm] on the device of the layers, without gradient."""
+        with torch.no_grad():
+            embedded: Tensor = self.model.get_input_embeddings()(input_ids)
+        return embedded.to(self.device)
 
     @uncompiled
     def forward(
@@ -237,11 +223,7 @@ class FrozenLM(FrozenModule):
         return self.run_layers(inputs_embeds, layout)
 
     def check_length(self, longest: int) -> None:
-        """Refuse a sequence of so many tokens, its prefix counted, where the model allows fewer.
-
-        Raises:
-            ValueError: it does.
-        """
+        """Raise a ValueError where the model allows fewer than `longest` tokens in a sequence, its prefix counted."""
         allowed = longest if self.max_length is None else self.max_length - self.first_position
         if longest > allowed:
             raise ValueError(
@@ -277,7 +259,7 @@ class FrozenLM(FrozenModule):
 
 
 def _without_head(model: "PreTrainedModel") -> "PreTrainedModel":
-    """The model that gives hidden states: this one, or the base of one with a head."""
+    """The model itself, or its base where it has a head."""
     from transformers import PreTrainedModel
 
     name = type(model).__name__
@@ -291,25 +273,21 @@ def _without_head(model: "PreTrainedModel") -> "PreTrainedModel":
             f"FrozenLM: the model must be an encoder or a decoder, got the encoder-decoder {model.name_or_path!r}"
         )
     base = model.base_model
-    headed = base is not model
     try:
         embeddings = base.get_input_embeddings()
     except (NotImplementedError, AttributeError):
         embeddings = None
-    if embeddings is None or (not headed and model.get_output_embeddings() is not None):
+    if embeddings is None or (base is model and model.get_output_embeddings() is not None):
         raise ValueError(
             f"FrozenLM: the model must have a base with a table of token embeddings and no head, got {name}; load it "
             "by AutoModel"
         )
-    if headed and not base.name_or_path:
-        base.name_or_path = model.name_or_path
+    base.name_or_path = base.name_or_path or model.name_or_path
     return base
 
 
 def _root_mean_square(tensor: Tensor) -> float:
-    if tensor.is_meta:
-        return 1.0
-    return float(tensor.float().square().mean().sqrt())
+    return 1.0 if tensor.is_meta else float(tensor.float().square().mean().sqrt())
 
 
 def _check_prefix(prefix: KeyValuePrefix, layers: list[LayerShape], batch_size: int) -> None:
@@ -323,50 +301,3 @@ def _check_prefix(prefix: KeyValuePrefix, layers: list[LayerShape], batch_size: 
                 f"FrozenLM: prefix of layer {layer} must have {shape.num_heads} heads of {shape.head_size}, "
                 f"got {tuple(key.shape[2:])}"
             )
-
-
-def _register_attention() -> None:
-    """Make "laser_varlen" known to transformers; repeating it changes nothing."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
-    AttentionInterface.register(ATTENTION_NAME, _laser_varlen)
-    AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
-
-
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """The layout says who sees whom, so no [T, T] mask is ever made."""
-
-
-def _laser_varlen(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    laser_layout: PackedLayout | None = None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    is_causal: bool | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """The signature transformers calls: query [1, H, T, d], key and value [1, H_kv, T, d] -> [1, T, H, d]."""
-    if laser_layout is None:  # some models do not hand on what their forward was given
-        laser_layout = running_layout()
-    if laser_layout is None:
-        raise RuntimeError('attention "laser_varlen": the model must be called through FrozenLM, got a direct call')
-    for name, meaning in _REFUSED_OPTIONS.items():
-        if options.get(name) is not None:
-            raise ValueError(f"FrozenLM: {type(module).__name__} must not use {meaning}, got {name}={options[name]!r}")
-    causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
-    heads = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-    kind: dict[str, Any] = {"causal": causal, "sliding_window": sliding_window}
-    kind |= {"scale": scaling, "dropout": dropout, "softcap": softcap}
-    # the layout must not become part of a graph; with a gradient the graph ends here
-    if torch.compiler.is_compiling() and not torch.is_grad_enabled():
-        return packed_attention(*heads, s_aux, **kind)[None], None
-    return laser_layout.attend(module, *heads, sinks=s_aux, **kind)[None], None

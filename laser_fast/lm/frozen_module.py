@@ -30,7 +30,7 @@ class FrozenModule(nn.Module):
         return super().train(False)
 
     def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
-        """Nothing: see the class."""
+        """Nothing: whoever holds a frozen module saves only what is trained."""
         return {} if destination is None else destination
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:

@@ -32,15 +32,12 @@ class LayerShape:
 class KeyValuePrefix:
     """P keys and values per sequence and layer, rotated as the model rotates keys where it does.
 
-    Attributes:
-        keys: per layer [B, P, H_kv, d] (one per sequence) or [1, P, H_kv, d] (shared), or with `slots` a pool of them.
-        values: as `keys`.
-        slots: int32 [B], the row of the pool that belongs to each sequence; None = no pool.
+    Keys and values are per layer [B, P, H_kv, d] (one per sequence) or [1, P, H_kv, d] (shared); with `slots` a pool.
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
-    slots: Tensor | None = None
+    slots: Tensor | None = None  # int32 [B], the row of the pool that belongs to each sequence; None = no pool
 
     def __post_init__(self) -> None:
         if not self.keys or len(self.keys) != len(self.values):

@@ -1,6 +1,6 @@
 """One packed batch as the attention of every layer sees it: bounds of its sequences, prefixes, plans."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,9 +18,10 @@ class PackedLayout:
     Attributes:
         cu_seqlens: int32 [B+1] over the queries; cu_seqlens_k over the keys, the prefix counted.
         layer_of: index of every attention module in the order of its first call, kept from batch to batch.
-        read: keys and values [T, H_kv, d] of every layer as the model made them, where `keep` asks for them.
+        keep: whether `read` gets the keys and values [T, H_kv, d] of every layer as the model made them.
         rows: int64 [B], the last position of every sequence where only its state is wanted; else None.
-        first_position: from where the model is to count positions; None = from where it was found to.
+        first_position: from where the model counts positions; None = from where it was found to.
+        keys_only: whether the attention ends once it has its keys and values, so that no query is read.
     """
 
     def __init__(
@@ -32,33 +33,25 @@ class PackedLayout:
         keep: bool = False,
         last_only: bool = False,
         first_position: int | None = None,
+        new_plan: Callable[..., AttentionPlan] = AttentionPlan,
     ) -> None:
         self.cu_seqlens = cu_seqlens
-        self.first_position = first_position
+        self.cu_seqlens_k = cu_seqlens if prefix is None else lengthened_cu_seqlens(cu_seqlens, prefix.length)
         self.layer_of = layer_of
+        self.prefix = prefix
+        self.keep = keep
         self.read: dict[int, tuple[Tensor, Tensor]] = {}
-        self._prefix = prefix
-        self._keep = keep
         self.rows = cu_seqlens[1:].long() - 1 if last_only else None
-        self._stop: type[Exception] | None = None
+        self.first_position = first_position
+        self.keys_only = False
+        self.num_attention_calls = 0
+        self._new_plan = new_plan
         self._collected: tuple[Tensor, Tensor] | None = None
         self._plans: dict[tuple[bool, int | None, bool], AttentionPlan] = {}
-        self.num_attention_calls = 0
-        self.cu_seqlens_k = cu_seqlens if prefix is None else lengthened_cu_seqlens(cu_seqlens, prefix.length)
 
     def positions(self, num_tokens: int) -> Tensor:
         """Position of every token in its sequence, the prefix counted: int64 [T]."""
-        return segment_positions(self.cu_seqlens, num_tokens) + (0 if self._prefix is None else self._prefix.length)
-
-    @property
-    def keeps_inputs(self) -> bool:
-        """Whether keys and values outlive the attention that they are given to."""
-        return self._keep
-
-    @property
-    def keys_only(self) -> bool:
-        """Whether the attention ends once it has its keys and values, so that no query is read."""
-        return self._stop is not None
+        return segment_positions(self.cu_seqlens, num_tokens) + (0 if self.prefix is None else self.prefix.length)
 
     @uncompiled
     def attend(
@@ -77,37 +70,34 @@ class PackedLayout:
         Without its module the layer is taken to be the next: all of them attend in turn.
         """
         self.num_attention_calls += 1
-        keys, values = self._keys_and_values(module, key, value)
-        plan = self.plan(causal, sliding_window)
+        if self._collected is None:
+            layer = self.num_attention_calls - 1
+            if module is not None:
+                layer = self.layer_of.setdefault(module, len(self.layer_of))
+            if self.keep:
+                self.read[layer] = (key, value)
+            if self.prefix is not None:
+                key, value = self.prefix.inject(layer, key, value, self.cu_seqlens)
+            if self.keys_only:
+                self._collected = (key, value)
+                raise _KeysKnown
+        else:
+            key, value = self._collected
+        plan = self._plan(causal, sliding_window)
         return varlen_attention(
-            query, keys, values, self.cu_seqlens, self.cu_seqlens_k, causal=causal, plan=plan, **options
+            query, key, value, self.cu_seqlens, self.cu_seqlens_k, causal=causal, plan=plan, **options
         )
 
-    def _keys_and_values(self, module: nn.Module | None, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """What the queries of this layer see: [T, H_kv, d] with the prefix in front of every sequence."""
-        if self._collected is not None:
-            return self._collected
-        if module is None:
-            layer = self.num_attention_calls - 1
-        else:
-            layer = self.layer_of.setdefault(module, len(self.layer_of))
-        if self._keep:
-            self.read[layer] = (key, value)
-        if self._prefix is not None:
-            key, value = self._prefix.inject(layer, key, value, self.cu_seqlens)
-        if self._stop is not None:
-            self._collected = (key, value)
-            raise self._stop
-        return key, value
-
-    @contextmanager
-    def collecting_keys(self, stop: type[Exception]) -> Iterator[None]:
-        """While this is open, the attention keeps its keys and values for `rows_only` and raises `stop`."""
-        self._stop = stop
+    def collect_keys(self, run: Callable[[], object]) -> None:
+        """Run a layer until its attention has the keys and values of all positions, which `rows_only` uses."""
+        self.keys_only = True
         try:
-            yield
+            run()
+        except _KeysKnown:
+            return
         finally:
-            self._stop = None
+            self.keys_only = False
+        raise RuntimeError("Execution: the last layer must call the packed attention, got no call")
 
     @contextmanager
     def rows_only(self) -> Iterator[None]:
@@ -117,7 +107,7 @@ class PackedLayout:
         finally:
             self._collected = None
 
-    def plan(self, causal: bool, sliding_window: int | None) -> AttentionPlan:
+    def _plan(self, causal: bool, sliding_window: int | None) -> AttentionPlan:
         """The plan for this kind of mask, made at its first use and shared by all layers."""
         rows_only = self._collected is not None
         kind = (causal, sliding_window, rows_only)
@@ -125,8 +115,9 @@ class PackedLayout:
             queries = self.cu_seqlens
             if rows_only:  # one query a sequence
                 queries = even_cu_seqlens(queries.shape[0] - 1, 1, queries.device)
-            self._plans[kind] = self._new_plan(queries, causal, sliding_window)
+            self._plans[kind] = self._new_plan(queries, self.cu_seqlens_k, causal=causal, sliding_window=sliding_window)
         return self._plans[kind]
 
-    def _new_plan(self, queries: Tensor, causal: bool, sliding_window: int | None) -> AttentionPlan:
-        return AttentionPlan(queries, self.cu_seqlens_k, causal=causal, sliding_window=sliding_window)
+
+class _KeysKnown(Exception):
+    """Raised by the attention of a layer that is run for its keys and values alone."""

@@ -1,54 +1,81 @@
 """Whether a model computes a sequence in a packed batch as it computes the sequence alone, asked once per model.
 
-Two things can be wrong without an error: layers that look across positions without attention (convolutions,
+Two things can be wrong without an error. Layers that look across positions without attention (convolutions,
 recurrences) mix neighbours in the batch, and positions may not count from where they are said to.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from laser_fast.lm.exchanged_attention import ATTENTION_NAME
 from laser_fast.ops.precision import autocast_off
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _LENGTHS = (5, 9)
+PROBE_TOKENS = sum(_LENGTHS)
 _TOLERANCE = 1e-3
 # In half precision, and with 4-bit weights computed in it, an eager attention rounds elsewhere, and layer after layer
 # adds to it: random Llamas in bfloat16 of 2, 8, 32 and 64 layers differ by 0.011, 0.023, 0.049 and 0.074. Neighbours
 # that are mixed change states by about 1.
 _LEAST_HALF_TOLERANCE, _HALF_TOLERANCE = 0.05, 0.03  # the second times the root of the number of layers
 
+RunPacked = Callable[[Tensor, Tensor, int], tuple[Tensor, int]]
 
-def first_position(
-    model: "PreTrainedModel", run_packed: Callable[[Tensor, Tensor, int], Tensor], attention: str, embeds: Tensor
-) -> int:
+
+def first_position(model: "PreTrainedModel", run_packed: RunPacked, embeds: Tensor) -> int:
     """Run two short sequences packed and alone; the number from which this model counts positions.
 
     Args:
-        run_packed: embeddings [T, D], cu_seqlens int32 [3] and a first position -> hidden states [T, D].
-        attention: name of the packed attention, which the model has again afterwards.
-        embeds: [14, D], of the scale of token embeddings.
+        run_packed: embeddings [T, D], cu_seqlens int32 [3] and a first position -> hidden states [T, D] and the number
+            of attention calls.
+        embeds: [PROBE_TOKENS, D], of the scale of token embeddings.
 
     Raises:
-        RuntimeError: packed states differ from those of the sequences alone, from whatever position they count.
+        RuntimeError: packed states differ from those of the sequences alone, from whatever position they count; a
+            layer calls its attention twice; or the model refuses to run so for reasons of its own.
     """
+    try:
+        with torch.inference_mode(False):
+            return _first_position(model, run_packed, embeds)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if str(error).startswith("FrozenLM: "):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise RuntimeError(
+            f"FrozenLM: {type(model).__name__} must run on input embeddings alone and without a cache, "
+            f"got {type(error).__name__}: {reason}"
+        ) from error
+
+
+def _first_position(model: "PreTrainedModel", run_packed: RunPacked, embeds: Tensor) -> int:
     cu_seqlens = torch.tensor([0, *_LENGTHS], device=embeds.device).cumsum(0).to(torch.int32)
+    num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    tolerance = _TOLERANCE
+    if embeds.dtype not in (torch.float32, torch.float64):
+        tolerance = max(_LEAST_HALF_TOLERANCE, _HALF_TOLERANCE * float(num_layers or 1) ** 0.5)
+    differences = {}
     # in the precision of the weights: autocast rounds both ways differently, and a service may be first asked under it
     with torch.no_grad(), autocast_off(embeds.device):
-        expected = _alone(model, attention, embeds)
-        tolerance = _tolerance(model, embeds.dtype)
-        differences = {}
+        expected = _alone(model, embeds)
         for start in _candidates(model):
             try:
-                packed = run_packed(embeds, cu_seqlens, start)
+                packed, num_calls = run_packed(embeds, cu_seqlens, start)
             except IndexError:  # fewer positions than that
                 continue
+            # a prefix belongs to a layer, and the last layer may be cut short: no layer may ask its attention twice
+            if num_layers is not None and num_calls > num_layers:
+                raise RuntimeError(
+                    f"FrozenLM: {type(model).__name__} must call its attention once in every layer, "
+                    f"got {num_calls} calls in {num_layers} layers"
+                )
             scale = expected.double().norm().clamp_min(torch.finfo(torch.float32).tiny)
             difference = float((packed.double() - expected.double()).norm() / scale)
             differences[start] = math.inf if math.isnan(difference) else difference
@@ -61,67 +88,14 @@ def first_position(
     )
 
 
-def _tolerance(model: "PreTrainedModel", dtype: torch.dtype) -> float:
-    if dtype in (torch.float32, torch.float64):
-        return _TOLERANCE
-    num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", 1)
-    return max(_LEAST_HALF_TOLERANCE, _HALF_TOLERANCE * float(num_layers) ** 0.5)
-
-
-def check_calls(model: "PreTrainedModel", num_calls: int) -> None:
-    """No layer may ask its attention twice: a prefix belongs to a layer, and the last one may be cut short.
-
-    Raises:
-        RuntimeError: one does.
-    """
-    num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", num_calls)
-    if num_calls > num_layers:
-        raise RuntimeError(
-            f"FrozenLM: {type(model).__name__} must call its attention once in every layer, "
-            f"got {num_calls} calls in {num_layers} layers"
-        )
-
-
-@contextmanager
-def name_refusals(model: str) -> Iterator[None]:
-    """What a model refuses for reasons of its own while it is tried, as our refusal of the model.
-
-    Raises:
-        RuntimeError: it refused.
-    """
-    try:
-        yield
-    except (torch.OutOfMemoryError, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        if str(error).startswith("FrozenLM: "):
-            raise
-        reason = str(error).partition("\n")[0]
-        raise RuntimeError(
-            f"FrozenLM: {model} must run on input embeddings alone and without a cache, "
-            f"got {type(error).__name__}: {reason}"
-        ) from error
-
-
-def probe_tokens() -> int:
-    """Rows of `embeds` that `first_position` takes."""
-    return sum(_LENGTHS)
-
-
-def _alone(model: "PreTrainedModel", attention: str, embeds: Tensor) -> Tensor:
+def _alone(model: "PreTrainedModel", embeds: Tensor) -> Tensor:
     """Every sequence by itself through the model's own attention, with its own positions: [T, D]."""
-    with _own_attention(model, attention):
-        states = [model(inputs_embeds=part[None]).last_hidden_state[0] for part in embeds.split(list(_LENGTHS))]
-    return torch.cat(states)
-
-
-@contextmanager
-def _own_attention(model: "PreTrainedModel", attention: str) -> Iterator[None]:
     model.set_attn_implementation("eager")
     try:
-        yield
+        states = [model(inputs_embeds=part[None]).last_hidden_state[0] for part in embeds.split(list(_LENGTHS))]
     finally:
-        model.set_attn_implementation(attention)
+        model.set_attn_implementation(ATTENTION_NAME)
+    return torch.cat(states)
 
 
 def _candidates(model: "PreTrainedModel") -> list[int]:

@@ -28,9 +28,7 @@ class WeightsVersion:
     A write that torch does not count (through `.data`, or by another library, into the same memory; a moving average
     put in place so) is not seen; who writes so tells torch: `torch.autograd.graph.increment_version(parameter)`.
 
-    Args:
-        module: whose weights they are.
-        buffers: whether its buffers count as weights.
+    With `buffers` the buffers of the module count as weights.
     """
 
     def __init__(self, module: nn.Module, *, buffers: bool = False) -> None:
@@ -53,7 +51,7 @@ class WeightsVersion:
             seen = self._look()
             # where memory was given up since, what lies there now may be another tensor with the same id and version
             if seen != self._seen or any(storage() is None for storage in self._storages):
-                self._count += self._seen is not None  # at the first look there is nothing that is older
+                self._count += self._seen is not None  # the first look has nothing to compare with
                 self._see(seen)
             return self._count
 
@@ -99,15 +97,11 @@ class WeightsVersion:
 
 
 class VersionedModule(nn.Module):
-    """A module that knows the version of its weights; to move or to copy it is no change.
-
-    Attributes:
-        weights: the version of all its weights.
-    """
+    """A module that knows the version of its weights; to move or to copy it is no change."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.weights = WeightsVersion(self)
+        self.weights = WeightsVersion(self)  # the version of all its weights
 
     def _all_versions(self) -> tuple[WeightsVersion, ...]:
         return (self.weights,)
@@ -135,14 +129,12 @@ class VersionedModule(nn.Module):
 
 
 def _state(tensors: list[Tensor]) -> _Seen:
-    return tuple(map(id, tensors)), tuple(map(Tensor.data_ptr, tensors)), _versions(tensors)
-
-
-def _versions(tensors: list[Tensor]) -> tuple[int, ...]:
+    """Which tensors, where they lie, and how often torch counted a write."""
     try:
-        return tuple(map(attrgetter("_version"), tensors))
+        counts = tuple(map(attrgetter("_version"), tensors))
     except RuntimeError:  # one of them was made in inference mode
-        return tuple(map(_version, tensors))
+        counts = tuple(map(_version, tensors))
+    return tuple(map(id, tensors)), tuple(map(Tensor.data_ptr, tensors)), counts
 
 
 def _version(tensor: Tensor) -> int:

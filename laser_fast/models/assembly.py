@@ -14,9 +14,8 @@ from laser_fast.data.tokens import PromptLayout, Tokenizer, prompt_layout, token
 from laser_fast.lm.execution.execution import Execution
 from laser_fast.lm.frozen_lm import FrozenLM
 from laser_fast.nn.bituning import BiTuning
-from laser_fast.nn.deep_prefix import DeepPrefix
-from laser_fast.nn.linear_prefix import LinearPrefix
 from laser_fast.nn.mformer import MFormer
+from laser_fast.nn.prefixes import DeepPrefix, LinearPrefix
 from laser_fast.nn.text_residual import TextResidual
 from laser_fast.recommenders.protocol import SequentialRecommender
 

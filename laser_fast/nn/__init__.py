@@ -1,5 +1,4 @@
-"""Modules on packed sequences: attention, Q-Former, M-Former, Bi-Tuning, the frozen language model, pre-training.
+"""What is trained around the language model: M-Former, Bi-Tuning, prefixes, the text residual, the heads of stage 1.
 
-Import from the files themselves: re-exported here, the frozen language model would load transformers for a plain
-    SASRec.
+Import from the files themselves: re-exported here, they would load transformers for a plain SASRec.
 """

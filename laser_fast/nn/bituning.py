@@ -14,19 +14,12 @@ from laser_fast.ops.segments import lengthened_cu_seqlens, segment_mean, validat
 
 @dataclass(frozen=True)
 class BiTunedInput:
-    """Packed input embeddings of a batch, and where its read-out tokens are.
+    """Packed input embeddings of a batch, and where its read-out tokens are."""
 
-    Attributes:
-        inputs_embeds: [T', D], T' = T + B * (Q + S).
-        cu_seqlens: int32 [B+1] over T'.
-        text_and_suffix: int64 [T + B*S], positions in T' of all tokens but the prefix, sequence by sequence.
-        text_and_suffix_cu_seqlens: int32 [B+1] over them.
-    """
-
-    inputs_embeds: Tensor
-    cu_seqlens: Tensor
-    text_and_suffix: Tensor
-    text_and_suffix_cu_seqlens: Tensor
+    inputs_embeds: Tensor  # [T', D], T' = T + B * (Q + S)
+    cu_seqlens: Tensor  # int32 [B+1] over T'
+    text_and_suffix: Tensor  # int64 [T + B*S], positions in T' of all tokens but the prefix, sequence by sequence
+    text_and_suffix_cu_seqlens: Tensor  # int32 [B+1] over them
 
 
 class BiTuning(nn.Module):
@@ -89,18 +82,15 @@ class BiTuning(nn.Module):
         text_to = torch.arange(num_text, device=device) + of_token * shift + num_prefix
         suffix_to = (ends + sequences * shift + num_prefix)[:, None] + torch.arange(num_suffix, device=device)
         suffix = self.suffix_tokens.to(text_embeds.dtype).expand(batch_size, -1, -1).flatten(0, 1)
-        sources = (
-            [text_embeds, suffix]
-            if prefix is None
-            else [prefix.to(text_embeds.dtype).flatten(0, 1), text_embeds, suffix]
-        )
+        sources = [text_embeds, suffix]
+        if prefix is not None:
+            sources.insert(0, prefix.to(text_embeds.dtype).flatten(0, 1))
         destination = torch.cat([prefix_to.flatten(), text_to, suffix_to.flatten()])
         rows = torch.cat(sources)
         embeds = torch.zeros_like(rows).index_copy(0, destination, rows)
-        inner_of_token = sequences.repeat_interleave(
-            ends - starts + num_suffix, output_size=num_text + batch_size * num_suffix
-        )
-        inner = torch.arange(inner_of_token.shape[0], device=device) + (inner_of_token + 1) * num_prefix
+        num_inner = num_text + batch_size * num_suffix
+        inner_of_token = sequences.repeat_interleave(ends - starts + num_suffix, output_size=num_inner)
+        inner = torch.arange(num_inner, device=device) + (inner_of_token + 1) * num_prefix
         bounds, inner_bounds = (lengthened_cu_seqlens(cu_seqlens, rows) for rows in (shift, num_suffix))
         return BiTunedInput(embeds, bounds, inner, inner_bounds)
 

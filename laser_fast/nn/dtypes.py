@@ -9,17 +9,13 @@ from torch import Tensor, nn
 def refuse_dtypes(
     module: nn.Module, move: Callable[[Tensor], Tensor], remedy: str, *, allowed: Collection[torch.dtype] = ()
 ) -> None:
-    """Refuse what `nn.Module._apply` was told to do where it gives a tensor of the module another dtype.
+    """Refuse what `nn.Module._apply` is told to do where it gives a tensor another dtype that is not `allowed`.
 
     Nothing is moved: `move` is tried on an empty tensor of every dtype that the module holds. A move to another device
     passes.
 
-    Args:
-        remedy: what to do, the end of the message.
-        allowed: dtypes to move to all the same.
-
     Raises:
-        TypeError: it does.
+        TypeError: it does; the message ends with the remedy.
     """
     held = {tensor.dtype for tensors in (module.parameters(), module.buffers()) for tensor in tensors}
     for dtype in sorted(held, key=str):

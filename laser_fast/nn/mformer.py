@@ -25,21 +25,13 @@ _BF16_PRODUCTS = (8, 0)  # CUDA capability
 
 @dataclass(frozen=True)
 class MFormerOutput:
-    """What M-Former says about a batch of users.
+    """What M-Former says about a batch of users."""
 
-    Attributes:
-        prefix: [B, Q, D_llm]; None where M-Former has no projection to the language model.
-        queries: [B, Q, D], before that projection.
-        routing: experts, weights, pooled probabilities, load and balance loss (`laser_fast.ops.Routing`).
-        projected: [N, D], the states as the querying transformer reads them.
-        layer_inputs: what enters each of its layers, [B*k, Q, D]; empty where it was not asked for.
-    """
-
-    prefix: Tensor | None
-    queries: Tensor
+    prefix: Tensor | None  # [B, Q, D_llm]; None where M-Former has no projection to the language model
+    queries: Tensor  # [B, Q, D], before that projection
     routing: Routing
-    projected: Tensor
-    layer_inputs: tuple[Tensor, ...] = ()
+    projected: Tensor  # [N, D], the states as the querying transformer reads them
+    layer_inputs: tuple[Tensor, ...] = ()  # what enters each of its layers, [B*k, Q, D], where it was asked for
 
 
 class Router(nn.Module):
@@ -104,14 +96,8 @@ class MFormer(nn.Module):
         self.state_projection = nn.Linear(state_size, width)
         self.router = Router(width, num_experts, top_k, weighting=weighting)
         self.query_experts = nn.Parameter(torch.randn(num_experts, num_queries, width))
-        self.qformer = QFormer(
-            width,
-            num_layers,
-            num_heads,
-            cross_attention_freq=cross_attention_freq,
-            dropout=dropout,
-            recompute=recompute,
-        )
+        sizes = (width, num_layers, num_heads)
+        self.qformer = QFormer(*sizes, cross_attention_freq=cross_attention_freq, dropout=dropout, recompute=recompute)
         self.lm_projection: nn.Linear | None = None
         if lm_width is not None:
             self.lm_projection = nn.Linear(width, lm_width)
@@ -125,7 +111,7 @@ class MFormer(nn.Module):
         Args:
             states: [N, D_id], packed states of the frozen recommender, one per history item.
             cu_seqlens: int32 [B+1]; empty histories are allowed (their queries read nothing).
-            keep_layer_inputs: give what enters each layer of the querying transformer (stage 1 generates from it).
+            keep_layer_inputs: give what enters each layer (stage 1 generates from it).
 
         Raises:
             ValueError: states of another width.
@@ -148,9 +134,8 @@ class MFormer(nn.Module):
         The meta device has no autocast, so a plan counts float32: twice what bfloat16 keeps of a batch, but none of the
         copies of the weights that autocast makes, 2 bytes each.
         """
-        if not torch.amp.is_autocast_available(device.type):
-            return nullcontext()
-        if torch.is_autocast_enabled(device.type) or self.query_experts.dtype != torch.float32:
+        available = torch.amp.is_autocast_available(device.type) and not torch.is_autocast_enabled(device.type)
+        if not available or self.query_experts.dtype != torch.float32:
             return nullcontext()
         narrow = self.dtype == "bfloat16"
         if self.dtype == "auto" and device.type == "cuda":
@@ -166,10 +151,8 @@ def balance_across(routing: Routing, cu_seqlens: Tensor, processes: Processes) -
 
     A mean of the processes' own losses is another function: it wants the load even within every share of a batch.
 
-    Args:
-        routing: of this process's users.
-        cu_seqlens: int32 [B+1], their histories.
-        processes: one alone gets what the operation gives, bit for bit.
+    Takes the routing and histories (int32 [B+1]) of this process's users; one process alone gets what the operation
+    gives, bit for bit.
 
     Returns:
         loss [] and load [E], in the dtype of `routing.pooled`, the same in every process. The loss is to be weighted by

@@ -4,6 +4,8 @@ Layers are BERT's (normalisation after each residual), with cross-attention from
 every `cross_attention_freq`-th layer. Queries and text share the self-attention and have feed-forwards of their own.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from laser_fast.ops.prefix_kv import inject_prefix_kv
 from laser_fast.ops.segments import cu_seqlens_from_lengths, even_cu_seqlens
 
 _FEED_FORWARD_FACTOR = 4
-_INITIAL_STD = 0.02  # BERT's
+INITIAL_STD = 0.02  # BERT's
 
 
 class _SelfAttention(nn.Module):
@@ -37,7 +39,7 @@ class _SelfAttention(nn.Module):
         else:
             dropout = self.dropout if draws_dropout(self) else 0.0
             attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-        return self._add(attended.transpose(1, 2).flatten(2), hidden)
+        return _add(self, attended.transpose(1, 2).flatten(2), hidden)
 
     def forward_packed(
         self,
@@ -67,11 +69,7 @@ class _SelfAttention(nn.Module):
             key, value, _ = inject_prefix_kv(key, value, first_key, first_value, cu_seqlens, prefix_index=before_index)
         dropout = self.dropout if draws_dropout(self) else 0.0
         attended = varlen_attention(query, key, value, cu_seqlens, causal=plan.causal, dropout=dropout, plan=plan)
-        return self._add(attended.flatten(1), hidden)
-
-    def _add(self, attended: Tensor, hidden: Tensor) -> Tensor:
-        output: Tensor = self.norm(hidden + F.dropout(self.out(attended), self.dropout, draws_dropout(self)))
-        return output
+        return _add(self, attended.flatten(1), hidden)
 
 
 class _CrossAttention(nn.Module):
@@ -89,19 +87,9 @@ class _CrossAttention(nn.Module):
         nothing."""
         query = self.query(hidden).unflatten(-1, (self.num_heads, -1))
         key, value = self.key_value(states).unflatten(-1, (2, self.num_heads, -1)).unbind(1)
-        attended = varlen_attention(
-            query,
-            key,
-            value,
-            boundaries.queries,
-            boundaries.states,
-            causal=False,
-            dropout=self.dropout if draws_dropout(self) else 0.0,
-            plan=boundaries.plan,
-        )
-        projected = F.dropout(self.out(attended.flatten(1)), self.dropout, draws_dropout(self))
-        output: Tensor = self.norm(hidden + projected)
-        return output
+        bounds, dropout = (boundaries.queries, boundaries.states), self.dropout if draws_dropout(self) else 0.0
+        attended = varlen_attention(query, key, value, *bounds, causal=False, dropout=dropout, plan=boundaries.plan)
+        return _add(self, attended.flatten(1), hidden)
 
 
 class CrossBoundaries:
@@ -133,9 +121,13 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        projected = F.dropout(self.out(F.gelu(self.wide(hidden))), self.dropout, draws_dropout(self))
-        output: Tensor = self.norm(hidden + projected)
-        return output
+        return _add(self, F.gelu(self.wide(hidden)), hidden)
+
+
+def _add(part: _SelfAttention | _CrossAttention | FeedForward, found: Tensor, hidden: Tensor) -> Tensor:
+    """What every part of a layer ends with: `norm(x + dropout(W y))`."""
+    output: Tensor = part.norm(hidden + F.dropout(part.out(found), part.dropout, draws_dropout(part)))
+    return output
 
 
 class QFormerLayer(nn.Module):
@@ -196,15 +188,13 @@ class QFormer(nn.Module):
         Args:
             queries: [E, Q, D], the query tokens of every expert.
             expert: int32 [B, k], the experts of each user.
-            states: [N, D], packed.
-            cu_seqlens: int32 [B+1] over the states.
-            layer_inputs: a list to which what enters each layer is appended, [B*k, Q, D]: what a text behind the
-                queries reads.
+            states: [N, D], packed, with cu_seqlens int32 [B+1].
+            layer_inputs: gets what enters each layer, [B*k, Q, D]: what a text behind the queries reads.
 
         Returns:
             [B*k, Q, D], the k groups of a user one after the other. The groups do not see each other.
         """
-        top_k = expert.shape[1]
+        top_k, first = expert.shape[1], self.blocks[0]
         hidden = self.norm(queries)
         # until the first cross-attention the queries depend on the expert alone, unless dropout draws a mask per user:
         # E slabs through the first self-attention instead of B*k
@@ -212,15 +202,14 @@ class QFormer(nn.Module):
         if per_expert:
             if layer_inputs is not None:
                 layer_inputs.append(dispatch_queries(hidden, expert))
-            hidden = self._first_layer.self_attention(hidden)
+            hidden = first.self_attention(hidden)
         hidden = F.dropout(dispatch_queries(hidden, expert), self.dropout, draws_dropout(self))
         if expert.numel() == 0:
             return hidden
         # the groups of a user read the same states, so they share one projection of keys and values: [B, k*Q, D]
         boundaries = CrossBoundaries(cu_seqlens, top_k * queries.shape[1])
-        for layer in self.layers:
-            assert isinstance(layer, QFormerLayer)
-            self_attention = not (per_expert and layer is self._first_layer)
+        for layer in self.blocks:
+            self_attention = not (per_expert and layer is first)
             if layer_inputs is not None and self_attention:
                 layer_inputs.append(hidden)
             if self.recompute and torch.is_grad_enabled():
@@ -230,10 +219,9 @@ class QFormer(nn.Module):
         return hidden
 
     @property
-    def _first_layer(self) -> QFormerLayer:
-        layer = self.layers[0]
-        assert isinstance(layer, QFormerLayer)
-        return layer
+    def blocks(self) -> list[QFormerLayer]:
+        """The layers by their type."""
+        return cast("list[QFormerLayer]", list(self.layers))
 
 
 def _run(
@@ -251,6 +239,6 @@ def _run(
 def initialize_like_bert(module: nn.Module) -> None:
     """Normal weights of standard deviation 0.02, zero biases."""
     if isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=_INITIAL_STD)
+        nn.init.normal_(module.weight, std=INITIAL_STD)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -33,12 +33,10 @@ class TextResidual(nn.Module):
         dropout: on both sides' vectors, before the head.
 
     Attributes:
-        vectors: float32 [I, D], unit rows; [0, D] until they are needed.
-        source: gives the vectors.
-        source_version: of what the source reads.
+        source, source_version: gives the vectors, and the version of what it reads.
     """
 
-    vectors: Tensor
+    vectors: Tensor  # float32 [I, D], unit rows; [0, D] until they are needed
 
     def __init__(self, num_items: int, width: int, *, max_history: int = 10, dropout: float = 0.0) -> None:
         super().__init__()
@@ -46,7 +44,7 @@ class TextResidual(nn.Module):
         self.max_history = max_history
         self.dropout = dropout
         self.source: Callable[[], Tensor] | None = None
-        self.source_version: Callable[[], int] = _unchanging
+        self.source_version: Callable[[], int] = int  # always 0
         self._came_from: int | None = None  # the version; None for vectors that were set
         self._fetching = OwnLock()
         self.head = nn.Linear(width, width)
@@ -56,10 +54,7 @@ class TextResidual(nn.Module):
         self.register_buffer("vectors", torch.empty(0, width), persistent=False)
 
     def set_vectors(self, vectors: Tensor) -> None:
-        """Take the frozen vectors, on the device of the head, in place of those there are, whatever the source.
-
-        Args:
-            vectors: float32 [I, D], as `centred` gives them.
+        """Take these vectors, float32 [I, D] as `centred` gives them, in place of those there are, whatever the source.
 
         Raises:
             ValueError: another shape.
@@ -75,11 +70,7 @@ class TextResidual(nn.Module):
             torch.autograd.graph.increment_version(self.head.weight)
 
     def fetch_vectors(self) -> Tensor:
-        """The frozen vectors: float32 [I, D].
-
-        Raises:
-            RuntimeError: none were set and there is no source.
-        """
+        """The frozen vectors, float32 [I, D]; a RuntimeError where none were set and there is no source."""
         if self.vectors.shape[0] != self.num_items:
             with self._fetching:
                 if self.vectors.shape[0] != self.num_items:  # else another thread was first
@@ -113,14 +104,11 @@ class TextResidual(nn.Module):
         return embeddings
 
     def users(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Embeddings of histories, or of items as histories of one; an empty history gets the bias alone.
+        """Embeddings of histories: float32 [B, D], with gradient; an empty history gets the bias alone.
 
         Args:
             items: int64 [N], oldest first, each history at most `max_history` long.
             cu_seqlens: int32 [B+1].
-
-        Returns:
-            float32 [B, D], with gradient into head and recency weights.
 
         Raises:
             TypeError, ValueError: offsets that do not run from 0 to N, or an item outside 0..I-1.
@@ -137,17 +125,10 @@ class TextResidual(nn.Module):
         return embeddings
 
 
-def _unchanging() -> int:
-    return 0
-
-
 def centred(vectors: Tensor) -> Tensor:
     """Unit vectors of texts without what all of them share: rows minus their mean, scaled back to length 1.
 
-    The hidden states of a language model lie in a narrow cone, in which all cosines are near 1; a row that equals the
-    mean stays 0.
-
-    Args:
-        vectors: float32 [I, D].
+    float32 [I, D] -> [I, D]. The hidden states of a language model lie in a narrow cone, in which all cosines are near
+    1; a row that equals the mean stays 0.
     """
     return F.normalize(vectors - vectors.mean(dim=0, keepdim=True), dim=-1)

@@ -15,7 +15,7 @@ from laser_fast.data.batches import PackedBatch
 from laser_fast.laser import LaserModel
 from laser_fast.laser.build import Inputs, build_laser, load_inputs, load_language_model
 from laser_fast.nn.bituning import BiTuning
-from laser_fast.nn.linear_prefix import LinearPrefix
+from laser_fast.nn.prefixes import LinearPrefix
 from laser_fast.recommenders import SASRec, Scorer
 from laser_fast.retrieval.calibration import CalibratedScorer, Calibration
 

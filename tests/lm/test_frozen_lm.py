@@ -10,59 +10,27 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
     AttentionInterface,
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     BartConfig,
     BartForCausalLM,
-    BertConfig,
-    Gemma2Config,
-    GptOssConfig,
-    LlamaConfig,
     PreTrainedModel,
-    Qwen3Config,
     T5Config,
     T5ForConditionalGeneration,
 )
 
-from laser_fast.lm.frozen_lm import ATTENTION_NAME, FrozenLM
+from laser_fast.lm.exchanged_attention import ATTENTION_NAME
+from laser_fast.lm.frozen_lm import FrozenLM
 from laser_fast.lm.packed_layout import PackedLayout
 
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61}
-CONFIGS = {
-    "llama": LlamaConfig(**SIZES, num_key_value_heads=2, max_position_embeddings=64),
-    "qwen3": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=16, max_position_embeddings=64),
-    "bert": BertConfig(**SIZES, max_position_embeddings=64),
-    "gemma2": Gemma2Config(  # soft-capped scores, every second layer with a sliding window, a scale of its own
-        **SIZES,
-        num_key_value_heads=2,
-        head_dim=8,
-        attn_logit_softcapping=2.0,
-        sliding_window=5,
-        query_pre_attn_scalar=3,
-        max_position_embeddings=64,
-    ),
-    "gpt-oss": GptOssConfig(  # attention sinks
-        **SIZES, num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=5
-    ),
-}
+from .families import FAMILIES, LENGTHS, random_model
+from .packed import assert_close, packed_inputs
 
-
-def random_model(config: object, implementation: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    model = AutoModel.from_config(copy.deepcopy(config), attn_implementation=implementation).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:  # default initialisation is so small that attention hardly matters
-                parameter.mul_(5.0)
-    return model
-
-
-def packed_inputs(lengths: list[int], width: int = 32) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    embeds = torch.randn(sum(lengths), width, generator=generator)
-    return embeds, torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+# gemma2: soft-capped scores, every second layer with a sliding window, a scale of its own; gpt_oss: attention sinks
+NAMES = ("llama", "qwen3", "bert", "gemma2", "gpt_oss")
 
 
 def padded_hidden(model: PreTrainedModel, embeds: Tensor, lengths: list[int]) -> Tensor:
@@ -73,27 +41,21 @@ def padded_hidden(model: PreTrainedModel, embeds: Tensor, lengths: list[int]) ->
     return hidden[mask]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_packed_equals_padded_forward_and_gradient(name: str) -> None:
-    lengths = [7, 1, 23, 18]
-    embeds, cu_seqlens = packed_inputs(lengths)
+    embeds, cu_seqlens = packed_inputs(LENGTHS)
     embeds.requires_grad_()
-    lm = FrozenLM(random_model(CONFIGS[name], "eager"))
-    reference = random_model(CONFIGS[name], "eager")
-    packed = lm(embeds, cu_seqlens)
-    padded = padded_hidden(reference, embeds, lengths)
-    torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-5)
+    packed = FrozenLM(random_model(name))(embeds, cu_seqlens)
+    padded = padded_hidden(random_model(name), embeds, LENGTHS)
+    assert_close(packed, padded)
     probe = torch.randn(packed.shape, generator=torch.Generator().manual_seed(1))
-    (packed_gradient,) = torch.autograd.grad((packed * probe).sum(), embeds)
-    (padded_gradient,) = torch.autograd.grad((padded * probe).sum(), embeds)
-    scale = padded_gradient.abs().max()
-    torch.testing.assert_close(packed_gradient / scale, padded_gradient / scale, rtol=1e-5, atol=1e-5)
+    assert_close(*(torch.autograd.grad((hidden * probe).sum(), embeds)[0] for hidden in (packed, padded)))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_sequence_does_not_see_its_neighbours(name: str) -> None:
     embeds, cu_seqlens = packed_inputs([5, 9, 4])
-    lm = FrozenLM(random_model(CONFIGS[name], "eager"))
+    lm = FrozenLM(random_model(name))
     changed = embeds.clone()
     changed[:5] = changed[:5].flip(1)  # not a shift, which a layer norm would take out
     changed[14:] = changed[14:].flip(1)
@@ -102,14 +64,9 @@ def test_a_sequence_does_not_see_its_neighbours(name: str) -> None:
     assert not torch.allclose(before[:5], after[:5], atol=1e-2)
 
 
-def test_direction_of_attention_is_read_from_the_model() -> None:
-    assert FrozenLM(random_model(CONFIGS["llama"], "eager")).causal
-    assert not FrozenLM(random_model(CONFIGS["bert"], "eager")).causal
-
-
 def test_no_weight_gets_a_gradient_and_dropout_stays_off() -> None:
     embeds, cu_seqlens = packed_inputs([6, 3])
-    lm = FrozenLM(random_model(CONFIGS["bert"], "eager")).train()
+    lm = FrozenLM(random_model("bert")).train()
     hidden = lm(embeds.requires_grad_(), cu_seqlens)
     hidden.sum().backward()
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in lm.parameters())
@@ -117,7 +74,7 @@ def test_no_weight_gets_a_gradient_and_dropout_stays_off() -> None:
 
 
 def test_the_mask_that_a_model_is_handed_masks_nothing() -> None:
-    lm = FrozenLM(random_model(CONFIGS["llama"], "eager"))
+    lm = FrozenLM(random_model("llama"))
     masks: list[Tensor] = []
     assert lm.first_position == 0  # found with calls of its own, under masks of transformers
     lm.model.layers[0].register_forward_pre_hook(
@@ -128,7 +85,7 @@ def test_the_mask_that_a_model_is_handed_masks_nothing() -> None:
 
 
 def test_frozen_weights_stay_out_of_the_state() -> None:
-    lm = FrozenLM(random_model(CONFIGS["llama"], "eager"))
+    lm = FrozenLM(random_model("llama"))
     model = torch.nn.ModuleDict({"lm": lm, "head": torch.nn.Linear(2, 2)})
     assert set(model.state_dict()) == {"head.weight", "head.bias"}
     model.load_state_dict(model.state_dict())
@@ -137,7 +94,7 @@ def test_frozen_weights_stay_out_of_the_state() -> None:
 
 
 def test_empty_sequences_and_empty_batches() -> None:
-    lm = FrozenLM(random_model(CONFIGS["bert"], "eager"))
+    lm = FrozenLM(random_model("bert"))
     embeds, _ = packed_inputs([4])
     alone = lm(embeds, torch.tensor([0, 4], dtype=torch.int32))
     torch.testing.assert_close(lm(embeds, torch.tensor([0, 0, 4, 4], dtype=torch.int32)), alone)
@@ -145,7 +102,7 @@ def test_empty_sequences_and_empty_batches() -> None:
 
 
 def test_what_cannot_run_is_refused_by_name() -> None:
-    lm = FrozenLM(random_model(CONFIGS["bert"], "eager"))
+    lm = FrozenLM(random_model("bert"))
     embeds, cu_seqlens = packed_inputs([65])
     with pytest.raises(
         ValueError, match="at most 64 tokens with its prefix and suffix, got 65; lower prompt.max_tokens"
@@ -158,7 +115,7 @@ def test_what_cannot_run_is_refused_by_name() -> None:
 
 
 def test_an_option_nobody_has_is_refused_by_name() -> None:
-    lm = FrozenLM(random_model(CONFIGS["llama"], "eager"))
+    lm = FrozenLM(random_model("llama"))
     attention = AttentionInterface()[ATTENTION_NAME]
     tokens = torch.zeros(1, 2, 3, 8)
     layout = PackedLayout(torch.tensor([0, 3], dtype=torch.int32), {}, None)
@@ -167,13 +124,13 @@ def test_an_option_nobody_has_is_refused_by_name() -> None:
 
 
 def test_calling_the_model_past_the_wrapper_is_refused() -> None:
-    lm = FrozenLM(random_model(CONFIGS["llama"], "eager"))
+    lm = FrozenLM(random_model("llama"))
     with pytest.raises(RuntimeError, match="must be called through FrozenLM, got a direct call"):
         lm.model(input_ids=torch.zeros(1, 3, dtype=torch.long))
 
 
 def test_embeddings_are_the_models_own() -> None:
-    model = random_model(CONFIGS["llama"], "eager")
+    model = random_model("llama")
     lm = FrozenLM(model)
     ids = torch.tensor([4, 60, 0])
     assert torch.equal(lm.embed(ids), F.embedding(ids, model.get_input_embeddings().weight))
@@ -194,7 +151,7 @@ def test_embeddings_are_the_models_own() -> None:
 )
 def test_of_a_model_with_a_head_the_base_is_taken_and_the_head_let_go(name: str, kind: type) -> None:
     torch.manual_seed(0)
-    model = kind.from_config(copy.deepcopy(CONFIGS[name]))
+    model = kind.from_config(AutoConfig.for_model(name, **FAMILIES[name]))
     base = copy.deepcopy(model.base_model)
     heads = [weakref.ref(child) for child in model.children() if child is not model.base_model]
     assert heads
@@ -218,7 +175,7 @@ def test_models_without_a_usable_base_are_refused_by_name() -> None:
     for message, model in refused.items():
         with pytest.raises(ValueError, match=f"FrozenLM: the model must (be|have) {message}"):
             FrozenLM(model)
-    wrapped = torch.nn.Sequential(random_model(CONFIGS["llama"], "eager"))
+    wrapped = torch.nn.Sequential(random_model("llama"))
     with pytest.raises(TypeError, match=r"must be one of transformers .*, got a Sequential; hand in the model inside"):
         FrozenLM(wrapped)  # type: ignore[arg-type]
 
@@ -226,7 +183,7 @@ def test_models_without_a_usable_base_are_refused_by_name() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", ["bert", "llama", "gemma2"])
 def test_moved_to_another_dtype_it_is_the_model_in_that_dtype(name: str, dtype: torch.dtype) -> None:
-    lm, exact = FrozenLM(random_model(CONFIGS[name], "eager")), FrozenLM(random_model(CONFIGS[name], "eager").double())
+    lm, exact = FrozenLM(random_model(name)), FrozenLM(random_model(name).double())
     embeds, bounds = torch.randn(9, 32), torch.tensor([0, 4, 9], dtype=torch.int32)
     expected = exact(embeds, bounds)
     before = lm(embeds, bounds)

@@ -14,16 +14,8 @@ LENGTHS = [4, 0, 1, 9]
 
 def make(**options: object) -> MFormer:
     torch.manual_seed(0)
-    sizes = {
-        "width": 16,
-        "num_layers": 3,
-        "num_heads": 2,
-        "num_experts": 4,
-        "top_k": 2,
-        "num_queries": 3,
-        "dropout": 0.0,
-    }
-    model = MFormer(6, 10, **(sizes | options)).double()  # type: ignore[arg-type]
+    sizes = {"width": 16, "num_layers": 3, "num_heads": 2, "num_experts": 4, "top_k": 2, "num_queries": 3}
+    model = MFormer(6, 10, **({"dropout": 0.0} | sizes | options)).double()  # type: ignore[arg-type]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "layers" in name and parameter.dim() > 1:
@@ -117,18 +109,12 @@ def test_configurations_run_forward_and_backward(options: dict[str, object]) -> 
     model = make(**options)
     states, cu_seqlens = batch()
     output = model(states, cu_seqlens)
-    (output.prefix.square().sum() + output.routing.balance_loss).backward()
+    output.prefix.square().sum().backward()
     assert output.prefix.shape == (4, 3, 10)
+    # through the weights of the experts; that of a single one is 1
+    assert float(model.router.weight.grad.abs().max()) > 0 or options.get("top_k") == 1
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and bool(torch.isfinite(parameter.grad).all()), name
-
-
-def test_gradients_reach_the_router_through_the_weights() -> None:
-    model = make()
-    states, cu_seqlens = batch()
-    model(states, cu_seqlens).prefix.square().sum().backward()
-    assert model.router.weight.grad is not None
-    assert float(model.router.weight.grad.abs().max()) > 0
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0]], ids=["no user", "one empty", "two empty"])
@@ -164,6 +150,8 @@ def test_bad_arguments() -> None:
         make(num_heads=3)
     with pytest.raises(ValueError, match="num_layers must be at least 1, got 0"):
         make(num_layers=0)
+    with pytest.raises(ValueError, match="dtype must be one of auto, bfloat16, float32, got 'float16'"):
+        make(dtype="float16")
 
 
 def test_bfloat16_products_change_no_route_and_hardly_the_prefix() -> None:
@@ -210,8 +198,3 @@ def test_auto_is_bfloat16_on_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) 
         assert not isinstance(narrow.products(torch.device("cpu")), torch.autocast)
     model.dtype = "float32"
     assert not isinstance(products((9, 0)), torch.autocast)
-
-
-def test_another_dtype_is_refused() -> None:
-    with pytest.raises(ValueError, match="dtype must be one of auto, bfloat16, float32, got 'float16'"):
-        make(dtype="float16")

@@ -18,7 +18,7 @@ _LENGTH_STEP = 16  # lengths are rounded up to this: few buckets, and at most 15
 
 @dataclass(frozen=True)
 class Bucket:
-    """Sequences laid out as one padded block: slots `[query_start, query_start + sequences * query_length)`."""
+    """Sequences as one padded block: slots `[query_start, query_start + sequences * query_length)`."""
 
     sequences: int
     query_start: int
@@ -58,8 +58,7 @@ class BucketLayout:
         for sequence, (length_q, length_k) in enumerate(zip(lengths_q, lengths_k, strict=True)):
             if length_q:
                 groups.setdefault((_round_up(length_q), _round_up(length_k)), []).append(sequence)
-        first_query_slot = [0] * len(lengths_q)
-        first_key_slot = [0] * len(lengths_k)
+        first_query_slot, first_key_slot = [0] * len(lengths_q), [0] * len(lengths_k)
         buckets, query_start, key_start = [], 0, 0
         for members in groups.values():
             counts_q = torch.tensor([lengths_q[i] for i in members])
@@ -78,39 +77,28 @@ class BucketLayout:
             if not length_q and length_k:
                 first_key_slot[sequence] = key_start
                 key_start += length_k
-        return BucketLayout(
-            _slots(first_query_slot, lengths_q, device),
-            _slots(first_key_slot, lengths_k, device),
-            query_start,
-            key_start,
-            tuple(buckets),
-        )
+        query_slots, key_slots = _slots(first_query_slot, lengths_q, device), _slots(first_key_slot, lengths_k, device)
+        return BucketLayout(query_slots, key_slots, query_start, key_start, tuple(buckets))
 
 
 def attend_in_buckets(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: BucketLayout,
-    kind: AttentionKind,
-    sinks: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, layout: BucketLayout, kind: AttentionKind, sinks: Tensor | None
 ) -> Tensor:
     """Arguments as in `varlen_attention`: [Tq, H, d], [Tk, H_kv, d] twice -> [Tq, H, d]."""
     if not layout.buckets:
         return query * 0.0
-    queries = _lay_out(query, layout.query_slots, layout.num_query_slots)
-    keys = _lay_out(key, layout.key_slots, layout.num_key_slots)
-    values = _lay_out(value, layout.key_slots, layout.num_key_slots)
+    rows = [
+        _lay_out(query, layout.query_slots, layout.num_query_slots),
+        _lay_out(key, layout.key_slots, layout.num_key_slots),
+        _lay_out(value, layout.key_slots, layout.num_key_slots),
+    ]
     outputs = []
     for bucket in layout.buckets:
-        size_q, size_k = bucket.sequences * bucket.query_length, bucket.sequences * bucket.key_length
+        keys = (bucket.key_start, bucket.key_length)
+        places = ((bucket.query_start, bucket.query_length), keys, keys)
         block_q, block_k, block_v = (
-            tensor[start : start + size].unflatten(0, (bucket.sequences, -1)).transpose(1, 2)
-            for tensor, start, size in (
-                (queries, bucket.query_start, size_q),
-                (keys, bucket.key_start, size_k),
-                (values, bucket.key_start, size_k),
-            )
+            tensor[start : start + bucket.sequences * length].unflatten(0, (bucket.sequences, -1)).transpose(1, 2)
+            for tensor, (start, length) in zip(rows, places, strict=True)
         )
         if kind.softcap is None and sinks is None:
             attended = F.scaled_dot_product_attention(
@@ -131,12 +119,7 @@ def attend_in_buckets(
 
 
 def _plain_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    kind: AttentionKind,
-    sinks: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kind: AttentionKind, sinks: Tensor | None
 ) -> Tensor:
     """[n, H, Lq, d], [n, H_kv, Lk, d] twice -> [n, H, Lq, d]; the scores of a block are materialised."""
     groups = query.shape[1] // key.shape[1]
@@ -164,8 +147,7 @@ def _slots(first_slot: list[int], lengths: list[int], device: torch.device) -> T
     starts = counts.cumsum(0) - counts
     shift = torch.tensor(first_slot, dtype=torch.int64) - starts
     total = sum(lengths)
-    slots = torch.arange(total) + shift.repeat_interleave(counts, output_size=total)
-    return slots.to(device, non_blocking=True)
+    return (torch.arange(total) + shift.repeat_interleave(counts, output_size=total)).to(device, non_blocking=True)
 
 
 def _lay_out(tokens: Tensor, slots: Tensor, num_slots: int) -> Tensor:
@@ -187,24 +169,33 @@ class _LayOut(torch.autograd.Function):
         return grad.index_select(0, slots), None, None
 
 
-def _bucket_mask(
+def visible_keys(
     counts_q: Tensor, counts_k: Tensor, query_length: int, key_length: int, causal: bool, sliding_window: int | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Mask and keyless rows of one bucket, on the host; None where they would change nothing."""
-    if not causal and sliding_window is None and bool((counts_k == key_length).all()):
-        return None, None  # padded queries may attend anywhere: their outputs are dropped
-    query_index = torch.arange(query_length)[:, None]
-    key_index = torch.arange(key_length)
-    mask = (key_index < counts_k[:, None])[:, None, :].expand(-1, query_length, -1)
-    position = query_index + (counts_k - counts_q)[:, None, None]  # of the query on the axis of the keys
+) -> Tensor:
+    """Which keys each slot of a padded block sees: int64 [n] queries and keys -> bool [n, query_length, key_length]."""
+    counts_q, counts_k = counts_q[:, None, None], counts_k[:, None, None]
+    key_index = torch.arange(key_length, device=counts_k.device)
+    # where every query stands on the axis of the keys
+    position = torch.arange(query_length, device=counts_k.device)[:, None] + (counts_k - counts_q)
+    mask = (key_index < counts_k).expand(-1, query_length, -1)
     if causal:
         mask = mask & (key_index <= position)
     if sliding_window is not None:
         mask = mask & (key_index > position - sliding_window)
         if not causal:
             mask = mask & (key_index < position + sliding_window)
+    return mask
+
+
+def _bucket_mask(
+    counts_q: Tensor, counts_k: Tensor, query_length: int, key_length: int, causal: bool, sliding_window: int | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Mask and keyless rows of one bucket, on the host; None where they would change nothing."""
+    if not causal and sliding_window is None and bool((counts_k == key_length).all()):
+        return None, None  # padded queries may attend anywhere: their outputs are dropped
+    mask = visible_keys(counts_q, counts_k, query_length, key_length, causal, sliding_window)
     # also padded queries; a softmax over nothing is NaN, so let them attend
     sees_none = ~mask.any(dim=-1, keepdim=True)
-    real = (query_index < counts_q[:, None, None]) & sees_none
+    real = (torch.arange(query_length)[:, None] < counts_q[:, None, None]) & sees_none
     mask = (mask | sees_none)[:, None]
     return mask, real[:, None] if bool(real.any()) else None

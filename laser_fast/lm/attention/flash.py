@@ -19,20 +19,10 @@ from torch import Tensor
 _OLDEST = (8, 0)
 _LARGEST_HEAD = 256
 _HALF = (torch.float16, torch.bfloat16)
-_ATEN_ARGUMENTS = (  # what we pass, in the order of torch 2.11 to 2.13; anything behind them has a default
-    "query",
-    "key",
-    "value",
-    "cum_seq_q",
-    "cum_seq_k",
-    "max_q",
-    "max_k",
-    "dropout_p",
-    "is_causal",
-    "return_debug_mask",
-    "scale",
-    "window_size_left",
-    "window_size_right",
+# what we pass, in the order of torch 2.11 to 2.13; anything behind them has a default
+_ATEN_ARGUMENTS = (
+    *("query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal"),
+    *("return_debug_mask", "scale", "window_size_left", "window_size_right"),
 )
 
 BUCKETS = "buckets"
@@ -43,14 +33,9 @@ TORCH_FLASH_EXPANDED = "torch flash, keys expanded"
 
 @dataclass(frozen=True)
 class PackedLengths:
-    """Where sequences start, and the longest of them.
+    """Where sequences start, and the tokens of the longest."""
 
-    Attributes:
-        cu_seqlens_q, cu_seqlens_k: int32 [B+1].
-        longest_q, longest_k: tokens.
-    """
-
-    cu_seqlens_q: Tensor
+    cu_seqlens_q: Tensor  # int32 [B+1]
     cu_seqlens_k: Tensor
     longest_q: int
     longest_k: int
@@ -104,11 +89,8 @@ def takes_our_arguments(schema: Any) -> bool:
 
 def choose_backend(query: Tensor, key: Tensor, kind: AttentionKind, *, has_sinks: bool) -> tuple[str, Backend | None]:
     """Name and function of the backend for these tensors; "buckets" and None where no fast one can serve them."""
-    if not query.is_cuda or query.dtype not in _HALF or has_sinks:
-        return BUCKETS, None
-    if query.shape[2] > _LARGEST_HEAD or query.shape[2] % 8:
-        return BUCKETS, None
-    if torch.cuda.get_device_capability(query.device) < _OLDEST:
+    fits = query.is_cuda and query.dtype in _HALF and query.shape[2] <= _LARGEST_HEAD and query.shape[2] % 8 == 0
+    if not fits or has_sinks or torch.cuda.get_device_capability(query.device) < _OLDEST:
         return BUCKETS, None
     return choose_fast(kind, query.device, grouped=query.shape[1] != key.shape[1])
 
@@ -160,20 +142,10 @@ def takes_grouped_queries(device: torch.device) -> bool:
 def _run_flash_attn(query: Tensor, key: Tensor, value: Tensor, lengths: PackedLengths, kind: AttentionKind) -> Tensor:
     function = flash_attn_function()
     assert function is not None
-    output: Tensor = function(
-        query,
-        key,
-        value,
-        lengths.cu_seqlens_q,
-        lengths.cu_seqlens_k,
-        lengths.longest_q,
-        lengths.longest_k,
-        dropout_p=kind.dropout,
-        softmax_scale=kind.scale,
-        causal=kind.causal,
-        window_size=kind.window if kind.sliding_window is not None else (-1, -1),
-        softcap=kind.softcap or 0.0,
-    )
+    bounds = (lengths.cu_seqlens_q, lengths.cu_seqlens_k, lengths.longest_q, lengths.longest_k)
+    window = kind.window if kind.sliding_window is not None else (-1, -1)
+    options = {"dropout_p": kind.dropout, "softmax_scale": kind.scale, "softcap": kind.softcap or 0.0}
+    output: Tensor = function(query, key, value, *bounds, causal=kind.causal, window_size=window, **options)
     return output
 
 

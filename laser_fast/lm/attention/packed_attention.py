@@ -1,10 +1,9 @@
 """Attention over packed sequences: `softmax(scale * Q K^T) V` within each sequence of a batch without padding.
 
 The layout is that of FlashAttention's variable-length kernels: all tokens of a batch in one tensor, `cu_seqlens`
-marking where each sequence starts. On a GPU in half precision those kernels run (`attention_flash`); everything else
-goes through padded blocks of similar length (`attention_buckets`); on the meta device only memory is modelled
-(`attention_meta`). What depends on the lengths alone is planned once a
-batch (`AttentionPlan`) and shared by all layers.
+marking where each sequence starts. On a GPU in half precision those kernels run (`flash`). Everything else goes through
+padded blocks of similar length (`buckets`). On the meta device only memory is modelled (`meta`). What depends on the
+lengths alone is planned once a batch (`AttentionPlan`) and shared by all layers.
 """
 
 import math
@@ -29,7 +28,7 @@ _recorders: list[Counter[str]] = []
 def record_backends() -> Iterator[Counter[str]]:
     """Count the attentions that are computed while this is open, in whatever thread, by backend and dtype.
 
-    A figure of a GPU names what ran: "torch flash, bfloat16", "buckets, float32", ... (`attention_flash`).
+    A figure of a GPU names what ran: "torch flash, bfloat16", "buckets, float32", ...
     """
     counts: Counter[str] = Counter()
     _recorders.append(counts)
@@ -43,7 +42,7 @@ class AttentionPlan:
     """Lengths of one batch and one kind of mask, and what the backends make of them (nothing on the meta device).
 
     Attributes:
-        lengths_q, lengths_k: tokens of every sequence, on the host.
+        lengths_q, lengths_k: tokens of every sequence, on the host; num_queries, num_keys: their sums Tq and Tk.
     """
 
     @uncompiled
@@ -69,6 +68,8 @@ class AttentionPlan:
         """
         self.causal = causal
         self.sliding_window = sliding_window
+        self._cu_seqlens_q = cu_seqlens_q
+        self._cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
         self.lengths_q = lengths_on_host(cu_seqlens_q)
         self.lengths_k = self.lengths_q if cu_seqlens_k is None else lengths_on_host(cu_seqlens_k)
         if len(self.lengths_q) != len(self.lengths_k):
@@ -76,18 +77,7 @@ class AttentionPlan:
                 "AttentionPlan: cu_seqlens_q and cu_seqlens_k must describe the same number of sequences, "
                 f"got {len(self.lengths_q)} and {len(self.lengths_k)}"
             )
-        self._cu_seqlens_q = cu_seqlens_q
-        self._cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-
-    @cached_property
-    def num_queries(self) -> int:
-        """Tq."""
-        return sum(self.lengths_q)
-
-    @cached_property
-    def num_keys(self) -> int:
-        """Tk."""
-        return sum(self.lengths_k)
+        self.num_queries, self.num_keys = sum(self.lengths_q), sum(self.lengths_k)
 
     @cached_property
     def packed(self) -> PackedLengths:
@@ -180,7 +170,9 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(
             f"varlen_attention: key and value must have one shape, got {tuple(key.shape)} and {tuple(value.shape)}"
         )
-    if not query.dtype == key.dtype == value.dtype and not _casts(query):
+    kind = query.device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if not query.dtype == key.dtype == value.dtype and not casts:
         raise TypeError(
             "varlen_attention: query, key and value must have one dtype, "
             f"got {query.dtype}, {key.dtype} and {value.dtype}; move the module as a whole or not at all"
@@ -190,8 +182,3 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
             "varlen_attention: query must have the head size of key and a multiple of its heads, "
             f"got {tuple(query.shape)} and {tuple(key.shape)}"
         )
-
-
-def _casts(tensor: Tensor) -> bool:
-    kind = tensor.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

@@ -1,14 +1,12 @@
 """Layers of a frozen model compiled by torch.compile: once for any number of tokens and of sequences.
 
 Packed attention reads the lengths of the batch on the host. Inside a compiled layer it is therefore one opaque
-operation that finds the layout of the running batch by itself, so that no length ever becomes a guard; the number of
-tokens is a symbol. All layers of one kind share one compiled graph.
+operation (`lm.exchanged_attention`), so that no length ever becomes a guard; the number of tokens is a symbol. All
+layers of one kind share one compiled graph.
 """
 
 import copy
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -23,48 +21,6 @@ if TYPE_CHECKING:
 
 Backend = str | Callable[..., Any]
 _LEAST_TOKENS = 2  # torch.compile treats a size of 1 as a constant
-_running = threading.local()
-
-
-@contextmanager
-def running(layout: "PackedLayout") -> Iterator[None]:
-    """While this is open, `packed_attention` on this thread belongs to this batch."""
-    before = getattr(_running, "layout", None)
-    _running.layout = layout
-    try:
-        yield
-    finally:
-        _running.layout = before
-
-
-def running_layout() -> "PackedLayout | None":
-    """The batch that is running on this thread."""
-    return getattr(_running, "layout", None)
-
-
-@torch.library.custom_op("laser_fast::packed_attention", mutates_args=())
-def packed_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sinks: Tensor | None,
-    *,
-    causal: bool,
-    sliding_window: int | None,
-    scale: float | None,
-    dropout: float,
-    softcap: float | None,
-) -> Tensor:
-    """`PackedLayout.attend` of the running batch: query [T, H, d], key and value [T, H_kv, d] -> [T, H, d]."""
-    layout: PackedLayout = _running.layout
-    options: dict[str, Any] = {"scale": scale, "dropout": dropout, "softcap": softcap, "sinks": sinks}
-    attended = layout.attend(None, query, key, value, causal=causal, sliding_window=sliding_window, **options)
-    return attended.contiguous()
-
-
-@packed_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, **options: Any) -> Tensor:
-    return query.new_empty(query.shape)
 
 
 class _CompiledForward:
@@ -78,10 +34,9 @@ class _CompiledForward:
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         layout: PackedLayout | None = kwargs.get("laser_layout")
-        plain = torch.is_grad_enabled() or layout is None or layout.keeps_inputs or hidden_states.is_meta
-        if not plain and self.before is not None and self.before.func is only_last_positions:
-            plain = layout is not None and layout.rows is not None
-        if plain or hidden_states.shape[1] < _LEAST_TOKENS:
+        plain = torch.is_grad_enabled() or hidden_states.is_meta or hidden_states.shape[1] < _LEAST_TOKENS
+        spared = self.before is not None and self.before.func is only_last_positions
+        if plain or layout is None or layout.keep or (spared and layout.rows is not None):
             return self._plain(hidden_states, *args, **kwargs)
         if torch.is_inference_mode_enabled() and not hidden_states.is_inference():
             hidden_states = hidden_states.clone()  # what other layers made is of the other kind, and kinds are guards

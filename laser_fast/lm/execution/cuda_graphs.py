@@ -34,9 +34,6 @@ class CudaGraphs(Recorder):
 
     Two of them at the same time would overwrite each other's results, and a caller on another stream the inputs of the
     one before it: so there is one event, after the latest replay and what was read of it, that every turn waits for.
-
-    Args:
-        device: of the runs.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -84,7 +81,7 @@ class CudaGraphs(Recorder):
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
-        """See `Recorder`; the caller holds a lock."""
+        """As `Recorder` says; the caller holds a lock."""
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(self._done)
         try:
@@ -93,5 +90,5 @@ class CudaGraphs(Recorder):
             self._done.record(stream)
 
     def finish(self) -> None:
-        """See `Recorder`."""
+        """As `Recorder` says."""
         self._done.synchronize()

@@ -17,11 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from laser_fast.lm.execution.frozen_linear import UnpackedWeights, is_packed, packed_linear
 from laser_fast.lm.execution.frozen_mlp import activation_of, gated_mlp, recognise_gated_mlp
-from laser_fast.lm.execution.frozen_norm import frozen_rms_norm, recognise_norm
+from laser_fast.lm.execution.frozen_norm import epsilon_of, frozen_rms_norm, recognise_norm
 from laser_fast.lm.execution.host_store import HostStore
 from laser_fast.lm.execution.rotary_attention import recognise_rotary_attention, rotary_attention, rotary_widths
 from laser_fast.lm.uncompiled import uncompiled
-from laser_fast.ops.rms_norm import NormKind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,18 +60,13 @@ class Execution:
 
 @dataclass(frozen=True)
 class Replaced:
-    """What `apply_execution` found: how many modules of each kind it gave another forward.
-
-    Attributes:
-        norms, mlps, attentions, packed_linears: their numbers.
-        last_layer: whether the last layer can run for the last position of every sequence alone.
-    """
+    """What `apply_execution` found: how many modules of each kind it gave another forward."""
 
     norms: int
     mlps: int
     attentions: int
     packed_linears: int
-    last_layer: bool
+    last_layer: bool  # whether the last layer can run for the last position of every sequence alone
 
 
 def apply_execution(model: "PreTrainedModel", execution: Execution) -> Replaced:
@@ -82,35 +76,39 @@ def apply_execution(model: "PreTrainedModel", execution: Execution) -> Replaced:
         ValueError: "mlp" for a model without gated MLPs, or "full" and "offload" for one without layers that can be
             computed again.
     """
-    for module in model.modules():  # of an earlier call
+    for module in model.modules():  # what an earlier call put there goes
         if isinstance(vars(module).get("forward"), Replacement):
             del module.forward
     unpacked = UnpackedWeights()
     packed = [module for module in model.modules() if is_packed(module)]
     for module in packed:
         _replace(module, packed_linear, module, unpacked)
-    attentions = _fuse_attentions(model) if execution.fused else 0
-    norms = _fuse_norms(model) if execution.fused else 0
-    mlps = _fuse_mlps(model, unpacked, execution.checkpointing == "mlp") if execution.fused else 0
+    norms = mlps = attentions = 0
+    if execution.fused:  # every attention is tried, since their windows and scales may differ
+        recognise_attention = partial(recognise_rotary_attention, widths=rotary_widths(model))
+        attentions = _replace_known(model, recognise_attention, rotary_attention)
+        norms = _replace_known(model, _one_of_a_kind(recognise_norm), frozen_rms_norm)
+        recompute = execution.checkpointing == "mlp"
+        mlps = _replace_known(model, _one_of_a_kind(recognise_gated_mlp), gated_mlp, unpacked, recompute)
     if execution.checkpointing == "mlp" and not mlps:
         raise ValueError(
             f'Execution: checkpointing "mlp" needs gated MLPs, and {type(model).__name__} has none that is known; '
             'use "full"'
         )
     layers = frozen_layers(model)
-    again = layers[:-1] if execution.checkpointing in ("full", "offload") else []
-    if execution.checkpointing in ("full", "offload") and not layers:
-        raise ValueError(
-            f"Execution: checkpointing must be none or mlp for {type(model).__name__}, whose layers transformers does "
-            f"not mark as such, got {execution.checkpointing!r}"
-        )
-    store = HostStore() if execution.checkpointing == "offload" else None
-    shared = unpacked if execution.share_dequantization and packed else None
-    for layer in again:  # not the last: its backward follows at once, so what it keeps is there in any case
-        _replace(layer, _checkpointed, layer.forward, shared, store)
-    if layers and execution.last_layer == "readout":
-        _replace(layers[-1], only_last_positions, layers[-1].forward)
+    if execution.checkpointing in ("full", "offload"):
+        if not layers:
+            raise ValueError(
+                f"Execution: checkpointing must be none or mlp for {type(model).__name__}, whose layers transformers "
+                f"does not mark as such, got {execution.checkpointing!r}"
+            )
+        store = HostStore() if execution.checkpointing == "offload" else None
+        shared = unpacked if execution.share_dequantization and packed else None
+        for layer in layers[:-1]:  # the backward of the last follows at once, so what it keeps is there in any case
+            _replace(layer, _checkpointed, layer.forward, shared, store)
     spared = bool(layers) and execution.last_layer == "readout"
+    if spared:
+        _replace(layers[-1], only_last_positions, layers[-1].forward)
     return Replaced(norms, mlps, attentions, len(packed), spared)
 
 
@@ -125,49 +123,35 @@ class Replacement(partial[Any]):
     """A forward of ours, so that it can be told from one that another library put there."""
 
 
-def _replace(module: nn.Module, function: Callable[..., Any], *arguments: Any) -> None:
-    module.forward = Replacement(function, *arguments)
+def _replace(module: nn.Module, forward: Callable[..., Any], *arguments: Any) -> None:
+    module.forward = Replacement(forward, *arguments)
 
 
-def _fuse_norms(model: nn.Module) -> int:
-    kinds: dict[tuple[type, Any], NormKind | None] = {}
+def _replace_known(
+    model: nn.Module, recognise: Callable[[nn.Module], Any], forward: Callable[..., Any], *arguments: Any
+) -> int:
+    """Give every module that is recognised another forward, which is told what was recognised; their number."""
     count = 0
     for module in model.modules():
-        key = (type(module), getattr(module, "variance_epsilon", getattr(module, "eps", None)))
-        if key not in kinds:  # one of each class is tried
-            kinds[key] = recognise_norm(module)
-        kind = kinds[key]
-        if kind is not None:
-            _replace(module, frozen_rms_norm, module, kind)
-            count += 1
-    return count
-
-
-def _fuse_mlps(model: nn.Module, unpacked: UnpackedWeights, recompute: bool) -> int:
-    activations: dict[tuple[type, Any], str | None] = {}
-    count = 0
-    for module in model.modules():
-        act = activation_of(module)
-        key = (type(module), type(act) if isinstance(act, nn.Module) else act)
-        if act is None:
-            continue
-        if key not in activations:
-            activations[key] = recognise_gated_mlp(module)
-        activation = activations[key]
-        if activation is not None:
-            _replace(module, gated_mlp, module, activation, unpacked, recompute)
-            count += 1
-    return count
-
-
-def _fuse_attentions(model: nn.Module) -> int:
-    widths, count = rotary_widths(model), 0
-    for module in model.modules():  # each is tried: their windows and scales may differ
-        form = recognise_rotary_attention(module, widths)
+        form = recognise(module)
         if form is not None:
-            _replace(module, rotary_attention, module, form)
+            _replace(module, forward, module, form, *arguments)
             count += 1
     return count
+
+
+def _one_of_a_kind(recognise: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]:
+    """The same answer for all modules of one class, epsilon and activation, of which the first is tried."""
+    found: dict[tuple[Any, ...], Any] = {}
+
+    def answer(module: nn.Module) -> Any:
+        act = activation_of(module)
+        kind = type(module), epsilon_of(module), type(act) if isinstance(act, nn.Module) else act
+        if kind not in found:
+            found[kind] = recognise(module)
+        return found[kind]
+
+    return answer
 
 
 @uncompiled
@@ -183,24 +167,17 @@ def _checkpointed(
     if not torch.is_grad_enabled():
         return forward(hidden_states, *args, **kwargs)
 
-    def layer(hidden_states: Tensor) -> Any:
-        return forward(hidden_states, *args, **kwargs)
-
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), nullcontext() if shared is None else shared.kept()
 
     with nullcontext() if store is None else saved_tensors_hooks(store.put, store.get):
         return checkpoint(
-            layer,
+            lambda hidden_states: forward(hidden_states, *args, **kwargs),
             hidden_states,
             use_reentrant=False,
             preserve_rng_state=False,  # a frozen model draws nothing
             context_fn=contexts,
         )
-
-
-class _KeysKnown(Exception):
-    """Raised by the attention of the last layer once its keys and values are there."""
 
 
 @uncompiled
@@ -213,19 +190,12 @@ def only_last_positions(forward: Callable[..., Any], hidden_states: Tensor, *arg
     layout: PackedLayout | None = kwargs.get("laser_layout")
     if layout is None or layout.rows is None:
         return forward(hidden_states, *args, **kwargs)
-    num_tokens = hidden_states.shape[1]
-    with layout.collecting_keys(_KeysKnown):
-        try:
-            forward(hidden_states, *args, **kwargs)
-        except _KeysKnown:
-            pass
-        else:
-            raise RuntimeError("Execution: the last layer must call the packed attention, got no call")
-    rows = layout.rows
-    args = tuple(_rows_of(value, rows, num_tokens) for value in args)
-    kwargs = {name: _rows_of(value, rows, num_tokens) for name, value in kwargs.items()}
+    layout.collect_keys(lambda: forward(hidden_states, *args, **kwargs))
+    rows, num_tokens = layout.rows, hidden_states.shape[1]
+    of_rows = [_rows_of(value, rows, num_tokens) for value in args]
+    named = {name: _rows_of(value, rows, num_tokens) for name, value in kwargs.items()}
     with layout.rows_only():
-        output = forward(hidden_states.index_select(1, rows), *args, **kwargs)
+        output = forward(hidden_states.index_select(1, rows), *of_rows, **named)
     states = output[0] if isinstance(output, tuple) else output
     # back among zeros: models may norm, reshape or check what comes out of the layers
     full = torch.zeros_like(hidden_states).index_copy(1, rows, states)

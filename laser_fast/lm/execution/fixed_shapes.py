@@ -4,6 +4,7 @@ A batch is filled up with sequences of zeros behind its own, to one of few numbe
 real sequences start is read on the device, so that one recording serves all batches that fill up to its shape.
 """
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -12,9 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from laser_fast.lm.attention.buckets import Bucket, BucketLayout
+from laser_fast.lm.attention.buckets import Bucket, BucketLayout, visible_keys
 from laser_fast.lm.attention.flash import PackedLengths
 from laser_fast.lm.attention.packed_attention import AttentionPlan
 from laser_fast.lm.execution.cuda_graphs import CudaGraphs, Recorder, Run
@@ -43,20 +44,17 @@ def fixed_shape(num_tokens: int, num_sequences: int, longest: int, limit: int | 
     """The shape that a batch is filled up to, with at least one sequence behind its own and none empty among those.
 
     Args:
-        num_tokens, num_sequences: of the batch, at least 1.
-        longest: tokens of its longest sequence.
-        limit: no sequence may have more, `longest` or above; None = no limit.
+        limit: no sequence may have more tokens, `longest` or above; None = no limit.
     """
     bound = max(_LEAST_TOKENS, 1 << (longest - 1).bit_length())
     if limit is not None:
         bound = min(bound, limit)
     behind = 1 << (num_sequences - 1).bit_length()
     while True:
-        sequences = 1 + behind
-        added = sequences - num_sequences
+        added = 1 + behind - num_sequences
         tokens = _next_step(num_tokens + added)
         if tokens - num_tokens <= added * bound:
-            return FixedShape(tokens, sequences, bound)
+            return FixedShape(tokens, 1 + behind, bound)
         behind *= 2
 
 
@@ -91,60 +89,21 @@ class FixedPlan(AttentionPlan):
     @cached_property
     def buckets(self) -> BucketLayout:
         """One block of all sequences, as wide as the longest may be."""
-        lengths = self.packed
-        query_slots = _slots(lengths.cu_seqlens_q, self.num_queries, lengths.longest_q)
-        key_slots = _slots(lengths.cu_seqlens_k, self.num_keys, lengths.longest_k)
-        sequences = lengths.cu_seqlens_q.shape[0] - 1
-        bucket = Bucket(sequences, 0, lengths.longest_q, 0, lengths.longest_k, self._mask(), None)
-        sizes = sequences * lengths.longest_q, sequences * lengths.longest_k
+        bounds_q, bounds_k = self.packed.cu_seqlens_q, self.packed.cu_seqlens_k
+        longest_q, longest_k = self.packed.longest_q, self.packed.longest_k
+        sequences = bounds_q.shape[0] - 1
+        mask = visible_keys(bounds_q.diff(), bounds_k.diff(), longest_q, longest_k, self.causal, self.sliding_window)
+        mask = (mask | ~mask.any(dim=-1, keepdim=True))[:, None]  # slots beyond a sequence attend somewhere
+        bucket = Bucket(sequences, 0, longest_q, 0, longest_k, mask, None)
+        query_slots = _slots(bounds_q, self.num_queries, longest_q)
+        key_slots = _slots(bounds_k, self.num_keys, longest_k)
+        sizes = sequences * longest_q, sequences * longest_k
         return BucketLayout(query_slots, key_slots, *sizes, (bucket,))
-
-    def _mask(self) -> Tensor:
-        """bool [B, 1, longest_q, longest_k], True = attend; slots beyond a sequence attend somewhere."""
-        lengths = self.packed
-        counts_q, counts_k = (bounds.diff()[:, None, None] for bounds in (lengths.cu_seqlens_q, lengths.cu_seqlens_k))
-        device = lengths.cu_seqlens_q.device
-        key_index = torch.arange(lengths.longest_k, device=device)
-        position = torch.arange(lengths.longest_q, device=device)[:, None] + (counts_k - counts_q)
-        mask = (key_index < counts_k).expand(-1, lengths.longest_q, -1)
-        if self.causal:
-            mask = mask & (key_index <= position)
-        if self.sliding_window is not None:
-            mask = mask & (key_index > position - self.sliding_window)
-            if not self.causal:
-                mask = mask & (key_index < position + self.sliding_window)
-        return (mask | ~mask.any(dim=-1, keepdim=True))[:, None]
 
 
 def _slots(cu_seqlens: Tensor, num_tokens: int, width: int) -> Tensor:
-    """Of every packed token, in blocks of `width` for each sequence: int64 [T]."""
+    """The slot of every packed token in blocks of `width` for each sequence: int64 [T]."""
     return segment_ids(cu_seqlens, num_tokens) * width + segment_positions(cu_seqlens, num_tokens)
-
-
-class FixedLayout(PackedLayout):
-    """A layout of one shape, wherever its sequences start."""
-
-    def __init__(
-        self,
-        shape: FixedShape,
-        cu_seqlens: Tensor,
-        layer_of: dict[nn.Module, int],
-        prefix: KeyValuePrefix | None,
-        *,
-        last_only: bool,
-    ) -> None:
-        super().__init__(cu_seqlens, layer_of, prefix, last_only=last_only)
-        self._shape = shape
-        self._prefix_length = _length_of(prefix)
-
-    def _new_plan(self, queries: Tensor, causal: bool, sliding_window: int | None) -> AttentionPlan:
-        shape, prefix_length = self._shape, self._prefix_length
-        whole = queries is self.cu_seqlens
-        longest = shape.longest if whole else 1, shape.longest + prefix_length
-        num_queries = shape.tokens if whole else shape.sequences
-        num_keys = shape.tokens + shape.sequences * prefix_length
-        lengths = PackedLengths(queries, self.cu_seqlens_k, *longest)
-        return FixedPlan(lengths, num_queries, num_keys, causal, sliding_window)
 
 
 class _Recording:
@@ -160,26 +119,33 @@ class _Recording:
 
     def _run(self) -> Tensor:
         spared = self._last_only and self._lm.replaced.last_layer
-        layout = FixedLayout(self._shape, self._cu_seqlens, self._lm.layer_of, self._prefix, last_only=spared)
+        layer_of, plan = self._lm.layer_of, self._new_plan
+        layout = PackedLayout(self._cu_seqlens, layer_of, self._prefix, last_only=spared, new_plan=plan)
         hidden = self._lm.run_layers(self._inputs_embeds, layout)
         return hidden.index_select(0, self._cu_seqlens[1:].long() - 1) if self._last_only else hidden
+
+    def _new_plan(self, queries: Tensor, keys: Tensor, *, causal: bool, sliding_window: int | None) -> AttentionPlan:
+        """For the whole sequences, or for one query of each, wherever they start."""
+        shape, prefix_length, whole = self._shape, _length_of(self._prefix), queries is self._cu_seqlens
+        lengths = PackedLengths(queries, keys, shape.longest if whole else 1, shape.longest + prefix_length)
+        num_keys = shape.tokens + shape.sequences * prefix_length
+        return FixedPlan(lengths, shape.tokens if whole else shape.sequences, num_keys, causal, sliding_window)
 
     def load(self, inputs_embeds: Tensor, cu_seqlens: Tensor, prefix: KeyValuePrefix | None) -> None:
         num_tokens = inputs_embeds.shape[0]
         self._inputs_embeds[:num_tokens].copy_(inputs_embeds)
         self._inputs_embeds[num_tokens:].zero_()
         self._cu_seqlens.copy_(filled_offsets(cu_seqlens, num_tokens, self._shape))
-        if prefix is None:
+        if prefix is None or self._prefix is None:
             return
-        assert self._prefix is not None
-        if prefix.slots is not None:
-            assert self._prefix.slots is not None
+        size, slots = prefix.batch_size, self._prefix.slots
+        if prefix.slots is not None and slots is not None:
             validate_indices("FrozenLM", "prefix.slots", prefix.slots, prefix.keys[0].shape[0])
-            self._prefix.slots[: prefix.batch_size].copy_(prefix.slots)
-            self._prefix.slots[prefix.batch_size :].zero_()
+            slots[:size].copy_(prefix.slots)
+            slots[size:].zero_()
             return
         mine, given = (*self._prefix.keys, *self._prefix.values), (*prefix.keys, *prefix.values)
-        torch._foreach_copy_([tensor[: prefix.batch_size] for tensor in mine], list(given))
+        torch._foreach_copy_([tensor[:size] for tensor in mine], list(given))
 
 
 def _fixed_prefix(prefix: KeyValuePrefix, num_sequences: int) -> KeyValuePrefix:
@@ -227,7 +193,7 @@ class FixedShapes:
     def __init__(
         self, lm: FrozenLM, recorder: Recorder | None = None, *, capacity: int = 64, max_tokens: int = 2048
     ) -> None:
-        if capacity < 1 or max_tokens < 1:
+        if min(capacity, max_tokens) < 1:
             raise ValueError(
                 f"FixedShapes: capacity and max_tokens must be at least 1, got {capacity} and {max_tokens}"
             )
@@ -282,11 +248,13 @@ class FixedShapes:
         call()
         with self._lock:
             forms = dict(self._forms)
-        wanted: dict[tuple[FixedShape, tuple[object, ...]], None] = {}
-        for form, (prefix, _) in forms.items():
-            for sequences, tokens in batches:
-                if self._lm.max_length is None or tokens + _length_of(prefix) <= self._lm.max_length:
-                    wanted[self._shape(sequences * tokens, sequences, tokens, prefix), form] = None
+        most = self._lm.max_length or math.inf
+        wanted = {
+            (self._shape(sequences * tokens, sequences, tokens, prefix), form): None
+            for form, (prefix, _) in forms.items()
+            for sequences, tokens in batches
+            if tokens + _length_of(prefix) <= most
+        }
         fitting = [(shape, form) for shape, form in wanted if shape.tokens <= self.max_tokens]
         if len(fitting) > self.capacity:
             raise ValueError(f"FixedShapes: shapes must be at most capacity = {self.capacity}, got {len(fitting)}")
@@ -297,8 +265,7 @@ class FixedShapes:
     def clear(self) -> None:
         """Drop all recordings, once the device has done with them."""
         with self._lock:
-            self._recorder.finish()
-            self._recordings.clear()
+            self._drop(len(self._recordings))
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -312,7 +279,10 @@ class FixedShapes:
         return fixed_shape(num_tokens, num_sequences, longest, limit)
 
     def _recording(self, shape: FixedShape, prefix: KeyValuePrefix | None, last_only: bool) -> _Recording:
-        self._drop_outdated()
+        version = self._weights.now()
+        if version != self._version:
+            self._version = version
+            self._drop(len(self._recordings))
         form = autocast_dtype(self._lm.device), last_only, *_form_of(prefix)
         key = shape, *form
         found = self._recordings.get(key)
@@ -320,8 +290,7 @@ class FixedShapes:
             self._forms[form] = None if prefix is None else _fixed_prefix(prefix, 2), last_only
         if found is None:
             if len(self._recordings) >= self.capacity:
-                self._recorder.finish()
-                self._recordings.popitem(last=False)
+                self._drop(1)
             found = _Recording(self._lm, shape, prefix, last_only)
             found.replay = self._recorder.record(found.replay)
             self._recordings[key] = found
@@ -329,9 +298,8 @@ class FixedShapes:
         self._recordings.move_to_end(key)
         return found
 
-    def _drop_outdated(self) -> None:
-        version = self._weights.now()
-        if version != self._version:
-            self._recorder.finish()
-            self._recordings.clear()
-            self._version = version
+    def _drop(self, count: int) -> None:
+        """Forget the recordings of the oldest use, once the device has done with them."""
+        self._recorder.finish()
+        for _ in range(count):
+            self._recordings.popitem(last=False)

@@ -4,7 +4,7 @@ For weights packed in 4 bits (bitsandbytes) backward keeps the packed weight alo
 is computed again before its backward, one unpacked copy serves both (`UnpackedWeights`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,11 +14,15 @@ from torch import Tensor, nn
 
 
 class UnpackedWeights:
-    """Weights in 16 or 32 bits of layers that are being computed again, from there until their backward took them."""
+    """Weights in 16 or 32 bits of layers that are being computed again, from there until their backward took them.
+
+    Attributes:
+        keeping: whether a recomputation is under way.
+    """
 
     def __init__(self) -> None:
+        self.keeping = False
         self._kept: dict[nn.Module, Tensor] = {}
-        self._keeping = False
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -27,21 +31,16 @@ class UnpackedWeights:
         What an earlier recomputation left behind (its backward stopped half-way) is dropped first.
         """
         self._kept.clear()
-        self._keeping = True
+        self.keeping = True
         try:
             yield
         finally:
-            self._keeping = False
-
-    @property
-    def keeping(self) -> bool:
-        """Whether a recomputation is under way."""
-        return self._keeping
+            self.keeping = False
 
     def unpack(self, module: nn.Module) -> Tensor:
         """The weight for a forward: [out, in], in the dtype it was quantised from."""
         weight = _unpack(module)
-        if self._keeping:
+        if self.keeping:
             self._kept[module] = weight
         return weight
 
@@ -66,6 +65,15 @@ def is_frozen_linear(module: nn.Module | None) -> bool:
         return False
     hooked = any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
     return not hooked and not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def frozen_projections(module: nn.Module, forms: Iterable[tuple[str, ...]], *others: nn.Module) -> tuple[str, ...]:
+    """The names of the first form whose first name the module has; none where they are not all frozen linear layers, or
+    where the module has parameters outside of them and of the `others`."""
+    names: tuple[str, ...] = next((form for form in forms if hasattr(module, form[0])), ())
+    parts = [part for name in names if is_frozen_linear(part := getattr(module, name, None)) and part is not None]
+    own = sum(len(list(part.parameters())) for part in (*parts, *others))
+    return names if len(parts) == len(names) and len(list(module.parameters())) == own else ()
 
 
 def packed_linear(module: nn.Module, unpacked: UnpackedWeights, x: Tensor) -> Tensor:

@@ -7,13 +7,14 @@ from a frozen RMSNorm, not even that, since the norm keeps its own input. Their 
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from laser_fast.lm.execution.frozen_linear import UnpackedWeights, is_frozen_linear, is_packed, linear_input_gradient
+from laser_fast.lm.execution.frozen_linear import UnpackedWeights, frozen_projections, is_packed, linear_input_gradient
 from laser_fast.lm.execution.frozen_norm import NormRecipe, recipe_of
 from laser_fast.ops.gated_product import ACTIVATIONS, gated_product_backward, gated_product_forward
 
@@ -24,25 +25,18 @@ _FORMS = (("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj")) 
 
 
 def recognise_gated_mlp(module: nn.Module) -> str | None:
-    """The activation of a module that computes a gated MLP, found by trying it on random rows.
+    """The activation of a module that computes a gated MLP, found by trying it on random rows; None for any other.
 
-    Gate and up may be two linear layers or one (Phi-3, GLM). Of an MLP on the meta device a small one with random
-    weights is tried on the CPU.
-
-    Returns:
-        "silu", "gelu_tanh", "gelu", or "other" (differentiated by autograd); None where the module is no gated MLP.
+    "silu", "gelu_tanh", "gelu", or "other" (differentiated by autograd). Gate and up may be two linear layers or one
+    (Phi-3, GLM). Of an MLP on the meta device a small one with random weights is tried on the CPU.
     """
-    names: tuple[str, ...] = next((form for form in _FORMS if hasattr(module, form[0])), ())
-    layers: list[Any] = [getattr(module, name, None) for name in names]
     act = activation_of(module)
-    if act is None or not layers or not all(is_frozen_linear(layer) for layer in layers):
-        return None
-    if len(list(module.parameters())) != sum(len(list(layer.parameters())) for layer in layers):
+    names = () if act is None else frozen_projections(module, _FORMS)
+    if act is None or not names:
         return None
     tried: Any = _tryable(module, names)
     first = getattr(tried, names[0])
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(_PROBE_ROWS, first.in_features, generator=generator)
+    x = torch.randn(_PROBE_ROWS, first.in_features, generator=torch.Generator().manual_seed(0))
     x = x.to(first.weight.device, torch.float32 if is_packed(first) else first.weight.dtype)
     with torch.no_grad():
         expected = tried(x)
@@ -59,11 +53,9 @@ def activation_of(module: nn.Module) -> Activation | None:
 
 
 def gated_mlp(module: Any, activation: str, unpacked: UnpackedWeights, recompute: bool, x: Tensor) -> Tensor:
-    """The MLP: [..., D] -> [..., D]; gradients reach x alone.
+    """The MLP, whose activation `recognise_gated_mlp` found: [..., D] -> [..., D]; gradients reach x alone.
 
     Args:
-        module: what `recognise_gated_mlp` recognised.
-        activation: as it said.
         recompute: keep neither gate nor up for backward.
     """
     # the down projection keeps nothing and stands outside, so that a recomputation of the layer stops before it
@@ -100,10 +92,7 @@ class _RecomputedProduct(torch.autograd.Function):
         ctx.module, ctx.activation, ctx.unpacked = module, activation, unpacked
         ctx.function = activation_of(module)
         ctx.recipe = None if recipe is None else (recipe.weight, recipe.kind)
-        if recipe is None:
-            ctx.save_for_backward(x)
-        else:
-            ctx.save_for_backward(recipe.x, recipe.reciprocal)
+        ctx.save_for_backward(*([x] if recipe is None else [recipe.x, recipe.reciprocal]))
         return _product(activation, ctx.function, _projected(module, x))
 
     @staticmethod
@@ -166,13 +155,9 @@ def _product_backward(
 def _name_of(function: Activation) -> str:
     """The name of the function that gives these values."""
     grid = torch.linspace(-6.0, 6.0, 257)
-    known: dict[str, Activation] = {
-        "silu": F.silu,
-        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-        "gelu": F.gelu,
-    }
-    for name, candidate in known.items():
-        if torch.allclose(function(grid), candidate(grid), rtol=1e-6, atol=1e-7):
+    gelu_tanh = partial(F.gelu, approximate="tanh")
+    for name, known in (("silu", F.silu), ("gelu_tanh", gelu_tanh), ("gelu", F.gelu)):
+        if torch.allclose(function(grid), known(grid), rtol=1e-6, atol=1e-7):
             return name
     return "other"
 

@@ -31,22 +31,24 @@ class NormRecipe:
             return rms_norm_forward(self.x, self.weight, self.kind, self.reciprocal)[0]
 
 
+def epsilon_of(module: nn.Module) -> Any:
+    """The constant that a norm adds below its root, under either of its names; None where there is none."""
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+
+
 def recognise_norm(module: nn.Module) -> NormKind | None:
     """How this module computes an RMSNorm; None where it computes something else.
 
     Found by trying a copy of it with random weights on random rows, in float32 and (for where it rounds) in bfloat16.
     """
-    weight = getattr(module, "weight", None)
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    weight, eps = getattr(module, "weight", None), epsilon_of(module)
     if type(module) is nn.LayerNorm or not isinstance(weight, Tensor) or weight.dim() != 1:
         return None
     if len(list(module.parameters())) != 1 or not isinstance(eps, float) or list(module.buffers()):
         return None
     kinds = (NormKind(0.0, True, eps), NormKind(0.0, False, eps), NormKind(1.0, False, eps))
-    for kind in kinds:
-        if all(_computes(module, kind, dtype) for dtype in (torch.float32, torch.bfloat16)):
-            return kind
-    return None
+    dtypes = (torch.float32, torch.bfloat16)
+    return next((kind for kind in kinds if all(_computes(module, kind, dtype) for dtype in dtypes)), None)
 
 
 def _computes(module: nn.Module, kind: NormKind, dtype: torch.dtype) -> bool:
@@ -73,13 +75,11 @@ def frozen_rms_norm(module: Any, kind: NormKind, x: Tensor) -> Tensor:
     y, reciprocal = _FrozenRMSNorm.apply(x, module.weight, kind)
     if torch.is_grad_enabled() and not y.is_inference():
         y.laser_recipe = NormRecipe(x.detach(), reciprocal, module.weight, kind), y._version
-    output: Tensor = y
-    return output
+    return y
 
 
 def recipe_of(tensor: Tensor) -> NormRecipe | None:
     """How `frozen_rms_norm` made this very tensor; None where it did not, or where it was written to since."""
-    recipe: NormRecipe | None
     recipe, version = getattr(tensor, "laser_recipe", (None, None))
     return recipe if recipe is not None and tensor._version == version else None
 

@@ -14,10 +14,8 @@ if TYPE_CHECKING:
 class HostEmbedding(nn.Module):
     """Looks rows up on the host and copies them to the device of the ids; `to` and `cuda` leave the table alone.
 
-    The table takes hundreds of megabytes to gigabytes and a step reads a few thousand rows of it.
-
-    Attributes:
-        table: the model's own module, which may scale or normalise what it looks up.
+    The table, which may scale or normalise what it looks up, takes hundreds of megabytes to gigabytes, and a step reads
+    a few thousand rows of it.
     """
 
     def __init__(self, table: nn.Module) -> None:
@@ -26,7 +24,7 @@ class HostEmbedding(nn.Module):
 
     @property
     def weight(self) -> Any:
-        """Of the table: [vocabulary, D_llm]."""
+        """The table itself: [vocabulary, D_llm]."""
         return self.table.weight
 
     def forward(self, input_ids: Tensor) -> Tensor:

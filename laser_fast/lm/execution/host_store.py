@@ -54,20 +54,20 @@ class HostStore:
         if isinstance(stored, Tensor):
             return stored
         self._last = None  # the next forward starts a chain of its own
-        self._fetch(stored)
+        tensor = self._fetch(stored)
         self._wait()
-        tensor, stored.fetched = stored.fetched, None
-        assert tensor is not None
+        stored.fetched = None
         before = None if stored.before is None else stored.before()
         if before is not None:
             self._fetch(before)
         return tensor
 
-    def _fetch(self, stored: _Stored) -> None:
+    def _fetch(self, stored: _Stored) -> Tensor:
         if stored.fetched is None:
             # memory of the computation's stream, which the copy waits for
             stored.fetched = torch.empty(stored.shape, dtype=stored.dtype, device=stored.device)
             self._copy(stored.fetched, stored.host, on_device=stored.fetched)
+        return stored.fetched
 
     def _copy(self, target: Tensor | None, source: Tensor | None, *, on_device: Tensor) -> None:
         """Start a copy, which begins after all that the computation was given so far."""

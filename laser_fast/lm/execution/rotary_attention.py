@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laser_fast.lm.execution.frozen_linear import is_frozen_linear
+from laser_fast.lm.execution.frozen_linear import frozen_projections
 from laser_fast.ops.rotary import rotary_embedding
 
 _PROBE_NAME = "laser_probe"
@@ -28,21 +28,13 @@ _OWN_ARGUMENTS = ("position_embeddings", "past_key_values", "attention_mask")  #
 
 @dataclass(frozen=True)
 class AttentionForm:
-    """How a module computes its attention.
-
-    Attributes:
-        head_size: d.
-        splits: H d, H_kv d and again H_kv d where one projection gives queries, keys and values, else None.
-        normed: whether queries and keys are normalised head by head before they are rotated (Qwen3, Gemma 3).
-        widths: of the tables cos and sin that were tried; others are left to the module.
-        options: what it tells the attention besides what it is told itself: scaling, sliding window, soft cap.
-    """
+    """How a module computes its attention."""
 
     head_size: int
-    splits: tuple[int, int, int] | None
-    normed: bool
-    widths: frozenset[int]
-    options: Mapping[str, Any]
+    splits: tuple[int, int, int] | None  # H d, H_kv d, H_kv d where one projection gives queries, keys and values
+    normed: bool  # whether queries and keys are normalised head by head before they are rotated (Qwen3, Gemma 3)
+    widths: frozenset[int]  # of the tables cos and sin that were tried; others are left to the module
+    options: Mapping[str, Any]  # what it tells the attention by itself: scaling, sliding window, soft cap
 
 
 def rotary_widths(model: nn.Module) -> set[int]:
@@ -60,27 +52,24 @@ def recognise_rotary_attention(module: nn.Module, widths: Iterable[int]) -> Atte
     Args:
         widths: of tables to be tried beside those as wide as a head.
     """
-    names: tuple[str, ...] = next((form for form in _FORMS if hasattr(module, form[0])), ())
-    layers: list[Any] = [getattr(module, name, None) for name in names]
     norms = [norm for name in _NORMS if isinstance(norm := getattr(module, name, None), nn.Module)]
     head_size = getattr(module, "head_dim", None)
-    if not names or not all(is_frozen_linear(layer) for layer in layers) or "forward" in vars(module):
+    names = frozen_projections(module, _FORMS, *norms)
+    if not names or "forward" in vars(module):
         return None
     if len(norms) == 1 or not isinstance(head_size, int) or not hasattr(module, "config"):
         return None
-    if len(list(module.parameters())) != sum(len(list(part.parameters())) for part in (*layers, *norms)):
-        return None
     splits = None
     if len(names) == 2:
-        keys = (layers[0].out_features - layers[1].in_features) // 2
-        splits = layers[1].in_features, keys, keys
-    form = AttentionForm(head_size, splits, bool(norms), frozenset(), {})
+        joint, out = (getattr(module, name) for name in names)
+        keys = (joint.out_features - out.in_features) // 2
+        splits = out.in_features, keys, keys
     twin = _small_twin(module, names)
     found: AttentionForm | None = None
     for width in sorted({head_size, *widths}):
         if width > head_size or width % 2:
             continue
-        tried = _tried(twin, replace(form, widths=frozenset({width})))
+        tried = _tried(twin, AttentionForm(head_size, splits, bool(norms), frozenset({width}), {}))
         if tried is not None and (found is None or tried.options == found.options):
             found = tried if found is None else replace(found, widths=found.widths | {width})
     return found
@@ -92,7 +81,10 @@ def rotary_attention(module: Any, form: AttentionForm, hidden_states: Tensor, *a
     A call that was not tried (another attention than an exchanged one, a cache, several rows) goes to the module's own
     forward. Backward keeps the tables and what the attention keeps.
     """
-    attend, tables = _exchanged_attention(module), kwargs.get("position_embeddings", ())
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    attend = ALL_ATTENTION_FUNCTIONS.get(module.config._attn_implementation)  # stands in for the module's own
+    tables = kwargs.get("position_embeddings", ())
     tried = not args and not module.training and kwargs.get("past_key_values") is None and hidden_states.shape[0] == 1
     if attend is None or not tried or not _fit(tables, form, hidden_states.shape[1]):
         return type(module).forward(module, hidden_states, *args, **kwargs)
@@ -105,14 +97,6 @@ def rotary_attention(module: Any, form: AttentionForm, hidden_states: Tensor, *a
     return module.o_proj(attended.flatten(2)), weights
 
 
-def _exchanged_attention(module: Any) -> Callable[..., Any] | None:
-    """The attention function that stands in for the module's own, called as transformers calls it."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    attend: Callable[..., Any] | None = ALL_ATTENTION_FUNCTIONS.get(module.config._attn_implementation)
-    return attend
-
-
 def _fit(tables: Any, form: AttentionForm, num_tokens: int) -> bool:
     if not isinstance(tables, tuple) or len(tables) != 2:
         return False
@@ -120,11 +104,8 @@ def _fit(tables: Any, form: AttentionForm, num_tokens: int) -> bool:
     return shapes <= {(1, num_tokens, width) for width in form.widths}
 
 
-def _project(
-    module: Any, form: AttentionForm, hidden_states: Tensor, *, with_queries: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values by heads: [T, D] -> [T, H, d], [T, H_kv, d] twice; queries that nobody reads have no
-    heads."""
+def _project(module: Any, form: AttentionForm, hidden_states: Tensor, *, with_queries: bool) -> tuple[Tensor, ...]:
+    """[T, D] -> queries [T, H, d], keys and values [T, H_kv, d]; queries that nobody reads have no heads."""
     query: Any = None
     if form.splits is not None:
         query, key, value = module.qkv_proj(hidden_states).split(form.splits, dim=-1)
@@ -206,7 +187,7 @@ def _probe_inputs(seed: int, width: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     scales = torch.tensor(_PROBE_SCALES, device="cpu")[:, None]
     rows = scales * torch.randn(len(scales), _TWIN_WIDTH, generator=generator, device="cpu")
-    # of no rotation: the halves differ, and nothing is of length one
+    # tables of no rotation: the halves differ, and no pair has length one
     cos, sin = torch.randn(2, 1, len(scales), width, generator=generator, device="cpu")
     return {
         "hidden_states": rows[None],
@@ -217,7 +198,7 @@ def _probe_inputs(seed: int, width: int) -> dict[str, Any]:
 
 
 def _called(forward: Callable[..., Any], inputs: dict[str, Any]) -> tuple[Any, ...]:
-    """What the attention was given, its options as a dictionary, and what the module returned."""
+    """What the attention was given (query, key, value, mask, options), and what the module returned."""
     calls: list[tuple[Any, ...]] = []
     with torch.no_grad():
         output, weights = forward(**inputs, **{_PROBE_NAME: calls})
@@ -229,20 +210,18 @@ def _same_call(ours: tuple[Any, ...], theirs: tuple[Any, ...], inputs: dict[str,
     *our_tensors, our_mask, our_options, our_output, our_weights = ours
     *their_tensors, their_mask, their_options, their_output, their_weights = theirs
     pairs = zip([*our_tensors, our_output], [*their_tensors, their_output], strict=True)
-    beyond = {name for name in our_options if name not in their_options}  # what it was told and does not hand on
-    options = {name: value for name, value in our_options.items() if name not in beyond}
+    beyond = our_options.keys() - their_options.keys()  # what it was told and does not hand on
     return (
         all(_same_rows(one, other) for one, other in pairs)
         and our_mask is their_mask
         and our_weights is their_weights
         and beyond <= inputs.keys()
-        and options.keys() == their_options.keys()
-        and all(value is their_options[name] or value == their_options[name] for name, value in options.items())
+        and our_options.keys() - beyond == their_options.keys()
+        and all(our_options[name] is value or our_options[name] == value for name, value in their_options.items())
     )
 
 
 def _same_rows(actual: Tensor, expected: Tensor) -> bool:
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return False
-    scale = expected.abs().amax(dim=-1, keepdim=True)
-    return bool(((actual - expected).abs() <= 1e-5 * scale).all())
+    return bool(((actual - expected).abs() <= 1e-5 * expected.abs().amax(dim=-1, keepdim=True)).all())

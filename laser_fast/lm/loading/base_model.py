@@ -49,14 +49,13 @@ def load_base(
         source: a folder, package, hub repository or random shape, or a loaded model.
         tokenizer: one, or where it is; None = that of the source.
         settings: how it is loaded; of what it names nothing counts.
-        revision, local_files_only: see `find_folder`.
+        revision, local_files_only: as in `hub.fetch`.
 
     Raises:
         FileNotFoundError: a folder, package or repository does not exist.
         ValueError: a loaded model without a tokenizer, or a damaged one.
     """
-    own = None if tokenizer is None or isinstance(tokenizer, str) else tokenizer
-    folder_of_tokenizer = tokenizer if isinstance(tokenizer, str) else None
+    own, folder_of_tokenizer = (None, tokenizer) if isinstance(tokenizer, str) else (tokenizer, None)
     if isinstance(source, nn.Module):
         model = cast("PreTrainedModel", source)
         path = str(getattr(model, "name_or_path", "") or "")
@@ -72,7 +71,7 @@ def load_base(
         folder = find_folder(settings.path, revision, local_files_only)
         local = settings.model_copy(update={"path": str(folder)})
         by_name = not settings.path.startswith(HUB_SCHEME) and not Path(settings.path).expanduser().exists()
-        if commit_of(folder) is not None and by_name:
+        if by_name and commit_of(folder) is not None:
             settings = settings.model_copy(update={"path": HUB_SCHEME + settings.path})
     return LoadedBase(load_model(local), own or _load_tokenizer(local, local_files_only), settings)
 
@@ -85,17 +84,14 @@ def _load_tokenizer(settings: LanguageModelConfig, local_files_only: bool) -> To
 
 
 def lm_of_saved(
-    settings: LanguageModelConfig,
-    revision: str | None,
-    llm: object = None,
-    tokenizer: object = None,
+    settings: LanguageModelConfig, revision: str | None, llm: object = None, tokenizer: object = None
 ) -> LanguageModelConfig:
     """The settings that a saved model records, with local folders in place of what they name: files out of the cache of
     the hub, because a file that somebody gave away may not send this process to the net.
 
     Args:
         revision: commit of the language model it was trained with.
-        llm, tokenizer: what the caller names in their place, which is left to the caller; None = nothing.
+        llm, tokenizer: what the caller names in their place; None = nothing.
 
     Raises:
         FileNotFoundError: there is no such folder or package.
@@ -121,19 +117,18 @@ def describe_base(lm: FrozenLM, tokenizer: Tokenizer) -> dict[str, Any]:
     config = model.config.get_text_config()
     table = model.get_input_embeddings().weight.detach()
     places = torch.linspace(0, 1, _SAMPLES, dtype=torch.float64)
-    rows = (places * (table.shape[0] - 1)).round().long()
-    columns = (places * (table.shape[1] - 1)).round().long()
+    rows, columns = ((places * (size - 1)).round().long().to(table.device) for size in table.shape)
     named = sorted(model.named_parameters())
     vectors = [value.detach() for name, value in named if value.dim() == 1 and "pooler." not in name]
-    every = max(1, len(vectors) // _VECTORS)
+    vectors = vectors[:: max(1, len(vectors) // _VECTORS)]
     return {
         "type": type(model).__name__,
         "hidden_size": lm.hidden_size,
         "num_layers": getattr(config, "num_hidden_layers", None),
         "vocab_size": table.shape[0],
         "causal": lm.causal,
-        "embeddings": [float(value) for value in table[rows.to(table.device), columns.to(table.device)].float()],
-        "vectors": [float(vector.float().norm()) for vector in vectors[::every]],
+        "embeddings": [float(value) for value in table[rows, columns].float()],
+        "vectors": [float(vector.float().norm()) for vector in vectors],
         "tokenizer": tokenizer_hash(tokenizer),
         "revision": commit_of(Path(model.name_or_path or "")) or getattr(model.config, "_commit_hash", None),
     }

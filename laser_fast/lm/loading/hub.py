@@ -14,7 +14,6 @@ _COMMIT_LENGTH = 40
 def fetch(location: str, *, revision: str | None = None, local_files_only: bool = False) -> Path:
     """Local folder of a repository `OWNER/NAME[@REVISION]`, with or without `hub:` in front of its name.
 
-    Fetched are safetensors, JSON and text: nothing that would be unpickled, and no code.
     `HF_HUB_OFFLINE`, `HF_TOKEN` and `HF_HOME` mean what they mean everywhere.
 
     Args:
@@ -40,12 +39,8 @@ def fetch(location: str, *, revision: str | None = None, local_files_only: bool 
 
 
 def fetched_before(location: str, revision: str | None, argument: str) -> Path:
-    """Local folder of `hub:OWNER/NAME[@REVISION]` that a file names: out of the cache, because no file may send this
-    process to the net; whoever loads it may, by naming the repository.
-
-    Args:
-        revision: commit that was used before; None = unknown.
-        argument: of the caller, by which the repository can be named.
+    """Local folder of `hub:OWNER/NAME[@REVISION]` that a file names, out of the cache: no file may send this process to
+    the net, only who loads it, by passing the repository as `argument`.
 
     Raises:
         ValueError: the cache does not have it; says what to pass.
@@ -60,7 +55,7 @@ def fetched_before(location: str, revision: str | None, argument: str) -> Path:
 
 
 def locate(location: str, what: str) -> Path:
-    """Local folder of `hub:OWNER/NAME[@REVISION]`, of `package:NAME/INNER` or of a path; only the first may download.
+    """Local folder of a path, of `package:NAME/INNER` or of `hub:OWNER/NAME[@REVISION]`; only the last may download.
 
     Args:
         what: the setting that names it, for errors.
@@ -68,16 +63,11 @@ def locate(location: str, what: str) -> Path:
     Raises:
         FileNotFoundError: there is none.
     """
-    if not location.startswith(HUB_SCHEME):
-        return resolve_path(location, what)
-    return fetch(location)
+    return fetch(location) if location.startswith(HUB_SCHEME) else resolve_path(location, what)
 
 
 def find_folder(location: str, revision: str | None, local_files_only: bool) -> Path:
-    """`locate`, and a name OWNER/NAME that is no folder is looked for on the hub.
-
-    Args:
-        revision, local_files_only: see `fetch`.
+    """As `locate` and `fetch`; a name OWNER/NAME that is no folder is looked for on the hub.
 
     Raises:
         FileNotFoundError: there is none.

@@ -22,9 +22,8 @@ def load_language_model(config: LanguageModelConfig) -> "tuple[PreTrainedModel, 
     """Read model and tokenizer; nothing is downloaded but what `hub:` names, and no code of a folder is run.
 
     Raises:
-        FileNotFoundError: no such folder or package.
-        RuntimeError: 4-bit weights are asked for and bitsandbytes is not installed.
-        ValueError: a random model without a tokenizer, with one that has more tokens, or of an unknown shape.
+        FileNotFoundError, RuntimeError, ValueError: as `load_tokenizer` and `load_model`.
+        ValueError: the tokenizer has more tokens than the model.
     """
     tokenizer = load_tokenizer(config)
     model = load_model(config)
@@ -51,10 +50,8 @@ def load_tokenizer(config: LanguageModelConfig) -> Any:
             f"load_language_model: lm.tokenizer must name a folder with a tokenizer when lm.path is {config.path!r}, "
             "got None"
         )
-    folder = (
-        locate(config.tokenizer, "lm.tokenizer") if config.tokenizer is not None else locate(config.path, "lm.path")
-    )
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    named = (config.path, "lm.path") if config.tokenizer is None else (config.tokenizer, "lm.tokenizer")
+    return AutoTokenizer.from_pretrained(locate(*named), local_files_only=True)
 
 
 def load_model(config: LanguageModelConfig) -> "PreTrainedModel":
@@ -70,7 +67,9 @@ def load_model(config: LanguageModelConfig) -> "PreTrainedModel":
         RuntimeError: 4-bit weights are asked for and bitsandbytes is not installed.
         ValueError: a random model of an unknown shape.
     """
-    dtype = getattr(torch, config.dtype) if config.dtype != "auto" else _default_dtype()
+    # few CPUs multiply bfloat16 natively; on one that does not it is ten times slower than float32
+    default = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    dtype = getattr(torch, config.dtype) if config.dtype != "auto" else default
     if config.quantization == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
         raise RuntimeError(
             'load_language_model: lm.quantization "nf4" needs bitsandbytes, got none; pip install "laser-fast[4bit]"'
@@ -88,20 +87,20 @@ def load_model(config: LanguageModelConfig) -> "PreTrainedModel":
 
 
 def _read(folder: Path, dtype: torch.dtype, *, pack: bool) -> "PreTrainedModel":
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig, AutoModel, BitsAndBytesConfig
     from transformers.utils import logging
 
-    refuse_damaged_weights(folder)  # of which transformers names no file
+    refuse_damaged_weights(folder)  # transformers does not name the damaged file
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     packed_already = getattr(config, "quantization_config", None) is not None
     options: dict[str, Any] = {"dtype": dtype}
-    if pack or packed_already:
-        options["device_map"] = {"": _device()}
-    if pack and not packed_already:
-        options["quantization_config"] = _nf4(dtype)
     tensors = None
     if pack or packed_already:
+        options["device_map"] = {"": _device()}
         tensors = lazy_tensors(folder, dtype if _device().type == "cpu" else None, skip=("lm_head.",))
+    if pack and not packed_already:
+        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **nf4)
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # a bar for every start of every command says nothing
     try:
@@ -118,19 +117,6 @@ def _read(folder: Path, dtype: torch.dtype, *, pack: bool) -> "PreTrainedModel":
     return model
 
 
-def _nf4(dtype: torch.dtype) -> Any:
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
-
-
 def _device() -> torch.device:
     """The one that will run the model."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def _default_dtype() -> torch.dtype:
-    # few CPUs multiply bfloat16 natively; on one that does not it is ten times slower than float32
-    return torch.bfloat16 if torch.cuda.is_available() else torch.float32

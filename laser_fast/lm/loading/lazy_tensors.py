@@ -24,16 +24,13 @@ _SINGLE = "model.safetensors"
 class LazyTensor:
     """One tensor of a file, in the form in which transformers takes it: indexing reads it.
 
-    Attributes:
-        file, name: where it is.
-        stored: dtype in the file, in the names of safetensors ("BF16"); shape: of all of it.
-        wanted: the dtype it will be used in on the CPU: it is read into memory of its own, in that dtype if this adds
-            precision. None: it goes to another device, which copies it out of the mapped file.
+    With a dtype that is `wanted` on the CPU it is read into memory of its own, in that dtype if this adds precision;
+    None: it goes to another device, which copies it out of the mapped file.
     """
 
     file: Path
     name: str
-    stored: str
+    stored: str  # its dtype, in the names of safetensors ("BF16")
     shape: list[int]
     wanted: torch.dtype | None
 

@@ -25,31 +25,19 @@ _NESTED_BLOCK_SIZE = 256
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a random model comes to lie and in which form.
+    """Where a random model comes to lie and in which form."""
 
-    Attributes:
-        dtype: of embeddings and norms, and of what the linear layers compute in.
-        device: of the layers; weights are drawn there.
-        embedding_device: of the table of token embeddings.
-        packed: linear weights in NF4 with double quantisation, as bitsandbytes holds them.
-        token_embeddings: whether they are drawn, a quarter of the bytes of an 8B model in 4 bits; False = one row of
-            them, on `device`, for a model that is given embeddings.
-    """
-
-    dtype: torch.dtype
-    device: torch.device
-    embedding_device: torch.device
-    packed: bool = False
+    dtype: torch.dtype  # of embeddings and norms, and of what the linear layers compute in
+    device: torch.device  # of the layers; weights are drawn there
+    embedding_device: torch.device  # of the table of token embeddings
+    packed: bool = False  # linear weights in NF4 with double quantisation, as bitsandbytes holds them
+    # False = one row of them, on `device`, for a model that is given embeddings: they are a quarter of the bytes of an
+    # 8B model in 4 bits
     token_embeddings: bool = True
 
 
 class OneRowEmbedding(nn.Module):
-    """A table of token embeddings in which all tokens have the same row, the only one that takes memory.
-
-    Args:
-        table: the model's own module, cut to one row.
-        num_tokens: rows it stands for.
-    """
+    """A table of token embeddings in which all tokens have the same row, the only one that takes memory."""
 
     def __init__(self, table: nn.Module, num_tokens: int) -> None:
         super().__init__()
@@ -149,7 +137,7 @@ def _materialise(model: "PreTrainedModel", placement: Placement) -> None:
     of_table = set(table.modules())
     # a GPU draws the table of an 8B model at once, one core of the host in ten seconds
     first = placement.device if placement.device.type == "cuda" else placement.embedding_device
-    for name, module in _children_first(model):
+    for module, name in _children_first(model).items():
         device = first if module in of_table else placement.device
         later = {"weight"} if placement.packed and type(module) is nn.Linear else set()
         for key, parameter in module._parameters.items():
@@ -167,8 +155,8 @@ def _materialise(model: "PreTrainedModel", placement: Placement) -> None:
     table.to(placement.embedding_device)
 
 
-def _children_first(module: nn.Module, name: str = "") -> "list[tuple[str, nn.Module]]":
-    """Every module after all that it holds: a parent may overwrite what its children drew."""
+def _children_first(module: nn.Module) -> dict[nn.Module, str]:
+    """Every module with its name after all that it holds: a parent may overwrite what its children drew."""
     found: dict[nn.Module, str] = {}
 
     def visit(current: nn.Module, path: str) -> None:
@@ -176,8 +164,8 @@ def _children_first(module: nn.Module, name: str = "") -> "list[tuple[str, nn.Mo
             visit(child, f"{path}.{key}" if path else key)
         found.setdefault(current, path)
 
-    visit(module, name)
-    return [(path, current) for current, path in found.items()]
+    visit(module, "")
+    return found
 
 
 def _unwritten(like: Tensor, device: torch.device) -> Tensor:
@@ -197,10 +185,10 @@ def _is_unwritten(tensor: Tensor) -> bool:
 
 def _pack(model: nn.Module, placement: Placement, deviation: float, generator: torch.Generator) -> None:
     """Replace every linear layer by one in 4 bits with random codes."""
-    linears = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     if not linears:
         raise ValueError(f"random_model: a model in 4 bits must have linear layers, got none in {type(model).__name__}")
-    for name, linear in linears:
+    for name, linear in linears.items():
         model.set_submodule(name, _random_linear(linear, placement.dtype, deviation, generator))
 
 
@@ -218,16 +206,9 @@ def _random_linear(linear: nn.Linear, dtype: torch.dtype, deviation: float, gene
     scales *= deviation / (scales.square().mean() * code.square().mean()).sqrt()
     offset = scales.mean()
     absmax, nested = quantize_blockwise(scales - offset, blocksize=_NESTED_BLOCK_SIZE)
-    state = QuantState(
-        absmax=absmax,
-        shape=torch.Size((linear.out_features, linear.in_features)),
-        code=code,
-        blocksize=_BLOCK_SIZE,
-        quant_type="nf4",
-        dtype=dtype,
-        offset=offset,
-        state2=nested,
-    )
+    shape = torch.Size((linear.out_features, linear.in_features))
+    form = {"blocksize": _BLOCK_SIZE, "quant_type": "nf4", "dtype": dtype}
+    state = QuantState(absmax=absmax, shape=shape, code=code, offset=offset, state2=nested, **form)
     codes = _random_bytes(math.ceil(num_weights / 2), generator)[:, None]
     layer.weight = Params4bit(
         codes, requires_grad=False, quant_state=state, quant_type="nf4", bnb_quantized=True, module=layer

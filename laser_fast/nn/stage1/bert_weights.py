@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from laser_fast.config import resolve_path
-from laser_fast.nn.qformer import FeedForward, QFormer, QFormerLayer
+from laser_fast.nn.qformer import QFormer
 from laser_fast.nn.stage1.text_branch import TextBranch
 
 if TYPE_CHECKING:
@@ -21,11 +21,7 @@ if TYPE_CHECKING:
 
 
 def load_bert(folder: str, qformer: QFormer) -> "BertModel":
-    """Read a BERT whose layers fit a querying transformer.
-
-    Args:
-        folder: with config.json and safetensors; read locally only.
-        qformer: whose width, heads and number of layers it must have (more layers are fine, the first are taken).
+    """Read a BERT, locally, whose layers fit a querying transformer; of more layers than it has the first are taken.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -38,23 +34,18 @@ def load_bert(folder: str, qformer: QFormer) -> "BertModel":
     )
     if not isinstance(bert, BertModel):
         raise ValueError(f"load_bert: mformer.initialize_from must hold a BERT, got a {type(bert).__name__}")
-    config, layers = bert.config, qformer.layers
-    first = layers[0]
-    assert isinstance(first, QFormerLayer)
-    width, num_heads = qformer.norm.weight.shape[0], first.self_attention.num_heads
+    config, first = bert.config, qformer.blocks[0]
     wanted = {
-        "hidden_size": width,
-        "num_attention_heads": num_heads,
+        "hidden_size": qformer.norm.weight.shape[0],
+        "num_attention_heads": first.self_attention.num_heads,
         "intermediate_size": first.feed_forward.wide.out_features,
         "hidden_act": "gelu",
     }
-    differences = [f"{name} {getattr(config, name)}" for name in wanted if getattr(config, name) != wanted[name]]
-    if config.num_hidden_layers < len(layers):
-        wanted["num_hidden_layers"] = len(layers)
-        differences.append(f"num_hidden_layers {config.num_hidden_layers}")
+    if config.num_hidden_layers < len(qformer.layers):
+        wanted["num_hidden_layers"] = len(qformer.layers)
     if config.is_decoder:
         wanted["is_decoder"] = False
-        differences.append("is_decoder True")
+    differences = [f"{name} {getattr(config, name)}" for name in wanted if getattr(config, name) != wanted[name]]
     if differences:
         rule = ", ".join(f"{name} {value}" for name, value in wanted.items())
         raise ValueError(
@@ -68,8 +59,7 @@ def load_bert(folder: str, qformer: QFormer) -> "BertModel":
 def initialize_qformer(qformer: QFormer, bert: "BertModel") -> None:
     """Give the layers of the queries BERT's weights; cross-attention is left as it is."""
     _copy(qformer.norm, bert.embeddings.LayerNorm)
-    for layer, source in zip(qformer.layers, bert.encoder.layer, strict=False):
-        assert isinstance(layer, QFormerLayer)
+    for layer, source in zip(qformer.blocks, bert.encoder.layer, strict=False):
         own, attention = layer.self_attention, source.attention
         parts = [attention.self.query, attention.self.key, attention.self.value]
         own.qkv.weight.copy_(torch.cat([part.weight for part in parts]))
@@ -87,11 +77,10 @@ def initialize_text_branch(text: TextBranch, bert: "BertModel") -> None:
     count = min(len(positions), len(text.positions))
     text.positions[:count].copy_(positions[:count])
     for feed_forward, source in zip(text.feed_forwards, bert.encoder.layer, strict=False):
-        assert isinstance(feed_forward, FeedForward)
         _copy_feed_forward(feed_forward, source)
 
 
-def _copy_feed_forward(own: FeedForward, source: Any) -> None:
+def _copy_feed_forward(own: Any, source: Any) -> None:
     _copy(own.wide, source.intermediate.dense)
     _copy(own.out, source.output.dense)
     _copy(own.norm, source.output.LayerNorm)

@@ -54,34 +54,21 @@ class TermWeights:
 
 @dataclass(frozen=True)
 class Pairs:
-    """The B histories of a batch, as ids and as text.
+    """The B histories of a batch, as ids and as text; every text has at least one token."""
 
-    Attributes:
-        items: int64 [N], the items whose states M-Former read.
-        cu_seqlens: int32 [B+1] over them.
-        input_ids: int64 [T], tokens of the texts.
-        token_embeds: [T, D_emb], their frozen embeddings.
-        token_cu_seqlens: int32 [B+1] over them; every text has at least one token.
-    """
-
-    items: Tensor
-    cu_seqlens: Tensor
-    input_ids: Tensor
-    token_embeds: Tensor
-    token_cu_seqlens: Tensor
+    items: Tensor  # int64 [N], the items whose states M-Former read
+    cu_seqlens: Tensor  # int32 [B+1] over them
+    input_ids: Tensor  # int64 [T], tokens of the texts
+    token_embeds: Tensor  # [T, D_emb], their frozen embeddings
+    token_cu_seqlens: Tensor  # int32 [B+1] over them
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokens among which generation chooses, e.g. all that occur in the texts of a catalogue.
+    """The tokens among which generation chooses, e.g. all that occur in the texts of a catalogue."""
 
-    Attributes:
-        input_ids: int64 [V], rising.
-        embeds: [V, D_emb], their frozen embeddings.
-    """
-
-    input_ids: Tensor
-    embeds: Tensor
+    input_ids: Tensor  # int64 [V], rising
+    embeds: Tensor  # [V, D_emb], their frozen embeddings
 
 
 class PretrainingHeads(nn.Module):
@@ -91,7 +78,6 @@ class PretrainingHeads(nn.Module):
         mformer: whose querying transformer and query experts are used, and trained through these terms.
         embedding_size: D_emb, width of the token embeddings handed in.
         max_tokens: longest text.
-        weights: of the terms.
         vocabulary: needed by generation.
         projection_size: of the space where queries and texts are compared.
         temperature: where the learned one starts.
@@ -149,7 +135,6 @@ class PretrainingHeads(nn.Module):
 
         Args:
             written: what M-Former says about the histories; with its layer inputs where generation has a weight.
-            pairs: B histories as text.
             gather: takes rows of all processes together, for the contrastive term. Negatives of the matching term are
                 rows of this process.
 
@@ -170,7 +155,7 @@ class PretrainingHeads(nn.Module):
             hidden = self.text.embed(pairs.token_embeds, pairs.token_cu_seqlens)
         if self.weights.contrastive:
             queries = F.normalize(self.query_projection(written.queries), dim=-1)
-            text = self._text_features(hidden, pairs.token_cu_seqlens)
+            text = self.text_features(hidden, pairs.token_cu_seqlens)
             similarity = pair_similarity(queries.detach(), text.detach()) / self.temperature.detach()
             values["contrastive"] = contrastive_loss(queries, text, self.temperature, self.label_smoothing, gather)
         if self.match is not None:
@@ -179,12 +164,8 @@ class PretrainingHeads(nn.Module):
             values["generation"] = self._generation(written, pairs)
         return values
 
-    def encode_text(self, token_embeds: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """First-token feature of each packed text: token_embeds [T, D_emb] -> unit vectors [B, projection]."""
-        with self._mformer[0].products(token_embeds.device):
-            return self._text_features(self.text.embed(token_embeds, cu_seqlens), cu_seqlens)
-
-    def _text_features(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def text_features(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """First-token feature of each packed text: [T, D], as `TextBranch.embed` gives it -> unit vectors [B, p]."""
         first = self.text.alone(hidden, cu_seqlens).index_select(0, cu_seqlens[:-1].long())
         return F.normalize(self.text_projection(first), dim=-1)
 
@@ -197,22 +178,21 @@ class PretrainingHeads(nn.Module):
         self, written: MFormerOutput, pairs: Pairs, hidden: Tensor, similarity: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """ITM: loss and accuracy over the pairs (a third of them true); negatives are uniform without a similarity."""
+        assert self.match is not None
         mformer, routing = self._mformer[0], written.routing
         same = same_rows(pairs.items, pairs.cu_seqlens) | same_rows(pairs.input_ids, pairs.token_cu_seqlens)
         if similarity is None:
             similarity = torch.zeros(same.shape, device=same.device)
         users, texts, true = matching_pairs(similarity, same)
         num_experts, num_queries = routing.expert.shape[1], mformer.query_experts.shape[1]
-        queries = dispatch_queries(
-            mformer.qformer.norm(mformer.query_experts), routing.expert.index_select(0, users).contiguous()
-        )
+        experts = routing.expert.index_select(0, users).contiguous()
+        queries = dispatch_queries(mformer.qformer.norm(mformer.query_experts), experts)
         queries = F.dropout(queries, mformer.qformer.dropout, self.training)
         rows, cu_seqlens = select_sequences(pairs.token_cu_seqlens, texts.repeat_interleave(num_experts))
         per_user = torch.bincount(users, minlength=same.shape[0]) * (num_experts * num_queries)
         boundaries = CrossBoundaries(pairs.cu_seqlens, per_user)
         answers = self.text.beside(hidden.index_select(0, rows), cu_seqlens, queries, written.projected, boundaries)
         combined = combine_queries(answers, routing.weight.index_select(0, users))
-        assert self.match is not None
         logits = self.match(combined).mean(dim=(1, 2)).to(wide_dtype(combined))
         loss = F.binary_cross_entropy_with_logits(logits, true.to(logits.dtype))
         return loss, ((logits.detach() > 0) == true).to(logits.dtype).mean()
@@ -222,6 +202,7 @@ class PretrainingHeads(nn.Module):
 
         (Not over all tokens: a mean over rows adds up over processes whose texts differ in length.)
         """
+        assert self.decoder is not None
         batch_size, num_experts = written.routing.expert.shape
         cu_seqlens, total = pairs.token_cu_seqlens, pairs.input_ids.shape[0]
         hidden = self.text.embed(pairs.token_embeds, cu_seqlens, shifted=True)
@@ -230,13 +211,11 @@ class PretrainingHeads(nn.Module):
         ends = (cu_seqlens[None, 1:] + copies[:, None] * total).flatten()
         group = torch.arange(batch_size * num_experts, device=cu_seqlens.device, dtype=torch.int32)
         group = group.view(batch_size, num_experts).T.flatten()
-        answers = self.text.behind(
-            hidden.repeat(num_experts, 1), torch.cat([cu_seqlens[:1], ends]), written.layer_inputs, group
-        )
+        bounds = torch.cat([cu_seqlens[:1], ends])
+        answers = self.text.behind(hidden.repeat(num_experts, 1), bounds, written.layer_inputs, group)
         text = segment_ids(cu_seqlens, total)
         weight = written.routing.weight.index_select(0, text)
         combined = (answers.view(num_experts, total, -1) * weight.T[..., None].to(answers.dtype)).sum(dim=0)
-        assert self.decoder is not None
         target = torch.searchsorted(self.vocabulary_ids, pairs.input_ids)
         losses = catalog_cross_entropy(
             self.decoder(combined), self.vocabulary_embeds, target, temperature=1.0, normalize=False, reduction="none"
@@ -258,15 +237,12 @@ def contrastive_loss(
     label_smoothing: float,
     gather: Gather | None = None,
 ) -> Tensor:
-    """ITC: similarity of a pair = the largest over the Q queries; both directions.
+    """ITC in both directions: float32 [], a mean over the B rows of this process; 0 for an empty batch.
 
     Args:
         queries: [B, Q, p], unit vectors.
         text: [B, p], unit vectors; row b belongs to queries[b].
         gather: gives the rows of all processes, which are then the negatives; None = those of this one.
-
-    Returns:
-        float32 [], a mean over the B rows of this process; 0 for an empty batch.
     """
     if queries.shape[0] == 0:
         return queries.sum() * 0.0

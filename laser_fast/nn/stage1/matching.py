@@ -25,14 +25,14 @@ def same_rows(values: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def draw_negatives(similarity: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
-    """One hard negative for each row, drawn in proportion to the softmax of its similarities.
+    """One hard negative for each row, drawn by torch's generator in proportion to the softmax of its similarities.
 
     Args:
         similarity: [B, B], over the temperature.
         same: bool [B, B], pairs that are none: the diagonal, and rows that cannot be told apart.
 
     Returns:
-        int64 [R] rows that have a negative at all, and int64 [R] what was drawn for them, by torch's generator.
+        int64 [R] rows that have a negative at all, and int64 [R] what was drawn for them.
     """
     rows = (~same).any(dim=1).nonzero().squeeze(1)
     if rows.numel() == 0:
@@ -45,12 +45,8 @@ def draw_negatives(similarity: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
 def matching_pairs(similarity: Tensor, same: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The true pairs, a negative text for each user and a negative user for each text: at most 3B pairs.
 
-    Args:
-        similarity: [B, B], of users with texts, over the temperature.
-        same: bool [B, B], as in `draw_negatives`.
-
-    Returns:
-        int64 [P] users, in rising order; int64 [P] texts; bool [P], which pairs are true.
+    Takes the similarity of users with texts as `draw_negatives` does; gives int64 [P] users, in rising order; int64 [P]
+    texts; and bool [P], which pairs are true.
     """
     everyone = torch.arange(same.shape[0], device=same.device)
     users, negative_texts = draw_negatives(similarity, same)

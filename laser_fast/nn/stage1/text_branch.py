@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from laser_fast.lm.attention.packed_attention import AttentionPlan
-from laser_fast.nn.qformer import CrossBoundaries, FeedForward, QFormer, QFormerLayer, initialize_like_bert
+from laser_fast.nn.qformer import INITIAL_STD, CrossBoundaries, FeedForward, QFormer, QFormerLayer, initialize_like_bert
 from laser_fast.ops.host_copies import on_host, to_device
 from laser_fast.ops.segments import (
     cu_seqlens_from_lengths,
@@ -23,8 +23,6 @@ from laser_fast.ops.segments import (
     lengths_on_host,
     segment_positions,
 )
-
-_INITIAL_STD = 0.02  # BERT's
 
 
 class TextBranch(nn.Module):
@@ -44,21 +42,18 @@ class TextBranch(nn.Module):
         super().__init__()
         self._qformer = [qformer]  # in a list: used here, owned and registered by M-Former
         self.token_projection = nn.Linear(embedding_size, width)
-        self.positions = nn.Parameter(torch.randn(max_tokens, width) * _INITIAL_STD)
+        self.positions = nn.Parameter(torch.randn(max_tokens, width) * INITIAL_STD)
         self.norm = nn.LayerNorm(width)
         self.feed_forwards = nn.ModuleList(FeedForward(width, qformer.dropout) for _ in qformer.layers)
-        self.decode_token = nn.Parameter(torch.randn(width) * _INITIAL_STD) if decodes else None
+        self.decode_token = nn.Parameter(torch.randn(width) * INITIAL_STD) if decodes else None
         for module in (self.feed_forwards, self.token_projection):
             module.apply(initialize_like_bert)
 
     def embed(self, token_embeds: Tensor, cu_seqlens: Tensor, *, shifted: bool = False) -> Tensor:
-        """What the first layer reads: frozen token embeddings [T, D_emb] -> [T, D].
+        """What the first layer reads: frozen embeddings of packed texts [T, D_emb], int32 [B+1] -> [T, D].
 
-        Args:
-            token_embeds: [T, D_emb], packed texts.
-            cu_seqlens: int32 [B+1] over them.
-            shifted: put the decode token in front of every text and drop its last token, so that row t stands for
-                what is known before token t.
+        With `shifted` the decode token comes in front of every text and its last token is dropped, so that row t stands
+        for what is known before token t.
         """
         projected = self.token_projection(token_embeds)
         position = segment_positions(cu_seqlens, token_embeds.shape[0])
@@ -71,32 +66,39 @@ class TextBranch(nn.Module):
     def alone(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Texts without queries, both directions: [T, D] -> [T, D]."""
         plan = AttentionPlan(cu_seqlens, causal=False)
-        for layer, feed_forward in self._layers():
-            hidden = self._run(_text_layer, layer, feed_forward, hidden, cu_seqlens, plan, None, None)
-        return hidden
+        return self._texts(hidden, cu_seqlens, plan, [None] * len(self.feed_forwards), None)
 
     def behind(self, hidden: Tensor, cu_seqlens: Tensor, layer_inputs: Sequence[Tensor], group: Tensor) -> Tensor:
-        """Texts that go on from queries, causally.
+        """Texts that go on from queries, causally: [T, D], int32 [B+1] -> [T, D].
 
         Args:
-            hidden: [T, D].
-            cu_seqlens: int32 [B+1].
             layer_inputs: of the queries, [G, Q, D] each (`QFormer.forward`): their keys and values do not depend on
                 the text, so the queries' own pass serves.
             group: int32 [B], which group of queries a text goes on from.
-
-        Returns:
-            [T, D].
         """
         plan = AttentionPlan(cu_seqlens, lengthened_cu_seqlens(cu_seqlens, layer_inputs[0].shape[1]), causal=True)
-        for (layer, feed_forward), before in zip(self._layers(), layer_inputs, strict=True):
-            hidden = self._run(_text_layer, layer, feed_forward, hidden, cu_seqlens, plan, before, group)
+        return self._texts(hidden, cu_seqlens, plan, layer_inputs, group)
+
+    def _texts(
+        self,
+        hidden: Tensor,
+        cu_seqlens: Tensor,
+        plan: AttentionPlan,
+        layer_inputs: Sequence[Tensor | None],
+        group: Tensor | None,
+    ) -> Tensor:
+        def run(layer: QFormerLayer, feed_forward: nn.Module, hidden: Tensor, before: Tensor | None) -> Tensor:
+            output: Tensor = feed_forward(layer.self_attention.forward_packed(hidden, cu_seqlens, plan, before, group))
+            return output
+
+        for layer, feed_forward, before in zip(self._qformer[0].blocks, self.feed_forwards, layer_inputs, strict=True):
+            hidden = self._run(run, layer, feed_forward, hidden, before)
         return hidden
 
     def beside(
         self, hidden: Tensor, cu_seqlens: Tensor, queries: Tensor, states: Tensor, boundaries: CrossBoundaries
     ) -> Tensor:
-        """Queries that read a text and a user at once.
+        """Queries that read a text and a user at once; gives the queries, [G, Q, D].
 
         Args:
             hidden: [T, D], a text for every group.
@@ -104,23 +106,23 @@ class TextBranch(nn.Module):
             queries: [G, Q, D], as the first layer reads them; groups of a user one after the other.
             states: [N, D], packed.
             boundaries: whose states the queries read.
-
-        Returns:
-            [G, Q, D], the queries.
         """
         joint = _JointRows(cu_seqlens, queries.shape[1])
         plan = AttentionPlan(joint.cu_seqlens, causal=False)
-        rows = queries.flatten(0, 1)
-        for layer, feed_forward in self._layers():
-            rows, hidden = self._run(_joint_layer, layer, feed_forward, rows, hidden, joint, plan, states, boundaries)
-        return rows.view(queries.shape)
 
-    def _layers(self) -> list[tuple[QFormerLayer, nn.Module]]:
-        pairs = []
-        for layer, feed_forward in zip(self._qformer[0].layers, self.feed_forwards, strict=True):
-            assert isinstance(layer, QFormerLayer)
-            pairs.append((layer, feed_forward))
-        return pairs
+        def run(
+            layer: QFormerLayer, feed_forward: nn.Module, rows: Tensor, hidden: Tensor, states: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            both = layer.self_attention.forward_packed(joint.join(rows, hidden), joint.cu_seqlens, plan)
+            rows, hidden = joint.part(both)
+            if layer.cross_attention is not None:
+                rows = layer.cross_attention(rows, states, boundaries)
+            return layer.feed_forward(rows), feed_forward(hidden)
+
+        rows = queries.flatten(0, 1)
+        for layer, feed_forward in zip(self._qformer[0].blocks, self.feed_forwards, strict=True):
+            rows, hidden = self._run(run, layer, feed_forward, rows, hidden, states)
+        return rows.view(queries.shape)
 
     def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """A layer, computed again in backward where the querying transformer is."""
@@ -134,12 +136,11 @@ class _JointRows:
 
     def __init__(self, cu_seqlens: Tensor, num_queries: int) -> None:
         device, groups = cu_seqlens.device, cu_seqlens.shape[0] - 1
-        steps = torch.arange(groups + 1, device=device)
         self.cu_seqlens = lengthened_cu_seqlens(cu_seqlens, num_queries)
         self.queries = (self.cu_seqlens[:-1, None] + torch.arange(num_queries, device=device)).flatten()
-        lengths = cu_seqlens.diff().long()
         total = sum(lengths_on_host(cu_seqlens))
-        before = ((steps[:-1] + 1) * num_queries).repeat_interleave(lengths, output_size=total)
+        before = torch.arange(1, groups + 1, device=device) * num_queries
+        before = before.repeat_interleave(cu_seqlens.diff().long(), output_size=total)
         self.text = torch.arange(total, device=device) + before
         self._order = torch.argsort(torch.cat([self.queries, self.text]))
 
@@ -150,36 +151,6 @@ class _JointRows:
     def part(self, joint: Tensor) -> tuple[Tensor, Tensor]:
         """The inverse of `join`."""
         return joint.index_select(0, self.queries), joint.index_select(0, self.text)
-
-
-def _text_layer(
-    layer: QFormerLayer,
-    feed_forward: nn.Module,
-    hidden: Tensor,
-    cu_seqlens: Tensor,
-    plan: AttentionPlan,
-    before: Tensor | None,
-    group: Tensor | None,
-) -> Tensor:
-    output: Tensor = feed_forward(layer.self_attention.forward_packed(hidden, cu_seqlens, plan, before, group))
-    return output
-
-
-def _joint_layer(
-    layer: QFormerLayer,
-    feed_forward: nn.Module,
-    rows: Tensor,
-    hidden: Tensor,
-    joint: _JointRows,
-    plan: AttentionPlan,
-    states: Tensor,
-    boundaries: CrossBoundaries,
-) -> tuple[Tensor, Tensor]:
-    attended = layer.self_attention.forward_packed(joint.join(rows, hidden), joint.cu_seqlens, plan)
-    rows, hidden = joint.part(attended)
-    if layer.cross_attention is not None:
-        rows = layer.cross_attention(rows, states, boundaries)
-    return layer.feed_forward(rows), feed_forward(hidden)
 
 
 def select_sequences(cu_seqlens: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:

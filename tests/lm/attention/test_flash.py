@@ -50,49 +50,37 @@ def flash(
 
 
 def flash_attn_varlen_func(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    max_q: int,
-    max_k: int,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, **options: Any
 ) -> Tensor:
     assert (max_q, max_k) == (max(LENGTHS_Q), max(LENGTHS_K))
-    assert (dropout_p, softcap) == (0.0, 0.0) and softmax_scale is not None
-    return flash(q, k, v, (cu_q, cu_k), softmax_scale, (window_size[0], 0) if causal else window_size)
+    assert options.keys() == {"dropout_p", "softmax_scale", "causal", "window_size", "softcap"}
+    assert (options["dropout_p"], options["softcap"]) == (0.0, 0.0) and options["softmax_scale"] is not None
+    window = options["window_size"]
+    return flash(q, k, v, (cu_q, cu_k), options["softmax_scale"], (window[0], 0) if options["causal"] else window)
 
 
 def flash_attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    cum_seq_q: Tensor | None,
-    cum_seq_k: Tensor | None,
+    cum_seq_q: Tensor,
+    cum_seq_k: Tensor,
     max_q: int,
     max_k: int,
     dropout_p: float,
     is_causal: bool,
     return_debug_mask: bool,
     *,
-    scale: float | None = None,
-    window_size_left: int | None = None,
-    window_size_right: int | None = None,
-    seqused_k: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
+    scale: float,
+    window_size_left: int,
+    window_size_right: int,
 ) -> tuple[Tensor, ...]:
     """`aten::_flash_attention_forward`: the causal flag closes the right side and leaves the left one as it is."""
-    assert cum_seq_q is not None and cum_seq_k is not None and not return_debug_mask
-    assert query.shape[1] % key.shape[1] == 0 and scale is not None
+    assert query.shape[1] % key.shape[1] == 0 and not return_debug_mask
     if len(cum_seq_q) == len(LENGTHS_Q) + 1:  # not the trial of grouped queries
         assert (max_q, max_k) == (max(LENGTHS_Q), max(LENGTHS_K)) and dropout_p == DROPOUT
-    left, right = (-1 if side is None else side for side in (window_size_left, window_size_right))
-    output = flash(query, key, value, (cum_seq_q, cum_seq_k), scale, (left, 0 if is_causal else right))
+    window = window_size_left, 0 if is_causal else window_size_right
+    output = flash(query, key, value, (cum_seq_q, cum_seq_k), scale, window)
     return output, *[query.new_empty(0)] * 4
 
 
@@ -149,14 +137,13 @@ def inputs(heads_k: int) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
 
 @pytest.mark.parametrize("window", [None, 1, 3], ids=["full", "window 1", "window 3"])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-@pytest.mark.parametrize("scale", [None, 0.9], ids=["own scale", "given scale"])
 @pytest.mark.parametrize("heads_k", [4, 2], ids=["multi-head", "grouped-query"])
 @pytest.mark.parametrize("kernel", KERNELS, indirect=True)
 def test_every_kernel_is_asked_for_what_was_meant(
-    kernel: str, heads_k: int, scale: float | None, causal: bool, window: int | None, monkeypatch: pytest.MonkeyPatch
+    kernel: str, heads_k: int, causal: bool, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors, bounds = inputs(heads_k)
-    options = {"causal": causal, "scale": scale, "sliding_window": window}
+    options = {"causal": causal, "scale": 0.9 if causal else None, "sliding_window": window}
     fast = varlen_attention(*tensors, *bounds, **options)
     chosen = choose_fast(AttentionKind(causal, 1.0, window), CPU, grouped=heads_k == 2)[0]
     assert chosen == (KERNELS[kernel][2] if heads_k == 2 else KERNELS[kernel][2].removesuffix(", keys expanded"))

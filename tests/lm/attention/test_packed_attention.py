@@ -1,6 +1,7 @@
 """Packed attention against one softmax per sequence, written out in float64."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +63,29 @@ def exact_attention(
     return torch.stack(rows) if rows else query.new_zeros(query.shape)
 
 
+def assert_exact(lengths: tuple[list[int], list[int]], heads: tuple[int, int], options: dict[str, Any]) -> None:
+    """Output and gradients, those of sinks among them."""
+    generator = torch.Generator().manual_seed(0)
+    leaves = [
+        torch.randn(sum(size), count, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+        for size, count in ((lengths[0], heads[0]), (lengths[1], heads[1]), (lengths[1], heads[1]))
+    ]
+    if options.pop("with_sinks", False):
+        leaves.append(torch.randn(heads[0], generator=generator, dtype=torch.float64, requires_grad=True))
+        options["sinks"] = leaves[3]
+    output = varlen_attention(*leaves[:3], *map(cu_seqlens, lengths), **options)
+    options["window"] = options.pop("sliding_window")
+    exact = exact_attention(*leaves[:3], *lengths, **options)
+    torch.testing.assert_close(output, exact, rtol=1e-10, atol=1e-12)
+    if output.numel():
+        probe = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+        results = [(output, False), (exact, True)]
+        grads = [torch.autograd.grad((one * probe).sum(), leaves, allow_unused=unused) for one, unused in results]
+        for grad, exact_grad, leaf in zip(*grads, leaves, strict=True):
+            exact_grad = torch.zeros_like(leaf) if exact_grad is None else exact_grad
+            torch.testing.assert_close(grad, exact_grad, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("window", [None, 3], ids=["full", "window 3"])
 @pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 @pytest.mark.parametrize("heads", [(2, 2), (4, 1)], ids=["multi-head", "grouped-query"])
@@ -69,46 +93,14 @@ def exact_attention(
 def test_equals_attention_of_each_sequence_alone(
     lengths: tuple[list[int], list[int]], heads: tuple[int, int], causal: bool, window: int | None
 ) -> None:
-    lengths_q, lengths_k = lengths
-    generator = torch.Generator().manual_seed(0)
-    inputs = [
-        torch.randn(sum(size), count, 8, generator=generator, dtype=torch.float64, requires_grad=True)
-        for size, count in ((lengths_q, heads[0]), (lengths_k, heads[1]), (lengths_k, heads[1]))
-    ]
-    output = varlen_attention(
-        *inputs, cu_seqlens(lengths_q), cu_seqlens(lengths_k), causal=causal, sliding_window=window
-    )
-    exact = exact_attention(*inputs, lengths_q, lengths_k, causal, window)
-    torch.testing.assert_close(output, exact, rtol=1e-10, atol=1e-12)
-    if output.numel():
-        probe = torch.randn(output.shape, generator=generator, dtype=torch.float64)
-        exact_gradients = torch.autograd.grad((exact * probe).sum(), inputs, allow_unused=True, materialize_grads=True)
-        gradients = torch.autograd.grad((output * probe).sum(), inputs)
-        for gradient, exact_gradient in zip(gradients, exact_gradients, strict=True):
-            torch.testing.assert_close(gradient, exact_gradient, rtol=1e-9, atol=1e-12)
+    assert_exact(lengths, heads, {"causal": causal, "sliding_window": window})
 
 
-@pytest.mark.parametrize("with_sinks", [False, True], ids=["no sinks", "sinks"])
-@pytest.mark.parametrize("softcap", [None, 0.7], ids=["no cap", "cap"])
+@pytest.mark.parametrize(("softcap", "with_sinks"), [(0.7, False), (None, True), (0.7, True)])
 @pytest.mark.parametrize("lengths", [LENGTHS["mixed"], LENGTHS["longer keys"], LENGTHS["longer queries"]])
 def test_soft_caps_and_sinks(lengths: tuple[list[int], list[int]], softcap: float | None, with_sinks: bool) -> None:
-    lengths_q, lengths_k = lengths
-    generator = torch.Generator().manual_seed(2)
-    inputs = [
-        torch.randn(sum(size), count, 8, generator=generator, dtype=torch.float64, requires_grad=True)
-        for size, count in ((lengths_q, 4), (lengths_k, 2), (lengths_k, 2))
-    ]
-    sinks = torch.randn(4, generator=generator, dtype=torch.float64).requires_grad_() if with_sinks else None
-    options = {"softcap": softcap, "sinks": sinks}
-    bounds = cu_seqlens(lengths_q), cu_seqlens(lengths_k)
-    output = varlen_attention(*inputs, *bounds, causal=True, sliding_window=3, **options)
-    exact = exact_attention(*inputs, lengths_q, lengths_k, True, 3, **options)
-    torch.testing.assert_close(output, exact, rtol=1e-10, atol=1e-12)
-    leaves = inputs + ([sinks] if sinks is not None else [])
-    probe = torch.randn(output.shape, generator=generator, dtype=torch.float64)
-    grads = [torch.autograd.grad((result * probe).sum(), leaves) for result in (output, exact)]
-    for gradient, exact_gradient in zip(*grads, strict=True):
-        torch.testing.assert_close(gradient, exact_gradient, rtol=1e-9, atol=1e-12)
+    options = {"causal": True, "sliding_window": 3, "softcap": softcap, "with_sinks": with_sinks}
+    assert_exact(lengths, (4, 2), options)
 
 
 def test_a_plan_serves_every_layer_of_a_batch() -> None:

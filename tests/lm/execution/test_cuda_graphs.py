@@ -3,6 +3,7 @@
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -15,7 +16,8 @@ from laser_fast.lm.execution.fixed_shapes import FixedShapes
 from laser_fast.lm.frozen_lm import FrozenLM
 
 from ...queued_device import QueuedDevice, QueuedStream
-from .test_fixed_shapes import a_prefix, batch, build, close
+from ..packed import assert_close, packed_inputs, random_prefix
+from .test_fixed_shapes import build
 
 Answer = tuple[list[int], int, Tensor]  # lengths, seed, states
 
@@ -46,26 +48,10 @@ class QueuedGraphs(CudaGraphs):
         return replay
 
 
-def answers(threads: int, requests: int, work: Callable[[int, list[Answer]], None]) -> list[Answer]:
-    """What `work(thread, answers)` of so many threads appends; their errors are raised here."""
-    found: list[list[Answer]] = [[] for _ in range(threads)]
-    errors: list[BaseException] = []
-
-    def guarded(index: int) -> None:
-        try:
-            work(index, found[index])
-        except BaseException as error:
-            errors.append(error)
-
-    workers = [threading.Thread(target=guarded, args=(index,)) for index in range(threads)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    if errors:
-        raise errors[0]
-    assert [len(part) for part in found] == [requests] * threads
-    return [answer for part in found for answer in part]
+def answers(threads: int, work: Callable[[int], list[Answer]]) -> list[Answer]:
+    """What `work(thread)` of so many threads gives; their errors are raised here."""
+    with ThreadPoolExecutor(threads) as pool:
+        return [answer for part in pool.map(work, range(threads)) for answer in part]
 
 
 def probed(name: str) -> FrozenLM:
@@ -84,25 +70,27 @@ def drawn_lengths(seed: int) -> list[int]:
 @pytest.mark.parametrize("capacity", [2, 64])
 def test_streams_take_turns(monkeypatch: pytest.MonkeyPatch, capacity: int) -> None:
     lm = probed("llama")
-    prefix = a_prefix(lm, 1)
+    prefix = random_prefix(lm, 1)[0]
     device = QueuedDevice(monkeypatch)
     graphs = FixedShapes(lm, QueuedGraphs(device), capacity=capacity)
 
-    def requests(thread: int, found: list[Answer]) -> None:
+    def requests(thread: int) -> list[Answer]:
+        found: list[Answer] = []
         with torch.no_grad(), device.on(device.new_stream()):
             for seed in range(8 * thread, 8 * thread + 8):
                 lengths = drawn_lengths(seed)
-                embeds, cu_seqlens = batch(lengths, seed)
+                embeds, cu_seqlens = packed_inputs(lengths, seed=seed)
                 with device.queueing():
                     states = graphs(embeds, cu_seqlens, prefix, last_only=True)
                 assert states is not None
                 found.append((lengths, seed, states))
+        return found
 
-    served = answers(4, 8, requests)
-    assert device.host_reads == 0
+    served = answers(4, requests)
+    assert len(served) == 32 and device.host_reads == 0
     device.run()
     for lengths, seed, states in served:
-        close(states, lm(*batch(lengths, seed), prefix, last_only=True))
+        assert_close(states, lm(*packed_inputs(lengths, seed=seed), prefix, last_only=True))
 
 
 @torch.no_grad()
@@ -114,7 +102,7 @@ def test_a_recording_is_dropped_when_the_device_is_done_with_it(monkeypatch: pyt
     graphs = FixedShapes(lm, recorder, capacity=1 if reason == "capacity" else 2)
 
     def call(lengths: list[int]) -> None:
-        inputs = batch(lengths)
+        inputs = packed_inputs(lengths)
         with device.queueing():
             graphs(*inputs, None, last_only=False)
 
@@ -195,25 +183,27 @@ def test_graphs_serve_eight_threads_while_a_loader_copies() -> None:
     lm, plain = (build("llama").to("cuda", torch.bfloat16) for _ in range(2))
     lm.fixed_shapes = FixedShapes(lm, capacity=6)  # fewer than there are shapes: captures all along
 
-    def requests(thread: int, found: list[Answer]) -> None:
+    def requests(thread: int) -> list[Answer]:
+        found: list[Answer] = []
         with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
             for seed in range(50 * thread, 50 * thread + 50):
                 lengths = drawn_lengths(seed)
-                embeds, cu_seqlens = (tensor.cuda() for tensor in batch(lengths, seed))
+                embeds, cu_seqlens = (tensor.cuda() for tensor in packed_inputs(lengths, seed=seed))
                 found.append((lengths, seed, lm(embeds, cu_seqlens, last_only=True)))
             torch.cuda.current_stream().synchronize()
+        return found
 
     stop = threading.Event()
     loader = threading.Thread(target=load_until, args=(stop,))
     loader.start()
     try:
-        served = answers(8, 50, requests)
+        served = answers(8, requests)
     finally:
         stop.set()
         loader.join()
     assert lm.fixed_shapes.num_captures > 6
     for lengths, seed, states in served:
-        embeds, cu_seqlens = (tensor.cuda() for tensor in batch(lengths, seed))
+        embeds, cu_seqlens = (tensor.cuda() for tensor in packed_inputs(lengths, seed=seed))
         expected = plain(embeds, cu_seqlens, last_only=True).float()
         torch.testing.assert_close(states.float(), expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max()))
 
@@ -225,6 +215,6 @@ def test_the_only_graph_is_replaced() -> None:
     lm = build("llama").to("cuda", torch.bfloat16)
     graphs = FixedShapes(lm, capacity=1)
     for lengths in ([10], [90], [10], [90]):
-        embeds, cu_seqlens = (tensor.cuda() for tensor in batch(lengths))
+        embeds, cu_seqlens = (tensor.cuda() for tensor in packed_inputs(lengths))
         assert graphs(embeds, cu_seqlens, None, last_only=False) is not None
     assert graphs.num_captures == 4

@@ -6,65 +6,37 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModel, GPT2Config, MistralConfig, Phi3Config, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from laser_fast.lm.execution.execution import Execution
 from laser_fast.lm.frozen_lm import FrozenLM
-from laser_fast.lm.key_value_prefix import KeyValuePrefix
 
-from ..test_frozen_lm import CONFIGS as BASIC_CONFIGS
-from ..test_frozen_lm import SIZES, packed_inputs, random_model
+from ..families import FAMILIES, LENGTHS, random_model
+from ..packed import assert_all_close, packed_inputs, saved_bytes, states_and_gradients
 
-CONFIGS = BASIC_CONFIGS | {
-    "mistral": MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=5, max_position_embeddings=64),
-    "phi3": Phi3Config(**SIZES, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0),
-    "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=61, n_positions=64),
-}
+NAMES = ("llama", "qwen3", "bert", "gemma2", "gpt_oss", "mistral", "phi3", "gpt2")
 PLAIN = Execution(fused=False, last_layer="all")
-LENGTHS = [7, 1, 23, 18]
 GATED = ("llama", "qwen3", "gemma2", "phi3")
 
 
-def hidden_and_gradients(
-    name: str, execution: Execution, *, last_only: bool = False, with_prefix: bool = False
-) -> list[Tensor]:
-    """Hidden states, gradient of the input, gradients of an injected prefix."""
-    lm = FrozenLM(random_model(CONFIGS[name], "eager"), execution)
-    embeds, cu_seqlens = packed_inputs(LENGTHS)
-    leaves = [embeds.requires_grad_()]
-    prefix = None
-    if with_prefix:
-        generator = torch.Generator().manual_seed(5)
-        size = (len(LENGTHS), 3)
-        rows = [torch.randn(*size, s.num_heads, s.head_size, generator=generator) for s in lm.layers for _ in "kv"]
-        leaves += [row.requires_grad_() for row in rows]
-        prefix = KeyValuePrefix(tuple(rows[::2]), tuple(rows[1::2]))
-    hidden = lm(embeds, cu_seqlens, prefix, last_only=last_only)
-    if not last_only:  # the same loss in either case: of the last position of every sequence
-        hidden = hidden[cu_seqlens[1:].long() - 1]
-    probe = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
-    return [hidden, *torch.autograd.grad((hidden * probe).sum(), leaves)]
-
-
-def assert_same(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
-    for ours, theirs in zip(actual, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.detach().abs().max()))
+def hidden_and_gradients(name: str, execution: Execution, *arguments: Any, **options: Any) -> list[Tensor]:
+    return states_and_gradients(FrozenLM(random_model(name), execution), *arguments, **options)
 
 
 @pytest.mark.parametrize("last_only", [False, True], ids=["all", "last"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_fused_modules_and_the_spared_last_layer_change_no_number(name: str, last_only: bool) -> None:
     expected = hidden_and_gradients(name, PLAIN)
-    assert_same(hidden_and_gradients(name, Execution(), last_only=last_only), expected, 2e-5)
+    assert_all_close(hidden_and_gradients(name, Execution(), last_only=last_only), expected, 2e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt-oss"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
 def test_a_prefix_is_seen_by_the_spared_last_layer(name: str) -> None:
     expected = hidden_and_gradients(name, PLAIN, with_prefix=True)
     for checkpointing in ("none", "full"):
         execution = Execution(checkpointing=checkpointing)
         actual = hidden_and_gradients(name, execution, last_only=True, with_prefix=True)
-        assert_same(actual, expected, 2e-5)
+        assert_all_close(actual, expected, 2e-5)
     assert all(float(gradient.abs().max()) > 1e-4 for gradient in expected[2:])  # the prefix matters in every layer
 
 
@@ -75,25 +47,25 @@ def test_computing_again_gives_the_same_bits(name: str, checkpointing: str, last
     expected = hidden_and_gradients(name, Execution(), last_only=last_only)
     actual = hidden_and_gradients(name, Execution(checkpointing=checkpointing), last_only=last_only)
     if checkpointing == "mlp":  # sums the gradients of gate and up in another order
-        assert_same(actual, expected, 1e-6)
+        assert_all_close(actual, expected, 1e-6)
     else:
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(actual, expected, strict=True))
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "mistral", "gpt-oss"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "mistral", "gpt_oss"])
 def test_layers_are_computed_again_whatever_is_in_them(name: str) -> None:
     expected = hidden_and_gradients(name, Execution())
-    assert_same(hidden_and_gradients(name, Execution(checkpointing="full")), expected, 1e-6)
+    assert_all_close(hidden_and_gradients(name, Execution(checkpointing="full")), expected, 1e-6)
 
 
 def test_what_is_recognised_is_recognised_by_what_it_computes() -> None:
-    found = {name: FrozenLM(random_model(config, "eager")).replaced for name, config in CONFIGS.items()}
+    found = {name: FrozenLM(random_model(name)).replaced for name in NAMES}
     assert (found["llama"].norms, found["llama"].mlps) == (5, 2)
     assert (found["qwen3"].norms, found["qwen3"].mlps) == (9, 2)  # queries and keys are normalised as well
     assert (found["gemma2"].norms, found["gemma2"].mlps) == (9, 2)  # another formula, and twice a layer
     assert (found["bert"].norms, found["bert"].mlps) == (0, 0)
     assert (found["phi3"].norms, found["phi3"].mlps) == (5, 2)  # gate and up are one matrix
-    assert found["gpt-oss"].norms == 5
+    assert found["gpt_oss"].norms == 5
     assert all(replaced.last_layer for replaced in found.values())
 
 
@@ -117,7 +89,7 @@ class Doubled(torch.nn.Module):
 
 
 def test_a_module_with_another_formula_keeps_its_forward() -> None:
-    model: Any = random_model(CONFIGS["llama"], "eager")
+    model: Any = random_model("llama")
     model.norm = Doubled(model.norm)
     model.layers[0].mlp.act_fn = Cosine()
     plain = FrozenLM(copy.deepcopy(model), PLAIN)
@@ -128,7 +100,7 @@ def test_a_module_with_another_formula_keeps_its_forward() -> None:
 
 
 def test_a_copy_of_a_model_runs_on_its_own_weights() -> None:
-    lm = FrozenLM(random_model(CONFIGS["llama"], "eager"), Execution(checkpointing="full"))
+    lm = FrozenLM(random_model("llama"), Execution(checkpointing="full"))
     twin = copy.deepcopy(lm)
     embeds, cu_seqlens = packed_inputs(LENGTHS)
     before = lm(embeds, cu_seqlens)
@@ -140,7 +112,7 @@ def test_a_copy_of_a_model_runs_on_its_own_weights() -> None:
 
 
 def test_another_execution_takes_the_place_of_the_first() -> None:
-    model = random_model(CONFIGS["llama"], "eager")
+    model = random_model("llama")
     first = FrozenLM(model, Execution(checkpointing="full"))
     embeds, cu_seqlens = packed_inputs(LENGTHS)
     expected = first(embeds, cu_seqlens)
@@ -150,32 +122,13 @@ def test_another_execution_takes_the_place_of_the_first() -> None:
     torch.testing.assert_close(second(embeds, cu_seqlens), expected, rtol=1e-5, atol=1e-5)
 
 
-def saved_bytes(lm: FrozenLM, embeds: Tensor, cu_seqlens: Tensor) -> int:
-    """Distinct bytes that autograd keeps beside the weights."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*lm.parameters(), *lm.buffers()]}
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        address = tensor.untyped_storage().data_ptr()
-        if address not in own:
-            kept[address] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        lm(embeds, cu_seqlens)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-
-
-def bytes_per_token_and_layer(config: Any, execution: Execution) -> float:
+def bytes_per_token_and_layer(name: str, execution: Execution) -> float:
     """From models of 2 and 4 layers, in bfloat16."""
     lengths = [32] * 4
-    embeds, cu_seqlens = packed_inputs(lengths, config.hidden_size)
+    embeds, cu_seqlens = packed_inputs(lengths)
     totals = []
     for num_layers in (2, 4):
-        config = copy.deepcopy(config)
-        config.num_hidden_layers = num_layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = ["full_attention"] * num_layers
+        config = AutoConfig.for_model(name, **FAMILIES[name] | {"num_hidden_layers": num_layers})
         lm = FrozenLM(AutoModel.from_config(config, dtype=torch.bfloat16), execution)
         totals.append(saved_bytes(lm, embeds.bfloat16().requires_grad_(), cu_seqlens))
     return (totals[1] - totals[0]) / 2 / sum(lengths)
@@ -183,19 +136,16 @@ def bytes_per_token_and_layer(config: Any, execution: Execution) -> float:
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_bytes_kept_for_backward_are_those_of_the_arithmetic(name: str) -> None:
-    config = CONFIGS[name]
-    width, inner, heads, groups = 32, 48, 4, 2
-    size = 16 if name == "qwen3" else 8
+    width, inner, heads, groups, size = 32, 48, 4, 2, 8
     norms = 2 * (2 * width + 4)
     attention = 2 * (2 * heads + 2 * groups) * size + 4 * heads  # query, output, key, value; one float32 a head
     if name == "qwen3":
         attention += (heads + groups) * (2 * size + 4)  # queries and keys before their norms
     gated = 2 * 2 * inner
-    measured = {
-        mode: bytes_per_token_and_layer(config, Execution(checkpointing=mode)) for mode in ("none", "mlp", "full")
-    }
+    modes = ("none", "mlp", "full")
+    measured = {mode: bytes_per_token_and_layer(name, Execution(checkpointing=mode)) for mode in modes}
     assert measured == {"none": norms + attention + gated, "mlp": norms + attention, "full": 2 * width}
-    assert bytes_per_token_and_layer(config, PLAIN) > 1.3 * measured["none"]
+    assert bytes_per_token_and_layer(name, PLAIN) > 1.3 * measured["none"]
 
 
 @pytest.mark.parametrize(
@@ -213,12 +163,12 @@ def test_settings_that_make_no_sense_are_refused(setting: dict[str, Any], messag
 
 def test_mlp_checkpointing_is_refused_where_there_is_no_gated_mlp() -> None:
     with pytest.raises(ValueError, match='checkpointing "mlp" needs gated MLPs, and BertModel has none that is known'):
-        FrozenLM(random_model(CONFIGS["bert"], "eager"), Execution(checkpointing="mlp"))
+        FrozenLM(random_model("bert"), Execution(checkpointing="mlp"))
 
 
 def test_layers_that_are_not_marked_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("laser_fast.lm.execution.execution.frozen_layers", lambda model: [])
-    model: PreTrainedModel = random_model(CONFIGS["llama"], "eager")
+    model: PreTrainedModel = random_model("llama")
     with pytest.raises(
         ValueError, match="checkpointing must be none or mlp for LlamaModel, whose layers .* got 'full'"
     ):

@@ -17,7 +17,8 @@ from laser_fast.lm.execution.frozen_norm import frozen_rms_norm
 from laser_fast.ops import gated_product, rms_norm
 from laser_fast.ops.rms_norm import NormKind
 
-from .test_execution import PLAIN, assert_same, hidden_and_gradients
+from ..packed import assert_all_close
+from .test_execution import PLAIN, hidden_and_gradients
 
 TOKENS, WIDTH, INNER = 5, 16, 40
 KIND = NormKind(0.0, True, 1e-6)
@@ -48,9 +49,10 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_model_on_the_kernels_gives_the_numbers_of_the_plain_one(
     name: str, checkpointing: str, served: list[str]
 ) -> None:
-    expected = hidden_and_gradients(name, PLAIN)
+    lengths = [3, 1, 5]  # the interpreter takes its time
+    expected = hidden_and_gradients(name, PLAIN, lengths)
     assert not served
-    assert_same(hidden_and_gradients(name, Execution(checkpointing=checkpointing)), expected, 2e-5)
+    assert_all_close(hidden_and_gradients(name, Execution(checkpointing=checkpointing), lengths), expected, 2e-5)
     assert set(served) == {"norm", "product"}
 
 

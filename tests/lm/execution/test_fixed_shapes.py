@@ -1,94 +1,52 @@
 """Batches filled up to few shapes: the same results, few shapes, and recordings that are bounded and never outdated."""
 
-import copy
-
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModel, BertConfig, Gemma2Config, GptOssConfig, LlamaConfig
 
 from laser_fast.lm.execution.cuda_graphs import Recorder, Run
 from laser_fast.lm.execution.execution import Execution
 from laser_fast.lm.execution.fixed_shapes import FixedShape, FixedShapes, filled_offsets, fixed_shape
 from laser_fast.lm.frozen_lm import FrozenLM
-from laser_fast.lm.key_value_prefix import KeyValuePrefix
 
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 61}
-SIZES |= {"max_position_embeddings": 96}
-CONFIGS = {
-    "llama": LlamaConfig(**SIZES, num_key_value_heads=2),
-    "bert": BertConfig(**SIZES),
-    "gemma2": Gemma2Config(
-        **SIZES,
-        num_key_value_heads=2,
-        head_dim=8,
-        attn_logit_softcapping=2.0,
-        sliding_window=5,
-        query_pre_attn_scalar=3,
-    ),
-    "gpt-oss": GptOssConfig(
-        **SIZES, num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=5
-    ),
-}
+from ..families import random_model
+from ..packed import assert_close, packed_inputs, random_prefix
+
 BATCHES = [[20], [7, 1, 23, 18, 40], [64, 64], [3] * 17]
 
 
 def build(name: str, execution: Execution | None = None) -> FrozenLM:
-    torch.manual_seed(0)
-    model = AutoModel.from_config(copy.deepcopy(CONFIGS[name]))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(5.0 if parameter.dim() > 1 else 1.0)  # so that attention matters
-    return FrozenLM(model, execution)
-
-
-def batch(lengths: list[int], seed: int = 0) -> tuple[Tensor, Tensor]:
-    embeds = torch.randn(sum(lengths), 32, generator=torch.Generator().manual_seed(seed))
-    return embeds, torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-
-
-def a_prefix(lm: FrozenLM, size: int, *, slots: Tensor | None = None) -> KeyValuePrefix:
-    generator = torch.Generator().manual_seed(9)
-    shapes = [(size, 5, layer.num_heads, layer.head_size) for layer in lm.layers]
-    keys, values = ([torch.randn(shape, generator=generator) for shape in shapes] for _ in range(2))
-    return KeyValuePrefix(tuple(keys), tuple(values), slots)
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    assert actual.shape == expected.shape
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    return FrozenLM(random_model(name, max_position_embeddings=96), execution)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("last_only", [False, True], ids=["all", "last"])
 @pytest.mark.parametrize("prefix", ["none", "shared", "own", "pool"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["llama", "bert", "gemma2", "gpt_oss"])
 def test_filled_batches_give_what_the_batches_alone_give(name: str, prefix: str, last_only: bool) -> None:
     lm = build(name)
     recorded = FixedShapes(lm, Recorder())
     for lengths in (*BATCHES, *BATCHES):  # the second time from recordings that hold other batches
-        embeds, cu_seqlens = batch(lengths, seed=recorded.num_captures)
+        embeds, cu_seqlens = packed_inputs(lengths, seed=recorded.num_captures)
         size = len(lengths)
         slots = torch.randint(0, 3, (size,), dtype=torch.int32, generator=torch.Generator().manual_seed(size))
-        injected = {
-            "none": lambda: None,
-            "shared": lambda: a_prefix(lm, 1),
-            "own": lambda size=size: a_prefix(lm, size),
-            "pool": lambda slots=slots: a_prefix(lm, 3, slots=slots),
-        }[prefix]()
+        sizes = {"shared": 1, "own": size, "pool": 3}
+        injected = None
+        if prefix != "none":
+            injected = random_prefix(lm, sizes[prefix], slots=slots if prefix == "pool" else None)[0]
         expected = lm(embeds, cu_seqlens, injected, last_only=last_only)
         actual = recorded(embeds, cu_seqlens, injected, last_only=last_only)
         assert actual is not None
-        close(actual, expected)
+        assert_close(actual, expected)
 
 
 @torch.no_grad()
 def test_with_the_whole_last_layer() -> None:
     lm = build("llama", Execution(last_layer="all", fused=False))
-    embeds, cu_seqlens = batch([7, 12])
+    embeds, cu_seqlens = packed_inputs([7, 12])
     actual = FixedShapes(lm, Recorder())(embeds, cu_seqlens, None, last_only=True)
     assert actual is not None
-    close(actual, lm(embeds, cu_seqlens, last_only=True))
+    assert_close(actual, lm(embeds, cu_seqlens, last_only=True))
 
 
 @torch.no_grad()
@@ -103,20 +61,20 @@ def test_one_recording_serves_every_batch_of_its_shape_and_of_either_kind_of_ten
     lm.fixed_shapes = FixedShapes(lm, SameOutput())
     kept: list[tuple[Tensor, Tensor]] = []
     for seed, lengths in enumerate([[20, 31, 9], [33, 5, 18, 2], [28, 30, 3]]):
-        embeds, cu_seqlens = batch(lengths, seed)
+        embeds, cu_seqlens = packed_inputs(lengths, seed=seed)
         with torch.inference_mode() if seed == 0 else torch.no_grad():
             actual = lm(embeds + 0, cu_seqlens, last_only=True)
         with torch.enable_grad():  # the plain path
             kept.append((actual, lm(embeds, cu_seqlens, last_only=True)))
     assert lm.fixed_shapes.num_captures == 1
     for actual, expected in kept:  # later calls wrote into the same tensors
-        close(actual, expected)
+        assert_close(actual, expected)
 
 
 def test_calls_with_gradient_are_never_recorded() -> None:
     lm = build("llama")
     lm.fixed_shapes = FixedShapes(lm, Recorder())
-    embeds, cu_seqlens = batch([9, 4])
+    embeds, cu_seqlens = packed_inputs([9, 4])
     lm(embeds.requires_grad_(), cu_seqlens).sum().backward()
     assert embeds.grad is not None and not len(lm.fixed_shapes)
     with torch.no_grad():
@@ -129,7 +87,7 @@ def test_calls_with_gradient_are_never_recorded() -> None:
 def test_a_changed_weight_drops_all_recordings(change: str) -> None:
     lm = build("llama")
     recorded = FixedShapes(lm, Recorder())
-    embeds, cu_seqlens = batch([9, 4])
+    embeds, cu_seqlens = packed_inputs([9, 4])
     recorded(embeds, cu_seqlens, None, last_only=False)
     linear = lm.model.layers[1].mlp.down_proj
     if change == "in place":
@@ -140,18 +98,18 @@ def test_a_changed_weight_drops_all_recordings(change: str) -> None:
         linear.weight = torch.nn.Parameter(linear.weight * 2.0, requires_grad=False)
     actual = recorded(embeds, cu_seqlens, None, last_only=False)
     assert actual is not None and recorded.num_captures == 2 and len(recorded) == 1
-    close(actual, lm(embeds, cu_seqlens))
+    assert_close(actual, lm(embeds, cu_seqlens))
 
 
 @torch.no_grad()
 def test_the_recording_unused_for_longest_is_dropped() -> None:
     recorded = FixedShapes(build("bert"), Recorder(), capacity=2)
     for lengths in ([10], [90], [10], [10, 10]):  # the last takes the place of the second
-        recorded(*batch(lengths), None, last_only=False)
+        recorded(*packed_inputs(lengths), None, last_only=False)
     assert len(recorded) == 2 and recorded.num_captures == 3
-    recorded(*batch([10]), None, last_only=False)
+    recorded(*packed_inputs([10]), None, last_only=False)
     assert recorded.num_captures == 3
-    recorded(*batch([90]), None, last_only=False)
+    recorded(*packed_inputs([90]), None, last_only=False)
     assert recorded.num_captures == 4
 
 
@@ -159,21 +117,21 @@ def test_the_recording_unused_for_longest_is_dropped() -> None:
 def test_what_is_too_large_or_empty_is_left_to_the_plain_path() -> None:
     lm = build("bert")
     recorded = FixedShapes(lm, Recorder(), max_tokens=100)
-    assert recorded(*batch([50, 51]), None, last_only=False) is None
-    assert recorded(*batch([50, 49]), None, last_only=False) is None  # fills up to 112
+    assert recorded(*packed_inputs([50, 51]), None, last_only=False) is None
+    assert recorded(*packed_inputs([50, 49]), None, last_only=False) is None  # fills up to 112
     assert recorded(torch.zeros(0, 32), torch.zeros(3, dtype=torch.int32), None, last_only=False) is None
     assert recorded(torch.zeros(0, 32), torch.zeros(1, dtype=torch.int32), None, last_only=False) is None
     with pytest.raises(ValueError, match="at most 96 tokens with its prefix and suffix, got 97"):
-        recorded(*batch([92]), a_prefix(lm, 1), last_only=False)
-    assert recorded(*batch([91]), a_prefix(lm, 1), last_only=False) is not None
+        recorded(*packed_inputs([92]), random_prefix(lm, 1)[0], last_only=False)
+    assert recorded(*packed_inputs([91]), random_prefix(lm, 1)[0], last_only=False) is not None
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("offsets", [[0, 20, 60], [0, 20], [1, 20, 51], [0, 60, 51]], ids=str)
 def test_offsets_and_slots_that_point_outside_are_refused_on_both_paths(offsets: list[int]) -> None:
     lm = build("llama")
-    embeds, cu_seqlens = batch([20, 31])
-    pool = a_prefix(lm, 3, slots=torch.tensor([0, 3], dtype=torch.int32))
+    embeds, cu_seqlens = packed_inputs([20, 31])
+    pool = random_prefix(lm, 3, slots=torch.tensor([0, 3], dtype=torch.int32))[0]
     for run in (lm, FixedShapes(lm, Recorder())):
         with pytest.raises(ValueError, match="cu_seqlens must"):
             run(embeds, torch.tensor(offsets, dtype=torch.int32), None, last_only=True)
@@ -185,11 +143,11 @@ def test_offsets_and_slots_that_point_outside_are_refused_on_both_paths(offsets:
 def test_prepared_shapes_are_captured_before_they_are_needed() -> None:
     lm = build("llama")
     recorded = FixedShapes(lm, Recorder())
-    prefix = a_prefix(lm, 1)
-    recorded.prepare([(1, n) for n in range(1, 200)], lambda: recorded(*batch([4]), prefix, last_only=True))
+    prefix = random_prefix(lm, 1)[0]
+    recorded.prepare([(1, n) for n in range(1, 200)], lambda: recorded(*packed_inputs([4]), prefix, last_only=True))
     before = recorded.num_captures
     for tokens in range(1, 92):
-        assert recorded(*batch([tokens]), prefix, last_only=True) is not None
+        assert recorded(*packed_inputs([tokens]), prefix, last_only=True) is not None
     assert recorded.num_captures == before == len(recorded) <= 6
 
 
@@ -197,7 +155,7 @@ def test_prepared_shapes_are_captured_before_they_are_needed() -> None:
 def test_more_shapes_than_are_kept_are_refused() -> None:
     recorded = FixedShapes(build("llama"), Recorder(), capacity=2)
     with pytest.raises(ValueError, match="shapes must be at most capacity = 2, got 3"):
-        recorded.prepare([(n, 8) for n in (1, 2, 4)], lambda: recorded(*batch([4]), None, last_only=True))
+        recorded.prepare([(n, 8) for n in (1, 2, 4)], lambda: recorded(*packed_inputs([4]), None, last_only=True))
 
 
 def test_numbers_below_one_are_refused() -> None:
@@ -245,7 +203,7 @@ def test_graphs_give_what_the_plain_path_gives_in_memory_that_does_not_grow(name
 
     def compare(seed: int) -> None:
         lengths = torch.randint(1, 90, (int(torch.randint(1, 9, (), generator=generator)),), generator=generator)
-        embeds, cu_seqlens = (tensor.cuda() for tensor in batch(lengths.tolist(), seed))
+        embeds, cu_seqlens = (tensor.cuda() for tensor in packed_inputs(lengths.tolist(), seed=seed))
         with torch.inference_mode():
             actual, expected = (model(embeds, cu_seqlens, last_only=True).float() for model in (lm, plain))
         torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max()))
@@ -265,7 +223,7 @@ def test_graphs_give_what_the_plain_path_gives_in_memory_that_does_not_grow(name
 def test_a_graph_is_dropped_with_its_weights() -> None:
     lm = build("llama").to("cuda", torch.bfloat16)
     lm.fixed_shapes = FixedShapes(lm)
-    embeds, cu_seqlens = (tensor.cuda() for tensor in batch([9, 4]))
+    embeds, cu_seqlens = (tensor.cuda() for tensor in packed_inputs([9, 4]))
     before = lm(embeds, cu_seqlens)
     for parameter in lm.model.layers[1].mlp.parameters():
         parameter.data = parameter.data * 2.0

@@ -6,49 +6,25 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, LlamaConfig
 
 from laser_fast.lm.execution import frozen_linear
 from laser_fast.lm.execution.execution import Execution
 from laser_fast.lm.execution.frozen_linear import UnpackedWeights, is_frozen_linear, is_packed, packed_linear
 from laser_fast.lm.frozen_lm import FrozenLM
-from laser_fast.ops import cu_seqlens_from_lengths
+
+from ..families import random_model
+from ..packed import pack_linears, packed_inputs
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes (pip install laser-fast[4bit])"
 )
-LENGTHS = torch.tensor([5, 9, 2])
 LAYERS = 3
 PER_LAYER = 7  # q, k, v, o, gate, up, down
 TWICE = 2 * LAYERS * PER_LAYER
 
 
-def pack(linear: nn.Linear) -> nn.Module:
-    """The same layer in NF4 with double quantisation."""
-    import bitsandbytes
-
-    packed = bitsandbytes.nn.Linear4bit(
-        linear.in_features,
-        linear.out_features,
-        bias=linear.bias is not None,
-        compute_dtype=torch.float32,
-        quant_type="nf4",
-    )
-    packed.load_state_dict(linear.state_dict())
-    return packed.requires_grad_(False).to("cpu")
-
-
 def packed_llama(execution: Execution) -> FrozenLM:
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-    torch.manual_seed(0)
-    model = AutoModel.from_config(LlamaConfig(vocab_size=61, num_hidden_layers=LAYERS, **sizes))
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear:
-                with torch.no_grad():
-                    child.weight.mul_(5.0)
-                setattr(module, name, pack(child))
-    return FrozenLM(model, execution)
+    return FrozenLM(pack_linears(random_model("llama", num_hidden_layers=LAYERS)), execution)
 
 
 def dequantised(module: Any) -> Tensor:
@@ -58,8 +34,8 @@ def dequantised(module: Any) -> Tensor:
 
 
 def gradient(lm: FrozenLM) -> Tensor:
-    embeds = torch.randn(int(LENGTHS.sum()), 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    hidden = lm(embeds, cu_seqlens_from_lengths(LENGTHS))
+    embeds, cu_seqlens = packed_inputs([5, 9, 2])
+    hidden = lm(embeds.requires_grad_(), cu_seqlens)
     probe = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))
     (grad,) = torch.autograd.grad((hidden * probe).sum(), embeds)
     return grad
@@ -69,7 +45,7 @@ def gradient(lm: FrozenLM) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_product_and_gradient_are_those_of_the_dequantised_weight(bias: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    module: Any = pack(nn.Linear(64, 96, bias=bias))
+    module: Any = pack_linears(nn.Sequential(nn.Linear(64, 96, bias=bias)))[0]  # type: ignore[index]
     assert is_packed(module) and is_frozen_linear(module)
     x = torch.randn(3, 5, 64).to(dtype).requires_grad_()
     y = packed_linear(module, UnpackedWeights(), x)
@@ -93,7 +69,7 @@ def test_the_weights_are_never_repacked_by_a_call_without_gradient() -> None:
         if is_packed(module):
             module.support_avx512bf16_for_cpu = True
     with torch.no_grad():
-        lm(torch.randn(4, 64), torch.tensor([0, 4], dtype=torch.int32))
+        lm(*packed_inputs([4]))
     assert float(gradient(lm).abs().max()) > 0
     assert all(torch.equal(lm.get_submodule(name).weight.data, weight) for name, weight in before.items())
 

@@ -9,18 +9,12 @@ from torch import nn
 from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
 
 from laser_fast.nn.mformer import MFormer
-from laser_fast.nn.qformer import QFormer, QFormerLayer
+from laser_fast.nn.qformer import QFormer
 from laser_fast.nn.stage1.bert_weights import initialize_qformer, initialize_text_branch, load_bert
 from laser_fast.nn.stage1.text_branch import TextBranch
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 30,
-    "hidden_size": 16,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 12,
-}
+SIZES: dict[str, Any] = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 3}
+SIZES |= {"num_attention_heads": 2, "max_position_embeddings": 12}
 
 
 def save_bert(folder: Path, **changes: Any) -> BertModel:
@@ -69,8 +63,7 @@ def test_queries_begin_with_berts_layers_and_cross_attention_stays(tmp_path: Pat
     assert all("cross_attention" in name or not name.startswith("qformer.") for name in kept)
     assert not any("cross_attention" in name or not name.startswith("qformer.") for name in changed)
     # queries that read nothing are a text whose embeddings they are
-    layer = mformer.qformer.layers[0]
-    assert isinstance(layer, QFormerLayer)
+    layer = mformer.qformer.blocks[0]
     queries = torch.randn(1, 3, 16)
     with torch.no_grad():
         hidden = layer.feed_forward(layer.self_attention(queries))

@@ -29,6 +29,7 @@ def test_equal_sequences_are_found() -> None:
     for one, other in [(0, 2), (1, 6)]:
         expected[one, other] = expected[other, one] = True
     assert torch.equal(same_rows(values, bounds), expected)
+    assert same_rows(values[:0], bounds[:1]).shape == (0, 0)
 
 
 def test_each_user_and_each_text_gets_one_negative() -> None:
