@@ -21,7 +21,7 @@ import json, os, sys, threading, time
 import torch
 from tqdm import tqdm
 from laser_fast.cli import main
-from laser_fast.training.resume import StateFolder
+from laser_fast.runs.resume import StateFolder
 tqdm.set_lock(threading.RLock())  # its own is shared by all forks: one that is killed holding it stops the others
 torch.set_num_threads(1)  # no pool of threads that a fork would lose
 StateFolder.clear = lambda self: None  # they are compared

@@ -14,9 +14,9 @@ from laser_fast.config import LaserConfig, build_config
 from laser_fast.data import PackedSequences
 from laser_fast.files.sealed import seal
 from laser_fast.runs.checkpoint import load_laser
-from laser_fast.training import train as laser
+from laser_fast.training import stage2
 from laser_fast.training.loop import EarlyStopping, warmup_cosine
-from laser_fast.training.row_sampler import RowSampler
+from laser_fast.training.rows import RowSampler
 from laser_fast.training.train import train_laser
 
 LEARNING = {"pretrain": {"epochs": 0}, "optimizer": {"learning_rate": 0.03}}  # enough to learn the walk in seconds
@@ -113,14 +113,14 @@ def test_parts_of_the_calibrated_score_can_be_left_out(
     training = {"pretrain": {"epochs": 0}, "phase_a": {"epochs": 0}, "phase_b": {"epochs": 0}}
     config = config_of(tiny_settings, training=training, evaluation={left_out: False})
     fitted: list[Mapping[str, float]] = []
-    search = laser.search_calibration
+    search = stage2.search_calibration
 
     def watched(*arguments: Any, **options: Any) -> Any:
         found = search(*arguments, **options)
         fitted.append(found[0].calibration.weights)
         return found
 
-    monkeypatch.setattr(laser, "search_calibration", watched)
+    monkeypatch.setattr(stage2, "search_calibration", watched)
     model, inputs = train_laser(config, progress=False)
     assert model.calibration is not None and set(fitted[0]) == {"laser", "recommender", "rules", "neighbors"} - {name}
     unused = {part for part in ("rules", "neighbors") if part in fitted[0] and not fitted[0][part]}

@@ -23,7 +23,7 @@ from laser_fast.recommenders.recommender_files import load_recommender
 from laser_fast.runs.checkpoint import fingerprint
 from laser_fast.training.loop import StageTrainer
 from laser_fast.training.recommender.train_recommender import train_recommender
-from laser_fast.training.row_folds import laser_rows
+from laser_fast.training.rows import laser_rows
 from laser_fast.training.train import train_laser
 
 Same = Callable[[Path, Path], None]
