@@ -18,8 +18,7 @@ from laser_fast.recommenders.cross_fitted import CrossFitted, FoldItems
 from laser_fast.recommenders.packed_recommender import PackedRecommender
 from laser_fast.recommenders.recommender_files import load_recommender
 from laser_fast.training.recommender.fit import Windows, build_recommender
-from laser_fast.training.recommender.fold_models import _rotation, train_folds
-from laser_fast.training.recommender.train_recommender import train_recommender
+from laser_fast.training.recommender.train_recommender import _rotation, train_folds, train_recommender
 
 _NUM_ITEMS = 12
 _CONFIG = RecommenderConfig(
