@@ -153,7 +153,7 @@ class Stage:
         def after_step() -> None:
             every = session.config.training.save_steps
             if sums.steps < self.num_batches and (
-                session.interruption.requested or bool(every and self.trainer.step % every == 0)
+                session.interruption.requested or (every and self.trainer.step % every == 0)
             ):
                 self._keep(epoch, sums)
 

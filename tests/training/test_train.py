@@ -15,7 +15,8 @@ from laser_fast.data import PackedSequences
 from laser_fast.files.sealed import seal
 from laser_fast.runs.checkpoint import load_laser
 from laser_fast.training import stage2
-from laser_fast.training.loop import EarlyStopping, warmup_cosine
+from laser_fast.training.loop import EarlyStopping
+from laser_fast.training.optimizer import warmup_cosine
 from laser_fast.training.rows import RowSampler
 from laser_fast.training.train import train_laser
 

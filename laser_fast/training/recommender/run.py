@@ -73,7 +73,7 @@ class _KeptRun(RecommenderRun):
             self._go_on()
 
     def _go_on(self) -> None:
-        """Find the state to go on from and put back the log that belongs to it; of a finished run nothing is touched."""
+        """Find the state to go on from and put back its log; a finished run stays as it is."""
         if self.checkpoint is not None:
             refuse_another_beginning(
                 "train_recommender", read_facts(self.checkpoint).get("began", {}), self.fingerprint
@@ -98,7 +98,7 @@ class _KeptRun(RecommenderRun):
             "log_bytes": len(self.directory.read_log()),
             "fingerprint": self.fingerprint,
         }
-        random = State(RandomState.now(fitting.device).of_torch().tensors)  # nothing else is drawn from
+        random = State(RandomState.now(fitting.device, python=False).tensors)  # nothing else is drawn from
         self.states.save(State.join(position=State(values=position), fitting=fitting.state(), random=random, **parts))
         self.interruption.check()
 
