@@ -30,7 +30,7 @@ from laser_fast.runs.run_directory import RunDirectory
 from laser_fast.training.interruption import Interrupted, Interruption
 from laser_fast.training.loop import EarlyStopping, EpochSums, LossFunction, StageTrainer
 from laser_fast.training.random_state import RandomState
-from laser_fast.training.rows import RowSampler
+from laser_fast.training.training_rows import RowSampler
 
 
 @dataclass

@@ -21,7 +21,7 @@ from laser_fast.models.text_recommender import TextRecommender
 from laser_fast.nn.text_residual import TextResidual
 from laser_fast.training.epochs import Session, Stage
 from laser_fast.training.loop import EarlyStopping, LossFunction, StageTrainer
-from laser_fast.training.rows import RowSampler
+from laser_fast.training.training_rows import RowSampler
 
 LINE_STAGE = StageConfig(epochs=10, rows_per_epoch=16384, batch_size=256)
 LINE_OPTIMIZER = OptimizerConfig(learning_rate=2e-3)

@@ -32,10 +32,10 @@ from laser_fast.runs.run_directory import RunDirectory
 from laser_fast.runs.tensorboard_log import TensorBoardLog, require_tensorboard
 from laser_fast.training.epochs import Session
 from laser_fast.training.interruption import Interruption
-from laser_fast.training.rows import laser_rows
 from laser_fast.training.stage1 import pretrain
 from laser_fast.training.stage2 import train_phase_a, train_phase_b
 from laser_fast.training.text_stage import initialize_text, train_text
+from laser_fast.training.training_rows import laser_rows
 
 _STAGES = {"text": train_text, "pretrain": pretrain, "phase_a": train_phase_a, "phase_b": train_phase_b}
 

@@ -25,8 +25,8 @@ from laser_fast.runs.resume import StateFolder
 from laser_fast.runs.run_directory import RunDirectory
 from laser_fast.training.interruption import Interrupted
 from laser_fast.training.loop import StageTrainer
-from laser_fast.training.rows import RowSampler
 from laser_fast.training.train import train_laser
+from laser_fast.training.training_rows import RowSampler
 
 Same = Callable[[Path, Path], None]
 KNOWN = ("split", "item map", "recommender")

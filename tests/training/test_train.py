@@ -17,8 +17,8 @@ from laser_fast.runs.checkpoint import load_laser
 from laser_fast.training import stage2
 from laser_fast.training.loop import EarlyStopping
 from laser_fast.training.optimizer import warmup_cosine
-from laser_fast.training.rows import RowSampler
 from laser_fast.training.train import train_laser
+from laser_fast.training.training_rows import RowSampler
 
 LEARNING = {"pretrain": {"epochs": 0}, "optimizer": {"learning_rate": 0.03}}  # enough to learn the walk in seconds
 
