@@ -52,10 +52,9 @@ class Workload:
     measured: bool = False  # from data, not from upper bounds in the configuration
 
     @staticmethod
-    def assumed(config: LaserConfig, num_items: int = 100_000) -> "Workload":
-        """The longest that the configuration allows, for when there is no data yet."""
-        prompt = config.prompt
-        return Workload(num_items, prompt.max_tokens, prompt.max_item_tokens, config.mformer.max_history)
+    def assumed(config: LaserConfig) -> "Workload":
+        """100,000 items and the longest texts that the configuration allows, for when there is no data yet."""
+        return Workload(100_000, config.prompt.max_tokens, config.prompt.max_item_tokens, config.mformer.max_history)
 
 
 @dataclass(frozen=True)

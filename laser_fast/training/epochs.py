@@ -53,7 +53,7 @@ class Session:
     states: StateFolder
     fingerprint: dict[str, str]
     progress: bool
-    plan: Plan | None
+    plan: Plan
     resumed: State | None = None
     best: float = -1.0
 

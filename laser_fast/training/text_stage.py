@@ -107,7 +107,6 @@ def fit_text_line(
     temperature: float = 0.05,
     stage: StageConfig = LINE_STAGE,
     seed: int = 0,
-    progress: bool = False,
 ) -> TextRecommender:
     """Train recency weights and one linear head on frozen text vectors, as Laser's text stage does.
 
@@ -135,7 +134,7 @@ def fit_text_line(
         trained = _Trained(text, nn.Parameter(torch.zeros(()))).to(device)
         text.set_vectors(vectors)
         if len(rows):
-            _fit_line(trained, split, rows, counts, (temperature, stage, seed, progress))
+            _fit_line(trained, split, rows, counts, (temperature, stage, seed))
     return TextRecommender(text.eval(), temperature)
 
 
@@ -144,10 +143,10 @@ def _fit_line(
     split: Split,
     rows: TrainingRows,
     counts: Tensor,
-    how: tuple[float, StageConfig, int, bool],
+    how: tuple[float, StageConfig, int],
 ) -> None:
     """Train in place and leave the weights of the best epoch."""
-    (temperature, stage, seed, progress), text = how, trained.text
+    (temperature, stage, seed), text = how, trained.text
     weight = trained.popularity_weight
     assert weight is not None
     popularity = weight, torch.log1p(counts.float()).to(weight.device)
@@ -159,7 +158,7 @@ def _fit_line(
     stopping, best = EarlyStopping(stage.patience), _BestWeights(trained)
     for epoch in range(stage.epochs):
         batches = (_batch(rows.select(chosen)) for chosen in sampler.batches(epoch, size))
-        trainer.run_epoch(batches, num_batches, loss, title=f"cached text, epoch {epoch + 1}", progress=progress)
+        trainer.run_epoch(batches, num_batches, loss, title="cached text", progress=False)
         if stopping.improved(_quality(text, temperature, split.valid), epoch):
             best.keep()
         if stopping.stop:

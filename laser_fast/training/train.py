@@ -23,7 +23,7 @@ from laser_fast.laser.build import Inputs, build_laser, load_inputs, load_langua
 from laser_fast.laser.model import LaserModel
 from laser_fast.models.token_budget import Shortage, TokenBudget
 from laser_fast.nn.stage1.bert_weights import initialize_qformer, load_bert
-from laser_fast.planning.memory import Plan, explain_shortage
+from laser_fast.planning.memory import explain_shortage
 from laser_fast.planning.plan_table import one_line
 from laser_fast.processes import ALONE, Processes, launched_first, launched_size
 from laser_fast.runs.checkpoint import fingerprint, restore
@@ -40,9 +40,7 @@ from laser_fast.training.training_rows import laser_rows
 _STAGES = {"text": train_text, "pretrain": pretrain, "phase_a": train_phase_a, "phase_b": train_phase_b}
 
 
-def train_laser(
-    config: LaserConfig, *, resume: bool = False, progress: bool = True, plan: Plan | None = None
-) -> tuple[LaserModel, Inputs]:
+def train_laser(config: LaserConfig, *, resume: bool = False, progress: bool = True) -> tuple[LaserModel, Inputs]:
     """Train by the configuration and leave the best model in `config.output`.
 
     Started by torchrun or `accelerate launch`, the processes train together as one would; each must call this.
@@ -50,7 +48,6 @@ def train_laser(
     Args:
         resume: go on with the run in `config.output` from its last whole state; a finished one is only loaded.
         progress: show bars and a line for every epoch.
-        plan: says what the memory plan expected; asked when memory runs out. None = `plan_table.one_line`.
 
     Returns:
         The best model, in evaluation mode with its item matrix, and the data it was built on; in every process.
@@ -94,7 +91,7 @@ def train_laser(
                 states,
                 fingerprint(inputs),
                 progress,
-                plan or partial(one_line, config, on_gpu=accelerator.device.type == "cuda"),
+                partial(one_line, config, on_gpu=accelerator.device.type == "cuda"),
             )
             _train(session, resume)
     return restore(model.eval(), inputs, directory.checkpoint), inputs

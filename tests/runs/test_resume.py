@@ -131,17 +131,6 @@ def test_the_text_stage_goes_on_with_its_best_weights(
         assert_same_run(tmp_path / f"run{at}", tmp_path / "whole")
 
 
-def test_a_run_may_be_killed_again_and_again(
-    settings: dict[str, Any], assert_same_run: Same, whole: Path, tmp_path: Path
-) -> None:
-    config = config_of(settings, tmp_path / "run", save_steps=1)
-    kill(config, 4)
-    for at in (2, 3, 4):
-        kill(config, at, resume=True)
-    train_laser(config, resume=True, progress=False)
-    assert_same_run(tmp_path / "run", whole)
-
-
 def test_a_halved_budget_stays_halved(settings: dict[str, Any], assert_same_run: Same, tmp_path: Path) -> None:
     backward, calls = StageTrainer._backward, []
 
