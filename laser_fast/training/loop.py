@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +28,8 @@ _SHOW_EVERY = 10  # steps; reading the loss waits for the device
 
 LossFunction = Callable[[PackedBatch], dict[str, Tensor]]
 """Gives at least "loss"; the other entries are averaged and logged."""
+
+_Check = tuple[str, Tensor, np.ndarray]  # what has to be finite, and the rows of the batch it is of
 
 NameRows = Callable[[int, np.ndarray], str]
 """Names rows of the batch of a step (counted within the epoch), for a message."""
@@ -229,15 +230,16 @@ class StageTrainer:
         self, batch: PackedBatch, loss_function: LossFunction, name_rows: Callable[[np.ndarray], str]
     ) -> tuple[dict[str, Tensor], int]:
         """One step of the optimizer; means over the rows of the batch, and the number of micro-batches."""
-        while (done := self._add_gradients(batch, loss_function, name_rows)) is None:
+        while (done := self._add_gradients(batch, loss_function)) is None:
             release_memory()  # the budget is smaller now, and the tensors of the attempt are gone
+        values, checks = done
+        num_parts = len(checks)
         self.processes.sum_gradients([p for group in self.optimizer.param_groups for p in group["params"]])
         try:
             norm = self.accelerator.clip_grad_norm_(self.modules.parameters(), self.config.max_grad_norm)
-            checks = list(done.losses)
             if self.accelerator.scaler is None:  # which skips such a step and lowers its scale
-                checks.append(_Check("gradient", norm, partial(name_rows, np.arange(len(batch)))))
-            self._check_finite(checks)
+                checks.append(("gradient", norm, np.arange(len(batch))))
+            self._check_finite(checks, name_rows)
             self.optimizer.step()
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -248,23 +250,22 @@ class StageTrainer:
         self.scheduler.step()
         self.optimizer.zero_grad()
         self.step += 1
-        return self.processes.sum_values(done.values), len(done.losses)
+        return self.processes.sum_values(values), num_parts
 
     def _add_gradients(
-        self, batch: PackedBatch, loss_function: LossFunction, name_rows: Callable[[np.ndarray], str]
-    ) -> "_Done | None":
-        """Gradients of this process's share of a batch; None when memory ran out and all is as it was before."""
+        self, batch: PackedBatch, loss_function: LossFunction
+    ) -> tuple[dict[str, Tensor], list[_Check]] | None:
+        """Gradients of this process's share of a batch: its part of the means over rows, the loss of each micro-batch.
+
+        None when memory ran out and all is as it was before.
+        """
         before = RandomState.now(self.accelerator.device) if self.budget.halve else None
-        done = _Done()
-        parts = self._parts(batch)
-        for index, (rows, share) in enumerate(parts):
+        means: dict[str, Tensor] = {}
+        losses: list[_Check] = []
+        for rows, share in self._parts(batch):
             part = batch.select(rows) if len(rows) < len(batch) else batch
-            last = index == len(parts) - 1
             try:
-                with (
-                    nullcontext() if last else self.accelerator.no_sync(self.modules),
-                    self.processes.standing_in(not share),
-                ):
+                with self.processes.standing_in(not share):
                     values = self._backward(part, share, loss_function)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -274,10 +275,10 @@ class StageTrainer:
                 if before is not None:
                     before.put_back()
                 return None
-            done.losses.append(_Check("loss", values["loss"], partial(name_rows, rows)))
+            losses.append(("loss", values["loss"], rows))
             for name, value in values.items():
-                done.values[name] = done.values.get(name, torch.zeros_like(value)) + value * share
-        return done
+                means[name] = means.get(name, torch.zeros_like(value)) + value * share
+        return means, losses
 
     def _parts(self, batch: PackedBatch) -> list[tuple[np.ndarray, float]]:
         """Rows of the micro-batches of this process and their share of all rows of the batch.
@@ -305,36 +306,20 @@ class StageTrainer:
         self.accelerator.backward(values["loss"] * share)
         return {name: value.detach() for name, value in values.items()}
 
-    def _check_finite(self, checks: list["_Check"]) -> None:
+    def _check_finite(self, checks: list[_Check], name_rows: Callable[[np.ndarray], str]) -> None:
         """Read all of them at once, the one time in a step that the host waits for the device."""
-        finite = torch.stack([torch.isfinite(check.value) for check in checks]).tolist()
+        finite = torch.stack([torch.isfinite(value) for _, value, _ in checks]).tolist()
         if not self.processes.any(not all(finite)):
             return
         blamed = [check for check, good in zip(checks, finite, strict=True) if not good]
         # the loss of one process makes the summed gradient infinite in all of them, so no other is to blame
-        if self.processes.any(any(check.what == "loss" for check in blamed)):
-            blamed = [check for check in blamed if check.what == "loss"]
+        if self.processes.any(any(what == "loss" for what, _, _ in blamed)):
+            blamed = [check for check in blamed if check[0] == "loss"]
         error = None
         if blamed:
-            first = blamed[0]
+            what, value, rows = blamed[0]
             error = FloatingPointError(
-                f"training: the {first.what} must be finite, got {first.value.item()} at step {self.step} in "
-                f"{first.names()}; lower the learning rate, or train in float32 or bf16"
+                f"training: the {what} must be finite, got {value.item()} at step {self.step} in {name_rows(rows)}; "
+                "lower the learning rate, or train in float32 or bf16"
             )
         self.processes.raise_together(error)
-
-
-class _Check(NamedTuple):
-    """A number that has to be finite, and the names of its rows."""
-
-    what: str
-    value: Tensor
-    names: Callable[[], str]
-
-
-@dataclass
-class _Done:
-    """What the micro-batches of a step gave: parts of the means over rows, and the loss of each."""
-
-    values: dict[str, Tensor] = field(default_factory=dict)
-    losses: list[_Check] = field(default_factory=list)
