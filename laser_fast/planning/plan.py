@@ -6,7 +6,7 @@ Fixed bytes are counted from the shapes of everything that stays. Those of a ste
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -159,12 +159,14 @@ def estimate_memory(
     """
     workload = Workload.assumed(config) if workload is None else workload
     shape = _shape(config)
-    dtype = _dtype(config, on_gpu)
-    one = _step(workload, config, 1)
+    automatic = torch.bfloat16 if on_gpu else torch.float32
+    dtype = automatic if config.lm.dtype == "auto" else getattr(torch, config.lm.dtype)
+    one = _one_row(config, workload)
     whole = model_without_values(config, shape, dtype, one)
-    virtual, items = whole.virtual_tokens(batch_without_values(one)), 1 + one.num_negatives if one.item_tokens else 0
+    virtual = whole.virtual_tokens(batch_without_values(one))
+    items = 1 + one.num_negatives if one.item_tokens else 0
     rows = _Rows(workload.user_tokens + virtual, items * (workload.item_tokens + virtual), items)
-    others = _kept_by_others(config, shape, dtype, workload, rows)
+    others = _kept_by_others(config, shape, dtype, one, rows)
     step = {}
     for mode in modes:
         effective = "full" if mode == "offload" and not on_gpu else mode  # on a CPU everything is in host memory
@@ -227,14 +229,14 @@ class _Rows:
 
 
 def _kept_by_others(
-    config: LaserConfig, shape: "PretrainedConfig", dtype: torch.dtype, workload: Workload, rows: _Rows
+    config: LaserConfig, shape: "PretrainedConfig", dtype: torch.dtype, one: StepShape, rows: _Rows
 ) -> Line:
     """What forward leaves outside of the language model, M-Former above all."""
     shallow = with_layers(shape, min(_LAYERS[0], shape.get_text_config().num_hidden_layers))
-    model = model_without_values(config, shallow, dtype, _step(workload, config, 1))
+    model = model_without_values(config, shallow, dtype, one)
     kept = []
     for count in _ROWS:
-        whole = rehearse(model, _step(workload, config, count)).kept
+        whole = rehearse(model, replace(one, rows=count)).kept
         passes = [_rehearse_pass(config, model.lm, rows.user * count, count).kept]
         if rows.items:
             passes.append(_rehearse_pass(config, model.lm, rows.item * count, rows.items * count).kept)
@@ -292,11 +294,11 @@ def with_layers(shape: "PretrainedConfig", num_layers: int) -> "PretrainedConfig
     return shape
 
 
-def _step(workload: Workload, config: LaserConfig, rows: int) -> StepShape:
+def _one_row(config: LaserConfig, workload: Workload) -> StepShape:
     objective = config.objective
     live = objective.item_gradient == "positives" and not config.text.items_are_texts
     return StepShape(
-        rows=rows,
+        rows=1,
         user_tokens=workload.user_tokens,
         item_tokens=workload.item_tokens if live else 0.0,
         history=workload.history,
@@ -316,10 +318,3 @@ def _shape(config: LaserConfig) -> "PretrainedConfig":
     if scheme == "random":
         return random_config(name)
     return AutoConfig.from_pretrained(resolve_path(config.lm.path, "lm.path"), local_files_only=True)
-
-
-def _dtype(config: LaserConfig, on_gpu: bool) -> torch.dtype:
-    if config.lm.dtype == "auto":
-        return torch.bfloat16 if on_gpu else torch.float32
-    dtype: torch.dtype = getattr(torch, config.lm.dtype)
-    return dtype

@@ -68,7 +68,7 @@ class Run:
         model = build_laser(config, inputs, *load_language_model(lm)).eval()
         saved.refuse_another_base(model)
         model.budget = TokenBudget(config.training.micro_batch_tokens)
-        return cls(_restore(model, inputs, saved), inputs, config)
+        return cls(restore(model, inputs, saved), inputs, config)
 
 
 def load_laser(run: str | Path, **moved: str | None) -> tuple[LaserModel, Inputs, LaserConfig]:
@@ -90,22 +90,12 @@ def save_laser(
     write_laser(model, directory, card, config=config, validation=validation, **facts)
 
 
-def load_weights(model: LaserModel, directory: Path) -> None:
-    """Put the trained state and the item matrix of a checkpoint into a model of the same shape.
+def restore(model: LaserModel, inputs: Inputs, saved: SavedLaser) -> LaserModel:
+    """Put the trained state, the item matrix and the calibration of a checkpoint into a model, and return it.
 
     Raises:
-        FileNotFoundError: no such checkpoint.
         ValueError: a file of it is damaged, or belongs to another catalogue or another configuration.
     """
-    find_run(directory).put_into(model)
-
-
-def restore(model: LaserModel, inputs: Inputs, directory: Path) -> LaserModel:
-    """`load_weights`, and the calibration that was saved with them; returns the model."""
-    return _restore(model, inputs, find_run(directory))
-
-
-def _restore(model: LaserModel, inputs: Inputs, saved: SavedLaser) -> LaserModel:
     saved.put_into(model)
     counts = torch.from_numpy(training_counts(inputs.split, model.num_items))
     restore_calibration(model, saved, counts, inputs.recommender)

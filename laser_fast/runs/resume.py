@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from laser_fast.files.descriptions import Description, parse_description
-from laser_fast.files.folders import remove, replace_directory, whole_directory, write_json
+from laser_fast.files.folders import remove, replace_directory, replace_file, whole_directory, write_json
 from laser_fast.files.sealed import SealedFolder, seal
 from laser_fast.files.tensors import read_tensors
 from laser_fast.runs.run_directory import RunDirectory
@@ -124,7 +124,8 @@ class StateFolder:
             return
         folder = self._kept[-1] if self._kept else None
         self.directory.remove_leftovers()
-        self.directory.write_log((folder / "metrics.jsonl").read_bytes() if folder else b"")
+        log = (folder / "metrics.jsonl").read_bytes() if folder else b""
+        replace_file(self.directory.path / "metrics.jsonl", log)
         best = folder / "best" if folder else None
         if best is not None and best.is_dir():
             with replace_directory(self.directory.checkpoint) as fresh:

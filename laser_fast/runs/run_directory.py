@@ -142,10 +142,6 @@ class RunDirectory:
         content = file.read_bytes() if file.exists() else b""
         return content[: content.rfind(b"\n") + 1]
 
-    def write_log(self, content: bytes) -> None:
-        """Replace metrics.jsonl."""
-        replace_file(self.path / "metrics.jsonl", content)
-
     @property
     def finished(self) -> bool:
         """Whether the run came to its end."""

@@ -19,7 +19,7 @@ from laser_fast.laser.build import training_counts
 from laser_fast.laser.pretrained import calibration_components
 from laser_fast.recommenders.protocol import Scorer
 from laser_fast.retrieval.calibration import CalibratedScorer
-from laser_fast.runs.checkpoint import load_weights, save_laser
+from laser_fast.runs.checkpoint import find_run, save_laser
 from laser_fast.training.epochs import Session, Stage
 from laser_fast.training.loop import EarlyStopping
 
@@ -49,7 +49,7 @@ def _train_phase(session: Session, name: str) -> None:
         negatives = NegativeSampler(session.rows.train, model.num_items, objective.num_negatives, seed)
     if frozen_items and not session.stands_in(name):
         session.processes.wait()
-        load_weights(model, session.directory.checkpoint)
+        find_run(session.directory.checkpoint).put_into(model)
     stopping = EarlyStopping(settings.patience, session.best)
 
     def loss(batch: PackedBatch) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from laser_fast.nn.stage1.bert_weights import initialize_qformer, load_bert
 from laser_fast.planning.memory import explain_shortage
 from laser_fast.planning.plan_table import one_line
 from laser_fast.processes import ALONE, Processes, launched_first, launched_size
-from laser_fast.runs.checkpoint import fingerprint, restore
+from laser_fast.runs.checkpoint import find_run, fingerprint, restore
 from laser_fast.runs.resume import StateFolder, refuse_another_beginning
 from laser_fast.runs.run_directory import RunDirectory
 from laser_fast.runs.tensorboard_log import TensorBoardLog, require_tensorboard
@@ -94,7 +94,7 @@ def train_laser(config: LaserConfig, *, resume: bool = False, progress: bool = T
                 partial(one_line, config, on_gpu=accelerator.device.type == "cuda"),
             )
             _train(session, resume)
-    return restore(model.eval(), inputs, directory.checkpoint), inputs
+    return restore(model.eval(), inputs, find_run(directory.checkpoint)), inputs
 
 
 def is_finished(config: LaserConfig) -> bool:
