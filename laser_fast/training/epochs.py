@@ -33,7 +33,7 @@ from laser_fast.training.random_state import RandomState
 from laser_fast.training.training_rows import RowSampler
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Session:
     """What the stages of one training share.
 
@@ -62,7 +62,7 @@ class Session:
         return self.resumed is not None and self.resumed.values["position"]["stage"] == stage
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Stage:
     """One stage of the training; `train` runs it.
 

@@ -41,16 +41,16 @@ def pretrain(session: Session) -> None:
         stopping.improved(-value, epoch)
 
     Stage(
-        session,
-        "pretrain",
-        "stage 1",
-        config.training.pretrain,
-        config.training.pretrain_optimizer,
-        config.training.seed,
-        modules,
-        loss,
-        stopping,
-        conclude,
+        session=session,
+        name="pretrain",
+        title="stage 1",
+        settings=config.training.pretrain,
+        optimizer=config.training.pretrain_optimizer,
+        seed=config.training.seed,
+        modules=modules,
+        loss_function=loss,
+        stopping=stopping,
+        conclude=conclude,
         heads=heads,
         budget=budget,
     ).train()

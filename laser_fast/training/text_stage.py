@@ -56,16 +56,16 @@ def train_text(session: Session) -> None:
             print(f"text epoch {epoch + 1}: validation {_METRIC} without the history {value:.4f}", flush=True)
 
     Stage(
-        session,
-        "text",
-        "text",
-        config.training.text,
-        config.training.text_optimizer,
-        config.training.seed + 3,
-        trained,
-        _loss(text, model.temperature, model.popularity, mask_history=model.mask_history),
-        stopping,
-        conclude,
+        session=session,
+        name="text",
+        title="text",
+        settings=config.training.text,
+        optimizer=config.training.text_optimizer,
+        seed=config.training.seed + 3,
+        modules=trained,
+        loss_function=_loss(text, model.temperature, model.popularity, mask_history=model.mask_history),
+        stopping=stopping,
+        conclude=conclude,
         heads=best,
     ).train()
     best.put_back()

@@ -80,18 +80,18 @@ def train_laser(config: LaserConfig, *, resume: bool = False, progress: bool = T
                 print(f"{config.output} is finished: nothing is left to train", flush=True)
         else:
             session = Session(
-                config,
-                inputs,
-                model,
-                laser_rows(config, inputs, warn=processes.first),
-                directory,
-                accelerator,
-                processes,
-                Interruption(processes),
-                states,
-                fingerprint(inputs),
-                progress,
-                partial(one_line, config, on_gpu=accelerator.device.type == "cuda"),
+                config=config,
+                inputs=inputs,
+                model=model,
+                rows=laser_rows(config, inputs, warn=processes.first),
+                directory=directory,
+                accelerator=accelerator,
+                processes=processes,
+                interruption=Interruption(processes),
+                states=states,
+                fingerprint=fingerprint(inputs),
+                progress=progress,
+                plan=partial(one_line, config, on_gpu=accelerator.device.type == "cuda"),
             )
             _train(session, resume)
     return restore(model.eval(), inputs, find_run(directory.checkpoint)), inputs
