@@ -26,17 +26,8 @@ from laser_fast.training.loop import EarlyStopping
 _METRIC = "NDCG@10"
 
 
-def train_phase_a(session: Session) -> None:
-    """Train users and items; V is of the weights of the epoch before."""
-    _train_phase(session, "phase_a")
-
-
-def train_phase_b(session: Session) -> None:
-    """Train the user side from the best model of phase A, which it must beat to be kept."""
-    _train_phase(session, "phase_b")
-
-
-def _train_phase(session: Session, name: str) -> None:
+def train_phase(session: Session, name: str) -> None:
+    """Train by "phase_a" or "phase_b"; the latter must beat the best model of the former to be kept."""
     config, model, objective = session.config, session.model, session.config.objective
     frozen_items = name == "phase_b"
     settings = config.training.phase_b if frozen_items else config.training.phase_a

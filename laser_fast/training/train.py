@@ -7,7 +7,7 @@ user side against the catalogue (stage 2). The state is kept on the way, see `ep
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -33,11 +33,16 @@ from laser_fast.runs.tensorboard_log import TensorBoardLog, require_tensorboard
 from laser_fast.training.epochs import Session
 from laser_fast.training.interruption import Interruption
 from laser_fast.training.stage1 import pretrain
-from laser_fast.training.stage2 import train_phase_a, train_phase_b
+from laser_fast.training.stage2 import train_phase
 from laser_fast.training.text_stage import initialize_text, train_text
 from laser_fast.training.training_rows import laser_rows
 
-_STAGES = {"text": train_text, "pretrain": pretrain, "phase_a": train_phase_a, "phase_b": train_phase_b}
+_STAGES: dict[str, Callable[[Session], None]] = {
+    "text": train_text,
+    "pretrain": pretrain,
+    "phase_a": partial(train_phase, name="phase_a"),
+    "phase_b": partial(train_phase, name="phase_b"),
+}
 
 
 def train_laser(config: LaserConfig, *, resume: bool = False, progress: bool = True) -> tuple[LaserModel, Inputs]:
