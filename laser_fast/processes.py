@@ -3,13 +3,12 @@
     L = sum_r w_r L_r        w_r = rows of process r / rows of the batch
     dL = sum_r w_r dL_r      added up once a step, when the gradients of all micro-batches are there
 
-`L_r` may look at rows of the other processes: `Processes.gather` hands them out and carries their gradient back to
-where they were computed, so the sum above is the gradient that one process has on the whole batch.
+`L_r` may look at rows of the other processes: `Processes.gather` hands them out and carries their gradient back, so the
+sum is the gradient that one process has on the whole batch.
 
-Gradients are added by one all-reduce after backward, not by `DistributedDataParallel`: that wants every forward to go
-through one wrapper, expects each parameter in each backward and divides by the number of processes, while here stages
-train parts of the model through several entries, leave parameters out, and shares of a batch differ. What is lost is
-the overlap of backward and communication, for as few parameters as are trained next to a frozen model.
+One all-reduce after backward adds the gradients, not `DistributedDataParallel`: that wants one wrapper around every
+forward and each parameter in each backward, and divides by the number of processes, while stages train parts of the
+model and shares differ in size. The lost overlap is small: few parameters are trained beside a frozen model.
 """
 
 import os
@@ -33,18 +32,13 @@ class OtherProcessFailed(RuntimeError):
 
 
 class Processes:
-    """The processes of torch's default group, and which of them this is; one alone where there is no group.
+    """The processes of torch's default group, and the `rank` of this one; one alone where there is no group.
 
-    Every method but `share` is to be called by all processes at the same place; one process alone communicates with
-    nobody and gets back what it gave.
+    All processes call every method but `share` at the same place; one process alone gets back what it gave.
 
     Args:
         device: where tensors are put to be sent (that of the training: NCCL takes nothing else).
         alone: know nobody, whatever group there is.
-
-    Attributes:
-        rank: of this process, from 0.
-        size: number of processes.
     """
 
     def __init__(self, device: torch.device | str = "cpu", *, alone: bool = False) -> None:
@@ -76,10 +70,9 @@ class Processes:
 
     @contextmanager
     def standing_in(self, stands_in: bool) -> Iterator[None]:
-        """Within, the rows of this process are no part of the batch: they only keep it in step with the others.
+        """Within, the rows of this process are no part of the batch: a share without rows takes one of another share.
 
-        A share without rows goes through the model with a row of another share; its loss counts nothing, the others do
-        not see its rows, and no kernel meets an empty batch.
+        Its loss counts nothing, the others do not see its rows, and no kernel meets an empty batch.
         """
         before, self._stands_in = self._stands_in, stands_in
         try:
@@ -94,15 +87,10 @@ class Processes:
         return rows
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The rows of all processes, those of this process first, then the others by rank.
+        """The rows of all processes, [n, ...] -> [sum n, ...]: those of this process first, then the others by rank.
 
-        The gradient goes back to the process of each row, where it is the sum over all processes.
-
-        Args:
-            rows: [n, ...] of any dtype; n may differ between the processes, the other sizes may not.
-
-        Returns:
-            [sum n, ...] of the same dtype; rows that stand in are seen by their own process only.
+        n may differ between the processes. Rows that stand in are seen by their own process only. The gradient of a row
+        goes back to its process, where it is the sum over all processes.
         """
         if self.size == 1:
             return rows
@@ -182,23 +170,14 @@ class Processes:
         self.largest(0)
 
     def raise_together(self, error: Exception | None) -> None:
-        """Stop all processes when one has an error.
-
-        Raises:
-            Exception: `error`, where this process has one.
-            OtherProcessFailed: only others have; names the first.
-        """
-        if error is not None and self.size == 1:
-            raise error
-        if self.size == 1:
-            return
+        """Stop all processes when one has an error: it raises its own, the others `OtherProcessFailed` of the first."""
         text = "" if error is None else str(error) or type(error).__name__
-        told = [bytes(part.tolist()).decode() for part in self.gather_parts(_bytes(text))]
+        told = self.gather_parts(torch.tensor(list(text.encode()), dtype=torch.uint8))
         if error is not None:
             raise error
         for rank, reason in enumerate(told):
-            if reason:
-                raise OtherProcessFailed(rank, reason)
+            if len(reason):
+                raise OtherProcessFailed(rank, bytes(reason.tolist()).decode())
 
     def _counts(self, count: int) -> list[int]:
         mine = torch.tensor([count], device=self.device)
@@ -273,10 +252,6 @@ def _buckets(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         filled += size
     if bucket:
         yield bucket
-
-
-def _bytes(text: str) -> Tensor:
-    return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
 def launched_size() -> int:

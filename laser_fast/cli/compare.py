@@ -20,7 +20,7 @@ def run(parsed: argparse.Namespace) -> None:
     from laser_fast.laser.build import training_counts
     from laser_fast.models.zero_shot import text_vectors
     from laser_fast.nn.text_residual import centred
-    from laser_fast.training.text_line import fit_text_line
+    from laser_fast.training.text_stage import fit_text_line
 
     model, inputs, config = load_run(parsed, parsed.model)
     counts = torch.from_numpy(training_counts(inputs.split, model.num_items))

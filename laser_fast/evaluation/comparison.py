@@ -69,7 +69,7 @@ def compare(
         recommender: the ID-based recommender; None leaves its line out.
         tables: what Laser's calibrated score could add beside the recommender's, by its name there
             (`training.build.Inputs.tables`); the fusion and the cached line may add it too.
-        cached: the line of cached text vectors, trained without the language model (`training.text_line`); None leaves
+        cached: the line of cached text vectors, trained without the language model (`training.text_stage`); None leaves
             it out. It too has the calibrated terms, the recommender's score where there is one, and the tables.
         vectors: float32 [I, d], unit text vectors for the lines without training; None = of the model's item prompts.
     """

@@ -11,12 +11,10 @@ Plan = Callable[[], str]
 
 
 def explain_shortage(config: LaserConfig, *, on_gpu: bool, plan: Plan | None = None) -> Explain:
-    """The message of stage 2: tokens, rows and the error, the settings to change in order, and the plan's word.
+    """The message of stage 2: tokens, rows and the error, the settings to change in order, and what the plan said.
 
     Args:
-        config: of the run.
         on_gpu: whether bytes moved to host memory are saved.
-        plan: appended where there is one.
     """
 
     def explain(shortage: Shortage) -> str:

@@ -1,25 +1,22 @@
 """How much memory a run needs, before it runs: `estimate_memory`.
 
-Fixed bytes are counted from the shapes of everything that stays; those of a step come from rehearsals without values
-(`laser_fast.planning.rehearsal`) of a model with few layers and few rows. Both are exactly linear: in layers because
-they are alike, in rows because nothing is padded.
+Fixed bytes are counted from the shapes of everything that stays. Those of a step come from rehearsals without values
+(`rehearsal`) of few layers and few rows: bytes are linear in layers, which are alike, and in rows: nothing is padded.
 """
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from laser_fast.config import LaserConfig, resolve_path
+from laser_fast.config import LaserConfig, OptimizerConfig, resolve_path
 from laser_fast.laser.model import LaserModel
 from laser_fast.lm.execution.execution import CHECKPOINTING
 from laser_fast.lm.frozen_lm import FrozenLM
 from laser_fast.models.assembly import read_out_of
-from laser_fast.planning.optimizer_bytes import optimizer_bytes_per_parameter
 from laser_fast.planning.rehearsal import (
     Rehearsal,
     StepShape,
@@ -45,28 +42,19 @@ _ENOUGH_TOKENS = 2048  # in a micro-batch: with fewer, unpacking 4-bit weights t
 
 @dataclass(frozen=True)
 class Workload:
-    """What a plan needs to know about the data.
-
-    Attributes:
-        num_items: size of the catalogue.
-        user_tokens, item_tokens: mean tokens of the text of a user and of an item, virtual ones not counted.
-        history: mean number of items of a user that M-Former reads.
-        state_size: width of the recommender's states.
-        measured: whether these come from data, not from upper bounds in the configuration.
-    """
+    """What a plan needs to know about the data: means over rows, virtual tokens not counted."""
 
     num_items: int
     user_tokens: float
     item_tokens: float
-    history: float
+    history: float  # items of a user that M-Former reads
     state_size: int = 64
-    measured: bool = False
+    measured: bool = False  # from data, not from upper bounds in the configuration
 
     @staticmethod
-    def assumed(config: LaserConfig, num_items: int = 100_000) -> "Workload":
-        """The longest that the configuration allows, for when there is no data yet."""
-        prompt = config.prompt
-        return Workload(num_items, prompt.max_tokens, prompt.max_item_tokens, config.mformer.max_history)
+    def assumed(config: LaserConfig) -> "Workload":
+        """100,000 items and the longest texts that the configuration allows, for when there is no data yet."""
+        return Workload(100_000, config.prompt.max_tokens, config.prompt.max_item_tokens, config.mformer.max_history)
 
 
 @dataclass(frozen=True)
@@ -81,7 +69,7 @@ class Line:
         return self.base + self.per_token * tokens
 
     def of_share(self, share: float) -> "Line":
-        """The line over all tokens of which this one sees a share."""
+        """The same over all tokens, of which this line sees a share."""
         return Line(self.base, self.per_token * share)
 
     def __add__(self, other: "Line") -> "Line":
@@ -90,16 +78,10 @@ class Line:
 
 @dataclass(frozen=True)
 class StepBytes:
-    """Bytes of a micro-batch in one mode.
+    """Bytes of a micro-batch in one mode."""
 
-    Attributes:
-        kept: what forward leaves for backward.
-        moments: what is alive at the moments of which one is the peak: the backward of the positives, with what the
-            users keep, and that of the users.
-    """
-
-    kept: Line
-    moments: tuple[Line, ...]
+    kept: Line  # what forward leaves for backward
+    moments: tuple[Line, ...]  # one of which is the peak: backward of the users; of the items, with what users keep
 
     def peak(self, tokens: int) -> int:
         """Most bytes alive at any time in a micro-batch of so many packed tokens."""
@@ -112,37 +94,22 @@ class StepBytes:
 
 @dataclass(frozen=True)
 class Proposal:
-    """What to set so that a run fits.
-
-    Attributes:
-        checkpointing: of `execution`.
-        micro_batch_tokens: of `training`, rounded down to a multiple of 64.
-    """
+    """What to set so that a run fits."""
 
     checkpointing: str
-    micro_batch_tokens: int
+    micro_batch_tokens: int  # a multiple of 64 where so many fit
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of a training run on one device.
+    """Bytes of a training run on one device."""
 
-    Attributes:
-        fixed: by what they are for; alive all the time.
-        step: of a micro-batch, for every mode that was asked for and that the model has.
-        optimizer_step: bytes beside `fixed` while the optimizer updates.
-        checkpointing: the mode of the configuration.
-        batch_tokens: packed tokens of a whole batch of `training.batch_size` rows.
-        row_tokens: packed tokens of one row: a user, its positive, and their virtual tokens.
-        workload: what was assumed or measured about the data.
-    """
-
-    fixed: dict[str, int]
-    step: dict[str, StepBytes]
-    optimizer_step: int
-    checkpointing: str
-    batch_tokens: int
-    row_tokens: float
+    fixed: dict[str, int]  # by what they are for; alive all the time
+    step: dict[str, StepBytes]  # of a micro-batch, for every mode that was asked for and that the model has
+    optimizer_step: int  # beside `fixed` while the optimizer updates
+    checkpointing: str  # the mode of the configuration
+    batch_tokens: int  # packed tokens of a whole batch
+    row_tokens: float  # of a user, its positive, and their virtual tokens
     workload: Workload
 
     @cached_property
@@ -151,11 +118,7 @@ class MemoryPlan:
         return sum(self.fixed.values())
 
     def total(self, tokens: int, mode: str | None = None) -> int:
-        """Most bytes alive at any time with micro-batches of so many packed tokens.
-
-        Args:
-            mode: None = that of the configuration.
-        """
+        """Most bytes alive at any time with micro-batches of so many packed tokens; mode None = the configured one."""
         step = self.step[self.checkpointing if mode is None else mode]
         return self.fixed_bytes + max(step.peak(tokens), self.optimizer_step)
 
@@ -167,10 +130,8 @@ class MemoryPlan:
         return tokens if tokens >= self.row_tokens and free >= self.optimizer_step else 0
 
     def propose(self, budget_bytes: int) -> Proposal | None:
-        """The cheapest mode in which a useful micro-batch fits, and its largest size; None where nothing fits.
-
-        Useful is a whole batch, or at least 2,048 tokens: with fewer, products of matrices no longer hide the
-        unpacking of 4-bit weights. Where no mode reaches that, the one that takes most tokens.
+        """The cheapest mode in which a whole batch or 2,048 tokens fit, else the one that takes most tokens; with the
+        largest micro-batch. None where nothing fits.
         """
         fits = {mode: self.largest_micro_batch(budget_bytes, mode) for mode in self.step}
         wanted = min(self.batch_tokens, _ENOUGH_TOKENS)
@@ -189,7 +150,7 @@ def estimate_memory(
     0.6 GB.
 
     Args:
-        workload: None = `Workload.assumed`; see `laser_fast.training.plan_workload.measure_workload` for one from data.
+        workload: None = `Workload.assumed`; `plan_table.workload_of` measures one.
         on_gpu: for a GPU, or for a CPU.
         modes: of `execution.checkpointing` to look at, those without meaning for the model are left out.
 
@@ -198,13 +159,18 @@ def estimate_memory(
     """
     workload = Workload.assumed(config) if workload is None else workload
     shape = _shape(config)
-    dtype = _dtype(config, on_gpu)
-    whole = model_without_values(config, shape, dtype, _step(workload, config, 1))
-    rows = _Rows.of(config, whole, workload)
-    others = _kept_by_others(config, shape, dtype, workload, rows)
+    automatic = torch.bfloat16 if on_gpu else torch.float32
+    dtype = automatic if config.lm.dtype == "auto" else getattr(torch, config.lm.dtype)
+    one = _one_row(config, workload)
+    whole = model_without_values(config, shape, dtype, one)
+    virtual = whole.virtual_tokens(batch_without_values(one))
+    items = 1 + one.num_negatives if one.item_tokens else 0
+    rows = _Rows(workload.user_tokens + virtual, items * (workload.item_tokens + virtual), items)
+    others = _kept_by_others(config, shape, dtype, one, rows)
     step = {}
     for mode in modes:
-        execution = config.execution.model_copy(update={"checkpointing": _effective(mode, on_gpu)})
+        effective = "full" if mode == "offload" and not on_gpu else mode  # on a CPU everything is in host memory
+        execution = config.execution.model_copy(update={"checkpointing": effective})
         try:
             step[mode] = _step_bytes(config.model_copy(update={"execution": execution}), shape, dtype, rows, others)
         except ValueError:  # a mode that this model does not have
@@ -221,6 +187,15 @@ def estimate_memory(
         row_tokens=rows.tokens,
         workload=workload,
     )
+
+
+def optimizer_bytes_per_parameter(config: OptimizerConfig) -> float:
+    """Bytes of the optimizer's state for a trained parameter, beside the parameter and its gradient.
+
+    8 for two moments in float32, 2.03 for two in 8 bits with a float32 scale for 256 values (bitsandbytes). The
+    smallest tensors, whose moments stay in 32 bits, are not told apart: in M-Former they are biases and norms.
+    """
+    return 2 * (1 + 4 / 256) if config.eight_bit else 8.0
 
 
 def _fixed(config: LaserConfig, model: LaserModel, on_gpu: bool) -> dict[str, int]:
@@ -242,8 +217,7 @@ def _fixed(config: LaserConfig, model: LaserModel, on_gpu: bool) -> dict[str, in
 
 @dataclass(frozen=True)
 class _Rows:
-    """Packed tokens of one row, virtual ones included: of its user and of its items (0 = not encoded), and how many
-    items that are."""
+    """Packed tokens of one row, virtual ones included: of its user and of its `items` encoded items."""
 
     user: float
     item: float
@@ -253,23 +227,16 @@ class _Rows:
     def tokens(self) -> float:
         return self.user + self.item
 
-    @staticmethod
-    def of(config: LaserConfig, model: LaserModel, workload: Workload) -> "_Rows":
-        step = _step(workload, config, 1)
-        virtual = model.virtual_tokens(batch_without_values(step))
-        items = 1 + step.num_negatives if step.item_tokens else 0
-        return _Rows(workload.user_tokens + virtual, items * (workload.item_tokens + virtual), items)
-
 
 def _kept_by_others(
-    config: LaserConfig, shape: "PretrainedConfig", dtype: torch.dtype, workload: Workload, rows: _Rows
+    config: LaserConfig, shape: "PretrainedConfig", dtype: torch.dtype, one: StepShape, rows: _Rows
 ) -> Line:
     """What forward leaves outside of the language model, M-Former above all."""
     shallow = with_layers(shape, min(_LAYERS[0], shape.get_text_config().num_hidden_layers))
-    model = model_without_values(config, shallow, dtype, _step(workload, config, 1))
+    model = model_without_values(config, shallow, dtype, one)
     kept = []
     for count in _ROWS:
-        whole = rehearse(model, _step(workload, config, count)).kept
+        whole = rehearse(model, replace(one, rows=count)).kept
         passes = [_rehearse_pass(config, model.lm, rows.user * count, count).kept]
         if rows.items:
             passes.append(_rehearse_pass(config, model.lm, rows.item * count, rows.items * count).kept)
@@ -327,11 +294,11 @@ def with_layers(shape: "PretrainedConfig", num_layers: int) -> "PretrainedConfig
     return shape
 
 
-def _step(workload: Workload, config: LaserConfig, rows: int) -> StepShape:
+def _one_row(config: LaserConfig, workload: Workload) -> StepShape:
     objective = config.objective
     live = objective.item_gradient == "positives" and not config.text.items_are_texts
     return StepShape(
-        rows=rows,
+        rows=1,
         user_tokens=workload.user_tokens,
         item_tokens=workload.item_tokens if live else 0.0,
         history=workload.history,
@@ -350,16 +317,4 @@ def _shape(config: LaserConfig) -> "PretrainedConfig":
     scheme, _, name = config.lm.path.partition(":")
     if scheme == "random":
         return random_config(name)
-    folder: Path = resolve_path(config.lm.path, "lm.path")
-    return AutoConfig.from_pretrained(folder, local_files_only=True)
-
-
-def _dtype(config: LaserConfig, on_gpu: bool) -> torch.dtype:
-    if config.lm.dtype == "auto":
-        return torch.bfloat16 if on_gpu else torch.float32
-    dtype: torch.dtype = getattr(torch, config.lm.dtype)
-    return dtype
-
-
-def _effective(mode: str, on_gpu: bool) -> str:
-    return "full" if mode == "offload" and not on_gpu else mode  # host memory is where everything lies already
+    return AutoConfig.from_pretrained(resolve_path(config.lm.path, "lm.path"), local_files_only=True)

@@ -18,12 +18,14 @@ _SAMPLE_ROWS = 512
 _SHOWN_TOKENS = 4096
 
 
-def measure_workload(config: LaserConfig) -> Workload:
+def workload_of(config: LaserConfig) -> Workload:
     """Mean lengths over up to 512 training rows of the configuration's data, in tokens of its tokenizer.
 
-    Raises:
-        FileNotFoundError: no data or no tokenizer.
+    Where the data or the tokenizer are not there yet, they are the longest that the configuration allows.
     """
+    without_tokenizer = config.lm.tokenizer is None and config.lm.path.startswith("random:")
+    if without_tokenizer or not Path(config.data).exists():
+        return Workload.assumed(config)
     dataset = SequenceDataset.load(resolve_path(config.data, "data"))
     split = make_split(dataset, **config.split.model_dump())
     builder = build_batches(
@@ -50,14 +52,6 @@ def measure_workload(config: LaserConfig) -> Workload:
         state_size=state_size,
         measured=True,
     )
-
-
-def workload_of(config: LaserConfig) -> Workload:
-    """`measure_workload`, or the longest the configuration allows where its data or tokenizer are not there yet."""
-    without_tokenizer = config.lm.tokenizer is None and config.lm.path.startswith("random:")
-    if without_tokenizer or not Path(config.data).exists():
-        return Workload.assumed(config)
-    return measure_workload(config)
 
 
 def one_line(config: LaserConfig, *, on_gpu: bool) -> str:
@@ -94,6 +88,7 @@ def table(plan: MemoryPlan, cards: Sequence[str]) -> str:
         f"{'checkpointing':<14}{'kept a token':>16}{f'peak at {_SHOWN_TOKENS}':>16}"
         + "".join(f"{card:>10}" for card in cards),
     ]
+    on_items = "" if work.measured else "; the catalogue is assumed, --items N says how large it is"
     budgets = {card: card_bytes(card) for card in cards}
     for mode in (mode for mode in CHECKPOINTING if mode in plan.step):
         step = plan.step[mode]
@@ -107,7 +102,7 @@ def table(plan: MemoryPlan, cards: Sequence[str]) -> str:
             least = min(plan.total(round(plan.row_tokens), mode) for mode in plan.step)
             lines.append(
                 f"{card}: does not fit, one row needs {_gib(least)}; lm.quantization, lm.embedding_device and "
-                f"training.optimizer.eight_bit lower what is fixed{_on_items(plan)}"
+                f"training.optimizer.eight_bit lower what is fixed{on_items}"
             )
         else:
             lines.append(
@@ -119,11 +114,8 @@ def table(plan: MemoryPlan, cards: Sequence[str]) -> str:
 
 def to_dict(plan: MemoryPlan, cards: Sequence[str]) -> dict[str, object]:
     """The same for programs: bytes and tokens."""
-    found, largest = {}, {}
-    for card in cards:
-        proposal = plan.propose(card_bytes(card))
-        found[card] = None if proposal is None else vars(proposal)
-        largest[card] = {mode: plan.largest_micro_batch(card_bytes(card), mode) for mode in plan.step}
+    budgets = {card: card_bytes(card) for card in cards}
+    proposals = {card: plan.propose(size) for card, size in budgets.items()}
     return {
         "fixed_bytes": plan.fixed,
         "step": {
@@ -134,8 +126,10 @@ def to_dict(plan: MemoryPlan, cards: Sequence[str]) -> dict[str, object]:
         "row_tokens": plan.row_tokens,
         "batch_tokens": plan.batch_tokens,
         "workload": vars(plan.workload),
-        "largest_micro_batch": largest,
-        "proposals": found,
+        "largest_micro_batch": {
+            card: {mode: plan.largest_micro_batch(size, mode) for mode in plan.step} for card, size in budgets.items()
+        },
+        "proposals": {card: None if found is None else vars(found) for card, found in proposals.items()},
     }
 
 
@@ -153,11 +147,6 @@ def card_bytes(size: str) -> int:
     if number == size.upper() or not 0 < value < 10_000:
         raise ValueError(f"plan: --gpu must be a size like 8GB, got {size!r}")
     return round(value * GIB)
-
-
-def _on_items(plan: MemoryPlan) -> str:
-    """That the catalogue may be smaller than what was assumed."""
-    return "" if plan.workload.measured else "; the catalogue is assumed, --items N says how large it is"
 
 
 def _gib(size: float) -> str:

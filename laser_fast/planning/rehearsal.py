@@ -31,48 +31,28 @@ _NESTED_BLOCK_SIZE = 256
 
 @dataclass(frozen=True)
 class StepShape:
-    """One micro-batch: users and the items that are encoded with them.
-
-    Attributes:
-        rows: users.
-        user_tokens, item_tokens: tokens of text of a user and of an item, virtual ones not counted; without
-            `item_tokens` no item is encoded.
-        history: items of a user that M-Former reads.
-        num_items: size of the catalogue.
-        state_size: width of the recommender's states.
-    """
+    """One micro-batch: users and the items that are encoded with them; virtual tokens not counted."""
 
     rows: int
     user_tokens: float
-    item_tokens: float
-    history: float
+    item_tokens: float  # 0 = no item is encoded
+    history: float  # items of a user that M-Former reads
     num_items: int
-    state_size: int
-    num_negatives: int = 0
-    """Items a user is given beside its positive."""
-    text_history: int = 0
-    """Items of a user, at most, whose text vectors are read."""
+    state_size: int  # of the recommender
+    num_negatives: int = 0  # of a user, beside its positive
+    text_history: int = 0  # items of a user, at most, whose text vectors are read
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """Bytes of one step beside weights and optimizer.
+    """Bytes of one step beside weights and optimizer."""
 
-    Attributes:
-        kept: alive between forward and backward.
-        peak: most that was alive at any time, gradients of the trained parameters included.
-    """
-
-    kept: int
-    peak: int
+    kept: int  # alive between forward and backward
+    peak: int  # most at any time, gradients of the trained parameters included
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts bytes of the tensors that are made while it is active, for as long as they live.
-
-    Args:
-        known: tensors that were there before and are not counted.
-    """
+    """Counts bytes of the tensors that are made while it is active, for as long as they live, but not those `known`."""
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
@@ -82,8 +62,9 @@ class LiveBytes(TorchDispatchMode):
         self._seen = {storage._cdata for storage in self._before}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._unique2.default and args[0].is_meta:
-            output = _all_distinct(args[0])
+        if func is torch.ops.aten._unique2.default and args[0].is_meta:  # as if no value occurred twice: the most
+            flat = torch.empty(args[0].numel(), dtype=args[0].dtype, device="meta")
+            output: Any = flat, torch.empty(args[0].shape, dtype=torch.int64, device="meta"), torch.empty_like(flat)
         else:
             output = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(output):
@@ -105,22 +86,10 @@ class LiveBytes(TorchDispatchMode):
         self.live -= num_bytes
 
 
-def _all_distinct(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What `torch.unique` gives where no value occurs twice, the most it can be: distinct values, places, counts."""
-    flat = torch.empty(values.numel(), dtype=values.dtype, device="meta")
-    return flat, torch.empty(values.shape, dtype=torch.int64, device="meta"), torch.empty_like(flat)
-
-
 def model_without_values(
     config: LaserConfig, shape: "PretrainedConfig", dtype: torch.dtype, step: StepShape
 ) -> LaserModel:
-    """The model that this configuration trains, on the meta device.
-
-    Args:
-        shape: transformers' configuration of the language model.
-        dtype: of its embeddings and of what it computes in.
-        step: for the catalogue and the recommender's width.
-    """
+    """The model that this configuration trains, on the meta device, around a language model of `shape`."""
     lm = language_model_without_values(config, shape, dtype)
     with torch.device("meta"):
         builder: Any = SimpleNamespace(num_items=step.num_items)
@@ -134,7 +103,7 @@ def model_without_values(
 
 
 def language_model_without_values(config: LaserConfig, shape: "PretrainedConfig", dtype: torch.dtype) -> FrozenLM:
-    """The frozen language model alone, on the meta device; arguments as in `model_without_values`."""
+    """The frozen language model alone, on the meta device."""
     from transformers import AutoModel
 
     shape = copy.deepcopy(shape)
@@ -142,7 +111,9 @@ def language_model_without_values(config: LaserConfig, shape: "PretrainedConfig"
     with torch.device("meta"):
         language_model = AutoModel.from_config(shape, dtype=dtype)
         if packed:
-            _pack_without_values(language_model, dtype)
+            for name, module in list(language_model.named_modules()):
+                if type(module) is nn.Linear:
+                    language_model.set_submodule(name, _PackedWithoutValues(module, dtype))
     return FrozenLM(language_model, build_execution(config.execution))
 
 
@@ -159,12 +130,7 @@ def rehearse(model: LaserModel, step: StepShape) -> Rehearsal:
 
 
 def rehearse_language_model(lm: FrozenLM, tokens: int, sequences: int, *, last_only: bool) -> Rehearsal:
-    """One pass of the language model alone, forward and backward, on the meta device.
-
-    Args:
-        tokens, sequences: packed tokens and how many sequences they are.
-        last_only: as in `FrozenLM.forward`.
-    """
+    """One pass of the language model alone, forward and backward, on the meta device; see `FrozenLM.forward`."""
     with torch.device("meta"):
         embeds = torch.empty(tokens, lm.hidden_size, dtype=lm.dtype, requires_grad=True)
         cu_seqlens = torch.empty(sequences + 1, dtype=torch.int32)
@@ -217,30 +183,27 @@ class _StatesWithoutValues(nn.Module):
         return torch.empty(cu_seqlens.shape[0] - 1, self.num_items, device=items.device)
 
 
-def _pack_without_values(model: nn.Module, dtype: torch.dtype) -> None:
-    linears = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]
-    for name, linear in linears:
-        model.set_submodule(name, _PackedWithoutValues(linear, dtype))
-
-
 def batch_without_values(step: StepShape) -> PackedBatch:
     """A training batch of this shape on the meta device."""
     users = _sequences(step.rows, step.user_tokens, step.history)
+    more: dict[str, Any] = {}
     with torch.device("meta"):
-        users = _with(users, targets=torch.empty(step.rows, dtype=torch.int64))
+        more["targets"] = torch.empty(step.rows, dtype=torch.int64)
         if step.text_history:
-            read = torch.empty(round(step.rows * min(step.history, step.text_history)), dtype=torch.int64)
-            users = _with(users, text_items=read, text_cu_seqlens=users.cu_seqlens)
-        negatives = torch.empty(step.rows, step.num_negatives, dtype=torch.int64)
+            read = round(step.rows * min(step.history, step.text_history))
+            more |= {"text_items": torch.empty(read, dtype=torch.int64), "text_cu_seqlens": users.cu_seqlens}
         if step.num_negatives:
-            users = _with(users, negatives=negatives)
+            more["negatives"] = torch.empty(step.rows, step.num_negatives, dtype=torch.int64)
         if step.item_tokens:
-            items = _sequences(step.rows * (1 + step.num_negatives), step.item_tokens, 1.0)
-            if step.text_history:
-                items = _with(items, text_items=items.items, text_cu_seqlens=items.cu_seqlens)
-            users = _with(users, positives=items, positive_targets=torch.empty(step.rows, dtype=torch.int64))
-            users = _with(users, negative_places=negatives) if step.num_negatives else users
-    return users
+            more["positive_targets"] = torch.empty(step.rows, dtype=torch.int64)
+            if step.num_negatives:
+                more["negative_places"] = more["negatives"]
+    if not step.item_tokens:
+        return replace(users, **more)
+    items = _sequences(step.rows * (1 + step.num_negatives), step.item_tokens, 1.0)
+    if step.text_history:
+        items = replace(items, text_items=items.items, text_cu_seqlens=items.cu_seqlens)
+    return replace(users, positives=items, **more)
 
 
 def _sequences(rows: int, tokens: float, history: float) -> PackedBatch:
@@ -251,10 +214,6 @@ def _sequences(rows: int, tokens: float, history: float) -> PackedBatch:
             input_ids=torch.empty(round(rows * tokens), dtype=torch.int64),
             token_cu_seqlens=torch.empty(rows + 1, dtype=torch.int32),
         )
-
-
-def _with(batch: PackedBatch, **values: Any) -> PackedBatch:
-    return replace(batch, **values)
 
 
 def _tensors_of(batch: PackedBatch) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """The best model of a run: what `save_pretrained` writes, with the configuration of the run and what it reached."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,66 @@ from laser_fast.lm.loading.base_model import lm_of_saved
 from laser_fast.models.token_budget import TokenBudget
 
 
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its best model in evaluation mode, what it was trained on, and its configuration."""
+
+    model: LaserModel
+    inputs: Inputs
+    config: LaserConfig
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, *, data: str | None = None, recommender: str | None = None, llm: str | None = None
+    ) -> "Run":
+        """Read a run.
+
+        Args:
+            folder: run directory, or the checkpoint folder in it.
+            data, recommender: where those folders are now, if not where the configuration says.
+            llm: where the language model is now, see `LanguageModelConfig.path`. Without it nothing is downloaded: what
+                the run names on the hub is taken out of the cache.
+
+        Raises:
+            FileNotFoundError: a folder is missing.
+            ValueError: a damaged file, data that are not those of the training, or a language model of the hub that the
+                cache does not have.
+        """
+        saved = find_run(Path(folder))
+        config, description = saved.description.config, saved.description
+        if config is None:
+            raise ValueError(
+                f"load_laser: {Path(folder).name} must come from a training run, got a model saved on its own; "
+                "load it with LaserModel.from_pretrained"
+            )
+        lm = lm_of_saved(config.lm, description.base.revision, llm)
+        moved: dict[str, Any] = {"data": data or config.data, "recommender": recommender or config.recommender}
+        config = config.model_copy(update=moved | {"lm": config.lm if llm is None else lm})
+        inputs = load_inputs(config)
+        if inputs.split.hash != description.split_hash:
+            raise ValueError(
+                f"load_laser: {config.data} must be the split of the training, {str(description.split_hash)[:12]}, "
+                f"got {inputs.split.hash[:12]}"
+            )
+        if saved.items().fields != inputs.dataset.items.fields:  # of which a split tells nothing
+            raise ValueError(
+                "load_laser: the items must have the texts of the training, got other ones in the data set; prepare it "
+                "from the same item file"
+            )
+        saved.refuse_another_recommender(inputs.recommender, "load_laser")
+        saved.refuse_other_sizes()
+        model = build_laser(config, inputs, *load_language_model(lm)).eval()
+        saved.refuse_another_base(model)
+        model.budget = TokenBudget(config.training.micro_batch_tokens)
+        return cls(restore(model, inputs, saved), inputs, config)
+
+
+def load_laser(run: str | Path, **moved: str | None) -> tuple[LaserModel, Inputs, LaserConfig]:
+    """`Run.load` as a tuple."""
+    found = Run.load(run, **moved)
+    return found.model, found.inputs, found.config
+
+
 def save_laser(
     model: LaserModel, config: LaserConfig, directory: Path, *, validation: dict[str, float], **facts: Any
 ) -> None:
@@ -29,68 +90,12 @@ def save_laser(
     write_laser(model, directory, card, config=config, validation=validation, **facts)
 
 
-def load_weights(model: LaserModel, directory: Path) -> None:
-    """Put the trained state and the item matrix of a checkpoint into a model of the same shape.
+def restore(model: LaserModel, inputs: Inputs, saved: SavedLaser) -> LaserModel:
+    """Put the trained state, the item matrix and the calibration of a checkpoint into a model, and return it.
 
     Raises:
-        FileNotFoundError: no such checkpoint.
         ValueError: a file of it is damaged, or belongs to another catalogue or another configuration.
     """
-    find_run(directory).put_into(model)
-
-
-def load_laser(
-    run: str | Path, *, data: str | None = None, recommender: str | None = None, llm: str | None = None
-) -> tuple[LaserModel, Inputs, LaserConfig]:
-    """Load the best model of a run, in evaluation mode, with the data and the configuration it was trained on.
-
-    Args:
-        run: run directory, or the checkpoint folder in it.
-        data, recommender: where those folders are now, if not where the configuration says.
-        llm: where the language model is now, see `LanguageModelConfig.path`. Without it nothing is downloaded: what the
-            run names on the hub is taken out of the cache.
-
-    Raises:
-        FileNotFoundError: a folder is missing.
-        ValueError: a damaged file, data that are not those of the training, or a language model of the hub that the
-            cache does not have.
-    """
-    saved = find_run(Path(run))
-    config, description = saved.description.config, saved.description
-    if config is None:
-        raise ValueError(
-            f"load_laser: {Path(run).name} must come from a training run, got a model saved on its own; "
-            "load it with LaserModel.from_pretrained"
-        )
-    lm = lm_of_saved(config.lm, description.base.revision, llm)
-    moved: dict[str, Any] = {"data": data or config.data, "recommender": recommender or config.recommender}
-    moved |= {"lm": config.lm if llm is None else lm}
-    config = config.model_copy(update=moved)
-    inputs = load_inputs(config)
-    if inputs.split.hash != description.split_hash:
-        raise ValueError(
-            f"load_laser: {config.data} must be the split of the training, {str(description.split_hash)[:12]}, "
-            f"got {inputs.split.hash[:12]}"
-        )
-    if saved.items().fields != inputs.dataset.items.fields:  # of which a split tells nothing
-        raise ValueError(
-            "load_laser: the items must have the texts of the training, got other ones in the data set; prepare it "
-            "from the same item file"
-        )
-    saved.refuse_another_recommender(inputs.recommender, "load_laser")
-    saved.refuse_other_sizes()
-    model = build_laser(config, inputs, *load_language_model(lm)).eval()
-    saved.refuse_another_base(model)
-    model.budget = TokenBudget(config.training.micro_batch_tokens)
-    return _restore(model, inputs, saved), inputs, config
-
-
-def restore(model: LaserModel, inputs: Inputs, directory: Path) -> LaserModel:
-    """`load_weights`, and the calibration that was saved with them; returns the model."""
-    return _restore(model, inputs, find_run(directory))
-
-
-def _restore(model: LaserModel, inputs: Inputs, saved: SavedLaser) -> LaserModel:
     saved.put_into(model)
     counts = torch.from_numpy(training_counts(inputs.split, model.num_items))
     restore_calibration(model, saved, counts, inputs.recommender)

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from laser_fast.files.descriptions import Description, parse_description
-from laser_fast.files.folders import remove, replace_directory, whole_directory, write_json
+from laser_fast.files.folders import remove, replace_directory, replace_file, whole_directory, write_json
 from laser_fast.files.sealed import SealedFolder, seal
 from laser_fast.files.tensors import read_tensors
 from laser_fast.runs.run_directory import RunDirectory
@@ -54,11 +54,7 @@ class State:
 
 
 class StateFolder:
-    """The folder `states` of a run: writes states beside and renames them, reads the newest that is whole.
-
-    Args:
-        directory: the run.
-    """
+    """The folder `states` of a run: writes states beside and renames them, reads the newest that is whole."""
 
     def __init__(self, directory: RunDirectory) -> None:
         self.directory = directory
@@ -95,10 +91,7 @@ class StateFolder:
                 remove(entry)
 
     def newest(self) -> State | None:
-        """The newest whole state; a damaged one is passed over with a warning that names the one used instead.
-
-        Returns:
-            None when no state was ever completed.
+        """The newest whole state, None where none was completed; damaged ones are passed over with a warning.
 
         Raises:
             ValueError: all states are damaged.
@@ -131,7 +124,8 @@ class StateFolder:
             return
         folder = self._kept[-1] if self._kept else None
         self.directory.remove_leftovers()
-        self.directory.write_log((folder / "metrics.jsonl").read_bytes() if folder else b"")
+        log = (folder / "metrics.jsonl").read_bytes() if folder else b""
+        replace_file(self.directory.path / "metrics.jsonl", log)
         best = folder / "best" if folder else None
         if best is not None and best.is_dir():
             with replace_directory(self.directory.checkpoint) as fresh:
@@ -154,13 +148,10 @@ class StateFolder:
 
 
 def refuse_another_beginning(function: str, began: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Make sure that a run goes on with what it began with, by the name of each in a message.
-
-    Args:
-        function: the first word of the message.
+    """Refuse, in the words of `function`, a run that would go on with other things than it began with.
 
     Raises:
-        ValueError: it does not.
+        ValueError: names what differs.
     """
     if changed := [name for name, value in now.items() if began.get(name) != value]:
         raise ValueError(
@@ -173,17 +164,11 @@ def _number(folder: Path) -> int:
 
 
 class _StateDescription(Description):
-    """What state.json holds."""
-
-    format: int
+    format: int  # of state.json
 
 
 def _read(folder: Path) -> State:
-    """A state, of which every file is the one that was written.
-
-    Raises:
-        OSError, ValueError: what is wrong with it.
-    """
+    """A state, if every file is the one that was written; else OSError or ValueError."""
     sealed = SealedFolder(folder)
     sealed.compare_all()
     content = sealed.read("state.json")

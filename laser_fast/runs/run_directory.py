@@ -16,7 +16,7 @@ from laser_fast.files.disk import append_line, make_directory
 from laser_fast.files.folders import is_leftover, remove, remove_leftovers, replace_file, replace_json
 from laser_fast.runs.tensorboard_log import TensorBoardLog
 
-_PACKAGES = (
+_PACKAGES: tuple[str, ...] = (
     "laser-fast",
     "torch",
     "transformers",
@@ -25,12 +25,11 @@ _PACKAGES = (
     "tokenizers",
     "numpy",
     "triton",
-    "bitsandbytes",
 )
+_PACKAGES += ("bitsandbytes",)
 
 # settings under which a run may go on differently than it began: they change where and how often it is written
 _FREE_SETTINGS = ("output", "training.save_steps", "training.tensorboard")
-
 
 # what a run writes; a folder with no more than the traces, the first among them, holds nothing that could be lost
 _TRACES = ("environment.json", "config.yaml", "metrics.jsonl", "tensorboard")
@@ -40,13 +39,11 @@ _NAMES = (*_TRACES, "states", "checkpoint", "finished.json")
 class RunDirectory:
     """Creates the folder and records what makes the run reproducible, or opens it again.
 
-    To be used by whoever has claimed the folder (`claim`). The folder itself may be a link, for a larger disk, say;
-    nothing that a run writes in it may be one.
+    For whoever has claimed the folder (`claim`). The folder itself may be a link; nothing that a run writes in it may.
 
     Args:
         resume: go on with a run that this class began before.
-        writes: whether this process writes; where several train only one does, for the others this is a view that
-            changes nothing.
+        writes: whether this process writes; else this is a view that changes nothing.
 
     Attributes:
         curves: shows the log in TensorBoard; None = nothing does.
@@ -70,28 +67,24 @@ class RunDirectory:
 
     @staticmethod
     def refuse_used(path: str | Path) -> None:
-        """Refuse a folder in which something could be lost.
-
-        Nothing can where it is new or empty, or has no more than what a run left that ended before its first state.
+        """Refuse a folder that is not empty and holds more than a run left that ended before its first state.
 
         Raises:
-            FileExistsError: something could.
+            FileExistsError: it does.
         """
         folder = Path(path)
-        if folder.is_dir():
-            names = _names_in(folder)
-            states = folder / "states"
-            if states.is_dir() and not states.is_symlink() and not any(states.glob("[0-9]*")):
-                names.discard("states")
-            traces = _TRACES[0] in names and names <= set(_TRACES) and not _links_in(folder)
-            if traces or not names:
-                return
-        elif not folder.exists():
-            return
         what, remedy = "which holds something else", "choose another"
+        if not folder.exists():
+            return
         if not folder.is_dir():
             what = "which is a file"
-        elif (folder / "config.yaml").is_file():
+        else:
+            names, states = _names_in(folder), folder / "states"
+            if states.is_dir() and not states.is_symlink() and not any(states.glob("[0-9]*")):
+                names.discard("states")
+            if not names or (_TRACES[0] in names and names <= set(_TRACES) and not _links_in(folder)):
+                return
+        if (folder / "config.yaml").is_file():
             what, remedy = "where a run was begun", "go on with it (--resume), or choose another"
         raise FileExistsError(
             f"RunDirectory: output must be a new or empty folder, got {str(path)!r}, {what}; {remedy}"
@@ -148,10 +141,6 @@ class RunDirectory:
         file = self.path / "metrics.jsonl"
         content = file.read_bytes() if file.exists() else b""
         return content[: content.rfind(b"\n") + 1]
-
-    def write_log(self, content: bytes) -> None:
-        """Replace metrics.jsonl."""
-        replace_file(self.path / "metrics.jsonl", content)
 
     @property
     def finished(self) -> bool:

@@ -18,17 +18,10 @@ class TensorBoardLog:
     """Keeps a folder of TensorBoard's event files equal to a log of JSON lines.
 
     The log is the truth: lines that came are appended, and when it is not the one that was written (the run goes on in
-    another process, or from a state before the last line) the folder is made anew from it. So nothing is there twice.
-
-    Args:
-        folder: where the event files go; replaced at the first `follow`.
-
-    Raises:
-        ImportError: the package `tensorboard` is missing.
+    another process, or from a state before the last line) the folder is made anew from it, so nothing is there twice.
     """
 
     def __init__(self, folder: Path) -> None:
-        require_tensorboard()
         self.folder = folder
         self._writer: SummaryWriter | None = None
         self._written = b""
@@ -61,10 +54,7 @@ class TensorBoardLog:
 
 
 def scalars(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Tag and value of every number in a line of the log: `STAGE/NAME`, `STAGE/load/expert_N` counted from 1.
-
-    A line that is not of an epoch (memory ran out) has none: it has no place on an axis of steps.
-    """
+    """Tag and value of every number in the line of an epoch: `STAGE/NAME`, `STAGE/load/expert_N` counted from 1."""
     if "epoch" not in values:
         return
     for name, value in values.items():
@@ -76,11 +66,7 @@ def scalars(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def require_tensorboard() -> None:
-    """Refuse to go on without the package `tensorboard`.
-
-    Raises:
-        ImportError: it is not installed.
-    """
+    """Raise ImportError without the package `tensorboard`."""
     if importlib.util.find_spec("tensorboard") is None:
         raise ImportError(
             "require_tensorboard: training.tensorboard needs the package tensorboard, got none; "

@@ -1,15 +1,13 @@
-"""The epochs of a stage: batches, the state kept on the way, and where a resumed run takes it up.
+"""A stage of the training: its epochs, the states kept on the way, and where a resumed run takes it up.
 
-What a state holds is everything that the rest of the run depends on, so a run that goes on from it is, on a CPU, bit
-by bit the run that never stopped.
-
-Where several processes train, all hold the same parameters, moments and sums and differ in their random generators
-alone; the first one keeps the state, with the generators of all.
+A state holds everything that the rest of the run depends on, so a run that goes on from it is, on a CPU, bit by bit
+the run that never stopped. Several processes hold the same parameters, moments and sums and differ in their random
+generators alone; the first process keeps the state, with the generators of all.
 """
 
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -17,12 +15,14 @@ import numpy as np
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from laser_fast.config import LaserConfig, StageConfig
+from laser_fast.config import LaserConfig, OptimizerConfig, StageConfig
 from laser_fast.data import TrainingRows
 from laser_fast.data.batches import PackedBatch
+from laser_fast.data.micro_batches import VirtualTokens
 from laser_fast.data.negatives import NegativeSampler
 from laser_fast.laser.build import Inputs
 from laser_fast.laser.model import LaserModel
+from laser_fast.models.token_budget import TokenBudget
 from laser_fast.planning.memory import Plan
 from laser_fast.processes import Processes
 from laser_fast.runs.resume import State, StateFolder
@@ -30,12 +30,17 @@ from laser_fast.runs.run_directory import RunDirectory
 from laser_fast.training.interruption import Interrupted, Interruption
 from laser_fast.training.loop import EarlyStopping, EpochSums, LossFunction, StageTrainer
 from laser_fast.training.random_state import RandomState
-from laser_fast.training.row_sampler import RowSampler
+from laser_fast.training.training_rows import RowSampler
 
 
-@dataclass
-class Run:
-    """What the stages of one run share."""
+@dataclass(kw_only=True)
+class Session:
+    """What the stages of one training share.
+
+    Attributes:
+        resumed: the state to go on from, until the stage it belongs to has taken it up.
+        best: the metric of the checkpoint, which a later phase must beat.
+    """
 
     config: LaserConfig
     inputs: Inputs
@@ -43,158 +48,185 @@ class Run:
     rows: TrainingRows
     directory: RunDirectory
     accelerator: Accelerator
-    progress: bool
-    plan: Plan | None
-    states: StateFolder
-    interruption: Interruption
-    fingerprint: dict[str, str]
     processes: Processes
-    resumed: State | None = None  # until the stage it belongs to has taken it up
+    interruption: Interruption
+    states: StateFolder
+    fingerprint: dict[str, str]
+    progress: bool
+    plan: Plan
+    resumed: State | None = None
+    best: float = -1.0
 
     def stands_in(self, stage: str) -> bool:
         """Whether the run goes on in the midst of this stage."""
         return self.resumed is not None and self.resumed.values["position"]["stage"] == stage
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Stage:
-    """A stage or phase of the training; `heads` are what it trains beside the model."""
+    """One stage of the training; `train` runs it.
 
+    Attributes:
+        seed: of the order of the rows.
+        modules: what is trained.
+        conclude: judges an epoch by its number and what it logs; trains nothing.
+        heads: what a state holds of the stage beside the model.
+        budget, virtual_tokens: see `StageTrainer`.
+        judges_first: whether the model is judged before the first step, as epoch -1.
+    """
+
+    session: Session
     name: str
     title: str
     settings: StageConfig
-    sampler: RowSampler
-    trainer: StageTrainer
-    stopping: EarlyStopping
+    optimizer: OptimizerConfig
+    seed: int
+    modules: nn.Module
     loss_function: LossFunction
+    stopping: EarlyStopping
+    conclude: Callable[[int, dict[str, Any]], None]
     heads: nn.Module | None = None
+    budget: TokenBudget | None = None
+    virtual_tokens: VirtualTokens | None = None
     with_positives: bool = False
     negatives: NegativeSampler | None = None
+    judges_first: bool = False
+    sampler: RowSampler = field(init=False)
+    trainer: StageTrainer = field(init=False)
 
+    def __post_init__(self) -> None:
+        session = self.session
+        self.batch_size = session.config.training.rows_of_step(self.settings)
+        self.sampler = RowSampler(len(session.rows), self.settings.rows_per_epoch, self.seed)
+        self.num_batches = self.sampler.num_batches(self.batch_size)
+        self.trainer = StageTrainer(
+            session.accelerator,
+            self.modules,
+            self.optimizer,
+            self.settings.epochs * self.num_batches,
+            budget=self.budget,
+            virtual_tokens=self.virtual_tokens,
+            plan=session.plan,
+            processes=session.processes,
+        )
 
-def train_epochs(run: Run, stage: Stage, conclude: Callable[[int, dict[str, Any]], None]) -> None:
-    """The epochs of a stage from where the run stands, each judged by `conclude`, which trains nothing."""
-    first, sums = _take_up(run, stage)
-    size, trainer = run.config.training.rows_of_step(stage.settings), stage.trainer
-    num_batches = stage.sampler.num_batches(size)
-    for epoch in range(first, stage.settings.epochs):
-        if stage.stopping.stop:
-            break
+    def train(self) -> None:
+        """The epochs from where the run stands; each is judged by `conclude`."""
+        session = self.session
+        if self.judges_first and not session.stands_in(self.name):
+            with session.interruption.at_once():
+                self.conclude(-1, {})
+            self._keep(0, EpochSums())
+        first, sums = self._take_up()
+        for epoch in range(first, self.settings.epochs):
+            if self.stopping.stop:
+                break
+            values = self._train_epoch(epoch, sums)
+            before = self._state(epoch, sums)
+            try:
+                with session.interruption.at_once():
+                    self.conclude(epoch, values)
+            except Interrupted:
+                session.states.save(before)
+                session.processes.wait()  # a launcher ends the others as soon as one has left
+                raise
+            sums = EpochSums()
+            self._keep(epoch + 1, sums)
 
-        def name_rows(step: int, rows: np.ndarray, epoch: int = epoch) -> str:
-            return _name_rows(run, stage.sampler.epoch(epoch)[step * size : (step + 1) * size][rows])
+    def _train_epoch(self, epoch: int, sums: EpochSums) -> dict[str, Any]:
+        session, size = self.session, self.batch_size
 
-        def after_step(epoch: int = epoch, sums: EpochSums = sums) -> None:
-            every = run.config.training.save_steps
-            if sums.steps < num_batches and (run.interruption.requested or bool(every and trainer.step % every == 0)):
-                keep_state(run, stage, epoch, sums)
-                run.interruption.check()
+        def batches() -> Iterator[PackedBatch]:
+            for rows in islice(self.sampler.batches(epoch, size), sums.steps, None):
+                chosen = session.rows.select(rows)
+                negatives = None if self.negatives is None else self.negatives.draw(chosen.users, epoch, rows)
+                yield session.model.builder.training_batch(
+                    chosen, with_positives=self.with_positives, negatives=negatives
+                )
 
-        values = trainer.run_epoch(
-            _batches(run, stage, epoch, sums.steps),
-            num_batches,
-            stage.loss_function,
-            title=f"{stage.title}, epoch {epoch + 1}",
-            progress=run.progress,
+        def name_rows(step: int, rows: np.ndarray) -> str:
+            numbers = self.sampler.epoch(epoch)[step * size : (step + 1) * size][rows]
+            users = [session.inputs.dataset.user_ids[user] for user in session.rows.users[numbers]]
+            named = [f"{user} ({row})" for user, row in zip(users, numbers, strict=True)]
+            return "users (training rows) " + ", ".join(named)
+
+        def after_step() -> None:
+            every = session.config.training.save_steps
+            if sums.steps < self.num_batches and (
+                session.interruption.requested or (every and self.trainer.step % every == 0)
+            ):
+                self._keep(epoch, sums)
+
+        return self.trainer.run_epoch(
+            batches(),
+            self.num_batches,
+            self.loss_function,
+            title=f"{self.title}, epoch {epoch + 1}",
+            progress=session.progress,
             sums=sums,
             after_step=after_step,
             name_rows=name_rows,
         )
-        before = _capture(run, stage, epoch, sums)
-        try:
-            with run.interruption.at_once():
-                conclude(epoch, values)
-        except Interrupted:
-            run.states.save(before)
-            run.processes.wait()  # a launcher ends the others as soon as one has left
-            raise
-        sums = EpochSums()
-        keep_state(run, stage, epoch + 1, sums)
 
+    def _keep(self, epoch: int, sums: EpochSums) -> None:
+        """Save the state; if a signal came, stop here."""
+        self.session.states.save(self._state(epoch, sums))
+        self.session.interruption.check()
 
-def _capture(run: Run, stage: Stage, epoch: int, sums: EpochSums) -> State:
-    """Everything the rest of the run depends on, after the step that was just taken; parameters are not copied."""
-    model = run.model
-    position = {
-        "stage": stage.name,
-        "epoch": epoch,
-        "step": stage.trainer.step,
-        "stopping": stage.stopping.values(),
-        "budget": model.budget.limit,
-        "processes": run.processes.size,
-        "log_bytes": len(run.directory.read_log()),
-        "fingerprint": run.fingerprint,
-    }
-    return State.join(
-        position=State(values=position),
-        model=State(dict(model.state_dict())),
-        items=State({"matrix": model.item_matrix}),
-        heads=State({} if stage.heads is None else dict(stage.heads.state_dict())),
-        trainer=stage.trainer.state(),
-        sums=sums.state(),
-        random=State(_random_states(run)),
-    )
-
-
-def _random_states(run: Run) -> dict[str, Tensor]:
-    """The generators of the first process by their names, those of another one as `RANK.NAME`."""
-    states: dict[str, Tensor] = {}
-    for name, tensor in RandomState.now(run.accelerator.device).tensors.items():
-        for rank, part in enumerate(run.processes.gather_parts(tensor)):
-            states[f"{rank}.{name}" if rank else name] = part
-    return states
-
-
-def keep_state(run: Run, stage: Stage, epoch: int, sums: EpochSums) -> None:
-    """Save the state; if a signal came, stop here."""
-    run.states.save(_capture(run, stage, epoch, sums))
-    run.interruption.check()
-
-
-def _take_up(run: Run, stage: Stage) -> tuple[int, EpochSums]:
-    """Where the stage begins: epoch and what it has added up; at its start, or as the state says."""
-    state = run.resumed
-    if state is None or not run.stands_in(stage.name):
-        return 0, EpochSums()
-    run.resumed = None
-    device, position = run.accelerator.device, state.values["position"]
-    run.model.load_state_dict(state.part("model").tensors)
-    run.model.item_matrix = state.part("items").tensors["matrix"].to(device)
-    run.model.budget.limit = position["budget"]
-    if stage.heads is not None:
-        stage.heads.load_state_dict(state.part("heads").tensors)
-    stage.trainer.load_state(state.part("trainer"))
-    stage.stopping.put_back(position["stopping"])
-    sums = EpochSums.from_state(state.part("sums"), device)
-    _put_back_random_state(run, state.part("random").tensors, position["processes"])
-    return position["epoch"], sums
-
-
-def _put_back_random_state(run: Run, states: dict[str, Tensor], known: int) -> None:
-    """Let this process's generators go on; with another number of processes than before there is no way to."""
-    size, rank = run.processes.size, run.processes.rank
-    if known != size and rank == 0:
-        warnings.warn(
-            f"train_laser: a run should be resumed in as many processes as it had, {known}, got {size}; parameters go "
-            "on as they were, random numbers (dropout) and rows that go through together differ from here on",
-            stacklevel=2,
+    def _state(self, epoch: int, sums: EpochSums) -> State:
+        """Everything the rest of the run depends on, as it is now; parameters are not copied."""
+        session, model = self.session, self.session.model
+        position = {
+            "stage": self.name,
+            "epoch": epoch,
+            "step": self.trainer.step,
+            "stopping": self.stopping.values(),
+            "budget": model.budget.limit,
+            "processes": session.processes.size,
+            "log_bytes": len(session.directory.read_log()),
+            "fingerprint": session.fingerprint,
+        }
+        random: dict[str, Tensor] = {}  # the first process's by their names, those of another as `RANK.NAME`
+        for name, tensor in RandomState.now(session.accelerator.device).tensors.items():
+            for rank, part in enumerate(session.processes.gather_parts(tensor)):
+                random[f"{rank}.{name}" if rank else name] = part
+        return State.join(
+            position=State(values=position),
+            model=State(dict(model.state_dict())),
+            items=State({"matrix": model.item_matrix}),
+            heads=State({} if self.heads is None else dict(self.heads.state_dict())),
+            trainer=self.trainer.state(),
+            sums=sums.state(),
+            random=State(random),
         )
-    if rank >= known:
-        return  # a stream of its own since the start
-    prefix = f"{rank}." if rank else ""
-    names = [name for name in states if "." not in name]
-    RandomState(run.accelerator.device, {name: states[prefix + name] for name in names}).put_back()
 
+    def _take_up(self) -> tuple[int, EpochSums]:
+        """Epoch and sums to begin with: none, or those of the state the run goes on from."""
+        run = self.session
+        if (state := run.resumed) is None or not run.stands_in(self.name):
+            return 0, EpochSums()
+        run.resumed = None
+        device, position = run.accelerator.device, state.values["position"]
+        run.model.load_state_dict(state.part("model").tensors)
+        run.model.item_matrix = state.part("items").tensors["matrix"].to(device)
+        run.model.budget.limit = position["budget"]
+        if self.heads is not None:
+            self.heads.load_state_dict(state.part("heads").tensors)
+        self.trainer.load_state(state.part("trainer"))
+        self.stopping.put_back(position["stopping"])
+        self._put_back_random_state(state.part("random").tensors, position["processes"])
+        return position["epoch"], EpochSums.from_state(state.part("sums"), device)
 
-def _name_rows(run: Run, rows: np.ndarray) -> str:
-    users = [run.inputs.dataset.user_ids[user] for user in run.rows.users[rows]]
-    return "users (training rows) " + ", ".join(f"{user} ({row})" for user, row in zip(users, rows, strict=True))
-
-
-def _batches(run: Run, stage: Stage, epoch: int, first: int) -> Iterator[PackedBatch]:
-    """Batches of an epoch from step `first` on."""
-    size = run.config.training.rows_of_step(stage.settings)
-    for rows in islice(stage.sampler.batches(epoch, size), first, None):
-        chosen = run.rows.select(rows)
-        negatives = None if stage.negatives is None else stage.negatives.draw(chosen.users, epoch, rows)
-        yield run.model.builder.training_batch(chosen, with_positives=stage.with_positives, negatives=negatives)
+    def _put_back_random_state(self, states: dict[str, Tensor], known: int) -> None:
+        """Let this process's generators go on; a state of `known` processes has none for another one."""
+        size, rank = self.session.processes.size, self.session.processes.rank
+        if known != size and rank == 0:
+            warnings.warn(
+                f"train_laser: a run should be resumed in as many processes as it had, {known}, got {size}; parameters "
+                "go on as they were, random numbers (dropout) and rows that go through together differ from here on",
+                stacklevel=2,
+            )
+        if rank < known:
+            prefix = f"{rank}." if rank else ""
+            own = {name: states[prefix + name] for name in states if "." not in name}
+            RandomState(self.session.accelerator.device, own).put_back()

@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from laser_fast.processes import ALONE, Processes
@@ -16,11 +16,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupted(BaseException):
-    """Training was asked to stop and did. Like KeyboardInterrupt it is no error, so `except Exception` lets it pass.
-
-    Attributes:
-        signal: which of the two it was.
-    """
+    """Training was asked to stop by `signal` and did. Like KeyboardInterrupt it is no error for `except Exception`."""
 
     def __init__(self, number: int) -> None:
         self.signal = signal.Signals(number)
@@ -35,11 +31,8 @@ class Interrupted(BaseException):
 class Interruption:
     """While entered, the first SIGTERM or SIGINT is taken note of; the handlers of before are back after it.
 
-    Outside the main thread Python allows no handlers, so there nothing is changed.
-
-    Args:
-        processes: who stops together; `requested`, `check`, `poll` and `at_once` are to be used by all of them at the
-            same place.
+    Outside the main thread Python allows no handlers, so there nothing is changed. Processes that stop together use
+    `requested`, `check`, `poll` and `at_once` at the same places.
     """
 
     def __init__(self, processes: Processes = ALONE) -> None:
@@ -53,31 +46,21 @@ class Interruption:
             self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._put_back()
 
     @property
-    def requested(self) -> bool:
-        """Whether a signal came, to whichever process."""
-        return self._agreed() > 0
+    def requested(self) -> int:
+        """The signal that came, to whichever process, the largest of several; 0 for none."""
+        return self.processes.largest(self._number or 0)
 
     def check(self) -> None:
-        """Stop here if a signal came.
-
-        Raises:
-            Interrupted: one did.
-        """
-        if number := self._agreed():
+        """Raise `Interrupted` if a signal came."""
+        if number := self.requested:
             raise Interrupted(number)
 
     def poll(self) -> None:
-        """`check` for the midst of long work of several processes, within `at_once`; one process needs none.
-
-        Raises:
-            Interrupted: a signal came.
-        """
+        """`check` for the midst of long work of several processes, within `at_once`; one process needs none."""
         if self.processes.size > 1 and self._at_once:
             self.check()
 
@@ -100,10 +83,6 @@ class Interruption:
         self._put_back()
         if self._at_once and self.processes.size == 1:
             raise Interrupted(number)
-
-    def _agreed(self) -> int:
-        """The signal that came, 0 for none; of several processes the largest."""
-        return self.processes.largest(self._number or 0)
 
     def _put_back(self) -> None:
         for number, handler in self._before.items():

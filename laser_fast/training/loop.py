@@ -1,12 +1,11 @@
-"""What all stages share: one pass over batches with accelerate, and stopping early."""
+"""The loop of all stages: one pass over batches with accelerate, its sums, and stopping early."""
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,13 +21,15 @@ from laser_fast.models.token_budget import TokenBudget, is_out_of_memory, releas
 from laser_fast.planning.memory import Plan, explain_optimizer_shortage
 from laser_fast.processes import ALONE, Processes
 from laser_fast.runs.resume import State
-from laser_fast.training.optimizer import build_optimizer, load_optimizer_state, optimizer_state
+from laser_fast.training.optimizer import build_optimizer, load_optimizer_state, optimizer_state, warmup_cosine
 from laser_fast.training.random_state import RandomState
 
 _SHOW_EVERY = 10  # steps; reading the loss waits for the device
 
 LossFunction = Callable[[PackedBatch], dict[str, Tensor]]
 """Gives at least "loss"; the other entries are averaged and logged."""
+
+_Check = tuple[str, Tensor, np.ndarray]  # what has to be finite, and the rows of the batch it is of
 
 NameRows = Callable[[int, np.ndarray], str]
 """Names rows of the batch of a step (counted within the epoch), for a message."""
@@ -69,20 +70,13 @@ class EarlyStopping:
 
 @dataclass
 class EpochSums:
-    """What an epoch has added up so far; an epoch that is resumed goes on from here.
-
-    Attributes:
-        steps: taken.
-        tokens: of text.
-        time_s: spent on the steps.
-        totals: sums over the steps of what the loss function reports.
-    """
+    """What an epoch has added up so far; an epoch that is resumed goes on from here."""
 
     steps: int = 0
-    tokens: int = 0
+    tokens: int = 0  # of text
     micro_batches: int = 0
     time_s: float = 0.0
-    totals: dict[str, Tensor] = field(default_factory=dict)
+    totals: dict[str, Tensor] = field(default_factory=dict)  # of what the loss function reports
 
     def add(self, values: dict[str, Tensor], tokens: int, micro_batches: int) -> None:
         """Count one step."""
@@ -112,17 +106,16 @@ class StageTrainer:
     """Optimizer, schedule and step of one stage.
 
     A batch of more packed tokens than the budget allows goes through in micro-batches of whole rows, whose gradients
-    add up before the one step of the optimizer. Each counts by its share of the rows, so a mean over rows, as the
-    cross-entropy against the item matrix, has the gradient it has without splitting. What relates the rows of a batch
-    to each other is that of the micro-batch: a user's in-batch candidates are the positives of its micro-batch, and
-    the balance loss looks at the load within it. What is logged are means over rows.
+    add up before the one step of the optimizer. Each counts by its share of the rows, so a mean over rows has the
+    gradient it has without splitting. What relates the rows of a batch to each other is that of the micro-batch:
+    in-batch candidates, and the load within the balance loss. What is logged are means over rows.
 
     When memory runs out and the budget may be halved, gradients are dropped, the random generators are put back, and
-    the batch goes through again under the smaller budget: the step is the one that budget would have given from the
-    start. The optimizer's own step is never repeated.
+    the batch goes through again: the step is the one that the smaller budget would have given from the start. The
+    optimizer's own step is never repeated.
 
-    Of several processes each takes a share of the rows, and micro-batches of its share; the first micro-batches of all
-    of them go through together, then the second ones, and so on. The step is that of the whole batch (`data_parallel`).
+    Of several processes each takes a share of the rows, in micro-batches that go through together; the step is that of
+    the whole batch (`processes`).
 
     Args:
         modules: what is trained (parameters with `requires_grad`), held in train mode during an epoch.
@@ -170,14 +163,13 @@ class StageTrainer:
         after_step: Callable[[], None] | None = None,
         name_rows: NameRows = _positions,
     ) -> dict[str, Any]:
-        """One pass: mean of everything the loss function reports, text tokens per second, micro-batches per step, and
-        on a GPU the largest memory.
+        """One pass: means of what the loss function reports, speed, micro-batches per step; on a GPU the peak memory.
 
         Args:
             batches: of the steps that are left, the same in all processes.
             num_batches: steps of the whole epoch.
             sums: where the epoch stands, kept up to date; None = at its start.
-            after_step: called after every step, e.g. to keep the state.
+            after_step: called after every step.
             name_rows: names the rows of a batch whose loss is not finite.
 
         Raises:
@@ -194,8 +186,8 @@ class StageTrainer:
             total=num_batches, initial=sums.steps, desc=title, unit="step", disable=not progress, leave=False
         ) as bar:
             for batch in batches:
-                values, parts = self._train_step(batch, loss_function, partial(name_rows, sums.steps))
-                sums.add(values, batch.input_ids.shape[0], parts)
+                reported, parts = self._train_step(batch, loss_function, partial(name_rows, sums.steps))
+                sums.add(reported, batch.input_ids.shape[0], parts)
                 bar.update()
                 if sums.steps % _SHOW_EVERY == 0:
                     bar.set_postfix(loss=f"{float(sums.totals['loss']) / sums.steps:.4f}")
@@ -204,13 +196,16 @@ class StageTrainer:
                     after_step()
                 start = perf_counter()
         means = {name: (total / num_batches).tolist() for name, total in sums.totals.items()}
-        return means | {
+        values = means | {
             "step": self.step,
             "time_s": round(sums.time_s, 2),
             "text_tokens_per_s": round(sums.tokens / max(sums.time_s, 1e-9), 1),
             "micro_batches": round(sums.micro_batches / max(1, num_batches), 3),
-            **_peak_memory(device),
         }
+        if device.type == "cuda":
+            values["peak_allocated_bytes"] = torch.cuda.max_memory_allocated(device)
+            values["peak_reserved_bytes"] = torch.cuda.max_memory_reserved(device)
+        return values
 
     def state(self) -> State:
         """Moments of the optimizer, learning rates, schedule, scaler of the loss: all but the parameters."""
@@ -231,23 +226,20 @@ class StageTrainer:
             self.accelerator.scaler.load_state_dict(state.values["scaler"])
         self.step = state.values["step"]
 
-    def _parameters(self) -> list[Tensor]:
-        """What is trained, in the optimizer's order."""
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-
     def _train_step(
         self, batch: PackedBatch, loss_function: LossFunction, name_rows: Callable[[np.ndarray], str]
     ) -> tuple[dict[str, Tensor], int]:
         """One step of the optimizer; means over the rows of the batch, and the number of micro-batches."""
-        while (done := self._add_gradients(batch, loss_function, name_rows)) is None:
+        while (done := self._add_gradients(batch, loss_function)) is None:
             release_memory()  # the budget is smaller now, and the tensors of the attempt are gone
-        self.processes.sum_gradients(self._parameters())
+        values, checks = done
+        num_parts = len(checks)
+        self.processes.sum_gradients([p for group in self.optimizer.param_groups for p in group["params"]])
         try:
             norm = self.accelerator.clip_grad_norm_(self.modules.parameters(), self.config.max_grad_norm)
-            checks = list(done.losses)
             if self.accelerator.scaler is None:  # which skips such a step and lowers its scale
-                checks.append(_Check("gradient", norm, partial(name_rows, np.arange(len(batch)))))
-            self._check_finite(checks)
+                checks.append(("gradient", norm, np.arange(len(batch))))
+            self._check_finite(checks, name_rows)
             self.optimizer.step()
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -258,26 +250,22 @@ class StageTrainer:
         self.scheduler.step()
         self.optimizer.zero_grad()
         self.step += 1
-        return self.processes.sum_values(done.values), len(done.losses)
+        return self.processes.sum_values(values), num_parts
 
     def _add_gradients(
-        self, batch: PackedBatch, loss_function: LossFunction, name_rows: Callable[[np.ndarray], str]
-    ) -> "_Done | None":
-        """Gradients of this process's share of one batch, by micro-batches.
+        self, batch: PackedBatch, loss_function: LossFunction
+    ) -> tuple[dict[str, Tensor], list[_Check]] | None:
+        """Gradients of this process's share of a batch: its part of the means over rows, the loss of each micro-batch.
 
         None when memory ran out and all is as it was before.
         """
         before = RandomState.now(self.accelerator.device) if self.budget.halve else None
-        done = _Done()
-        parts = self._parts(batch)
-        for index, (rows, share) in enumerate(parts):
+        means: dict[str, Tensor] = {}
+        losses: list[_Check] = []
+        for rows, share in self._parts(batch):
             part = batch.select(rows) if len(rows) < len(batch) else batch
-            last = index == len(parts) - 1
             try:
-                with (
-                    nullcontext() if last else self.accelerator.no_sync(self.modules),
-                    self.processes.standing_in(not share),
-                ):
+                with self.processes.standing_in(not share):
                     values = self._backward(part, share, loss_function)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -287,28 +275,29 @@ class StageTrainer:
                 if before is not None:
                     before.put_back()
                 return None
-            done.losses.append(_Check("loss", values["loss"], partial(name_rows, rows)))
+            losses.append(("loss", values["loss"], rows))
             for name, value in values.items():
-                done.values[name] = done.values.get(name, torch.zeros_like(value)) + value * share
-        return done
+                means[name] = means.get(name, torch.zeros_like(value)) + value * share
+        return means, losses
 
     def _parts(self, batch: PackedBatch) -> list[tuple[np.ndarray, float]]:
         """Rows of the micro-batches of this process and their share of all rows of the batch.
 
-        As many in every process: who has fewer stands in with a row that counts nothing.
+        There are as many in every process: one with fewer stands in with a row that counts nothing.
         """
         if self.processes.size == 1:
             return [(rows, len(rows) / len(batch)) for rows in self.budget.split(batch, self.virtual_tokens)]
-        shares = [self.processes.share(len(batch), rank) for rank in range(self.processes.size)]
         splits: list[list[np.ndarray]] = []
-        for rows in shares:
-            alone = [np.arange(len(rows))] if self.budget.limit is None or not len(rows) else None
-            split = self.budget.split(batch.select(rows), self.virtual_tokens) if alone is None else alone
+        for rank in range(self.processes.size):
+            rows, split = self.processes.share(len(batch), rank), [np.arange(0)]
+            if len(rows):
+                whole = [np.arange(len(rows))]
+                limited = self.budget.limit is not None
+                split = self.budget.split(batch.select(rows), self.virtual_tokens) if limited else whole
             splits.append([rows[part] for part in split if len(part)])
         own = splits[self.processes.rank]
         missing = max(map(len, splits)) - len(own)
-        stand_ins = [(np.zeros(1, dtype=np.int64), 0.0)] * missing
-        return [(rows, len(rows) / len(batch)) for rows in own] + stand_ins
+        return [(rows, len(rows) / len(batch)) for rows in own] + [(np.zeros(1, dtype=np.int64), 0.0)] * missing
 
     def _backward(self, part: PackedBatch, share: float, loss_function: LossFunction) -> dict[str, Tensor]:
         """Add the gradients of a micro-batch that has this share of the rows; its means over rows."""
@@ -317,57 +306,20 @@ class StageTrainer:
         self.accelerator.backward(values["loss"] * share)
         return {name: value.detach() for name, value in values.items()}
 
-    def _check_finite(self, checks: list["_Check"]) -> None:
-        """Read all of them at once: the one time in a step that the host waits for the device."""
-        finite = torch.stack([torch.isfinite(check.value) for check in checks]).tolist()
+    def _check_finite(self, checks: list[_Check], name_rows: Callable[[np.ndarray], str]) -> None:
+        """Read all of them at once, the one time in a step that the host waits for the device."""
+        finite = torch.stack([torch.isfinite(value) for _, value, _ in checks]).tolist()
         if not self.processes.any(not all(finite)):
             return
         blamed = [check for check, good in zip(checks, finite, strict=True) if not good]
         # the loss of one process makes the summed gradient infinite in all of them, so no other is to blame
-        if self.processes.any(any(check.what == "loss" for check in blamed)):
-            blamed = [check for check in blamed if check.what == "loss"]
+        if self.processes.any(any(what == "loss" for what, _, _ in blamed)):
+            blamed = [check for check in blamed if check[0] == "loss"]
         error = None
         if blamed:
-            first = blamed[0]
+            what, value, rows = blamed[0]
             error = FloatingPointError(
-                f"training: the {first.what} must be finite, got {first.value.item()} at step {self.step} in "
-                f"{first.names()}; lower the learning rate, or train in float32 or bf16"
+                f"training: the {what} must be finite, got {value.item()} at step {self.step} in {name_rows(rows)}; "
+                "lower the learning rate, or train in float32 or bf16"
             )
         self.processes.raise_together(error)
-
-
-class _Check(NamedTuple):
-    """A number that has to be finite, and the rows it is of."""
-
-    what: str
-    value: Tensor
-    names: Callable[[], str]
-
-
-@dataclass
-class _Done:
-    """What the micro-batches of a step gave: parts of the means over rows, and the loss of each."""
-
-    values: dict[str, Tensor] = field(default_factory=dict)
-    losses: list[_Check] = field(default_factory=list)
-
-
-def _peak_memory(device: torch.device) -> dict[str, int]:
-    if device.type != "cuda":
-        return {}
-    return {
-        "peak_allocated_bytes": torch.cuda.max_memory_allocated(device),
-        "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),
-    }
-
-
-def warmup_cosine(num_steps: int, warmup_fraction: float) -> Callable[[int], float]:
-    """Factor of the learning rate at a step: linear from 0 to 1, then a cosine down to 0."""
-    warmup = max(1, round(num_steps * warmup_fraction))
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, num_steps - warmup))))
-
-    return factor

@@ -1,6 +1,8 @@
-"""AdamW over the trained parameters, its moments in 32 or in 8 bits."""
+"""AdamW over the trained parameters, its moments in 32 or in 8 bits, and the schedule of the learning rate."""
 
 import importlib.util
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ _SMALLEST_PACKED = 4096  # values of a parameter below which its moments stay in
 
 
 def build_optimizer(modules: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over what requires a gradient; weight decay pulls matrices of linear maps only.
+    """AdamW over what requires a gradient; weight decay pulls matrices of linear maps, not biases, norms or tokens.
 
     With `eight_bit`, moments lie in 8 bits with one scale for 256 values (Dettmers et al. 2022, arXiv:2110.02861);
     parameters of fewer than 4096 values keep theirs in 32 bits.
@@ -21,7 +23,12 @@ def build_optimizer(modules: nn.Module, config: OptimizerConfig) -> torch.optim.
     Raises:
         RuntimeError: `eight_bit` without bitsandbytes, or on a device it has no 8-bit Adam for.
     """
-    groups = _parameter_groups(modules, config.weight_decay)
+    decayed = {id(module.weight) for module in modules.modules() if isinstance(module, nn.Linear)}
+    trained = [parameter for parameter in modules.parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if id(p) in decayed], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if id(p) not in decayed], "weight_decay": 0.0},
+    ]
     if not config.eight_bit:
         return torch.optim.AdamW(groups, lr=config.learning_rate)
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -30,7 +37,7 @@ def build_optimizer(modules: nn.Module, config: OptimizerConfig) -> torch.optim.
         )
     from bitsandbytes.optim import AdamW8bit
 
-    for device in {parameter.device for group in groups for parameter in group["params"]}:
+    for device in {parameter.device for parameter in trained}:
         if device.type != "cuda":
             _check_device(AdamW8bit, device)
     optimizer: torch.optim.Optimizer = AdamW8bit(groups, lr=config.learning_rate, min_8bit_size=_SMALLEST_PACKED)
@@ -60,6 +67,21 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: State) -> None
     optimizer.load_state_dict({"state": entries, "param_groups": groups})
 
 
+def warmup_cosine(num_steps: int, warmup_fraction: float) -> Callable[[int], float]:
+    """Factor of the learning rate at a step: linear up to 1, then a cosine down to 0.
+
+    The first step has a rate above 0, which that of transformers' schedule of this shape has not.
+    """
+    warmup = max(1, round(num_steps * warmup_fraction))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, num_steps - warmup))))
+
+    return factor
+
+
 def _check_device(optimizer: Any, device: torch.device) -> None:
     """Take a step on zeros: which devices there are kernels for differs between versions of bitsandbytes."""
     probe = nn.Parameter(torch.zeros(_SMALLEST_PACKED, device=device))
@@ -71,13 +93,3 @@ def _check_device(optimizer: Any, device: torch.device) -> None:
             f"build_optimizer: optimizer.eight_bit must run on the device of the parameters, got {device.type!r}, "
             "which this version of bitsandbytes has no 8-bit Adam for; set it to false"
         ) from error
-
-
-def _parameter_groups(modules: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay pulls matrices of linear maps only: not biases, norms or virtual tokens."""
-    decayed = {id(module.weight) for module in modules.modules() if isinstance(module, nn.Linear)}
-    trained = [parameter for parameter in modules.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in trained if id(p) in decayed], "weight_decay": weight_decay},
-        {"params": [p for p in trained if id(p) not in decayed], "weight_decay": 0.0},
-    ]

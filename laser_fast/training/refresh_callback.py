@@ -8,10 +8,10 @@ from laser_fast.laser.model import LaserModel
 
 
 class RefreshItems(TrainerCallback):
-    """Encodes the catalogue anew at the start of every epoch, as phase A does (algorithm: Laser, section 3.4).
+    """Encodes the catalogue anew at the start of every epoch, as phase A does (Laser, section 3.4).
 
-    And before every evaluation, so that its loss is that of the weights it is of, and at the end, after the best
-    weights were loaded where that was asked for: the model then answers and can be saved.
+    It does so as well before every evaluation, whose loss is then that of the weights it is of, and at the end, after
+    the best weights were loaded where that was asked for: the model then answers and can be saved.
 
         Trainer(model, arguments, train_dataset=NextItemDataset(rows), data_collator=NextItemCollator(model.builder),
                 callbacks=[RefreshItems(model)]).train()
@@ -29,20 +29,14 @@ class RefreshItems(TrainerCallback):
         """Called by the Trainer."""
         self.model.refresh_items(batch_size=self.batch_size)
 
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Called by the Trainer."""
+        if self.model.items_are_outdated:
+            self.model.refresh_items(batch_size=self.batch_size)
+
     def on_step_end(self, _: Any, __: Any, control: TrainerControl, **___: Any) -> None:
         """Called by the Trainer."""
         if control.should_evaluate:
-            self._refresh_outdated()
+            self.on_train_end()
 
-    def on_epoch_end(self, _: Any, __: Any, control: TrainerControl, **___: Any) -> None:
-        """Called by the Trainer."""
-        if control.should_evaluate:
-            self._refresh_outdated()
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Called by the Trainer."""
-        self._refresh_outdated()
-
-    def _refresh_outdated(self) -> None:
-        if self.model.items_are_outdated:
-            self.model.refresh_items(batch_size=self.batch_size)
+    on_epoch_end = on_step_end

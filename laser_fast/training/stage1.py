@@ -14,45 +14,46 @@ from laser_fast.nn.mformer import balance_across
 from laser_fast.nn.stage1.bert_weights import initialize_text_branch, load_bert
 from laser_fast.nn.stage1.heads import Pairs, PretrainingHeads, TermWeights, Vocabulary
 from laser_fast.planning.memory import explain_pretraining_shortage
-from laser_fast.training.epochs import Run, Stage, train_epochs
-from laser_fast.training.loop import EarlyStopping, LossFunction, StageTrainer
-from laser_fast.training.row_sampler import RowSampler
+from laser_fast.training.epochs import Session, Stage
+from laser_fast.training.loop import EarlyStopping, LossFunction
 
 
-def pretrain(run: Run) -> None:
-    """Stage 1: the weighted terms between M-Former's queries and the text of the same history, plus the balance loss.
+def pretrain(session: Session) -> None:
+    """Train M-Former by the weighted terms between its queries and the text of the same history, and the balance loss.
 
-    It stops early by the weighted sum of the terms on the validation rows.
+    The stage stops early by the weighted sum of the terms on the validation rows.
     """
-    config, model = run.config, run.model
-    assert model.mformer is not None
-    heads = build_heads(config, model).to(run.accelerator.device)
-    run.processes.synchronize(heads)  # each drew its own
-    loss_function = pretraining_loss(model, heads)
-    stage = config.training.pretrain
-    sampler = RowSampler(len(run.rows), stage.rows_per_epoch, config.training.seed)
-    num_batches = sampler.num_batches(config.training.rows_of_step(stage))
-    modules = nn.ModuleList([model.mformer, heads])
-    trainer = StageTrainer(
-        run.accelerator,
-        modules,
-        config.training.pretrain_optimizer,
-        stage.epochs * num_batches,
-        budget=TokenBudget(explain=explain_pretraining_shortage(config, run.plan)),  # rows are each other's negatives
-        plan=run.plan,
-        processes=run.processes,
-    )
-    stopping = EarlyStopping(stage.patience)
+    config, model, processes = session.config, session.model, session.processes
+    if not config.training.pretrain.epochs:
+        return
+    assert model.mformer is not None  # the configuration demands it
+    heads = build_heads(config, model).to(session.accelerator.device)
+    processes.synchronize(heads)  # each drew its own
+    modules, loss = nn.ModuleList([model.mformer, heads]), pretraining_loss(model, heads)
+    stopping = EarlyStopping(config.training.pretrain.patience)
+    budget = TokenBudget(explain=explain_pretraining_shortage(config, session.plan))  # rows are each other's negatives
 
     def conclude(epoch: int, values: dict[str, Any]) -> None:
-        with run.processes.apart():
-            found = _validate(run, modules, loss_function)
-        value = run.processes.of_first(found["validation_terms"])  # on which all decide alike
-        run.directory.log(stage="pretrain", epoch=epoch, **found, **values)
+        with processes.apart():
+            found = _validate(session, modules, loss)
+        value = processes.of_first(found["validation_terms"])  # on which all decide alike
+        session.directory.log(stage="pretrain", epoch=epoch, **found, **values)
         stopping.improved(-value, epoch)
 
-    current = Stage("pretrain", "stage 1", stage, sampler, trainer, stopping, loss_function, heads=heads)
-    train_epochs(run, current, conclude)
+    Stage(
+        session=session,
+        name="pretrain",
+        title="stage 1",
+        settings=config.training.pretrain,
+        optimizer=config.training.pretrain_optimizer,
+        seed=config.training.seed,
+        modules=modules,
+        loss_function=loss,
+        stopping=stopping,
+        conclude=conclude,
+        heads=heads,
+        budget=budget,
+    ).train()
 
 
 def build_heads(config: LaserConfig, model: LaserModel) -> PretrainingHeads:
@@ -110,14 +111,14 @@ def pretraining_loss(model: LaserModel, heads: PretrainingHeads) -> LossFunction
 
 
 @torch.no_grad()
-def _validate(run: Run, modules: nn.Module, loss_function: LossFunction) -> dict[str, float]:
+def _validate(session: Session, modules: nn.Module, loss_function: LossFunction) -> dict[str, float]:
     """Means over the validation rows of the terms and of their weighted sum; every process goes through all rows."""
     modules.eval()
-    valid, size = run.inputs.split.valid, run.config.training.batch_size
+    valid, size = session.inputs.split.valid, session.config.training.batch_size
     totals: dict[str, float] = {}
     for start in range(0, len(valid), size):
         chunk = valid.select(range(start, min(start + size, len(valid))))
-        batch = run.model.builder.histories(chunk.histories).to(run.accelerator.device)
+        batch = session.model.builder.histories(chunk.histories).to(session.accelerator.device)
         for name, value in loss_function(batch).items():
             if name not in ("loss", "balance", "load"):
                 name = f"validation_{name}"

@@ -1,12 +1,17 @@
-"""The stage before all others: the text residual alone, on cached text vectors and without the language model."""
+"""The text residual trained by itself, on cached text vectors and without the language model.
 
+`train_text` is the stage before all others; `fit_text_line` does the same for any split, as a line to beat.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
-from laser_fast.config import resolve_path
-from laser_fast.data import EvaluationRows
+from laser_fast.config import OptimizerConfig, StageConfig, resolve_path
+from laser_fast.data import EvaluationRows, Split, TrainingRows, training_rows
 from laser_fast.data.batches import PackedBatch
 from laser_fast.evaluation import evaluate
 from laser_fast.laser.laser_files import find_saved, item_map_hash, origin_of
@@ -14,50 +19,55 @@ from laser_fast.laser.model import LaserModel
 from laser_fast.models.objective import history_pairs, whole_catalog_loss
 from laser_fast.models.text_recommender import TextRecommender
 from laser_fast.nn.text_residual import TextResidual
-from laser_fast.training.epochs import Run, Stage, train_epochs
+from laser_fast.training.epochs import Session, Stage
 from laser_fast.training.loop import EarlyStopping, LossFunction, StageTrainer
-from laser_fast.training.row_sampler import RowSampler
+from laser_fast.training.training_rows import RowSampler
 
+LINE_STAGE = StageConfig(epochs=10, rows_per_epoch=16384, batch_size=256)
+LINE_OPTIMIZER = OptimizerConfig(learning_rate=2e-3)
+_LINE_HISTORY = 10
+_LINE_DROPOUT = 0.2
 _METRIC = "NDCG@10"
 
 
-def train_text(run: Run) -> None:
+def train_text(session: Session) -> None:
     """Users against the whole catalogue, both from frozen vectors through one head; the best epoch's weights are kept.
 
-    It stops early by NDCG@10 on the validation rows with the items of each history left out: what these are worth is
-    for the calibrated score to say, and they would stand in the first ranks of all epochs alike.
+    The stage stops early by NDCG@10 on the validation rows with the items of each history left out: what these are
+    worth is for the calibrated score to say, and they would stand in the first ranks of all epochs alike.
     """
-    config, text = run.config, run.model.text
-    assert text is not None  # else this stage is skipped
+    config, model, text = session.config, session.model, session.model.text
+    if text is None or not config.training.text.epochs:
+        return
     text.fetch_vectors()
-    stage = config.training.text
-    sampler = RowSampler(len(run.rows), stage.rows_per_epoch, config.training.seed + 3)
-    num_batches = sampler.num_batches(config.training.rows_of_step(stage))
-    trained = _Trained(run.model)
-    trainer = StageTrainer(
-        run.accelerator,
-        trained,
-        config.training.text_optimizer,
-        stage.epochs * num_batches,
-        plan=run.plan,
-        processes=run.processes,
-    )
-    stopping = EarlyStopping(stage.patience)
-    best = BestWeights(trained)
+    temperature = config.objective.temperature
+    trained = _Trained(text, model.popularity_weight)
+    stopping, best = EarlyStopping(config.training.text.patience), _BestWeights(trained)
 
     def conclude(epoch: int, values: dict[str, Any]) -> None:
-        value = run.processes.of_first(_validate(run, text))
-        improved = stopping.improved(value, epoch)
-        if improved:
+        with session.processes.apart():
+            own = _quality(text, temperature, session.inputs.split.valid)
+        value = session.processes.of_first(own)
+        if improved := stopping.improved(value, epoch):
             best.keep()
         quality = {f"validation_{_METRIC}_without_history": value}
-        run.directory.log(stage="text", epoch=epoch, best=improved, **quality, **values)
-        if run.progress:
+        session.directory.log(stage="text", epoch=epoch, best=improved, **quality, **values)
+        if session.progress:
             print(f"text epoch {epoch + 1}: validation {_METRIC} without the history {value:.4f}", flush=True)
 
-    current = Stage("text", "text", stage, sampler, trainer, stopping, text_loss(run.model))
-    current.heads = best
-    train_epochs(run, current, conclude)
+    Stage(
+        session=session,
+        name="text",
+        title="text",
+        settings=config.training.text,
+        optimizer=config.training.text_optimizer,
+        seed=config.training.seed + 3,
+        modules=trained,
+        loss_function=_loss(text, model.temperature, model.popularity, mask_history=model.mask_history),
+        stopping=stopping,
+        conclude=conclude,
+        heads=best,
+    ).train()
     best.put_back()
     trained.zero_grad(set_to_none=True)
 
@@ -75,8 +85,7 @@ def initialize_text(model: LaserModel, folder: str) -> None:
     saved = find_saved(resolve_path(folder))
     if saved is None:
         raise FileNotFoundError(f"initialize_text: the folder must hold a saved Laser, got {folder!r}")
-    origin = origin_of(model)
-    own, others = origin.config.text.model_dump(), saved.description.model.text.model_dump()
+    own, others = origin_of(model).config.text.model_dump(), saved.description.model.text.model_dump()
     free = {"initialize_from", "item_side", "dropout"}
     differing = [name for name, value in own.items() if name not in free and others[name] != value]
     if saved.description.item_map_hash != item_map_hash(model.item_ids):
@@ -90,42 +99,111 @@ def initialize_text(model: LaserModel, folder: str) -> None:
     saved.put_text_into(model)
 
 
-def text_loss(model: LaserModel) -> LossFunction:
-    """Cross-entropy of a batch of users against the whole catalogue, as stage 2 has it, of the residual alone."""
-    text = model.text
-    assert text is not None
+def fit_text_line(
+    vectors: Tensor,
+    split: Split,
+    counts: Tensor,
+    *,
+    temperature: float = 0.05,
+    stage: StageConfig = LINE_STAGE,
+    seed: int = 0,
+) -> TextRecommender:
+    """Train recency weights and one linear head on frozen text vectors, as Laser's text stage does.
 
-    def loss_function(batch: PackedBatch) -> dict[str, Tensor]:
-        return {"loss": residual_loss(text, batch, model.temperature, model.mask_history, model.popularity())}
+    Any recommender that runs a language model over histories has to beat this line. The weights of the epoch with the
+    best NDCG@10 on the validation rows, histories left out, are kept.
 
-    return loss_function
+    Args:
+        vectors: float32 [I, d], unit rows (`centred`), on the device to train on.
+        split: its training rows are learned from, its validation rows choose the epoch.
+        counts: int64 [I], events of each item in the training part.
+        temperature: tau.
+        stage: the schedule.
+        seed: of the order of rows and of dropout; the global random state is left as it was.
+
+    Returns:
+        The recommender, without repeat or popularity terms, as `search_calibration` wants it.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    rows, device = training_rows(split.train, _LINE_HISTORY), vectors.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        text = TextResidual(vectors.shape[0], vectors.shape[1], max_history=_LINE_HISTORY, dropout=_LINE_DROPOUT)
+        trained = _Trained(text, nn.Parameter(torch.zeros(()))).to(device)
+        text.set_vectors(vectors)
+        if len(rows):
+            _fit_line(trained, split, rows, counts, (temperature, stage, seed))
+    return TextRecommender(text.eval(), temperature)
 
 
-def residual_loss(
+def _fit_line(
+    trained: "_Trained",
+    split: Split,
+    rows: TrainingRows,
+    counts: Tensor,
+    how: tuple[float, StageConfig, int],
+) -> None:
+    """Train in place and leave the weights of the best epoch."""
+    (temperature, stage, seed), text = how, trained.text
+    weight = trained.popularity_weight
+    assert weight is not None
+    popularity = weight, torch.log1p(counts.float()).to(weight.device)
+    loss = _loss(text, temperature, lambda: popularity, mask_history=True)
+    size = stage.batch_size or len(rows)
+    sampler = RowSampler(len(rows), min(len(rows), stage.rows_per_epoch or len(rows)), seed)
+    num_batches = sampler.num_batches(size)
+    trainer = StageTrainer(Accelerator(), trained, LINE_OPTIMIZER, stage.epochs * num_batches)
+    stopping, best = EarlyStopping(stage.patience), _BestWeights(trained)
+    for epoch in range(stage.epochs):
+        batches = (_batch(rows.select(chosen)) for chosen in sampler.batches(epoch, size))
+        trainer.run_epoch(batches, num_batches, loss, title="cached text", progress=False)
+        if stopping.improved(_quality(text, temperature, split.valid), epoch):
+            best.keep()
+        if stopping.stop:
+            break
+    best.put_back()
+
+
+def _batch(rows: EvaluationRows) -> PackedBatch:
+    """Histories and targets without a word of text."""
+    items, bounds = torch.from_numpy(rows.histories.items), torch.from_numpy(rows.histories.cu_seqlens)
+    nothing = torch.empty(0, dtype=torch.int64), torch.zeros(len(rows) + 1, dtype=torch.int32)
+    targets = torch.from_numpy(rows.targets)
+    return PackedBatch(items, bounds, *nothing, targets=targets, text_items=items, text_cu_seqlens=bounds)
+
+
+def _loss(
     text: TextResidual,
-    batch: PackedBatch,
     temperature: float,
+    popularity: Callable[[], tuple[Tensor, Tensor] | None],
+    *,
     mask_history: bool,
-    popularity: tuple[Tensor, Tensor] | None,
-) -> Tensor:
-    """Mean over the users of a batch with targets and histories for the residual: float32 []; see `Objective`."""
-    assert batch.targets is not None and batch.text_items is not None and batch.text_cu_seqlens is not None
-    users = text.users(batch.text_items, batch.text_cu_seqlens)
-    ignored = history_pairs(batch) if mask_history else None
-    return whole_catalog_loss(users, text.items(), batch.targets, temperature, ignored=ignored, popularity=popularity)
+) -> LossFunction:
+    """Cross-entropy of a batch of users against the whole catalogue, as stage 2 has it, of the residual alone."""
+
+    def loss(batch: PackedBatch) -> dict[str, Tensor]:
+        assert batch.targets is not None and batch.text_items is not None and batch.text_cu_seqlens is not None
+        users = text.users(batch.text_items, batch.text_cu_seqlens)
+        ignored = history_pairs(batch) if mask_history else None
+        other = {"ignored": ignored, "popularity": popularity()}
+        return {"loss": whole_catalog_loss(users, text.items(), batch.targets, temperature, **other)}
+
+    return loss
 
 
 class _Trained(nn.Module):
-    """What this stage trains: the residual, and the weight of popularity where there is one."""
+    """What is trained: the residual, and the weight of popularity where there is one."""
 
-    def __init__(self, model: LaserModel) -> None:
+    def __init__(self, text: TextResidual, popularity_weight: nn.Parameter | None) -> None:
         super().__init__()
-        self.text = model.text
-        self.popularity_weight = model.popularity_weight
+        self.text = text
+        self.popularity_weight = popularity_weight
 
 
-class BestWeights(nn.Module):
-    """The weights of the best epoch so far; kept with the state, so that a resumed run has them too."""
+class _BestWeights(nn.Module):
+    """The weights of the best epoch so far; a module, so that a state holds them and a resumed run has them too."""
 
     def __init__(self, trained: nn.Module) -> None:
         super().__init__()
@@ -134,24 +212,16 @@ class BestWeights(nn.Module):
 
     @torch.no_grad()
     def keep(self) -> None:
-        """Take the weights as they are now."""
         for name, tensor in self._trained[0].state_dict().items():
             self.register_buffer(name.replace(".", "_"), tensor.clone())
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Give back the weights that were kept."""
         for name, tensor in self._trained[0].state_dict().items():
             tensor.copy_(self.get_buffer(name.replace(".", "_")))
 
 
-def _validate(run: Run, text: TextResidual) -> float:
-    """NDCG@10 on the validation rows without the items of each history."""
-    with run.processes.apart():
-        return text_quality(text, run.config.objective.temperature, run.inputs.split.valid)
-
-
-def text_quality(text: TextResidual, temperature: float, rows: EvaluationRows) -> float:
+def _quality(text: TextResidual, temperature: float, rows: EvaluationRows) -> float:
     """NDCG@10 of the residual alone, the items of each history ranked last; 0 without rows."""
     if not len(rows):
         return 0.0

@@ -1,8 +1,9 @@
-"""Jobs in several processes that train together, forked from one that has done it all before: run as a script.
+"""Jobs in one or several processes, forked from one that has done it all before: run as a script.
 
-Reads one JSON object a line: `ranks` (1 = here, in this process), `folder` for what the processes print and measure,
-`arguments` of the command or `numbers` for `measure`; `disturb` = what happens to which rank at which call of the loss.
-Answers with the exit statuses, by rank.
+Reads one JSON object a line: `ranks` (0 = here, in this process), `folder` for what the processes print and measure,
+`arguments` of the command or `numbers` for `measure`; `disturb` = what happens to which rank at which call of the loss;
+`end` = a signal `number`, sent `after_s` s after `wait_for` is there, or after that folder has an entry with a name
+`beyond` the one given. Answers with the exit statuses, by rank.
 """
 
 import json
@@ -10,6 +11,8 @@ import os
 import signal
 import socket
 import sys
+import threading
+import time
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -21,6 +24,7 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from laser_fast.cli import main
 from laser_fast.data.batches import PackedBatch
@@ -34,19 +38,38 @@ from laser_fast.training.train import train_laser  # noqa: F401  so that no fork
 
 
 def serve() -> None:
+    tqdm.set_lock(threading.RLock())  # its own is shared by all forks: one that is killed holding it stops the others
     torch.set_num_threads(1)  # no pool of threads that a fork would lose
     StateFolder.clear = lambda self: None  # type: ignore[method-assign]  # they are compared
     answers = sys.stdout
     for line in sys.stdin:
         request = json.loads(line)
-        if request["ranks"] == 1:
+        if not request["ranks"]:
             print(json.dumps([_run(request, 0)]), file=answers, flush=True)
             AcceleratorState._reset_state(reset_partial_state=True)  # a fork is to find out by itself what it is
             continue
         port = _free_port()
         children = [_fork(request, rank, port) for rank in range(request["ranks"])]
+        if "end" in request:
+            _end(children[0], **request["end"])
         statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         print(json.dumps(statuses), file=answers, flush=True)
+
+
+def _end(child: int, number: int, after_s: float, wait_for: str, beyond: str | None) -> None:
+    """Send the signal at its moment, unless the child has ended by then; it is still to be waited for."""
+
+    def ready() -> bool:
+        if beyond is None or not os.path.exists(wait_for):
+            return beyond is None and os.path.exists(wait_for)
+        return any(name > beyond for name in os.listdir(wait_for) if name[0].isdigit())
+
+    while not ready():
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return
+        time.sleep(0.005)
+    time.sleep(after_s)
+    os.kill(child, number)
 
 
 def _free_port() -> int:
@@ -59,8 +82,9 @@ def _fork(request: dict[str, Any], rank: int, port: int) -> int:
     child = os.fork()
     if child:
         return child
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": request["ranks"], "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in told.items()}, MASTER_ADDR="127.0.0.1")
+    if request["ranks"] > 1:
+        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": request["ranks"], "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in told.items()}, MASTER_ADDR="127.0.0.1")
     os._exit(_run(request, rank))  # to take down an interpreter of this size takes longer than most jobs
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from laser_fast.config import OptimizerConfig
-from laser_fast.planning.optimizer_bytes import optimizer_bytes_per_parameter
+from laser_fast.planning.plan import optimizer_bytes_per_parameter
 from laser_fast.training.optimizer import build_optimizer
 
 needs_bitsandbytes = pytest.mark.skipif(

@@ -4,10 +4,7 @@ import importlib.util
 import json
 import re
 import shutil
-import subprocess
-import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +23,6 @@ from laser_fast.training.train import train_laser
 
 Same = Callable[[Path, Path], None]
 
-_PATIENCE_S = 120.0  # for one job; each takes a few seconds
 _SCRIPT = Path(__file__).with_name("several_processes.py")
 _TIMES = ("time_s", "text_tokens_per_s")
 
@@ -38,47 +34,6 @@ def script() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-class Jobs:
-    """Runs jobs in processes that are forked from one."""
-
-    def __init__(self) -> None:
-        self._server = subprocess.Popen(
-            [sys.executable, str(_SCRIPT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def run(self, ranks: int, folder: Path, **request: Any) -> list[int]:
-        """Exit statuses; a job that hangs gives none."""
-        folder.mkdir(exist_ok=True)
-        assert self._server.stdin is not None and self._server.stdout is not None
-        self._server.stdin.write(json.dumps({"ranks": ranks, "folder": str(folder), **request}) + "\n")
-        self._server.stdin.flush()
-        watchdog = threading.Timer(_PATIENCE_S, self._server.kill)
-        watchdog.start()
-        try:
-            return list(json.loads(self._server.stdout.readline()))
-        finally:
-            watchdog.cancel()
-
-    def train(
-        self, ranks: int, settings: dict[str, Any], run: Path, *more: str, disturb: tuple[int, int, str] | None = None
-    ) -> list[int]:
-        """`laser-fast train` into `run`; disturb = rank, call of its loss, how."""
-        file = run.with_suffix(".yaml")
-        file.write_text(json.dumps({**settings, "output": str(run)}))
-        what = None if disturb is None else dict(zip(("rank", "call", "how"), disturb, strict=True))
-        return self.run(ranks, run.with_suffix(".notes"), arguments=["train", str(file), *more], disturb=what)
-
-    def close(self) -> None:
-        self._server.communicate()
-
-
-@pytest.fixture(scope="module")
-def jobs() -> Iterator[Jobs]:
-    jobs = Jobs()
-    yield jobs
-    jobs.close()
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +52,10 @@ def settings(staged_settings: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def one(jobs: Jobs, settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def one(jobs: Any, settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process; what it imports the others need not."""
     run = tmp_path_factory.mktemp("one") / "run"
-    assert jobs.train(1, settings, run) == [0]
+    assert jobs.train(0, settings, run) == [0]
     return run
 
 
@@ -120,7 +75,7 @@ def printed_by(run: Path) -> list[str]:
     return [(run.with_suffix(".notes") / f"printed-{rank}").read_text() for rank in range(2)]
 
 
-def test_two_processes_take_the_steps_of_one(jobs: Jobs, settings: dict[str, Any], one: Path, tmp_path: Path) -> None:
+def test_two_processes_take_the_steps_of_one(jobs: Any, settings: dict[str, Any], one: Path, tmp_path: Path) -> None:
     two = tmp_path / "two"
     assert jobs.train(2, settings, two) == [0, 0]
     losses = losses_of(one, 0)
@@ -144,7 +99,7 @@ def test_two_processes_take_the_steps_of_one(jobs: Jobs, settings: dict[str, Any
 
 
 def test_whatever_stops_one_stops_all_and_they_go_on_as_if_nothing_had(
-    jobs: Jobs, staged_settings: dict[str, Any], one: Path, assert_same_run: Same, tmp_path: Path
+    jobs: Any, staged_settings: dict[str, Any], one: Path, assert_same_run: Same, tmp_path: Path
 ) -> None:
     stage = {"epochs": 1, "rows_per_epoch": 24}
     stages = dict.fromkeys(("pretrain", "phase_a", "phase_b"), stage)
@@ -186,7 +141,7 @@ def stop(*arguments: Any, **options: Any) -> None:
     raise Stop
 
 
-def test_rows_of_others_count_as_in_one_process(jobs: Jobs, script: ModuleType, tmp_path: Path) -> None:
+def test_rows_of_others_count_as_in_one_process(jobs: Any, script: ModuleType, tmp_path: Path) -> None:
     assert jobs.run(2, tmp_path, numbers=True) == [0, 0]
     values = {
         name: tensor.clone().requires_grad_(tensor.is_floating_point()) for name, tensor in script.inputs().items()

@@ -8,16 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load, load_file, save_file
+from safetensors.torch import load, save_file
 
 from laser_fast.config import LaserConfig, build_config
 from laser_fast.data import PackedSequences
 from laser_fast.files.sealed import seal
-from laser_fast.runs.checkpoint import load_laser
-from laser_fast.training import train as laser
-from laser_fast.training.loop import EarlyStopping, warmup_cosine
-from laser_fast.training.row_sampler import RowSampler
-from laser_fast.training.train import train_laser
+from laser_fast.laser.build import Inputs
+from laser_fast.laser.model import LaserModel
+from laser_fast.runs import Run
+from laser_fast.training import stage2, train_laser
+from laser_fast.training.loop import EarlyStopping
+from laser_fast.training.optimizer import warmup_cosine
+from laser_fast.training.training_rows import RowSampler
 
 LEARNING = {"pretrain": {"epochs": 0}, "optimizer": {"learning_rate": 0.03}}  # enough to learn the walk in seconds
 
@@ -30,44 +32,46 @@ def log_of(config: LaserConfig) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_leaves_the_best_model_and_its_records(tiny_settings: dict[str, Any]) -> None:
-    config = config_of(tiny_settings)
-    _, inputs = train_laser(config, progress=False)
-    folder = Path(config.output)
-    assert {path.name for path in folder.iterdir()} == {
-        "config.yaml",
-        "environment.json",
-        "metrics.jsonl",
-        "checkpoint",
-        "finished.json",
-    }
-    assert {p.name for p in (folder / "checkpoint").iterdir()} == {
-        "README.md",
-        "adapter.safetensors",
-        "items.json",
-        "items.safetensors",
-        "laser.json",
-        "recommender.json",
-        "recommender.safetensors",
-        "rules.safetensors",
-        "seal.json",
-    }
+@pytest.fixture(scope="module")
+def finished(
+    staged_settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[LaserConfig, LaserModel, Inputs]:
+    output = str(tmp_path_factory.mktemp("finished") / "run")
+    config = build_config(LaserConfig, staged_settings | {"output": output, "evaluation": {}})
+    return config, *train_laser(config, progress=False)
+
+
+def test_a_run_leaves_the_best_model_and_its_records(finished: tuple[LaserConfig, LaserModel, Inputs]) -> None:
+    config, _, inputs = finished
+    folder, model = Path(config.output), ["README.md", "items.json", "laser.json", "recommender.json", "seal.json"]
+    model += [f"{name}.safetensors" for name in ("adapter", "items", "recommender", "rules")]
+    assert {path.name for path in (folder / "checkpoint").iterdir()} == set(model)
+    records = {"config.yaml", "environment.json", "metrics.jsonl", "finished.json"}
+    assert {path.name for path in folder.iterdir()} == {"checkpoint"} | records
     log = log_of(config)
-    assert [(entry["stage"], entry["epoch"]) for entry in log] == [
-        ("pretrain", 0),
-        ("phase_a", -1),
-        ("phase_a", 0),
-        ("phase_a", 1),
-        ("phase_b", 0),
-    ]
+    stages = [("pretrain", 0), ("pretrain", 1), ("phase_a", -1), ("phase_a", 0), ("phase_a", 1), ("phase_b", 0)]
+    assert [(entry["stage"], entry["epoch"]) for entry in log] == [*stages, ("phase_b", 1)]
     description = json.loads((folder / "checkpoint" / "laser.json").read_text())
-    assert description["facts"]["validation"]["NDCG@10"] == max(
-        entry["validation_NDCG@10"] for entry in log if entry["stage"] != "pretrain"
-    )
+    best = max(entry["validation_NDCG@10"] for entry in log if entry["stage"] != "pretrain")
+    assert description["facts"]["validation"]["NDCG@10"] == best
     assert description["split_hash"] == inputs.split.hash
-    assert sum(log[2]["load"]) == pytest.approx(2.0)  # k choices per item
+    assert sum(log[3]["load"]) == pytest.approx(2.0)  # k choices per item
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["versions"]["torch"] == torch.__version__
+
+
+def test_loading_gives_the_model_that_was_saved(finished: tuple[LaserConfig, LaserModel, Inputs]) -> None:
+    config, model, inputs = finished
+    run = Run.load(config.output)
+    assert run.config == config and run.inputs.split.hash == inputs.split.hash
+    loaded, histories = run.model, inputs.split.test.histories
+    assert torch.equal(loaded.encode_users(histories), model.encode_users(histories))
+    assert torch.equal(loaded.item_matrix, model.item_matrix)
+    question = [["i1", "i2"], []]
+    assert loaded.recommend(question) == model.recommend(question)
+    assert bool(torch.isfinite(loaded.encode_users(PackedSequences.from_lists([[], []]))).all())
+    assert loaded.calibration is not None and model.calibration is not None
+    assert loaded.calibration.calibration == model.calibration.calibration
 
 
 def test_training_lowers_the_loss_and_beats_the_start(tiny_settings: dict[str, Any]) -> None:
@@ -80,29 +84,6 @@ def test_training_lowers_the_loss_and_beats_the_start(tiny_settings: dict[str, A
     assert max(entry["validation_NDCG@10"] for entry in phase_a) > phase_a[0]["validation_NDCG@10"] + 0.1
 
 
-def test_the_same_seed_gives_the_same_model(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
-    runs = [config_of(tiny_settings | {"output": str(tmp_path / name)}) for name in ("first", "second")]
-    for config in runs:
-        train_laser(config, progress=False)
-    states = [load_file(Path(config.output) / "checkpoint" / "adapter.safetensors") for config in runs]
-    assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-
-
-def test_loading_gives_the_model_that_was_saved(tiny_settings: dict[str, Any]) -> None:
-    config = config_of(tiny_settings)
-    model, _ = train_laser(config, progress=False)
-    loaded, inputs, loaded_config = load_laser(config.output)
-    assert loaded_config == config
-    histories = inputs.split.test.histories
-    assert torch.equal(loaded.encode_users(histories), model.encode_users(histories))
-    assert torch.equal(loaded.item_matrix, model.item_matrix)
-    question = [["i1", "i2"]]
-    assert loaded.recommend(question) == model.recommend(question)
-    assert loaded.calibration is not None and model.calibration is not None
-    assert loaded.calibration.calibration == model.calibration.calibration
-
-
 @pytest.mark.parametrize(
     ("left_out", "name"),
     [("recommender_score", "recommender"), ("sequential_rules", "rules"), ("neighbors", "neighbors")],
@@ -113,19 +94,19 @@ def test_parts_of_the_calibrated_score_can_be_left_out(
     training = {"pretrain": {"epochs": 0}, "phase_a": {"epochs": 0}, "phase_b": {"epochs": 0}}
     config = config_of(tiny_settings, training=training, evaluation={left_out: False})
     fitted: list[Mapping[str, float]] = []
-    search = laser.search_calibration
+    search = stage2.search_calibration
 
     def watched(*arguments: Any, **options: Any) -> Any:
         found = search(*arguments, **options)
         fitted.append(found[0].calibration.weights)
         return found
 
-    monkeypatch.setattr(laser, "search_calibration", watched)
+    monkeypatch.setattr(stage2, "search_calibration", watched)
     model, inputs = train_laser(config, progress=False)
     assert model.calibration is not None and set(fitted[0]) == {"laser", "recommender", "rules", "neighbors"} - {name}
     unused = {part for part in ("rules", "neighbors") if part in fitted[0] and not fitted[0][part]}
     assert set(model.calibration.components) == set(fitted[0]) - unused
-    loaded = load_laser(config.output)[0]
+    loaded = Run.load(config.output).model
     assert loaded.calibration is not None and loaded.calibration.calibration == model.calibration.calibration
     histories = (
         torch.from_numpy(inputs.split.test.histories.items),
@@ -145,15 +126,6 @@ def test_phase_b_keeps_the_item_matrix(tiny_settings: dict[str, Any]) -> None:
     assert not torch.allclose(model.refresh_items(), kept, atol=1e-4)
 
 
-def test_a_run_is_never_overwritten(tiny_settings: dict[str, Any]) -> None:
-    folder = Path(tiny_settings["output"])
-    folder.mkdir()
-    (folder / "precious").write_text("x")
-    with pytest.raises(FileExistsError, match="output must be a new or empty folder"):
-        train_laser(config_of(tiny_settings), progress=False)
-    assert [path.name for path in folder.iterdir()] == ["precious"]
-
-
 def test_damaged_and_foreign_checkpoints_are_refused(tiny_settings: dict[str, Any]) -> None:
     config = config_of(tiny_settings, bituning={"prefix": "shared"}, training={"pretrain": {"epochs": 0}})
     train_laser(config, progress=False)
@@ -161,32 +133,22 @@ def test_damaged_and_foreign_checkpoints_are_refused(tiny_settings: dict[str, An
     whole = adapter.read_bytes()
     adapter.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"adapter\.safetensors of .*checkpoint must be the file that was written"):
-        load_laser(config.output)
+        Run.load(config.output)
     seal(adapter.parent)
     with pytest.raises(ValueError, match="adapter.safetensors must be a whole safetensors file"):
-        load_laser(config.output)
+        Run.load(config.output)
     save_file({name: value for name, value in load(whole).items() if name != "head.bias"}, adapter)
     seal(adapter.parent)
     with pytest.raises(ValueError, match="(?s)must fit the configuration, got .*head.bias"):
-        load_laser(config.output)
+        Run.load(config.output)
     adapter.write_bytes(whole)
     description = json.loads((adapter.parent / "laser.json").read_text())
     (adapter.parent / "laser.json").write_text(json.dumps(description | {"split_hash": "0" * 64}))
     seal(adapter.parent)
     with pytest.raises(ValueError, match="must be the split of the training, 000000000000, got"):
-        load_laser(config.output)
+        Run.load(config.output)
     with pytest.raises(FileNotFoundError, match="no such folder"):
-        load_laser(adapter.parent.parent / "elsewhere")
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(tiny_settings: dict[str, Any]) -> None:
-    training = {
-        **tiny_settings["training"],
-        "pretrain": {"epochs": 0},
-        "optimizer": {"learning_rate": 100.0, "weight_decay": 100.0, "warmup_fraction": 0.0},
-    }
-    with pytest.raises(FloatingPointError, match=r"the loss must be finite, got (nan|inf) at step \d+"):
-        train_laser(config_of(tiny_settings | {"training": training}), progress=False)
+        Run.load(adapter.parent.parent / "elsewhere")
 
 
 def test_rows_come_once_before_any_comes_twice() -> None:
@@ -211,9 +173,3 @@ def test_learning_rate_rises_then_falls_to_zero() -> None:
     values = [factor(step) for step in range(101)]
     assert values[:11] == sorted(values[:11]) and values[10:] == sorted(values[10:], reverse=True)
     assert 0 < values[0] < 0.2 and values[10] == pytest.approx(1.0) and values[100] == pytest.approx(0.0, abs=1e-12)
-
-
-def test_an_empty_history_is_served(tiny_settings: dict[str, Any]) -> None:
-    model, _ = train_laser(config_of(tiny_settings), progress=False)
-    assert bool(torch.isfinite(model.encode_users(PackedSequences.from_lists([[], []]))).all())
-    assert len(model.recommend([[]], k=3)[0]) == 3

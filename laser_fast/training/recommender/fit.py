@@ -1,4 +1,4 @@
-"""How the weights of an ID-based recommender are found: windows of the training sequences, epochs, a running mean."""
+"""Fitting an ID-based recommender: windows of the training sequences, epochs, a running mean of the weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from laser_fast.config import RecommenderConfig
@@ -58,53 +59,29 @@ class Windows:
 
 def build_recommender(num_items: int, config: RecommenderConfig) -> PackedRecommender:
     """A new model of the kind and sizes of `config`."""
+    names = ("width", "num_layers", "max_length", "dropout", "state_dropout")
+    sizes = {name: getattr(config, name) for name in names}
     if config.kind == "gru4rec":
-        return GRU4Rec(
-            num_items,
-            width=config.width,
-            num_layers=config.num_layers,
-            max_length=config.max_length,
-            dropout=config.dropout,
-            state_dropout=config.state_dropout,
-        )
-    return SASRec(
-        num_items,
-        width=config.width,
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        max_length=config.max_length,
-        dropout=config.dropout,
-        state_dropout=config.state_dropout,
-    )
+        return GRU4Rec(num_items, **sizes)
+    return SASRec(num_items, num_heads=config.num_heads, **sizes)
 
 
 class Fitting:
-    """A model that is being fitted to windows, and the running mean of its weights, which is what is to be kept.
+    """A model that is being fitted to windows, and `averaged`, the running mean of its weights, which is to be kept.
 
     Parameters that require no gradient stay as they are. Dropout and the order of the windows are drawn from torch's
     global generator.
-
-    Attributes:
-        averaged: a copy of the model with the mean of the weights so far.
     """
-
-    averaged: PackedRecommender
 
     def __init__(self, model: PackedRecommender, windows: Windows, config: RecommenderConfig) -> None:
         self.model, self.windows, self.batch_size = model, windows, config.batch_size
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0, fused=True)
-        self.warmup = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: min(1.0, (step + 1) / _WARMUP_STEPS)
-        )
+        self.warmup = LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / _WARMUP_STEPS))
         self.mean = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(_AVERAGE_DECAY))
         assert isinstance(self.mean.module, PackedRecommender)  # a copy of `model`
-        self.averaged = self.mean.module
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        return self.model.item_embedding.weight.device
+        self.averaged: PackedRecommender = self.mean.module
+        self.device: torch.device = model.item_embedding.weight.device
 
     @property
     def step(self) -> int:

@@ -22,74 +22,29 @@ from laser_fast.training.recommender.fit import Fitting
 
 
 class RecommenderRun:
-    """The run directory of a recommender, for the one process that has claimed it; without a folder nothing is kept.
-
-    Args:
-        directory: of the run; None = none.
-        fingerprint: what the recommender is fitted to, by its name in a message.
+    """The fitting of a recommender without a folder: nothing is kept.
 
     Attributes:
+        checkpoint: the finished recommender; None = there is none yet.
         interruption: stops an epoch, which is taken again from its start.
         resumed: the state to go on from, until the stage it belongs to has taken it up.
     """
 
-    def __init__(self, directory: RunDirectory | None = None, fingerprint: dict[str, Any] | None = None) -> None:
-        self.directory = directory
-        self.fingerprint = {} if fingerprint is None else fingerprint
+    checkpoint: Path | None = None
+    resumed: State | None = None
+
+    def __init__(self) -> None:
         self.interruption = Interruption()
-        self.resumed: State | None = None
-        self._states = None if directory is None else StateFolder(directory)
-
-    @property
-    def finished(self) -> bool:
-        """Whether the recommender is there already."""
-        return self.directory is not None and self.directory.checkpoint.is_dir()
-
-    def go_on(self) -> None:
-        """Find the state to go on from and put back the log that belongs to it; of a finished run nothing is touched.
-
-        Raises:
-            ValueError: all states are damaged, or the run began with something else.
-        """
-        assert self.directory is not None and self._states is not None
-        if self.finished:
-            began = read_facts(self.directory.checkpoint).get("began", {})
-            refuse_another_beginning("train_recommender", began, self.fingerprint)
-            return
-        self.resumed = self._states.newest()
-        if self.resumed is None:
-            warnings.warn(f"train_recommender: {self.directory.path} has no state yet; it begins anew", stacklevel=5)
-        else:
-            began = self.resumed.values["position"]["fingerprint"]
-            refuse_another_beginning("train_recommender", began, self.fingerprint)
-        self._states.put_back_files()
 
     def log(self, **values: Any) -> None:
         """Append one line to metrics.jsonl."""
-        if self.directory is not None:
-            self.directory.log(**values)
 
     def keep(self, stage: str, epoch: int, fitting: Fitting, **parts: State) -> None:
-        """Save the state before `epoch` of a stage; if a signal came, stop here.
-
-        Args:
-            parts: what the stage, or one after it, depends on beside its fitting.
+        """Save the state before `epoch` of a stage, with `parts` it depends on; if a signal came, stop here.
 
         Raises:
             Interrupted: a signal came.
         """
-        if self.directory is None or self._states is None:
-            return
-        position = {
-            "stage": stage,
-            "epoch": epoch,
-            "step": fitting.step,
-            "log_bytes": len(self.directory.read_log()),
-            "fingerprint": self.fingerprint,
-        }
-        random = State(RandomState.now(fitting.device).of_torch().tensors)  # nothing else is drawn from
-        self._states.save(State.join(position=State(values=position), fitting=fitting.state(), random=random, **parts))
-        self.interruption.check()
 
     def take_up(self, stage: str, fitting: Fitting) -> State | None:
         """Let the fitting of a stage go on if the run stands in it; what was kept with it, None at its start."""
@@ -103,11 +58,54 @@ class RecommenderRun:
 
     def finish(self, model: PackedRecommender) -> None:
         """Save the recommender; the states have done their duty."""
-        if self.directory is None or self._states is None:
+
+
+class _KeptRun(RecommenderRun):
+    """A run with a folder, for the one process that has claimed it."""
+
+    def __init__(self, directory: RunDirectory, fingerprint: dict[str, Any], *, resume: bool) -> None:
+        super().__init__()
+        self.directory = directory
+        self.fingerprint = fingerprint
+        self.states = StateFolder(directory)
+        self.checkpoint = directory.checkpoint if directory.checkpoint.is_dir() else None
+        if resume:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Find the state to go on from and put back its log; a finished run stays as it is."""
+        if self.checkpoint is not None:
+            refuse_another_beginning(
+                "train_recommender", read_facts(self.checkpoint).get("began", {}), self.fingerprint
+            )
             return
-        if not self.finished:
+        self.resumed = self.states.newest()
+        if self.resumed is None:
+            warnings.warn(f"train_recommender: {self.directory.path} has no state yet; it begins anew", stacklevel=6)
+        else:
+            began = self.resumed.values["position"]["fingerprint"]
+            refuse_another_beginning("train_recommender", began, self.fingerprint)
+        self.states.put_back_files()
+
+    def log(self, **values: Any) -> None:
+        self.directory.log(**values)
+
+    def keep(self, stage: str, epoch: int, fitting: Fitting, **parts: State) -> None:
+        position = {
+            "stage": stage,
+            "epoch": epoch,
+            "step": fitting.step,
+            "log_bytes": len(self.directory.read_log()),
+            "fingerprint": self.fingerprint,
+        }
+        random = State(RandomState.now(fitting.device, python=False).tensors)  # nothing else is drawn from
+        self.states.save(State.join(position=State(values=position), fitting=fitting.state(), random=random, **parts))
+        self.interruption.check()
+
+    def finish(self, model: PackedRecommender) -> None:
+        if self.checkpoint is None:
             save_recommender(model, self.directory.checkpoint, began=self.fingerprint)
-        self._states.clear()
+        self.states.clear()
 
 
 @contextmanager
@@ -116,9 +114,14 @@ def open_run(
 ) -> Iterator[RecommenderRun]:
     """Claim the folder, make or open the run in it, and take note of signals meanwhile.
 
+    Args:
+        path: None = nothing is kept.
+        fingerprint: what the recommender is fitted to, by its name in a message.
+
     Raises:
         FileExistsError, FileNotFoundError: see `RunDirectory`.
-        ValueError: see `RunDirectory`, `RecommenderRun.go_on` and `claim`; or a run is to be resumed without a path.
+        ValueError: see `RunDirectory` and `claim`; the run began with something else; all its states are damaged; or a
+            run is to be resumed without a path.
     """
     if path is None:
         if resume:
@@ -126,8 +129,6 @@ def open_run(
         yield RecommenderRun()
         return
     with claim(Path(path).resolve()):
-        run = RecommenderRun(RunDirectory(path, config, resume=resume), fingerprint)
-        if resume:
-            run.go_on()
+        run = _KeptRun(RunDirectory(path, config, resume=resume), fingerprint, resume=resume)
         with run.interruption:
             yield run

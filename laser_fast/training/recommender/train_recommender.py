@@ -1,9 +1,11 @@
-"""Training SASRec or GRU4Rec on the training part of a split, and the models of its folds."""
+"""Training SASRec or GRU4Rec on the training part of a split, and after it the models of its folds."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -12,13 +14,14 @@ from laser_fast.config import RecommenderConfig
 from laser_fast.data import Split
 from laser_fast.evaluation import evaluate
 from laser_fast.evaluation.state_gap import measure_state_gap
-from laser_fast.recommenders.packed_recommender import PackedRecommender
+from laser_fast.recommenders.packed_recommender import CrossFitted, PackedRecommender, assign_folds
 from laser_fast.recommenders.recommender_files import load_recommender
 from laser_fast.runs.resume import State
 from laser_fast.training.loop import EarlyStopping
 from laser_fast.training.recommender.fit import Fitting, Windows, build_recommender
-from laser_fast.training.recommender.fold_models import FULL, folds_of_users, train_folds
 from laser_fast.training.recommender.run import RecommenderRun, open_run
+
+_FULL = "full"  # part of a state of a fold: the finished full model and the epochs it took
 
 
 def train_recommender(
@@ -37,9 +40,9 @@ def train_recommender(
 
     What is ranked and kept is a running mean of the weights, which is steadier than the weights of any one step. After
     each epoch all validation rows are ranked; the mean with the best NDCG@10 is kept, and training stops after
-    `config.patience` epochs without a better one. The same seed gives the same weights on a CPU with as many threads.
-    The global random state is left as it was. With `config.folds` the models of the folds are fitted after it, see
-    `train_folds`, which change nothing of it.
+    `config.patience` epochs without a better one. With `config.folds` the models of the folds are fitted after it, see
+    `train_folds`, which change nothing of it. The same seed gives the same weights on a CPU with as many threads, and
+    the global random state is left as it was.
 
     Args:
         split: its training part is learned, its validation rows decide when to stop; its test rows are not touched.
@@ -68,18 +71,17 @@ def train_recommender(
     if not len(windows.starts):
         raise ValueError("train_recommender: a training sequence must have two events, got none that long")
     if config.folds:
-        folds_of_users(split, config.folds, seed)  # before anything is written, or trained for long
+        _folds_of_users(split, config.folds, seed)  # before anything is written, or trained for long
     fingerprint = {"split": split.hash, "item map": item_map_hash, "number of items": num_items, "seed": seed}
     with open_run(run_dir, config, fingerprint, resume=resume) as run:
-        if run.finished and run.directory is not None:
-            model = load_recommender(run.directory.checkpoint, expected_split_hash=split.hash).to(device)
+        if run.checkpoint is not None:
+            model = load_recommender(run.checkpoint, expected_split_hash=split.hash).to(device)
         else:
-            cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
-            with torch.random.fork_rng(devices=cuda):
+            with torch.random.fork_rng(devices=_cuda(torch.device(device))):
                 torch.manual_seed(seed)
                 model = build_recommender(num_items, config).to(device)
                 model.split_hash, model.item_map_hash = split.hash, item_map_hash
-                epochs = _fit(model, windows, split, config, run, progress)
+                epochs = _fit(model, Fitting(model, windows, config), split, config, run, progress)
             model.eval()
             if config.folds:
                 model.cross_fitted = train_folds(
@@ -90,20 +92,67 @@ def train_recommender(
     return model
 
 
+def train_folds(
+    model: PackedRecommender,
+    split: Split,
+    config: RecommenderConfig,
+    *,
+    epochs: int,
+    seed: int,
+    run: RecommenderRun | None = None,
+    progress: bool = True,
+) -> CrossFitted:
+    """The models of `config.folds` folds beside a finished `model`.
+
+    User u is in fold permutation(u) mod K, by the seed. A fold begins with the weights that `model` began with and
+    learns all of them. Its states are rotated onto those of `model`, and scaled to their length, on the sequences both
+    have learned from. It is fitted for a given number of epochs: neither its own users nor their validation rows have a
+    say in its weights.
+
+    Args:
+        model: fitted on all of `split.train`.
+        epochs: passes over the sequences of the other folds; those of `model` up to its best.
+        seed: of the folds, and the one `model` was trained with.
+        run: where the loss of every epoch is logged, with the fold, and from which the folds go on; None = nowhere.
+
+    Raises:
+        ValueError: a fold leaves no sequence of two events to learn from.
+        FloatingPointError: the loss is not finite; names the step.
+    """
+    user_folds = _folds_of_users(split, config.folds, seed)
+    run = RecommenderRun() if run is None else run
+    models, bases, done = [], [], {_FULL: State(dict(model.state_dict()), {"epochs": epochs})}
+    with torch.random.fork_rng(devices=_cuda(model.item_embedding.weight.device)):
+        for fold in range(config.folds):
+            windows = Windows.cut(split.train.select(user_folds[split.train_users] != fold), config.max_length)
+            twin, name = _start_fold(model, seed, fold), f"fold{fold}"
+            if run.resumed is not None and name in run.resumed.values:
+                twin.load_state_dict(run.resumed.part(name).tensors)
+            else:
+                title = f"{type(twin).__name__} without fold {fold + 1} of {config.folds}"
+                fitting = Fitting(twin, windows, config)
+                with tqdm(total=epochs, desc=title, unit="epoch", disable=not progress) as bar:
+                    _fit_fold(fitting, fold, epochs, run, done, bar)
+            models.append(twin.eval())
+            done[name] = State(dict(twin.state_dict()))
+            bases.append(_rotation(model, twin, windows, config.batch_size))
+    return CrossFitted(models, user_folds, split.hash, torch.stack(bases))
+
+
 def _fit(
     model: PackedRecommender,
-    windows: Windows,
+    fitting: Fitting,
     split: Split,
     config: RecommenderConfig,
     run: RecommenderRun,
     progress: bool,
 ) -> int:
     """Train `model` in place and leave it with its best weights; how many epochs those took."""
-    if run.resumed is not None and FULL in run.resumed.values:  # it stands in a fold
-        full = run.resumed.part(FULL)
+    if run.resumed is not None and _FULL in run.resumed.values:  # it stands in a fold
+        full = run.resumed.part(_FULL)
         model.load_state_dict(full.tensors)
         return int(full.values["epochs"])
-    fitting, stopping = Fitting(model, windows, config), EarlyStopping(config.patience)
+    stopping = EarlyStopping(config.patience)
     first, best_weights = 0, _copy(model)
     if (state := run.take_up("model", fitting)) is not None:
         first, best_weights = state.values["position"]["epoch"], state.part("best").tensors
@@ -128,5 +177,69 @@ def _fit(
     return stopping.best_epoch + 1
 
 
+def _fit_fold(
+    fitting: Fitting, fold: int, epochs: int, run: RecommenderRun, done: dict[str, State], bar: tqdm[Any]
+) -> None:
+    """Fit the model of one fold in place, from where the run stands; `done` is what later folds will need of before."""
+    name = f"fold{fold}"
+    state = run.take_up(name, fitting)
+    first = 0 if state is None else state.values["position"]["epoch"]
+    bar.update(first)
+    for epoch in range(first, epochs):
+        with run.interruption.at_once():
+            loss = fitting.epoch()
+        run.log(fold=fold, epoch=epoch, loss=loss)
+        run.keep(name, epoch + 1, fitting, **done)
+        bar.update()
+    fitting.model.load_state_dict(fitting.averaged.state_dict())
+
+
+def _folds_of_users(split: Split, num_folds: int, seed: int) -> np.ndarray:
+    """The fold of every user of a split, by the index of the user: int8 [U]; each leaves something to learn from."""
+    everyone = [split.train_users, split.valid.users, split.test.users]
+    folds = assign_folds(1 + max(int(users.max(initial=-1)) for users in everyone), num_folds, seed)
+    learned = folds[split.train_users[np.diff(split.train.cu_seqlens) >= 2]]
+    for fold in range(num_folds):
+        if (learned == fold).all():
+            raise ValueError(
+                f"train_folds: folds must each leave a sequence of two events to learn from, got fold {fold} of "
+                f"{num_folds} that leaves none; set fewer folds, or 0 for none"
+            )
+    return folds
+
+
+def _start_fold(model: PackedRecommender, seed: int, fold: int) -> PackedRecommender:
+    """The model of a fold before its first step; torch's generator stands where the fitting is to begin."""
+    torch.manual_seed(seed)
+    twin = model.twin().to(model.item_embedding.weight.device)
+    torch.manual_seed(int(np.random.SeedSequence([seed, 1 + fold]).generate_state(1)[0]))
+    return twin
+
+
+def _rotation(model: PackedRecommender, twin: PackedRecommender, windows: Windows, batch_size: int) -> Tensor:
+    """The rotation that brings the states of `twin` closest to those of `model` over all windows, times the ratio of
+    their mean lengths: float32 [D, D].
+
+    Source: orthogonal Procrustes, Schoenemann 1966; summed in float64.
+    """
+    device = model.item_embedding.weight.device
+    cross = torch.zeros(model.state_size, model.state_size, dtype=torch.float64, device=device)
+    length = other = 0.0
+    for start in range(0, len(windows.starts), batch_size):
+        rows = np.arange(start, min(start + batch_size, len(windows.starts)))
+        items, cu_seqlens, _ = windows.batch(rows, device)
+        own, full = twin.states(items, cu_seqlens).double(), model.states(items, cu_seqlens).double()
+        cross += own.T @ full
+        length += float(own.norm(dim=1).sum())
+        other += float(full.norm(dim=1).sum())
+    left, _, right = torch.linalg.svd(cross)
+    return (left @ right * (other / length)).float()
+
+
 def _copy(model: PackedRecommender) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def _cuda(device: torch.device) -> list[torch.device]:
+    """The device whose generator is to be left as it was, beside that of the host."""
+    return [device] if device.type == "cuda" else []

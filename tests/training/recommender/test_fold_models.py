@@ -17,8 +17,7 @@ from laser_fast.evaluation.state_gap import measure_state_gap
 from laser_fast.recommenders.packed_recommender import CrossFitted, PackedRecommender
 from laser_fast.recommenders.recommender_files import load_recommender
 from laser_fast.training.recommender.fit import Windows, build_recommender
-from laser_fast.training.recommender.fold_models import _rotation, train_folds
-from laser_fast.training.recommender.train_recommender import train_recommender
+from laser_fast.training.recommender.train_recommender import _rotation, train_folds, train_recommender
 
 _NUM_ITEMS = 12
 _CONFIG = RecommenderConfig(
@@ -125,15 +124,9 @@ def test_folds_change_nothing_of_the_full_model(trained: PackedRecommender) -> N
     assert alone.cross_fitted is None and _equal(alone, trained)
 
 
-def test_no_sequence_to_learn_from(trained: PackedRecommender) -> None:
-    train = PackedSequences.from_lists([[1, 2]] + [[1]] * 23)
-    with pytest.raises(ValueError, match=r"train_folds: folds must each .* got fold \d of 3 that leaves none"):
-        _folds(trained, replace(_split(), train=train))
-
-
 def test_folds_that_cannot_be_fitted_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     train = PackedSequences.from_lists([[1, 2]] + [[1]] * 23)
-    with pytest.raises(ValueError, match="that leaves none; set fewer folds, or 0 for none"):
+    with pytest.raises(ValueError, match=r"train_folds: .* got fold \d of 3 that leaves none; set fewer folds, or"):
         train_recommender(
             replace(_split(), train=train), _NUM_ITEMS, _CONFIG, seed=3, run_dir=tmp_path / "run", progress=False
         )

@@ -220,6 +220,3 @@ def test_what_was_killed_before_its_first_state_is_no_obstacle(whole: Path, tmp_
     _assert_same(tmp_path / "run", whole)
     with pytest.raises(FileExistsError, match="must be a new or empty folder"):
         _train(tmp_path / "run")
-    _kill(tmp_path / "other", 1, Fitting, "epoch")
-    with pytest.raises(FileExistsError, match="must be a new or empty folder"):
-        _train(tmp_path / "other")  # it has a state

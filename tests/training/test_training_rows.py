@@ -23,8 +23,8 @@ from laser_fast.recommenders.recommender_files import load_recommender
 from laser_fast.runs.checkpoint import fingerprint
 from laser_fast.training.loop import StageTrainer
 from laser_fast.training.recommender.train_recommender import train_recommender
-from laser_fast.training.row_folds import laser_rows
 from laser_fast.training.train import train_laser
+from laser_fast.training.training_rows import laser_rows
 
 Same = Callable[[Path, Path], None]
 SECTIONS = ("prompt", "mformer", "bituning", "objective", "execution")

@@ -10,7 +10,7 @@ from laser_fast.data import PackedSequences, Split
 from laser_fast.data.sequences import EvaluationRows
 from laser_fast.evaluation import evaluate
 from laser_fast.nn.text_residual import centred
-from laser_fast.training.text_line import fit_text_line
+from laser_fast.training.text_stage import fit_text_line
 
 NUM_ITEMS = 24
 
