@@ -4,8 +4,6 @@ Useful tokens are those of the prompts; the padded form also computes what fills
 batch. Forward and backward down to the input embeddings, as Bi-Tuning needs them.
 """
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 from collections.abc import Callable
@@ -13,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from forms import assert_same_states
+from forms import Compare, assert_same_states
 from torch import Tensor
 from transformers import AutoModel, LlamaConfig, PreTrainedModel
 from workloads import LENGTHS, draw_lengths
@@ -57,9 +55,7 @@ def _tokens(lengths: Tensor) -> dict[str, tuple[int, int]]:
 
 @pytest.mark.parametrize("dataset", LENGTHS)
 @pytest.mark.parametrize("name", ["minilm", "llama-100m", "llama-8b-4-layers"])
-def test_frozen_lm_step(
-    name: str, dataset: str, device: torch.device, compare_steps: Callable[..., dict[str, float]]
-) -> None:
+def test_frozen_lm_step(name: str, dataset: str, device: torch.device, compare_steps: Compare) -> None:
     if device.type == "cpu" and (name == "llama-8b-4-layers" or (name, dataset) == ("llama-100m", "movielens-100k")):
         pytest.skip("takes minutes on a CPU")
     lengths = draw_lengths(dataset, 8 if name == "llama-100m" and device.type == "cpu" else BATCH)
@@ -87,7 +83,7 @@ def test_frozen_lm_step(
 
 
 @pytest.mark.parametrize("dataset", LENGTHS)
-def test_varlen_attention(dataset: str, device: torch.device, compare_steps: Callable[..., dict[str, float]]) -> None:
+def test_varlen_attention(dataset: str, device: torch.device, compare_steps: Compare) -> None:
     heads, heads_k, size = (32, 8, 128) if device.type == "cuda" else (12, 12, 64)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     lengths = draw_lengths(dataset, BATCH)

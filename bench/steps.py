@@ -3,8 +3,6 @@
 Only lengths, shapes and the number of items matter to the time of a step; what the tokens say does not.
 """
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 from collections.abc import Iterator
@@ -14,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from timing import Run
 from torch import Tensor, nn
 from transformers import AutoModel, LlamaConfig, PreTrainedModel
 from workloads import CATALOGUE, ITEM_LENGTHS, draw_lengths
@@ -192,6 +191,17 @@ def trained_parameters(*modules: nn.Module) -> list[nn.Parameter]:
 def gradients(loss: Tensor, parameters: list[nn.Parameter]) -> tuple[Tensor | None, ...]:
     """The backward pass of a step; an expert that nobody chose may have none."""
     return torch.autograd.grad(loss, parameters, allow_unused=True)
+
+
+def our_step(model: LaserModel, batch: PackedBatch) -> Run:
+    """The forward and backward pass of `LaserModel`."""
+    parameters = trained_parameters(model)
+    return lambda: gradients(model(batch).loss, parameters)
+
+
+def users_alone(batch: PackedBatch) -> PackedBatch:
+    """The batch of a step whose item matrix is all there is of the items."""
+    return replace(batch, positives=None, positive_targets=None)
 
 
 def language_model_tokens(model: LaserModel, *batches: PackedBatch) -> int:

@@ -65,6 +65,11 @@ def wall_clock(synchronize: Run = nothing, flush: Run = nothing) -> Clock:
     return seconds
 
 
+def idle_clock(device: torch.device) -> Clock:
+    """The wall clock of a device, whatever its cache holds."""
+    return wall_clock(torch.cuda.synchronize) if device.type == "cuda" else wall_clock()
+
+
 def cold_clock(new_event: Callable[[], Event], synchronize: Run, flush: Run, batch: int) -> Clock:
     """Median over a batch of runs on the device, the cache flushed before each.
 

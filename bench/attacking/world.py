@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from reporting.made_data import made_log, made_tokenizer
+from made_data import made_log, made_tokenizer
 
 from attacking.children import ask, done, laser_fast
 

@@ -1,7 +1,5 @@
 """The scheduler: items one after the other, each in a process of its own, whatever happens in any of them."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import shlex
@@ -31,11 +29,9 @@ class Item:
     """A part of the run.
 
     Attributes:
-        number: 1 to 10.
         title: heading of its table.
-        names: of its lines, the most valuable first; of a rehearsal, where the argument says so.
-        run: measures them, in a process of its own.
-        seconds: after which that process is ended.
+        names: of its lines, the most valuable first; the argument says whether of a rehearsal.
+        run: measures them, in a process of its own, which is ended after `seconds`.
         least_s: with less than that left it does not begin.
         line_s: seconds that one line may take: one that hangs costs no other.
     """

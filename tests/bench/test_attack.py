@@ -14,9 +14,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
-
 from attacking import damages, inputs, kills, operations, threads
 from attacking.attack import Line, Scope, without_folders
 from attacking.children import Child, Ended, Findings, carry_out

@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
-
+import nvidia_smi
 from gpu import machine
 from gpu.items import ITEMS
 from gpu.items.waterfall import names as waterfall_names
@@ -313,10 +311,10 @@ def test_the_device_is_asked_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     assert machine.facts("c", "abc")["capability"] == "9.0" and machine.facts("c", "abc")["commit"] == "abc"
     script.write_text("#!/bin/sh\nexit 9\n")
-    assert set(machine.device().values()) == {None}
+    assert set(nvidia_smi.device().values()) == {None}
     script.write_text("#!/bin/sh\nexec sleep 60\n")
-    monkeypatch.setattr(machine, "_ASKING_S", 0.2)
-    assert set(machine.device().values()) == {None}
+    monkeypatch.setattr(nvidia_smi, "_ASKING_S", 0.2)
+    assert set(nvidia_smi.device().values()) == {None}
 
 
 def test_the_table_says_what_was_reached_and_what_failed(tmp_path: Path) -> None:

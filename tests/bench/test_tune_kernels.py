@@ -11,8 +11,6 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
-
 import tune_kernels
 from tune_kernels import line, main, ordered, swept_keys, workloads_of
 

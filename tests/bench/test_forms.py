@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
-
-import pytest
-import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 
 import bench_dispatch
 import bench_mformer
 import bench_routing
+import pytest
 import timing
+import torch
 from baselines.routing_loop import routing_loop
 from baselines.routing_packed import mean_index_add, mean_segment_reduce, routing_rounds, routing_topk
 from forms import PASSES, Form, assert_agreement, compile_forms, fresh_leaves, one_pass, relative_error
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from workloads import DISPATCH, ROUTING, Workload
 
 from laser_fast.ops import cu_seqlens_from_lengths
