@@ -3,8 +3,6 @@
 The operation computes nothing, so that nothing else is measured.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

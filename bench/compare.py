@@ -8,8 +8,6 @@ copy speed (`roofline_fraction`); of all, more is better. Exit status: 0 nothing
 margin or is gone (each is named), 2 the files cannot be compared.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

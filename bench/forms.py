@@ -1,7 +1,5 @@
 """Forms of one operation: what is run in a pass, and that all of them compute the same before anything is timed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

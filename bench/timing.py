@@ -1,7 +1,5 @@
 """How a benchmark measures time: all forms in turn, by the wall clock, or by CUDA events around a captured graph."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 from statistics import median
@@ -22,7 +20,7 @@ class Event(Protocol):
 
     def record(self) -> None: ...
 
-    def elapsed_time(self, end_event: Event, /) -> float: ...
+    def elapsed_time(self, end_event: "Event", /) -> float: ...
 
 
 def nothing() -> None:

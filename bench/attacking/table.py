@@ -1,7 +1,5 @@
 """The table of docs/reliability.md, from the file of a run."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

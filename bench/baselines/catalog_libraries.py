@@ -4,8 +4,6 @@ Both filter or chunk over items and never hold all scores: cut-cross-entropy (Wi
 nothing filtered, and liger-kernel's fused linear cross-entropy, which makes the gradients in its forward pass.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Callable
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from attacking import damages, inputs, kills, operations, threads
-from attacking.attack import Line, Scope, without_folders
+from attacking.attack import Line, Scope
 from attacking.children import Child, Ended, Findings, carry_out
 from attacking.run import ATTACKS
 from attacking.table import PAGE, RESULTS, markdown, put_into_page, section
@@ -254,7 +254,3 @@ def test_what_did_not_run_is_no_pass() -> None:
     rows = markdown(report).splitlines()
     assert rows[2] == "| one | 3 | 2 refused, 1 failed | 1 |"
     assert rows[3] == "| two | not run | no time |  |"
-
-
-def test_no_folder_of_the_machine_is_published() -> None:
-    assert without_folders("File '/there/me/x.py' in 1/2, a / b: runs/out") == "File 'x.py' in 1/2, a / b: runs/out"

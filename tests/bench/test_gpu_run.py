@@ -13,8 +13,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import pytest
 import nvidia_smi
+import pytest
 from gpu import machine
 from gpu.items import ITEMS
 from gpu.items.waterfall import names as waterfall_names

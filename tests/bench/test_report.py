@@ -320,6 +320,7 @@ def test_a_script_that_fails_says_why() -> None:
 
 def test_paths_become_names() -> None:
     assert without_paths("cannot open '/srv/a/b/c.txt': no") == "cannot open 'c.txt': no"
+    assert without_paths("File '/there/me/x.py' in 1/2, a / b: runs/out") == "File 'x.py' in 1/2, a / b: runs/out"
     assert without_paths("1/2 and a/b/c and https://x.org/y/z") == "1/2 and a/b/c and https://x.org/y/z"
 
 
