@@ -29,7 +29,7 @@ _EPS = 1e-5
 
 
 class Rows(NamedTuple):
-    """Packed tokens and their width."""
+    """Packed tokens."""
 
     device: str
     tokens: int

@@ -114,10 +114,8 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
 def build_laser(language_model: PreTrainedModel, shape: StepShape, *, prefix: str = "mformer") -> LaserModel:
     """`LaserModel` in training around a frozen model, with a random recommender and a random item matrix.
 
-    Args:
-        language_model: see `frozen_model`; its attention is replaced, other forms need a `twin` made before.
-        shape: sizes of the rest.
-        prefix: "mformer", or "shared" for one learned prefix, as prompt tuning has.
+    The model's attention is replaced, so other forms need a `twin` made before. The prefix is M-Former's, or a learned
+    one for everybody where `prefix` is "shared", as prompt tuning has it.
     """
     device = language_model.get_input_embeddings().weight.device
     lm = FrozenLM(language_model)

@@ -14,13 +14,7 @@ Loss = Callable[[Tensor], Tensor]  # of users [B, d]
 
 
 def library_losses(items: Tensor, target: Tensor, temperature: float) -> dict[str, Loss]:
-    """Those that are installed, by name; their kernels need a GPU.
-
-    Args:
-        items: [I, d], normalised, without gradient.
-        target: int64 [B].
-        temperature: of the scores.
-    """
+    """Those that are installed, by name, for normalised items [I, d] without gradient; their kernels need a GPU."""
     found: dict[str, Loss] = {}
     if not items.is_cuda:
         return found

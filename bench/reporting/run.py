@@ -45,12 +45,7 @@ SECTIONS = {
 
 
 def main(words: Sequence[str] | None = None, settings: Settings | None = None) -> int:
-    """Measure and write; 0, or 1 where a section failed.
-
-    Args:
-        words: of the command line; None = those of this process.
-        settings: sizes; None = those of the device.
-    """
+    """Measure and write; 0, 1 where a section failed, 2 without a device. Without settings they are the device's."""
     arguments = _arguments(words)
     if not arguments.cpu and not torch.cuda.is_available():
         print("report: torch sees no CUDA device; give --cpu for a report of small sizes", file=sys.stderr)

@@ -1,7 +1,5 @@
 """Comparing two runs of the benchmarks: what counts as a fall, what cannot be compared, and what is said."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The report: what is in it, that it comes whole when a section fails, and that its arithmetic is right."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import replace

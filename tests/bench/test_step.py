@@ -1,7 +1,5 @@
 """The forms of a training step: each computes what `LaserModel` computes, and runs as many tokens as it says."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import bench_step
