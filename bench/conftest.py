@@ -91,8 +91,13 @@ def copy_gb_per_s(device: torch.device) -> float:
     return measure_copy(device, 2**28 if device.type == "cuda" else 2**24, idle_clock(device), budget_s=0.1)
 
 
-def _name_of(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+def _record(benchmark: Any, device: torch.device, seconds: dict[str, float], **facts: object) -> dict[str, float]:
+    """Put the facts and the speed-ups over the baselines into `extra_info`; the speed-ups, not rounded."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    speedups = {key: value / seconds["candidate"] for key, value in seconds.items() if key != "candidate"}
+    rounded = {f"speedup_over_{key}": round(speedup, 3) for key, speedup in speedups.items()}
+    benchmark.extra_info.update(rounded, **facts, device=name)
+    return speedups
 
 
 @pytest.fixture(scope="session")
@@ -106,26 +111,21 @@ def compare(benchmark: Any, device: torch.device, copy_gb_per_s: float, quick: b
     """Time a candidate against named baselines; the figures go into `benchmark.extra_info`, the speedups come back."""
 
     def run(
-        candidate: Run,
-        baselines: Mapping[str, Run],
-        *,
-        moved_bytes: int,
-        clock: Clock | None = None,
-        **facts: object,
+        candidate: Run, baselines: Mapping[str, Run], *, moved_bytes: int, clock: Clock | None = None, **facts: object
     ) -> dict[str, float]:
         clock = clock or idle_clock(device)
         seconds = interleaved_medians({"candidate": candidate, **baselines}, clock, _QUICK_S if quick else _BUDGET_S)
-        speedups = {name: seconds[name] / seconds["candidate"] for name in baselines}
         bandwidth = moved_bytes / seconds["candidate"] / 1e9
-        benchmark.extra_info.update(
-            facts,
-            **{f"speedup_over_{name}": round(speedup, 3) for name, speedup in speedups.items()},
+        speedups = _record(
+            benchmark,
+            device,
+            seconds,
+            **facts,
             median_us={name: round(1e6 * value, 1) for name, value in seconds.items()},
             moved_bytes=moved_bytes,
             bandwidth_gb_per_s=round(bandwidth, 2),
             copy_gb_per_s=round(copy_gb_per_s, 2),
             roofline_fraction=round(bandwidth / copy_gb_per_s, 3),
-            device=_name_of(device),
         )
         if device.type == "cuda" and facts.get("mode", "plain") == "plain":  # a graph allocates nothing when replayed
             benchmark.extra_info["peak_memory_bytes"] = peak_of(candidate, device).step
@@ -146,16 +146,16 @@ def compare_steps(benchmark: Any, device: torch.device, quick: bool) -> Compare:
         runs = {"candidate": candidate, **baselines}
         budget_s = _QUICK_S if quick else _STEP_BUDGET_S[device.type]
         seconds = interleaved_medians(runs, idle_clock(device), budget_s, least_rounds=2)
-        speedups = {name: seconds[name] / seconds["candidate"] for name in baselines}
-        benchmark.extra_info.update(
-            facts,
-            **{f"speedup_over_{name}": round(speedup, 3) for name, speedup in speedups.items()},
+        speedups = _record(
+            benchmark,
+            device,
+            seconds,
+            **facts,
             median_ms={name: round(1e3 * value, 2) for name, value in seconds.items()},
             useful_tokens=tokens["candidate"][0],
             tokens={name: computed for name, (_, computed) in tokens.items()},
             padding_ratio={name: round(computed / useful, 3) for name, (useful, computed) in tokens.items()},
             tokens_per_s={name: round(tokens[name][0] / value, 1) for name, value in seconds.items()},
-            device=_name_of(device),
         )
         if device.type == "cuda":
             benchmark.extra_info["peak_memory_bytes"] = {

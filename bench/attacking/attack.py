@@ -70,7 +70,11 @@ class Scope:
             return
         self.report(name, what, all_of_them, time.monotonic() - begin)
 
-    def report(self, name: str, what: str, found: Findings, seconds: float) -> None:
+    def not_run(self, name: str, what: str, reason: str) -> None:
+        """A line that says why nothing was tried: that is no pass."""
+        self.report(name, what, Findings(), 0.0, reason)
+
+    def report(self, name: str, what: str, found: Findings, seconds: float, not_run: str | None = None) -> None:
         """A line of what was found."""
         line = {
             "name": name,
@@ -80,16 +84,8 @@ class Scope:
             "lost": found.lost,
             "losses": [without_paths(loss) for loss in found.losses[:_KEPT]],
             "seconds": round(seconds, 1),
-            "not_run": None,
+            "not_run": not_run,
         }
-        self._take(line)
-
-    def not_run(self, name: str, what: str, reason: str) -> None:
-        """A line that says why nothing was tried: that is no pass."""
-        counts = {"tried": 0, "outcomes": {}, "lost": 0, "losses": [], "seconds": 0.0}
-        self._take({"name": name, "what": what, **counts, "not_run": reason})
-
-    def _take(self, line: Line) -> None:
         self._to_come -= 1
         self.lines.append(line)
         self.take(line)
