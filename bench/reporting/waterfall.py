@@ -68,7 +68,7 @@ TURNED_OFF = {  # of the state before the last
     "keeping anything, two unpackings": State(replace(_FINAL, checkpointing="full", share_dequantization=False)),
 }
 FINAL = "last layer for what is read out"
-Form = Callable[[], Tensor]  # a step; it gives the gradient of the embeddings
+Step = Callable[[], Tensor]  # gives the gradient of the embeddings
 _WITHOUT_READOUT = "nothing recomputed"
 
 
@@ -132,7 +132,7 @@ class States:
         """Whether it asks for weights that are not packed where they were not in the first place."""
         return state.weights == self._weights
 
-    def step(self, state: State) -> Form:
+    def step(self, state: State) -> Step:
         """A step with modules of its own.
 
         Raises:
@@ -148,13 +148,13 @@ class States:
         return PaddedStep(with_checkpointing(model) if state.checkpointed else model, self._packed, self._lengths)
 
 
-def _steps(context: Context, shape: str, weights: str, lengths: Tensor) -> dict[str, Form]:
+def _steps(context: Context, shape: str, weights: str, lengths: Tensor) -> dict[str, Step]:
     """By "on NAME" and "off NAME"."""
     states = States(context, shape, weights, lengths)
     wanted = {f"on {name}": state for name, state in CUMULATIVE.items()}
     wanted |= {f"off {name}": state for name, state in TURNED_OFF.items()}
     wanted.pop(f"off {FINAL}")
-    steps: dict[str, Form] = {}
+    steps: dict[str, Step] = {}
     for name, state in wanted.items():
         if not states.changes_nothing(state):
             with suppress(torch.OutOfMemoryError):
@@ -162,7 +162,7 @@ def _steps(context: Context, shape: str, weights: str, lengths: Tensor) -> dict[
     return steps
 
 
-def _peaks(context: Context, steps: Mapping[str, Form]) -> dict[str, dict[str, Any]]:
+def _peaks(context: Context, steps: Mapping[str, Step]) -> dict[str, dict[str, Any]]:
     """Peak and error of each against the final state; those that run out of memory are not there.
 
     Raises:

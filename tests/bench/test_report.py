@@ -177,9 +177,7 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 def test_predictions_say_what_they_are() -> None:
     for known in (*predictions.KERNELS, predictions.STEP_SHARE, predictions.STEP_SHARE_NF4):
-        assert known.unit in ("x", "share") and known.device and known.source
         assert known.value > 1 if known.unit == "x" else 0 < known.value <= 1
-        assert known.figure.startswith("speedup_over_") == (known.unit == "x")
     assert set(predictions.WATERFALL) == set(list(waterfall.CUMULATIVE)[1:])
     found = predictions.predictions_for("bench_routing.py::test_route_experts[gpu-large-graph-forward+backward]")
     assert {known.value for known in found} == {0.85, 3.0}
