@@ -7,13 +7,10 @@ The validation rows choose the settings and the epoch, and the figures are of th
 rows: they flatter. With `OMP_NUM_THREADS=1` the figures are those of one thread.
 """
 
-import argparse
-import json
-import shlex
-import sys
 import time
-from pathlib import Path
 from typing import Any
+
+from recording import parser_of, record
 
 from laser_fast.config import RecommenderConfig, build_config
 from laser_fast.config.settings import apply_overrides
@@ -27,13 +24,12 @@ from laser_fast.evaluation import (
     table,
 )
 from laser_fast.recommenders import Popularity
-from laser_fast.runs.run_directory import describe_environment
 from laser_fast.training.recommender.train_recommender import train_recommender
 
 
 def main() -> None:
     """Train, rank, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--data", required=True, help="folder written by `laser-fast prepare --presplit`")
     parser.add_argument("--part", choices=("valid", "test"), default="valid")
     parser.add_argument("--seeds", type=int, default=3, help="SASRec is trained with seeds 0..SEEDS-1")
@@ -58,15 +54,10 @@ def main() -> None:
         print(f"seed {seed}: HR@1|sampled20 {sampled['HR@1|sampled20']}, {time_s:.0f} s", flush=True)
         full.append(evaluate(model, rows))
         runs.append({"seed": seed, "time_s": time_s, "sampled": sampled.to_dict(), "full": full[-1].to_dict()})
-    sampled_spread = across_seeds([measured[f"SASRec, seed {seed}"] for seed in range(arguments.seeds)])
-    spreads = sampled_spread | across_seeds(full)
+    spreads = across_seeds([measured[f"SASRec, seed {run['seed']}"] for run in runs]) | across_seeds(full)
     print(table(measured, ("HR@1|sampled20", "MRR|sampled20")))
     print(table({"SASRec": spreads}, ("HR@1|sampled20", "HR@10", "NDCG@10")))
-    if arguments.out is None:
-        return
-    report = {
-        "command": shlex.join(["python", *sys.argv]),
-        "environment": describe_environment(),
+    facts = {
         "protocol": f"{split.rule}; {arguments.part} rows, target and 19 uniform items outside the shown history, "
         f"{arguments.draws} draws of seed 0, ties against the target; the epoch was chosen on the validation rows",
         "split": {"hash": split.hash, **split.counts()},
@@ -74,9 +65,7 @@ def main() -> None:
         "popularity": measured["Popularity"].to_dict(),
         "sasrec": {"spread": {name: value.to_dict() for name, value in spreads.items()}, "runs": runs},
     }
-    out = Path(arguments.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    record(arguments.out, facts)
 
 
 if __name__ == "__main__":

@@ -9,22 +9,17 @@
 per model. With `OMP_NUM_THREADS=1` the figures are those of one thread.
 """
 
-import argparse
-import json
-import shlex
 import statistics
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+from recording import parser_of, record
 
 from laser_fast.config import RecommenderConfig, apply_overrides, build_config, load_config
 from laser_fast.data import SequenceDataset, Split, leave_one_out
 from laser_fast.evaluation import RankingMetrics, evaluate, fit_calibration, table
 from laser_fast.recommenders import ItemKNN, Markov1, Popularity, Scorer
-from laser_fast.runs.run_directory import describe_environment
 from laser_fast.training.recommender.train_recommender import train_recommender
 
 _COLUMNS = ("HR@1", "HR@10", "NDCG@10", "MRR")
@@ -41,16 +36,14 @@ def spread(runs: list[dict[str, Any]], part: str) -> dict[str, dict[str, float]]
     result = {}
     for name in runs[0][part]:
         values = [run[part][name]["mean"] for run in runs]
-        result[name] = {
-            "mean": statistics.fmean(values),
-            "deviation": statistics.stdev(values) if len(values) > 1 else 0.0,
-        }
+        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+        result[name] = {"mean": statistics.fmean(values), "deviation": deviation}
     return result
 
 
 def main() -> None:
     """Train, rank, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--data", required=True, help="folder written by `laser-fast prepare`")
     parser.add_argument("--seeds", type=int, default=3, help="the recommender is trained with seeds 0..SEEDS-1")
     parser.add_argument("--config", help="YAML file with settings of the recommender; the defaults otherwise")
@@ -79,9 +72,7 @@ def main() -> None:
         run["calibrated"], shown[f"calibrated, seed {seed}"] = figures(calibrated, split)
         run |= {"seed": seed, "training_time_s": training_time_s, "calibration": calibrated.calibration.to_dict()}
         runs.append(run)
-    report = {
-        "command": shlex.join(["python", *sys.argv]),
-        "environment": describe_environment(),
+    facts = {
         "data": {"users": dataset.num_users, "items": dataset.num_items, "events": len(dataset.item_index)},
         "protocol": f"{split.rule}; full ranking, history items not filtered, ties against the target",
         "split_hash": split.hash,
@@ -89,9 +80,7 @@ def main() -> None:
         "baselines": systems,
         config.kind: {"valid": spread(runs, "valid"), "test": spread(runs, "test"), "runs": runs},
     }
-    out = Path(arguments.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    record(arguments.out, facts)
     print(table(shown, _COLUMNS))
 
 

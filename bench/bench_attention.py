@@ -4,8 +4,6 @@ Useful tokens are those of the prompts; the padded form also computes what fills
 batch. Forward and backward down to the input embeddings, as Bi-Tuning needs them.
 """
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 from collections.abc import Callable
@@ -13,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from forms import assert_same_states
+from forms import Compare, assert_same_states
 from torch import Tensor
 from transformers import AutoModel, LlamaConfig, PreTrainedModel
 from workloads import LENGTHS, draw_lengths
@@ -27,14 +25,8 @@ BATCH = 16
 LLAMA_100M = LlamaConfig(
     vocab_size=19_000, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12
 )
-LLAMA_8B_LAYERS = LlamaConfig(  # four of the 32 layers
-    vocab_size=1000,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=4,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-)
+_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+LLAMA_8B_LAYERS = LlamaConfig(vocab_size=1000, num_hidden_layers=4, **_8B)  # four of the 32 layers
 
 
 def _models(name: str, device: torch.device) -> PreTrainedModel:
@@ -49,6 +41,12 @@ def _models(name: str, device: torch.device) -> PreTrainedModel:
     return AutoModel.from_config(copy.deepcopy(config), attn_implementation="sdpa", dtype=dtype)
 
 
+def _padding(lengths: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which places of a padded batch [B, L] hold a token, and for all of them the packed row that they show."""
+    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)
+    return mask, (torch.cumsum(mask.flatten(), 0) - 1).clamp_min(0)
+
+
 def _tokens(lengths: Tensor) -> dict[str, tuple[int, int]]:
     """Of either form: the tokens of the prompts, and the tokens it computes."""
     useful = int(lengths.sum())
@@ -57,9 +55,7 @@ def _tokens(lengths: Tensor) -> dict[str, tuple[int, int]]:
 
 @pytest.mark.parametrize("dataset", LENGTHS)
 @pytest.mark.parametrize("name", ["minilm", "llama-100m", "llama-8b-4-layers"])
-def test_frozen_lm_step(
-    name: str, dataset: str, device: torch.device, compare_steps: Callable[..., dict[str, float]]
-) -> None:
+def test_frozen_lm_step(name: str, dataset: str, device: torch.device, compare_steps: Compare) -> None:
     if device.type == "cpu" and (name == "llama-8b-4-layers" or (name, dataset) == ("llama-100m", "movielens-100k")):
         pytest.skip("takes minutes on a CPU")
     lengths = draw_lengths(dataset, 8 if name == "llama-100m" and device.type == "cpu" else BATCH)
@@ -69,8 +65,7 @@ def test_frozen_lm_step(
     generator = torch.Generator().manual_seed(1)
     embeds = torch.randn(int(lengths.sum()), lm.hidden_size, generator=generator).to(device, lm.dtype)
     embeds = (embeds * lm.embedding_rms).requires_grad_()
-    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)
-    place = (torch.cumsum(mask.flatten(), 0) - 1).clamp_min(0)
+    mask, place = _padding(lengths, device)
 
     def padded_hidden() -> Tensor:
         rows = embeds[place].view(*mask.shape, -1)
@@ -87,7 +82,7 @@ def test_frozen_lm_step(
 
 
 @pytest.mark.parametrize("dataset", LENGTHS)
-def test_varlen_attention(dataset: str, device: torch.device, compare_steps: Callable[..., dict[str, float]]) -> None:
+def test_varlen_attention(dataset: str, device: torch.device, compare_steps: Compare) -> None:
     heads, heads_k, size = (32, 8, 128) if device.type == "cuda" else (12, 12, 64)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     lengths = draw_lengths(dataset, BATCH)
@@ -97,8 +92,7 @@ def test_varlen_attention(dataset: str, device: torch.device, compare_steps: Cal
         torch.randn(int(lengths.sum()), count, size, generator=generator).to(device, dtype).requires_grad_()
         for count in (heads, heads_k, heads_k)
     ]
-    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)
-    place = (torch.cumsum(mask.flatten(), 0) - 1).clamp_min(0)
+    mask, place = _padding(lengths, device)
     seen = mask[:, None, None, :] & torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=device).tril()
 
     def padded() -> Tensor:

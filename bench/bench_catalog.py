@@ -1,7 +1,5 @@
 """Catalogue cross-entropy and top-k against all scores at once, by broadcast cosine and by one matrix product."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,12 +8,10 @@ import torch
 import torch.nn.functional as F
 from baselines.catalog_full import cross_entropy_broadcast, cross_entropy_product, topk_product
 from baselines.catalog_libraries import library_losses
-from forms import relative_error
+from forms import PASSES, Compare, one_pass, relative_error, skip_unless_on
 from torch import Tensor
 
 from laser_fast.ops import ItemLists, catalog_cross_entropy, catalog_topk, cu_seqlens_from_lengths
-
-from .conftest import PASSES, one_pass
 
 
 class Workload(NamedTuple):
@@ -58,8 +54,7 @@ def _inputs(shape: Workload, device: torch.device, dtype: torch.dtype) -> tuple[
 
 
 def _of(name: str, table: dict[str, Workload], device: torch.device) -> Workload:
-    if not name.startswith(device.type):
-        pytest.skip(f"a workload for {name.partition('-')[0]}")
+    skip_unless_on(name.partition("-")[0], device)
     return table[name]
 
 
@@ -77,7 +72,7 @@ def _facts(name: str, items_train: bool, shape: Workload, items: Tensor) -> dict
 @pytest.mark.parametrize("baseline", BASELINES)
 @pytest.mark.parametrize("items_train", [False, True], ids=["frozen-items", "trained-items"])
 def test_catalog_cross_entropy(
-    items_train: bool, baseline: str, name: str, device: torch.device, compare: Callable[..., None]
+    items_train: bool, baseline: str, name: str, device: torch.device, compare: Compare
 ) -> None:
     shape = WORKLOADS[device.type][baseline]
     users, items, target = _inputs(shape, device, torch.float32)
@@ -103,9 +98,7 @@ def test_catalog_cross_entropy(
 
 @pytest.mark.parametrize("name", ["forward", "forward+backward"])
 @pytest.mark.parametrize("size", HALF)
-def test_catalog_cross_entropy_half(
-    size: str, name: str, device: torch.device, quick: bool, compare: Callable[..., None]
-) -> None:
+def test_catalog_cross_entropy_half(size: str, name: str, device: torch.device, quick: bool, compare: Compare) -> None:
     """A frozen table in bfloat16 against all scores at once, the table normalised each time or once and for all."""
     shape = _of(size, HALF, device)
     users, items, target = _inputs(shape, device, HALF_DTYPE[device.type])
@@ -132,7 +125,7 @@ def test_catalog_cross_entropy_half(
     compare(one_pass(name, candidate, inputs), baselines, **_facts(name, False, shape, items))
 
 
-def _compare_topk(shape: Workload, users: Tensor, items: Tensor, compare: Callable[..., None]) -> None:
+def _compare_topk(shape: Workload, users: Tensor, items: Tensor, compare: Compare) -> None:
     device = users.device
     seen = torch.randint(0, shape.items, (shape.users, 20), generator=torch.Generator().manual_seed(1)).to(device)
     lists = ItemLists(seen.flatten(), cu_seqlens_from_lengths(torch.full((shape.users,), 20)).to(device))
@@ -153,14 +146,14 @@ def _compare_topk(shape: Workload, users: Tensor, items: Tensor, compare: Callab
 
 
 @pytest.mark.parametrize("num_users", [1, 64])
-def test_catalog_topk(num_users: int, device: torch.device, compare: Callable[..., None]) -> None:
+def test_catalog_topk(num_users: int, device: torch.device, compare: Compare) -> None:
     shape = Workload(num_users, 1_000_000 if device.type == "cuda" else 50_000, 256 if device.type == "cuda" else 64)
     users, items, _ = _inputs(shape, device, torch.float32)
     _compare_topk(shape, users, items, compare)
 
 
 @pytest.mark.parametrize("size", HALF_TOPK)
-def test_catalog_topk_half(size: str, device: torch.device, compare: Callable[..., None]) -> None:
+def test_catalog_topk_half(size: str, device: torch.device, compare: Compare) -> None:
     shape = _of(size, HALF_TOPK, device)
     users, items, _ = _inputs(shape, device, HALF_DTYPE[device.type])
     _compare_topk(shape, users, items, compare)

@@ -1,7 +1,5 @@
 """Dispatch and combine against the Laser authors' form and against indexing and products, eager and compiled."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

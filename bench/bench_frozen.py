@@ -4,8 +4,6 @@ Sizes are those of an 8B Llama and 4,096 packed tokens. The other forms are thos
 bitsandbytes and of liger-kernel, where these are installed.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -14,7 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from forms import CompareForms, CompileForms, Form
+from forms import Compare, CompareForms, CompileForms, Form
 from timing import Captured, clock_of
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
@@ -25,15 +23,13 @@ from laser_fast.lm.execution.frozen_mlp import gated_mlp
 from laser_fast.lm.execution.frozen_norm import frozen_rms_norm, recognise_norm
 from laser_fast.ops import rotary_embedding
 
-from .conftest import Compare
-
 PASSES = ("forward", "forward+backward")  # backward alone cannot be timed of forms that overwrite what they kept
 Rotate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 _EPS = 1e-5
 
 
 class Rows(NamedTuple):
-    """Packed tokens and their width."""
+    """Packed tokens."""
 
     device: str
     tokens: int

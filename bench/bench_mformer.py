@@ -4,8 +4,6 @@ The transformer itself is left out (the dispatched queries are combined as they 
 with its loop over choices and users, is compared in full and nothing hides it.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from baselines.dispatch_loop import combine_loop, dispatch_loop

@@ -3,8 +3,6 @@
 The operation computes nothing, so that nothing else is measured.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +45,13 @@ def _many(run: Run) -> Run:
     return calls
 
 
+def _timed(benchmark: Any, runs: dict[str, Run], shown: str) -> dict[str, float]:
+    seconds = interleaved_medians(runs, wall_clock(), budget_s=2.0)
+    benchmark.extra_info["median_us"] = {key: round(1e6 * value / _CALLS, 1) for key, value in seconds.items()}
+    benchmark.pedantic(runs[shown], rounds=5, warmup_rounds=1)
+    return seconds
+
+
 @pytest.mark.parametrize("name", ["forward", "forward+backward"])
 def test_call(name: str, benchmark: Any) -> None:
     values = torch.ones(4, requires_grad=True)
@@ -58,12 +63,8 @@ def test_call(name: str, benchmark: Any) -> None:
     runs = {way: one_way(call) for way, call in WAYS.items()}
     if name == "forward+backward":
         runs["sine"] = _many(one_pass(name, torch.sin, [values]))  # what autograd itself costs
-    seconds = interleaved_medians(runs, wall_clock(), budget_s=2.0)
-    benchmark.extra_info.update(
-        median_us={key: round(1e6 * value / _CALLS, 1) for key, value in seconds.items()},
-        speedup_over_custom_op=round(seconds["custom_op"] / seconds["direct"], 2),
-    )
-    benchmark.pedantic(runs["direct"], rounds=5, warmup_rounds=1)
+    seconds = _timed(benchmark, runs, "direct")
+    benchmark.extra_info["speedup_over_custom_op"] = round(seconds["custom_op"] / seconds["direct"], 2)
 
 
 def test_looking_at_offsets(benchmark: Any) -> None:
@@ -74,9 +75,5 @@ def test_looking_at_offsets(benchmark: Any) -> None:
         "look": _many(lambda: validate_cu_seqlens("bench", offsets, 256 * 7)),
         "segment_sum": _many(lambda: segment_sum(values, offsets)),
     }
-    seconds = interleaved_medians(runs, wall_clock(), budget_s=2.0)
-    benchmark.extra_info.update(
-        median_us={key: round(1e6 * value / _CALLS, 1) for key, value in seconds.items()},
-        share=round(seconds["look"] / seconds["segment_sum"], 3),
-    )
-    benchmark.pedantic(runs["look"], rounds=5, warmup_rounds=1)
+    seconds = _timed(benchmark, runs, "look")
+    benchmark.extra_info["share"] = round(seconds["look"] / seconds["segment_sum"], 3)

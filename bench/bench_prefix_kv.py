@@ -4,8 +4,6 @@ The padded form is at its best here: all sequences are equally long, so it pads 
 along one dimension are views that cost no copy.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -13,14 +11,12 @@ from typing import NamedTuple
 import pytest
 import torch
 from baselines.prefix_kv_packed import inject_cat, inject_cat_loop, inject_index_copy, inject_padded
-from forms import PASSES, CompareForms, Form
+from forms import PASSES, Compare, CompareForms, Form
 from torch import Tensor
 from workloads import Case
 
 from laser_fast.lm.attention.packed_attention import varlen_attention
 from laser_fast.ops import inject_prefix_kv, inject_prefix_kv_layers
-
-Compare = Callable[..., dict[str, float]]
 
 
 class Injection(NamedTuple):

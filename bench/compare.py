@@ -8,15 +8,12 @@ copy speed (`roofline_fraction`); of all, more is better. Exit status: 0 nothing
 margin or is gone (each is named), 2 the files cannot be compared.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 MARGIN = 0.15
 _ON_ANY_DEVICE, _ON_ONE_DEVICE = "speedup_over_", "roofline_fraction"
@@ -28,20 +25,10 @@ class UnusableInput(Exception):
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a file of pytest-benchmark says.
-
-    Attributes:
-        device: the GPU where there was one, else the processor.
-        ratios: (benchmark, name of the ratio) -> value.
-    """
+    """What a file of pytest-benchmark says: the GPU, or else the processor, and (benchmark, ratio) -> value."""
 
     device: str
     ratios: dict[tuple[str, str], float]
-
-    @property
-    def benchmarks(self) -> set[str]:
-        """Names of those that recorded a ratio."""
-        return {benchmark for benchmark, _ in self.ratios}
 
 
 @dataclass(frozen=True)
@@ -92,11 +79,7 @@ def _is_ratio(key: str) -> bool:
 def differences(new: Recorded, stored: Recorded, *, other_device: bool = False) -> list[Difference]:
     """Every ratio of either run beside that of the other, in order of their names.
 
-    Args:
-        other_device: allow two devices; the share of the copy speed is then left out.
-
-    Raises:
-        UnusableInput: two devices without `other_device`.
+    The share of the copy speed is left out of runs of two devices, which only `other_device` allows.
     """
     if new.device != stored.device and not other_device:
         raise UnusableInput(
@@ -124,7 +107,7 @@ def table(found: Sequence[Difference], margin: float) -> str:
 
 def complaints(found: Sequence[Difference], new: Recorded, stored: Recorded, margin: float) -> list[str]:
     """What fell or is gone, one line each; a benchmark that is gone is named once."""
-    gone = sorted(stored.benchmarks - new.benchmarks)
+    gone = sorted({name for name, _ in stored.ratios} - {name for name, _ in new.ratios})
     lines = [f"{name}: not in the new run" for name in gone]
     for one in found:
         if one.benchmark not in gone and one.fell(margin):
@@ -155,10 +138,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _share(word: str) -> float:
-    value: Any = float(word)
-    if not 0 <= value < 1:
+    if not 0 <= float(word) < 1:
         raise argparse.ArgumentTypeError(f"margin must be from 0 to 1, got {word}")
-    return float(value)
+    return float(word)
 
 
 if __name__ == "__main__":

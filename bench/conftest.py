@@ -1,29 +1,36 @@
 """How every benchmark measures: candidate and baselines in turn, against a device copy of the same run."""
 
-from __future__ import annotations
-
 import ctypes
 import importlib.metadata
 import platform
-import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 sys.path.append(
     str(Path(__file__).parent)
 )  # so that the files beside can be imported; the library stays the installed one
 
-from forms import PASSES, CompareForms, CompileForms, Form, assert_agreement, compile_forms, fresh_leaves, one_pass
-from timing import Captured, Clock, Run, clock_of, interleaved_medians, wall_clock
+from forms import (
+    Compare,
+    CompareForms,
+    CompileForms,
+    Form,
+    assert_agreement,
+    compile_forms,
+    fresh_leaves,
+    one_pass,
+    skip_unless_on,
+)
+from peak_memory import peak_of
+from reporting.reasons import without_paths
+from roofline import measure_copy
+from timing import Captured, Clock, Run, clock_of, idle_clock, interleaved_medians
 from workloads import Case
-
-__all__ = ["PASSES", "one_pass"]  # bench_catalog reads them here
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _BUDGET_S, _QUICK_S = 1.0, 0.3  # of measuring one operation, for all forms together
@@ -53,8 +60,7 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], o
     output_json["machine_info"]["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     output_json["commit_info"] = {key: commit.get(key) for key in ("id", "time", "dirty")}
     output_json["versions"] = {"python": platform.python_version(), **versions}
-    arguments = [re.sub(r"(^|=)/\S*/", r"\1", word) for word in config.invocation_params.args]
-    output_json["command"] = " ".join(["pytest", *arguments])
+    output_json["command"] = without_paths(" ".join(["pytest", *map(str, config.invocation_params.args)]))
     output_json["threads"] = torch.get_num_threads()
     for benchmark in output_json["benchmarks"]:
         benchmark["stats"].pop("data", None)
@@ -82,34 +88,16 @@ def device() -> torch.device:
 @pytest.fixture(scope="session")
 def copy_gb_per_s(device: torch.device) -> float:
     """Bytes read and written per second by a copy too large for any cache, measured here and now."""
-    source = torch.ones(2**28 if device.type == "cuda" else 2**24, device=device)
-    target = torch.empty_like(source)
-
-    def copy() -> Tensor:
-        return target.copy_(source)
-
-    seconds = interleaved_medians({"copy": copy}, _plain_clock(device), budget_s=0.1)["copy"]
-    return 2 * source.numel() * source.element_size() / seconds / 1e9
+    return measure_copy(device, 2**28 if device.type == "cuda" else 2**24, idle_clock(device), budget_s=0.1)
 
 
-def _plain_clock(device: torch.device) -> Clock:
-    return wall_clock(torch.cuda.synchronize) if device.type == "cuda" else wall_clock()
-
-
-def _name_of(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-
-
-def _peak_memory_bytes(run: Run) -> int:
-    """On top of what is there before."""
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    return torch.cuda.max_memory_allocated() - before
-
-
-Speedups = dict[str, float]
-Compare = Callable[..., Speedups]
+def _record(benchmark: Any, device: torch.device, seconds: dict[str, float], **facts: object) -> dict[str, float]:
+    """Put the facts and the speed-ups over the baselines into `extra_info`; the speed-ups, not rounded."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    speedups = {key: value / seconds["candidate"] for key, value in seconds.items() if key != "candidate"}
+    rounded = {f"speedup_over_{key}": round(speedup, 3) for key, speedup in speedups.items()}
+    benchmark.extra_info.update(rounded, **facts, device=name)
+    return speedups
 
 
 @pytest.fixture(scope="session")
@@ -123,31 +111,25 @@ def compare(benchmark: Any, device: torch.device, copy_gb_per_s: float, quick: b
     """Time a candidate against named baselines; the figures go into `benchmark.extra_info`, the speedups come back."""
 
     def run(
-        candidate: Run,
-        baselines: Mapping[str, Run],
-        *,
-        moved_bytes: int,
-        clock: Clock | None = None,
-        **facts: object,
-    ) -> Speedups:
-        clock = clock or _plain_clock(device)
+        candidate: Run, baselines: Mapping[str, Run], *, moved_bytes: int, clock: Clock | None = None, **facts: object
+    ) -> dict[str, float]:
+        clock = clock or idle_clock(device)
         seconds = interleaved_medians({"candidate": candidate, **baselines}, clock, _QUICK_S if quick else _BUDGET_S)
-        speedups = {name: seconds[name] / seconds["candidate"] for name in baselines}
         bandwidth = moved_bytes / seconds["candidate"] / 1e9
-        benchmark.extra_info.update(
-            facts,
-            **{f"speedup_over_{name}": round(speedup, 3) for name, speedup in speedups.items()},
+        speedups = _record(
+            benchmark,
+            device,
+            seconds,
+            **facts,
             median_us={name: round(1e6 * value, 1) for name, value in seconds.items()},
             moved_bytes=moved_bytes,
             bandwidth_gb_per_s=round(bandwidth, 2),
             copy_gb_per_s=round(copy_gb_per_s, 2),
             roofline_fraction=round(bandwidth / copy_gb_per_s, 3),
-            device=_name_of(device),
         )
         if device.type == "cuda" and facts.get("mode", "plain") == "plain":  # a graph allocates nothing when replayed
-            benchmark.extra_info["peak_memory_bytes"] = _peak_memory_bytes(candidate)
-        plain = _plain_clock(device)
-        benchmark.pedantic(lambda: plain(candidate), rounds=5, warmup_rounds=1)
+            benchmark.extra_info["peak_memory_bytes"] = peak_of(candidate, device).step
+        benchmark.pedantic(lambda: idle_clock(device)(candidate), rounds=5, warmup_rounds=1)
         return speedups
 
     return run
@@ -159,24 +141,26 @@ def compare_steps(benchmark: Any, device: torch.device, quick: bool) -> Compare:
 
     def run(
         candidate: Run, baselines: Mapping[str, Run], *, tokens: Mapping[str, tuple[int, int]], **facts: object
-    ) -> Speedups:
+    ) -> dict[str, float]:
         """`tokens` of "candidate" and every baseline: the useful ones, and those that run through the model."""
         runs = {"candidate": candidate, **baselines}
         budget_s = _QUICK_S if quick else _STEP_BUDGET_S[device.type]
-        seconds = interleaved_medians(runs, _plain_clock(device), budget_s, least_rounds=2)
-        speedups = {name: seconds[name] / seconds["candidate"] for name in baselines}
-        benchmark.extra_info.update(
-            facts,
-            **{f"speedup_over_{name}": round(speedup, 3) for name, speedup in speedups.items()},
+        seconds = interleaved_medians(runs, idle_clock(device), budget_s, least_rounds=2)
+        speedups = _record(
+            benchmark,
+            device,
+            seconds,
+            **facts,
             median_ms={name: round(1e3 * value, 2) for name, value in seconds.items()},
             useful_tokens=tokens["candidate"][0],
             tokens={name: computed for name, (_, computed) in tokens.items()},
             padding_ratio={name: round(computed / useful, 3) for name, (useful, computed) in tokens.items()},
             tokens_per_s={name: round(tokens[name][0] / value, 1) for name, value in seconds.items()},
-            device=_name_of(device),
         )
         if device.type == "cuda":
-            benchmark.extra_info["peak_memory_bytes"] = {name: _peak_memory_bytes(form) for name, form in runs.items()}
+            benchmark.extra_info["peak_memory_bytes"] = {
+                name: peak_of(form, device).step for name, form in runs.items()
+            }
         benchmark.pedantic(candidate, rounds=1)
         return speedups
 
@@ -187,7 +171,7 @@ def compare_steps(benchmark: Any, device: torch.device, quick: bool) -> Compare:
 def compare_forms(compare: Compare, device: torch.device, quick: bool) -> CompareForms:
     """Time one pass of forms of an operation in the mode of a case, after all of them have proven equal."""
 
-    def run(case: Case, name: str, candidate: Form, baselines: Mapping[str, Form], **facts: Any) -> Speedups:
+    def run(case: Case, name: str, candidate: Form, baselines: Mapping[str, Form], **facts: Any) -> dict[str, float]:
         if quick and case.mode != "plain":
             baselines = {key: form for key, form in baselines.items() if form.captured}
         assert_agreement(candidate, baselines)
@@ -222,7 +206,5 @@ def compiled(device: torch.device, quick: bool) -> CompileForms:
 @pytest.fixture
 def case(request: pytest.FixtureRequest, device: torch.device) -> Case:
     """The case a benchmark is parametrised with (indirectly), skipped where its device is not there."""
-    wanted = request.param.workload.device
-    if wanted != device.type:
-        pytest.skip("needs a CUDA device, and torch sees none" if wanted == "cuda" else "a workload for the CPU")
+    skip_unless_on(request.param.workload.device, device)
     return request.param

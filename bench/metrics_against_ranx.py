@@ -7,19 +7,14 @@ Scores are random permutations, so no two of a row are equal: with ties ranx tak
 the target.
 """
 
-import argparse
-import json
-import shlex
-import sys
 from importlib import metadata
-from pathlib import Path
 
 import torch
 from ranx import Qrels, Run
 from ranx import evaluate as ranx_evaluate
+from recording import parser_of, record
 
 from laser_fast.evaluation import rank_values, target_ranks
-from laser_fast.runs.run_directory import describe_environment
 
 _NAMES = {f"{ours}@{k}": f"{theirs}@{k}" for ours, theirs in (("HR", "hit_rate"), ("NDCG", "ndcg")) for k in (1, 5, 10)}
 _NAMES |= {"HR@20": "hit_rate@20", "NDCG@20": "ndcg@20", "MRR": "mrr"}
@@ -28,7 +23,7 @@ _LIMIT = 1e-9
 
 def main() -> None:
     """Compare row by row, print the largest difference, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--rows", type=int, default=500)
     parser.add_argument("--items", type=int, default=400)
     parser.add_argument("--out", required=True, help="JSON file to write")
@@ -59,15 +54,13 @@ def main() -> None:
         print(f"{name:8} {ours.mean():.10f} {found.mean():.10f} {difference:.1e}")
         if difference > _LIMIT:
             raise SystemExit(f"{name} differs by {difference}")
-    report = {
-        "command": shlex.join(["python", *sys.argv]),
-        "environment": describe_environment(),
+    facts = {
         "ranx": metadata.version("ranx"),
         "rows": arguments.rows,
         "items": arguments.items,
         "figures": figures,
     }
-    Path(arguments.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    record(arguments.out, facts)
 
 
 if __name__ == "__main__":

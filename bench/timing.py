@@ -1,7 +1,5 @@
 """How a benchmark measures time: all forms in turn, by the wall clock, or by CUDA events around a captured graph."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 from statistics import median
@@ -22,7 +20,7 @@ class Event(Protocol):
 
     def record(self) -> None: ...
 
-    def elapsed_time(self, end_event: Event, /) -> float: ...
+    def elapsed_time(self, end_event: "Event", /) -> float: ...
 
 
 def nothing() -> None:
@@ -63,6 +61,11 @@ def wall_clock(synchronize: Run = nothing, flush: Run = nothing) -> Clock:
         return perf_counter() - start
 
     return seconds
+
+
+def idle_clock(device: torch.device) -> Clock:
+    """The wall clock of a device, whatever its cache holds."""
+    return wall_clock(torch.cuda.synchronize) if device.type == "cuda" else wall_clock()
 
 
 def cold_clock(new_event: Callable[[], Event], synchronize: Run, flush: Run, batch: int) -> Clock:

@@ -8,8 +8,6 @@ experts; a tile of both sizes is judged by the mean of its times relative to the
 the tiles that they have.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 

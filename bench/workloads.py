@@ -1,7 +1,5 @@
 """What is measured: shapes of the Laser authors' M-Former and of the demo, lengths of texts, and in which modes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -65,6 +63,11 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.name}-{self.mode}"
+
+
+def case_name(case: tuple[object, ...]) -> str:
+    """The id of a case that is a tuple."""
+    return "-".join(map(str, case))
 
 
 def _cases(workloads: dict[str, Workload]) -> list[Case]:

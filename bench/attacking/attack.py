@@ -1,14 +1,13 @@
 """What an attack is: a name, what it tries, and trials whose findings are counted."""
 
-from __future__ import annotations
-
 import random
-import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from reporting.reasons import without_paths
 
 from attacking.children import PATIENCE_S, Findings, Trial, carry_out
 from attacking.world import World
@@ -18,22 +17,17 @@ _KEPT = 20  # losses that a line spells out
 Line = dict[str, Any]
 
 
-def without_folders(text: str) -> str:
-    """Words that can be published: of an absolute path the last name, nothing of whose machine it was."""
-    return re.sub(r"(?<![\w.~])(/[^\s/'\":]+)+/(?=[^\s/])", "", text)
-
-
 @dataclass(kw_only=True)
 class Scope:
     """What one attack is given.
 
     Attributes:
         world: models and data of the trials.
-        folder: of its own, for anything.
+        folder: its own, for anything.
         seed: all that is drawn follows from it.
-        until: of the monotonic clock: no trial begins later.
-        at_once: processes.
-        rehearse: whether everything is tried once.
+        until: moment of the monotonic clock after which no trial begins.
+        at_once: how many processes run.
+        rehearse: whether everything is tried only once.
         take: is given every line as it is finished.
     """
 
@@ -65,27 +59,22 @@ class Scope:
         """Say how many lines are to come, which share the time that is left."""
         self._to_come = lines
 
-    def _until(self) -> float:
-        now = time.monotonic()
-        return now + (self.until - now) / max(1, self._to_come)
-
     def try_all(self, name: str, what: str, trials: Iterable[Trial], *, patience: float = PATIENCE_S) -> None:
-        """Carry out the trials of one line of the table.
-
-        Args:
-            name: of the line, in a word or two.
-            what: is tried, in words.
-            patience: seconds for each trial.
-        """
+        """Carry out the trials of one line of the table, each with so many seconds of patience."""
         begin, all_of_them = time.monotonic(), Findings()
-        for found in carry_out(trials, self.folder, self._until(), self.at_once, patience):
+        until = begin + (self.until - begin) / max(1, self._to_come)
+        for found in carry_out(trials, self.folder, until, self.at_once, patience):
             all_of_them.add(found)
         if not all_of_them.outcomes and not all_of_them.lost:
             self.not_run(name, what, "no time was left")
             return
         self.report(name, what, all_of_them, time.monotonic() - begin)
 
-    def report(self, name: str, what: str, found: Findings, seconds: float) -> None:
+    def not_run(self, name: str, what: str, reason: str) -> None:
+        """A line that says why nothing was tried: that is no pass."""
+        self.report(name, what, Findings(), 0.0, reason)
+
+    def report(self, name: str, what: str, found: Findings, seconds: float, not_run: str | None = None) -> None:
         """A line of what was found."""
         line = {
             "name": name,
@@ -93,18 +82,10 @@ class Scope:
             "tried": sum(found.outcomes.values()),
             "outcomes": dict(sorted(found.outcomes.items())),
             "lost": found.lost,
-            "losses": [without_folders(loss) for loss in found.losses[:_KEPT]],
+            "losses": [without_paths(loss) for loss in found.losses[:_KEPT]],
             "seconds": round(seconds, 1),
-            "not_run": None,
+            "not_run": not_run,
         }
-        self._take(line)
-
-    def not_run(self, name: str, what: str, reason: str) -> None:
-        """A line that says why nothing was tried: that is no pass."""
-        counts = {"tried": 0, "outcomes": {}, "lost": 0, "losses": [], "seconds": 0.0}
-        self._take({"name": name, "what": what, **counts, "not_run": reason})
-
-    def _take(self, line: Line) -> None:
         self._to_come -= 1
         self.lines.append(line)
         self.take(line)

@@ -3,8 +3,6 @@
 The process that forks has imported everything and computed nothing, so that no pool of threads is lost in a fork.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -46,11 +44,11 @@ class Findings:
         self.outcomes[outcome] = self.outcomes.get(outcome, 0) + times
 
     def lose(self, what: str, times: int = 1) -> None:
-        """Note a loss; it is no outcome of its own."""
+        """Note a loss, which is no outcome of its own."""
         self.lost += times
         self.losses.append(what)
 
-    def add(self, other: Findings) -> None:
+    def add(self, other: "Findings") -> None:
         """Take in what another one saw."""
         for outcome, times in other.outcomes.items():
             self.saw(outcome, times)
@@ -66,7 +64,7 @@ class Ended:
     """How a command ended.
 
     Attributes:
-        status: its exit status; of one that a signal ended minus its number.
+        status: its exit status, or minus the number of the signal that ended it.
         out, err: what it printed.
         late: whether it was ended because it took too long.
     """
@@ -95,10 +93,9 @@ class Ended:
 
 
 class Child:
-    """A process that calls a function and is listened to; it begins at once, or when a pipe is closed.
+    """A process that calls a function, which gives its exit status, and is listened to.
 
     Args:
-        work: gives the exit status.
         folder: becomes its working directory.
         held: both ends of a pipe; it waits until nobody has the writing one any more.
         leads: whether it is ended together with all that it forks.
@@ -235,22 +232,19 @@ def carry_out(
 
     Args:
         folder: for their findings.
-        until: of the monotonic clock; no trial begins later.
-        at_once: processes.
+        until: moment of the monotonic clock after which no trial begins.
         patience: seconds for each.
     """
-    waiting, running = iter(trials), dict[Child, Path]()
-    exhausted, number = False, 0
+    waiting, running = enumerate(trials), dict[Child, Path]()
+    exhausted = False
     while running or not exhausted:
         while not exhausted and len(running) < at_once:
-            trial = next(waiting, None) if time.monotonic() < until else None
+            number, trial = next(waiting, (0, None)) if time.monotonic() < until else (0, None)
             if trial is None:
                 exhausted = True
                 break
-            number += 1
             file = folder / f"findings-{number}.json"
-            child = Child(lambda trial=trial, file=file: _try(trial, file), folder, leads=True)
-            running[child] = file
+            running[Child(lambda trial=trial, file=file: _try(trial, file), folder, leads=True)] = file
         for child, file in list(running.items()):
             if (end := child.poll(patience)) is not None:
                 del running[child]
@@ -266,11 +260,11 @@ def _try(trial: Trial, file: Path) -> int:
 
 
 def _found(end: Ended, file: Path) -> Findings:
-    if end.status == 0 and file.exists():
-        found = Findings(**json.loads(file.read_text(encoding="utf-8")))
-        file.unlink()
-        return found
-    return Findings({"died": 1}, 1, [end.told()])
+    if end.status or not file.exists():
+        return Findings({"died": 1}, 1, [end.told()])
+    found = Findings(**json.loads(file.read_text(encoding="utf-8")))
+    file.unlink()
+    return found
 
 
 def one_thread() -> None:

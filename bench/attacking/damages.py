@@ -3,8 +3,6 @@
 Lost is: another answer, an error of another kind or that names neither folder nor file, a process that dies or hangs.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import random
@@ -31,7 +29,7 @@ class Target:
 
     Attributes:
         whole: its folder.
-        other: one of the same kind, made with another seed.
+        other: a folder of the same kind, made with another seed; files in the same place can be swapped.
         read: a folder -> what it gives, in words or numbers.
         times: how often it is damaged.
         right: what a damaged one may give; None = what the whole one gives.
@@ -51,8 +49,7 @@ def attack(scope: Scope) -> None:
     for target in targets:
         right = ask(lambda target=target: _right(target, scope.folder / "whole"), scope.folder)
         what = f"{target.name}: a file cut, deleted, swapped for another's, a bit, a block or a JSON value changed"
-        trials = _trials(scope, target, right)
-        scope.try_all(target.name, what, trials)
+        scope.try_all(target.name, what, _trials(scope, target, right))
 
 
 def _right(target: Target, place: Path) -> list[Any]:
@@ -70,8 +67,8 @@ def _targets(scope: Scope) -> list[Target]:
     log, items = world.sources
     done(["prepare", other_data, "--interactions", log, "--items", items, "--max-history", "5"], scope.folder)
     return [
-        Target("a saved Laser", world.saved(), world.saved(twin), lambda place: _answers(_load(place), histories), 150),
-        Target("a run", world.run(), world.run(twin), lambda place: _answers(_load_run(place), histories), 100),
+        Target("a saved Laser", world.saved(), world.saved(twin), lambda place: _saved_answers(place, histories), 150),
+        Target("a run", world.run(), world.run(twin), lambda place: _run_answers(place, histories), 100),
         Target("a recommender with folds", folds, world.recommender(twin), _states, 150),
         Target("a data set", data, other_data, _data_hash, 150),
         Target("states of a run", world.stopped(), world.stopped(twin), _newest_state, 100, _both_states),
@@ -125,7 +122,7 @@ def damage(drawn: random.Random, place: Path, other: Path) -> tuple[str, str]:
             path.unlink()
             return name, kind
         if kind == "swapped":
-            twin = _twin(other, place, path)
+            twin = other / name
             changed, how = (twin.read_bytes() if twin.is_file() else content), "swapped for another's"
         elif kind == "JSON":
             changed, how = _edited(drawn, content) if path.suffix == ".json" else (content, "")
@@ -135,11 +132,6 @@ def damage(drawn: random.Random, place: Path, other: Path) -> tuple[str, str]:
             path.unlink()  # of a hard link the other stays as it is
             path.write_bytes(changed)
             return name, how
-
-
-def _twin(other: Path, place: Path, path: Path) -> Path:
-    """The file of the other folder that stands in the same place; of folders that are numbered by their order too."""
-    return other / path.relative_to(place)
 
 
 def _broken(drawn: random.Random, content: bytes, kind: str) -> tuple[bytes, str]:
@@ -188,25 +180,25 @@ def _another(drawn: random.Random, value: Any) -> Any:
     return drawn.choice(choices)
 
 
-def _load(place: Path) -> Any:
+def _saved_answers(place: Path, histories: list[list[str]]) -> list[str]:
     from laser_fast import LaserModel
 
-    return LaserModel.from_pretrained(place)
+    return _answers(LaserModel.from_pretrained(place), histories)
 
 
-def _load_run(place: Path) -> Any:
+def _run_answers(place: Path, histories: list[list[str]]) -> list[str]:
     from laser_fast.runs.checkpoint import load_laser
 
-    return load_laser(place)[0]
+    return _answers(load_laser(place)[0], histories)
 
 
 def _answers(model: Any, histories: list[list[str]]) -> list[str]:
     """Digests of what it recommends, scores and makes of users."""
+    import torch
+
     from laser_fast.data.sequences import PackedSequences
 
     packed = PackedSequences.from_lists([[model.index_of_item[item] for item in history] for history in histories])
-    import torch
-
     scores = model.score(torch.from_numpy(packed.items), torch.from_numpy(packed.cu_seqlens))
     best = [[(one.item_id, one.score) for one in answer] for answer in model.recommend(histories, 5)]
     return [_digest(repr(best).encode()), _digest(scores.numpy().tobytes()), *_tensors([model.encode_users(packed)])]

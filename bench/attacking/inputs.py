@@ -4,14 +4,12 @@ Lost is: an error of another kind, a process that dies or takes long, a result t
 refused command leaves behind.
 """
 
-from __future__ import annotations
-
 import gzip
 import io
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +32,7 @@ _TOKENS = (
 )
 
 Files = dict[str, bytes]
+Rows = list[list[object]]
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,8 @@ class Kind:
     """A form of input.
 
     Attributes:
-        files: by name, all of them right.
-        words: of the command, run where the files are.
+        files: right ones, by name.
+        words: the command, run where the files are.
         times: how often it is mutated.
         packed: names of those that are compressed, half of which are mutated before they are.
         writes: whether the command writes the folder `out` if nothing is wrong; else it is always refused.
@@ -65,7 +64,7 @@ def attack(scope: Scope) -> None:
 
 
 def _kinds(scope: Scope) -> Iterator[Kind]:
-    rows = [
+    rows: Rows = [
         [f"u{user}", f"i{(user + step) % _ITEMS}", 5 - step, 100 * user + step]
         for user in range(_USERS)
         for step in range(5)
@@ -73,7 +72,8 @@ def _kinds(scope: Scope) -> Iterator[Kind]:
     names = ["user_id", "item_id", "rating", "timestamp"]
     items = [[f"i{item}", f'Title {item}, the "best"', "tool; caf\u00e9"] for item in range(_ITEMS)]
     item_names = ["item_id", "title", "genres"]
-    log, quoted = _lines(rows, names, ","), _lines([[_quoted(cell) for cell in row] for row in items], item_names, ",")
+    in_quotes: Rows = [['"' + cell.replace('"', '""') + '"' for cell in row] for row in items]
+    log, quoted = _lines(rows, names, ","), _lines(in_quotes, item_names, ",")
 
     def tables(log_name: str, items_name: str) -> list[str | Path]:
         return ["prepare", "out", "--interactions", log_name, "--items", items_name]
@@ -95,14 +95,7 @@ def _kinds(scope: Scope) -> Iterator[Kind]:
     # without a run to go on with it is refused after the configuration was read, and before anything is loaded
     yield Kind("configuration of `train`", training, ["train", "c.yaml", "--resume"], 600, writes=False)
     recommender = {"c.yaml": b"kind: sasrec\nwidth: 8\nnum_layers: 1\nmax_length: 8\nepochs: 1\nfolds: 2\n"}
-    words: list[str | Path] = [
-        "recommender",
-        "train",
-        scope.world.data,
-        scope.world.recommender(),
-        "--config",
-        "c.yaml",
-    ]
+    words = ["recommender", "train", scope.world.data, scope.world.recommender(), "--config", "c.yaml"]
     yield Kind("configuration of `recommender train`", recommender, words, 200, writes=False)
 
 
@@ -116,8 +109,7 @@ def _try(findings: Findings, scope: Scope, kind: Kind, numbers: range) -> None:
     for number in numbers:
         drawn = scope.random(TITLE, kind.name, number)
         folder = scope.place(kind.name.replace("`", "").replace(" ", "-"), number)
-        mutate = _mutated(drawn, kind)
-        for name, content in mutate.items():
+        for name, content in _mutated(drawn, kind).items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
         end = run(kind.words, folder, _FILE_S)
@@ -204,24 +196,18 @@ def _swap_lines(drawn: random.Random, content: bytes) -> bytes:
     return b"\n".join(lines)
 
 
-_CHANGES: tuple[Callable[[random.Random, bytes], bytes], ...] = (
-    *(_flip, _cut, _delete, _repeat, _insert, _insert, _replace_cell, _replace_cell, _swap_lines),
-)
+_CHANGES = (_flip, _cut, _delete, _repeat, _insert, _insert, _replace_cell, _replace_cell, _swap_lines)
 
 
-def _quoted(cell: str) -> str:
-    return '"' + cell.replace('"', '""') + '"'
-
-
-def _lines(rows: list[list[object]] | list[list[str]], names: list[str], separator: str) -> bytes:
+def _lines(rows: Rows, names: list[str], separator: str) -> bytes:
     return "".join(separator.join(map(str, row)) + "\n" for row in [names, *rows]).encode()
 
 
-def _objects(rows: list[list[object]] | list[list[str]], names: list[str]) -> bytes:
+def _objects(rows: Rows, names: list[str]) -> bytes:
     return "".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows).encode()
 
 
-def _parquet(rows: list[list[object]] | list[list[str]], names: list[str]) -> bytes:
+def _parquet(rows: Rows, names: list[str]) -> bytes:
     stream = io.BytesIO()
     columns = dict(zip(names, zip(*rows, strict=True), strict=True))
     pq.write_table(pa.table({name: pa.array(column) for name, column in columns.items()}), stream)

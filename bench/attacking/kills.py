@@ -5,8 +5,6 @@ more to its end. Lost is: a file that differs from that of an uninterrupted comm
 that fails, and after any kill a folder that a reader takes for whole and is not.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import shutil
@@ -14,6 +12,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ class Command:
 
     Attributes:
         words: as it is given.
-        check: of what a kill left: raises what no reader may meet.
+        check: looks at what a kill left, and raises what no reader may meet.
         before: puts the trial's folder into the state it begins with.
         resumes: whether it goes on where it was killed, with `--resume`; else it is given as before.
     """
@@ -57,8 +56,7 @@ def attack(scope: Scope) -> None:
     scope.divide(len(writing := commands(scope)))
     for command in writing:
         what = f"`{command.name}` killed by SIGKILL at random moments, then given again"
-        trials = _trials(scope, command, *uninterrupted(scope, command))
-        scope.try_all(command.name, what, trials)
+        scope.try_all(command.name, what, _trials(scope, command, *uninterrupted(scope, command)))
 
 
 def commands(scope: Scope) -> list[Command]:
@@ -91,13 +89,7 @@ def _trials(scope: Scope, command: Command, expected: dict[str, Any], duration: 
 
 @dataclass(frozen=True)
 class Killing:
-    """A trial.
-
-    Attributes:
-        folder: new, for it alone.
-        kills: of the command, at most.
-        expected: what an uninterrupted command writes, in so many seconds (`duration`).
-    """
+    """A trial in a folder of its own: at most `kills` of a command that writes `expected` in `duration` seconds."""
 
     command: Command
     folder: Path
@@ -153,10 +145,8 @@ def differing(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str
 def contents(folder: Path) -> dict[str, Any]:
     """Every file by its name, without what tells when and how fast it was made."""
     found: dict[str, Any] = {}
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
         name = str(path.relative_to(folder))
-        if path.is_dir():
-            continue
         if name in _DATES:
             found[name] = ""
         elif name == "metrics.jsonl":
@@ -188,26 +178,21 @@ def _prepare(scope: Scope) -> Command:
 
 
 def _recommender(world: World) -> Command:
-    from laser_fast.recommenders.recommender_files import load_recommender
+    def check(out: Path) -> None:
+        from laser_fast.recommenders.recommender_files import load_recommender
 
-    words: list[str | Path] = ["recommender", "train", world.data, "out", *RECOMMENDER]
+        with suppress(FileNotFoundError):
+            load_recommender(out)
 
-    return Command("recommender train", words, lambda out: _whole_or_absent(out, load_recommender))
+    return Command("recommender train", ["recommender", "train", world.data, "out", *RECOMMENDER], check)
 
 
 def _train(world: World) -> Command:
-    words: list[str | Path] = ["train", world.configuration, "--set", "output=out"]
-
-    def load(out: Path) -> object:
+    def check(out: Path) -> None:
         from laser_fast import LaserModel
 
-        return LaserModel.from_pretrained(out) if (out / "checkpoint").exists() else None
+        if (out / "checkpoint").exists():
+            with suppress(FileNotFoundError):
+                LaserModel.from_pretrained(out)
 
-    return Command("train", words, lambda out: _whole_or_absent(out, load))
-
-
-def _whole_or_absent(out: Path, load: Callable[[Path], object]) -> None:
-    try:
-        load(out)
-    except FileNotFoundError:
-        return
+    return Command("train", ["train", world.configuration, "--set", "output=out"], check)

@@ -1,7 +1,5 @@
 """A file system of its own for one process: small, and writable or not. Nobody else sees it; no right is needed."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 from pathlib import Path

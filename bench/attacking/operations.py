@@ -3,8 +3,6 @@
 Lost is: an answer that is not the reference's, an error that is not documented, and a process that dies.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

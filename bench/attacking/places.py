@@ -4,12 +4,11 @@ Lost is: anything but one line of refusal, a result that is half there, and a co
 room, does not come to what an uninterrupted one writes.
 """
 
-from __future__ import annotations
-
 import os
 import resource
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from attacking.attack import Scope
@@ -32,18 +31,14 @@ def attack(scope: Scope) -> None:
     writing = commands(scope)[: scope.times(3)]
     scope.divide(1 + 3 * len(writing))
     for command in writing:
-        full, small, closed = (
-            f"`{command.name}` {words}" for words in ("on a full disk", "with a bound on files", "on a read-only disk")
-        )
-        expected, _ = uninterrupted(scope, command)
+        name, (expected, _) = command.name, uninterrupted(scope, command)
         if allowed:
-            scope.try_all(command.name, full, _trials(scope, command, expected, _full))
-            scope.try_all(
-                command.name, closed, [lambda findings, command=command: _read_only(findings, scope, command)]
-            )
+            scope.try_all(name, f"`{name}` on a full disk", _trials(scope, command, expected, _full))
+            closed = [lambda findings, command=command: _read_only(findings, scope, command)]
+            scope.try_all(name, f"`{name}` on a read-only disk", closed)
         else:
-            scope.not_run(command.name, full, "no process may mount here")
-        scope.try_all(command.name, small, _trials(scope, command, expected, _bounded))
+            scope.not_run(name, f"`{name}` on a full disk", "no process may mount here")
+        scope.try_all(name, f"`{name}` with a bound on files", _trials(scope, command, expected, _bounded))
     odd = list(_odd(scope))
     what = "outputs and inputs of a wrong kind or with an impossible name"
     scope.try_all("places", what, odd[: scope.times(len(odd))])
@@ -116,11 +111,10 @@ def _mounts_are_allowed(scope: Scope) -> bool:
     place = scope.place("mounts")
 
     def allowed() -> bool:
-        try:
+        with suppress(OSError):
             mount(place, _ROOM)
-        except OSError:
-            return False
-        return True
+            return True
+        return False
 
     return bool(ask(allowed, scope.folder))
 
@@ -135,8 +129,7 @@ def _expect_refusal(findings: Findings, told: str, end: Ended) -> None:
 def _odd(scope: Scope) -> Iterator[Trial]:
     """Every one of them is to be refused, or where it may be meant so, done."""
     world, odd = scope.world, _odd_places(scope)
-    log, items = world.sources
-    data, configuration, trained = world.data, world.configuration, world.run()
+    (log, items), data, configuration, trained = world.sources, world.data, world.configuration, world.run()
     for name, out in odd.items():
         may = name in _POSSIBLE
         yield _refused(scope, f"prepare into {name}", ["prepare", out, *_sources(log, items)], may)

@@ -1,7 +1,5 @@
 """The attacks one after the other, each with its share of the time, and the file that keeps what they found."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import json
@@ -14,7 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from attacking.attack import Line, Scope, without_folders
+from recording import parser_of
+from reporting.reasons import without_paths
+
+from attacking.attack import Line, Scope
 from attacking.children import Findings, one_thread
 from attacking.table import RESULTS, put_into_page
 from attacking.world import World
@@ -35,7 +36,7 @@ def main(description: str, arguments: Sequence[str] | None = None) -> int:
     if parsed.out is None:
         parser.error("OUT must be named, unless --table is asked for")
     parsed.out.mkdir(parents=True)
-    words = [without_folders(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    words = [without_paths(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     lines = _attack(parsed, shlex.join(["python", "bench/attack.py", *words]))
     lost, idle = sum(line["lost"] for line in lines), dict.fromkeys(line["name"] for line in lines if line["not_run"])
     print(f"lost: {lost} of {sum(line['tried'] for line in lines):,}; not run: {', '.join(idle) or 'nothing'}")
@@ -43,8 +44,7 @@ def main(description: str, arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=form)
+    parser = parser_of(description)
     parser.add_argument("out", nargs="?", type=Path, metavar="OUT", help="new folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=14.0, help="no trial begins later (default: 14)")

@@ -4,8 +4,6 @@ Lost is: no winner or several, a process that is not refused in one line with th
 not bit by bit what the winner writes alone.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import time
@@ -30,16 +28,12 @@ def attack(scope: Scope) -> None:
     """A line for every command that writes a folder."""
     world = scope.world
     log, items = world.sources
+    prepare = ["prepare", _NAME, "--interactions", log, "--items", items, "--tie-rule"]
+    recommender = ["recommender", "train", world.data, _NAME, *RECOMMENDER, "--seed"]
     commands: dict[str, Words] = {
-        "prepare": lambda turn: [
-            *("prepare", _NAME, "--interactions", log, "--items", items, "--tie-rule", f"hash:{turn}")
-        ],
-        "recommender train": lambda turn: [
-            *("recommender", "train", world.data, _NAME, *RECOMMENDER, "--seed", str(turn))
-        ],
-        "train": lambda turn: [
-            *("train", world.configuration, "--set", f"output={_NAME}", "--set", f"training.seed={turn}")
-        ],
+        "prepare": lambda turn: [*prepare, f"hash:{turn}"],
+        "recommender train": lambda turn: [*recommender, str(turn)],
+        "train": lambda turn: world.train_words(_NAME, turn),
     }
     scope.divide(len(commands))
     for name, words in list(commands.items())[: scope.times(len(commands))]:

@@ -1,7 +1,5 @@
 """The table of docs/reliability.md, from the file of a run."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,15 +31,6 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n".join([*table(["what was tried", "how often", "how it ended", "lost"], rows), "", beneath])
 
 
-def section(page: str) -> str:
-    """What stands between the marks of a page.
-
-    Raises:
-        ValueError: a mark is missing.
-    """
-    return _parts(page)[1].strip()
-
-
 def put_into_page(results: Path) -> None:
     """Replace the table of the page by that of a run.
 
@@ -51,12 +40,16 @@ def put_into_page(results: Path) -> None:
     report = json.loads(results.read_text(encoding="utf-8"))
     if report["rehearsal"]:
         raise ValueError(f"put_into_page: {results.name} must be of a real run, got a rehearsal")
-    before, _, after = _parts(PAGE.read_text(encoding="utf-8"))
+    before, _, after = parts(PAGE.read_text(encoding="utf-8"))
     PAGE.write_text(f"{before}{BEGIN}\n{markdown(report)}\n{END}{after}", encoding="utf-8")
 
 
-def _parts(page: str) -> tuple[str, str, str]:
-    """Before, between and after the marks."""
+def parts(page: str) -> tuple[str, str, str]:
+    """What stands before, between and after the marks of a page.
+
+    Raises:
+        ValueError: a mark is missing.
+    """
     before, begin, rest = page.partition(BEGIN)
     inside, end, after = rest.partition(END)
     if not begin or not end:

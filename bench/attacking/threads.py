@@ -3,8 +3,6 @@
 Lost is: another answer, an error, a model that is in another mode afterwards, and threads that wait for ever.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,15 +21,15 @@ _SLOTS = 8  # kept prefixes, for forty users
 _TURN_S = 1e-5  # of a thread, so that they meet inside of what they must not meet in
 _PATIENCE_S = 180.0
 _DEEP = {"prefix_mode": "kv", "readout": "suffix", "dropout": 0.1}
-# by name: language model, settings, kept prefixes, whether in training mode
-_MODELS: dict[str, tuple[str, dict[str, Any], int, bool]] = {
+How = tuple[str, dict[str, Any], int, bool]  # language model, settings, kept prefixes, whether in training mode
+_MODELS: dict[str, How] = {
     "in evaluation mode": ("bert", {}, 0, False),
     "in training mode": ("bert", {}, 0, True),
     "with a prefix of keys and values": ("llama", {"bituning": _DEEP}, 0, False),
     "that keeps prefixes of fewer users than ask": ("llama", {"bituning": _DEEP}, _SLOTS, False),
 }
 
-Call = Callable[[int], Any]
+Call = Callable[[int], Any]  # a user -> the answer
 
 
 def attack(scope: Scope) -> None:
@@ -42,7 +40,7 @@ def attack(scope: Scope) -> None:
         scope.try_all(name, what, _trials(scope, how), patience=_PATIENCE_S)
 
 
-def _trials(scope: Scope, how: tuple[str, dict[str, Any], int, bool]) -> Iterator[Trial]:
+def _trials(scope: Scope, how: How) -> Iterator[Trial]:
     world = scope.world
     world.language_model(how[0])
     world.configuration  # noqa: B018 made before the trials, which would each make it
@@ -51,7 +49,7 @@ def _trials(scope: Scope, how: tuple[str, dict[str, Any], int, bool]) -> Iterato
         yield lambda findings, name=name: _try(findings, world, how, name, scope.times(_ANSWERS))
 
 
-def _try(findings: Findings, world: World, how: tuple[str, dict[str, Any], int, bool], name: str, answers: int) -> None:
+def _try(findings: Findings, world: World, how: How, name: str, answers: int) -> None:
     kind, settings, slots, training = how
     # in a forked process torch makes its pool anew at the first call of any new thread, and several at once meet none
     torch.set_num_threads(torch.get_num_threads())

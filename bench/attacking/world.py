@@ -1,13 +1,11 @@
 """Models and data that are attacked: tiny, made on the spot by the commands that a user would give."""
 
-from __future__ import annotations
-
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
-from reporting.made_data import made_log, made_tokenizer
+from made_data import made_log, made_tokenizer
 
 from attacking.children import ask, done, laser_fast
 
@@ -18,18 +16,11 @@ _LARGER = 10.0  # weights: at the initial scale all texts look alike
 
 
 class World:
-    """Everything is made when it is first asked for.
-
-    Args:
-        folder: for all of it.
-
-    Attributes:
-        uninterrupted: by the name of a command what it writes, and in which time.
-    """
+    """Everything is made when it is first asked for."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.uninterrupted: dict[str, tuple[dict[str, Any], float]] = {}
+        self.uninterrupted: dict[str, tuple[dict[str, Any], float]] = {}  # by command: what it writes, in which time
         folder.mkdir(parents=True, exist_ok=True)
 
     @cached_property
@@ -76,31 +67,22 @@ class World:
             "bituning": {"readout": "suffix"},
             "text": {"residual": False},
             "objective": {"num_negatives": 1, "mask_history": False, "popularity": False},
-            "training": {
-                "batch_size": 12,
-                "save_steps": 1,
-                **stages,
-                "optimizer": {"learning_rate": 0.03},
-            },
+            "training": {"batch_size": 12, "save_steps": 1, **stages, "optimizer": {"learning_rate": 0.03}},
             "evaluation": {"calibrate": False},
         }
         file = self.folder / "train.yaml"
         file.write_text(yaml.safe_dump(values), encoding="utf-8")
         return file
 
+    def train_words(self, out: str | Path, seed: int) -> list[str | Path]:
+        """The command that trains."""
+        return ["train", self.configuration, "--set", f"output={out}", "--set", f"training.seed={seed}"]
+
     def run(self, seed: int = 0) -> Path:
         """A finished training."""
         place = self.folder / f"run-{seed}"
         if not place.exists():
-            settings = [
-                "--set",
-                f"output={place}",
-                "--set",
-                f"training.seed={seed}",
-                "--set",
-                "evaluation.calibrate=true",
-            ]
-            done(["train", self.configuration, *settings], self.folder)
+            done([*self.train_words(place, seed), "--set", "evaluation.calibrate=true"], self.folder)
         return place
 
     def saved(self, seed: int = 0) -> Path:
@@ -121,7 +103,7 @@ class World:
         """A run in which the two states from before its last step are left."""
         place = self.folder / f"stopped-{seed}"
         if not place.exists():
-            words = ["train", self.configuration, "--set", f"output={place}", "--set", f"training.seed={seed}"]
+            words = self.train_words(place, seed)
 
             def stop() -> int:
                 from laser_fast.runs.resume import StateFolder
@@ -152,15 +134,12 @@ def model(world: World, kind: str = "bert", **settings: Any) -> Any:
     from laser_fast.recommenders.recommender_files import load_recommender
 
     torch.manual_seed(0)
-    config = {
-        key: value for key, value in yaml.safe_load(world.configuration.read_text()).items() if key in _OF_A_MODEL
-    }
-    items = SequenceDataset.load(world.data).items
+    known = yaml.safe_load(world.configuration.read_text())
     made = LaserModel.from_pretrained(
         str(world.language_model(kind)),
-        items=items,
+        items=SequenceDataset.load(world.data).items,
         recommender=load_recommender(world.recommender()),
-        config=config | settings,
+        config={key: known[key] for key in _OF_A_MODEL} | settings,
     )
     made.refresh_items()
     return made.eval()

@@ -13,13 +13,12 @@ over the padded length), padding has no vote in the load and is not seen by the 
 it, and the prefix is projected once after the choices are combined, as in the paper.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from steps import StepShape, user_batch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -28,6 +27,8 @@ from baselines.routing_loop import routing_loop
 from laser_fast.data.batches import PackedBatch
 from laser_fast.laser import LaserModel
 from laser_fast.nn.qformer import QFormer
+
+NEGATIVES = 10  # for every user
 
 
 class PaddedList(NamedTuple):
@@ -59,6 +60,36 @@ def padded_list(model: LaserModel, batch: PackedBatch) -> PaddedList:
     states = known.new_zeros(*item_mask.shape, known.shape[1])
     states[item_mask] = known
     return PaddedList(input_ids, text_mask, states, item_mask.long())
+
+
+class AuthorsWorkload:
+    """A batch in both forms: users, their labels, and negatives for every user."""
+
+    def __init__(self, model: LaserModel, shape: StepShape) -> None:
+        self.users = user_batch(model, shape, with_positives=True)
+        assert self.users.targets is not None
+        generator = torch.Generator().manual_seed(4)
+        negatives = torch.randint(0, shape.items, (shape.users, NEGATIVES), generator=generator)
+        items = torch.cat([self.users.targets.cpu()[:, None], negatives], dim=1)
+        self.items = model.builder.items(items.flatten().numpy()).to(model.device)  # [B * 11]
+        self.shape = (shape.users, 1 + NEGATIVES)
+        lists = [model.builder.items(chosen.numpy()).to(model.device) for chosen in (items[:, 0], *negatives)]
+        self.padded_users = padded_list(model, self.users)
+        self.padded_labels, *self.padded_negatives = (padded_list(model, texts) for texts in lists)
+
+    def same_loss(self, model: LaserModel) -> tuple[Tensor, Tensor]:
+        """The authors' loss from two packed batches, users and items; and the balance losses of these two."""
+        users, routing = model.encode(self.users)
+        items, of_items = model.encode(self.items)
+        assert routing is not None and of_items is not None
+        scores = F.cosine_similarity(users.unsqueeze(1), items.view(*self.shape, -1), dim=-1) / model.temperature
+        cross_entropy = F.cross_entropy(scores, torch.zeros(len(users), dtype=torch.int64, device=users.device))
+        return cross_entropy, routing.balance_loss + of_items.balance_loss
+
+    def whole_loss(self, model: LaserModel) -> Tensor:
+        """The same with the balance losses in it."""
+        cross_entropy, balance_loss = self.same_loss(model)
+        return cross_entropy + model.balance_weight * balance_loss
 
 
 class AuthorsStep:
@@ -132,6 +163,13 @@ class AuthorsStep:
         scores = self.cosine(user.unsqueeze(1), candidates) / self.temperature
         first = torch.zeros(len(user), dtype=torch.int64, device=user.device)
         return F.cross_entropy(scores, first), balance_loss
+
+    def whole_against_lists(self, work: AuthorsWorkload) -> Tensor:
+        """The same of a workload, with the balance losses in it."""
+        cross_entropy, balance_loss = self.loss_against_lists(
+            work.padded_users, work.padded_labels, work.padded_negatives
+        )
+        return cross_entropy + self.balance_weight * balance_loss
 
     def loss_against_matrix(self, users: PaddedList, matrix: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Their later finetunings: the cross-entropy of the users against the item matrix, and the balance loss."""

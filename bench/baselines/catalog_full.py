@@ -1,7 +1,5 @@
 """Cross-entropy and top-k over all scores at once: by a broadcast cosine, and by one matrix product."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

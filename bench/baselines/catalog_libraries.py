@@ -4,8 +4,6 @@ Both filter or chunk over items and never hold all scores: cut-cross-entropy (Wi
 nothing filtered, and liger-kernel's fused linear cross-entropy, which makes the gradients in its forward pass.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Callable
 
@@ -16,13 +14,7 @@ Loss = Callable[[Tensor], Tensor]  # of users [B, d]
 
 
 def library_losses(items: Tensor, target: Tensor, temperature: float) -> dict[str, Loss]:
-    """Those that are installed, by name; their kernels need a GPU.
-
-    Args:
-        items: [I, d], normalised, without gradient.
-        target: int64 [B].
-        temperature: of the scores.
-    """
+    """Those that are installed, by name, for normalised items [I, d] without gradient; their kernels need a GPU."""
     found: dict[str, Loss] = {}
     if not items.is_cuda:
         return found

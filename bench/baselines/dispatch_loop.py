@@ -1,7 +1,5 @@
 """Dispatch and combine in the form of the Laser authors: a loop over choices and users, and a loop over choices."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Dispatch and combine in plain PyTorch without a loop: indexing, and products with the choice or the weights."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,12 +5,20 @@ differ in nothing but how the frozen model is run. The model comes without its `
 bitsandbytes' 4-bit ones.
 """
 
-from __future__ import annotations
-
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from steps import gradients, trained_parameters
+from steps import (
+    StepShape,
+    build_laser,
+    counted_tokens,
+    gradients,
+    language_model_tokens,
+    trained_parameters,
+    twin,
+    user_batch,
+)
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -42,18 +50,15 @@ def with_checkpointing(language_model: PreTrainedModel) -> PreTrainedModel:
 
 
 class PaddedStep:
-    """Forward and backward of a batch of users.
+    """Forward and backward of a batch of users with targets, padded once, as a loader would.
 
     Args:
         model: whose trained parameters, recommender, loss and item matrix are used.
         language_model: a `twin` of its frozen model.
-        batch: users with targets; padded here once, as a loader would.
     """
 
     def __init__(self, model: LaserModel, language_model: PreTrainedModel, batch: PackedBatch) -> None:
-        self.model = model
-        self.language_model = language_model
-        self.batch = batch
+        self.model, self.language_model, self.batch = model, language_model, batch
         self.texts = pad(batch)
         self.parameters = trained_parameters(model)
 
@@ -68,12 +73,46 @@ class PaddedStep:
         """Gradients of the step."""
         users, routing = self.encode()
         assert self.batch.targets is not None
-        loss = catalog_cross_entropy(
-            users, self.model.item_matrix, self.batch.targets, temperature=self.model.temperature
-        )
+        matrix, temperature = self.model.item_matrix, self.model.temperature
+        loss = catalog_cross_entropy(users, matrix, self.batch.targets, temperature=temperature)
         if routing is not None:
             loss = loss + self.model.balance_weight * routing.balance_loss
         return gradients(loss, self.parameters)
+
+
+class PaddedForms(NamedTuple):
+    """A model and its batch, padded forms by name, and the tokens of ours and of a padded form."""
+
+    model: LaserModel
+    batch: PackedBatch
+    forms: dict[str, PaddedStep]
+    useful: int
+    computed: int
+
+
+def padded_forms(
+    form: type[PaddedStep],
+    frozen: PreTrainedModel,
+    shape: StepShape,
+    names: tuple[str, str],
+    check: Callable[[str, Tensor, Tensor], None],
+    *,
+    prefix: str = "mformer",
+) -> PaddedForms:
+    """A padded form plain and with checkpointing, over the weights and the batch of ours.
+
+    Args:
+        check: is given the name, the embeddings of the form and those of ours.
+    """
+    plain, checkpointed = twin(frozen), with_checkpointing(twin(frozen))
+    model = build_laser(frozen, shape, prefix=prefix)
+    batch = user_batch(model, shape, with_positives=False)
+    forms = dict(zip(names, (form(model, plain, batch), form(model, checkpointed, batch)), strict=True))
+    with counted_tokens(plain) as counts:
+        expected = model.encode(batch)[0]
+        for name, padded in forms.items():
+            check(name, padded.encode()[0], expected)
+    return PaddedForms(model, batch, forms, language_model_tokens(model, batch), sum(counts))
 
 
 def around_text(

@@ -1,7 +1,5 @@
 """A prefix of keys and values in front of every sequence, as one would write it for packed and for padded batches."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -4,8 +4,6 @@ Two things differ from their code, so that the numbers are those of `route_exper
 user's items (theirs is over the padded length), and padding has no vote in the load (theirs votes for k experts).
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

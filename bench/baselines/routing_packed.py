@@ -1,7 +1,5 @@
 """Routing in packed plain PyTorch, without a loop over users: what one would write without a kernel."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """results.jsonl: one line of JSON for everything that was measured, written whole or not at all."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os
@@ -18,8 +16,7 @@ def line_of(item: int, name: str, status: str, **facts: Any) -> Line:
     """A line with every field that all of them have; those that are not given are null.
 
     Args:
-        item: its number.
-        name: of what is measured, unique in the item.
+        name: unique in the item.
         status: "ok", "rehearsed", or "failed: ...", "skipped: ...", "cut: ..." with the reason.
         facts: value and unit; limit (the roof, in words) and share_of_limit; baseline (the strongest) and speedup over
             it; backend; prediction (value, source, device); seconds; again = whether a later call measures it anew.
@@ -59,11 +56,8 @@ class Lines:
 
     def missing(self, item: int, names: Sequence[str], *, rehearse: bool) -> list[str]:
         """Those of the names that have no line yet, or one that is to be measured again."""
-        return [name for name in names if not _is_final(self._latest.get((item, name)), rehearse)]
-
-
-def _is_final(line: Line | None, rehearse: bool) -> bool:
-    return line is not None and not line.get("again") and bool(line.get("rehearsal")) == rehearse
+        found = {name: self._latest.get((item, name), {"again": True}) for name in names}
+        return [n for n, line in found.items() if line.get("again") or bool(line.get("rehearsal")) != rehearse]
 
 
 def latest(content: bytes) -> dict[tuple[int, str], Line]:

@@ -3,8 +3,6 @@
 Nothing here imports torch: the scheduler must not hold a context of the device.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -18,6 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import nvidia_smi
+
 BENCH = Path(__file__).resolve().parents[1]
 ROOT = BENCH.parent
 _PACKAGES = (
@@ -26,9 +26,8 @@ _PACKAGES = (
 )
 _CODE = ("laser_fast", "kernels", "csrc", "bench", "setup.py", "pyproject.toml")
 _SITES = ROOT / "build" / "gpu-site"
-_BUILD_S, _ASKING_S = 120.0, 30.0
+_BUILD_S = 120.0
 _IMPORTS = "import torch, triton, bitsandbytes, transformers.models.llama.modeling_llama"
-_FIELDS = {"device": "name", "capability": "compute_cap", "memory": "memory.total", "driver": "driver_version"}
 
 
 def facts(command: str, commit: str | None) -> dict[str, Any]:
@@ -40,24 +39,13 @@ def facts(command: str, commit: str | None) -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return {
-        **device(),
+        **nvidia_smi.device(),
         "python": sys.version.split()[0],
         "versions": versions,
         "commit": commit or _commit() or f"files {digest(ROOT, _CODE)[:12]}",
         "command": command,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def device() -> dict[str, str | None]:
-    """Name, capability, memory and driver of the first GPU, as nvidia-smi says; None where it says nothing."""
-    words = ["nvidia-smi", f"--query-gpu={','.join(_FIELDS.values())}", "--format=csv,noheader"]
-    try:
-        said = subprocess.run(words, capture_output=True, text=True, timeout=_ASKING_S, check=False)
-    except (OSError, subprocess.TimeoutExpired):  # not there, or it hangs: no reason to measure nothing
-        return dict.fromkeys(_FIELDS)
-    values: Sequence[str] = said.stdout.splitlines()[0].split(", ") if said.returncode == 0 and said.stdout else ()
-    return dict(zip(_FIELDS, values, strict=True)) if len(values) == len(_FIELDS) else dict.fromkeys(_FIELDS)
 
 
 def _commit() -> str | None:
@@ -147,19 +135,13 @@ def _read_ahead(found: dict[str, str]) -> Iterator[None]:
 def _build(site: Path, found: dict[str, str]) -> str:
     """Empty, or why it failed."""
     words = ["-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
-    capability = device()["capability"]
+    capability = nvidia_smi.device()["capability"]
     build = found | ({"TORCH_CUDA_ARCH_LIST": capability} if capability else {"LASER_FAST_BUILD": "cpu"})
     for stale in (ROOT / "build").glob("lib*"):  # setuptools would install what an earlier build left there
         shutil.rmtree(stale)
+    command = [sys.executable, *words, "--target", str(site), str(ROOT)]
     try:
-        said = subprocess.run(
-            [sys.executable, *words, "--target", str(site), str(ROOT)],
-            env=build,
-            capture_output=True,
-            text=True,
-            timeout=_BUILD_S,
-            check=False,
-        )
+        said = subprocess.run(command, env=build, capture_output=True, text=True, timeout=_BUILD_S, check=False)
     except subprocess.TimeoutExpired:
         return f"pip was not done after {_BUILD_S:g} s"
     lines = said.stderr.strip().splitlines() or ["no message"]

@@ -1,7 +1,5 @@
 """An item in a process of its own: started, listened to, and ended with all that it started when its time is over."""
 
-from __future__ import annotations
-
 import ctypes
 import importlib
 import json
@@ -30,7 +28,7 @@ class Ended(Exception):
     """The process is gone before its item was done; the message says why.
 
     Attributes:
-        name: of the line that was being measured, None where it was none.
+        name: of the line that was being measured, if any.
         cut: whether its time was over, else it failed.
     """
 
@@ -46,10 +44,8 @@ def carry_out(
 
     Args:
         items: module that has `ITEMS`.
-        order: for the item.
         line_s: seconds that one line may take.
         log: gets what the process prints.
-        environment: of the process.
         take: is given every line the moment it arrives.
 
     Raises:

@@ -1,7 +1,5 @@
 """The scheduler: items one after the other, each in a process of its own, whatever happens in any of them."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import shlex
@@ -31,11 +29,9 @@ class Item:
     """A part of the run.
 
     Attributes:
-        number: 1 to 10.
         title: heading of its table.
-        names: of its lines, the most valuable first; of a rehearsal, where the argument says so.
-        run: measures them, in a process of its own.
-        seconds: after which that process is ended.
+        names: of its lines, the most valuable first; the argument says whether of a rehearsal.
+        run: measures them, in a process of its own, which is ended after `seconds`.
         least_s: with less than that left it does not begin.
         line_s: seconds that one line may take: one that hangs costs no other.
     """
@@ -76,12 +72,7 @@ class Job:
 
 
 def main(words: Sequence[str] | None = None, items: str = "gpu.items") -> int:
-    """Run or show; 0, or 2 where OUT is in use by another call.
-
-    Args:
-        words: of the command line; None = those of this process.
-        items: module with `ITEMS`.
-    """
+    """Run or show the `ITEMS` of a module; 0, or 2 where OUT is in use by another call."""
     known: list[Item] = importlib.import_module(items).ITEMS
     arguments = _arguments(words, known)
     results = arguments.out / "results.jsonl"
@@ -119,9 +110,8 @@ def _arguments(words: Sequence[str] | None, known: Sequence[Item]) -> argparse.N
     parser.add_argument("out", type=Path, help="folder for results.jsonl and what the items print")
     parser.add_argument("--items", type=_numbers, default=numbers, help="for example 1-7 or 3,9; all of them otherwise")
     parser.add_argument("--minutes", type=float, default=_MINUTES, help=f"for everything ({_MINUTES:g})")
-    parser.add_argument(
-        "--site", type=Path, action="append", default=[], help="folder with packages, as for PYTHONPATH"
-    )
+    site = {"type": Path, "action": "append", "default": []}
+    parser.add_argument("--site", **site, help="folder with packages, as for PYTHONPATH")
     parser.add_argument("--commit", help="of this code, where there is no .git")
     parser.add_argument("--rehearse", action="store_true", help="every item in small on the CPU; no figure is kept")
     parser.add_argument("--table", action="store_true", help="print what OUT holds as Markdown, and measure nothing")

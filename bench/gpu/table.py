@@ -1,7 +1,5 @@
 """The lines of a run as the Markdown that README takes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,12 +13,7 @@ _BANDWIDTH = {"H100": 3.0, "H200": 4.3}
 
 
 def tables(content: bytes, titles: Mapping[int, str]) -> str:
-    """One table an item, and beneath them on what and how they were measured.
-
-    Args:
-        content: of results.jsonl.
-        titles: of the items, by number.
-    """
+    """One table an item, from the content of results.jsonl, and beneath them on what and how they were measured."""
     found = latest(content)
     machine = found.pop((0, MACHINE), {})
     out: list[str] = []
@@ -33,20 +26,12 @@ def tables(content: bytes, titles: Mapping[int, str]) -> str:
 
 
 def _row(line: Line, device: str) -> list[str]:
+    value = f"{plain(line['value'])} {line['unit']}".strip()
     if line["status"] != "ok":
-        value = line["status"] + (f" ({_value(line)})" if line["value"] is not None else "")
-    else:
-        value = _value(line)
-    share, speedup = NONE, NONE
-    if line["share_of_limit"] is not None:
-        share = f"{percent(line['share_of_limit'])} of {line['limit']}"
-    if line["speedup"] is not None:
-        speedup = f"{times(line['speedup'])} {line['baseline']}"
+        value = line["status"] + (f" ({value})" if line["value"] is not None else "")
+    share = NONE if line["share_of_limit"] is None else f"{percent(line['share_of_limit'])} of {line['limit']}"
+    speedup = NONE if line["speedup"] is None else f"{times(line['speedup'])} {line['baseline']}"
     return [line["name"], value, share, speedup, _prediction(line, device), line["backend"] or NONE]
-
-
-def _value(line: Line) -> str:
-    return f"{plain(line['value'])} {line['unit']}".strip()
 
 
 def _prediction(line: Line, device: str) -> str:
@@ -59,10 +44,8 @@ def _prediction(line: Line, device: str) -> str:
             faster = bandwidth / _BANDWIDTH[known["device"]]
             value = value * faster if line["unit"].endswith("/s") else value / faster
             note = f"{known['device']} scaled to {name}"
-    shown = {"share_of_limit": percent(value), "speedup": times(value)}.get(
-        known["of"], f"{plain(value)} {line['unit']}"
-    )
-    return f"{shown.strip()} ({note}; {known['source']})" if note else f"{shown.strip()} ({known['source']})"
+    shown = times(value) if known["of"] == "speedup" else f"{plain(value)} {line['unit']}".strip()
+    return f"{shown} ({f'{note}; ' if note else ''}{known['source']})"
 
 
 def _beneath(machine: Mapping[str, Any]) -> list[str]:

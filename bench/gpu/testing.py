@@ -1,10 +1,7 @@
 """pytest in the process of an item: chosen tests or benchmarks, each named line sent when its last test has ended."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,49 +11,30 @@ import pytest
 from gpu.work import Attention, Found, Work, first_line, recorded_attention
 
 ROOT = Path(__file__).resolve().parents[2]
-_OPTIONS = (
-    "--import-mode=importlib",
-    "-p",
-    "no:cacheprovider",
-    "-q",
-    "--rootdir",
-    str(ROOT),
-    "-c",
-    str(ROOT / "pyproject.toml"),
-)
+_OPTIONS = ("--import-mode=importlib", "-p", "no:cacheprovider", "-q")
+_OPTIONS += ("--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"))
 _EXTRA = "extra_info"
 
 
 @dataclass
 class Outcome:
-    """Of one test.
-
-    Attributes:
-        test: its id.
-        status: "passed", "failed" or "skipped".
-        reason: a line, where it did not pass.
-        extra: what a benchmark recorded.
-        attention: calls of packed attention by backend.
-    """
+    """How a test ended ("passed", "failed" or "skipped") and in a line why, where it did not pass."""
 
     test: str
     status: str = "passed"
     reason: str = ""
-    extra: dict[str, Any] = field(default_factory=dict)
-    attention: Counter[str] = field(default_factory=Counter)
+    extra: dict[str, Any] = field(default_factory=dict)  # what a benchmark recorded
+    attention: Counter[str] = field(default_factory=Counter)  # calls of packed attention by backend
 
 
 Group = Callable[[str], "str | None"]  # id of a test -> name of its line, None where the test is not wanted
-Summary = Callable[[list[Outcome]], Found]
+Summary = Callable[[list[Outcome]], Found]  # the outcomes of a line's tests -> the line
 
 
 class Lines:
     """A plugin that picks tests, in the order of their lines, and sends a line when all of its tests are done.
 
     Args:
-        work: of the item.
-        group: see `Group`.
-        summary: makes the line of the outcomes of its tests.
         most: tests of a line; more are left out, evenly.
         attention: see `Work.measure`.
     """
@@ -102,9 +80,8 @@ class Lines:
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
         """Which attention runs inside a test."""
-        outcome = self._outcome(item.nodeid)
-        with ExitStack() as stack:
-            outcome.attention = stack.enter_context(recorded_attention())
+        with recorded_attention() as counts:
+            self._outcome(item.nodeid).attention = counts
             yield
 
     @pytest.hookimpl(hookwrapper=True)
@@ -186,10 +163,9 @@ def run_tests(
     """Make lines from tests; one whose file is there and has no such test is a failed line.
 
     Args:
-        work: of the item.
-        files: by name of the line where its tests are, from the root of the checkout; those not wanted are left out.
-        group, summary, most, attention: see `Lines`.
+        files: where the tests of a line are, by its name, from the root of the checkout; not all are wanted.
         options: more words for pytest.
+        most, attention: see `Lines`.
     """
     files = {name: file for name, file in files.items() if name in work.wanted}
     there = [file for file in dict.fromkeys(files.values()) if (ROOT / file).exists()]

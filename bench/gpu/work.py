@@ -1,7 +1,5 @@
 """What an item is given in its process: which lines are wanted, how one is measured, and what it may take."""
 
-from __future__ import annotations
-
 import math
 import os
 import sys
@@ -13,15 +11,12 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from reporting.reasons import Skip, without_paths
+from reporting.settings import ON_GPU, TINY, Settings
 
 from gpu.lines import Line, line_of
-
-if TYPE_CHECKING:
-    from reporting.context import Context
-    from reporting.settings import Settings
 
 RESTART = 75  # exit status: the device is lost to this process, and lines are left
 Attention = Literal["fast", "mixed", "named", "none"]
@@ -68,8 +63,7 @@ class Order:
     """What the scheduler asks of an item's process.
 
     Attributes:
-        item: its number.
-        names: lines that are missing.
+        names: of the lines that are missing.
         seconds: until it is killed.
         rehearse: on a CPU, in small, without figures.
         folder: for files that nobody keeps.
@@ -85,17 +79,11 @@ class Order:
 
 
 class Work:
-    """One item at work.
-
-    Args:
-        order: what is asked.
-        send: takes messages to the scheduler: {"start": name} and {"line": {...}}.
-    """
+    """One item at work; `send` takes its messages to the scheduler: {"start": name} and {"line": {...}}."""
 
     def __init__(self, order: Order, send: Callable[[Mapping[str, Any]], None]) -> None:
         self.order, self._send = order, send
-        self.rehearse = order.rehearse
-        self.folder = Path(order.folder)
+        self.rehearse, self.folder = order.rehearse, Path(order.folder)
         self._wanted = dict.fromkeys(order.names)
         self._end = monotonic() + order.seconds
 
@@ -118,8 +106,6 @@ class Work:
         """Make the line `name` if it is wanted: what `function` found, or why it did not.
 
         Args:
-            name: of the line.
-            function: measures.
             attention: which backend of packed attention may run on a GPU for the figure to count: "fast" = no buckets,
                 "mixed" = buckets in float32 alone (the frozen recommender's), "named" = any, the line says which,
                 "none" = not looked at.
@@ -145,7 +131,6 @@ class Work:
         """Send the line of a measurement that has ended.
 
         Args:
-            name, found, status: of the line.
             start: what `start` gave.
             attention: see `measure`.
             counts: calls of packed attention by backend.
@@ -166,27 +151,30 @@ class Work:
             os._exit(RESTART)  # pytest would catch a SystemExit, and go on without a device
 
     @cached_property
-    def context(self) -> Context:
-        """Device, sizes and roofs, as the sections of the report take them; the roofs are those of this run."""
+    def context(self) -> Any:
+        """A `reporting.context.Context` with the roofs of this run, where they were measured."""
         import torch
         from reporting.context import Context
-        from reporting.roofs import Roofs
+        from roofline import Roofs
 
         # with its number: the bound of memory of a process is not set for a device without one
         device = torch.device("cpu") if self.rehearse else torch.device("cuda", 0)
-        context = Context(device, self.settings, self.folder)
         values = {line["name"]: line["value"] for line in self.order.known if line["status"] == "ok"}
         rates = {name.split()[-1]: value for name, value in values.items() if name.startswith("roof: product")}
-        if "roof: copy" in values and rates:
-            context.__dict__["roofs"] = Roofs(values["roof: copy"], rates)  # in place of measuring them again
-        return context
+        known = Roofs(values["roof: copy"], rates) if "roof: copy" in values and rates else None
+        return Context(device, self.settings, self.folder, known)
 
     @property
     def settings(self) -> Settings:
         """Sizes of the report, on a GPU, or the smallest for a rehearsal."""
-        from gpu.sizes import ON_GPU, REHEARSED
+        return TINY if self.rehearse else ON_GPU
 
-        return REHEARSED if self.rehearse else ON_GPU
+
+def against_strongest(found: Found, speedups: Mapping[str, float]) -> Found:
+    """With the strongest of the other forms: the one that ours is the least faster than."""
+    if speedups:
+        found.baseline, found.speedup = min(speedups.items(), key=lambda pair: pair[1])
+    return found
 
 
 def _line(order: Order, name: str, found: Found, status: str, seconds: float) -> Line:

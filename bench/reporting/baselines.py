@@ -1,37 +1,31 @@
 """Section "baselines": our whole step beside Hugging Face's padded form, peft's prompts and the authors' form."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from baselines.authors_step import AuthorsStep
-from baselines.padded_step import PaddedStep, with_checkpointing
-from bench_step import NEGATIVES, AuthorsWorkload, our_step
+from baselines.authors_step import NEGATIVES, AuthorsStep, AuthorsWorkload
+from baselines.padded_step import PaddedStep, padded_forms
 from forms import relative_error
+from peak_memory import release
 from steps import (
     StepShape,
     build_laser,
     counted_tokens,
     gradients,
     language_model_tokens,
+    our_step,
     trained_parameters,
     twin,
-    user_batch,
 )
 from timing import Run, interleaved_medians
 from torch import Tensor
 
-from reporting.context import package_missing
-from reporting.memory import release
+from reporting.context import Context, Deadline
 from reporting.models import DATASET, load, usable_weights, weights_name
-from reporting.reasons import Skip
+from reporting.reasons import Skip, package_missing
 from reporting.tables import plain, table, times
-
-if TYPE_CHECKING:
-    from reporting.context import Context, Deadline
 
 _AUTHORS_USERS = 8
 _WORST_ERROR = {"float32": 1e-3, "bfloat16": 0.3}  # of a user's embedding; 32 layers in bfloat16 give 0.05 on average
@@ -61,67 +55,48 @@ def measure(context: Context, deadline: Deadline) -> dict[str, Any]:
     return {"shape": shape, "weights": kind, "comparisons": found, "left_out": left_out}
 
 
-def step_shape(context: Context, users: int) -> StepShape:
+def _step_shape(context: Context, users: int) -> StepShape:
     """The authors' M-Former beside a large model, the demonstration's beside a small one."""
     large = {"width": 768, "layers": 12, "heads": 12} if context.settings.paper_mformer else {}
     return StepShape(DATASET, users, **large)
 
 
 def _padded(context: Context, shape: str, weights: str, deadline: Deadline) -> Rows:
-    return _beside_padded(context, shape, weights, deadline, PaddedStep, "mformer")
+    return _beside_padded(context, load(context, shape, weights, reads_tokens=True), deadline, PaddedStep, "mformer")
 
 
 def _peft(context: Context, shape: str, weights: str, deadline: Deadline) -> Rows:
     from baselines.peft_prompt import PeftPromptStep
 
-    return _beside_padded(context, shape, weights, deadline, PeftPromptStep, "shared")
+    return _beside_padded(context, load(context, shape, weights, reads_tokens=True), deadline, PeftPromptStep, "shared")
 
 
-def _beside_padded(
-    context: Context, shape: str, weights: str, deadline: Deadline, form: Callable[..., Any], prefix: str
-) -> Rows:
-    """A padded form, also with its checkpointing, over the weights and the batch of ours."""
-    frozen = load(context, shape, weights, reads_tokens=True)
-    plain_model, checkpointed = twin(frozen), with_checkpointing(twin(frozen))
-    sizes = step_shape(context, context.settings.users)
-    model = build_laser(frozen, sizes, prefix=prefix)
-    batch = user_batch(model, sizes, with_positives=False)
-    forms = {
-        "padded": form(model, plain_model, batch),
-        "padded, every layer recomputed": form(model, checkpointed, batch),
-    }
-    with counted_tokens(plain_model) as counts:
-        expected = model.encode(batch)[0]
-        for name, other in forms.items():
-            encoded = other.encode()  # one of the two gives the routing as well
-            _check(name, encoded if isinstance(encoded, Tensor) else encoded[0], expected, context)
-    tokens = {OURS: language_model_tokens(model, batch)} | dict.fromkeys(forms, sum(counts))
-    return _compare(context, {OURS: our_step(model, batch), **forms}, tokens, deadline)
+def _beside_padded(context: Context, frozen: Any, deadline: Deadline, form: type[PaddedStep], prefix: str) -> Rows:
+    names = ("padded", "padded, every layer recomputed")
+
+    def check(name: str, actual: Tensor, expected: Tensor) -> None:
+        _check(name, actual, expected, context)
+
+    found = padded_forms(form, frozen, _step_shape(context, context.settings.users), names, check, prefix=prefix)
+    tokens = {OURS: found.useful} | dict.fromkeys(names, found.computed)
+    return _compare(context, {OURS: our_step(found.model, found.batch), **found.forms}, tokens, deadline)
 
 
 def _authors(context: Context, shape: str, weights: str, deadline: Deadline) -> Rows:
     """Their loss over lists of negatives: our method beside it, and the same sequences in our form."""
     frozen = load(context, shape, weights, reads_tokens=True)
     padded = twin(frozen)
-    sizes = step_shape(context, _AUTHORS_USERS)
+    sizes = _step_shape(context, _AUTHORS_USERS)
     model = build_laser(frozen, sizes)
     form, work = AuthorsStep(model, padded), AuthorsWorkload(model, sizes)
     with torch.no_grad():
         _check("authors' form", form.encode(work.padded_users)[0], model.encode(work.users)[0], context)
-    parameters = trained_parameters(model)
-
-    def whole(losses: tuple[Tensor, Tensor]) -> Tensor:
-        return losses[0] + model.balance_weight * losses[1]
-
-    def against_lists() -> Tensor:
-        return whole(form.loss_against_lists(work.padded_users, work.padded_labels, work.padded_negatives))
-
+    parameters, packed = trained_parameters(model), "the same sequences, packed"
     with counted_tokens(padded) as counts:
-        against_lists()
-    packed = "the same sequences, packed"
+        form.whole_against_lists(work)
     runs: dict[str, Run] = {
-        packed: lambda: gradients(whole(work.same_loss(model)), parameters),
-        "authors' form": lambda: gradients(against_lists(), form.parameters),
+        packed: lambda: gradients(work.whole_loss(model), parameters),
+        "authors' form": lambda: gradients(form.whole_against_lists(work), form.parameters),
     }
     assert work.users.positives is not None
     tokens = {
@@ -164,8 +139,7 @@ def _fits(run: Run) -> bool:
     return True
 
 
-COMPARISONS = {"padded": _padded, "peft": _peft, "authors": _authors}
-"""By name; each gives its rows, ours among them."""
+COMPARISONS = {"padded": _padded, "peft": _peft, "authors": _authors}  # each gives its rows, ours among them
 
 _TITLES = {
     "padded": "users with a target each; the item matrix stands still, so nothing but the users is encoded",

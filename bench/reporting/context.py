@@ -1,6 +1,4 @@
-"""What every section is given: device, sizes, a folder for files, roofs measured once, and how long it may take."""
-
-from __future__ import annotations
+"""What every section is given: device, sizes, a folder for files, limits of the device, and how long it may take."""
 
 import os
 import subprocess
@@ -12,21 +10,16 @@ from pathlib import Path
 from time import monotonic
 
 import torch
-from timing import Clock, wall_clock
+from roofline import Roofs, measure_roofs
+from timing import Clock, idle_clock
 
-from reporting.roofs import Roofs, measure_roofs
 from reporting.settings import Settings
 
 BENCH = Path(__file__).resolve().parents[1]
-GIB = 2**30
 
 
 class Deadline:
-    """A moment at which a section has to come to an end.
-
-    Args:
-        seconds: from now.
-    """
+    """The moment, so many seconds from now, at which a section has to come to an end."""
 
     def __init__(self, seconds: float) -> None:
         self._end = monotonic() + seconds
@@ -36,14 +29,14 @@ class Deadline:
         """Seconds until then; 0 where it is over."""
         return max(0.0, self._end - monotonic())
 
-    def rounds(self, round_s: float, most: int) -> int:
-        """How many of `most` rounds of so many seconds fit in, after one to warm up; at least one."""
-        return max(1, min(most, int(self.left_s / max(round_s, 1e-9)) - 1))
-
     @property
     def over(self) -> bool:
         """Whether nothing new may begin."""
         return self.left_s == 0.0
+
+    def rounds(self, round_s: float, most: int) -> int:
+        """How many of `most` rounds of so many seconds fit in, after one to warm up; at least one."""
+        return max(1, min(most, int(self.left_s / max(round_s, 1e-9)) - 1))
 
 
 @dataclass
@@ -51,19 +44,19 @@ class Context:
     """Shared by all sections of one report.
 
     Attributes:
-        device: that everything runs on.
-        settings: sizes.
         folder: for files that are not part of the report; removed afterwards.
+        known_roofs: of this device, where they were measured before.
     """
 
     device: torch.device
     settings: Settings
     folder: Path
+    known_roofs: Roofs | None = None
 
     @cached_property
     def roofs(self) -> Roofs:
         """Measured at the first use, so that every section has them whichever were chosen."""
-        return measure_roofs(self.device, self.settings.copy_floats, self.settings.matmul_size)
+        return self.known_roofs or measure_roofs(self.device, self.settings.copy_floats, self.settings.matmul_size)
 
     @property
     def on_gpu(self) -> bool:
@@ -73,17 +66,17 @@ class Context:
     @property
     def clock(self) -> Clock:
         """Seconds from an idle device to an idle device."""
-        return wall_clock(torch.cuda.synchronize) if self.on_gpu else wall_clock()
+        return idle_clock(self.device)
 
     @property
     def device_class(self) -> str | None:
-        """For which of the predicted devices this one may stand; None = for none."""
+        """Which of the devices that were predicted for this one is; None = none of them."""
         name = torch.cuda.get_device_name() if self.on_gpu else ""
         return next((known for known in ("H100", "4090") if known in name), None)
 
 
 def run_script(words: Sequence[str], timeout_s: float) -> str:
-    """Run `python WORDS` with this folder's modules at hand; what it printed on stdout.
+    """Run `python WORDS` with the modules of bench/ at hand; what it printed on stdout.
 
     Raises:
         subprocess.TimeoutExpired: it took longer.
@@ -97,10 +90,3 @@ def run_script(words: Sequence[str], timeout_s: float) -> str:
         said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()
         raise RuntimeError(f"run_script: {words[0]} must end with status 0, got {done.returncode}: {said[-1]}")
     return done.stdout
-
-
-def package_missing(name: str) -> bool:
-    """Whether a top-level package is not installed; it is looked up, not imported."""
-    from importlib.util import find_spec
-
-    return find_spec(name) is None

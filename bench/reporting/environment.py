@@ -1,21 +1,16 @@
-"""Section "environment": on what, with which versions, from which commit and by which command."""
-
-from __future__ import annotations
+"""Sections "environment" and "roofs": the machine, the versions, the commit, and how fast the device is at its best."""
 
 import os
-import shutil
-import subprocess
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import nvidia_smi
 import torch
 
 from laser_fast.runs.run_directory import describe_environment
+from reporting.context import Context, Deadline
 from reporting.tables import plain, size, table
-
-if TYPE_CHECKING:
-    from reporting.context import Context, Deadline
 
 _MORE_PACKAGES = ("liger-kernel", "peft", "pytest-benchmark")
 _DIRTY = "-dirty"
@@ -44,17 +39,8 @@ def _gpu() -> dict[str, Any]:
         "compute_capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
         "cuda": torch.version.cuda,
-        "driver": _driver(),
+        "driver": nvidia_smi.device()["driver"],
     }
-
-
-def _driver() -> str | None:
-    if shutil.which("nvidia-smi") is None:
-        return None
-    words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    said = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
-    lines = said.stdout.split()
-    return lines[0] if said.returncode == 0 and lines else None
 
 
 def markdown(found: Mapping[str, Any]) -> list[str]:
@@ -73,3 +59,24 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
         rows.append(["CUDA", f"{gpu['cuda']}, driver {gpu['driver']}, compute capability {gpu['compute_capability']}"])
     rows.append(["versions", ", ".join(f"{name} {number}" for name, number in found["versions"].items())])
     return table(["", "value"], rows)
+
+
+def measure_roofs(context: Context, deadline: Deadline) -> dict[str, Any]:
+    """Both roofs and the sizes they were measured at."""
+    return {
+        "copy_gb_per_s": context.roofs.copy_gb_per_s,
+        "matmul_tflops": dict(context.roofs.matmul_tflops),
+        "copied_bytes": 4 * context.settings.copy_floats,
+        "matmul_size": context.settings.matmul_size,
+    }
+
+
+def roofs_markdown(found: Mapping[str, Any]) -> list[str]:
+    """A table with one line a roof."""
+    side = found["matmul_size"]
+    rows = [[f"copy of {found['copied_bytes'] / 1e6:.0f} MB", f"{found['copy_gb_per_s']:.1f} GB/s read and written"]]
+    rows += [
+        [f"product of two {side} x {side} matrices, {dtype}", f"{rate:.4g} TFLOP/s"]
+        for dtype, rate in found["matmul_tflops"].items()
+    ]
+    return ["Measured here, in this run. Every share below is a share of these.", "", *table(["roof", "rate"], rows)]

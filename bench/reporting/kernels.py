@@ -1,23 +1,19 @@
 """Section "kernels": the benchmarks of single operations, in a process of their own, beside what was predicted."""
 
-from __future__ import annotations
-
 import json
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from reporting.context import BENCH, package_missing
+from roofline import Roofs
+
+from reporting.context import BENCH, Context, Deadline
 from reporting.predictions import on_any_device, predictions_for
-from reporting.reasons import Skip
-from reporting.roofs import Roofs
+from reporting.reasons import Skip, package_missing
 from reporting.tables import NONE, percent, plain, table, times
-
-if TYPE_CHECKING:
-    from reporting.context import Context, Deadline
 
 _OPERATIONS = ("routing", "dispatch", "mformer", "attention", "prefix_kv", "catalog")
 _GRACE_S = 20  # to write what is there after the time is over
@@ -50,7 +46,7 @@ def _run(context: Context, stored: Path, deadline: Deadline) -> tuple[str, list[
         process = subprocess.Popen(command, cwd=BENCH.parent, stdout=said, stderr=subprocess.STDOUT)
         try:
             status = process.wait(timeout=max(1.0, deadline.left_s))
-            ended = {0: "all of them", 1: "all of them"}.get(status, f"status {status}")
+            ended = "all of them" if status in (0, 1) else f"status {status}"
         except subprocess.TimeoutExpired:
             ended = _OVER
             _interrupt(process)
@@ -71,33 +67,29 @@ def _interrupt(process: subprocess.Popen[bytes]) -> None:
 
 def row_of(entry: Mapping[str, Any], roofs: Roofs) -> dict[str, Any]:
     """What a report shows of a benchmark, from its `fullname` and `extra_info`."""
-    info = entry["extra_info"]
-    name = entry["fullname"].rpartition("::")[2].removeprefix("test_")
-    shape = info["shape"]
+    info, benchmark = entry["extra_info"], entry["fullname"]
+    name, shape = benchmark.rpartition("::")[2].removeprefix("test_"), info["shape"]
     row = {"name": name, "shape": shape}
     if "median_us" in info:
-        seconds = info["median_us"]["candidate"] / 1e6
+        row["us"] = info["median_us"]["candidate"]
         own = Roofs(info["copy_gb_per_s"], roofs.matmul_tflops)  # of the same minute
         operations = info.get("floating_point_operations", _operations(name, shape))
         dtype = str(shape["dtype"]).removeprefix("torch.")
         limit_s = own.seconds(info["moved_bytes"], operations, dtype)
-        row |= {"us": 1e6 * seconds, "share_of_limit": limit_s / seconds}
+        row["share_of_limit"] = limit_s / (row["us"] / 1e6)
         row["limit"] = "copy" if operations == 0 or own.seconds(0, operations, dtype) < limit_s else "products"
     else:
         row["us"] = 1e3 * info["median_ms"]["candidate"]
-    row["speedups"] = {key.removeprefix(_SPEEDUP): value for key, value in info.items() if key.startswith(_SPEEDUP)}
-    measured = {f"{_SPEEDUP}{key}": value for key, value in row["speedups"].items()}
+    measured = {key: value for key, value in info.items() if key.startswith(_SPEEDUP)}
+    row["speedups"] = {key.removeprefix(_SPEEDUP): value for key, value in measured.items()}
     measured["share_of_limit"] = row.get("share_of_limit")
     row["predicted"] = [
         known._asdict() | {"measured": measured[known.figure]}
-        for known in predictions_for(entry["fullname"])
+        for known in predictions_for(benchmark)
         if measured.get(known.figure) is not None
     ]
-    row["predicted_elsewhere"] = [
-        known._asdict()
-        for figure in measured
-        if not row["predicted"] and (known := on_any_device(entry["fullname"], figure)) is not None
-    ]
+    elsewhere = [] if row["predicted"] else [on_any_device(benchmark, figure) for figure in measured]
+    row["predicted_elsewhere"] = [known._asdict() for known in elsewhere if known is not None]
     return row
 
 
@@ -113,9 +105,8 @@ def markdown(found: Mapping[str, Any]) -> list[str]:
         speedups = ", ".join(f"{times(value)} {name}" for name, value in row["speedups"].items())
         share = row.get("share_of_limit")
         limit = NONE if share is None else f"{percent(share)} ({row['limit']})"
-        predicted = ", ".join(_figure(known) for known in row["predicted"])
-        elsewhere = ", ".join(_figure(known) for known in row["predicted_elsewhere"])
-        rows.append([row["name"], plain(row["us"]), limit, speedups, predicted or elsewhere or NONE])
+        predicted = ", ".join(map(_figure, row["predicted"] or row["predicted_elsewhere"]))
+        rows.append([row["name"], plain(row["us"]), limit, speedups, predicted or NONE])
     return [
         f"Benchmarks `{found['chosen']}` of `pytest bench`; the run ended after {found['ended']}. Speed-ups are over "
         "other forms in the same run. The limit is the time at the measured roofs; what fits into a cache may be "

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reporting.limits import step_name
+from reporting.document import rows_of, step_name
 from reporting.tables import GIB, plain
 
 if TYPE_CHECKING:
@@ -32,17 +32,11 @@ def draw(report: Mapping[str, Any], out: Path) -> list[str]:
         return []
     matplotlib.use("Agg")
     sections = {name: found for name, found in report["sections"].items() if found["status"] == "measured"}
-    drawn = {
-        "roofline.png": _roofline(sections),
-        "waterfall.png": _waterfall(sections),
-        "memory.png": _memory(sections),
-    }
-    names = []
-    for name, figure in drawn.items():
-        if figure is not None:
-            figure.savefig(out / name, dpi=100)
-            names.append(name)
-    return names
+    drawn = {"roofline.png": _roofline, "waterfall.png": _waterfall, "memory.png": _memory}
+    figures = {name: figure for name, draw_one in drawn.items() if (figure := draw_one(sections)) is not None}
+    for name, figure in figures.items():
+        figure.savefig(out / name, dpi=100)
+    return list(figures)
 
 
 def _new(panels: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
@@ -60,13 +54,11 @@ def _roofline(sections: Mapping[str, Any]) -> Figure | None:
     """Bars against the roof: kernels against copying or products, steps against the FLOP floor."""
     kernels = [
         (_short(row["name"].replace("forward+backward", "both")), row["share_of_limit"])
-        for row in sections.get("kernels", {}).get("rows", [])
+        for row in rows_of(sections, "kernels")
         if row.get("share_of_limit") is not None
     ]
     steps = [
-        (_short(step_name(row)), row["share_of_floor"])
-        for row in sections.get("step", {}).get("rows", [])
-        if "share_of_floor" in row
+        (_short(step_name(row)), row["share_of_floor"]) for row in rows_of(sections, "step") if "share_of_floor" in row
     ]
     panels = [
         ("Single operations", "share of the measured roof [%]", kernels),
@@ -97,35 +89,36 @@ def _roofline(sections: Mapping[str, Any]) -> Figure | None:
 
 def _waterfall(sections: Mapping[str, Any]) -> Figure | None:
     """Time of every state as a share of the first, measured beside predicted."""
-    found = sections.get("waterfall")
-    rows = [row for row in found["cumulative"] if row.get("cumulative_gain")] if found else []
+    rows = [row for row in rows_of(sections, "waterfall", "cumulative") if row.get("cumulative_gain")]
     if not rows:
         return None
+    found = sections["waterfall"]
     figure, (ax,) = _new(1, 10.0, 1.6 + 0.55 * len(rows))
-    for offset, key, color, label in (
-        (-0.2, "cumulative_gain", _MEASURED, "measured here"),
-        (0.2, "predicted_cumulative_gain", _PREDICTED, "predicted (8B in 4 bits on an H100)"),
-    ):
-        shares = [100 / row[key] for row in rows]
-        ax.barh([place + offset for place in range(len(rows))], shares, height=0.38, color=color, label=label)
-        for place, (share, row) in enumerate(zip(shares, rows, strict=True)):
-            text = f"{share:.0f}%"
-            if key == "cumulative_gain":
-                text += f"   {plain(row['us_per_token'])} us/token"
-            ax.text(share + 1, place + offset, text, va="center", fontsize=8)
-    widest = max(100.0, *(100 / row["cumulative_gain"] for row in rows))
+    measured = [100 / row["cumulative_gain"] for row in rows]
+    predicted = [100 / row["predicted_cumulative_gain"] for row in rows]
+    _bars_in_pairs(ax, measured, predicted, "measured here", "predicted (8B in 4 bits on an H100)")
+    for place, (row, share, other) in enumerate(zip(rows, measured, predicted, strict=True)):
+        text = f"{share:.0f}%   {plain(row['us_per_token'])} us/token"
+        ax.text(share + 1, place - 0.2, text, va="center", fontsize=8)
+        ax.text(other + 1, place + 0.2, f"{other:.0f}%", va="center", fontsize=8)
     ax.set_yticks(range(len(rows)), [row["name"] if not n else f"+ {row['name']}" for n, row in enumerate(rows)])
-    ax.invert_yaxis()
-    ax.set_xlim(0, 1.35 * widest)
+    ax.set_xlim(0, 1.35 * max(100.0, *measured))
     ax.set_xlabel("time per useful token, of the first form's [%]")
     ax.set_title(f"{found['shape']} in {found['weights']}, {found['tokens']} useful tokens")
     ax.legend(loc="lower right")
     return figure
 
 
+def _bars_in_pairs(ax: Axes, first: Sequence[float], second: Sequence[float], *labels: str) -> None:
+    """Two bars a row, from the top down."""
+    for offset, values, color, label in zip((-0.2, 0.2), (first, second), (_MEASURED, _PREDICTED), labels, strict=True):
+        ax.barh([place + offset for place in range(len(values))], values, height=0.38, color=color, label=label)
+    ax.invert_yaxis()
+
+
 def _memory(sections: Mapping[str, Any]) -> Figure | None:
     """Left: peak of a step, planned beside measured. Right: the plan for a large model against the sizes of cards."""
-    rows = [row for row in sections.get("step", {}).get("rows", []) if "step_bytes" in row]
+    rows = [row for row in rows_of(sections, "step") if "step_bytes" in row]
     cards = sections.get("cards")
     if not rows and cards is None:
         return None
@@ -140,14 +133,9 @@ def _memory(sections: Mapping[str, Any]) -> Figure | None:
 
 def _planned_and_measured(ax: Axes, rows: list[dict[str, Any]]) -> None:
     unit, name = (GIB, "GiB") if max(row["step_bytes"] for row in rows) > GIB else (_MIB, "MiB")
-    for offset, key, color, label in (
-        (-0.2, "step_bytes", _MEASURED, "measured"),
-        (0.2, "planned_step_bytes", _PREDICTED, "planned"),
-    ):
-        sizes = [row[key] / unit for row in rows]
-        ax.barh([place + offset for place in range(len(rows))], sizes, height=0.38, color=color, label=label)
+    measured, planned = ([row[key] / unit for row in rows] for key in ("step_bytes", "planned_step_bytes"))
+    _bars_in_pairs(ax, measured, planned, "measured", "planned")
     ax.set_yticks(range(len(rows)), [_short(step_name(row)) for row in rows], fontsize=8)
-    ax.invert_yaxis()
     ax.set_xlabel(f"peak of one step beside the weights [{name}]")
     ax.set_title("Step of the frozen model")
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=2, frameon=False)

@@ -1,14 +1,18 @@
-"""Why something has no figure, in words that can be published."""
-
-from __future__ import annotations
+"""Why something has no figure, in words that can be published. Nothing here imports torch."""
 
 import re
+from importlib.util import find_spec
 
 
 class Skip(Exception):
-    """Raised by what has nothing to measure here; the message says why."""
+    """There is nothing to measure here; the message says why."""
+
+
+def package_missing(name: str) -> bool:
+    """Whether a top-level package is not installed; it is looked up, not imported."""
+    return find_spec(name) is None
 
 
 def without_paths(text: str) -> str:
     """The text with the last part alone of every absolute path: a report is published."""
-    return re.sub(r"(?<![\w.:/])/(?:[^\s/'\"]+/)+", "", text)
+    return re.sub(r"(?<![\w.~/])/(?:[^\s/'\":]+/)+", "", text)

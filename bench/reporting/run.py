@@ -1,7 +1,5 @@
 """Runs the sections one after the other, whatever happens in any of them, and writes the report."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import shlex
@@ -9,17 +7,17 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from peak_memory import release
 
-from reporting import baselines, cards, environment, kernels, roofs, step, training, waterfall
+from reporting import baselines, cards, environment, kernels, step, training, waterfall
 from reporting.context import Context, Deadline
 from reporting.document import document
-from reporting.memory import release
 from reporting.pictures import draw
 from reporting.reasons import Skip, without_paths
 from reporting.settings import ON_CPU, ON_GPU, Settings
@@ -27,8 +25,7 @@ from reporting.settings import ON_CPU, ON_GPU, Settings
 Found = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
     """How a section measures, and how it is written."""
 
     measure: Callable[[Context, Deadline], Found]
@@ -36,18 +33,19 @@ class Section:
 
 
 SECTIONS = {
-    module.__name__.rpartition(".")[2]: Section(module.measure, module.markdown)
-    for module in (environment, roofs, kernels, step, waterfall, baselines, cards, training)
+    "environment": Section(environment.measure, environment.markdown),
+    "roofs": Section(environment.measure_roofs, environment.roofs_markdown),
+    "kernels": Section(kernels.measure, kernels.markdown),
+    "step": Section(step.measure, step.markdown),
+    "waterfall": Section(waterfall.measure, waterfall.markdown),
+    "baselines": Section(baselines.measure, baselines.markdown),
+    "cards": Section(cards.measure, cards.markdown),
+    "training": Section(training.measure, training.markdown),
 }
 
 
 def main(words: Sequence[str] | None = None, settings: Settings | None = None) -> int:
-    """Measure and write; 0, or 1 where a section failed.
-
-    Args:
-        words: of the command line; None = those of this process.
-        settings: sizes; None = those of the device.
-    """
+    """Measure and write; 0, 1 where a section failed, 2 without a device. Without settings they are the device's."""
     arguments = _arguments(words)
     if not arguments.cpu and not torch.cuda.is_available():
         print("report: torch sees no CUDA device; give --cpu for a report of small sizes", file=sys.stderr)
@@ -58,20 +56,18 @@ def main(words: Sequence[str] | None = None, settings: Settings | None = None) -
     chosen = [name for name in SECTIONS if not arguments.only or name in arguments.only]
     arguments.out.mkdir(parents=True, exist_ok=True)
     given = sys.argv[1:] if words is None else [str(word) for word in words]
-    command = without_paths(shlex.join(["python", "bench/report.py", *given]))
+    device, start = torch.device("cpu") if arguments.cpu else torch.device("cuda", 0), perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        device = torch.device("cpu") if arguments.cpu else torch.device("cuda", 0)
         context = Context(device, settings, Path(folder))
-        start = perf_counter()
         found = measure_all(context, chosen)
-        report = {
-            "command": command,
-            "device": device.type,
-            "device_class": context.device_class,
-            "minutes_allowed": settings.minutes,
-            "minutes_taken": round((perf_counter() - start) / 60, 2),
-            "sections": found,
-        }
+    report = {
+        "command": without_paths(shlex.join(["python", "bench/report.py", *given])),
+        "device": device.type,
+        "device_class": context.device_class,
+        "minutes_allowed": settings.minutes,
+        "minutes_taken": round((perf_counter() - start) / 60, 2),
+        "sections": found,
+    }
     return write(report, arguments.out)
 
 
@@ -129,10 +125,9 @@ def _guarded(section: Section, context: Context, deadline: Deadline) -> Found:
 
 def write(report: Mapping[str, Any], out: Path) -> int:
     """Write report.json, the pictures and report.md; the exit status."""
-    pictures = draw(report, out)
     texts = {name: section.markdown for name, section in SECTIONS.items()}
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (out / "report.md").write_text(document(report, texts, pictures), encoding="utf-8")
+    (out / "report.md").write_text(document(report, texts, draw(report, out)), encoding="utf-8")
     status = 0
     for name, found in report["sections"].items():
         for reason in [found["reason"]] if found["status"] == "failed" else found.get("failures", []):

@@ -1,9 +1,7 @@
 """How large everything is that a report measures: on a GPU, on a CPU, and smaller still in the tests."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 _AUTHORS_MFORMER = {"width": 768, "num_layers": 12, "num_heads": 12, "num_experts": 8, "num_queries": 32}
@@ -14,22 +12,22 @@ class Settings:
     """Sizes of one report.
 
     Attributes:
-        minutes: the whole report.
-        shares: what part of the time each section may take; what one leaves over goes to the next.
+        minutes: for the whole report.
         dtype: of the language models' activations.
         copy_floats: float32 numbers that the bandwidth is measured with, too many for any cache.
         matmul_size: side of the square matrices that the rate of products is measured with.
-        kernels: expression that chooses among the benchmarks of single operations, as `pytest -k` takes it.
+        kernels: which benchmarks of single operations, as `pytest -k` takes it.
         shapes: language models, the last one the largest; see `reporting.models`.
         tokens: packed tokens of a step.
         mode_tokens: packed tokens of the step that is run in every mode of checkpointing.
-        waterfall: shape and packed tokens of the waterfall.
+        waterfall: shape and packed tokens.
         users: sequences of a batch beside the padded forms; the authors' form has 8.
-        paper_mformer: M-Former of the size the Laser authors use, else the demonstration's.
+        paper_mformer: whether M-Former has the size that the Laser authors use, else the demonstration's.
         card_shape: language model whose fit on cards is planned, and measured on a GPU.
-        card_mformer: settings of the M-Former of that plan; the defaults are the authors'.
         training: "full" is the demonstration's preset, "reduced" a fraction of its users and of its schedule.
         rounds_s: seconds of measuring for one row of the step.
+        shares: of the time, by section; what one leaves over goes to the next.
+        card_mformer: settings of the M-Former of the plan for cards.
     """
 
     minutes: float
@@ -89,4 +87,16 @@ ON_CPU = Settings(
     training="reduced",
     rounds_s=0.5,
     shares=_SHARES | {"kernels": 14, "step": 10, "waterfall": 32, "baselines": 24, "cards": 6, "training": 20},
+)
+TINY = replace(  # for rehearsals and tests
+    ON_CPU,
+    copy_floats=2**14,
+    matmul_size=64,
+    shapes=("llama-tiny",),
+    tokens=(128,),
+    mode_tokens=128,
+    waterfall=("llama-tiny", 128),
+    card_shape="llama-tiny",
+    card_mformer={"width": 16, "num_layers": 1, "num_heads": 2, "num_queries": 2},
+    rounds_s=0.01,
 )

@@ -1,28 +1,30 @@
 """Section "step": the frozen model alone, forward and backward to its inputs: tokens a second and peak memory."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peak_memory import peak_of, release
+from roofline import Product
 from timing import Run, interleaved_medians
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from laser_fast.lm.execution.execution import CHECKPOINTING, Execution
 from laser_fast.lm.frozen_lm import FrozenLM
 from laser_fast.planning.plan import MemoryPlan
-from reporting.flops import floor_operations
-from reporting.memory import peak_of, plan_of_language_model, release
-from reporting.models import PackedStep, load, packed_lengths, usable_weights, weights_name
+from reporting.context import Context, Deadline
+from reporting.models import (
+    PackedStep,
+    floor_operations,
+    load,
+    packed_lengths,
+    plan_of_language_model,
+    usable_weights,
+    weights_name,
+)
 from reporting.reasons import Skip
-from reporting.roofs import Product
 from reporting.tables import NONE, percent, plain, size, table, times
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from reporting.context import Context, Deadline
 
 _LEAST_ROUNDS = 3
 
@@ -40,8 +42,9 @@ def measure(context: Context, deadline: Deadline) -> dict[str, Any]:
             rows += _rows_of_model(context, deadline, shape, weights, left_out)
     if not rows:
         raise Skip("; ".join(left_out))
-    lengths = _describe(packed_lengths(settings.mode_tokens))
-    return {"rows": rows, "dtype": settings.dtype, "left_out": left_out, "lengths": lengths}
+    lengths = packed_lengths(settings.mode_tokens)
+    described = {"mean": float(lengths.double().mean()), "longest": int(lengths.max())}
+    return {"rows": rows, "dtype": settings.dtype, "left_out": left_out, "lengths": described}
 
 
 def _rows_of_model(
@@ -51,10 +54,10 @@ def _rows_of_model(
     name = f"{shape} in {weights_name(weights, settings.dtype)}"
     rows = []
     wanted = list(_wanted(context, shape, weights))
+    modes, lengths = list(dict.fromkeys(mode for mode, _ in wanted)), packed_lengths(settings.mode_tokens)
     try:
         model = load(context, shape, weights)
-        modes = list(dict.fromkeys(mode for mode, _ in wanted))
-        plan = plan_of_language_model(context, shape, weights, packed_lengths(settings.mode_tokens), modes)
+        plan = plan_of_language_model(context, shape, weights, lengths, modes)
         for mode, tokens in wanted:
             if deadline.over:
                 left_out.append(f"{name}, {tokens} tokens, checkpointing {mode}: the time was over")
@@ -102,13 +105,10 @@ def _measure_row(
 def timed_step(
     context: Context, step: Run, operations: int, tokens: int, others: Mapping[str, Run] | None = None
 ) -> dict[str, Any]:
-    """A step in turn with a product of matrices, and with other forms of it.
+    """A step of so many tokens in turn with a product of matrices, and with other forms of it.
 
     Args:
-        context: of the report.
-        step: of so many tokens.
-        operations: that it cannot do without.
-        tokens: of the step.
+        operations: that the step cannot do without.
         others: by name; their seconds are under "others".
     """
     settings = context.settings
@@ -126,10 +126,6 @@ def timed_step(
         "share_of_floor": operations / seconds / rate,
         "others": medians,
     }
-
-
-def _describe(lengths: Tensor) -> dict[str, float]:
-    return {"mean": float(lengths.double().mean()), "longest": int(lengths.max())}
 
 
 def markdown(found: Mapping[str, Any]) -> list[str]:

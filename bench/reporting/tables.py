@@ -1,7 +1,5 @@
 """Tables of a report in Markdown, and how its numbers are written."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 GIB = 2**30

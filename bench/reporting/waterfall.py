@@ -1,31 +1,26 @@
 """Section "waterfall": from Hugging Face's padded form to ours one switch at a time, and each turned off again."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from baselines.padded_step import with_checkpointing
 from forms import relative_error
+from peak_memory import peak_of, release
 from steps import twin
 from timing import interleaved_medians
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from laser_fast.lm.execution.execution import Execution
 from laser_fast.lm.frozen_lm import FrozenLM
-from reporting.memory import peak_of, release
+from reporting.context import Context, Deadline
 from reporting.models import PackedStep, load, packed_lengths, usable_weights, weights_name
 from reporting.predictions import WATERFALL, packing_gain
 from reporting.tables import NONE, plain, size, table, times
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from reporting.context import Context, Deadline
 
 # Of the gradient: its worst row in float32; all of it in bfloat16, where two right forms of 32 random layers differ by
 # 0.13 and in single rows by 0.4, either as far from float32 as from the other. A wrong formula is off by about 1.
@@ -73,21 +68,15 @@ TURNED_OFF = {  # of the state before the last
     "keeping anything, two unpackings": State(replace(_FINAL, checkpointing="full", share_dequantization=False)),
 }
 FINAL = "last layer for what is read out"
+Step = Callable[[], Tensor]  # gives the gradient of the embeddings
 _WITHOUT_READOUT = "nothing recomputed"
 
 
 class PaddedStep:
-    """The same sequences as Hugging Face runs them: padded to the longest, sdpa, whole mask.
-
-    Args:
-        model: a twin of the packed one.
-        packed: whose embeddings and gradient are used.
-        lengths: int64 [B] of the sequences.
-    """
+    """The sequences of a packed step as Hugging Face runs them: padded to the longest, sdpa, whole mask."""
 
     def __init__(self, model: PreTrainedModel, packed: PackedStep, lengths: Tensor) -> None:
-        self.model = model
-        self.packed = packed
+        self.model, self.packed = model, packed
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         self.place = (mask.flatten().cumsum(0) - 1).clamp_min(0).to(packed.embeds.device)
         self.mask = mask.long().to(packed.embeds.device)
@@ -132,13 +121,7 @@ def measure(context: Context, deadline: Deadline) -> dict[str, Any]:
 
 
 class States:
-    """Makes steps in any state, over the same weights where they are of the same kind.
-
-    Args:
-        context: of the report.
-        shape, weights: of the model.
-        lengths: int64 [B] of the sequences.
-    """
+    """Makes steps in any state, over the same weights where they are of the same kind."""
 
     def __init__(self, context: Context, shape: str, weights: str, lengths: Tensor) -> None:
         self._context, self._shape, self._weights, self._lengths = context, shape, weights, lengths
@@ -149,7 +132,7 @@ class States:
         """Whether it asks for weights that are not packed where they were not in the first place."""
         return state.weights == self._weights
 
-    def step(self, state: State) -> Callable[[], Tensor]:
+    def step(self, state: State) -> Step:
         """A step with modules of its own.
 
         Raises:
@@ -165,13 +148,13 @@ class States:
         return PaddedStep(with_checkpointing(model) if state.checkpointed else model, self._packed, self._lengths)
 
 
-def _steps(context: Context, shape: str, weights: str, lengths: Tensor) -> dict[str, Callable[[], Tensor]]:
+def _steps(context: Context, shape: str, weights: str, lengths: Tensor) -> dict[str, Step]:
     """By "on NAME" and "off NAME"."""
     states = States(context, shape, weights, lengths)
     wanted = {f"on {name}": state for name, state in CUMULATIVE.items()}
     wanted |= {f"off {name}": state for name, state in TURNED_OFF.items()}
     wanted.pop(f"off {FINAL}")
-    steps: dict[str, Callable[[], Tensor]] = {}
+    steps: dict[str, Step] = {}
     for name, state in wanted.items():
         if not states.changes_nothing(state):
             with suppress(torch.OutOfMemoryError):
@@ -179,7 +162,7 @@ def _steps(context: Context, shape: str, weights: str, lengths: Tensor) -> dict[
     return steps
 
 
-def _peaks(context: Context, steps: Mapping[str, Callable[[], Tensor]]) -> dict[str, dict[str, Any]]:
+def _peaks(context: Context, steps: Mapping[str, Step]) -> dict[str, dict[str, Any]]:
     """Peak and error of each against the final state; those that run out of memory are not there.
 
     Raises:
@@ -226,11 +209,10 @@ def _cumulative(found: Mapping[str, Mapping[str, Any]], padding_ratio: float) ->
 
 
 def _turned_off(found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    final = found[f"on {FINAL}"]
-    found = dict(found) | {f"off {FINAL}": found.get(f"on {_WITHOUT_READOUT}", {})}
-    rows = []
+    final, rows = found[f"on {FINAL}"], []
     for name in TURNED_OFF:
-        row = dict(found.get(f"off {name}", {})) | {"name": name}
+        measured = f"on {_WITHOUT_READOUT}" if name == FINAL else f"off {name}"
+        row = dict(found.get(measured, {})) | {"name": name}
         if "seconds" in row:
             row["slower"] = row["seconds"] / final["seconds"]
             row["more_bytes"] = row["step_bytes"] - final["step_bytes"]

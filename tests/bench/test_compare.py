@@ -1,18 +1,12 @@
 """Comparing two runs of the benchmarks: what counts as a fall, what cannot be compared, and what is said."""
 
-from __future__ import annotations
-
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
-
 import compare
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP = "bench/bench_step.py::test_padded[small]"

@@ -1,7 +1,5 @@
 """The run on a GPU: it loses no line but the one being measured, no item stops another, nothing is glossed over."""
 
-from __future__ import annotations
-
 import json
 import os
 import random
@@ -13,10 +11,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import nvidia_smi
 import pytest
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
-
 from gpu import machine
 from gpu.items import ITEMS
 from gpu.items.waterfall import names as waterfall_names
@@ -313,10 +309,10 @@ def test_the_device_is_asked_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     assert machine.facts("c", "abc")["capability"] == "9.0" and machine.facts("c", "abc")["commit"] == "abc"
     script.write_text("#!/bin/sh\nexit 9\n")
-    assert set(machine.device().values()) == {None}
+    assert set(nvidia_smi.device().values()) == {None}
     script.write_text("#!/bin/sh\nexec sleep 60\n")
-    monkeypatch.setattr(machine, "_ASKING_S", 0.2)
-    assert set(machine.device().values()) == {None}
+    monkeypatch.setattr(nvidia_smi, "_ASKING_S", 0.2)
+    assert set(nvidia_smi.device().values()) == {None}
 
 
 def test_the_table_says_what_was_reached_and_what_failed(tmp_path: Path) -> None:
@@ -366,12 +362,8 @@ def test_a_rehearsal_that_is_killed_and_called_again_has_every_line(tmp_path: Pa
     assert subprocess.run(words, stderr=subprocess.DEVNULL, check=False).returncode == 0
     found = found_in(tmp_path)
     assert set(found) == {(item.number, name) for item in ITEMS for name in item.names(True)}
-    bad = {
-        key: line["status"]
-        for key, line in found.items()
-        if line["status"].split(":")[0] not in ("rehearsed", "skipped")
-    }
-    assert not bad
+    states = {key: line["status"] for key, line in found.items()}
+    assert {key: state for key, state in states.items() if not state.startswith(("rehearsed", "skipped:"))} == {}
     assert all(line["value"] is line["speedup"] is line["share_of_limit"] is None for line in found.values())
     ran = {number for (number, _), line in found.items() if line["status"] == "rehearsed"}
     assert ran >= set(range(1, 11)) - {9}  # all tests of item 9 need a GPU

@@ -1,22 +1,15 @@
 """The forms of a training step: each computes what `LaserModel` computes, and runs as many tokens as it says."""
 
-from __future__ import annotations
-
-import sys
 from collections.abc import Iterator
-from pathlib import Path
-
-import pytest
-import torch
-from torch import Tensor, nn
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 
 import bench_step
+import pytest
 import steps
-from baselines.authors_step import AuthorsStep, padded_list
+import torch
+from baselines.authors_step import NEGATIVES, AuthorsStep, AuthorsWorkload, padded_list
 from baselines.padded_step import PaddedStep, pad, with_checkpointing
 from baselines.peft_prompt import PeftPromptStep
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from laser_fast.data.batches import PackedBatch
@@ -48,10 +41,10 @@ def named_gradients(run_result: object, parameters: list[nn.Parameter]) -> Itera
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
 def test_padded_form(checkpointed: bool, quantization: str) -> None:
     model, padded, batch = build(quantization=quantization)
-    batch = bench_step.users_alone(batch)
+    batch = steps.users_alone(batch)
     form = PaddedStep(model, with_checkpointing(padded) if checkpointed else padded, batch)
     torch.testing.assert_close(form.encode()[0], model.encode(batch)[0], **CLOSE)
-    ours = bench_step.our_step(model, batch)()
+    ours = steps.our_step(model, batch)()
     assert isinstance(ours, tuple) and len(ours) > 10
     for (_, grad), expected in zip(named_gradients(form(), form.parameters), ours, strict=True):
         torch.testing.assert_close(grad, expected, **CLOSE)
@@ -62,10 +55,10 @@ def test_padded_form(checkpointed: bool, quantization: str) -> None:
 def test_peft_form(checkpointed: bool, quantization: str) -> None:
     pytest.importorskip("peft")
     model, padded, batch = build("shared", quantization)
-    batch = bench_step.users_alone(batch)
+    batch = steps.users_alone(batch)
     form = PeftPromptStep(model, with_checkpointing(padded) if checkpointed else padded, batch)
     assert padded.training  # else its checkpointing would not act
-    torch.testing.assert_close(form.encode(), model.encode(batch)[0], **CLOSE)
+    torch.testing.assert_close(form.encode()[0], model.encode(batch)[0], **CLOSE)
     prompt, suffix = (grad for _, grad in named_gradients(form(), form.parameters))
     wanted = [model.bituning.prefix_tokens, model.bituning.suffix_tokens]
     expected = steps.gradients(model(batch).loss, wanted)
@@ -77,7 +70,7 @@ def test_checkpointing_keeps_less() -> None:
 
     def kept_bytes(checkpointed: bool) -> int:
         model, padded, batch = build()
-        form = PaddedStep(model, with_checkpointing(padded) if checkpointed else padded, bench_step.users_alone(batch))
+        form = PaddedStep(model, with_checkpointing(padded) if checkpointed else padded, steps.users_alone(batch))
         kept: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x.nbytes), x)[1], lambda x: x):
             form.encode()
@@ -87,12 +80,12 @@ def test_checkpointing_keeps_less() -> None:
 
 
 @pytest.fixture
-def authors() -> tuple[LaserModel, AuthorsStep, bench_step.AuthorsWorkload]:
+def authors() -> tuple[LaserModel, AuthorsStep, AuthorsWorkload]:
     model, padded, _ = build()
-    return model, AuthorsStep(model, padded), bench_step.AuthorsWorkload(model, SHAPE)
+    return model, AuthorsStep(model, padded), AuthorsWorkload(model, SHAPE)
 
 
-Authors = tuple[LaserModel, AuthorsStep, bench_step.AuthorsWorkload]
+Authors = tuple[LaserModel, AuthorsStep, AuthorsWorkload]
 
 
 def test_authors_form_against_lists(authors: Authors) -> None:
@@ -106,7 +99,7 @@ def test_authors_form_against_lists(authors: Authors) -> None:
 
 def test_authors_form_against_the_item_matrix(authors: Authors) -> None:
     model, form, work = authors
-    batch = bench_step.users_alone(work.users)
+    batch = steps.users_alone(work.users)
     assert batch.targets is not None
     losses = form.loss_against_matrix(work.padded_users, model.item_matrix, batch.targets)
     ours = model(batch)
@@ -139,12 +132,12 @@ def test_authors_lists_are_encoded_one_at_a_time(authors: Authors) -> None:
         rows * (columns + virtual)
         for rows, columns in [(SHAPE.users, longest[0]), *(tuple(texts.input_ids.shape) for texts in lists)]
     ]
-    assert [len(texts.input_ids) for texts in lists] == [SHAPE.users] + [bench_step.NEGATIVES] * SHAPE.users
+    assert [len(texts.input_ids) for texts in lists] == [SHAPE.users] + [NEGATIVES] * SHAPE.users
 
 
 def test_tokens_of_either_form() -> None:
     model, padded, batch = build()
-    users = bench_step.users_alone(batch)
+    users = steps.users_alone(batch)
     lengths = users.token_cu_seqlens.diff()
     assert steps.language_model_tokens(model, users) == int(lengths.sum()) + 3 * (4 + 1)
     assert model.lm.first_position == 0  # found with calls of its own, which are not counted

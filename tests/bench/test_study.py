@@ -9,8 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import study
 import torch
 import yaml
+from studying import runs
+from studying.results import markdown, report_of
+from studying.variants import CACHED, REFERENCE, VARIANTS
 
 from laser_fast.config import LaserConfig, build_config
 from laser_fast.evaluation import evaluate, rank_values
@@ -18,13 +22,6 @@ from laser_fast.laser import LaserModel
 from laser_fast.laser.build import build_laser, load_inputs, load_language_model
 from laser_fast.laser.catalogue_texts import CatalogueTexts
 from laser_fast.recommenders import Popularity
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
-
-import study
-from studying import runs
-from studying.results import markdown, report_of
-from studying.variants import CACHED, REFERENCE, VARIANTS
 
 
 @pytest.fixture

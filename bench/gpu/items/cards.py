@@ -1,7 +1,5 @@
 """Item 7: a training step of an 8B model in the memory of a small card: the plan beside what the allocator counts."""
 
-from __future__ import annotations
-
 from functools import cached_property
 from typing import Any
 
@@ -19,67 +17,50 @@ def names(rehearse: bool) -> list[str]:
 
 def run(work: Work) -> None:
     """One card after the other, in this process: a model that is gone counts no more."""
-    plans = Plans(work)
+    plans: dict[str, Any] = {}
     for card in _CARDS:
         emulated = Emulated(work, plans, card)
         work.measure(_PEAK.format(card), emulated.peak, attention="mixed")
         work.measure(_MOST.format(card), emulated.most, attention="mixed")
         emulated.__dict__.clear()
-        if "context" in work.__dict__:
-            from reporting.memory import release
+        if plans:
+            from peak_memory import release
 
             release()
-
-
-class Plans:
-    """What the plan says of every card.
-
-    Args:
-        work: of the item.
-    """
-
-    def __init__(self, work: Work) -> None:
-        self._work = work
-
-    @cached_property
-    def plan(self) -> Any:
-        """Of the whole training, rehearsed without values."""
-        from reporting.cards import WORKLOAD, card_settings
-
-        from laser_fast.config import LaserConfig, build_config
-        from laser_fast.planning.plan import estimate_memory
-
-        settings = card_settings(self._work.context, "none")
-        return estimate_memory(build_config(LaserConfig, settings), WORKLOAD, on_gpu=True)
 
 
 class Emulated:
     """A process that may take no more of the GPU than a card has.
 
     Args:
-        work: of the item.
-        plans: see `Plans`.
-        card: its name.
+        plans: gets the plan, which is that of all cards.
     """
 
-    def __init__(self, work: Work, plans: Plans, card: str) -> None:
+    def __init__(self, work: Work, plans: dict[str, Any], card: str) -> None:
         self._work, self._plans, self._name = work, plans, card
+
+    @cached_property
+    def _plan(self) -> Any:
+        from reporting.cards import card_plan
+
+        if "plan" not in self._plans:
+            self._plans["plan"] = card_plan(self._work.context)
+        return self._plans["plan"]
 
     @cached_property
     def _row(self) -> dict[str, Any]:
         from reporting.cards import planned
 
-        return planned(self._plans.plan, self._name)
+        return planned(self._plan, self._name)
 
     @cached_property
     def _card(self) -> Any:
-        from reporting.card_job import Card
-        from reporting.cards import card_order
+        from reporting.cards import Card, card_order
         from reporting.reasons import Skip
 
         if self._row["proposal"] is None:
             raise Skip("the plan says that nothing fits")
-        order = card_order(self._work.context, self._plans.plan, self._row)
+        order = card_order(self._work.context, self._plan, self._row)
         if self._work.rehearse:
             order["settings"]["lm"] |= {"quantization": "none", "dtype": "float32"}
         return Card(order, self._work.context.device)
@@ -94,10 +75,10 @@ class Emulated:
 
     def peak(self) -> Found:
         """Bytes that torch holds of the device, beside those of the plan."""
-        found, proposal = self._found, self._row["proposal"]
-        outside = self._plans.plan.fixed["CUDA context"]
+        found, outside = self._found, self._plan.fixed["CUDA context"]
         planned = self._row["planned_bytes"] - outside
         reserved = found["reserved_bytes"] or 0
+        more = {"tokens": self._tokens, "proposal": self._row["proposal"], "allocated_bytes": found["allocated_bytes"]}
         return Found(
             reserved / 2**30,
             "GiB reserved",
@@ -105,14 +86,16 @@ class Emulated:
             share_of_limit=reserved / (self._row["bytes"] - outside),
             prediction=Prediction(planned / 2**30, "laser-fast plan", device=""),
             failure=None if found["fits"] else "the proposed step does not fit",
-            more={"tokens": self._tokens, "proposal": proposal, "allocated_bytes": found["allocated_bytes"]},
+            more=more,
         )
 
     def most(self) -> Found:
         """Packed tokens of the largest step, beside what the plan says of this mode."""
+        from reporting.cards import largest_that_fits
+
         fits, mode = self._found["fits"], self._row["proposal"]["checkpointing"]
         seconds = 0.0 if self._work.rehearse else min(_SEARCH_S, self._work.left_s / 3)
-        largest, bisected = self._card.largest(self._tokens, fits, seconds)
+        largest, bisected = largest_that_fits(self._card.fits, self._tokens, fits, seconds)
         expected = Prediction(self._row["planned_tokens"][mode], "laser-fast plan", device="")
-        unit = "tokens" if bisected else "tokens or more" if fits else "tokens"
+        unit = "tokens or more" if fits and not bisected else "tokens"
         return Found(largest, unit, prediction=expected, more={"checkpointing": mode})

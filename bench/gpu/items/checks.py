@@ -1,12 +1,14 @@
-"""Item 2: of every family of kernels a few cases against float64, in one process."""
+"""Items 2 and 9: a few cases of every family of kernels against float64, and all tests that need a GPU."""
 
-from __future__ import annotations
-
+import importlib.util
+from pathlib import Path
 from typing import NamedTuple
 
 from gpu.work import Found, Work
 
+_TESTS = Path(__file__).resolve().parents[3] / "tests"
 _MOST = 4  # cases of a family: each compiles kernels of its own
+_AT_ONCE = 4
 
 
 class Family(NamedTuple):
@@ -15,7 +17,7 @@ class Family(NamedTuple):
     Attributes:
         test: file and function, from tests/.
         on_gpu: part of the ids of the cases that run on a GPU.
-        rehearsed: of those that run in Triton's interpreter.
+        rehearsed: part of the ids of those that run in Triton's interpreter.
     """
 
     test: str
@@ -39,7 +41,7 @@ FAMILIES = {
 
 
 def names(rehearse: bool) -> list[str]:
-    """Of the families."""
+    """The families."""
     return list(FAMILIES)
 
 
@@ -57,4 +59,27 @@ def run(work: Work) -> None:
         return Found(sum(outcome.status == "passed" for outcome in outcomes), "cases within bounds")
 
     files = {name: f"tests/{family.test.partition('::')[0]}" for name, family in FAMILIES.items()}
-    run_tests(work, files, group, summary, most=_MOST)
+    run_tests(work, files, group, summary, most=1 if work.rehearse else _MOST)
+
+
+def suite_names(rehearse: bool) -> list[str]:
+    """Files with tests that need a GPU, from tests/; of a rehearsal, where all of them are skipped, one."""
+    files = [file for file in sorted(_TESTS.rglob("test_*.py")) if "mark.gpu" in file.read_text(encoding="utf-8")]
+    return [file.relative_to(_TESTS).as_posix() for file in (files[:1] if rehearse else files)]
+
+
+def run_suite(work: Work) -> None:
+    """A line for every file; four tests at a time by pytest-xdist where it is installed, else one after the other."""
+    from gpu.testing import Outcome, run_tests
+
+    def group(test: str) -> str | None:
+        return test.partition("::")[0].removeprefix("tests/")
+
+    def summary(outcomes: list[Outcome]) -> Found:
+        skipped = {outcome.test: outcome.reason for outcome in outcomes if outcome.status == "skipped"}
+        passed = len(outcomes) - len(skipped)
+        return Found(passed, f"of {len(outcomes)} tests pass", more={"skipped": skipped} if skipped else {})
+
+    at_once = 1 if work.rehearse else _AT_ONCE
+    spread = ["-n", str(at_once), "--dist", "load"] if importlib.util.find_spec("xdist") else []
+    run_tests(work, {name: f"tests/{name}" for name in work.wanted}, group, summary, options=["-m", "gpu", *spread])

@@ -1,28 +1,22 @@
 """Item 1: what is installed, in which form the libraries offer what is used of them, and whether it works at all."""
 
-from __future__ import annotations
-
-import importlib
 import inspect
 import math
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gpu.work import Found, Work
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 _LENGTHS_Q, _LENGTHS_K = [50, 1, 0, 130], [82, 33, 0, 162]  # a prefix of 32 in front of every sequence with text
 _HEADS, _HEADS_K, _SIZE = 32, 8, 128
-_SIGNATURES = {"transformers AttentionInterface": ("transformers", "AttentionInterface")}
 _SCHEMAS = ("_flash_attention_forward", "_flash_attention_backward")
+_SIGNATURE = "transformers AttentionInterface"
 _PROBES = {"grouped queries behind a prefix, forward": 0, "grouped queries behind a prefix, gradients": 1}
 
 
 def names(rehearse: bool) -> list[str]:
     """The doctor, the probes, then signatures."""
-    return ["laser-fast doctor", *_PROBES, *_SCHEMAS, *_SIGNATURES]
+    return ["laser-fast doctor", *_PROBES, *_SCHEMAS, _SIGNATURE]
 
 
 def run(work: Work) -> None:
@@ -33,8 +27,7 @@ def run(work: Work) -> None:
         work.measure(name, partial(_grouped_queries, device, index), attention="named")
     for name in _SCHEMAS:
         work.measure(name, partial(_schema, name), attention="none")
-    for name, place in _SIGNATURES.items():
-        work.measure(name, partial(_signature, *place), attention="none")
+    work.measure(_SIGNATURE, _signature, attention="none")
 
 
 def _doctor() -> Found:
@@ -47,11 +40,13 @@ def _doctor() -> Found:
     return Found(len(off), "components off", failure=failure, more={"components": said})
 
 
-def _signature(module: str, name: str) -> Found:
-    function: Any = getattr(importlib.import_module(module), name, None)
-    if function is None:
-        return Found(None, "", failure=f"{module} has no {name}")
-    return Found(None, "", backend=str(inspect.signature(function)))
+def _signature() -> Found:
+    import transformers
+
+    interface = getattr(transformers, "AttentionInterface", None)
+    if interface is None:
+        return Found(None, "", failure="transformers has no AttentionInterface")
+    return Found(None, "", backend=str(inspect.signature(interface)))
 
 
 def _schema(name: str) -> Found:
@@ -75,14 +70,15 @@ def _grouped_queries(device: str, index: int) -> Found:
     bounds = [cu_seqlens_from_lengths(torch.tensor(lengths)) for lengths in (_LENGTHS_Q, _LENGTHS_K)]
     probe = torch.randn(*shapes[0], _SIZE, generator=generator).bfloat16().double()
 
-    def computed(where: str, dtype: torch.dtype) -> list[Tensor]:
+    def computed(where: str, dtype: torch.dtype) -> list[Any]:
         inputs = [tensor.to(where, dtype).requires_grad_() for tensor in exact_inputs]
         output = varlen_attention(*inputs, *(bound.to(where) for bound in bounds), causal=True)
         return [output, *torch.autograd.grad((output * probe.to(where, dtype)).sum(), inputs)]
 
     exact = [tensor.detach() for tensor in computed("cpu", torch.float64)]
     found = [tensor.detach().double().cpu() for tensor in computed(device, torch.bfloat16)]
-    pairs = list(zip(found, exact, strict=True))[:1] if index == 0 else list(zip(found, exact, strict=True))[1:]
+    pairs = list(zip(found, exact, strict=True))
+    pairs = pairs[1:] if index else pairs[:1]
     errors = [float((one - other).norm() / other.norm()) for one, other in pairs]
     worst, allowed = max(errors), 4 * torch.finfo(torch.bfloat16).eps
     failure = None if worst < allowed and math.isfinite(worst) else f"off by {worst:.2g}, allowed are {allowed:.2g}"

@@ -1,14 +1,9 @@
 """Item 4: forward and backward of a frozen 8B model in 4 bits, beside the same padded by Hugging Face."""
 
-from __future__ import annotations
-
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from gpu.work import Found, Prediction, Work
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from gpu.work import Found, Prediction, Work, against_strongest
 
 _TOKENS = (4096, 1024, 16384)
 _NAME, _HALF = "8B in 4 bits, {:,} packed tokens", "8B in bfloat16, {:,} packed tokens"
@@ -33,21 +28,15 @@ def run(work: Work) -> None:
 
 
 class Models:
-    """A model with weights of one kind, and its steps.
-
-    Args:
-        work: of the item.
-        weights: "nf4" or "none".
-    """
+    """A model with weights of one kind, "nf4" or "none", and its steps."""
 
     def __init__(self, work: Work, weights: str) -> None:
         self._work, self._weights = work, weights
 
     @cached_property
-    def _model(self) -> PreTrainedModel:
-        from reporting.context import package_missing
+    def _model(self) -> Any:
         from reporting.models import load
-        from reporting.reasons import Skip
+        from reporting.reasons import Skip, package_missing
 
         if self._weights == "nf4" and package_missing("bitsandbytes"):
             raise Skip("no bitsandbytes")
@@ -56,9 +45,8 @@ class Models:
 
     def measure(self, tokens: int, prediction: Prediction | None) -> Found:
         """Tokens a second, in turn with the padded forms that fit into the memory."""
-        from reporting.flops import floor_operations
-        from reporting.memory import peak_of
-        from reporting.models import PackedStep, packed_lengths
+        from peak_memory import peak_of
+        from reporting.models import PackedStep, floor_operations, packed_lengths
         from reporting.step import timed_step
         from steps import twin
 
@@ -73,24 +61,16 @@ class Models:
         peak = peak_of(step, context.device)
         timed = timed_step(context, step, operations, int(lengths.sum()), self._padded(step, lengths))
         others = {name: seconds / timed["seconds"] for name, seconds in timed.pop("others").items()}
-        baseline = min(others, key=others.__getitem__, default=None)
-        return Found(
-            timed["tokens_per_s"],
-            "tokens/s",
-            limit="FLOP floor",
-            share_of_limit=timed["share_of_floor"],
-            baseline=baseline,
-            speedup=others[baseline] if baseline else None,
-            prediction=prediction,
-            more={"step": timed | vars(peak), "speedups": others, "sequences": len(lengths)},
-        )
+        more = {"step": timed | peak._asdict(), "speedups": others, "sequences": len(lengths)}
+        found = Found(timed["tokens_per_s"], "tokens/s", limit="FLOP floor", prediction=prediction, more=more)
+        found.share_of_limit = timed["share_of_floor"]
+        return against_strongest(found, others)
 
     def _padded(self, step: Any, lengths: Any) -> dict[str, Any]:
-        """Hugging Face's forms over the same weights, after they gave the same gradient; without those that are too
-        large."""
+        """Hugging Face's forms over the same weights that fit into the memory, after they gave the same gradient."""
         import torch
         from baselines.padded_step import with_checkpointing
-        from reporting.memory import release
+        from peak_memory import release
         from reporting.waterfall import PaddedStep, check_gradient
         from steps import twin
 

@@ -1,28 +1,15 @@
 """Item 5: from Hugging Face's padded form to ours, each switch in turn with the state before it."""
 
-from __future__ import annotations
-
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any
+
+from reporting.predictions import WATERFALL, packing_gain
 
 from gpu.work import Found, Prediction, Work
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
-
-_FIRST = "padded, every layer recomputed"
-_SWITCHES = [  # as `reporting.waterfall` names them, which cannot be imported without torch
-    "packing",
-    "fused norms, MLPs and rotation",
-    "one unpacking for recomputation and backward",
-    "gate and up alone recomputed",
-    "nothing recomputed",
-    "last layer for what is read out",
-    "weights not packed",
-]
+_FIRST, _SWITCHES = "padded, every layer recomputed", list(WATERFALL)
 _SOURCE = "8B in 4 bits, 4,096 tokens: products at 75 % of the peak, the rest at the speed of a copy"
+_ROUNDS = 3
 
 
 def names(rehearse: bool) -> list[str]:
@@ -38,11 +25,7 @@ def run(work: Work) -> None:
 
 
 class Steps:
-    """Steps by the name of their state, made when they are asked for; at most two are kept.
-
-    Args:
-        work: of the item.
-    """
+    """Steps by the name of their state, made when they are asked for; at most two are kept."""
 
     def __init__(self, work: Work) -> None:
         from reporting.models import packed_lengths
@@ -50,23 +33,22 @@ class Steps:
         self._work = work
         self._shape, self._tokens = work.context.settings.waterfall
         self._lengths = packed_lengths(self._tokens)
-        self._made: dict[str, Callable[[], Tensor]] = {}
-        self._states: object = None
+        self._made: dict[str, Any] = {}
+        self._states: Any = None
 
     def measure(self, name: str, before: str | None) -> Found:
         """Microseconds a token, and the gain over the state before."""
-        from reporting.memory import peak_of, release
+        from peak_memory import peak_of, release
         from reporting.waterfall import check_gradient
         from timing import interleaved_medians
 
-        context, rounds = self._work.context, 3
-        runs = {key: self._step(key) for key in (name, before) if key is not None}
-        self._made = runs
+        context = self._work.context
+        runs = self._made = {key: self._step(key) for key in (name, before) if key is not None}
         release()
         if before is not None and name != _SWITCHES[-1]:  # the last one has other random weights
             check_gradient(name, runs[name](), runs[before](), context.settings.dtype)
         peak = peak_of(runs[name], context.device)
-        seconds = interleaved_medians(runs, context.clock, 0.0, rounds)
+        seconds = interleaved_medians(runs, context.clock, 0.0, _ROUNDS)
         return Found(
             1e6 * seconds[name] / self._tokens,
             "us/token",
@@ -76,7 +58,7 @@ class Steps:
             more={"step_bytes": peak.step, "tokens": self._tokens},
         )
 
-    def _step(self, name: str) -> Callable[[], Tensor]:
+    def _step(self, name: str) -> Any:
         from reporting.models import usable_weights
         from reporting.reasons import Skip
         from reporting.waterfall import CUMULATIVE, States
@@ -84,18 +66,13 @@ class Steps:
         if name in self._made:
             return self._made[name]
         kinds, left_out = usable_weights(self._work.context)
-        if self._states is None:
-            self._states = States(self._work.context, self._shape, kinds[0], self._lengths)
-        assert isinstance(self._states, States)
+        self._states = self._states or States(self._work.context, self._shape, kinds[0], self._lengths)
         if self._states.changes_nothing(CUMULATIVE[name]):
             raise Skip("; ".join(left_out))
         return self._states.step(CUMULATIVE[name])
 
     def _prediction(self, name: str) -> Prediction | None:
-        from reporting.predictions import WATERFALL, packing_gain
-
         if name == _FIRST:
             return None
-        longest, tokens = int(self._lengths.max()), int(self._lengths.sum())
-        gain = packing_gain(longest * len(self._lengths) / tokens) if name == "packing" else WATERFALL[name]
-        return Prediction(gain, _SOURCE, of="speedup")
+        ratio = int(self._lengths.max()) * len(self._lengths) / int(self._lengths.sum())
+        return Prediction(packing_gain(ratio) if name == "packing" else WATERFALL[name], _SOURCE, of="speedup")

@@ -1,27 +1,20 @@
 """What the benchmarks rest on: clocks that measure what they say, baselines that compute what the library computes."""
 
-from __future__ import annotations
-
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
-
-import pytest
-import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 
 import bench_dispatch
 import bench_mformer
 import bench_routing
+import pytest
 import timing
+import torch
 from baselines.routing_loop import routing_loop
 from baselines.routing_packed import mean_index_add, mean_segment_reduce, routing_rounds, routing_topk
 from forms import PASSES, Form, assert_agreement, compile_forms, fresh_leaves, one_pass, relative_error
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from workloads import DISPATCH, ROUTING, Workload
 
 from laser_fast.ops import cu_seqlens_from_lengths
@@ -136,11 +129,8 @@ def test_cases() -> None:
     for cases in (ROUTING, DISPATCH):
         names = [str(case) for case in cases]
         assert len(set(names)) == len(names)
-        assert {name for name in names if "graph" in name} == {
-            "gpu-small-graph",
-            "gpu-small-graph-warm",
-            "gpu-large-graph",
-        }
+        graphs = {"gpu-small-graph", "gpu-small-graph-warm", "gpu-large-graph"}
+        assert {name for name in names if "graph" in name} == graphs
     large = next(case.workload for case in ROUTING if case.name == "gpu-large")
     assert large.users * large.items == 409_600
 
@@ -178,14 +168,8 @@ def test_forms_that_disagree_are_not_timed(wrong: Callable[[Tensor], Tensor], co
         assert_agreement(Form(_square, [leaf]), {"one": Form(wrong, [leaf])})
 
 
-_FORMS = [
-    bench_routing.routing_forms,
-    bench_dispatch.dispatch_forms,
-    bench_dispatch.combine_forms,
-    bench_mformer.bookkeeping_forms,
-]
-
-
+_FORMS = [bench_routing.routing_forms, bench_dispatch.dispatch_forms, bench_dispatch.combine_forms]
+_FORMS += [bench_mformer.bookkeeping_forms]
 _FormsOf = Callable[[Workload], tuple[Form, dict[str, Form], dict[str, Form]]]
 
 

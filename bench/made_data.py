@@ -1,7 +1,5 @@
 """A log and a tokenizer out of nothing, for machines that have neither a data set nor a language model."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 
@@ -11,13 +9,7 @@ _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
 
 def made_log(folder: Path, *, users: int, items: int, events: int) -> dict[str, str]:
-    """Users who walk through the items, mostly to the next one: what `PrepareRequest` takes.
-
-    Args:
-        folder: for the files.
-        users, items: how many.
-        events: of a user.
-    """
+    """Users of so many events each who walk through the items, mostly to the next one: what `PrepareRequest` takes."""
     drawn = random.Random(0)
     titles = [
         f"{_COLOURS[index % len(_COLOURS)]} {_THINGS[index // len(_COLOURS) % len(_THINGS)]}" for index in range(items)
