@@ -20,15 +20,14 @@ _OPERATIONS = (
     "dispatch_queries",
     "combine_queries",
     "inject_prefix_kv",
-    "inject_prefix_kv_layers",
     "rotary_embedding",
     "catalog_cross_entropy",
     "catalog_topk",
     "gated_product",
     "rms_norm",
 )
-_COMPILED_OPERATIONS = ("inject_prefix_kv", "inject_prefix_kv_layers")
-_PLAIN_OPERATIONS = ("gated_product", "rms_norm")  # functions over Triton kernels, which no registry knows
+_COMPILED_OPERATIONS = ("inject_prefix_kv",)
+_TORCH_OPERATIONS = ("catalog_cross_entropy", "catalog_topk")  # the others have a Triton kernel
 
 
 @dataclass(frozen=True)
@@ -125,11 +124,11 @@ def _triton() -> Component:
 
 
 def _compiled_library() -> Component:
-    from laser_fast.ops import native
+    from laser_fast.ops import backends
 
-    library = native.load_native()
+    library = backends.load_native()
     if library.level == "none":
-        return Component("compiled library", "", False, library.reason, native.REMEDY)
+        return Component("compiled library", "", False, library.reason, backends.NATIVE_REMEDY)
     return Component("compiled library", f"for {library.level}", True, library.reason)
 
 
@@ -174,28 +173,24 @@ def _operation(name: str) -> Component:
     import torch
 
     import laser_fast.ops
-    from laser_fast.ops import native, triton_kernels
+    from laser_fast.ops import backends
 
     if not hasattr(laser_fast.ops, name):
         return Component(f"op {name}", "", False, "not in this version")
     gpu = torch.cuda.is_available()
     if name in _COMPILED_OPERATIONS:
-        library = native.load_native()
-        absence = native.cuda_absence(torch.cuda.current_device()) if gpu else ""
+        library = backends.load_native()
+        absence = backends.cuda_absence(torch.cuda.current_device()) if gpu else ""
         if library.level != "none" and not absence:
             return Component(f"op {name}", "compiled " + ("CUDA" if gpu else "CPU"), True)
         reason = f"compiled {'CUDA' if gpu else 'CPU'} code: {absence or library.reason}"
-        return Component(f"op {name}", "torch reference", True, reason, native.REMEDY)
-    # the registry of torch.library tells whether an operation has a kernel of its own for the GPU
-    has_kernel = name in _PLAIN_OPERATIONS or torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"laser_fast::{name}", "CUDA"
-    )
-    if not gpu or not has_kernel:
+        return Component(f"op {name}", "torch reference", True, reason, backends.NATIVE_REMEDY)
+    if not gpu or name in _TORCH_OPERATIONS:
         reason = "no GPU kernel in this version" if gpu else "no CUDA device"
         return Component(f"op {name}", "torch reference", True, reason)
-    absence = triton_kernels.triton_absence(torch.cuda.current_device())
+    absence = backends.triton_absence(torch.cuda.current_device())
     if absence:
-        remedy = triton_kernels.REMEDY if "not installed" in absence else ""
+        remedy = backends.TRITON_REMEDY if "not installed" in absence else ""
         return Component(f"op {name}", "torch reference", True, absence, remedy)
     return Component(f"op {name}", "Triton", True)
 

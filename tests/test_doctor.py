@@ -13,7 +13,7 @@ import torch
 
 from laser_fast import doctor
 from laser_fast.lm.attention import flash as attention_flash
-from laser_fast.ops import native, triton_kernels
+from laser_fast.ops import backends
 
 
 def report(name: str) -> doctor.Component:
@@ -96,8 +96,8 @@ def test_missing_bitsandbytes_names_the_extra(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_missing_library_is_reported_with_reason_and_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    absent = native.NativeLibrary("none", "no C++ compiler found when it was installed", None)
-    monkeypatch.setattr(native, "load_native", lambda: absent)
+    absent = backends.NativeLibrary("none", "no C++ compiler found when it was installed", None)
+    monkeypatch.setattr(backends, "load_native", lambda: absent)
     assert not report("compiled library").on
     assert report("compiled library").reason == absent.reason
     assert report("op inject_prefix_kv").version == "torch reference"
@@ -105,8 +105,8 @@ def test_missing_library_is_reported_with_reason_and_reference(monkeypatch: pyte
 
 
 def test_library_in_use_is_reported() -> None:
-    if native.load_native().module is None:
-        pytest.skip(f"no compiled library: {native.load_native().reason}")
+    if backends.load_native().module is None:
+        pytest.skip(f"no compiled library: {backends.load_native().reason}")
     assert report("compiled library").on
     wanted = "compiled CUDA" if torch.cuda.is_available() else "compiled CPU"
     assert report("op inject_prefix_kv").version == wanted
@@ -130,7 +130,7 @@ def test_operations_with_a_triton_kernel(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(triton_kernels, "triton_absence", lambda index: absence)
+    monkeypatch.setattr(backends, "triton_absence", lambda index: absence)
     for name in ("route_experts", "dispatch_queries", "combine_queries", "gated_product", "rms_norm"):
         line = report(f"op {name}")
         assert (line.version, line.reason, line.remedy) == (version, absence, remedy)

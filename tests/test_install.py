@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if not (ROOT / "setup.py").is_file():
     pytest.skip("needs the source tree, not only the tests", allow_module_level=True)
 
-OPERATIONS = ("inject_prefix_kv", "inject_prefix_kv_backward", "inject_prefix_kv_layers")
+OPERATIONS = ("inject_prefix_kv", "inject_prefix_kv_backward")
 _NVCC = re.compile(r"nvcc(-.*)?")
 _CXX = re.compile(r"(.+-)?(c\+\+|g\+\+|clang\+\+|gcc|cc|clang|c89|c99)(-[\d.]+)?")
 

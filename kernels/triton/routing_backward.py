@@ -188,21 +188,14 @@ def _sum_partials_kernel(
 
 
 def _grad_logits(
-    grad_weight: Tensor,
-    grad_pooled: Tensor,
-    grad_balance: Tensor,
-    cu_seqlens: Tensor,
-    result: RoutingResult,
-    weighting: str,
+    grads: tuple[Tensor, Tensor, Tensor], cu_seqlens: Tensor, result: RoutingResult, weighting: str
 ) -> Tensor:
     """Gradient of the logits, float32 [N, E], one program per user."""
     (num_items, num_experts), (num_users, top_k) = result.probability.shape, result.expert.shape
     grad_logits = torch.empty_like(result.probability)
     block_experts = triton.next_power_of_2(num_experts)
     _grad_logits_kernel[(num_users,)](
-        grad_weight.contiguous(),
-        grad_pooled.contiguous(),
-        grad_balance,
+        *(grad.contiguous() for grad in grads),
         cu_seqlens.contiguous(),
         result.expert,
         result.weight,
@@ -240,22 +233,21 @@ def _sum_partials(partial: Tensor, grad_router: Tensor, grad_bias: Tensor, first
 
 
 def route_backward(
-    grad_weight: Tensor,
-    grad_pooled: Tensor,
-    grad_balance: Tensor,
+    grads: tuple[Tensor, Tensor, Tensor],
     states: Tensor,
     router: Tensor,
     cu_seqlens: Tensor,
     result: RoutingResult,
-    weighting: str,
     *,
-    needs_states: bool,
-    needs_router: bool,
+    weighting: str,
+    needs: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of states (their dtype), router and bias (float32); what is not needed is empty. Nothing is read back.
+    """Gradients of states (their dtype), router and bias (float32), from those of weight, pooled and balance loss.
 
-    `result` is that of `route_forward`; only its weight, pooled, expert, load and probability are read.
+    `needs` is of states and router; what is not needed is empty. `result` is that of `route_forward`; only its weight,
+    pooled, expert, load and probability are read. Nothing is read back.
     """
+    needs_states, needs_router = needs
     (num_items, width), num_experts = states.shape, router.shape[0]
     (states, stride_states), router = as_rows(states), router.contiguous()
     grad_states = states.new_empty((num_items, width) if needs_states else (0,))
@@ -275,7 +267,7 @@ def route_backward(
     partial = result.load.new_empty(num_programs, pitch)
     column_blocks = triton.cdiv(width, options["BLOCK_D"]) if needs_states or needs_router else 1
     with torch.cuda.device_of(states):
-        grad_logits = _grad_logits(grad_weight, grad_pooled, grad_balance, cu_seqlens, result, weighting)
+        grad_logits = _grad_logits(grads, cu_seqlens, result, weighting)
         _grad_items_kernel[(column_blocks, num_programs)](
             grad_logits,
             states,

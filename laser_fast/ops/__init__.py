@@ -13,7 +13,6 @@ from laser_fast.ops.dispatch import (
 )
 from laser_fast.ops.gated_product import gated_product_backward, gated_product_forward, gated_product_reference
 from laser_fast.ops.prefix_kv import inject_prefix_kv, inject_prefix_kv_reference
-from laser_fast.ops.prefix_kv_layers import inject_prefix_kv_layers, inject_prefix_kv_layers_reference
 from laser_fast.ops.rms_norm import NormKind, rms_norm_backward, rms_norm_forward, rms_norm_reference
 from laser_fast.ops.rotary import rotary_embedding, rotary_embedding_reference
 from laser_fast.ops.routing import Routing, route_experts, route_experts_reference
@@ -46,8 +45,6 @@ __all__ = [
     "gated_product_forward",
     "gated_product_reference",
     "inject_prefix_kv",
-    "inject_prefix_kv_layers",
-    "inject_prefix_kv_layers_reference",
     "inject_prefix_kv_reference",
     "rms_norm_backward",
     "rms_norm_forward",

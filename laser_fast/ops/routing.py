@@ -20,14 +20,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from laser_fast.ops.arguments import (
+from laser_fast.ops.backends import triton_serves
+from laser_fast.ops.checks import (
     check_count,
     check_dimensions,
     check_dtype,
     check_floating,
     check_one_device,
+    hold_on_device,
+    host_numbers,
+    remember_indices,
+    validate_indices,
 )
-from laser_fast.ops.contents import hold_on_device, host_numbers, remember_indices, validate_indices
 from laser_fast.ops.operation import operation
 from laser_fast.ops.precision import autocast_off, wide_dtype
 from laser_fast.ops.segments import (
@@ -37,7 +41,6 @@ from laser_fast.ops.segments import (
     segment_mean,
     validate_cu_seqlens,
 )
-from laser_fast.ops.triton_kernels import triton_serves
 
 WEIGHTINGS = ("softmax", "renormalize")
 
@@ -111,7 +114,7 @@ def route_experts_reference(
 
 
 def _validate(cu_seqlens: Tensor, num_items: int, expert: Tensor | None, num_experts: int) -> None:
-    """What offsets and a given decision hold, without waiting (`contents`).
+    """What offsets and a given decision hold, without waiting (`checks`).
 
     Raises:
         ValueError: Offsets that do not run from 0 to N, or an expert that does not exist or that a user has twice.
@@ -137,45 +140,25 @@ def _route_experts(
     weighting: str,
     expert: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Differentiable results first; the last, probabilities [N, E], is kept for backward: 4 E bytes an item."""
     _validate(cu_seqlens, states.shape[0], expert, weight.shape[0])
-    # differentiable results first; the last, [N, E], is kept for backward: 4 E bytes an item, not a second product
+    if triton_serves("route_experts", states, weight, bias, num_experts=weight.shape[0]):
+        from laser_fast.kernels.routing import route_forward  # triton is needed only on a GPU
+
+        return route_forward(states, weight, bias, cu_seqlens, top_k, weighting, expert)
     probabilities = _probabilities(states, weight, bias)
     routing = _route(probabilities, cu_seqlens, top_k, weighting, expert)
     return routing.weight, routing.pooled, routing.balance_loss, routing.expert, routing.load, probabilities
 
 
-@_route_experts.register_kernel("cuda")
-def _route_experts_fused(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    states, weight, bias, cu_seqlens = arguments[:4]
-    _validate(cu_seqlens, states.shape[0], arguments[6], weight.shape[0])
-    if not triton_serves("route_experts", states, weight, bias, num_experts=weight.shape[0]):
-        return _route_experts.default(*arguments)
-    from laser_fast.kernels.routing import route_forward  # triton is needed only on a GPU
-
-    result = route_forward(*arguments)
-    return result.weight, result.pooled, result.balance_loss, result.expert, result.load, result.probability
-
-
 @_route_experts.register_fake
-def _(
-    states: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    cu_seqlens: Tensor,
-    top_k: int,
-    weighting: str,
-    expert: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(states: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor, top_k: int, *_: Any) -> tuple[Tensor, ...]:
     num_items, num_experts, num_users = states.shape[0], weight.shape[0], cu_seqlens.shape[0] - 1
     wide = wide_dtype(states, weight, bias)
-    return (
-        states.new_empty((num_users, top_k), dtype=wide),
-        states.new_empty((num_users, num_experts), dtype=wide),
-        states.new_empty((), dtype=wide),
-        states.new_empty((num_users, top_k), dtype=torch.int32),
-        states.new_empty((num_experts,), dtype=wide),
-        states.new_empty((num_items, num_experts), dtype=wide),
-    )
+    shapes = ((num_users, top_k), (num_users, num_experts), (), (num_users, top_k), (num_experts,))
+    dtypes = (wide, wide, wide, torch.int32, wide, wide)
+    every = zip((*shapes, (num_items, num_experts)), dtypes, strict=True)
+    return tuple(states.new_empty(shape, dtype=dtype) for shape, dtype in every)
 
 
 @operation("laser_fast::route_experts_backward")
@@ -196,6 +179,14 @@ def _route_experts_backward(
     needs_router: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of states, router and bias, in the accumulation dtype but for states; what is not needed is empty."""
+    # probabilities are float64 where any input of the forward pass was
+    if triton_serves("route_experts", states, router, probabilities, num_experts=router.shape[0]):
+        from laser_fast.kernels.routing import RoutingResult
+        from laser_fast.kernels.routing_backward import route_backward
+
+        result = RoutingResult(weight, pooled, grad_balance, expert, load, probabilities)
+        grads, needs = (grad_weight, grad_pooled, grad_balance), (needs_states, needs_router)
+        return route_backward(grads, states, router, cu_seqlens, result, weighting=weighting, needs=needs)
     num_items, num_experts = probabilities.shape
     # the weights' Jacobian, for both weightings: w (g - sum w g), divided by the chosen sum when renormalised
     inner = (grad_weight * weight).sum(dim=1, keepdim=True)
@@ -217,43 +208,11 @@ def _route_experts_backward(
     return grad_states, grad_router, grad_bias
 
 
-@_route_experts_backward.register_kernel("cuda")
-def _route_experts_backward_fused(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *grads, states, router, cu_seqlens, expert, weight, pooled, load, probabilities = arguments[:11]
-    weighting, needs_states, needs_router = arguments[11:]
-    # probabilities are float64 where any input of the forward pass was
-    if not triton_serves("route_experts", states, router, probabilities, num_experts=router.shape[0]):
-        return _route_experts_backward.default(*arguments)
-    from laser_fast.kernels.routing import RoutingResult
-    from laser_fast.kernels.routing_backward import route_backward
-
-    result = RoutingResult(weight, pooled, grads[2], expert, load, probabilities)
-    needs = {"needs_states": needs_states, "needs_router": needs_router}
-    return route_backward(*grads, states, router, cu_seqlens, result, weighting, **needs)
-
-
 @_route_experts_backward.register_fake
-def _(
-    grad_weight: Tensor,
-    grad_pooled: Tensor,
-    grad_balance: Tensor,
-    states: Tensor,
-    router: Tensor,
-    cu_seqlens: Tensor,
-    expert: Tensor,
-    weight: Tensor,
-    pooled: Tensor,
-    load: Tensor,
-    probabilities: Tensor,
-    weighting: str,
-    needs_states: bool,
-    needs_router: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        states.new_empty(states.shape if needs_states else (0,)),
-        load.new_empty(router.shape if needs_router else (0,)),
-        load.new_empty(load.shape),
-    )
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    states, router, load, needs_states, needs_router = (arguments[place] for place in (3, 4, 9, 12, 13))
+    grad_states = states.new_empty(states.shape if needs_states else (0,))
+    return grad_states, load.new_empty(router.shape if needs_router else (0,)), load.new_empty(load.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -266,23 +225,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_weight: Tensor, grad_pooled: Tensor, grad_balance: Tensor, *_: Tensor) -> Any:
     needs_states, needs_router, needs_bias = ctx.needs_input_grad[:3]
-    grad_states, grad_router, grad_bias = _route_experts_backward(
-        grad_weight,
-        grad_pooled,
-        grad_balance,
-        *ctx.saved_tensors,
-        ctx.weighting,
-        needs_states,
-        needs_router,
-    )
+    grads, flags = (grad_weight, grad_pooled, grad_balance), (needs_states, needs_router)
+    grad_states, grad_router, grad_bias = _route_experts_backward(*grads, *ctx.saved_tensors, ctx.weighting, *flags)
     return (
         grad_states if needs_states else None,
         grad_router.to(ctx.router_dtype) if needs_router else None,
         grad_bias.to(ctx.bias_dtype) if needs_bias else None,
-        None,
-        None,
-        None,
-        None,
+        *(None,) * 4,
     )
 
 
@@ -322,7 +271,7 @@ def route_experts(
     Raises:
         TypeError: A dtype does not fit.
         ValueError: A shape, device, `top_k`, `weighting` or the content of `cu_seqlens` or `expert` does not fit; on
-            a GPU what the host does not know is checked there (`contents`).
+            a GPU what the host does not know is checked there (`checks`).
     """
     name = "route_experts"
     check_floating(name, states=states, weight=weight, bias=bias)

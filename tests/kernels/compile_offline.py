@@ -112,9 +112,8 @@ def _routing(
         bias = torch.empty(num_experts)
         result = routing.route_forward(states, router, bias, cu_seqlens, top_k, weighting, expert)
         grads = torch.empty(num_users, top_k), torch.empty(num_users, num_experts), torch.empty(())
-        routing_backward.route_backward(
-            *grads, states, router, cu_seqlens, result, weighting, needs_states=True, needs_router=True
-        )
+        options = {"weighting": weighting, "needs": (True, True)}
+        routing_backward.route_backward(grads, states, router, cu_seqlens, result, **options)
 
     return run
 

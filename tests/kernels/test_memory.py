@@ -18,7 +18,7 @@ from laser_fast.kernels.routing import route_forward
 from laser_fast.kernels.routing_backward import route_backward
 
 Make = Callable[..., Any]
-BOTH = {"needs_states": True, "needs_router": True}
+BOTH = {"weighting": "softmax", "needs": (True, True)}
 
 
 def _grads(result: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,14 +50,14 @@ def test_routing_writes_nothing_but_its_results(
         result = route_forward(*inputs, "softmax", None)
     grads = _grads(result)
     with memory:
-        actual = route_backward(*grads, *arguments, result, "softmax", **BOTH)
-        route_backward(*grads, *arguments, result, "softmax", needs_states=False, needs_router=False)
+        actual = route_backward(grads, *arguments, result, **BOTH)
+        route_backward(grads, *arguments, result, weighting="softmax", needs=(False, False))
     memory.assert_untouched()
     # results and partial sums; three gradients, that of the logits and partial sums, twice
     assert len(memory.buffers) == 7 + 2 * 5
     expected = route_forward(*inputs, "softmax", None)
     assert all(torch.equal(one, other) for one, other in zip(result, expected, strict=True))
-    expected_grads = route_backward(*grads, *arguments, expected, "softmax", **BOTH)
+    expected_grads = route_backward(grads, *arguments, expected, **BOTH)
     assert all(torch.equal(one, other) for one, other in zip(actual, expected_grads, strict=True))
 
 
@@ -151,14 +151,14 @@ def test_routing_reads_the_states_once_forward_and_once_backward(
         assert traffic.counts("store", tensor) == [1]
 
     traffic.clear()
-    arguments = inputs.states, inputs.router, inputs.cu_seqlens, result, "softmax"
-    grads = route_backward(*_grads(result), *arguments, **BOTH)
+    arguments = inputs.states, inputs.router, inputs.cu_seqlens, result
+    grads = route_backward(_grads(result), *arguments, **BOTH)
     assert traffic.counts("load", inputs.states) == [1]
     for tensor in grads:
         assert traffic.counts("store", tensor) == [1]
 
     traffic.clear()
-    route_backward(*_grads(result), *arguments, needs_states=True, needs_router=False)
+    route_backward(_grads(result), *arguments, weighting="softmax", needs=(True, False))
     assert traffic.counts("load", inputs.states) == [0]
 
 
@@ -224,9 +224,9 @@ def test_rows_further_apart_than_32_bits_count(
     expected = route_forward(*inputs, "softmax", None)
     result = route_forward(far, *inputs[1:], "softmax", None)
     assert all(torch.equal(one, other) for one, other in zip(result, expected, strict=True))
-    grads, arguments = _grads(expected), (inputs.router, inputs.cu_seqlens, expected, "softmax")
-    actual = route_backward(*grads, far, *arguments, **BOTH)
-    expected_grads = route_backward(*grads, inputs.states, *arguments, **BOTH)
+    grads, arguments = _grads(expected), (inputs.router, inputs.cu_seqlens, expected)
+    actual = route_backward(grads, far, *arguments, **BOTH)
+    expected_grads = route_backward(grads, inputs.states, *arguments, **BOTH)
     assert all(torch.equal(one, other) for one, other in zip(actual, expected_grads, strict=True))
 
 
@@ -271,12 +271,12 @@ def test_routing_of_more_elements_than_32_bits_count(device: torch.device) -> No
     balance = torch.zeros_like(result.balance_loss)  # which alone joins the users
     ones = torch.ones_like(result.weight).cumsum(dim=1)
     grad_states, grad_router, _ = route_backward(
-        ones, torch.zeros_like(result.pooled), balance, states, router, ends, result, "softmax", **BOTH
+        (ones, torch.zeros_like(result.pooled), balance), states, router, ends, result, **BOTH
     )
     kept = expected._replace(**{name: getattr(result, name)[1:] for name in ("weight", "pooled", "expert")})
     kept = kept._replace(probability=result.probability[-tail:].contiguous(), load=result.load)
     expected_states, _, _ = route_backward(
-        ones[1:], torch.zeros_like(kept.pooled), balance, last, router, last_ends, kept, "softmax", **BOTH
+        (ones[1:], torch.zeros_like(kept.pooled), balance), last, router, last_ends, kept, **BOTH
     )
     assert torch.equal(grad_states[-tail:], expected_states)
     assert grad_router.isfinite().all()

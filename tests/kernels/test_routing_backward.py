@@ -74,8 +74,8 @@ def _backward(
     router: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The states' gradient is read back as the operation hands it on."""
-    needs = {"needs_states": states, "needs_router": router}
-    return route_backward(*grads, inputs.states, inputs.router, inputs.cu_seqlens, result, weighting, **needs)
+    arguments = inputs.states, inputs.router, inputs.cu_seqlens, result
+    return route_backward(grads, *arguments, weighting=weighting, needs=(states, router))
 
 
 def _reference(inputs: Any, result: RoutingResult, grads: Grads, weighting: str, seed: int = 0) -> list[Tensor]:

@@ -74,9 +74,8 @@ def _everything(inputs: Any, dtype: torch.dtype) -> list[Tensor]:
     """Results of all kernels, without the experts that two near-ties could swap."""
     result = route_forward(*inputs, "softmax", None)
     ones, some = torch.ones_like(result.weight), result.pooled.sin()
-    needs = {"needs_states": True, "needs_router": True}
-    arguments = (inputs.states, inputs.router, inputs.cu_seqlens, result, "softmax")
-    grads = route_backward(ones, some, result.balance_loss, *arguments, **needs)
+    arguments = (inputs.states, inputs.router, inputs.cu_seqlens, result)
+    grads = route_backward((ones, some, result.balance_loss), *arguments, weighting="softmax", needs=(True, True))
     queries = inputs.states[:24].reshape(8, 3, -1).to(dtype)
     outputs = dispatch.dispatch_forward(queries, result.expert)
     combined = dispatch.combine_forward(outputs, result.weight)

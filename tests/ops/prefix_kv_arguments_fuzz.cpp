@@ -18,7 +18,6 @@ std::mt19937_64 random_bits(20240608);
 
 int64_t random_up_to(int64_t largest) { return static_cast<int64_t>(random_bits() % (largest + 1)); }
 
-constexpr DLDataType kInt32 = {kDLInt, 32, 1};
 const DLDataType kDtypes[] = {{kDLFloat, 16, 1}, {kDLBfloat, 16, 1}, {kDLFloat, 32, 1}, {kDLFloat, 64, 1}};
 const DLDataType kOther[] = {{kDLInt, 64, 1}, {kDLInt, 32, 2}, {kDLFloat, 8, 1}, {kDLFloat, 32, 1}, {kDLBfloat, 16, 1}};
 const int64_t kSizes[] = {-1, 0, 1, 7, int64_t{1} << 31, int64_t{1} << 40, int64_t{1} << 62};
@@ -91,11 +90,10 @@ void call() {
   const int64_t kind = random_up_to(2), prefixes = kind == 0 ? sequences : kind == 1 ? 1 : 1 + random_up_to(2);
   for (int64_t b = 0; b < sequences; ++b)
     slots.push_back(static_cast<int32_t>(random_up_to(prefixes - (prefixes > 0))));
-  const int64_t text = offsets.back(), rows = text + sequences * length, function = random_up_to(3);
+  const int64_t text = offsets.back(), rows = text + sequences * length;
   const DLDataType dtype = kDtypes[random_up_to(3)];
   const auto shaped = [&](std::vector<int64_t> sizes) {
     sizes.insert(sizes.end(), {heads, size});
-    if (function == 1) sizes.insert(sizes.begin(), 2);
     return Argument(dtype, sizes);
   };
   // in the order of an injection's arguments
@@ -106,25 +104,22 @@ void call() {
   all.emplace_back(kInt32, std::vector<int64_t>{sequences});
   for (int i = 0; i < 2; ++i) all.push_back(shaped({rows}));
   all.emplace_back(kInt32, std::vector<int64_t>{sequences + 1});
-  all.emplace_back(DLDataType{kDLInt, 64, 1}, std::vector<int64_t>{rows, 2});
   all[4].fill(offsets);
   all[5].fill(slots);
   for (Argument& argument : all) argument.point();  // the vector moved them
-  for (int64_t spoilt = random_up_to(2); spoilt > 0; --spoilt) all[random_up_to(9)].spoil();
+  for (int64_t spoilt = random_up_to(2); spoilt > 0; --spoilt) all[random_up_to(8)].spoil();
   const auto a = [&](int i) { return all[i].view(); };
   const OptionalTensor index = given(all[5], kind == 2);
   const int64_t threads = 1 + random_up_to(2);
-  if (function == 0) inject_prefix_kv_cpu(a(0), a(1), a(2), a(3), a(4), index, a(6), a(7), a(8), threads);
-  if (function == 1) inject_prefix_kv_layers_cpu(a(0), a(1), a(2), a(3), a(4), index, a(6), a(7), a(8), threads);
+  if (random_up_to(1) == 0) {
+    return inject_prefix_kv<Cpu, int64_t>(a(0), a(1), a(2), a(3), a(4), index, a(6), a(7), a(8), threads);
+  }
   const bool other = random_up_to(5) == 0;
   const int64_t some_prefixes = other ? kSizes[random_up_to(6)] : prefixes;
   const int64_t some_length = other ? kSizes[random_up_to(6)] : length;
   const auto maybe = [&](int i) { return given(all[i], random_up_to(4) > 0); };
-  if (function == 2) {
-    inject_prefix_kv_backward_cpu(maybe(6), maybe(7), a(4), index, some_prefixes, some_length, maybe(0), maybe(1),
-                                  maybe(2), maybe(3), threads);
-  }
-  if (function == 3) prefix_sources_cpu(a(4), index, other ? text + 1 : text, some_prefixes, some_length, a(9));
+  inject_prefix_kv_backward<Cpu, int64_t>(maybe(6), maybe(7), a(4), index, some_prefixes, some_length, maybe(0),
+                                          maybe(1), maybe(2), maybe(3), threads);
 }
 
 }  // namespace

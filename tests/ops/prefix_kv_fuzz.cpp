@@ -65,28 +65,22 @@ struct Case {
 
 struct Tensors {
   Buffer text, prefix, output;
-  int64_t layers, row_bytes;
+  int64_t row_bytes;
 
-  Tensors(const PrefixLayout& layout, int64_t layers, int64_t row_bytes, bool forward)
-      : text(layers * layout.num_text_rows * row_bytes, forward),
-        prefix(layers * layout.num_prefix_rows() * row_bytes, forward),
-        output(layers * layout.num_output_rows() * row_bytes, !forward),
-        layers(layers),
+  Tensors(const PrefixLayout& layout, int64_t row_bytes, bool forward)
+      : text(layout.num_text_rows * row_bytes, forward),
+        prefix(layout.num_prefix_rows() * row_bytes, forward),
+        output(layout.num_output_rows() * row_bytes, !forward),
         row_bytes(row_bytes) {}
-  PrefixCopy copy() const { return {text.data(), prefix.data(), output.data()}; }
-  PrefixGrad grad() const { return {output.data(), text.data(), prefix.data()}; }
+  PrefixTensor data() const { return {text.data(), prefix.data(), output.data()}; }
 
   // Row by row, through the mapping that a GPU thread follows.
   bool rows_match(const PrefixLayout& layout, bool with_text, bool with_prefix) const {
-    for (int64_t layer = 0; layer < layers; ++layer) {
-      for (int64_t row = 0; row < layout.num_output_rows(); ++row) {
-        const PrefixSource source = source_of_output_row(layout, row);
-        if (source.from_prefix ? !with_prefix : !with_text) continue;
-        const int64_t rows = source.from_prefix ? layout.num_prefix_rows() : layout.num_text_rows;
-        const char* from = (source.from_prefix ? prefix : text).data() + (layer * rows + source.row) * row_bytes;
-        const char* to = output.data() + (layer * layout.num_output_rows() + row) * row_bytes;
-        if (row_bytes > 0 && std::memcmp(from, to, row_bytes) != 0) return false;
-      }
+    for (int64_t row = 0; row < layout.num_output_rows(); ++row) {
+      const PrefixSource source = source_of_output_row(layout, row);
+      if (source.from_prefix ? !with_prefix : !with_text) continue;
+      const char* from = (source.from_prefix ? prefix : text).data() + source.row * row_bytes;
+      if (row_bytes > 0 && std::memcmp(from, output.data() + row * row_bytes, row_bytes) != 0) return false;
     }
     return true;
   }
@@ -96,10 +90,10 @@ void check_forward() {
   const Case given;
   const PrefixLayout& layout = given.layout;
   if (!layout_error(layout).empty()) fail("a good layout is refused: " + layout_error(layout));
-  const int64_t layers = random_up_to(3), row_bytes = 2 * random_up_to(20);
-  const Tensors key(layout, layers, row_bytes, true), value(layout, layers, row_bytes, true);
+  const int64_t row_bytes = 2 * random_up_to(20);
+  const Tensors key(layout, row_bytes, true), value(layout, row_bytes, true);
   std::vector<int32_t> output_offsets(layout.num_sequences + 1, -1);
-  inject_rows({layout, key.copy(), value.copy(), output_offsets.data(), row_bytes, layers}, given.threads());
+  inject_rows({layout, key.data(), value.data(), output_offsets.data(), row_bytes, Element::kHalf}, given.threads());
   if (!key.rows_match(layout, true, true) || !value.rows_match(layout, true, true)) fail("forward");
   if (output_offsets.back() != layout.num_output_rows()) fail("output offsets");
 }
@@ -110,12 +104,12 @@ void check_backward(Element element) {
   const Case given;
   const PrefixLayout& layout = given.layout;
   const int64_t width = random_up_to(300), row_bytes = width * static_cast<int64_t>(sizeof(Stored));
-  const Tensors key(layout, 1, row_bytes, false), value(layout, 1, row_bytes, false);
+  const Tensors key(layout, row_bytes, false), value(layout, row_bytes, false);
   const bool with_text = random_up_to(2) > 0, with_prefix = random_up_to(2) > 0;
-  PrefixGrad of_key = key.grad();
+  PrefixTensor of_key = key.data();
   if (!with_text) of_key.text = nullptr;
   if (!with_prefix) of_key.prefix = nullptr;
-  const PrefixGradArguments arguments = {layout, of_key, value.grad(), row_bytes, element};
+  const PrefixArguments arguments = {layout, of_key, value.data(), nullptr, row_bytes, element};
   gather_rows(arguments, given.threads());
   sum_prefixes(arguments, given.threads());
   const bool copied = layout.one_prefix_each();
@@ -129,16 +123,23 @@ void check_backward(Element element) {
 void check_refusal() {
   Case given;
   PrefixLayout& layout = given.layout;
-  const Tensors tensors(layout, 1, 8, true);
+  const Tensors tensors(layout, 8, true);
   std::vector<int32_t>& spoilt = given.slots.empty() || random_up_to(1) == 0 ? given.offsets : given.slots;
   const int32_t numbers_outside[] = {-1, 1 << 30, -(1 << 30), 2147483647, -2147483647 - 1};
   spoilt[random_up_to(static_cast<int64_t>(spoilt.size()) - 1)] = numbers_outside[random_up_to(4)];
+  layout.num_text_rows += random_up_to(2);  // rows of no sequence
   std::vector<int32_t> output_offsets(layout.num_sequences + 1, -1);
   if (layout_error(layout).empty()) {
-    inject_rows({layout, tensors.copy(), tensors.copy(), output_offsets.data(), 8, 1}, 1);
+    inject_rows({layout, tensors.data(), tensors.data(), output_offsets.data(), 8, Element::kHalf}, 1);
     fail("a bad layout is accepted");
   }
   if (!tensors.output.untouched() || output_offsets.back() != -1) fail("a bad layout is written");
+  // a GPU does not refuse it, but maps no output row to a place outside
+  for (int64_t row = 0; row < layout.num_output_rows(); ++row) {
+    const PrefixSource source = source_of_output_row(layout, row);
+    const int64_t rows = source.from_prefix ? layout.num_prefix_rows() : layout.num_text_rows;
+    if (source.row < -1 || source.row >= rows) fail("a bad layout reads outside");
+  }
 }
 
 }  // namespace
@@ -150,8 +151,8 @@ int main(int, char** arguments) {
     check_refusal();
     check_backward<Half>(Element::kHalf);
     check_backward<Bfloat16>(Element::kBfloat16);
-    check_backward<Single>(Element::kFloat);
-    check_backward<Double>(Element::kDouble);
+    check_backward<Native<float>>(Element::kFloat);
+    check_backward<Native<double>>(Element::kDouble);
   }
   std::printf("%lld iterations\n", static_cast<long long>(iterations));
   return 0;

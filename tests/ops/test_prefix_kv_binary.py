@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from laser_fast.ops import native
+from laser_fast.ops import backends
 
-LIBRARY = Path(native.__file__).resolve().parents[1] / "_native" / "laser_fast_native.so"
+LIBRARY = Path(backends.__file__).resolve().parents[1] / "_native" / "laser_fast_native.so"
 NEWEST, OLDEST = 120, 80
 
 # 65536 registers of a multiprocessor: 48 leave room for 5 blocks of 256 threads. A copy needs many rows in flight.
@@ -40,8 +40,8 @@ def dump(option: str) -> str:
     cuobjdump = find_cuobjdump()
     if cuobjdump is None:
         pytest.skip("no cuobjdump (CUDA_HOME, PATH, Triton)")
-    if native.load_native().level != "cuda":
-        pytest.skip(f"the library was built without CUDA: {native.load_native().reason}")
+    if backends.load_native().level != "cuda":
+        pytest.skip(f"the library was built without CUDA: {backends.load_native().reason}")
     # cuobjdump looks for nvdisasm on PATH
     path = os.pathsep.join([str(Path(cuobjdump).parent), os.environ.get("PATH", "")])
     command = [cuobjdump, option, str(LIBRARY)]

@@ -63,13 +63,6 @@ KERNELS = {
         _moved(14, 35.8, 0.85),
         "inject_prefix_kv",
     ),
-    "shared prefix KV, 16 x 256 tokens, 32 layers at once": Benchmark(
-        "bench_prefix_kv.py::test_inject_prefix_kv_layers",
-        "gpu-16-shared-plain",
-        "cpu-16-shared-plain",
-        _moved(449, 1145, 0.85),
-        "inject_prefix_kv_layers",
-    ),
     "routing of 5,120 items, both ways": Benchmark(
         "bench_routing.py::test_route_experts",
         f"gpu-small-{_BOTH}",
