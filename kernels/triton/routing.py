@@ -183,7 +183,6 @@ def _route_users_kernel(
     probability_ptr,  # [N, E] float32
     partial_ptr,  # [programs, 2, E] float32
     cu_seqlens_ptr,  # [B + 1] int32
-    given_ptr,  # [B, k] int32: decision to keep, read where HAS_DECISION
     expert_ptr,  # [B, k] int32, out
     weight_ptr,  # [B, k] float32, out
     pooled_ptr,  # [B, E] float32, out
@@ -198,7 +197,6 @@ def _route_users_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SOFTMAX: tl.constexpr,
-    HAS_DECISION: tl.constexpr,
 ):
     # the first program adds up the batch, so that its longer loop runs beside the users of all others
     if tl.program_id(0) == 0:
@@ -224,11 +222,8 @@ def _route_users_kernel(
         value = tl.full((BLOCK_K,), float("-inf"), dtype=tl.float32)
         remaining = tl.where(is_expert, pooled, float("-inf"))
         for choice in range(TOP_K):
-            if HAS_DECISION:
-                best = tl.load(given_ptr + user * TOP_K + choice)
-            else:
-                best = tl.sum(_best(remaining[None, :]), axis=0)
-                remaining = tl.where(experts == best, float("-inf"), remaining)
+            best = tl.sum(_best(remaining[None, :]), axis=0)
+            remaining = tl.where(experts == best, float("-inf"), remaining)
             chosen = tl.where(choices == choice, best, chosen)
             found = tl.sum(tl.where(experts == best, pooled, 0.0), axis=0)
             value = tl.where(choices == choice, found, value)
@@ -278,16 +273,11 @@ def route_forward(
     cu_seqlens: Tensor,
     top_k: int,
     weighting: str,
-    expert: Tensor | None,
 ) -> RoutingResult:
-    """Launch on tensors checked by the operation: no float64, at most 256 experts (one tile holds all of an item).
+    """Launch on states [N, D], router [E, D], bias [E] and cu_seqlens int32 [B + 1], checked by the operation.
 
-    Nothing is read back from the device.
-
-    Args:
-        states: [N, D], fp16/bf16/fp32; a copy is made only where its rows are not contiguous.
-        router, bias, cu_seqlens: [E, D], [E] and int32 [B + 1].
-        expert: int32 [B, k] to be kept, or None.
+    No float64, at most 256 experts (one tile holds all of an item). States are copied only where their rows are not
+    contiguous; nothing is read back from the device.
     """
     (num_items, width), num_experts, num_users = states.shape, router.shape[0], cu_seqlens.shape[0] - 1
     states, stride_states = as_rows(states)
@@ -315,7 +305,6 @@ def route_forward(
             result.probability,
             partial,
             cu_seqlens.contiguous(),
-            result.expert if expert is None else expert.contiguous(),
             result.expert,
             result.weight,
             result.pooled,
@@ -327,7 +316,6 @@ def route_forward(
             TOP_K=top_k,
             BLOCK_K=triton.next_power_of_2(top_k),
             SOFTMAX=weighting == "softmax",
-            HAS_DECISION=expert is not None,
             **_user_options(num_experts),
         )
     return result

@@ -146,11 +146,6 @@ def lengths_on_host(cu_seqlens: Tensor) -> list[int]:
     return found
 
 
-def segment_lengths(cu_seqlens: Tensor) -> Tensor:
-    """Rows of every sequence, int32 [B]."""
-    return cu_seqlens.diff()
-
-
 def segment_ids(cu_seqlens: Tensor, num_rows: int) -> Tensor:
     """Sequence of every packed row, int64 [num_rows].
 
@@ -209,5 +204,5 @@ def _sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
 def segment_mean(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Mean of the rows of every sequence; 0 for an empty one. Arguments, result and errors as in `segment_sum`."""
     _check_packed("segment_mean", values, cu_seqlens)
-    lengths = segment_lengths(cu_seqlens).clamp_min(1).to(values.dtype)
+    lengths = cu_seqlens.diff().clamp_min(1).to(values.dtype)
     return _sum(values, cu_seqlens) / lengths.view(-1, *[1] * (values.dim() - 1))

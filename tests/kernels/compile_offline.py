@@ -102,15 +102,12 @@ def _control() -> None:
     _narrow_control_kernel[(1,)](torch.empty(64), 64, BLOCK=64)
 
 
-def _routing(
-    num_items: int, num_experts: int, top_k: int, dtype: torch.dtype, weighting: str = "softmax", *, given: bool = False
-) -> Run:
+def _routing(num_items: int, num_experts: int, top_k: int, dtype: torch.dtype, weighting: str = "softmax") -> Run:
     def run() -> None:
         states, router = torch.empty(num_items, 768, dtype=dtype), torch.empty(num_experts, 768)
         cu_seqlens, num_users = torch.empty(257, dtype=torch.int32), 256
-        expert = torch.empty(num_users, top_k, dtype=torch.int32) if given else None
         bias = torch.empty(num_experts)
-        result = routing.route_forward(states, router, bias, cu_seqlens, top_k, weighting, expert)
+        result = routing.route_forward(states, router, bias, cu_seqlens, top_k, weighting)
         grads = torch.empty(num_users, top_k), torch.empty(num_users, num_experts), torch.empty(())
         options = {"weighting": weighting, "needs": (True, True)}
         routing_backward.route_backward(grads, states, router, cu_seqlens, result, **options)
@@ -159,7 +156,7 @@ def cases() -> dict[str, Run]:
             found[f"rotary-{size}-{width}-{name}"] = _rotary(size, width, dtype, dtype)
         found[f"rotary-128-128-wide-tables-{name}"] = _rotary(128, 128, dtype, torch.float32)
         found[f"routing-E8-few-items-{name}"] = _routing(5120, 8, 3, dtype)
-        found[f"odd-{name}"] = _routing(20480, 33, 3, dtype, "renormalize", given=True)
+        found[f"odd-{name}"] = _routing(20480, 33, 3, dtype, "renormalize")
         for num_experts in EXPERTS:
             found[f"routing-E{num_experts}-{name}"] = _routing(20480, num_experts, 2, dtype)
             found[f"dispatch-backward-E{num_experts}-{name}"] = _dispatch_backward(num_experts, dtype)

@@ -47,7 +47,7 @@ def test_routing_writes_nothing_but_its_results(
     arguments = inputs.states, inputs.router, inputs.cu_seqlens
     memory = guarded_memory()
     with memory:
-        result = route_forward(*inputs, "softmax", None)
+        result = route_forward(*inputs, "softmax")
     grads = _grads(result)
     with memory:
         actual = route_backward(grads, *arguments, result, **BOTH)
@@ -55,7 +55,7 @@ def test_routing_writes_nothing_but_its_results(
     memory.assert_untouched()
     # results and partial sums; three gradients, that of the logits and partial sums, twice
     assert len(memory.buffers) == 7 + 2 * 5
-    expected = route_forward(*inputs, "softmax", None)
+    expected = route_forward(*inputs, "softmax")
     assert all(torch.equal(one, other) for one, other in zip(result, expected, strict=True))
     expected_grads = route_backward(grads, *arguments, expected, **BOTH)
     assert all(torch.equal(one, other) for one, other in zip(actual, expected_grads, strict=True))
@@ -144,7 +144,7 @@ def test_routing_reads_the_states_once_forward_and_once_backward(
         monkeypatch.setattr(module, name, 1)
         monkeypatch.setattr(module, "multiprocessors", lambda device: 2)
     inputs = routing_inputs((100, 0, 37, 1), 150, 8, 3, dtype)
-    result = route_forward(*inputs, "softmax", None)
+    result = route_forward(*inputs, "softmax")
     assert traffic.counts("load", inputs.states) == [1]
     assert traffic.counts("store", inputs.states) == [0]
     for tensor in result:
@@ -221,8 +221,8 @@ def test_rows_further_apart_than_32_bits_count(
     monkeypatch.setattr(routing_backward, "range", _typed_range, raising=False)
     inputs = routing_inputs((1, 3), 33, 7, 3, torch.float16)
     far = far_rows(inputs.states)
-    expected = route_forward(*inputs, "softmax", None)
-    result = route_forward(far, *inputs[1:], "softmax", None)
+    expected = route_forward(*inputs, "softmax")
+    result = route_forward(far, *inputs[1:], "softmax")
     assert all(torch.equal(one, other) for one, other in zip(result, expected, strict=True))
     grads, arguments = _grads(expected), (inputs.router, inputs.cu_seqlens, expected)
     actual = route_backward(grads, far, *arguments, **BOTH)
@@ -261,9 +261,9 @@ def test_routing_of_more_elements_than_32_bits_count(device: torch.device) -> No
     router = torch.randn(8, width, device=device, generator=generator) / width**0.5
     bias = torch.zeros(8, device=device)
     ends = torch.tensor([0, num_items - tail, num_items - tail + 1000, num_items], dtype=torch.int32, device=device)
-    result = route_forward(states, router, bias, ends, 3, "softmax", None)
+    result = route_forward(states, router, bias, ends, 3, "softmax")
     last, last_ends = states[-tail:], (ends[1:] - (num_items - tail)).contiguous()
-    expected = route_forward(last, router, bias, last_ends, 3, "softmax", None)
+    expected = route_forward(last, router, bias, last_ends, 3, "softmax")
     # the tile differs, and with it the order of sums over 768 products
     for name in ("weight", "pooled"):
         torch.testing.assert_close(getattr(result, name)[1:], getattr(expected, name), rtol=1e-5, atol=1e-6)

@@ -51,11 +51,11 @@ CASES = [  # history lengths, width, experts, chosen experts
 ]
 
 
-def _forward(inputs: Any, weighting: str = "softmax", expert: Tensor | None = None) -> RoutingResult:
-    return route_forward(*inputs, weighting, expert)
+def _forward(inputs: Any, weighting: str = "softmax") -> RoutingResult:
+    return route_forward(*inputs, weighting)
 
 
-def _reference(inputs: Any, weighting: str, expert: Tensor | None) -> Routing:
+def _reference(inputs: Any, weighting: str, expert: Tensor | None = None) -> Routing:
     return route_experts_reference(*inputs, weighting=weighting, expert=expert)
 
 
@@ -153,21 +153,6 @@ def test_half_precision_router(routing_inputs: Make, assert_accurate: Check) -> 
     _check(_forward(inputs), inputs, "softmax", assert_accurate)
 
 
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_a_given_decision_is_kept(weighting: str, routing_inputs: Make, assert_accurate: Check) -> None:
-    inputs = routing_inputs((5, 0, 3), 6, 5, 2)
-    free = _forward(inputs, weighting)
-    kept = _forward(inputs, weighting, free.expert)
-    assert all(torch.equal(one, other) for one, other in zip(kept, free, strict=True))
-    assert kept.expert.data_ptr() != free.expert.data_ptr()
-    decision = torch.tensor([[4, 0], [1, 2], [3, 1]], dtype=torch.int32, device=inputs.states.device)
-    forced = _forward(inputs, weighting, decision)
-    assert torch.equal(forced.expert, decision)
-    exact, eager = (_reference(given, weighting, decision) for given in (inputs.double(), inputs))
-    assert_accurate(forced.weight, eager.weight, exact.weight, "weight")
-    assert torch.equal(forced.load, free.load)
-
-
 @triton.jit
 def _split_kernel(values_ptr, high_ptr, low_ptr, BLOCK: tl.constexpr):
     offsets = tl.arange(0, BLOCK)
@@ -192,7 +177,7 @@ def test_split_into_two_tf32_parts_is_exact(device: torch.device) -> None:
 
 def test_a_router_cut_to_tf32_would_break_the_rule(routing_inputs: Make, worst_row_error: Any) -> None:
     inputs = routing_inputs((40, 23), 256, 8, 3, torch.float16)
-    exact, eager = (_reference(given, "softmax", None).pooled for given in (inputs.double(), inputs))
+    exact, eager = (_reference(given, "softmax").pooled for given in (inputs.double(), inputs))
     limit = 2 * worst_row_error(eager, exact) + torch.finfo(torch.float32).eps
     cut = (inputs.router.view(torch.int32) & -8192).view(torch.float32)
     assert worst_row_error(_forward(inputs).pooled, exact) <= limit
@@ -276,7 +261,7 @@ def test_a_nan_stays_with_its_user(routing_inputs: Make) -> None:
         assert torch.equal(getattr(result, name)[others], getattr(clean, name)[others]), name
     assert result.pooled[1].isnan().all()
     assert result.expert[1].tolist() == [0, 1, 2]
-    assert torch.equal(result.expert, _reference(inputs._replace(states=states), "softmax", None).expert)
+    assert torch.equal(result.expert, _reference(inputs._replace(states=states), "softmax").expert)
     assert result.load.sum().item() == pytest.approx(3)
 
 
@@ -305,7 +290,7 @@ def test_near_ties_are_settled_within_the_rounding(routing_inputs: Make) -> None
     inputs = routing_inputs((30, 11, 4, 1, 50), 24, 8, 3)
     router = inputs.router[:1] + 1e-7 * inputs.router
     inputs = inputs._replace(router=router, bias=torch.zeros_like(inputs.bias))
-    result, exact = _forward(inputs), _reference(inputs.double(), "softmax", None)
+    result, exact = _forward(inputs), _reference(inputs.double(), "softmax")
     ordered = exact.pooled.sort(dim=1, descending=True).values
     assert (ordered[:, :-1] - ordered[:, 1:]).max() < 1e-6  # nothing but near-ties
     _check_choice(result.expert, exact.pooled, tolerance=1e-6)

@@ -121,7 +121,7 @@ def test_as_accurate_as_autograd(
     assert_accurate: Check,
 ) -> None:
     inputs = routing_inputs(lengths, width, num_experts, top_k, dtype)
-    result = route_forward(*inputs, weighting, None)
+    result = route_forward(*inputs, weighting)
     grads = _grads(result)
     _check(_backward(inputs, result, grads, weighting), inputs, result, grads, weighting, assert_accurate)
 
@@ -144,7 +144,7 @@ def test_programs_that_take_several_tiles(
     _limit(monkeypatch, max_programs)
     assert routing.rows_per_program(109, 32, max_programs) > 32
     inputs = routing_inputs((65, 0, 10, 31, 3), 20, 8, 3, dtype)
-    result = route_forward(*inputs, "softmax", None)
+    result = route_forward(*inputs, "softmax")
     grads = _grads(result)
     _check(_backward(inputs, result, grads), inputs, result, grads, "softmax", assert_accurate)
 
@@ -154,24 +154,15 @@ def test_few_programs_where_partial_sums_would_be_large(
 ) -> None:
     monkeypatch.setattr(routing_backward, "_PARTIAL_BYTES", 0)  # at least 16 programs all the same
     inputs = routing_inputs((272, 16), 4, 8, 3)
-    result = route_forward(*inputs, "softmax", None)
+    result = route_forward(*inputs, "softmax")
     grads = _grads(result)
     _check(_backward(inputs, result, grads), inputs, result, grads, "softmax", assert_accurate)
-
-
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_a_given_decision(weighting: str, routing_inputs: Make, assert_accurate: Check) -> None:
-    inputs = routing_inputs((5, 0, 3), 6, 5, 2)
-    decision = torch.tensor([[4, 0], [1, 2], [3, 1]], dtype=torch.int32, device=inputs.states.device)
-    result = route_forward(*inputs, weighting, decision)
-    grads = _grads(result)
-    _check(_backward(inputs, result, grads, weighting), inputs, result, grads, weighting, assert_accurate)
 
 
 @pytest.mark.parametrize("root", Grads._fields)
 def test_each_result_alone(root: str, routing_inputs: Make, assert_accurate: Check) -> None:
     inputs = routing_inputs((7, 1, 20, 0, 2), 33, 7, 3)
-    result = route_forward(*inputs, "renormalize", None)
+    result = route_forward(*inputs, "renormalize")
     grads = Grads(
         *[grad if name == root else torch.zeros_like(grad) for name, grad in _grads(result)._asdict().items()]
     )
@@ -185,7 +176,7 @@ def test_what_is_not_needed_is_empty_and_changes_nothing(
     lengths: tuple[int, ...], states: bool, router: bool, routing_inputs: Make
 ) -> None:
     inputs = routing_inputs(lengths, 70, 7, 3)
-    result = route_forward(*inputs, "softmax", None)
+    result = route_forward(*inputs, "softmax")
     full = _backward(inputs, result, _grads(result))
     actual = _backward(inputs, result, _grads(result), states=states, router=router)
     for needed, one, other in zip((states, router, True), actual, full, strict=True):
@@ -196,11 +187,11 @@ def test_what_is_not_needed_is_empty_and_changes_nothing(
 def test_large_magnitudes(weighting: str, routing_inputs: Make, assert_accurate: Check) -> None:
     inputs = routing_inputs((5, 30, 3), 32, 8, 8)
     shifted = inputs._replace(bias=inputs.bias + 1e4)
-    result = route_forward(*shifted, weighting, None)
+    result = route_forward(*shifted, weighting)
     grads = _grads(result)
     _check(_backward(shifted, result, grads, weighting), shifted, result, grads, weighting, assert_accurate)
     far = inputs._replace(states=inputs.states * 100, router=inputs.router * 100)
-    result = route_forward(*far, weighting, None)
+    result = route_forward(*far, weighting)
     assert all(grad.isfinite().all() for grad in _backward(far, result, grads, weighting))
 
 
@@ -211,7 +202,7 @@ def test_a_nan_stays_with_its_user(routing_inputs: Make) -> None:
     broken.states[6, 11] = torch.nan
     grads = []
     for given in (inputs, broken):
-        result = route_forward(*given, "softmax", None)
+        result = route_forward(*given, "softmax")
         # the balance loss joins all users, so it is left out
         grads.append(_backward(given, result, _grads(result)._replace(balance=torch.zeros_like(result.balance_loss))))
     others = [*range(5), *range(9, 18)]
@@ -231,7 +222,7 @@ def test_strides_do_not_matter_and_inputs_stay_as_they_were(how: str, routing_in
     }[how]
     assert not strided.is_contiguous()
     turned = inputs._replace(states=strided, router=inputs.router.T.contiguous().T)
-    result = route_forward(*turned, "softmax", None)
+    result = route_forward(*turned, "softmax")
     grads = Grads(*[grad.flatten()[:1].view([1] * grad.dim()).expand(grad.shape) for grad in _grads(result)])
     before = [tensor.clone() for tensor in (*turned[:4], *result, *grads)]
     actual = _backward(turned, result, grads)
@@ -246,6 +237,6 @@ def test_strides_do_not_matter_and_inputs_stay_as_they_were(how: str, routing_in
 def test_two_launches_are_bit_equal(routing_inputs: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     _limit(monkeypatch, 2)
     inputs = routing_inputs((65, 10, 31), 33, 7, 3, torch.float16)
-    result = route_forward(*inputs, "softmax", None)
+    result = route_forward(*inputs, "softmax")
     first, second = (_backward(inputs, result, _grads(result)) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))

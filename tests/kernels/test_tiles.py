@@ -72,7 +72,7 @@ def test_options_have_the_kernels_names() -> None:
 
 def _everything(inputs: Any, dtype: torch.dtype) -> list[Tensor]:
     """Results of all kernels, without the experts that two near-ties could swap."""
-    result = route_forward(*inputs, "softmax", None)
+    result = route_forward(*inputs, "softmax")
     ones, some = torch.ones_like(result.weight), result.pooled.sin()
     arguments = (inputs.states, inputs.router, inputs.cu_seqlens, result)
     grads = route_backward((ones, some, result.balance_loss), *arguments, weighting="softmax", needs=(True, True))

@@ -100,14 +100,10 @@ def routing(draw: Draw) -> Call:
     top_k, good_k = draw.option(draw.size(max(num_experts, 1)), -1, 7, 1.0, True, None)
     weighting, good_weighting = draw.option(draw.random.choice(["softmax", "renormalize"]), "max", None)
     fits = fits and good_k and good_weighting and 1 <= top_k <= num_experts
-    expert = None
-    if good_k and draw.rarely(0.3):
-        expert, good = draw.indices((max(cu_seqlens.numel() - 1, 0), top_k), num_experts, torch.int32)
-        fits = fits and good and all(len(set(row)) == top_k for row in expert.tolist())
     chosen: list[Tensor] = []
 
     def run(states: Tensor, weight: Tensor, bias: Tensor) -> Sequence[Tensor]:
-        found = route_experts(states, weight, bias, cu_seqlens, top_k, weighting=weighting, expert=expert)
+        found = route_experts(states, weight, bias, cu_seqlens, top_k, weighting=weighting)
         chosen[:] = [found.expert]
         return found.weight, found.pooled, found.balance_loss
 

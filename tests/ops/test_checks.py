@@ -72,11 +72,6 @@ def test_indices_that_point_outside_are_refused_by_name() -> None:
     experts = int32(0, 1, 2, 4).view(2, 2)
     with pytest.raises(ValueError, match=r"dispatch_queries: expert must be between 0 and 3, got 4 at position 1, 1"):
         dispatch_queries(torch.ones(4, 1, 1), experts)
-    router = ROWS, torch.ones(4, 2), torch.zeros(4), int32(0, 1, 3), 2
-    with pytest.raises(ValueError, match=r"route_experts: expert must be between 0 and 3, got 4"):
-        route_experts(*router, expert=experts)
-    with pytest.raises(ValueError, match=r"expert must be distinct per user, got \[3, 3\] of user 1"):
-        route_experts(*router, expert=int32(0, 1, 3, 3).view(2, 2))
     with pytest.raises(
         ValueError, match=r"catalog_cross_entropy: target must be between 0 and 2, got -1 at position 1"
     ):

@@ -128,31 +128,6 @@ def test_narrow_dtypes_add_up_in_float32(dtype: torch.dtype, worst_row_error: Ro
         assert worst_row_error(actual, expected) < limit
 
 
-def test_autocast_changes_nothing() -> None:
-    queries, expert, outputs, weight = _inputs((5, 2, 4, 3, 7), torch.float32)
-    inputs = [tensor.requires_grad_() for tensor in (queries, outputs, weight)]
-
-    def results() -> tuple[Tensor, ...]:
-        result = combine_queries(dispatch_queries(queries, expert) * outputs, weight)
-        return (result, *torch.autograd.grad(result.square().sum(), inputs))
-
-    expected = results()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = results()
-    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
-
-
-def test_unneeded_gradients_stay_none() -> None:
-    _, _, outputs, weight = _inputs((5, 2, 4, 3, 7))
-    combine_queries(outputs, weight.requires_grad_()).sum().backward()
-    assert outputs.grad is None
-    assert weight.grad is not None
-    weight = weight.detach()
-    combine_queries(outputs.requires_grad_(), weight).sum().backward()
-    assert outputs.grad is not None
-    assert weight.grad is None
-
-
 def test_strides_do_not_matter_and_inputs_stay_as_they_were() -> None:
     queries, expert, outputs, weight = _inputs((5, 2, 4, 3, 7))
     before = [tensor.clone() for tensor in (queries, expert, outputs, weight)]
@@ -186,35 +161,6 @@ def test_combining_with_strided_inputs_has_the_gradients_of_dense_ones(turned: s
         assert ours.is_contiguous()
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)  # sums of 12 in another order
     torch.library.opcheck(torch.ops.laser_fast.combine_queries.default, tuple(strided))
-
-
-def test_backward_twice_is_bit_equal() -> None:
-    queries, expert, outputs, weight = _inputs((33, 3, 8, 4, 16), torch.float32)
-    inputs = [tensor.requires_grad_() for tensor in (queries, outputs, weight)]
-    loss = combine_queries(dispatch_queries(queries, expert) * outputs, weight).square().sum()
-    first, second = (torch.autograd.grad(loss, inputs, retain_graph=True) for _ in range(2))
-    assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
-
-
-@pytest.mark.parametrize("shape", SHAPES[1:3])
-def test_opcheck(shape: Shape) -> None:
-    queries, expert, outputs, weight = _inputs(shape)
-    torch.library.opcheck(torch.ops.laser_fast.dispatch_queries.default, (queries.requires_grad_(), expert))
-    arguments = (outputs.requires_grad_(), weight.requires_grad_())
-    torch.library.opcheck(torch.ops.laser_fast.combine_queries.default, arguments)
-
-
-def test_compiles_without_graph_break() -> None:
-    queries, expert, outputs, weight = _inputs((5, 2, 4, 3, 7))
-    inputs = [tensor.requires_grad_() for tensor in (queries, outputs, weight)]
-
-    def loss(queries: Tensor, outputs: Tensor, weight: Tensor) -> Tensor:
-        return combine_queries(dispatch_queries(queries, expert) * outputs, weight).square().sum()
-
-    actual, expected = torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs), loss(*inputs)
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
-    for one, other in zip(torch.autograd.grad(actual, inputs), torch.autograd.grad(expected, inputs), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 def test_nothing_is_read_back_from_the_device(inner_operations: type) -> None:
