@@ -7,31 +7,19 @@ of items at a time, the router's gradient, and last the sum of those. At D = 768
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from laser_fast.kernels.device import multiprocessors
-from laser_fast.kernels.routing import RoutingResult, dot, padded_experts, rows_per_program
+from laser_fast.kernels.routing import RoutingResult, dot, item_options, rows_per_program
 from laser_fast.kernels.rows import as_rows
-from laser_fast.kernels.tiles import precision_of, tile
+from laser_fast.kernels.tiles import tile
 
 _PARTIAL_BYTES = 8 << 20  # bound on the partial sums of the router's gradient, which stay in the L2 cache
 _RANGES = 2  # of items, per multiprocessor; times the column blocks, 24 programs at width 768
 _MOST_ON_TENSOR_CORES = 64  # experts; the parts of more would not fit into registers
-
-
-def _backward_options(states: Tensor, num_experts: int) -> dict[str, Any]:
-    """BLOCK_E, the tile and PRODUCT of the backward pass."""
-    experts = padded_experts(num_experts)
-    product = "tf32x3" if states.dtype == torch.float32 else "split"
-    if experts > _MOST_ON_TENSOR_CORES:
-        product = "ieee"
-    chosen = tile("grad_items", experts, precision_of(states))
-    return {"BLOCK_E": experts, "PRODUCT": product, **chosen.options("BLOCK_N", "BLOCK_D")}
 
 
 @triton.jit(do_not_specialize=["num_items"])
@@ -257,7 +245,9 @@ def route_backward(
     grad_router = result.load.new_empty((num_experts, width) if needs_router else (0,))
     grad_bias = result.load.new_empty(num_experts)
 
-    options = _backward_options(states, num_experts)
+    options = item_options("grad_items", states, num_experts)
+    if options["BLOCK_E"] > _MOST_ON_TENSOR_CORES:
+        options["PRODUCT"] = "ieee"
     router_size = num_experts * width
     max_programs = max(_PARTIAL_BYTES // (4 * router_size), 16)
     max_programs = min(max_programs, _RANGES * multiprocessors(states.device))

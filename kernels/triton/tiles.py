@@ -14,7 +14,10 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
+
+_MIN_DOT = 16  # smallest side of a matrix product on tensor cores
 
 
 class Key(NamedTuple):
@@ -132,6 +135,11 @@ TILES |= {
 def precision_of(tensor: Tensor) -> str:
     """As the keys name it."""
     return "float" if tensor.dtype == torch.float32 else "half"
+
+
+def padded_experts(num_experts: int) -> int:
+    """Experts of a tile that enters a matrix product."""
+    return max(_MIN_DOT, triton.next_power_of_2(num_experts))
 
 
 def tile(kernel: str, experts: int = 0, precision: str = "", size: str = "") -> Tile:

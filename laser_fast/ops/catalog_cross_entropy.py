@@ -177,10 +177,10 @@ def _catalog_cross_entropy_backward(
 
 
 @_catalog_cross_entropy_backward.register_fake
-def _(_: Tensor, users: Tensor, items: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    needs = others[5:7]
-    grads = (users.new_empty(users.shape if needs[0] else (0,)), items.new_empty(items.shape if needs[1] else (0,)))
-    return grads
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    users, items, needs_users, needs_items = (arguments[place] for place in (1, 2, 8, 9))
+    grad_users = users.new_empty(users.shape if needs_users else (0,))
+    return grad_users, items.new_empty(items.shape if needs_items else (0,))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

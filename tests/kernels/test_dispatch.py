@@ -169,52 +169,6 @@ def test_what_is_not_needed_is_empty_and_changes_nothing(
         assert torch.equal(one, other if needed else other.new_empty(0))
 
 
-def _strided(tensor: Tensor, how: str) -> Tensor:
-    if how == "transposed":
-        return tensor.transpose(0, -1).contiguous().transpose(0, -1)
-    if how == "every-other-column":
-        return torch.stack([tensor, torch.full_like(tensor, 3)], dim=-1)[..., 0]
-    return tensor[:1].expand(tensor.shape)  # "expanded"
-
-
-@pytest.mark.parametrize("how", ["transposed", "every-other-column", "expanded"])
-def test_strides_do_not_matter_and_inputs_stay_as_they_were(how: str, make: Callable[..., Batch]) -> None:
-    batch = Batch(*[_strided(tensor, how) for tensor in make(Shape(5, 2, 4, 3, 7))])
-    assert not any(tensor.is_contiguous() for tensor in batch)
-    before = [tensor.clone() for tensor in batch]
-
-    def run(given: Batch) -> list[Tensor]:
-        needs = {"needs_outputs": True, "needs_weight": True}
-        return [
-            kernels.dispatch_forward(given.queries, given.expert),
-            kernels.dispatch_backward(given.outputs, given.expert, 4),
-            kernels.combine_forward(given.outputs, given.weight),
-            *kernels.combine_backward(given.grad, given.outputs, given.weight, **needs),
-        ]
-
-    expected = run(Batch(*[tensor.contiguous() for tensor in batch]))
-    for one, other in zip(run(batch), expected, strict=True):
-        assert one.is_contiguous()
-        assert torch.equal(one, other)
-    assert all(torch.equal(now, then) for now, then in zip(batch, before, strict=True))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_two_launches_are_bit_equal(dtype: torch.dtype, make: Callable[..., Batch]) -> None:
-    batch = make(Shape(24, 3, 7, 5, 13), dtype)
-    runs = []
-    for _ in range(2):
-        needs = {"needs_outputs": True, "needs_weight": True}
-        runs.append(
-            [
-                kernels.dispatch_backward(batch.outputs, batch.expert, 7),
-                kernels.combine_forward(batch.outputs, batch.weight),
-                *kernels.combine_backward(batch.grad, batch.outputs, batch.weight, **needs),
-            ]
-        )
-    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
-
-
 def test_a_user_is_combined_alone_as_among_others(make: Callable[..., Batch]) -> None:
     batch = make(Shape(6, 3, 7, 25, 41))
     together = kernels.combine_forward(batch.outputs, batch.weight)

@@ -25,64 +25,6 @@ def _grads(result: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ones_like(result.weight), torch.zeros_like(result.pooled), torch.ones_like(result.balance_loss)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize(
-    ("lengths", "width", "num_experts", "top_k"),
-    [
-        pytest.param((0, 3, 0, 5, 1, 0), 5, 7, 3, id="smaller-than-any-tile"),
-        pytest.param((40, 0, 25), 129, 8, 3, id="one-past-tiles"),
-        pytest.param((9, 5), 50, 33, 4, id="E33"),
-    ],
-)
-def test_routing_writes_nothing_but_its_results(
-    lengths: tuple[int, ...],
-    width: int,
-    num_experts: int,
-    top_k: int,
-    dtype: torch.dtype,
-    routing_inputs: Make,
-    guarded_memory: type,
-) -> None:
-    inputs = routing_inputs(lengths, width, num_experts, top_k, dtype)
-    arguments = inputs.states, inputs.router, inputs.cu_seqlens
-    memory = guarded_memory()
-    with memory:
-        result = route_forward(*inputs, "softmax")
-    grads = _grads(result)
-    with memory:
-        actual = route_backward(grads, *arguments, result, **BOTH)
-        route_backward(grads, *arguments, result, weighting="softmax", needs=(False, False))
-    memory.assert_untouched()
-    # results and partial sums; three gradients, that of the logits and partial sums, twice
-    assert len(memory.buffers) == 7 + 2 * 5
-    expected = route_forward(*inputs, "softmax")
-    assert all(torch.equal(one, other) for one, other in zip(result, expected, strict=True))
-    expected_grads = route_backward(grads, *arguments, expected, **BOTH)
-    assert all(torch.equal(one, other) for one, other in zip(actual, expected_grads, strict=True))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("slab", [(3, 7), (25, 41)], ids=["smaller-than-a-block", "one-past-a-block"])
-@pytest.mark.parametrize("num_experts", [5, 33])
-def test_dispatch_and_combine_write_nothing_but_their_results(
-    num_experts: int, slab: tuple[int, int], dtype: torch.dtype, device: torch.device, guarded_memory: type
-) -> None:
-    queries = torch.ones(num_experts, *slab, dtype=dtype, device=device)
-    expert = torch.tensor([[1, 0], [4, 2], [3, 1]], dtype=torch.int32, device=device)
-    weight = torch.full((3, 2), 0.5, device=device)
-    memory = guarded_memory()
-    with memory:
-        dispatched = dispatch.dispatch_forward(queries, expert)
-        combined = dispatch.combine_forward(dispatched, weight)
-        dispatch.combine_backward(combined, dispatched, weight, needs_outputs=True, needs_weight=True)
-        dispatch.combine_backward(combined, dispatched, weight, needs_outputs=True, needs_weight=False)
-        dispatch.combine_backward(combined, dispatched, weight, needs_outputs=False, needs_weight=True)
-        dispatch.dispatch_backward(dispatched, expert, num_experts)
-    memory.assert_untouched()
-    assert len(memory.buffers) == 9
-    assert torch.equal(combined, torch.ones_like(combined))
-
-
 def test_the_guards_see_a_store_beside_the_result(device: torch.device, guarded_memory: type) -> None:
     memory = guarded_memory()
     with memory:

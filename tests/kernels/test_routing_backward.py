@@ -208,35 +208,3 @@ def test_a_nan_stays_with_its_user(routing_inputs: Make) -> None:
     others = [*range(5), *range(9, 18)]
     assert torch.equal(grads[0][0][others], grads[1][0][others])
     assert grads[1][0][5:9].isnan().all()
-
-
-@pytest.mark.parametrize("how", ["transposed", "every-other-column", "rows-apart", "expanded"])
-def test_strides_do_not_matter_and_inputs_stay_as_they_were(how: str, routing_inputs: Make) -> None:
-    inputs = routing_inputs((12, 7), 33, 7, 3)
-    spaced = torch.stack([inputs.states, torch.full_like(inputs.states, torch.nan)], dim=2)
-    strided = {
-        "transposed": inputs.states.T.contiguous().T,
-        "every-other-column": spaced.flatten(1)[:, ::2],
-        "rows-apart": spaced.transpose(1, 2).flatten(1)[:, :33],
-        "expanded": inputs.states[:1].expand(19, 33),
-    }[how]
-    assert not strided.is_contiguous()
-    turned = inputs._replace(states=strided, router=inputs.router.T.contiguous().T)
-    result = route_forward(*turned, "softmax")
-    grads = Grads(*[grad.flatten()[:1].view([1] * grad.dim()).expand(grad.shape) for grad in _grads(result)])
-    before = [tensor.clone() for tensor in (*turned[:4], *result, *grads)]
-    actual = _backward(turned, result, grads)
-    dense = Grads(*[grad.contiguous() for grad in grads])
-    expected = _backward(inputs._replace(states=strided.contiguous()), result, dense)
-    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
-    assert actual[0].is_contiguous()
-    after = (*turned[:4], *result, *grads)
-    assert all(torch.equal(now, then) for now, then in zip(after, before, strict=True))
-
-
-def test_two_launches_are_bit_equal(routing_inputs: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    _limit(monkeypatch, 2)
-    inputs = routing_inputs((65, 10, 31), 33, 7, 3, torch.float16)
-    result = route_forward(*inputs, "softmax")
-    first, second = (_backward(inputs, result, _grads(result)) for _ in range(2))
-    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
