@@ -235,6 +235,18 @@ class RoutingResult(NamedTuple):
     probability: Tensor
 
 
+def _new_result(states: Tensor, num_users: int, num_experts: int, top_k: int) -> RoutingResult:
+    new = partial(states.new_empty, dtype=torch.float32)
+    return RoutingResult(
+        weight=new((num_users, top_k)),
+        pooled=new((num_users, num_experts)),
+        balance_loss=new(()),
+        expert=states.new_empty((num_users, top_k), dtype=torch.int32),
+        load=new((num_experts,)),
+        probability=new((states.shape[0], num_experts)),
+    )
+
+
 def route_forward(
     states: Tensor,
     router: Tensor,
@@ -254,16 +266,8 @@ def route_forward(
     options = item_options("route_items", states, num_experts, "few" if num_items < SMALL_BATCH else "many")
     rows = rows_per_program(num_items, options["BLOCK_N"], _PROGRAMS * multiprocessors(states.device))
     num_programs = triton.cdiv(num_items, rows) if num_items else 0
-    new = partial(states.new_empty, dtype=torch.float32)
-    result = RoutingResult(
-        weight=new((num_users, top_k)),
-        pooled=new((num_users, num_experts)),
-        balance_loss=new(()),
-        expert=states.new_empty((num_users, top_k), dtype=torch.int32),
-        load=new((num_experts,)),
-        probability=new((num_items, num_experts)),
-    )
-    partial_sums = new((num_programs, 2, num_experts))
+    result = _new_result(states, num_users, num_experts, top_k)
+    partial_sums = result.load.new_empty(num_programs, 2, num_experts)
     with torch.cuda.device_of(states):
         if num_items:
             _route_items_kernel[(num_programs,)](

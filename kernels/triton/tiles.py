@@ -3,7 +3,7 @@
 The order is that of a sweep, `python bench/tune_kernels.py OUT.json`, which times all candidates on a GPU and prints
 the lines below anew. NOT YET TIMED: until then first comes what compiles best, without a spilled register on any
 architecture and with many bytes in flight (at 8 experts 24 KiB and more per multiprocessor of an H100, where 14 KiB
-hide 600 ns at 3 TB/s). tests/kernels compiles every tile that runs for every architecture, and all others for two.
+hide 600 ns at 3 TB/s). tests/kernels compiles every tile that runs for every architecture, and all others for one.
 Nothing is tuned at run time, so that a kernel is compiled once, and that a result does not depend on a stopwatch.
 """
 

@@ -15,13 +15,9 @@ from laser_fast.kernels import dispatch as kernels
 from laser_fast.ops import combine_queries_reference, dispatch_queries_reference
 from laser_fast.ops.dispatch import _sum_by_product
 
-Check = Callable[..., None]
+from .kernel_cases import DTYPES
 
-DTYPES = [
-    pytest.param(torch.float32, id="fp32"),
-    pytest.param(torch.float16, id="fp16"),
-    pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.gpu),  # the interpreter truncates where GPUs round
-]
+Check = Callable[..., None]
 
 
 class Shape(NamedTuple):

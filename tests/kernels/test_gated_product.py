@@ -14,12 +14,9 @@ pytest.importorskip("triton", reason="the kernels are written in Triton")
 from laser_fast.kernels.gated_product import gated_product_backward, gated_product_forward
 from laser_fast.ops.gated_product import ACTIVATIONS, gated_product_reference
 
+from .kernel_cases import DTYPES
+
 Check = Callable[..., None]
-DTYPES = [
-    pytest.param(torch.float32, id="fp32"),
-    pytest.param(torch.float16, id="fp16"),
-    pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.gpu),  # the interpreter truncates where GPUs round
-]
 SHAPES = [
     pytest.param((12, 1), id="width-1"),
     pytest.param((1, 48), id="one-row"),

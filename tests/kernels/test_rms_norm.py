@@ -14,12 +14,9 @@ pytest.importorskip("triton", reason="the kernels are written in Triton")
 from laser_fast.kernels import rms_norm as kernels
 from laser_fast.ops.rms_norm import NormKind, _scale, rms_norm_reference
 
+from .kernel_cases import DTYPES
+
 Check = Callable[..., None]
-DTYPES = [
-    pytest.param(torch.float32, id="fp32"),
-    pytest.param(torch.float16, id="fp16"),
-    pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.gpu),  # the interpreter truncates where GPUs round
-]
 KINDS = [
     pytest.param(NormKind(0.0, True, 1e-6), id="late-weight"),
     pytest.param(NormKind(0.0, False, 1e-5), id="early-weight"),

@@ -14,13 +14,9 @@ pytest.importorskip("triton", reason="the kernels are written in Triton")
 from laser_fast.kernels.rotary import rotary
 from laser_fast.ops import rotary_embedding_reference
 
-Check = Callable[..., None]
+from .kernel_cases import DTYPES
 
-DTYPES = [
-    pytest.param(torch.float32, id="fp32"),
-    pytest.param(torch.float16, id="fp16"),
-    pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.gpu),  # the interpreter truncates where GPUs round
-]
+Check = Callable[..., None]
 
 
 class Shape(NamedTuple):
