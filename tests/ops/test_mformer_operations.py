@@ -186,6 +186,14 @@ def test_backward_twice_and_two_runs_are_bit_equal(device: torch.device) -> None
         assert torch.equal(one, three)
 
 
+def test_nothing_is_read_back_from_the_device(inner_operations: type) -> None:
+    with inner_operations() as seen:
+        _grads(_batch(torch.device("cpu")))
+    operations = {name for name in seen.names if name.startswith("laser_fast")}
+    assert len(operations) == 6 and "aten::bucketize" in seen.names
+    assert seen.readbacks == []
+
+
 def _train(device: torch.device, steps: int = 8) -> list[float]:
     """Losses of a small M-Former that learns to write given prefixes."""
     torch.manual_seed(0)
