@@ -1,6 +1,6 @@
 """Operations on tensors: each a custom op with a torch reference, a fake, autograd and one public, checked function.
 
-Those of the frozen model, called in every layer, are plain functions for autograd functions (gated_product, rms_norm).
+The gated product and RMSNorm, which a step calls in every frozen layer, are plain functions for autograd functions.
 """
 
 from laser_fast.ops.catalog_cross_entropy import catalog_cross_entropy, catalog_cross_entropy_reference

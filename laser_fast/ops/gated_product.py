@@ -1,8 +1,8 @@
 """The product in a gated MLP, `act(gate) * up`, forward and backward, for autograd functions (formulas: the kernel).
 
-Plain functions and no operators of torch.library: a step calls them once a layer and direction, and a frozen layer that
-is compiled runs the forward of its own class. Backward writes where it is told to, so that a caller who owns gate and
-up needs no memory for it.
+They are plain functions, not custom ops: a step calls them once a layer and direction, and a compiled frozen layer runs
+the forward of its own class. Backward writes where it is told to, so that a caller who owns gate and up needs no memory
+for it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """RMSNorm with a frozen weight, forward and backward, for autograd functions (formulas: the kernel).
 
-Plain functions and no operators of torch.library: a step calls them twice a layer and direction, and a frozen layer
-that is compiled runs the forward of its own class.
+They are plain functions, not custom ops: a step calls them twice a layer and direction, and a compiled frozen layer
+runs the forward of its own class.
 """
 
 from __future__ import annotations
