@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent
 LIBRARY = "laser_fast_native.so"
 CPU_SOURCES = ("prefix_kv.cpp",)
 # all by nvcc, which knows where the headers of CUDA are
-CUDA_SOURCES = ("prefix_kv.cu", "prefix_kv_backward.cu", "prefix_kv_cuda.cpp")
+CUDA_SOURCES = ("prefix_kv.cu", "prefix_kv_cuda.cpp")
 DEFAULT_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX")  # nvcc before 12.8 does not know the last two
 
 

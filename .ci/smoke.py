@@ -7,7 +7,7 @@ import torch
 
 import laser_fast
 import laser_fast.kernels
-from laser_fast.ops import inject_prefix_kv, native
+from laser_fast.ops import backends, inject_prefix_kv
 
 place = Path(laser_fast.__file__).resolve()
 if not place.is_relative_to(Path(sys.prefix).resolve()):
@@ -21,4 +21,4 @@ text, prefix = torch.zeros(3, 1, 2), torch.ones(1, 1, 1, 2)
 key, _, offsets = inject_prefix_kv(text, text, prefix, prefix, torch.tensor([0, 1, 3], dtype=torch.int32))
 if key[:, 0, 0].tolist() != [1, 0, 1, 0, 0] or offsets.tolist() != [0, 2, 5]:
     sys.exit(f"smoke: inject_prefix_kv gives {key[:, 0, 0].tolist()}, {offsets.tolist()}")
-print(f"smoke: laser_fast {laser_fast.__version__}, compiled library: {native.load_native().level}")
+print(f"smoke: laser_fast {laser_fast.__version__}, compiled library: {backends.load_native().level}")

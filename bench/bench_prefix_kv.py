@@ -5,7 +5,6 @@ along one dimension are views that cost no copy.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -16,7 +15,7 @@ from torch import Tensor
 from workloads import Case
 
 from laser_fast.lm.attention.packed_attention import varlen_attention
-from laser_fast.ops import inject_prefix_kv, inject_prefix_kv_layers
+from laser_fast.ops import inject_prefix_kv
 
 
 class Injection(NamedTuple):
@@ -45,7 +44,6 @@ CASES = [
     for mode in (["plain"] if shape[0] == "cpu" else ["plain", "graph"])
 ]
 SHARED = [case for case in CASES if case.workload.shared]
-LAYERS = {"cpu": 4, "cuda": 32}
 
 
 def moved_bytes(shape: Injection, name: str) -> int:
@@ -105,28 +103,6 @@ def test_inject_prefix_kv(case: Case, name: str, compare_forms: CompareForms) ->
     candidate = Form(lambda *tensors: inject_prefix_kv(*tensors, cu_seqlens)[:2], inputs)
     moved = moved_bytes(shape, name)
     compare_forms(case, name, candidate, {**baselines, "padded": padded_form(shape, inputs)}, moved_bytes=moved)
-
-
-@pytest.mark.parametrize("case", SHARED, ids=str, indirect=True)
-def test_inject_prefix_kv_layers(case: Case, compare: Compare) -> None:
-    if case.mode != "plain":
-        pytest.skip("launches are what one call saves; a graph has none")
-    shape, layers = case.workload, LAYERS[case.workload.device]
-    tensors = [tensor.detach().expand(layers, *tensor.shape).contiguous() for tensor in make_tensors(shape)]
-    cu_seqlens = make_offsets(shape)
-
-    def one_by_one() -> list[tuple[Tensor, ...]]:
-        return [inject_prefix_kv(*[tensor[layer] for tensor in tensors], cu_seqlens) for layer in range(layers)]
-
-    together = inject_prefix_kv_layers(*tensors, cu_seqlens)
-    assert all(torch.equal(together[0][layer], parts[0]) for layer, parts in enumerate(one_by_one()))
-    moved = layers * moved_bytes(shape, "forward")
-    compare(
-        partial(inject_prefix_kv_layers, *tensors, cu_seqlens),
-        {"layer_by_layer": one_by_one},
-        moved_bytes=moved,
-        shape={**shape._asdict(), "dtype": str(shape.dtype), "layers": layers},
-    )
 
 
 @pytest.mark.parametrize("case", SHARED, ids=str, indirect=True)

@@ -92,13 +92,13 @@ def launch_of(key: Key, shape: Workload) -> Launch:
     )
     bias = normal(shape.experts, dtype=torch.float32)
     cu_seqlens = cu_seqlens_from_lengths(torch.full((shape.users,), shape.items)).to(shape.device)
-    forward = (states, router, bias, cu_seqlens, shape.top_k, "softmax", None)
+    forward = (states, router, bias, cu_seqlens, shape.top_k, "softmax")
     if key.kernel in ("route_items", "route_users"):
         return lambda: routing.route_forward(*forward)[1:3]  # two near-ties may change places, these stay
     result = routing.route_forward(*forward)
     grads = torch.ones_like(result.weight), normal(*result.pooled.shape, dtype=torch.float32), result.balance_loss
-    needs = {"needs_states": True, "needs_router": True}
-    return lambda: route_backward(*grads, states, router, cu_seqlens, result, "softmax", **needs)
+    arguments = (grads, states, router, cu_seqlens, result)
+    return lambda: route_backward(*arguments, weighting="softmax", needs=(True, True))
 
 
 def _of_candidate(key: Key, candidate: Tile, launch: Launch) -> Launch:

@@ -33,33 +33,21 @@ struct PrefixLayout {
   LASER_FAST_HOST_DEVICE bool one_prefix_each() const { return slots == nullptr && num_prefixes == num_sequences; }
 };
 
-struct PrefixCopy {
-  const char* text;    // [L, T, Hkv, d]
-  const char* prefix;  // [L, S, P, Hkv, d]
-  char* output;        // [L, T + B*P, Hkv, d]
+enum class Element { kHalf, kBfloat16, kFloat, kDouble };
+
+// Keys or values. Forward reads text and prefix and writes the output; backward reads the output's gradient and writes
+// the others, of which those that nobody wants are null.
+struct PrefixTensor {
+  char* text;    // [T, Hkv, d]
+  char* prefix;  // [S, P, Hkv, d]
+  char* output;  // [T + B*P, Hkv, d]
 };
 
 struct PrefixArguments {
   PrefixLayout layout;
-  PrefixCopy key, value;
-  int32_t* output_offsets;  // [B+1]
+  PrefixTensor key, value;
+  int32_t* output_offsets;  // [B+1], written by forward
   int64_t row_bytes;        // Hkv * d * element size
-  int64_t num_layers;       // L; 1 where the tensors have no such dimension
-};
-
-// A gradient on its way back: rows of the text are copied, rows of a prefix copied or summed over its sequences.
-struct PrefixGrad {
-  const char* output;  // [T + B*P, Hkv, d]; null: neither of the others is wanted
-  char* text;          // [T, Hkv, d] or null
-  char* prefix;        // [S, P, Hkv, d] or null
-};
-
-enum class Element { kHalf, kBfloat16, kFloat, kDouble };
-
-struct PrefixGradArguments {
-  PrefixLayout layout;
-  PrefixGrad key, value;
-  int64_t row_bytes;
   Element element;
 };
 
@@ -83,11 +71,6 @@ LASER_FAST_HOST_DEVICE int64_t prefix_of_sequence(const PrefixLayout& layout, in
   if (layout.slots == nullptr) return layout.num_prefixes == 1 ? 0 : sequence;
   const int64_t slot = layout.slots[sequence];
   return slot >= 0 && slot < layout.num_prefixes ? slot : -1;
-}
-
-LASER_FAST_HOST_DEVICE int64_t prefix_row(const PrefixLayout& layout, int64_t sequence, int64_t position) {
-  const int64_t prefix = prefix_of_sequence(layout, sequence);
-  return prefix < 0 ? -1 : prefix * layout.prefix_length + position;
 }
 
 // The output row of a prefix position, -1 where malformed offsets put it outside.
@@ -115,7 +98,10 @@ LASER_FAST_HOST_DEVICE PrefixSource source_in_sequence(const PrefixLayout& layou
                                                        int64_t output_row) {
   const int64_t position = output_row - output_begin(layout, sequence);
   if (position < 0) return {false, -1};
-  if (position < layout.prefix_length) return {true, prefix_row(layout, sequence, position)};
+  if (position < layout.prefix_length) {
+    const int64_t prefix = prefix_of_sequence(layout, sequence);
+    return {true, prefix < 0 ? -1 : prefix * layout.prefix_length + position};
+  }
   const int64_t text_row = output_row - (sequence + 1) * layout.prefix_length;
   return {false, text_row >= 0 && text_row < layout.num_text_rows ? text_row : -1};
 }

@@ -19,16 +19,10 @@ inline float float_of(uint32_t bits) {
   return number;
 }
 
-struct Single {
-  using Stored = float;
-  using Wide = float;
-  static Wide widen(Stored x) { return x; }
-  static Stored round(Wide x) { return x; }
-};
-
-struct Double {
-  using Stored = double;
-  using Wide = double;
+template <typename T>
+struct Native {
+  using Stored = T;
+  using Wide = T;
   static Wide widen(Stored x) { return x; }
   static Stored round(Wide x) { return x; }
 };

@@ -10,8 +10,8 @@ namespace laser_fast {
 
 // All launch on the current device and return without waiting.
 cudaError_t launch_inject(const PrefixArguments& arguments, cudaStream_t stream);
-cudaError_t launch_gather(const PrefixGradArguments& arguments, cudaStream_t stream);
-cudaError_t launch_sum(const PrefixGradArguments& arguments, cudaStream_t stream);
+cudaError_t launch_gather(const PrefixArguments& arguments, cudaStream_t stream);
+cudaError_t launch_sum(const PrefixArguments& arguments, cudaStream_t stream);
 cudaError_t launch_probe();
 
 }  // namespace laser_fast

@@ -83,58 +83,42 @@ inline void copy_rows(char* to, int64_t to_row, const char* from, int64_t from_r
   if (num_rows * row_bytes > 0) std::memcpy(to + to_row * row_bytes, from + from_row * row_bytes, num_rows * row_bytes);
 }
 
-inline void write_output_offsets(const PrefixLayout& layout, int32_t* output_offsets) {
-  for (int64_t b = 0; b <= layout.num_sequences; ++b) output_offsets[b] = static_cast<int32_t>(output_begin(layout, b));
-}
-
-// Calls part(layer, begin, end) for a fixed split of the output rows of all layers.
-template <typename Part>
-void over_output_rows(const PrefixLayout& layout, int64_t num_layers, int64_t row_bytes, int64_t num_threads,
-                      const Part& part) {
-  const int64_t rows = layout.num_output_rows();
-  if (row_bytes == 0) return;  // rows without numbers may be many
-  in_parallel(num_layers * rows, 2 * num_layers * rows * row_bytes, num_threads, [&](int64_t begin, int64_t end) {
-    while (begin < end) {
-      const int64_t layer = begin / rows, stop = std::min(end, (layer + 1) * rows);
-      part(layer, begin - layer * rows, stop - layer * rows);
-      begin = stop;
-    }
-  });
+// Calls run(source, output_row, num_rows) for all stretches of output rows, on up to num_threads threads.
+template <typename Run>
+void for_all_runs(const PrefixArguments& arguments, int64_t num_threads, const Run& run) {
+  const int64_t rows = arguments.layout.num_output_rows();
+  if (arguments.row_bytes == 0) return;  // rows without numbers may be many
+  in_parallel(rows, 2 * rows * arguments.row_bytes, num_threads,
+              [&](int64_t begin, int64_t end) { for_each_run(arguments.layout, begin, end, run); });
 }
 
 inline void inject_rows(const PrefixArguments& arguments, int64_t num_threads) {
   const PrefixLayout& layout = arguments.layout;
-  const int64_t row_bytes = arguments.row_bytes;
-  over_output_rows(
-      layout, arguments.num_layers, row_bytes, num_threads, [&](int64_t layer, int64_t begin, int64_t end) {
-        for_each_run(layout, begin, end, [&](PrefixSource source, int64_t row, int64_t num_rows) {
-          for (const PrefixCopy& tensor : {arguments.key, arguments.value}) {
-            const char* from = source.from_prefix ? tensor.prefix : tensor.text;
-            const int64_t layer_rows = source.from_prefix ? layout.num_prefix_rows() : layout.num_text_rows;
-            copy_rows(tensor.output, layer * layout.num_output_rows() + row, from, layer * layer_rows + source.row,
-                      num_rows, row_bytes);
-          }
-        });
-      });
-  write_output_offsets(layout, arguments.output_offsets);
+  for_all_runs(arguments, num_threads, [&](PrefixSource source, int64_t row, int64_t num_rows) {
+    for (const PrefixTensor& tensor : {arguments.key, arguments.value}) {
+      const char* from = source.from_prefix ? tensor.prefix : tensor.text;
+      copy_rows(tensor.output, row, from, source.row, num_rows, arguments.row_bytes);
+    }
+  });
+  for (int64_t b = 0; b <= layout.num_sequences; ++b) {
+    arguments.output_offsets[b] = static_cast<int32_t>(output_begin(layout, b));
+  }
 }
 
 // Gradients of text, and of prefixes that belong to one sequence each: every output row has one place to go to.
-inline void gather_rows(const PrefixGradArguments& arguments, int64_t num_threads) {
-  const PrefixLayout& layout = arguments.layout;
-  over_output_rows(layout, 1, arguments.row_bytes, num_threads, [&](int64_t, int64_t begin, int64_t end) {
-    for_each_run(layout, begin, end, [&](PrefixSource source, int64_t row, int64_t num_rows) {
-      for (const PrefixGrad& tensor : {arguments.key, arguments.value}) {
-        char* to = !source.from_prefix ? tensor.text : layout.one_prefix_each() ? tensor.prefix : nullptr;
-        if (to != nullptr) copy_rows(to, source.row, tensor.output, row, num_rows, arguments.row_bytes);
-      }
-    });
+inline void gather_rows(const PrefixArguments& arguments, int64_t num_threads) {
+  for_all_runs(arguments, num_threads, [&](PrefixSource source, int64_t row, int64_t num_rows) {
+    if (source.from_prefix && !arguments.layout.one_prefix_each()) return;
+    for (const PrefixTensor& tensor : {arguments.key, arguments.value}) {
+      char* to = source.from_prefix ? tensor.prefix : tensor.text;
+      if (to != nullptr) copy_rows(to, source.row, tensor.output, row, num_rows, arguments.row_bytes);
+    }
   });
 }
 
 // One row of a prefix's gradient: the sum over its sequences, rounded once.
 template <typename E>
-void sum_prefix_row(const PrefixLayout& layout, const PrefixGrad& tensor, int64_t prefix_row_index, int64_t width) {
+void sum_prefix_row(const PrefixLayout& layout, const PrefixTensor& tensor, int64_t prefix_row_index, int64_t width) {
   constexpr int64_t kColumns = 256;  // the parts of so many columns stay in the first cache
   using Stored = typename E::Stored;
   using Wide = typename E::Wide;
@@ -158,13 +142,13 @@ void sum_prefix_row(const PrefixLayout& layout, const PrefixGrad& tensor, int64_
 }
 
 template <typename E>
-void sum_prefix_rows(const PrefixGradArguments& arguments, int64_t num_threads) {
+void sum_prefix_rows(const PrefixArguments& arguments, int64_t num_threads) {
   const PrefixLayout& layout = arguments.layout;
   const int64_t rows = layout.num_prefix_rows();
   const int64_t width = arguments.row_bytes / static_cast<int64_t>(sizeof(typename E::Stored));
   const int64_t bytes = 2 * (layout.num_sequences * layout.prefix_length + rows) * arguments.row_bytes;
   in_parallel(rows, bytes, num_threads, [&](int64_t begin, int64_t end) {
-    for (const PrefixGrad& tensor : {arguments.key, arguments.value}) {
+    for (const PrefixTensor& tensor : {arguments.key, arguments.value}) {
       for (int64_t row = begin; tensor.prefix != nullptr && row < end; ++row) {
         sum_prefix_row<E>(layout, tensor, row, width);
       }
@@ -172,7 +156,7 @@ void sum_prefix_rows(const PrefixGradArguments& arguments, int64_t num_threads) 
   });
 }
 
-inline void sum_prefixes(const PrefixGradArguments& arguments, int64_t num_threads) {
+inline void sum_prefixes(const PrefixArguments& arguments, int64_t num_threads) {
   if (arguments.layout.one_prefix_each()) return;
   switch (arguments.element) {
     case Element::kHalf:
@@ -180,9 +164,9 @@ inline void sum_prefixes(const PrefixGradArguments& arguments, int64_t num_threa
     case Element::kBfloat16:
       return sum_prefix_rows<Bfloat16>(arguments, num_threads);
     case Element::kFloat:
-      return sum_prefix_rows<Single>(arguments, num_threads);
+      return sum_prefix_rows<Native<float>>(arguments, num_threads);
     case Element::kDouble:
-      return sum_prefix_rows<Double>(arguments, num_threads);
+      return sum_prefix_rows<Native<double>>(arguments, num_threads);
   }
 }
 

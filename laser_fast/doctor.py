@@ -21,16 +21,15 @@ _OPERATIONS = (
     "dispatch_queries",
     "combine_queries",
     "inject_prefix_kv",
-    "inject_prefix_kv_layers",
     "rotary_embedding",
     "catalog_cross_entropy",
     "catalog_topk",
     "gated_product",
     "rms_norm",
 )
-_COMPILED_OPERATIONS = ("inject_prefix_kv", "inject_prefix_kv_layers")
+_COMPILED_OPERATIONS = ("inject_prefix_kv",)
 _REFERENCE = "torch reference"
-_PLAIN_OPERATIONS = ("gated_product", "rms_norm")  # functions over Triton kernels, which no registry knows
+_TORCH_OPERATIONS = ("catalog_cross_entropy", "catalog_topk")  # the others have a Triton kernel
 
 
 @dataclass(frozen=True)
@@ -132,11 +131,11 @@ def _triton() -> _Found:
 
 
 def _compiled_library() -> _Found:
-    from laser_fast.ops import native
+    from laser_fast.ops import backends
 
-    library = native.load_native()
+    library = backends.load_native()
     if library.level == "none":
-        return _Found("", False, library.reason, native.REMEDY)
+        return _Found("", False, library.reason, backends.NATIVE_REMEDY)
     return _Found(f"for {library.level}", True, library.reason)
 
 
@@ -179,24 +178,20 @@ def _flash_attention() -> _Found:
 def _operation(name: str) -> _Found:
     import torch
 
-    from laser_fast.ops import native, triton_kernels
+    from laser_fast.ops import backends
 
     gpu = torch.cuda.is_available()
     device = "CUDA" if gpu else "CPU"
     if name in _COMPILED_OPERATIONS:
-        library = native.load_native()
-        absence = native.cuda_absence(torch.cuda.current_device()) if gpu else ""
+        library = backends.load_native()
+        absence = backends.cuda_absence(torch.cuda.current_device()) if gpu else ""
         if library.level != "none" and not absence:
             return _Found(f"compiled {device}")
-        return _Found(_REFERENCE, True, f"compiled {device} code: {absence or library.reason}", native.REMEDY)
-    # the registry of torch.library tells whether an operation has a kernel of its own for the GPU
-    has_kernel = name in _PLAIN_OPERATIONS or torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"laser_fast::{name}", "CUDA"
-    )
-    if not gpu or not has_kernel:
+        return _Found(_REFERENCE, True, f"compiled {device} code: {absence or library.reason}", backends.NATIVE_REMEDY)
+    if not gpu or name in _TORCH_OPERATIONS:
         return _Found(_REFERENCE, True, "no GPU kernel in this version" if gpu else "no CUDA device")
-    if absence := triton_kernels.triton_absence(torch.cuda.current_device()):
-        return _Found(_REFERENCE, True, absence, triton_kernels.REMEDY if "not installed" in absence else "")
+    if absence := backends.triton_absence(torch.cuda.current_device()):
+        return _Found(_REFERENCE, True, absence, backends.TRITON_REMEDY if "not installed" in absence else "")
     return _Found("Triton")
 
 

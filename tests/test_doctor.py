@@ -16,7 +16,7 @@ import laser_fast.ops
 from laser_fast import doctor
 from laser_fast.cli import main
 from laser_fast.lm.attention import flash as attention_flash
-from laser_fast.ops import native, triton_kernels
+from laser_fast.ops import backends
 
 Patch, Printed = pytest.MonkeyPatch, pytest.CaptureFixture[str]
 
@@ -78,8 +78,8 @@ def test_a_missing_required_component_fails_the_command(
 
 
 def test_missing_library_is_reported_with_reason_and_reference(monkeypatch: Patch) -> None:
-    absent = native.NativeLibrary("none", "no C++ compiler found when it was installed", None)
-    monkeypatch.setattr(native, "load_native", lambda: absent)
+    absent = backends.NativeLibrary("none", "no C++ compiler found when it was installed", None)
+    monkeypatch.setattr(backends, "load_native", lambda: absent)
     assert not report("compiled library").on
     assert report("compiled library").reason == absent.reason
     assert report("op inject_prefix_kv").version == "torch reference"
@@ -87,8 +87,8 @@ def test_missing_library_is_reported_with_reason_and_reference(monkeypatch: Patc
 
 
 def test_library_in_use_is_reported() -> None:
-    if native.load_native().module is None:
-        pytest.skip(f"no compiled library: {native.load_native().reason}")
+    if backends.load_native().module is None:
+        pytest.skip(f"no compiled library: {backends.load_native().reason}")
     assert report("compiled library").on
     wanted = "compiled CUDA" if torch.cuda.is_available() else "compiled CPU"
     assert report("op inject_prefix_kv").version == wanted
@@ -110,7 +110,7 @@ def test_missing_triton(monkeypatch: Patch) -> None:
 def test_operations_with_a_triton_kernel(absence: str, version: str, remedy: str, monkeypatch: Patch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(triton_kernels, "triton_absence", lambda index: absence)
+    monkeypatch.setattr(backends, "triton_absence", lambda index: absence)
     for name in ("route_experts", "dispatch_queries", "combine_queries", "gated_product", "rms_norm"):
         line = report(f"op {name}")
         assert (line.version, line.reason, line.remedy) == (version, absence, remedy)

@@ -66,10 +66,10 @@ sys.modules["tvm_ffi"] = None
 import torch, warnings
 warnings.simplefilter("ignore")
 import laser_fast
-from laser_fast.ops import inject_prefix_kv, native
+from laser_fast.ops import backends, inject_prefix_kv
 text, prefix = torch.zeros(3, 1, 2), torch.ones(2, 1, 1, 2)
 key, _, offsets = inject_prefix_kv(text, text, prefix, prefix, torch.tensor([0, 1, 3], dtype=torch.int32))
-print(json.dumps([native.load_native().level, key[:, 0, 0].tolist(), offsets.tolist()]))
+print(json.dumps([backends.load_native().level, key[:, 0, 0].tolist(), offsets.tolist()]))
 """
     level, key, offsets = run_python(code)
     assert level == "none"

@@ -24,7 +24,7 @@ if not (ROOT / "setup.py").is_file():
     pytest.skip("needs the source tree, not only the tests", allow_module_level=True)
 
 Patch, Printed = pytest.MonkeyPatch, pytest.CaptureFixture[str]
-OPERATIONS = ("inject_prefix_kv", "inject_prefix_kv_backward", "inject_prefix_kv_layers")
+OPERATIONS = ("inject_prefix_kv", "inject_prefix_kv_backward")
 _PIP = pytest.mark.usefixtures("package_index")
 _NEEDS_CXX = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on PATH")
 _NVCC = re.compile(r"nvcc(-.*)?")

@@ -18,9 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from laser_fast.kernels.tiles import precision_of, tile
-
-_MIN_DOT = 16  # smallest side of a matrix product on tensor cores
+from laser_fast.kernels.tiles import padded_experts, precision_of, tile
 
 
 @triton.jit
@@ -151,7 +149,7 @@ def dispatch_backward(grad: Tensor, expert: Tensor, num_experts: int) -> Tensor:
     grad, num_slabs, num_columns = grad.contiguous(), grad.shape[0], grad.shape[1] * grad.shape[2]
     out = grad.new_empty(num_experts, *grad.shape[1:])
     if num_columns:
-        block_experts = max(_MIN_DOT, triton.next_power_of_2(num_experts))
+        block_experts = padded_experts(num_experts)
         options = tile("dispatch_backward", block_experts, precision_of(grad)).options("BLOCK_R", "BLOCK_C")
         with torch.cuda.device_of(grad):
             _dispatch_backward_kernel[(triton.cdiv(num_columns, options["BLOCK_C"]),)](

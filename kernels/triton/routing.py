@@ -1,8 +1,8 @@
-"""Routing of users to query experts, forward in two launches and backward in three (formulas: laser_fast.ops.routing).
+"""Routing of users to query experts, forward, in two launches (formulas: laser_fast.ops.routing).
 
 Memory-bound in the item states X [N, D]. Forward reads X once; everything else is E numbers an item: it writes the
-probabilities s [N, E], reads them back per user, and writes B (E + 2 k) numbers. Backward reads X once, writes dX once
-and passes E numbers an item twice. At D = 768, E = 8 and half precision X is 98 % of the forward bytes.
+probabilities s [N, E], reads them back per user, and writes B (E + 2 k) numbers. At D = 768, E = 8 and half precision
+X is 98 % of the bytes.
 
 Sums are float32 and in a fixed order: within a tile, then over the tiles of a program, then over the programs, whose
 number depends on shapes and on how many multiprocessors the device has. No atomics, so results are bit-equal from run
@@ -12,6 +12,7 @@ to run on one kind of device, and a user's results do not depend on who else is 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,31 +22,18 @@ from torch import Tensor
 
 from laser_fast.kernels.device import multiprocessors
 from laser_fast.kernels.rows import as_rows
-from laser_fast.kernels.tiles import precision_of, tile
+from laser_fast.kernels.tiles import padded_experts, precision_of, tile
 
-_MIN_DOT = 16  # smallest side of a matrix product on tensor cores
 _PROGRAMS = 8  # per multiprocessor: 2 E partial sums each, 66 KiB to add up at E = 8 on an H100
 SMALL_BATCH = 16384  # items; fewer would leave multiprocessors idle at 32 rows a program
 
 
-def padded_experts(num_experts: int) -> int:
-    """Experts of a tile that enters a matrix product."""
-    return max(_MIN_DOT, triton.next_power_of_2(num_experts))
-
-
-def _forward_options(states: Tensor, num_experts: int) -> dict[str, Any]:
-    """BLOCK_E, the tile and PRODUCT of the forward pass over the items."""
+def item_options(kernel: str, states: Tensor, num_experts: int, size: str = "") -> dict[str, Any]:
+    """BLOCK_E, the tile and PRODUCT of a pass over the items."""
     experts = padded_experts(num_experts)
-    size = "few" if states.shape[0] < SMALL_BATCH else "many"
-    chosen = tile("route_items", experts, precision_of(states), size)
     product = "tf32x3" if states.dtype == torch.float32 else "split"
+    chosen = tile(kernel, experts, precision_of(states), size)
     return {"BLOCK_E": experts, "PRODUCT": product, **chosen.options("BLOCK_N", "BLOCK_D")}
-
-
-def _user_options(num_experts: int) -> dict[str, int]:
-    """BLOCK_E and the tile of the pass over the users."""
-    experts = triton.next_power_of_2(num_experts)
-    return {"BLOCK_E": experts, **tile("route_users", experts).options("BLOCK_ROWS", "BLOCK_PARTIALS")}
 
 
 def rows_per_program(num_items: int, block_rows: int, max_programs: int) -> int:
@@ -183,7 +171,6 @@ def _route_users_kernel(
     probability_ptr,  # [N, E] float32
     partial_ptr,  # [programs, 2, E] float32
     cu_seqlens_ptr,  # [B + 1] int32
-    given_ptr,  # [B, k] int32: decision to keep, read where HAS_DECISION
     expert_ptr,  # [B, k] int32, out
     weight_ptr,  # [B, k] float32, out
     pooled_ptr,  # [B, E] float32, out
@@ -198,7 +185,6 @@ def _route_users_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SOFTMAX: tl.constexpr,
-    HAS_DECISION: tl.constexpr,
 ):
     # the first program adds up the batch, so that its longer loop runs beside the users of all others
     if tl.program_id(0) == 0:
@@ -224,11 +210,8 @@ def _route_users_kernel(
         value = tl.full((BLOCK_K,), float("-inf"), dtype=tl.float32)
         remaining = tl.where(is_expert, pooled, float("-inf"))
         for choice in range(TOP_K):
-            if HAS_DECISION:
-                best = tl.load(given_ptr + user * TOP_K + choice)
-            else:
-                best = tl.sum(_best(remaining[None, :]), axis=0)
-                remaining = tl.where(experts == best, float("-inf"), remaining)
+            best = tl.sum(_best(remaining[None, :]), axis=0)
+            remaining = tl.where(experts == best, float("-inf"), remaining)
             chosen = tl.where(choices == choice, best, chosen)
             found = tl.sum(tl.where(experts == best, pooled, 0.0), axis=0)
             value = tl.where(choices == choice, found, value)
@@ -252,23 +235,16 @@ class RoutingResult(NamedTuple):
     probability: Tensor
 
 
-def _new_results(
-    states: Tensor, num_users: int, num_experts: int, top_k: int, num_programs: int
-) -> tuple[RoutingResult, Tensor]:
-    """Memory for the results and for the partial sums [programs, 2, E]."""
-
-    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return states.new_empty(shape, dtype=dtype)
-
-    result = RoutingResult(
-        weight=new(num_users, top_k),
-        pooled=new(num_users, num_experts),
-        balance_loss=new(),
-        expert=new(num_users, top_k, dtype=torch.int32),
-        load=new(num_experts),
-        probability=new(states.shape[0], num_experts),
+def _new_result(states: Tensor, num_users: int, num_experts: int, top_k: int) -> RoutingResult:
+    new = partial(states.new_empty, dtype=torch.float32)
+    return RoutingResult(
+        weight=new((num_users, top_k)),
+        pooled=new((num_users, num_experts)),
+        balance_loss=new(()),
+        expert=states.new_empty((num_users, top_k), dtype=torch.int32),
+        load=new((num_experts,)),
+        probability=new((states.shape[0], num_experts)),
     )
-    return result, new(num_programs, 2, num_experts)
 
 
 def route_forward(
@@ -278,23 +254,20 @@ def route_forward(
     cu_seqlens: Tensor,
     top_k: int,
     weighting: str,
-    expert: Tensor | None,
 ) -> RoutingResult:
-    """Launch on tensors checked by the operation: no float64, at most 256 experts (one tile holds all of an item).
+    """Launch on states [N, D], router [E, D], bias [E] and cu_seqlens int32 [B + 1], checked by the operation.
 
-    Nothing is read back from the device.
-
-    Args:
-        states: [N, D], fp16/bf16/fp32; a copy is made only where its rows are not contiguous.
-        router, bias, cu_seqlens: [E, D], [E] and int32 [B + 1].
-        expert: int32 [B, k] to be kept, or None.
+    No float64, at most 256 experts (one tile holds all of an item). States are copied only where their rows are not
+    contiguous; nothing is read back from the device.
     """
     (num_items, width), num_experts, num_users = states.shape, router.shape[0], cu_seqlens.shape[0] - 1
     states, stride_states = as_rows(states)
-    options = _forward_options(states, num_experts)
+    block_experts = triton.next_power_of_2(num_experts)
+    options = item_options("route_items", states, num_experts, "few" if num_items < SMALL_BATCH else "many")
     rows = rows_per_program(num_items, options["BLOCK_N"], _PROGRAMS * multiprocessors(states.device))
     num_programs = triton.cdiv(num_items, rows) if num_items else 0
-    result, partial = _new_results(states, num_users, num_experts, top_k, num_programs)
+    result = _new_result(states, num_users, num_experts, top_k)
+    partial_sums = result.load.new_empty(num_programs, 2, num_experts)
     with torch.cuda.device_of(states):
         if num_items:
             _route_items_kernel[(num_programs,)](
@@ -302,7 +275,7 @@ def route_forward(
                 router.contiguous(),
                 bias.contiguous(),
                 result.probability,
-                partial,
+                partial_sums,
                 num_items,
                 width,
                 stride_states,
@@ -313,9 +286,8 @@ def route_forward(
             )
         _route_users_kernel[(num_users + 1,)](
             result.probability,
-            partial,
+            partial_sums,
             cu_seqlens.contiguous(),
-            result.expert if expert is None else expert.contiguous(),
             result.expert,
             result.weight,
             result.pooled,
@@ -327,7 +299,7 @@ def route_forward(
             TOP_K=top_k,
             BLOCK_K=triton.next_power_of_2(top_k),
             SOFTMAX=weighting == "softmax",
-            HAS_DECISION=expert is not None,
-            **_user_options(num_experts),
+            BLOCK_E=block_experts,
+            **tile("route_users", block_experts).options("BLOCK_ROWS", "BLOCK_PARTIALS"),
         )
     return result

@@ -7,31 +7,19 @@ of items at a time, the router's gradient, and last the sum of those. At D = 768
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from laser_fast.kernels.device import multiprocessors
-from laser_fast.kernels.routing import RoutingResult, dot, padded_experts, rows_per_program
+from laser_fast.kernels.routing import RoutingResult, dot, item_options, rows_per_program
 from laser_fast.kernels.rows import as_rows
-from laser_fast.kernels.tiles import precision_of, tile
+from laser_fast.kernels.tiles import tile
 
 _PARTIAL_BYTES = 8 << 20  # bound on the partial sums of the router's gradient, which stay in the L2 cache
 _RANGES = 2  # of items, per multiprocessor; times the column blocks, 24 programs at width 768
 _MOST_ON_TENSOR_CORES = 64  # experts; the parts of more would not fit into registers
-
-
-def _backward_options(states: Tensor, num_experts: int) -> dict[str, Any]:
-    """BLOCK_E, the tile and PRODUCT of the backward pass."""
-    experts = padded_experts(num_experts)
-    product = "tf32x3" if states.dtype == torch.float32 else "split"
-    if experts > _MOST_ON_TENSOR_CORES:
-        product = "ieee"
-    chosen = tile("grad_items", experts, precision_of(states))
-    return {"BLOCK_E": experts, "PRODUCT": product, **chosen.options("BLOCK_N", "BLOCK_D")}
 
 
 @triton.jit(do_not_specialize=["num_items"])
@@ -188,21 +176,14 @@ def _sum_partials_kernel(
 
 
 def _grad_logits(
-    grad_weight: Tensor,
-    grad_pooled: Tensor,
-    grad_balance: Tensor,
-    cu_seqlens: Tensor,
-    result: RoutingResult,
-    weighting: str,
+    grads: tuple[Tensor, Tensor, Tensor], cu_seqlens: Tensor, result: RoutingResult, weighting: str
 ) -> Tensor:
     """Gradient of the logits, float32 [N, E], one program per user."""
     (num_items, num_experts), (num_users, top_k) = result.probability.shape, result.expert.shape
     grad_logits = torch.empty_like(result.probability)
     block_experts = triton.next_power_of_2(num_experts)
     _grad_logits_kernel[(num_users,)](
-        grad_weight.contiguous(),
-        grad_pooled.contiguous(),
-        grad_balance,
+        *(grad.contiguous() for grad in grads),
         cu_seqlens.contiguous(),
         result.expert,
         result.weight,
@@ -240,22 +221,21 @@ def _sum_partials(partial: Tensor, grad_router: Tensor, grad_bias: Tensor, first
 
 
 def route_backward(
-    grad_weight: Tensor,
-    grad_pooled: Tensor,
-    grad_balance: Tensor,
+    grads: tuple[Tensor, Tensor, Tensor],
     states: Tensor,
     router: Tensor,
     cu_seqlens: Tensor,
     result: RoutingResult,
-    weighting: str,
     *,
-    needs_states: bool,
-    needs_router: bool,
+    weighting: str,
+    needs: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of states (their dtype), router and bias (float32); what is not needed is empty. Nothing is read back.
+    """Gradients of states (their dtype), router and bias (float32), from those of weight, pooled and balance loss.
 
-    `result` is that of `route_forward`; only its weight, pooled, expert, load and probability are read.
+    `needs` is of states and router; what is not needed is empty. `result` is that of `route_forward`; only its weight,
+    pooled, expert, load and probability are read. Nothing is read back.
     """
+    needs_states, needs_router = needs
     (num_items, width), num_experts = states.shape, router.shape[0]
     (states, stride_states), router = as_rows(states), router.contiguous()
     grad_states = states.new_empty((num_items, width) if needs_states else (0,))
@@ -265,7 +245,9 @@ def route_backward(
     grad_router = result.load.new_empty((num_experts, width) if needs_router else (0,))
     grad_bias = result.load.new_empty(num_experts)
 
-    options = _backward_options(states, num_experts)
+    options = item_options("grad_items", states, num_experts)
+    if options["BLOCK_E"] > _MOST_ON_TENSOR_CORES:
+        options["PRODUCT"] = "ieee"
     router_size = num_experts * width
     max_programs = max(_PARTIAL_BYTES // (4 * router_size), 16)
     max_programs = min(max_programs, _RANGES * multiprocessors(states.device))
@@ -275,7 +257,7 @@ def route_backward(
     partial = result.load.new_empty(num_programs, pitch)
     column_blocks = triton.cdiv(width, options["BLOCK_D"]) if needs_states or needs_router else 1
     with torch.cuda.device_of(states):
-        grad_logits = _grad_logits(grad_weight, grad_pooled, grad_balance, cu_seqlens, result, weighting)
+        grad_logits = _grad_logits(grads, cu_seqlens, result, weighting)
         _grad_items_kernel[(column_blocks, num_programs)](
             grad_logits,
             states,

@@ -3,7 +3,7 @@
 The order is that of a sweep, `python bench/tune_kernels.py OUT.json`, which times all candidates on a GPU and prints
 the lines below anew. NOT YET TIMED: until then first comes what compiles best, without a spilled register on any
 architecture and with many bytes in flight (at 8 experts 24 KiB and more per multiprocessor of an H100, where 14 KiB
-hide 600 ns at 3 TB/s). tests/kernels compiles every tile that runs for every architecture, and all others for two.
+hide 600 ns at 3 TB/s). tests/kernels compiles every tile that runs for every architecture, and all others for one.
 Nothing is tuned at run time, so that a kernel is compiled once, and that a result does not depend on a stopwatch.
 """
 
@@ -14,7 +14,10 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
+
+_MIN_DOT = 16  # smallest side of a matrix product on tensor cores
 
 
 class Key(NamedTuple):
@@ -132,6 +135,11 @@ TILES |= {
 def precision_of(tensor: Tensor) -> str:
     """As the keys name it."""
     return "float" if tensor.dtype == torch.float32 else "half"
+
+
+def padded_experts(num_experts: int) -> int:
+    """Experts of a tile that enters a matrix product."""
+    return max(_MIN_DOT, triton.next_power_of_2(num_experts))
 
 
 def tile(kernel: str, experts: int = 0, precision: str = "", size: str = "") -> Tile:

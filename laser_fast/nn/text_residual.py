@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from laser_fast.nn.evaluation_mode import draws_dropout
 from laser_fast.nn.own_lock import OwnLock
-from laser_fast.ops.contents import validate_indices
+from laser_fast.ops.checks import validate_indices
 from laser_fast.ops.segments import segment_sum, validate_cu_seqlens
 
 _DECAY = 0.7  # weight of an item relative to the next newer one, before training

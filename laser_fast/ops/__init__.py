@@ -1,6 +1,6 @@
 """Operations on tensors: each a custom op with a torch reference, a fake, autograd and one public, checked function.
 
-Those of the frozen model, called in every layer, are plain functions for autograd functions (gated_product, rms_norm).
+The gated product and RMSNorm, which a step calls in every frozen layer, are plain functions for autograd functions.
 """
 
 from laser_fast.ops.catalog_cross_entropy import catalog_cross_entropy, catalog_cross_entropy_reference
@@ -13,7 +13,6 @@ from laser_fast.ops.dispatch import (
 )
 from laser_fast.ops.gated_product import gated_product_backward, gated_product_forward, gated_product_reference
 from laser_fast.ops.prefix_kv import inject_prefix_kv, inject_prefix_kv_reference
-from laser_fast.ops.prefix_kv_layers import inject_prefix_kv_layers, inject_prefix_kv_layers_reference
 from laser_fast.ops.rms_norm import NormKind, rms_norm_backward, rms_norm_forward, rms_norm_reference
 from laser_fast.ops.rotary import rotary_embedding, rotary_embedding_reference
 from laser_fast.ops.routing import Routing, route_experts, route_experts_reference
@@ -21,7 +20,6 @@ from laser_fast.ops.segments import (
     check_cu_seqlens,
     cu_seqlens_from_lengths,
     segment_ids,
-    segment_lengths,
     segment_mean,
     segment_positions,
     segment_sum,
@@ -46,8 +44,6 @@ __all__ = [
     "gated_product_forward",
     "gated_product_reference",
     "inject_prefix_kv",
-    "inject_prefix_kv_layers",
-    "inject_prefix_kv_layers_reference",
     "inject_prefix_kv_reference",
     "rms_norm_backward",
     "rms_norm_forward",
@@ -57,7 +53,6 @@ __all__ = [
     "route_experts",
     "route_experts_reference",
     "segment_ids",
-    "segment_lengths",
     "segment_mean",
     "segment_positions",
     "segment_sum",

@@ -1,4 +1,4 @@
-"""What the two catalogue operations share: chunks of items small enough to hold their scores, and row norms."""
+"""What the two catalogue operations share: checks, chunks of items whose scores fit in memory, and row norms."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from laser_fast.ops.checks import check_dimensions, check_floating, check_one_device, check_positive
 
 # Elements of one [B, chunk] score matrix, and of one [chunk, d] slice of items in the accumulation dtype.
 # CPU: 2 MB of float32 stays in the cache (256 users x 100k items x 64, one core: top-k 0.40 s at 2**17, 0.21 s at
@@ -15,6 +17,27 @@ _CHUNK_ELEMENTS_GPU = 2**24
 
 # rows shorter than this count as zero: their cosine is 0 and so is their gradient
 SMALLEST_NORM = 1e-12
+
+
+def check_catalog(function: str, users: Tensor, items: Tensor, temperature: float) -> None:
+    """Users [B, d], items [I, d] and the number that divides their scores.
+
+    Raises:
+        TypeError: A tensor is not floating point, or `temperature` is no number.
+        ValueError: A shape, a device or the value of `temperature` does not fit.
+    """
+    check_floating(function, users=users, items=items)
+    check_dimensions(function, 2, users=users, items=items)
+    check_one_device(function, users=users, items=items)
+    check_positive(function, temperature=temperature)
+    if users.shape[1] != items.shape[1]:
+        found = f"{tuple(users.shape)} and {tuple(items.shape)}"
+        raise ValueError(f"{function}: users and items must have one width, got {found}")
+
+
+def scaled_users(users: Tensor, wide: torch.dtype, temperature: float, normalize: bool) -> Tensor:
+    """Users [B, d] in the accumulation dtype, whose products with items (of length 1 if `normalize`) are the scores."""
+    return users.to(wide) * (inverse_norms(users, wide) / temperature if normalize else 1.0 / temperature)
 
 
 def item_chunks(users: Tensor, items: Tensor) -> Iterator[tuple[int, int]]:

@@ -16,15 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from laser_fast.ops.arguments import (
-    check_dimensions,
-    check_dtype,
-    check_floating,
-    check_one_device,
-    check_positive,
-)
-from laser_fast.ops.catalog import inverse_norms, item_chunks, unit_rows
-from laser_fast.ops.contents import validate_indices
+from laser_fast.ops.catalog import check_catalog, inverse_norms, item_chunks, scaled_users, unit_rows
+from laser_fast.ops.checks import check_dimensions, check_dtype, check_one_device, validate_indices
+from laser_fast.ops.operation import operation
 from laser_fast.ops.precision import autocast_off, wide_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -63,11 +57,6 @@ def catalog_cross_entropy_reference(
         return _reduce(F.cross_entropy(scores, target, reduction="none"), reduction)
 
 
-def _scaled_users(users: Tensor, wide: torch.dtype, temperature: float, normalize: bool) -> Tensor:
-    scale = inverse_norms(users, wide) / temperature if normalize else 1.0 / temperature
-    return users.to(wide) * scale
-
-
 def _locate(target: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """Column [B, 1] of each target in the chunk, and whether [B, 1] it lies there at all."""
     column = (target - start).unsqueeze(1)
@@ -86,21 +75,23 @@ def _leave_out(scores: Tensor, rows: Tensor, ignored: Tensor, start: int) -> Non
     scores.index_put_((rows, column.clamp(0, scores.shape[1] - 1)), lowered, accumulate=True)
 
 
-def _losses(
+@operation("laser_fast::catalog_cross_entropy")
+def _catalog_cross_entropy(
     users: Tensor,
     items: Tensor,
     target: Tensor,
     temperature: float,
     normalize: bool,
-    rows: Tensor | None,
-    ignored: Tensor | None,
+    rows: Tensor | None = None,
+    ignored: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, largest score and sum of exp(score - largest) of every user, each [B].
 
     The two are not folded into one log-sum-exp: at 20, a usual size, its rounding alone would cost exp() 16 eps.
     """
+    validate_indices("catalog_cross_entropy", "target", target, items.shape[0])
     wide = wide_dtype(users, items)
-    scaled = _scaled_users(users, wide, temperature, normalize)
+    scaled = scaled_users(users, wide, temperature, normalize)
     peak = scaled.new_full((users.shape[0], 1), -torch.inf)
     total, target_score = torch.zeros_like(peak), torch.zeros_like(peak)
     with autocast_off(users.device):
@@ -120,30 +111,8 @@ def _losses(
     return losses.squeeze(1), peak.squeeze(1), total.squeeze(1)
 
 
-@torch.library.custom_op("laser_fast::catalog_cross_entropy", mutates_args=())
-def _catalog_cross_entropy(
-    users: Tensor,
-    items: Tensor,
-    target: Tensor,
-    temperature: float,
-    normalize: bool,
-    rows: Tensor | None = None,
-    ignored: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    validate_indices("catalog_cross_entropy", "target", target, items.shape[0])
-    return _losses(users, items, target, temperature, normalize, rows, ignored)
-
-
 @_catalog_cross_entropy.register_fake
-def _(
-    users: Tensor,
-    items: Tensor,
-    target: Tensor,
-    temperature: float,
-    normalize: bool,
-    rows: Tensor | None = None,
-    ignored: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(users: Tensor, items: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     losses = users.new_empty(users.shape[0], dtype=wide_dtype(users, items))
     return losses, torch.empty_like(losses), torch.empty_like(losses)
 
@@ -153,7 +122,7 @@ def _through_norm(grad: Tensor, unit: Tensor) -> Tensor:
     return grad - unit * (grad * unit).sum(dim=1, keepdim=True)
 
 
-@torch.library.custom_op("laser_fast::catalog_cross_entropy_backward", mutates_args=())
+@operation("laser_fast::catalog_cross_entropy_backward")
 def _catalog_cross_entropy_backward(
     grad: Tensor,
     users: Tensor,
@@ -170,7 +139,7 @@ def _catalog_cross_entropy_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of users and items for `grad` [B]; what is not needed is empty."""
     wide = peak.dtype
-    scaled = _scaled_users(users, wide, temperature, normalize)
+    scaled = scaled_users(users, wide, temperature, normalize)
     peak, total = peak.unsqueeze(1), total.unsqueeze(1)
     # a user's softmax is exp(score - peak) / total: the division, and grad, scale rows of width d instead of scores
     share = grad.unsqueeze(1) / total
@@ -208,24 +177,10 @@ def _catalog_cross_entropy_backward(
 
 
 @_catalog_cross_entropy_backward.register_fake
-def _(
-    grad: Tensor,
-    users: Tensor,
-    items: Tensor,
-    target: Tensor,
-    peak: Tensor,
-    total: Tensor,
-    temperature: float,
-    normalize: bool,
-    needs_users: bool,
-    needs_items: bool,
-    rows: Tensor | None = None,
-    ignored: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    return (
-        users.new_empty(users.shape if needs_users else (0,)),
-        items.new_empty(items.shape if needs_items else (0,)),
-    )
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    users, items, needs_users, needs_items = (arguments[place] for place in (1, 2, 8, 9))
+    grad_users = users.new_empty(users.shape if needs_users else (0,))
+    return grad_users, items.new_empty(items.shape if needs_items else (0,))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -241,7 +196,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> Any:
     grad_users, grad_items = _catalog_cross_entropy_backward(
         grad, *saved, ctx.temperature, ctx.normalize, needs_users, needs_items, rows, ignored
     )
-    return grad_users if needs_users else None, grad_items if needs_items else None, None, None, None, None, None
+    return grad_users if needs_users else None, grad_items if needs_items else None, *(None,) * 5
 
 
 _catalog_cross_entropy.register_autograd(_backward, setup_context=_setup_context)
@@ -297,19 +252,13 @@ def catalog_cross_entropy(
     Raises:
         TypeError: A dtype does not fit, or `temperature` is no number.
         ValueError: A shape, device, `temperature`, `reduction` or value of `target` or `ignored` does not fit; on a
-            GPU values that the host does not know are checked there (`contents`).
+            GPU values that the host does not know are checked there (`checks`).
     """
     name = "catalog_cross_entropy"
-    check_floating(name, users=users, items=items)
+    check_catalog(name, users, items, temperature)
     check_dtype(name, torch.int64, target=target)
-    check_dimensions(name, 2, users=users, items=items)
     check_dimensions(name, 1, target=target)
     check_one_device(name, users=users, items=items, target=target)
-    check_positive(name, temperature=temperature)
-    if users.shape[1] != items.shape[1]:
-        raise ValueError(
-            f"{name}: users and items must have one width, got {tuple(users.shape)} and {tuple(items.shape)}"
-        )
     if items.shape[0] == 0:
         raise ValueError(f"{name}: items must have at least one row, got {tuple(items.shape)}")
     if target.shape[0] != users.shape[0]:

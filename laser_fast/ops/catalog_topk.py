@@ -9,20 +9,14 @@ index in the lower half. Memory-bound for few users (reads the items once); memo
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from laser_fast.ops.arguments import (
-    check_count,
-    check_dimensions,
-    check_dtype,
-    check_floating,
-    check_one_device,
-    check_positive,
-)
-from laser_fast.ops.catalog import inverse_norms, item_chunks, unit_rows
+from laser_fast.ops.catalog import check_catalog, inverse_norms, item_chunks, scaled_users, unit_rows
+from laser_fast.ops.checks import check_count, check_dimensions, check_dtype, check_one_device
+from laser_fast.ops.operation import operation
 from laser_fast.ops.precision import autocast_off, wide_dtype
 from laser_fast.ops.segments import check_cu_seqlens, segment_ids, validate_cu_seqlens
 
@@ -70,38 +64,7 @@ def _exclude(scores: Tensor, start: int, row: Tensor, item: Tensor) -> None:
     scores.view(-1).scatter_reduce_(0, place, bound, "amin")
 
 
-def _topk(
-    users: Tensor,
-    items: Tensor,
-    k: int,
-    exclude: ItemLists | None,
-    allow: Tensor | None,
-    *,
-    temperature: float,
-    normalize: bool,
-) -> tuple[Tensor, Tensor]:
-    wide = wide_dtype(users, items)
-    scaled = users.to(wide) * (inverse_norms(users, wide) / temperature if normalize else 1.0 / temperature)
-    best = _keys(scaled.new_full((users.shape[0], 1), -torch.inf, dtype=torch.float32), 0).repeat(1, k)
-    row = segment_ids(exclude.cu_seqlens, exclude.items.shape[0]) if exclude is not None else None
-    with autocast_off(users.device):
-        for start, stop in item_chunks(users, items):
-            chunk = items[start:stop]
-            scores = scaled @ chunk.to(wide).T
-            if normalize:
-                scores *= inverse_norms(chunk, wide).T
-            # adding 0 turns -0 into +0, so that they tie; NaN never wins a place
-            scores = scores.float().nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).add_(0.0)
-            if allow is not None:
-                scores.masked_fill_(~allow[start:stop], -torch.inf)
-            if exclude is not None and row is not None:
-                _exclude(scores, start, row, exclude.items)
-            chunk_best = _keys(scores, start).topk(min(k, stop - start), dim=1).values
-            best = torch.cat([best, chunk_best], dim=1).topk(k, dim=1).values
-    return _decode(best)
-
-
-@torch.library.custom_op("laser_fast::catalog_topk", mutates_args=())
+@operation("laser_fast::catalog_topk")
 def _catalog_topk(
     users: Tensor,
     items: Tensor,
@@ -112,24 +75,31 @@ def _catalog_topk(
     temperature: float,
     normalize: bool,
 ) -> tuple[Tensor, Tensor]:
-    exclude = None
+    wide, row = wide_dtype(users, items), None
     if exclude_items is not None and exclude_cu_seqlens is not None:
         validate_cu_seqlens("catalog_topk: exclude", exclude_cu_seqlens, exclude_items.shape[0])
-        exclude = ItemLists(exclude_items, exclude_cu_seqlens)
-    return _topk(users, items, k, exclude, allow, temperature=temperature, normalize=normalize)
+        row = segment_ids(exclude_cu_seqlens, exclude_items.shape[0])
+    scaled = scaled_users(users, wide, temperature, normalize)
+    best = _keys(scaled.new_full((users.shape[0], 1), -torch.inf, dtype=torch.float32), 0).repeat(1, k)
+    with autocast_off(users.device):
+        for start, stop in item_chunks(users, items):
+            chunk = items[start:stop]
+            scores = scaled @ chunk.to(wide).T
+            if normalize:
+                scores *= inverse_norms(chunk, wide).T
+            # adding 0 turns -0 into +0, so that they tie; NaN never wins a place
+            scores = scores.float().nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).add_(0.0)
+            if allow is not None:
+                scores.masked_fill_(~allow[start:stop], -torch.inf)
+            if exclude_items is not None and row is not None:
+                _exclude(scores, start, row, exclude_items)
+            chunk_best = _keys(scores, start).topk(min(k, stop - start), dim=1).values
+            best = torch.cat([best, chunk_best], dim=1).topk(k, dim=1).values
+    return _decode(best)
 
 
 @_catalog_topk.register_fake
-def _(
-    users: Tensor,
-    items: Tensor,
-    k: int,
-    exclude_items: Tensor | None,
-    exclude_cu_seqlens: Tensor | None,
-    allow: Tensor | None,
-    temperature: float,
-    normalize: bool,
-) -> tuple[Tensor, Tensor]:
+def _(users: Tensor, items: Tensor, k: int, *_: Any) -> tuple[Tensor, Tensor]:
     shape = (users.shape[0], k)
     return users.new_empty(shape, dtype=torch.float32), users.new_empty(shape, dtype=torch.int64)
 
@@ -196,17 +166,10 @@ def catalog_topk(
     Raises:
         TypeError: A dtype does not fit, or `temperature` is no number.
         ValueError: A shape, device, `k`, `temperature` or the offsets of `exclude` do not fit; offsets on a GPU that
-            the host does not know are checked there (`contents`).
+            the host does not know are checked there (`checks`).
     """
     name = "catalog_topk"
-    check_floating(name, users=users, items=items)
-    check_dimensions(name, 2, users=users, items=items)
-    check_one_device(name, users=users, items=items)
-    check_positive(name, temperature=temperature)
-    if users.shape[1] != items.shape[1]:
-        raise ValueError(
-            f"{name}: users and items must have one width, got {tuple(users.shape)} and {tuple(items.shape)}"
-        )
+    check_catalog(name, users, items, temperature)
     if items.shape[0] > _LOW_HALF:
         raise ValueError(f"{name}: items must have at most {_LOW_HALF} rows, got {items.shape[0]}")
     check_count(name, k=k)
@@ -219,11 +182,10 @@ def catalog_topk(
         check_one_device(name, items=items, allow=allow)
         if tuple(allow.shape) != (items.shape[0],):
             raise ValueError(f"{name}: allow must have shape {(items.shape[0],)}, got {tuple(allow.shape)}")
-    exclude_items, exclude_cu_seqlens = exclude if exclude is not None else (None, None)
-    scores, indices = _catalog_topk(
-        users, items, k, exclude_items, exclude_cu_seqlens, allow, float(temperature), normalize
+    found: tuple[Tensor, Tensor] = _catalog_topk(
+        users, items, k, *(exclude or (None, None)), allow, float(temperature), normalize
     )
-    return scores, indices
+    return found
 
 
 def _check_exclude(name: str, exclude: ItemLists, users: Tensor) -> None:

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laser_fast.ops.arguments import check_dimensions, check_dtype, check_floating, check_one_device
-from laser_fast.ops.contents import validate_indices
+from laser_fast.ops.backends import triton_serves
+from laser_fast.ops.checks import check_dimensions, check_dtype, check_floating, check_one_device, validate_indices
 from laser_fast.ops.operation import operation
 from laser_fast.ops.precision import autocast_off, wide_dtype
-from laser_fast.ops.triton_kernels import triton_serves
 
 
 def dispatch_queries_reference(queries: Tensor, expert: Tensor) -> Tensor:
@@ -27,17 +26,11 @@ def dispatch_queries_reference(queries: Tensor, expert: Tensor) -> Tensor:
 @operation("laser_fast::dispatch_queries")
 def _dispatch_queries(queries: Tensor, expert: Tensor) -> Tensor:
     validate_indices("dispatch_queries", "expert", expert, queries.shape[0])
+    if triton_serves("dispatch_queries", queries):
+        from laser_fast.kernels.dispatch import dispatch_forward  # triton is needed only on a GPU
+
+        return dispatch_forward(queries, expert)
     return dispatch_queries_reference(queries, expert).contiguous()
-
-
-@_dispatch_queries.register_kernel("cuda")
-def _dispatch_queries_fused(queries: Tensor, expert: Tensor) -> Tensor:
-    validate_indices("dispatch_queries", "expert", expert, queries.shape[0])
-    if not triton_serves("dispatch_queries", queries):
-        return dispatch_queries_reference(queries, expert).contiguous()
-    from laser_fast.kernels.dispatch import dispatch_forward  # triton is needed only on a GPU
-
-    return dispatch_forward(queries, expert)
 
 
 @_dispatch_queries.register_fake
@@ -45,9 +38,8 @@ def _(queries: Tensor, expert: Tensor) -> Tensor:
     return queries.new_empty((expert.shape[0] * expert.shape[1], *queries.shape[1:]))
 
 
-@operation("laser_fast::dispatch_queries_backward")
-def _dispatch_queries_backward(grad: Tensor, expert: Tensor, num_experts: int) -> Tensor:
-    # a product with the one-hot choice: one pass over grad in a fixed order, where index_add would use atomics on a GPU
+def _sum_by_product(grad: Tensor, expert: Tensor, num_experts: int) -> Tensor:
+    """A product with the one-hot choice: one pass in a fixed order, where index_add would use atomics on a GPU."""
     wide = wide_dtype(grad)
     one_hot = torch.arange(num_experts, device=expert.device).unsqueeze(1) == expert.reshape(1, -1)
     with autocast_off(grad.device):
@@ -55,20 +47,17 @@ def _dispatch_queries_backward(grad: Tensor, expert: Tensor, num_experts: int) -
     return total.view(num_experts, *grad.shape[1:]).to(grad.dtype)
 
 
-@_dispatch_queries_backward.register_kernel("cpu")
-def _(grad: Tensor, expert: Tensor, num_experts: int) -> Tensor:
+@operation("laser_fast::dispatch_queries_backward")
+def _dispatch_queries_backward(grad: Tensor, expert: Tensor, num_experts: int) -> Tensor:
+    if triton_serves("dispatch_queries", grad, num_experts=num_experts):
+        from laser_fast.kernels.dispatch import dispatch_backward
+
+        return dispatch_backward(grad, expert, num_experts)
+    if grad.device.type != "cpu":
+        return _sum_by_product(grad, expert, num_experts)
     # here index_add adds slab after slab, in a fixed order (32 users, 3 chosen, 32 x 256: 0.1 ms, the product 0.4)
     total = grad.new_zeros((num_experts, *grad.shape[1:]), dtype=wide_dtype(grad))
     return total.index_add_(0, expert.reshape(-1), grad.to(total.dtype)).to(grad.dtype)
-
-
-@_dispatch_queries_backward.register_kernel("cuda")
-def _dispatch_queries_backward_fused(grad: Tensor, expert: Tensor, num_experts: int) -> Tensor:
-    if not triton_serves("dispatch_queries", grad, num_experts=num_experts):
-        return _dispatch_queries_backward.default(grad, expert, num_experts)
-    from laser_fast.kernels.dispatch import dispatch_backward
-
-    return dispatch_backward(grad, expert, num_experts)
 
 
 @_dispatch_queries_backward.register_fake
@@ -105,7 +94,7 @@ def dispatch_queries(queries: Tensor, expert: Tensor) -> Tensor:
     Raises:
         TypeError: A dtype does not fit.
         ValueError: A shape, a device or a value of `expert` does not fit; on a GPU those that the host does not know
-            are checked there (`contents`).
+            are checked there (`checks`).
     """
     name = "dispatch_queries"
     check_floating(name, queries=queries)
@@ -130,16 +119,11 @@ def combine_queries_reference(outputs: Tensor, weight: Tensor) -> Tensor:
 
 @operation("laser_fast::combine_queries")
 def _combine_queries(outputs: Tensor, weight: Tensor) -> Tensor:
+    if triton_serves("combine_queries", outputs, weight):
+        from laser_fast.kernels.dispatch import combine_forward
+
+        return combine_forward(outputs, weight)
     return combine_queries_reference(outputs, weight)
-
-
-@_combine_queries.register_kernel("cuda")
-def _combine_queries_fused(outputs: Tensor, weight: Tensor) -> Tensor:
-    if not triton_serves("combine_queries", outputs, weight):
-        return combine_queries_reference(outputs, weight)
-    from laser_fast.kernels.dispatch import combine_forward
-
-    return combine_forward(outputs, weight)
 
 
 @_combine_queries.register_fake
@@ -151,6 +135,10 @@ def _(outputs: Tensor, weight: Tensor) -> Tensor:
 def _combine_queries_backward(
     grad: Tensor, outputs: Tensor, weight: Tensor, needs_outputs: bool, needs_weight: bool
 ) -> tuple[Tensor, Tensor]:
+    if triton_serves("combine_queries", outputs, weight):
+        from laser_fast.kernels.dispatch import combine_backward
+
+        return combine_backward(grad, outputs, weight, needs_outputs=needs_outputs, needs_weight=needs_weight)
     wide = wide_dtype(outputs, weight)
     num_users, top_k = weight.shape
     grad_outputs, grad_weight = outputs.new_empty(0), weight.new_empty(0)
@@ -163,17 +151,6 @@ def _combine_queries_backward(
         slabs = outputs.reshape(num_users, top_k, *outputs.shape[1:]).to(wide)
         grad_weight = (slabs * wide_grad).sum(dim=(2, 3)).to(weight.dtype).contiguous()
     return grad_outputs, grad_weight
-
-
-@_combine_queries_backward.register_kernel("cuda")
-def _combine_queries_backward_fused(
-    grad: Tensor, outputs: Tensor, weight: Tensor, needs_outputs: bool, needs_weight: bool
-) -> tuple[Tensor, Tensor]:
-    if not triton_serves("combine_queries", outputs, weight):
-        return _combine_queries_backward.default(grad, outputs, weight, needs_outputs, needs_weight)
-    from laser_fast.kernels.dispatch import combine_backward
-
-    return combine_backward(grad, outputs, weight, needs_outputs=needs_outputs, needs_weight=needs_weight)
 
 
 @_combine_queries_backward.register_fake

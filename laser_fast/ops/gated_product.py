@@ -1,8 +1,8 @@
 """The product in a gated MLP, `act(gate) * up`, forward and backward, for autograd functions (formulas: the kernel).
 
-Plain functions and no operators of torch.library: a step calls them once a layer and direction, and a frozen layer that
-is compiled runs the forward of its own class. Backward writes where it is told to, so that a caller who owns gate and
-up needs no memory for it.
+They are plain functions, not custom ops: a step calls them once a layer and direction, and a compiled frozen layer runs
+the forward of its own class. Backward writes where it is told to, so that a caller who owns gate and up needs no memory
+for it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from laser_fast.ops.arguments import check_one_device
-from laser_fast.ops.triton_kernels import triton_serves
+from laser_fast.ops.backends import triton_serves
+from laser_fast.ops.checks import check_one_device
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 _aten = torch.ops.aten
@@ -45,7 +45,7 @@ def gated_product_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
         raise RuntimeError(f"{name}: gate and up must need no gradient, got one that does; use an autograd function")
     if gate.is_meta:  # what the kernel allocates, so that plans are those of a GPU
         return gate.new_empty(gate.shape)
-    if not _kernel_serves(gate):
+    if not triton_serves("gated_product", gate):
         return _activated(gate, activation).mul_(up)
     from laser_fast.kernels.gated_product import gated_product_forward as launch  # triton is needed only on a GPU
 
@@ -76,7 +76,7 @@ def gated_product_backward(
         return
     _refuse_shared(name, grad_gate, {"grad": grad, "up": up, "grad_up": grad_up})
     _refuse_shared(name, grad_up, {"grad": grad, "gate": gate})
-    if not _kernel_serves(gate):
+    if not triton_serves("gated_product", gate):
         _backward_in_torch(grad, gate, up, activation, grad_gate, grad_up)
         return
     from laser_fast.kernels.gated_product import gated_product_backward as launch
@@ -116,10 +116,6 @@ def _activated(gate: Tensor, activation: str) -> Tensor:
 
 def _approximate(activation: str) -> str:
     return "tanh" if activation == "gelu_tanh" else "none"
-
-
-def _kernel_serves(gate: Tensor) -> bool:
-    return gate.is_cuda and triton_serves("gated_product", gate)
 
 
 def _check(name: str, activation: str, gate: Tensor, up: Tensor, *others: Tensor) -> None:

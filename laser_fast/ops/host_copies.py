@@ -40,7 +40,7 @@ def on_host(tensor: Tensor) -> Tensor:
 
 
 def known_on_host(tensor: Tensor) -> Tensor | None:
-    """As `on_host`; None instead of waiting for the device."""
+    """The same without waiting: None where only the device has the values."""
     if tensor.device.type in ("cpu", "meta"):
         return tensor
     found: _Remembered | None = getattr(tensor, _NAME, None)
@@ -50,13 +50,13 @@ def known_on_host(tensor: Tensor) -> Tensor | None:
 def to_device(host: Tensor, device: torch.device) -> Tensor:
     """A copy on the device that remembers where it came from; the host does not wait for it.
 
-    (From memory that is not pinned the driver takes the values before it returns.)
+    From memory that is not pinned the driver takes the values before it returns.
     """
     return remember_on_host(host.to(device, non_blocking=True), host)
 
 
 def _state(tensor: Tensor, host: Tensor) -> tuple[int, int, int]:
-    """Another after a write to either, and for a copy of the tensor, which takes over its attributes."""
+    """It differs after a write to either, and for a copy of the tensor, which takes over its attributes."""
     return id(tensor), _version(tensor), _version(host)
 
 

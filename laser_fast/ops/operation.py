@@ -21,33 +21,21 @@ _PLAIN = (Tensor, torch.nn.Parameter)  # anything else, a fake tensor among them
 
 
 class Operation:
-    """A function of tensors that has a kernel per kind of device, a fake and a gradient; made by `operation`.
+    """A function of tensors that has a fake and a gradient; made by `operation`.
 
     Registration is that of `torch.library.custom_op`, by the methods of the same names; both ways of a call run the
     same functions. Where the gradient is an operation without a gradient of its own, differentiating it raises, either
     way.
 
     Attributes:
-        default: serves the devices that have no kernel of their own.
-        kernels: functions by type of device, with the arguments of `default`.
-        registered: the custom op itself, which the dispatcher calls.
+        body: what runs, on any device; it asks `backends` for a kernel itself.
+        registered: the custom op, which the dispatcher calls.
     """
 
-    def __init__(self, name: str, default: Function) -> None:
-        self.default = default
-        self.kernels: dict[str, Function] = {}
-        self.registered = torch.library.custom_op(name, default, mutates_args=())
+    def __init__(self, name: str, body: Function) -> None:
+        self.body = body
+        self.registered = torch.library.custom_op(name, body, mutates_args=())
         self._function: type[torch.autograd.Function] | None = None
-
-    def register_kernel(self, *device_types: str) -> Callable[[Function], Function]:
-        """Decorator of what serves these types of devices."""
-
-        def register(kernel: Function) -> Function:
-            self.kernels |= dict.fromkeys(device_types, kernel)
-            self.registered.register_kernel(device_types)(kernel)
-            return kernel
-
-        return register
 
     def register_fake(self, fake: Function) -> Function:
         """Decorator of what gives shape, dtype and strides of the results."""
@@ -59,23 +47,19 @@ class Operation:
 
         # one `forward` that does both: with a `setup_context` of its own, torch inspects the signature at every call
         def forward(ctx: Any, *arguments: Any) -> Any:
-            output = self._run(*arguments)
+            output = self.body(*arguments)
             setup_context(ctx, arguments, output)
             return output
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        self._function = type(self.default.__name__, (torch.autograd.Function,), methods)
+        self._function = type(self.body.__name__, (torch.autograd.Function,), methods)
 
     def _refuse_tangents(self, arguments: tuple[Any, ...]) -> None:
         """Neither way has a forward-mode derivative, and neither would say so: tangents would be zero or missing."""
         tensors = (argument for argument in arguments if isinstance(argument, Tensor))
         if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-            name = self.default.__name__.strip("_")
+            name = self.body.__name__.strip("_")
             raise NotImplementedError(f"{name}: tensors must have no forward-mode tangent, got one; use backward")
-
-    def _run(self, *arguments: Any) -> Any:
-        device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
-        return self.kernels.get(device.type, self.default)(*arguments)
 
     def __call__(self, *arguments: Any) -> Any:
         # compilers and dispatch modes have to see the call; where there are neither, only tensors without memory of
@@ -91,7 +75,7 @@ class Operation:
                     return self.registered(*arguments)
                 wants_grad = wants_grad or argument.requires_grad
         if not (wants_grad and torch.is_grad_enabled()):
-            return self._run(*arguments)
+            return self.body(*arguments)
         # without a gradient of its own the registered form runs, which says so in backward
         return self._function.apply(*arguments) if self._function else self.registered(*arguments)
 
@@ -101,4 +85,4 @@ def operation(name: str) -> Callable[[Function], Operation]:
 
     The function mutates none of its arguments, and is annotated, so that torch can read a schema off it.
     """
-    return lambda default: Operation(name, default)
+    return lambda body: Operation(name, body)

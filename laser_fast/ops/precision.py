@@ -1,4 +1,4 @@
-"""The arithmetic of the references: at least float32, and the same inside and outside autocast."""
+"""The precision of the references: at least float32, and the same inside and outside autocast."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """RMSNorm with a frozen weight, forward and backward, for autograd functions (formulas: the kernel).
 
-Plain functions and no operators of torch.library: a step calls them twice a layer and direction, and a frozen layer
-that is compiled runs the forward of its own class.
+They are plain functions, not custom ops: a step calls them twice a layer and direction, and a compiled frozen layer
+runs the forward of its own class.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from laser_fast.ops.arguments import check_dtype, check_floating, check_one_device
+from laser_fast.ops.backends import triton_serves
+from laser_fast.ops.checks import check_dtype, check_floating, check_one_device
 from laser_fast.ops.precision import wide_dtype
-from laser_fast.ops.triton_kernels import triton_serves
 
 MAX_WIDTH = 32768  # a tile of the kernels holds whole rows; wider ones run as the torch reference
 
@@ -118,7 +118,7 @@ def _scale(x: Tensor, reciprocal: Tensor, weight: Tensor, kind: NormKind) -> Ten
 
 
 def _kernel_serves(x: Tensor, weight: Tensor) -> bool:
-    return x.is_cuda and 0 < x.shape[-1] <= MAX_WIDTH and triton_serves("rms_norm", x, weight)
+    return 0 < x.shape[-1] <= MAX_WIDTH and triton_serves("rms_norm", x, weight)
 
 
 def _check_reciprocal(name: str, reciprocal: Tensor, x: Tensor) -> None:

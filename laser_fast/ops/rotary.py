@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laser_fast.ops.arguments import check_dimensions, check_dtype, check_floating, check_one_device
+from laser_fast.ops.backends import triton_serves
+from laser_fast.ops.checks import check_dimensions, check_dtype, check_floating, check_one_device
 from laser_fast.ops.operation import operation
 from laser_fast.ops.precision import wide_dtype
-from laser_fast.ops.triton_kernels import triton_serves
 
 Rotated = tuple[Tensor, Tensor]
 
@@ -43,20 +43,15 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tensor:
 
 @operation("laser_fast::rotary_embedding")
 def _rotary_embedding(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
+    if triton_serves("rotary_embedding", query, key):
+        from laser_fast.kernels.rotary import rotary  # triton is needed only on a GPU
+
+        return rotary(query, key, cos, sin, transposed=transposed)
     return rotary_embedding_reference(query, key, cos, sin, transposed=transposed)
 
 
-@_rotary_embedding.register_kernel("cuda")
-def _(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Rotated:
-    if not triton_serves("rotary_embedding", query, key):
-        return rotary_embedding_reference(query, key, cos, sin, transposed=transposed)
-    from laser_fast.kernels.rotary import rotary  # triton is needed only on a GPU
-
-    return rotary(query, key, cos, sin, transposed=transposed)
-
-
 @_rotary_embedding.register_fake
-def _(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Rotated:
+def _(query: Tensor, key: Tensor, *_: Any) -> Rotated:
     return query.new_empty(query.shape), key.new_empty(key.shape)
 
 

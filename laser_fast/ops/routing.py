@@ -15,29 +15,26 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from laser_fast.ops.arguments import (
+from laser_fast.ops.backends import triton_serves
+from laser_fast.ops.checks import (
     check_count,
     check_dimensions,
-    check_dtype,
     check_floating,
     check_one_device,
+    remember_indices,
 )
-from laser_fast.ops.contents import hold_on_device, host_numbers, remember_indices, validate_indices
 from laser_fast.ops.operation import operation
 from laser_fast.ops.precision import autocast_off, wide_dtype
 from laser_fast.ops.segments import (
     check_cu_seqlens,
     segment_ids,
-    segment_lengths,
     segment_mean,
     validate_cu_seqlens,
 )
-from laser_fast.ops.triton_kernels import triton_serves
 
 WEIGHTINGS = ("softmax", "renormalize")
 
@@ -83,11 +80,14 @@ def _probabilities(states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return logits.softmax(dim=1)
 
 
-def _route(probabilities: Tensor, cu_seqlens: Tensor, top_k: int, weighting: str, expert: Tensor | None) -> Routing:
+def _route(
+    probabilities: Tensor, cu_seqlens: Tensor, top_k: int, weighting: str, expert: Tensor | None = None
+) -> Routing:
     num_items, num_experts = probabilities.shape
-    empty = (segment_lengths(cu_seqlens) == 0).unsqueeze(1)
+    empty = (cu_seqlens.diff() == 0).unsqueeze(1)
     pooled = segment_mean(probabilities, cu_seqlens).masked_fill(empty, 1.0 / num_experts)
-    expert = _largest(pooled.detach(), top_k)[0].int() if expert is None else expert.clone()
+    if expert is None:
+        expert = _largest(pooled.detach(), top_k)[0].int()
     chosen = pooled.gather(1, expert.long())
     weight = chosen.softmax(dim=1) if weighting == "softmax" else chosen / chosen.sum(dim=1, keepdim=True)
     votes = _largest(probabilities.detach(), top_k)[1].sum(dim=0)
@@ -106,25 +106,11 @@ def route_experts_reference(
     weighting: str = "softmax",
     expert: Tensor | None = None,
 ) -> Routing:
-    """`route_experts` in plain differentiable PyTorch, on any device; arguments are trusted."""
-    return _route(_probabilities(states, weight, bias), cu_seqlens, top_k, weighting, expert)
+    """`route_experts` in plain differentiable PyTorch, on any device; arguments are trusted.
 
-
-def _validate(cu_seqlens: Tensor, num_items: int, expert: Tensor | None, num_experts: int) -> None:
-    """What offsets and a given decision hold, without waiting (`contents`).
-
-    Raises:
-        ValueError: Offsets that do not run from 0 to N, or an expert that does not exist or that a user has twice.
+    A decision `expert` int32 [B, k] that was taken elsewhere is kept, so that two precisions compare.
     """
-    validate_cu_seqlens("route_experts", cu_seqlens, num_items)
-    if expert is None:
-        return
-    validate_indices("route_experts", "expert", expert, num_experts)
-    rule, numbers = "route_experts: expert must be distinct per user", host_numbers(expert)
-    if numbers is None:
-        hold_on_device(expert, "distinct", lambda: (expert.sort(dim=1).values.diff(dim=1) > 0).all(), rule)
-    elif (twice := (np.diff(np.sort(numbers, axis=1), axis=1) == 0).any(axis=1)).any():
-        raise ValueError(f"{rule}, got {numbers[twice.argmax()].tolist()} of user {twice.argmax()}")
+    return _route(_probabilities(states, weight, bias), cu_seqlens, top_k, weighting, expert)
 
 
 @operation("laser_fast::route_experts")
@@ -135,47 +121,26 @@ def _route_experts(
     cu_seqlens: Tensor,
     top_k: int,
     weighting: str,
-    expert: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _validate(cu_seqlens, states.shape[0], expert, weight.shape[0])
-    # differentiable results first; the last, [N, E], is kept for backward: 4 E bytes an item, not a second product
+    """Differentiable results first; the last, probabilities [N, E], is kept for backward: 4 E bytes an item."""
+    validate_cu_seqlens("route_experts", cu_seqlens, states.shape[0])
+    if triton_serves("route_experts", states, weight, bias, num_experts=weight.shape[0]):
+        from laser_fast.kernels.routing import route_forward  # triton is needed only on a GPU
+
+        return route_forward(states, weight, bias, cu_seqlens, top_k, weighting)
     probabilities = _probabilities(states, weight, bias)
-    routing = _route(probabilities, cu_seqlens, top_k, weighting, expert)
+    routing = _route(probabilities, cu_seqlens, top_k, weighting)
     return routing.weight, routing.pooled, routing.balance_loss, routing.expert, routing.load, probabilities
 
 
-@_route_experts.register_kernel("cuda")
-def _route_experts_fused(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    states, weight, bias, cu_seqlens = arguments[:4]
-    _validate(cu_seqlens, states.shape[0], arguments[6], weight.shape[0])
-    if not triton_serves("route_experts", states, weight, bias, num_experts=weight.shape[0]):
-        return _route_experts.default(*arguments)
-    from laser_fast.kernels.routing import route_forward  # triton is needed only on a GPU
-
-    result = route_forward(*arguments)
-    return result.weight, result.pooled, result.balance_loss, result.expert, result.load, result.probability
-
-
 @_route_experts.register_fake
-def _(
-    states: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    cu_seqlens: Tensor,
-    top_k: int,
-    weighting: str,
-    expert: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(states: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor, top_k: int, _: str) -> tuple[Tensor, ...]:
     num_items, num_experts, num_users = states.shape[0], weight.shape[0], cu_seqlens.shape[0] - 1
     wide = wide_dtype(states, weight, bias)
-    return (
-        states.new_empty((num_users, top_k), dtype=wide),
-        states.new_empty((num_users, num_experts), dtype=wide),
-        states.new_empty((), dtype=wide),
-        states.new_empty((num_users, top_k), dtype=torch.int32),
-        states.new_empty((num_experts,), dtype=wide),
-        states.new_empty((num_items, num_experts), dtype=wide),
-    )
+    shapes = ((num_users, top_k), (num_users, num_experts), (), (num_users, top_k), (num_experts,))
+    dtypes = (wide, wide, wide, torch.int32, wide, wide)
+    every = zip((*shapes, (num_items, num_experts)), dtypes, strict=True)
+    return tuple(states.new_empty(shape, dtype=dtype) for shape, dtype in every)
 
 
 @operation("laser_fast::route_experts_backward")
@@ -196,6 +161,14 @@ def _route_experts_backward(
     needs_router: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of states, router and bias, in the accumulation dtype but for states; what is not needed is empty."""
+    # probabilities are float64 where any input of the forward pass was
+    if triton_serves("route_experts", states, router, probabilities, num_experts=router.shape[0]):
+        from laser_fast.kernels.routing import RoutingResult
+        from laser_fast.kernels.routing_backward import route_backward
+
+        result = RoutingResult(weight, pooled, grad_balance, expert, load, probabilities)
+        grads, needs = (grad_weight, grad_pooled, grad_balance), (needs_states, needs_router)
+        return route_backward(grads, states, router, cu_seqlens, result, weighting=weighting, needs=needs)
     num_items, num_experts = probabilities.shape
     # the weights' Jacobian, for both weightings: w (g - sum w g), divided by the chosen sum when renormalised
     inner = (grad_weight * weight).sum(dim=1, keepdim=True)
@@ -205,7 +178,7 @@ def _route_experts_backward(
         grad_chosen = (grad_weight - inner) / pooled.gather(1, expert.long()).sum(dim=1, keepdim=True)
     # experts of one user differ, so the scatter never meets itself and stays deterministic
     grad_users = grad_pooled + torch.zeros_like(pooled).scatter(1, expert.long(), grad_chosen)
-    grad_users = grad_users / segment_lengths(cu_seqlens).clamp_min(1).unsqueeze(1)
+    grad_users = grad_users / cu_seqlens.diff().clamp_min(1).unsqueeze(1)
     grad = grad_users.index_select(0, segment_ids(cu_seqlens, num_items))
     grad += grad_balance * load * (num_experts / max(num_items, 1))
     grad -= (grad * probabilities).sum(dim=1, keepdim=True)
@@ -217,47 +190,15 @@ def _route_experts_backward(
     return grad_states, grad_router, grad_bias
 
 
-@_route_experts_backward.register_kernel("cuda")
-def _route_experts_backward_fused(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *grads, states, router, cu_seqlens, expert, weight, pooled, load, probabilities = arguments[:11]
-    weighting, needs_states, needs_router = arguments[11:]
-    # probabilities are float64 where any input of the forward pass was
-    if not triton_serves("route_experts", states, router, probabilities, num_experts=router.shape[0]):
-        return _route_experts_backward.default(*arguments)
-    from laser_fast.kernels.routing import RoutingResult
-    from laser_fast.kernels.routing_backward import route_backward
-
-    result = RoutingResult(weight, pooled, grads[2], expert, load, probabilities)
-    needs = {"needs_states": needs_states, "needs_router": needs_router}
-    return route_backward(*grads, states, router, cu_seqlens, result, weighting, **needs)
-
-
 @_route_experts_backward.register_fake
-def _(
-    grad_weight: Tensor,
-    grad_pooled: Tensor,
-    grad_balance: Tensor,
-    states: Tensor,
-    router: Tensor,
-    cu_seqlens: Tensor,
-    expert: Tensor,
-    weight: Tensor,
-    pooled: Tensor,
-    load: Tensor,
-    probabilities: Tensor,
-    weighting: str,
-    needs_states: bool,
-    needs_router: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        states.new_empty(states.shape if needs_states else (0,)),
-        load.new_empty(router.shape if needs_router else (0,)),
-        load.new_empty(load.shape),
-    )
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    states, router, load, needs_states, needs_router = (arguments[place] for place in (3, 4, 9, 12, 13))
+    grad_states = states.new_empty(states.shape if needs_states else (0,))
+    return grad_states, load.new_empty(router.shape if needs_router else (0,)), load.new_empty(load.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    states, router, bias, cu_seqlens, _, weighting, _ = inputs
+    states, router, bias, cu_seqlens, _, weighting = inputs
     weight, pooled, _, expert, load, probabilities = output
     ctx.mark_non_differentiable(expert, load, probabilities)
     ctx.save_for_backward(states, router, cu_seqlens, expert, weight, pooled, load, probabilities)
@@ -266,23 +207,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_weight: Tensor, grad_pooled: Tensor, grad_balance: Tensor, *_: Tensor) -> Any:
     needs_states, needs_router, needs_bias = ctx.needs_input_grad[:3]
-    grad_states, grad_router, grad_bias = _route_experts_backward(
-        grad_weight,
-        grad_pooled,
-        grad_balance,
-        *ctx.saved_tensors,
-        ctx.weighting,
-        needs_states,
-        needs_router,
-    )
+    grads, flags = (grad_weight, grad_pooled, grad_balance), (needs_states, needs_router)
+    grad_states, grad_router, grad_bias = _route_experts_backward(*grads, *ctx.saved_tensors, ctx.weighting, *flags)
     return (
         grad_states if needs_states else None,
         grad_router.to(ctx.router_dtype) if needs_router else None,
         grad_bias.to(ctx.bias_dtype) if needs_bias else None,
-        None,
-        None,
-        None,
-        None,
+        *(None,) * 3,
     )
 
 
@@ -297,7 +228,6 @@ def route_experts(
     top_k: int,
     *,
     weighting: str = "softmax",
-    expert: Tensor | None = None,
 ) -> Routing:
     """Choose and weigh `top_k` experts per user from the packed item states (formula at the head of this file).
 
@@ -313,16 +243,14 @@ def route_experts(
         cu_seqlens: int32 [B + 1], on the device of `states`; empty histories are allowed.
         top_k: experts per user, 1 to E.
         weighting: "softmax" over the chosen pooled probabilities, or "renormalize".
-        expert: int32 [B, top_k], a decision taken before, to be kept (recomputation under activation checkpointing);
-            distinct per user, in the order of the result. None: decide here.
 
     Returns:
         A `Routing`.
 
     Raises:
         TypeError: A dtype does not fit.
-        ValueError: A shape, device, `top_k`, `weighting` or the content of `cu_seqlens` or `expert` does not fit; on
-            a GPU what the host does not know is checked there (`contents`).
+        ValueError: A shape, device, `top_k`, `weighting` or the content of `cu_seqlens` does not fit; on a GPU
+            offsets that the host does not know are checked there (`checks`).
     """
     name = "route_experts"
     check_floating(name, states=states, weight=weight, bias=bias)
@@ -342,13 +270,7 @@ def route_experts(
         raise ValueError(f"{name}: top_k must be between 1 and the number of experts {num_experts}, got {top_k}")
     if weighting not in WEIGHTINGS:
         raise ValueError(f"{name}: weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
-    if expert is not None:
-        check_dtype(name, torch.int32, expert=expert)
-        check_one_device(name, states=states, expert=expert)
-        expected = (cu_seqlens.shape[0] - 1, top_k)
-        if tuple(expert.shape) != expected:
-            raise ValueError(f"{name}: expert must have shape {expected}, got {tuple(expert.shape)}")
-    results = _route_experts(states, weight, bias, cu_seqlens, top_k, weighting, expert)
+    results = _route_experts(states, weight, bias, cu_seqlens, top_k, weighting)
     chosen_weight, pooled, balance_loss, chosen, load, _ = results
     remember_indices(chosen, num_experts)
     return Routing(chosen, chosen_weight, pooled, balance_loss, load)

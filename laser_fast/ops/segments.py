@@ -3,7 +3,7 @@
 All functions run without host synchronisation (but those that say so), are deterministic on every
 device, treat a sequence independently of the others in the batch, and give 0 for an empty sequence.
 
-None reads or writes outside its tensors: offsets are checked first, form and content (`contents`).
+None reads or writes outside its tensors: offsets are checked first, form and content (`checks`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from laser_fast.ops.arguments import check_floating
-from laser_fast.ops.contents import INT32_MAX, hold_on_device, host_numbers, validate_indices
+from laser_fast.ops.checks import INT32_MAX, check_floating, hold_on_device, host_numbers, validate_indices
 from laser_fast.ops.host_copies import known_on_host, on_host, remember_on_host
 
 
@@ -35,7 +34,7 @@ def check_cu_seqlens(function: str, cu_seqlens: Tensor, device: torch.device) ->
 
 
 def validate_cu_seqlens(function: str, cu_seqlens: Tensor, num_rows: int) -> None:
-    """Check form and content: starts at 0, never decreases, ends at `num_rows`; without waiting (`contents`).
+    """Check form and content: starts at 0, never decreases, ends at `num_rows`; without waiting (`checks`).
 
     Raises:
         TypeError: Not int32.
@@ -147,11 +146,6 @@ def lengths_on_host(cu_seqlens: Tensor) -> list[int]:
     return found
 
 
-def segment_lengths(cu_seqlens: Tensor) -> Tensor:
-    """Rows of every sequence, int32 [B]."""
-    return cu_seqlens.diff()
-
-
 def segment_ids(cu_seqlens: Tensor, num_rows: int) -> Tensor:
     """Sequence of every packed row, int64 [num_rows].
 
@@ -210,5 +204,5 @@ def _sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
 def segment_mean(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Mean of the rows of every sequence; 0 for an empty one. Arguments, result and errors as in `segment_sum`."""
     _check_packed("segment_mean", values, cu_seqlens)
-    lengths = segment_lengths(cu_seqlens).clamp_min(1).to(values.dtype)
+    lengths = cu_seqlens.diff().clamp_min(1).to(values.dtype)
     return _sum(values, cu_seqlens) / lengths.view(-1, *[1] * (values.dim() - 1))

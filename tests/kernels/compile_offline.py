@@ -28,13 +28,14 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 from ttir_offsets import narrow_offsets
 
-from laser_fast.kernels import dispatch, rotary, routing, routing_backward
+from laser_fast.kernels import dispatch, gated_product, rms_norm, rotary, routing, routing_backward
 from laser_fast.kernels.tiles import TILES, Key, Tile, running
 
 Run = Callable[[], object]
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 EXPERTS = (8, 32, 64, 128, 256)
+_MLP_WIDTH = 14336  # of an 8B Llama
 
 
 class OfflineDriver:
@@ -102,19 +103,15 @@ def _control() -> None:
     _narrow_control_kernel[(1,)](torch.empty(64), 64, BLOCK=64)
 
 
-def _routing(
-    num_items: int, num_experts: int, top_k: int, dtype: torch.dtype, weighting: str = "softmax", *, given: bool = False
-) -> Run:
+def _routing(num_items: int, num_experts: int, top_k: int, dtype: torch.dtype, weighting: str = "softmax") -> Run:
     def run() -> None:
         states, router = torch.empty(num_items, 768, dtype=dtype), torch.empty(num_experts, 768)
         cu_seqlens, num_users = torch.empty(257, dtype=torch.int32), 256
-        expert = torch.empty(num_users, top_k, dtype=torch.int32) if given else None
         bias = torch.empty(num_experts)
-        result = routing.route_forward(states, router, bias, cu_seqlens, top_k, weighting, expert)
+        result = routing.route_forward(states, router, bias, cu_seqlens, top_k, weighting)
         grads = torch.empty(num_users, top_k), torch.empty(num_users, num_experts), torch.empty(())
-        routing_backward.route_backward(
-            *grads, states, router, cu_seqlens, result, weighting, needs_states=True, needs_router=True
-        )
+        options = {"weighting": weighting, "needs": (True, True)}
+        routing_backward.route_backward(grads, states, router, cu_seqlens, result, **options)
 
     return run
 
@@ -148,10 +145,38 @@ def _rotary(head_size: int, width: int, dtype: torch.dtype, table: torch.dtype) 
     return run
 
 
+def _product(activation: str, dtype: torch.dtype, *, joint: bool) -> Run:
+    """Forward and backward, of two matrices or of one (Phi-3), whose halves backward fills in place."""
+
+    def run() -> None:
+        both = torch.empty(32, 2 * _MLP_WIDTH, dtype=dtype)
+        gate, up = both.chunk(2, dim=-1)
+        if not joint:
+            gate, up = gate.contiguous(), up.contiguous()
+        out = gated_product.gated_product_forward(gate, up, activation)
+        gated_product.gated_product_backward(out, gate, up, activation, gate, up)
+
+    return run
+
+
+def _norm(width: int, dtype: torch.dtype, *, late_weight: bool) -> Run:
+    """Forward, the same again from the reciprocals, and backward."""
+
+    def run() -> None:
+        x, weight = torch.empty(32, width, dtype=dtype), torch.empty(width, dtype=dtype)
+        kind = (1e-6, 0.0 if late_weight else 1.0, late_weight)
+        y, reciprocal = rms_norm.rms_norm_forward(x, weight, *kind)
+        rms_norm.rms_norm_forward(x, weight, *kind, reciprocal)
+        rms_norm.rms_norm_backward(y, x, reciprocal, weight, kind[1])
+
+    return run
+
+
 def cases() -> dict[str, Run]:
     """Every tile that runs: the sizes of the papers in both precisions, and each padded number of experts.
 
-    Sizes that are no powers of two, so that a tile's length is no other size, and the other branches: `odd`.
+    Sizes that are no powers of two, so that a tile's length is no other size, and the other branches: `odd`. Of the
+    frozen model: activations, halves of one tensor, and the widths of a head, of layers, and wider.
     """
     found = {"control": _control}
     for name, dtype in DTYPES.items():
@@ -160,10 +185,16 @@ def cases() -> dict[str, Run]:
             found[f"rotary-{size}-{width}-{name}"] = _rotary(size, width, dtype, dtype)
         found[f"rotary-128-128-wide-tables-{name}"] = _rotary(128, 128, dtype, torch.float32)
         found[f"routing-E8-few-items-{name}"] = _routing(5120, 8, 3, dtype)
-        found[f"odd-{name}"] = _routing(20480, 33, 3, dtype, "renormalize", given=True)
+        found[f"odd-{name}"] = _routing(20480, 33, 3, dtype, "renormalize")
         for num_experts in EXPERTS:
             found[f"routing-E{num_experts}-{name}"] = _routing(20480, num_experts, 2, dtype)
             found[f"dispatch-backward-E{num_experts}-{name}"] = _dispatch_backward(num_experts, dtype)
+        found[f"product-silu-{name}"] = _product("silu", dtype, joint=False)
+        found[f"norm-8192-{name}"] = _norm(8192, dtype, late_weight=name == "bf16")
+    for activation in ("silu", "gelu_tanh", "gelu"):
+        found[f"product-{activation}-joint-bf16"] = _product(activation, torch.bfloat16, joint=True)
+    for width in (128, 4096, 5120, 16384, 32768):
+        found[f"norm-{width}-bf16"] = _norm(width, torch.bfloat16, late_weight=width != 5120)
     return found
 
 
@@ -192,8 +223,8 @@ def candidates() -> dict[str, tuple[Key, Run]]:
     return found
 
 
-def main(cases: Callable[[], dict[str, Run]], candidates: Callable[[], dict[str, tuple[Key, Run]]] = dict) -> None:
-    """Compile these cases, and where the command line says "candidates" also those, of which one kernel each counts."""
+def main() -> None:
+    """Compile all cases, and where the command line says "candidates" also those, of which one kernel each counts."""
     result, wanted, *capabilities = sys.argv[1:]
     rows: list[dict[str, Any]] = []
     launch = JITFunction.run
@@ -220,4 +251,4 @@ def main(cases: Callable[[], dict[str, Run]], candidates: Callable[[], dict[str,
 
 
 if __name__ == "__main__":
-    main(cases, candidates)
+    main()

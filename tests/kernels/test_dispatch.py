@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,18 +11,13 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
-from torch._library.custom_ops import OPDEFS
-
 from laser_fast.kernels import dispatch as kernels
 from laser_fast.ops import combine_queries_reference, dispatch_queries_reference
+from laser_fast.ops.dispatch import _sum_by_product
+
+from .kernel_cases import DTYPES
 
 Check = Callable[..., None]
-
-DTYPES = [
-    pytest.param(torch.float32, id="fp32"),
-    pytest.param(torch.float16, id="fp16"),
-    pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.gpu),  # the interpreter truncates where GPUs round
-]
 
 
 class Shape(NamedTuple):
@@ -79,11 +74,6 @@ def make(device: torch.device) -> Callable[..., Batch]:
     return inner
 
 
-def _plain(operation: str) -> Callable[..., Any]:
-    """The form of an operation that serves any device."""
-    return OPDEFS[f"laser_fast::{operation}"]._init_fn
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dispatch_copies_bit_for_bit(shape: Shape, dtype: torch.dtype, make: Callable[..., Batch]) -> None:
@@ -102,7 +92,7 @@ def test_dispatch_backward(
     total = kernels.dispatch_backward(batch.outputs, batch.expert, shape.experts)
     exact = torch.zeros_like(batch.queries, dtype=torch.float64)
     exact.index_add_(0, batch.expert.flatten(), batch.outputs.double())
-    eager = _plain("dispatch_queries_backward")(batch.outputs, batch.expert, shape.experts)
+    eager = _sum_by_product(batch.outputs, batch.expert, shape.experts)
     assert_accurate(total, eager, exact, "queries")
 
 
@@ -145,7 +135,7 @@ def test_combine(
 
     needs = {"needs_outputs": True, "needs_weight": True}
     grads = kernels.combine_backward(batch.grad, batch.outputs, batch.weight, **needs)
-    plain = _plain("combine_queries_backward")
+    plain = torch.ops.laser_fast.combine_queries_backward
     exact_grads = plain(batch.grad.double(), *wide, True, True)
     eager_outputs, eager_weight = plain(batch.grad, batch.outputs, batch.weight, True, True)
     assert_accurate(grads[0], eager_outputs, exact_grads[0], "outputs")
@@ -173,52 +163,6 @@ def test_what_is_not_needed_is_empty_and_changes_nothing(
     actual = kernels.combine_backward(*arguments, needs_outputs=outputs, needs_weight=weight)
     for needed, one, other in zip((outputs, weight), actual, full, strict=True):
         assert torch.equal(one, other if needed else other.new_empty(0))
-
-
-def _strided(tensor: Tensor, how: str) -> Tensor:
-    if how == "transposed":
-        return tensor.transpose(0, -1).contiguous().transpose(0, -1)
-    if how == "every-other-column":
-        return torch.stack([tensor, torch.full_like(tensor, 3)], dim=-1)[..., 0]
-    return tensor[:1].expand(tensor.shape)  # "expanded"
-
-
-@pytest.mark.parametrize("how", ["transposed", "every-other-column", "expanded"])
-def test_strides_do_not_matter_and_inputs_stay_as_they_were(how: str, make: Callable[..., Batch]) -> None:
-    batch = Batch(*[_strided(tensor, how) for tensor in make(Shape(5, 2, 4, 3, 7))])
-    assert not any(tensor.is_contiguous() for tensor in batch)
-    before = [tensor.clone() for tensor in batch]
-
-    def run(given: Batch) -> list[Tensor]:
-        needs = {"needs_outputs": True, "needs_weight": True}
-        return [
-            kernels.dispatch_forward(given.queries, given.expert),
-            kernels.dispatch_backward(given.outputs, given.expert, 4),
-            kernels.combine_forward(given.outputs, given.weight),
-            *kernels.combine_backward(given.grad, given.outputs, given.weight, **needs),
-        ]
-
-    expected = run(Batch(*[tensor.contiguous() for tensor in batch]))
-    for one, other in zip(run(batch), expected, strict=True):
-        assert one.is_contiguous()
-        assert torch.equal(one, other)
-    assert all(torch.equal(now, then) for now, then in zip(batch, before, strict=True))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_two_launches_are_bit_equal(dtype: torch.dtype, make: Callable[..., Batch]) -> None:
-    batch = make(Shape(24, 3, 7, 5, 13), dtype)
-    runs = []
-    for _ in range(2):
-        needs = {"needs_outputs": True, "needs_weight": True}
-        runs.append(
-            [
-                kernels.dispatch_backward(batch.outputs, batch.expert, 7),
-                kernels.combine_forward(batch.outputs, batch.weight),
-                *kernels.combine_backward(batch.grad, batch.outputs, batch.weight, **needs),
-            ]
-        )
-    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 
 def test_a_user_is_combined_alone_as_among_others(make: Callable[..., Batch]) -> None:

@@ -18,69 +18,11 @@ from laser_fast.kernels.routing import route_forward
 from laser_fast.kernels.routing_backward import route_backward
 
 Make = Callable[..., Any]
-BOTH = {"needs_states": True, "needs_router": True}
+BOTH = {"weighting": "softmax", "needs": (True, True)}
 
 
 def _grads(result: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ones_like(result.weight), torch.zeros_like(result.pooled), torch.ones_like(result.balance_loss)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize(
-    ("lengths", "width", "num_experts", "top_k"),
-    [
-        pytest.param((0, 3, 0, 5, 1, 0), 5, 7, 3, id="smaller-than-any-tile"),
-        pytest.param((40, 0, 25), 129, 8, 3, id="one-past-tiles"),
-        pytest.param((9, 5), 50, 33, 4, id="E33"),
-    ],
-)
-def test_routing_writes_nothing_but_its_results(
-    lengths: tuple[int, ...],
-    width: int,
-    num_experts: int,
-    top_k: int,
-    dtype: torch.dtype,
-    routing_inputs: Make,
-    guarded_memory: type,
-) -> None:
-    inputs = routing_inputs(lengths, width, num_experts, top_k, dtype)
-    arguments = inputs.states, inputs.router, inputs.cu_seqlens
-    memory = guarded_memory()
-    with memory:
-        result = route_forward(*inputs, "softmax", None)
-    grads = _grads(result)
-    with memory:
-        actual = route_backward(*grads, *arguments, result, "softmax", **BOTH)
-        route_backward(*grads, *arguments, result, "softmax", needs_states=False, needs_router=False)
-    memory.assert_untouched()
-    # results and partial sums; three gradients, that of the logits and partial sums, twice
-    assert len(memory.buffers) == 7 + 2 * 5
-    expected = route_forward(*inputs, "softmax", None)
-    assert all(torch.equal(one, other) for one, other in zip(result, expected, strict=True))
-    expected_grads = route_backward(*grads, *arguments, expected, "softmax", **BOTH)
-    assert all(torch.equal(one, other) for one, other in zip(actual, expected_grads, strict=True))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("slab", [(3, 7), (25, 41)], ids=["smaller-than-a-block", "one-past-a-block"])
-@pytest.mark.parametrize("num_experts", [5, 33])
-def test_dispatch_and_combine_write_nothing_but_their_results(
-    num_experts: int, slab: tuple[int, int], dtype: torch.dtype, device: torch.device, guarded_memory: type
-) -> None:
-    queries = torch.ones(num_experts, *slab, dtype=dtype, device=device)
-    expert = torch.tensor([[1, 0], [4, 2], [3, 1]], dtype=torch.int32, device=device)
-    weight = torch.full((3, 2), 0.5, device=device)
-    memory = guarded_memory()
-    with memory:
-        dispatched = dispatch.dispatch_forward(queries, expert)
-        combined = dispatch.combine_forward(dispatched, weight)
-        dispatch.combine_backward(combined, dispatched, weight, needs_outputs=True, needs_weight=True)
-        dispatch.combine_backward(combined, dispatched, weight, needs_outputs=True, needs_weight=False)
-        dispatch.combine_backward(combined, dispatched, weight, needs_outputs=False, needs_weight=True)
-        dispatch.dispatch_backward(dispatched, expert, num_experts)
-    memory.assert_untouched()
-    assert len(memory.buffers) == 9
-    assert torch.equal(combined, torch.ones_like(combined))
 
 
 def test_the_guards_see_a_store_beside_the_result(device: torch.device, guarded_memory: type) -> None:
@@ -144,21 +86,21 @@ def test_routing_reads_the_states_once_forward_and_once_backward(
         monkeypatch.setattr(module, name, 1)
         monkeypatch.setattr(module, "multiprocessors", lambda device: 2)
     inputs = routing_inputs((100, 0, 37, 1), 150, 8, 3, dtype)
-    result = route_forward(*inputs, "softmax", None)
+    result = route_forward(*inputs, "softmax")
     assert traffic.counts("load", inputs.states) == [1]
     assert traffic.counts("store", inputs.states) == [0]
     for tensor in result:
         assert traffic.counts("store", tensor) == [1]
 
     traffic.clear()
-    arguments = inputs.states, inputs.router, inputs.cu_seqlens, result, "softmax"
-    grads = route_backward(*_grads(result), *arguments, **BOTH)
+    arguments = inputs.states, inputs.router, inputs.cu_seqlens, result
+    grads = route_backward(_grads(result), *arguments, **BOTH)
     assert traffic.counts("load", inputs.states) == [1]
     for tensor in grads:
         assert traffic.counts("store", tensor) == [1]
 
     traffic.clear()
-    route_backward(*_grads(result), *arguments, needs_states=True, needs_router=False)
+    route_backward(_grads(result), *arguments, weighting="softmax", needs=(True, False))
     assert traffic.counts("load", inputs.states) == [0]
 
 
@@ -221,12 +163,12 @@ def test_rows_further_apart_than_32_bits_count(
     monkeypatch.setattr(routing_backward, "range", _typed_range, raising=False)
     inputs = routing_inputs((1, 3), 33, 7, 3, torch.float16)
     far = far_rows(inputs.states)
-    expected = route_forward(*inputs, "softmax", None)
-    result = route_forward(far, *inputs[1:], "softmax", None)
+    expected = route_forward(*inputs, "softmax")
+    result = route_forward(far, *inputs[1:], "softmax")
     assert all(torch.equal(one, other) for one, other in zip(result, expected, strict=True))
-    grads, arguments = _grads(expected), (inputs.router, inputs.cu_seqlens, expected, "softmax")
-    actual = route_backward(*grads, far, *arguments, **BOTH)
-    expected_grads = route_backward(*grads, inputs.states, *arguments, **BOTH)
+    grads, arguments = _grads(expected), (inputs.router, inputs.cu_seqlens, expected)
+    actual = route_backward(grads, far, *arguments, **BOTH)
+    expected_grads = route_backward(grads, inputs.states, *arguments, **BOTH)
     assert all(torch.equal(one, other) for one, other in zip(actual, expected_grads, strict=True))
 
 
@@ -261,9 +203,9 @@ def test_routing_of_more_elements_than_32_bits_count(device: torch.device) -> No
     router = torch.randn(8, width, device=device, generator=generator) / width**0.5
     bias = torch.zeros(8, device=device)
     ends = torch.tensor([0, num_items - tail, num_items - tail + 1000, num_items], dtype=torch.int32, device=device)
-    result = route_forward(states, router, bias, ends, 3, "softmax", None)
+    result = route_forward(states, router, bias, ends, 3, "softmax")
     last, last_ends = states[-tail:], (ends[1:] - (num_items - tail)).contiguous()
-    expected = route_forward(last, router, bias, last_ends, 3, "softmax", None)
+    expected = route_forward(last, router, bias, last_ends, 3, "softmax")
     # the tile differs, and with it the order of sums over 768 products
     for name in ("weight", "pooled"):
         torch.testing.assert_close(getattr(result, name)[1:], getattr(expected, name), rtol=1e-5, atol=1e-6)
@@ -271,12 +213,12 @@ def test_routing_of_more_elements_than_32_bits_count(device: torch.device) -> No
     balance = torch.zeros_like(result.balance_loss)  # which alone joins the users
     ones = torch.ones_like(result.weight).cumsum(dim=1)
     grad_states, grad_router, _ = route_backward(
-        ones, torch.zeros_like(result.pooled), balance, states, router, ends, result, "softmax", **BOTH
+        (ones, torch.zeros_like(result.pooled), balance), states, router, ends, result, **BOTH
     )
     kept = expected._replace(**{name: getattr(result, name)[1:] for name in ("weight", "pooled", "expert")})
     kept = kept._replace(probability=result.probability[-tail:].contiguous(), load=result.load)
     expected_states, _, _ = route_backward(
-        ones[1:], torch.zeros_like(kept.pooled), balance, last, router, last_ends, kept, "softmax", **BOTH
+        (ones[1:], torch.zeros_like(kept.pooled), balance), last, router, last_ends, kept, **BOTH
     )
     assert torch.equal(grad_states[-tail:], expected_states)
     assert grad_router.isfinite().all()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,12 +14,9 @@ pytest.importorskip("triton", reason="the kernels are written in Triton")
 from laser_fast.kernels import rms_norm as kernels
 from laser_fast.ops.rms_norm import NormKind, _scale, rms_norm_reference
 
+from .kernel_cases import DTYPES
+
 Check = Callable[..., None]
-DTYPES = [
-    pytest.param(torch.float32, id="fp32"),
-    pytest.param(torch.float16, id="fp16"),
-    pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.gpu),  # the interpreter truncates where GPUs round
-]
 KINDS = [
     pytest.param(NormKind(0.0, True, 1e-6), id="late-weight"),
     pytest.param(NormKind(0.0, False, 1e-5), id="early-weight"),
@@ -107,21 +104,6 @@ def test_it_rounds_where_eager_rounds_bit_for_bit(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_strides_do_not_matter_and_inputs_stay_as_they_were(kind: NormKind, make: Callable[..., Inputs]) -> None:
-    dense = make((3, 4, 40), torch.float16)
-    spaced = torch.cat([dense.x, torch.full_like(dense.x, torch.nan)], dim=-1)
-    one = dense.grad[:1, :1, :1].expand(3, 4, 40)
-    expected = _both(dense._replace(grad=one.contiguous()), kind)
-    weight = dense.weight.repeat_interleave(2)[::2]
-    for x in (spaced[..., :40], dense.x.transpose(0, 1).contiguous().transpose(0, 1), dense.x.mT.contiguous().mT):
-        inputs = Inputs(x, weight, one)
-        assert not any(tensor.is_contiguous() for tensor in inputs)
-        before = [tensor.clone() for tensor in inputs]
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(_both(inputs, kind), expected, strict=True))
-        assert all(torch.equal(now, then) for now, then in zip(inputs, before, strict=True))
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_large_small_and_zero_rows(kind: NormKind, make: Callable[..., Inputs], assert_accurate: Check) -> None:
     inputs = make((4, 300), torch.float16)
     scales = torch.tensor([[6e3], [1e-4], [1.0], [0.0]], device=inputs.x.device)
@@ -144,20 +126,6 @@ def test_a_nan_stays_in_its_row(make: Callable[..., Inputs]) -> None:
     for ours, theirs in zip(_both(broken, KINDS[0].values[0]), _both(inputs, KINDS[0].values[0]), strict=True):
         assert ours[17].isnan().all()
         assert torch.equal(ours[others], theirs[others])
-
-
-@pytest.mark.parametrize("shape", [(3, 5), (17, 128), (2, 1100)], ids=["small", "tiles", "one-row-a-program"])
-def test_nothing_is_written_but_the_results_and_two_launches_are_bit_equal(
-    shape: tuple[int, ...], make: Callable[..., Inputs], guarded_memory: Any
-) -> None:
-    inputs, kind = make(shape, torch.float16), NormKind(0.0, True, 1e-6)
-    memory = guarded_memory()
-    with memory:
-        first = _both(inputs, kind)
-        _forward(inputs, kind, first[1])
-    memory.assert_untouched()
-    assert len(memory.buffers) == 4
-    assert all(torch.equal(one, other) for one, other in zip(first, _both(inputs, kind), strict=True))
 
 
 def test_a_tile_holds_whole_rows_and_a_lane_16_numbers() -> None:

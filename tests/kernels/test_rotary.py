@@ -14,13 +14,9 @@ pytest.importorskip("triton", reason="the kernels are written in Triton")
 from laser_fast.kernels.rotary import rotary
 from laser_fast.ops import rotary_embedding_reference
 
-Check = Callable[..., None]
+from .kernel_cases import DTYPES
 
-DTYPES = [
-    pytest.param(torch.float32, id="fp32"),
-    pytest.param(torch.float16, id="fp16"),
-    pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.gpu),  # the interpreter truncates where GPUs round
-]
+Check = Callable[..., None]
 
 
 class Shape(NamedTuple):
@@ -107,47 +103,6 @@ def test_a_rotation_by_a_quarter_turn_by_hand(device: torch.device) -> None:
     back, _ = rotary(turned, query[:, :0], zero, zero + 1, transposed=True)
     assert turned.flatten().tolist() == [-3.0, -4.0, 1.0, 2.0, 5.0]
     assert back.flatten().tolist() == [1.0, 2.0, 3.0, 4.0, 5.0]
-
-
-def _strided(batch: Batch, how: str) -> Batch:
-    """As tensors that a model may hand over."""
-    query, key, cos, sin = batch
-    if how == "one-projection":  # queries, keys and something else beside each other
-        whole = torch.cat([query, key, key], dim=1)
-        return Batch(*whole.split([query.shape[1], key.shape[1], key.shape[1]], dim=1)[:2], cos, sin)
-    if how == "heads-first":
-        query, key = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (query, key))
-        return Batch(query, key, cos, sin)
-    if how == "every-other-number":
-        return Batch(*[torch.stack([x, torch.full_like(x, 3)], dim=-1)[..., 0] for x in batch])
-    return Batch(*[x[:1].expand(x.shape) for x in batch])  # "one-token"
-
-
-@pytest.mark.parametrize("how", ["one-projection", "heads-first", "every-other-number", "one-token"])
-def test_strides_do_not_matter_and_inputs_stay_as_they_were(how: str, make: Callable[..., Batch]) -> None:
-    batch = _strided(make(Shape(5, 4, 2, 12, 8), torch.float16), how)
-    assert not batch.query.is_contiguous()
-    before = [tensor.clone() for tensor in batch]
-    for transposed in (False, True):
-        expected = rotary(*[tensor.contiguous() for tensor in batch], transposed=transposed)
-        for one, other in zip(rotary(*batch, transposed=transposed), expected, strict=True):
-            assert one.is_contiguous()
-            assert torch.equal(one, other)
-    assert all(torch.equal(now, then) for now, then in zip(batch, before, strict=True))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_two_launches_are_bit_equal_and_write_nothing_but_their_results(
-    dtype: torch.dtype, make: Callable[..., Batch], guarded_memory: type
-) -> None:
-    for shape in (Shape(5, 9, 3, 128, 128), Shape(3, 2, 1, 80, 32)):
-        batch = make(shape, dtype)
-        memory = guarded_memory()
-        with memory:
-            guarded = rotary(*batch, transposed=False)
-        memory.assert_untouched()
-        assert len(memory.buffers) == 2
-        assert all(torch.equal(*pair) for pair in zip(guarded, rotary(*batch, transposed=False), strict=True))
 
 
 def test_a_token_is_rotated_alone_as_among_others(make: Callable[..., Batch]) -> None:

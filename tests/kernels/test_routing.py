@@ -20,30 +20,13 @@ from laser_fast.kernels import routing
 from laser_fast.kernels.routing import RoutingResult, _split, route_forward
 from laser_fast.ops.routing import WEIGHTINGS, Routing, route_experts_reference
 
+from .kernel_cases import DTYPES, ROUTING_CASES, ROUTING_MODES
+
 Make = Callable[..., Any]
 Check = Callable[..., None]
 
-DTYPES = [
-    pytest.param(torch.float32, id="fp32"),
-    pytest.param(torch.float16, id="fp16"),
-    pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.gpu),  # the interpreter truncates where GPUs round
-]
-MODES = [  # the weighting is computed in float32 whatever the states are, so each is combined with one dtype
-    pytest.param(torch.float32, "softmax", id="fp32-softmax"),
-    pytest.param(torch.float16, "renormalize", id="fp16-renormalize"),
-    pytest.param(torch.bfloat16, "softmax", id="bf16-softmax", marks=pytest.mark.gpu),
-]
-CASES = [  # history lengths, width, experts, chosen experts
-    pytest.param((1,), 1, 4, 2, id="one-item-of-width-1"),
-    pytest.param((0, 3, 0, 0, 5, 1, 0), 8, 4, 2, id="empties-everywhere"),
-    pytest.param((0, 0), 8, 4, 2, id="all-empty"),
-    pytest.param((), 8, 4, 2, id="no-user"),
-    pytest.param((3, 4), 8, 1, 1, id="E1"),
-    pytest.param((3, 4, 2), 8, 5, 5, id="k=E"),
-    pytest.param((7, 1, 20, 2), 33, 7, 3, id="E7-width-33"),
-    pytest.param((9, 5, 21), 50, 33, 4, id="E33"),
-    pytest.param((9, 3), 40, 100, 5, id="E100"),
-    pytest.param((5, 4), 24, 256, 2, id="E256"),
+CASES = [
+    *ROUTING_CASES,
     pytest.param((15,), 127, 8, 3, id="one-short-of-a-tile"),
     pytest.param((10, 6), 128, 8, 3, id="a-tile"),
     pytest.param((16, 1), 129, 8, 3, id="one-past-a-tile"),
@@ -51,11 +34,11 @@ CASES = [  # history lengths, width, experts, chosen experts
 ]
 
 
-def _forward(inputs: Any, weighting: str = "softmax", expert: Tensor | None = None) -> RoutingResult:
-    return route_forward(*inputs, weighting, expert)
+def _forward(inputs: Any, weighting: str = "softmax") -> RoutingResult:
+    return route_forward(*inputs, weighting)
 
 
-def _reference(inputs: Any, weighting: str, expert: Tensor | None) -> Routing:
+def _reference(inputs: Any, weighting: str, expert: Tensor | None = None) -> Routing:
     return route_experts_reference(*inputs, weighting=weighting, expert=expert)
 
 
@@ -88,7 +71,7 @@ def _check(result: RoutingResult, inputs: Any, weighting: str, assert_accurate: 
     assert abs(loss - exact_loss) <= limit
 
 
-@pytest.mark.parametrize(("dtype", "weighting"), MODES)
+@pytest.mark.parametrize(("dtype", "weighting"), ROUTING_MODES)
 @pytest.mark.parametrize(("lengths", "width", "num_experts", "top_k"), CASES)
 def test_as_accurate_as_the_reference(
     lengths: tuple[int, ...],
@@ -123,7 +106,7 @@ def test_tile_of_large_batches(
 ) -> None:
     monkeypatch.setattr(routing, "SMALL_BATCH", 0)
     inputs = routing_inputs(lengths, width, 8, 3, dtype)
-    assert routing._forward_options(inputs.states, 8)["BLOCK_N"] == 32
+    assert routing.item_options("route_items", inputs.states, 8, "many")["BLOCK_N"] == 32
     _check(_forward(inputs), inputs, "softmax", assert_accurate)
 
 
@@ -153,21 +136,6 @@ def test_half_precision_router(routing_inputs: Make, assert_accurate: Check) -> 
     _check(_forward(inputs), inputs, "softmax", assert_accurate)
 
 
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_a_given_decision_is_kept(weighting: str, routing_inputs: Make, assert_accurate: Check) -> None:
-    inputs = routing_inputs((5, 0, 3), 6, 5, 2)
-    free = _forward(inputs, weighting)
-    kept = _forward(inputs, weighting, free.expert)
-    assert all(torch.equal(one, other) for one, other in zip(kept, free, strict=True))
-    assert kept.expert.data_ptr() != free.expert.data_ptr()
-    decision = torch.tensor([[4, 0], [1, 2], [3, 1]], dtype=torch.int32, device=inputs.states.device)
-    forced = _forward(inputs, weighting, decision)
-    assert torch.equal(forced.expert, decision)
-    exact, eager = (_reference(given, weighting, decision) for given in (inputs.double(), inputs))
-    assert_accurate(forced.weight, eager.weight, exact.weight, "weight")
-    assert torch.equal(forced.load, free.load)
-
-
 @triton.jit
 def _split_kernel(values_ptr, high_ptr, low_ptr, BLOCK: tl.constexpr):
     offsets = tl.arange(0, BLOCK)
@@ -192,7 +160,7 @@ def test_split_into_two_tf32_parts_is_exact(device: torch.device) -> None:
 
 def test_a_router_cut_to_tf32_would_break_the_rule(routing_inputs: Make, worst_row_error: Any) -> None:
     inputs = routing_inputs((40, 23), 256, 8, 3, torch.float16)
-    exact, eager = (_reference(given, "softmax", None).pooled for given in (inputs.double(), inputs))
+    exact, eager = (_reference(given, "softmax").pooled for given in (inputs.double(), inputs))
     limit = 2 * worst_row_error(eager, exact) + torch.finfo(torch.float32).eps
     cut = (inputs.router.view(torch.int32) & -8192).view(torch.float32)
     assert worst_row_error(_forward(inputs).pooled, exact) <= limit
@@ -276,7 +244,7 @@ def test_a_nan_stays_with_its_user(routing_inputs: Make) -> None:
         assert torch.equal(getattr(result, name)[others], getattr(clean, name)[others]), name
     assert result.pooled[1].isnan().all()
     assert result.expert[1].tolist() == [0, 1, 2]
-    assert torch.equal(result.expert, _reference(inputs._replace(states=states), "softmax", None).expert)
+    assert torch.equal(result.expert, _reference(inputs._replace(states=states), "softmax").expert)
     assert result.load.sum().item() == pytest.approx(3)
 
 
@@ -305,40 +273,10 @@ def test_near_ties_are_settled_within_the_rounding(routing_inputs: Make) -> None
     inputs = routing_inputs((30, 11, 4, 1, 50), 24, 8, 3)
     router = inputs.router[:1] + 1e-7 * inputs.router
     inputs = inputs._replace(router=router, bias=torch.zeros_like(inputs.bias))
-    result, exact = _forward(inputs), _reference(inputs.double(), "softmax", None)
+    result, exact = _forward(inputs), _reference(inputs.double(), "softmax")
     ordered = exact.pooled.sort(dim=1, descending=True).values
     assert (ordered[:, :-1] - ordered[:, 1:]).max() < 1e-6  # nothing but near-ties
     _check_choice(result.expert, exact.pooled, tolerance=1e-6)
-
-
-def _strided(tensor: Tensor, how: str) -> Tensor:
-    if how == "transposed":
-        return tensor.T.contiguous().T
-    if how == "every-other-column":
-        return torch.stack([tensor, torch.full_like(tensor, torch.nan)], dim=2).flatten(1)[:, ::2]
-    if how == "rows-apart":
-        return torch.cat([tensor, torch.full_like(tensor, torch.nan)], dim=1)[:, : tensor.shape[1]]
-    return tensor[:1].expand(tensor.shape)  # "expanded", rows 0 apart
-
-
-@pytest.mark.parametrize("how", ["transposed", "every-other-column", "rows-apart", "expanded"])
-def test_strides_do_not_matter_and_inputs_stay_as_they_were(how: str, routing_inputs: Make) -> None:
-    inputs = routing_inputs((12, 7), 33, 7, 3)
-    strided = _strided(inputs.states, how)
-    assert not strided.is_contiguous()
-    turned = inputs._replace(states=strided, router=_strided(inputs.router, "transposed"))
-    before = [tensor.clone() for tensor in turned[:4]]
-    result = _forward(turned)
-    expected = _forward(inputs._replace(states=strided.contiguous()))
-    assert all(torch.equal(one, other) for one, other in zip(result, expected, strict=True))
-    assert all(torch.equal(now, then) for now, then in zip(turned[:4], before, strict=True))
-
-
-def test_two_launches_are_bit_equal(routing_inputs: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    _limit(monkeypatch, 3)
-    inputs = routing_inputs((65, 10, 31), 33, 7, 3, torch.float16)
-    first, second = _forward(inputs), _forward(inputs)
-    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -17,31 +17,14 @@ from laser_fast.kernels.routing import RoutingResult, route_forward
 from laser_fast.kernels.routing_backward import route_backward
 from laser_fast.ops.routing import WEIGHTINGS, route_experts_reference
 
+from .kernel_cases import DTYPES, ROUTING_CASES, ROUTING_MODES
+
 Make = Callable[..., Any]
 Check = Callable[..., None]
 NAMES = ("states", "router", "bias")
 
-DTYPES = [
-    pytest.param(torch.float32, id="fp32"),
-    pytest.param(torch.float16, id="fp16"),
-    pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.gpu),  # the interpreter truncates where GPUs round
-]
-MODES = [  # the weighting is computed in float32 whatever the states are, so each is combined with one dtype
-    pytest.param(torch.float32, "softmax", id="fp32-softmax"),
-    pytest.param(torch.float16, "renormalize", id="fp16-renormalize"),
-    pytest.param(torch.bfloat16, "softmax", id="bf16-softmax", marks=pytest.mark.gpu),
-]
-CASES = [  # history lengths, width, experts, chosen experts
-    pytest.param((1,), 1, 4, 2, id="one-item-of-width-1"),
-    pytest.param((0, 3, 0, 0, 5, 1, 0), 8, 4, 2, id="empties-everywhere"),
-    pytest.param((0, 0), 8, 4, 2, id="all-empty"),
-    pytest.param((), 8, 4, 2, id="no-user"),
-    pytest.param((3, 4), 8, 1, 1, id="E1"),
-    pytest.param((3, 4, 2), 8, 5, 5, id="k=E"),
-    pytest.param((7, 1, 20, 2), 33, 7, 3, id="E7-width-33"),
-    pytest.param((9, 5, 21), 50, 33, 4, id="E33"),
-    pytest.param((9, 3), 40, 100, 5, id="E100"),
-    pytest.param((5, 4), 24, 256, 2, id="E256"),
+CASES = [
+    *ROUTING_CASES,
     pytest.param((10, 5), 63, 8, 3, id="15-rows-of-63"),
     pytest.param((16, 1), 65, 8, 3, id="17-rows-of-65"),
     pytest.param((20, 11), 127, 8, 3, id="one-short-of-a-tile"),
@@ -74,8 +57,8 @@ def _backward(
     router: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The states' gradient is read back as the operation hands it on."""
-    needs = {"needs_states": states, "needs_router": router}
-    return route_backward(*grads, inputs.states, inputs.router, inputs.cu_seqlens, result, weighting, **needs)
+    arguments = inputs.states, inputs.router, inputs.cu_seqlens, result
+    return route_backward(grads, *arguments, weighting=weighting, needs=(states, router))
 
 
 def _reference(inputs: Any, result: RoutingResult, grads: Grads, weighting: str, seed: int = 0) -> list[Tensor]:
@@ -108,7 +91,7 @@ def _check(
         check(one, (draw(seed)[index] for seed in range(10)), expected, name)
 
 
-@pytest.mark.parametrize(("dtype", "weighting"), MODES)
+@pytest.mark.parametrize(("dtype", "weighting"), ROUTING_MODES)
 @pytest.mark.parametrize(("lengths", "width", "num_experts", "top_k"), CASES)
 def test_as_accurate_as_autograd(
     lengths: tuple[int, ...],
@@ -121,7 +104,7 @@ def test_as_accurate_as_autograd(
     assert_accurate: Check,
 ) -> None:
     inputs = routing_inputs(lengths, width, num_experts, top_k, dtype)
-    result = route_forward(*inputs, weighting, None)
+    result = route_forward(*inputs, weighting)
     grads = _grads(result)
     _check(_backward(inputs, result, grads, weighting), inputs, result, grads, weighting, assert_accurate)
 
@@ -144,7 +127,7 @@ def test_programs_that_take_several_tiles(
     _limit(monkeypatch, max_programs)
     assert routing.rows_per_program(109, 32, max_programs) > 32
     inputs = routing_inputs((65, 0, 10, 31, 3), 20, 8, 3, dtype)
-    result = route_forward(*inputs, "softmax", None)
+    result = route_forward(*inputs, "softmax")
     grads = _grads(result)
     _check(_backward(inputs, result, grads), inputs, result, grads, "softmax", assert_accurate)
 
@@ -154,24 +137,15 @@ def test_few_programs_where_partial_sums_would_be_large(
 ) -> None:
     monkeypatch.setattr(routing_backward, "_PARTIAL_BYTES", 0)  # at least 16 programs all the same
     inputs = routing_inputs((272, 16), 4, 8, 3)
-    result = route_forward(*inputs, "softmax", None)
+    result = route_forward(*inputs, "softmax")
     grads = _grads(result)
     _check(_backward(inputs, result, grads), inputs, result, grads, "softmax", assert_accurate)
-
-
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_a_given_decision(weighting: str, routing_inputs: Make, assert_accurate: Check) -> None:
-    inputs = routing_inputs((5, 0, 3), 6, 5, 2)
-    decision = torch.tensor([[4, 0], [1, 2], [3, 1]], dtype=torch.int32, device=inputs.states.device)
-    result = route_forward(*inputs, weighting, decision)
-    grads = _grads(result)
-    _check(_backward(inputs, result, grads, weighting), inputs, result, grads, weighting, assert_accurate)
 
 
 @pytest.mark.parametrize("root", Grads._fields)
 def test_each_result_alone(root: str, routing_inputs: Make, assert_accurate: Check) -> None:
     inputs = routing_inputs((7, 1, 20, 0, 2), 33, 7, 3)
-    result = route_forward(*inputs, "renormalize", None)
+    result = route_forward(*inputs, "renormalize")
     grads = Grads(
         *[grad if name == root else torch.zeros_like(grad) for name, grad in _grads(result)._asdict().items()]
     )
@@ -185,7 +159,7 @@ def test_what_is_not_needed_is_empty_and_changes_nothing(
     lengths: tuple[int, ...], states: bool, router: bool, routing_inputs: Make
 ) -> None:
     inputs = routing_inputs(lengths, 70, 7, 3)
-    result = route_forward(*inputs, "softmax", None)
+    result = route_forward(*inputs, "softmax")
     full = _backward(inputs, result, _grads(result))
     actual = _backward(inputs, result, _grads(result), states=states, router=router)
     for needed, one, other in zip((states, router, True), actual, full, strict=True):
@@ -196,11 +170,11 @@ def test_what_is_not_needed_is_empty_and_changes_nothing(
 def test_large_magnitudes(weighting: str, routing_inputs: Make, assert_accurate: Check) -> None:
     inputs = routing_inputs((5, 30, 3), 32, 8, 8)
     shifted = inputs._replace(bias=inputs.bias + 1e4)
-    result = route_forward(*shifted, weighting, None)
+    result = route_forward(*shifted, weighting)
     grads = _grads(result)
     _check(_backward(shifted, result, grads, weighting), shifted, result, grads, weighting, assert_accurate)
     far = inputs._replace(states=inputs.states * 100, router=inputs.router * 100)
-    result = route_forward(*far, weighting, None)
+    result = route_forward(*far, weighting)
     assert all(grad.isfinite().all() for grad in _backward(far, result, grads, weighting))
 
 
@@ -211,41 +185,9 @@ def test_a_nan_stays_with_its_user(routing_inputs: Make) -> None:
     broken.states[6, 11] = torch.nan
     grads = []
     for given in (inputs, broken):
-        result = route_forward(*given, "softmax", None)
+        result = route_forward(*given, "softmax")
         # the balance loss joins all users, so it is left out
         grads.append(_backward(given, result, _grads(result)._replace(balance=torch.zeros_like(result.balance_loss))))
     others = [*range(5), *range(9, 18)]
     assert torch.equal(grads[0][0][others], grads[1][0][others])
     assert grads[1][0][5:9].isnan().all()
-
-
-@pytest.mark.parametrize("how", ["transposed", "every-other-column", "rows-apart", "expanded"])
-def test_strides_do_not_matter_and_inputs_stay_as_they_were(how: str, routing_inputs: Make) -> None:
-    inputs = routing_inputs((12, 7), 33, 7, 3)
-    spaced = torch.stack([inputs.states, torch.full_like(inputs.states, torch.nan)], dim=2)
-    strided = {
-        "transposed": inputs.states.T.contiguous().T,
-        "every-other-column": spaced.flatten(1)[:, ::2],
-        "rows-apart": spaced.transpose(1, 2).flatten(1)[:, :33],
-        "expanded": inputs.states[:1].expand(19, 33),
-    }[how]
-    assert not strided.is_contiguous()
-    turned = inputs._replace(states=strided, router=inputs.router.T.contiguous().T)
-    result = route_forward(*turned, "softmax", None)
-    grads = Grads(*[grad.flatten()[:1].view([1] * grad.dim()).expand(grad.shape) for grad in _grads(result)])
-    before = [tensor.clone() for tensor in (*turned[:4], *result, *grads)]
-    actual = _backward(turned, result, grads)
-    dense = Grads(*[grad.contiguous() for grad in grads])
-    expected = _backward(inputs._replace(states=strided.contiguous()), result, dense)
-    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
-    assert actual[0].is_contiguous()
-    after = (*turned[:4], *result, *grads)
-    assert all(torch.equal(now, then) for now, then in zip(after, before, strict=True))
-
-
-def test_two_launches_are_bit_equal(routing_inputs: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    _limit(monkeypatch, 2)
-    inputs = routing_inputs((65, 10, 31), 33, 7, 3, torch.float16)
-    result = route_forward(*inputs, "softmax", None)
-    first, second = (_backward(inputs, result, _grads(result)) for _ in range(2))
-    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))

@@ -70,56 +70,49 @@ def test_options_have_the_kernels_names() -> None:
     assert some.options(columns="BLOCK") == {"BLOCK": 64, "num_warps": 4, "num_stages": 2}
 
 
-def _everything(inputs: Any, dtype: torch.dtype) -> list[Tensor]:
-    """Results of all kernels, without the experts that two near-ties could swap."""
-    result = route_forward(*inputs, "softmax", None)
-    ones, some = torch.ones_like(result.weight), result.pooled.sin()
-    needs = {"needs_states": True, "needs_router": True}
-    arguments = (inputs.states, inputs.router, inputs.cu_seqlens, result, "softmax")
-    grads = route_backward(ones, some, result.balance_loss, *arguments, **needs)
-    queries = inputs.states[:24].reshape(8, 3, -1).to(dtype)
+def _routed(inputs: Any) -> tuple[Any, list[Tensor]]:
+    """The result of routing, and what its kernels give but the experts, which two near-ties could swap."""
+    result = route_forward(*inputs, "softmax")
+    grads = torch.ones_like(result.weight), result.pooled.sin(), result.balance_loss
+    arguments = (inputs.states, inputs.router, inputs.cu_seqlens, result)
+    return result, [
+        *result[:3],
+        *result[4:],
+        *route_backward(grads, *arguments, weighting="softmax", needs=(True, True)),
+    ]
+
+
+def _dispatched(inputs: Any, result: Any) -> list[Tensor]:
+    queries = inputs.states[:24].reshape(8, 3, -1)
     outputs = dispatch.dispatch_forward(queries, result.expert)
     combined = dispatch.combine_forward(outputs, result.weight)
-    both = {"needs_outputs": True, "needs_weight": True}
-    spread = dispatch.combine_backward(combined, outputs, result.weight, **both)
-    return [*result[:3], *result[4:], *grads, combined, *spread, dispatch.dispatch_backward(outputs, result.expert, 8)]
-
-
-@pytest.fixture(scope="module")
-def known() -> dict[tuple[torch.dtype, str], list[Tensor]]:
-    """What the first candidates gave, by dtype and size."""
-    return {}
+    spread = dispatch.combine_backward(combined, outputs, result.weight, needs_outputs=True, needs_weight=True)
+    return [combined, *spread, dispatch.dispatch_backward(outputs, result.expert, 8)]
 
 
 @pytest.mark.parametrize(("key", "candidate"), AT_8_EXPERTS)
 def test_every_candidate_gives_what_the_first_gives(
-    key: Key,
-    candidate: Tile,
-    routing_inputs: Make,
-    known: dict[tuple[torch.dtype, str], list[Tensor]],
-    monkeypatch: pytest.MonkeyPatch,
+    key: Key, candidate: Tile, routing_inputs: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if key.size == "many":
         monkeypatch.setattr(routing, "SMALL_BATCH", 0)
     dtype = torch.float32 if key.precision == "float" else torch.float16
     inputs = routing_inputs((65, 0, 10), 70, 8, 3, dtype)
-    place = dtype, "many" if key.size == "many" else ""
-    if place not in known:
-        known[place] = _everything(inputs, dtype)
-    expected = known[place]
+    routed = key.kernel in ("route_items", "route_users", "grad_logits", "grad_items", "sum_partials")
+    result, expected = _routed(inputs)
     with running(key, candidate):
-        actual = _everything(inputs, dtype)
+        actual = _routed(inputs)[1] if routed else _dispatched(inputs, result)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-3  # sums in another order, and one rounding to the dtype
-    for one, other in zip(actual, expected, strict=True):
+    for one, other in zip(actual, expected if routed else _dispatched(inputs, result), strict=True):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * max(1e-3, other.abs().max().item()))
 
 
-@pytest.mark.parametrize("key", [Key("route_users", 8), Key("sum_partials")], ids=["route_users", "sum_partials"])
-def test_partial_sums_of_several_steps(key: Key, routing_inputs: Make) -> None:
+def test_partial_sums_of_several_steps(routing_inputs: Make) -> None:
     inputs = routing_inputs((300,), 4, 8, 3)
-    expected = _everything(inputs, torch.float32)
-    with running(key, Tile(4, 4, 1)):  # of 19 partial sums forward, and of 10 backward
-        actual = _everything(inputs, torch.float32)
+    _, expected = _routed(inputs)
+    # of 19 partial sums forward, and of 10 backward
+    with running(Key("route_users", 8), Tile(4, 4, 1)), running(Key("sum_partials"), Tile(4, 4, 1)):
+        _, actual = _routed(inputs)
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
@@ -161,7 +154,8 @@ def test_kernels_are_launched_under_the_device_of_their_tensors(
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", recorded)
-    _everything(routing_inputs((30, 10), 8, 8, 3), torch.float32)
+    inputs = routing_inputs((30, 10), 8, 8, 3)
+    _dispatched(inputs, _routed(inputs)[0])
     rows, ones, tables = torch.ones(4, 8), torch.ones(8), torch.ones(2, 4, 8)
     rotary(rows[:, None], rows[:, None], *tables, transposed=False)
     _, reciprocal = rms_norm_forward(rows, ones, 1e-6, 0.0, False, None)
@@ -177,7 +171,8 @@ def test_the_second_gpu_serves_its_own_tensors(routing_inputs: Make) -> None:
         pytest.skip("needs two CUDA devices")
     inputs = routing_inputs((30, 10), 8, 8, 3)
     other = type(inputs)(*[tensor.to("cuda:1") for tensor in inputs[:4]], 3)
-    results = [_everything(given, torch.float32) for given in (inputs, other)]
-    for one, two in zip(*results, strict=True):
+    (first, ours), (second, theirs) = _routed(inputs), _routed(other)
+    ours, theirs = ours + _dispatched(inputs, first), theirs + _dispatched(other, second)
+    for one, two in zip(ours, theirs, strict=True):
         assert two.device == torch.device("cuda", 1)
         torch.testing.assert_close(one.cpu(), two.cpu(), rtol=1e-5, atol=1e-6)

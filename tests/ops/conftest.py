@@ -1,4 +1,4 @@
-"""What the tests of all operations share: a look at what runs inside one, and the fused form without a GPU."""
+"""What the tests of all operations share: a look at what runs inside one, and the kernels without a GPU."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from laser_fast.ops.operation import Operation
-
 _READBACKS = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::masked_select", "aten::equal"}
 
 
 class InnerOperations(TorchDispatchMode):
-    """Records what runs, inside laser_fast's operations too, in the form that serves any device.
+    """Records what runs, inside laser_fast's operations too.
 
     Attributes:
         names: operators called, in order.
@@ -52,7 +50,7 @@ def inner_operations() -> type[InnerOperations]:
 
 @pytest.fixture
 def triton_on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Let the CUDA implementations of the operations serve CPU tensors, in Triton's interpreter, for one test.
+    """Let the Triton kernels serve CPU tensors, in Triton's interpreter, for one test.
 
     Returns the names of the operations that were served by a kernel, in the order of the calls.
     """
@@ -61,7 +59,7 @@ def triton_on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     if not knobs.runtime.interpret:
         pytest.skip("runs the kernels in Triton's interpreter, and here they are compiled for the GPU")
-    from laser_fast.ops import dispatch, routing
+    from laser_fast.ops import dispatch, rotary, routing
 
     served: list[str] = []
 
@@ -71,13 +69,6 @@ def triton_on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         served.append(operation)
         return True
 
-    for module in (routing, dispatch):
+    for module in (routing, dispatch, rotary):
         monkeypatch.setattr(module, "triton_serves", serves)
-        for operation in (value for value in vars(module).values() if isinstance(value, Operation)):
-            fused = operation.kernels["cuda"]
-            if "cpu" not in operation.kernels:
-                # stays registered, and is what serves the CPU without it
-                operation.register_kernel("cpu")(operation.default)
-            monkeypatch.setitem(operation.kernels, "cpu", fused)
-            monkeypatch.setitem(operation.registered._backend_fns, "cpu", operation.registered._backend_fns["cuda"])
     return served

@@ -27,7 +27,6 @@ from laser_fast.ops import (
     gated_product_forward,
     gated_product_reference,
     inject_prefix_kv,
-    inject_prefix_kv_layers,
     inject_prefix_kv_reference,
     rms_norm_backward,
     rms_norm_forward,
@@ -101,14 +100,10 @@ def routing(draw: Draw) -> Call:
     top_k, good_k = draw.option(draw.size(max(num_experts, 1)), -1, 7, 1.0, True, None)
     weighting, good_weighting = draw.option(draw.random.choice(["softmax", "renormalize"]), "max", None)
     fits = fits and good_k and good_weighting and 1 <= top_k <= num_experts
-    expert = None
-    if good_k and draw.rarely(0.3):
-        expert, good = draw.indices((max(cu_seqlens.numel() - 1, 0), top_k), num_experts, torch.int32)
-        fits = fits and good and all(len(set(row)) == top_k for row in expert.tolist())
     chosen: list[Tensor] = []
 
     def run(states: Tensor, weight: Tensor, bias: Tensor) -> Sequence[Tensor]:
-        found = route_experts(states, weight, bias, cu_seqlens, top_k, weighting=weighting, expert=expert)
+        found = route_experts(states, weight, bias, cu_seqlens, top_k, weighting=weighting)
         chosen[:] = [found.expert]
         return found.weight, found.pooled, found.balance_loss
 
@@ -157,26 +152,15 @@ def injection(draw: Draw) -> Call:
     if kind == "pool":
         index, good = draw.indices((num_sequences,), num_prefixes, torch.int32)
         fits = fits and good
-    layers = draw.rarely(0.3)
-    front = (2,) if layers else ()
-    text = [draw.floats(*front, num_rows, *heads, dtype=dtype, nan=draw.rarely(0.05)) for _ in range(2)]
-    prefix = [draw.floats(*front, num_prefixes, length, *heads, dtype=dtype) for _ in range(2)]
-
-    def run(*leaves: Tensor) -> Sequence[Tensor]:
-        operation = inject_prefix_kv_layers if layers else inject_prefix_kv
-        with torch.set_grad_enabled(not layers):
-            return operation(*leaves, cu_seqlens, prefix_index=index)
-
-    def exact(*leaves: Tensor) -> Sequence[Tensor]:
-        found = [inject_prefix_kv_reference(*one, cu_seqlens, prefix_index=index) for one in zip(*leaves, strict=True)]
-        stacked = [torch.stack(parts) for parts in zip(*found, strict=True)]
-        return [stacked[0], stacked[1], found[0][2]]
-
-    def exact_one(*leaves: Tensor) -> Sequence[Tensor]:
-        return inject_prefix_kv_reference(*leaves, cu_seqlens, prefix_index=index)
-
-    name = "inject_prefix_kv_layers" if layers else "inject_prefix_kv"
-    return Call(name, run, exact if layers else exact_one, [*text, *prefix], fits)
+    leaves = [draw.floats(num_rows, *heads, dtype=dtype, nan=draw.rarely(0.05)) for _ in range(2)]
+    leaves += [draw.floats(num_prefixes, length, *heads, dtype=dtype) for _ in range(2)]
+    return Call(
+        "inject_prefix_kv",
+        lambda *leaves: inject_prefix_kv(*leaves, cu_seqlens, prefix_index=index),
+        lambda *leaves: inject_prefix_kv_reference(*leaves, cu_seqlens, prefix_index=index),
+        leaves,
+        fits,
+    )
 
 
 def catalog_loss(draw: Draw) -> Call:

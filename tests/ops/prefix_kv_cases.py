@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from laser_fast.ops import native
+from laser_fast.ops import backends
 
 LENGTHS = {
     "several": [3, 1, 5],
@@ -81,9 +81,9 @@ def inject_by_hand(text: Tensor, prefix: Tensor, inputs: Inputs) -> Tensor:
 
 def compiled_function(name: str) -> object:
     """An exported function of the library, called as C++ sees it; the test is skipped where there is none."""
-    function = native.load_native().function(name)
+    function = backends.load_native().function(name)
     if function is None:
-        pytest.skip(f"no compiled library: {native.load_native().reason}")
+        pytest.skip(f"no compiled library: {backends.load_native().reason}")
     return function
 
 
@@ -91,8 +91,8 @@ def compiled_function(name: str) -> object:
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """An operation on the CPU as it runs with the compiled library, and as it runs without."""
     if request.param == "reference":
-        absent = native.NativeLibrary("none", "hidden by the test", None)
-        monkeypatch.setattr(native, "load_native", lambda: absent)
-    elif native.load_native().module is None:
-        pytest.skip(f"no compiled library: {native.load_native().reason}")
+        absent = backends.NativeLibrary("none", "hidden by the test", None)
+        monkeypatch.setattr(backends, "load_native", lambda: absent)
+    elif backends.load_native().module is None:
+        pytest.skip(f"no compiled library: {backends.load_native().reason}")
     return str(request.param)

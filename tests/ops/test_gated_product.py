@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
-from laser_fast.ops import gated_product as operation
-from laser_fast.ops import native, triton_kernels
 from laser_fast.ops.gated_product import (
     ACTIVATIONS,
     gated_product_backward,
@@ -60,35 +55,6 @@ def test_without_values_there_is_what_a_gpu_would_allocate() -> None:
     out = gated_product_forward(gate.mT, up.mT, "silu")
     assert (out.shape, out.dtype, out.device.type, out.is_contiguous()) == ((2, 11, 3), torch.bfloat16, "meta", True)
     gated_product_backward(grad, gate, up, "silu", gate, up)
-
-
-class OnGpu:
-    """As much of a tensor on a CUDA device as is asked for."""
-
-    is_cuda, device = True, torch.device("cuda", 0)
-
-    def __init__(self, dtype: torch.dtype = torch.float16) -> None:
-        self.dtype = dtype
-
-
-@pytest.fixture
-def _said_nothing() -> Iterator[None]:
-    native.warn_fallback.cache_clear()
-    yield
-    native.warn_fallback.cache_clear()
-
-
-@pytest.mark.usefixtures("_said_nothing")
-def test_a_gpu_without_triton_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    gate: Any = OnGpu()
-    monkeypatch.setattr(triton_kernels, "triton_absence", lambda index: "")
-    assert operation._kernel_serves(gate)
-    double: Any = OnGpu(torch.float64)
-    assert not operation._kernel_serves(double)
-    monkeypatch.setattr(triton_kernels, "triton_absence", lambda index: "triton is not installed")
-    with pytest.warns(RuntimeWarning, match="^gated_product: the torch reference runs .* not installed") as caught:
-        assert [operation._kernel_serves(gate) for _ in range(2)] == [False, False]
-    assert len(caught) == 1
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from laser_fast.ops import inject_prefix_kv, inject_prefix_kv_reference, native
+from laser_fast.ops import inject_prefix_kv, inject_prefix_kv_reference
 
 from .prefix_kv_cases import (
     Inputs,
@@ -192,10 +192,3 @@ def test_too_many_rows_for_int32_are_refused() -> None:
     cu_seqlens = torch.empty(2, dtype=torch.int32, device="meta")
     with pytest.raises(ValueError, match=r"T \+ B P must fit in int32, got 2147483648"):
         inject_prefix_kv(key, key, prefix, prefix, cu_seqlens)
-
-
-def test_a_library_of_another_version_is_reported_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "cuda_absence", lambda index: "")
-    monkeypatch.setattr(native, "load_native", lambda: native.NativeLibrary("none", "hidden by the test", None))
-    with pytest.warns(RuntimeWarning, match="inject_of_tomorrow: .*built from another version of the sources"):
-        assert native.compiled_operation("inject_of_tomorrow", torch.device("cuda", 0)) is None

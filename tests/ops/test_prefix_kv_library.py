@@ -1,4 +1,4 @@
-"""The compiled library of prefix injection called directly: its own checks, and the mapping that its kernels follow."""
+"""The checks of the compiled library of prefix injection, called directly."""
 
 from __future__ import annotations
 
@@ -8,48 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from .prefix_kv_cases import KINDS, LENGTHS, compiled_function, inject_by_hand, make_inputs
+from .prefix_kv_cases import compiled_function, make_inputs
 
 Change = tuple[int, Any, type[Exception], str]
-
-
-def test_the_row_mapping_of_the_gpu_equals_a_loop() -> None:
-    mapping = compiled_function("prefix_sources_cpu")
-    for lengths in LENGTHS.values():
-        for prefix_length in (0, 1, 4):
-            for kind in KINDS:
-                inputs = make_inputs(lengths, prefix_length, kind)
-                num_text, num_prefixes = sum(lengths), inputs.prefix_key.shape[0]
-                text = torch.arange(num_text, dtype=torch.float64).view(-1, 1, 1)
-                prefix = -1.0 - torch.arange(num_prefixes * prefix_length, dtype=torch.float64)
-                copied = inject_by_hand(text, prefix.view(num_prefixes, prefix_length, 1, 1), inputs).flatten()
-                sources = torch.empty(len(copied), 2, dtype=torch.int64)
-                index = inputs.prefix_index
-                mapping(inputs.cu_seqlens, index, num_text, num_prefixes, prefix_length, sources)
-                named = torch.where(sources[:, 0] == 1, -1 - sources[:, 1], sources[:, 1])
-                assert torch.equal(named.double(), copied)
-
-
-@pytest.mark.parametrize("offsets", [[-5, 9], [9, 0], [0, 100], [2**31 - 1, -(2**31)]], ids=str)
-@pytest.mark.parametrize("slot", [0, 1, 2, -1, 2**31 - 1])
-def test_malformed_offsets_and_slots_map_to_no_row_outside(offsets: list[int], slot: int) -> None:
-    mapping = compiled_function("prefix_sources_cpu")
-    sources = torch.empty(4 + 3, 2, dtype=torch.int64)
-    cu_seqlens, index = (torch.tensor(numbers, dtype=torch.int32) for numbers in (offsets, [slot]))
-    mapping(cu_seqlens, index, 4, 2, 3, sources)
-    from_prefix, row = sources.unbind(1)
-    assert (row[from_prefix == 1] < 2 * 3).all()
-    assert (row[from_prefix == 0] < 4).all()
-    assert (row >= -1).all()
-    if slot not in (0, 1):
-        assert (row[from_prefix == 1] == -1).all()
-
-
-@pytest.mark.parametrize("num_prefixes", [0, 1])
-def test_rows_of_a_text_without_a_sequence_come_from_no_prefix(num_prefixes: int) -> None:
-    sources = torch.empty(2, 2, dtype=torch.int64)
-    compiled_function("prefix_sources_cpu")(torch.zeros(1, dtype=torch.int32), None, 2, num_prefixes, 3, sources)
-    assert (sources[:, 1] == -1).all()
 
 
 def poisoned(*shapes: tuple[int, ...]) -> list[Tensor]:
@@ -71,10 +32,6 @@ def test_bad_values_are_refused_before_anything_is_written(offsets: list[int], s
     with pytest.raises(ValueError, match=f"inject_prefix_kv: {message}"):
         compiled_function("inject_prefix_kv_cpu")(*inputs.leaves, bad, index, *outputs, 1)
     assert all((tensor == 7).all() for tensor in outputs)
-    layered = poisoned((1, 9, 2, 8), (1, 9, 2, 8))
-    with pytest.raises(ValueError, match=f"inject_prefix_kv_layers: {message}"):
-        compiled_function("inject_prefix_kv_layers_cpu")(*[x[None] for x in inputs.leaves], bad, index, *layered, 1)
-    assert all((tensor == 7).all() for tensor in layered)
     grads = poisoned((5, 2, 8), (5, 2, 8), (2, 2, 2, 8), (2, 2, 2, 8))[:4]
     given = torch.zeros(9, 2, 8), torch.zeros(9, 2, 8), bad
     with pytest.raises(ValueError, match=f"inject_prefix_kv_backward: {message}"):
@@ -120,20 +77,6 @@ def test_the_library_checks_the_arguments_of_an_injection() -> None:
         (5, index[:1], ValueError, "prefix_index must have size 2 in dimension 0, got 1"),
     ]
     assert_each_is_refused("inject_prefix_kv", with_index, of_index)
-
-
-def test_the_library_checks_layers() -> None:
-    key, value, prefix_key, prefix_value, cu_seqlens, _ = make_inputs([3, 2], 2, "per-sequence")
-    outputs = torch.empty(9, 2, 8), torch.empty(9, 2, 8), torch.empty(3, dtype=torch.int32)
-    layered = [x[None] for x in (key, value, prefix_key, prefix_value)]
-    good = [*layered, cu_seqlens, None, outputs[0][None], outputs[1][None], outputs[2]]
-    changes: list[Change] = [
-        (0, key, ValueError, "key must have 4 dimensions, got 3"),
-        (2, prefix_key, ValueError, "prefix_key must have 5 dimensions, got 4"),
-        (3, torch.empty(2, 2, 2, 2, 8), ValueError, "prefix_value must have size 1 in dimension 0, got 2"),
-        (6, torch.empty(2, 9, 2, 8), ValueError, "output_key must have size 1 in dimension 0, got 2"),
-    ]
-    assert_each_is_refused("inject_prefix_kv_layers", good, changes)
 
 
 def test_the_library_checks_the_arguments_of_a_gradient() -> None:

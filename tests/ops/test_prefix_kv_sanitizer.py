@@ -9,13 +9,11 @@ from pathlib import Path
 import pytest
 
 DRIVER = Path(__file__).with_name("prefix_kv_fuzz.cpp")
-ARGUMENTS_DRIVER = Path(__file__).with_name("prefix_kv_arguments_fuzz.cpp")
-SOURCES = DRIVER.parents[2] / "csrc"
-ITERATIONS = 600  # of ten checks each, with some thousand threads
-CALLS = 20_000
+ITERATIONS = 300  # of ten checks each, with some thousand threads
+CALLS = 10_000
 
 # threads start at 64 bytes, so that small inputs are split as well
-FLAGS = ["-std=c++17", "-O1", "-g", "-pthread", "-DLASER_FAST_BYTES_PER_THREAD=64", "-fno-sanitize-recover=all"]
+FLAGS = ["-std=c++17", "-O0", "-g", "-pthread", "-DLASER_FAST_BYTES_PER_THREAD=64", "-fno-sanitize-recover=all"]
 SANITIZERS = "-fsanitize=address,undefined"
 
 
@@ -33,27 +31,14 @@ def compiler_with_sanitizers(folder: Path) -> str:
 
 
 @pytest.mark.slow
-def test_random_and_bad_layouts_under_the_sanitizers(tmp_path: Path) -> None:
-    if not SOURCES.is_dir():
-        pytest.skip("needs the source tree, not only the tests")
-    compiler = compiler_with_sanitizers(tmp_path)
-    program = tmp_path / "fuzz"
-    subprocess.run([compiler, *FLAGS, SANITIZERS, str(DRIVER), "-o", str(program)], check=True)
-    done = subprocess.run([program, str(ITERATIONS)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr[-5000:]
-    assert done.stdout == f"{ITERATIONS} iterations\n"
-
-
-@pytest.mark.slow
-def test_spoilt_arguments_of_what_is_exported_under_the_sanitizers(tmp_path: Path) -> None:
+def test_random_layouts_and_spoilt_arguments_under_the_sanitizers(tmp_path: Path) -> None:
     tvm_ffi = pytest.importorskip("tvm_ffi", reason="the exported functions take its tensors")
-    if not SOURCES.is_dir():
+    if not DRIVER.parents[2].joinpath("csrc").is_dir():
         pytest.skip("needs the source tree, not only the tests")
     compiler, program, ffi = compiler_with_sanitizers(tmp_path), tmp_path / "fuzz", Path(tvm_ffi.__file__).parent
-    libraries = ["-isystem", str(ffi / "include"), f"-L{ffi / 'lib'}", f"-Wl,-rpath,{ffi / 'lib'}"]
-    command = [compiler, *FLAGS, "-O0", SANITIZERS, str(ARGUMENTS_DRIVER), "-o", str(program), *libraries, "-ltvm_ffi"]
-    subprocess.run(command, check=True)
-    done = subprocess.run([program, str(CALLS)], capture_output=True, text=True, check=False)
+    libraries = ["-isystem", str(ffi / "include"), f"-L{ffi / 'lib'}", f"-Wl,-rpath,{ffi / 'lib'}", "-ltvm_ffi"]
+    subprocess.run([compiler, *FLAGS, SANITIZERS, str(DRIVER), "-o", str(program), *libraries], check=True)
+    done = subprocess.run([program, str(ITERATIONS), str(CALLS)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-5000:]
     answered, refused = (int(part.split()[0]) for part in done.stdout.split(","))
     assert answered + refused == CALLS and min(answered, refused) > CALLS // 4

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from laser_fast.ops import backends
 from laser_fast.ops import rms_norm as operation
-from laser_fast.ops import triton_kernels
 from laser_fast.ops.rms_norm import MAX_WIDTH, NormKind, rms_norm_backward, rms_norm_forward, rms_norm_reference
 
 KINDS = [
@@ -55,14 +55,14 @@ def test_without_values_there_is_what_a_gpu_would_allocate(kind: NormKind, weigh
 class OnGpu:
     """As much of a tensor on a CUDA device as is asked for."""
 
-    is_cuda, device = True, torch.device("cuda", 0)
+    device = torch.device("cuda", 0)
 
     def __init__(self, width: int, dtype: torch.dtype = torch.float16) -> None:
         self.shape, self.dtype = torch.Size((4, width)), dtype
 
 
 def test_the_kernel_serves_rows_that_fit_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_kernels, "triton_absence", lambda index: "")
+    monkeypatch.setattr(backends, "triton_absence", lambda index: "")
     weight: Any = OnGpu(1)
     widths: list[Any] = [OnGpu(width) for width in (0, 1, MAX_WIDTH, MAX_WIDTH + 1)]
     assert [operation._kernel_serves(x, weight) for x in widths] == [False, True, True, False]

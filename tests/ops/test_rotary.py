@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from laser_fast.ops import rotary, rotary_embedding, rotary_embedding_reference
+from laser_fast.ops import rotary_embedding, rotary_embedding_reference
 
 
 def make(tokens: int = 5, width: int = 8, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -22,17 +21,10 @@ def make(tokens: int = 5, width: int = 8, dtype: torch.dtype = torch.float32) ->
 
 
 @pytest.fixture(params=["reference", "kernel"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The operation as the CPU has it, and with its CUDA implementation in Triton's interpreter."""
+def backend(request: pytest.FixtureRequest) -> str:
+    """The operation as the CPU has it, and with its kernel in Triton's interpreter."""
     if request.param == "kernel":
-        knobs = pytest.importorskip("triton", reason="the kernel is written in Triton").knobs
-        if not knobs.runtime.interpret:
-            pytest.skip("runs the kernel in Triton's interpreter, and here it is compiled for the GPU")
-        monkeypatch.setattr(rotary, "triton_serves", lambda name, *tensors: tensors[0].dtype != torch.float64)
-        operation = OPDEFS["laser_fast::rotary_embedding"]
-        if "cpu" not in operation._backend_fns:
-            operation.register_kernel("cpu", operation._init_fn)
-        monkeypatch.setitem(operation._backend_fns, "cpu", operation._backend_fns["cuda"])
+        request.getfixturevalue("triton_on_cpu")
     return str(request.param)
 
 

@@ -9,7 +9,6 @@ from laser_fast.ops import (
     check_cu_seqlens,
     cu_seqlens_from_lengths,
     segment_ids,
-    segment_lengths,
     segment_mean,
     segment_positions,
     segment_sum,
@@ -32,11 +31,10 @@ def _packed(lengths: list[int], *trailing: int) -> tuple[torch.Tensor, torch.Ten
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_lengths_ids_and_positions_describe_the_sequences(lengths: list[int]) -> None:
+def test_ids_and_positions_describe_the_sequences(lengths: list[int]) -> None:
     _, cu_seqlens = _packed(lengths)
     assert cu_seqlens.dtype == torch.int32
     assert cu_seqlens.tolist() == [sum(lengths[:b]) for b in range(len(lengths) + 1)]
-    assert segment_lengths(cu_seqlens).tolist() == lengths
     ids = segment_ids(cu_seqlens, sum(lengths))
     assert ids.dtype == torch.int64
     assert ids.tolist() == [b for b, length in enumerate(lengths) for _ in range(length)]

@@ -30,8 +30,8 @@ from laser_fast.lm.attention.packed_attention import record_backends
 from laser_fast.lm.execution.execution import Execution, apply_execution
 from laser_fast.models.device_batches import on_device
 from laser_fast.nn.stage1.text_branch import select_sequences
-from laser_fast.ops import native, triton_kernels
-from laser_fast.ops.contents import validate_indices
+from laser_fast.ops import backends
+from laser_fast.ops.checks import validate_indices
 from laser_fast.ops.host_copies import on_host, to_device
 from laser_fast.ops.segments import even_cu_seqlens, lengthened_cu_seqlens, segment_positions
 from laser_fast.training.loop import StageTrainer
@@ -168,9 +168,9 @@ def flash_reference(query: Tensor, key: Tensor, value: Tensor, *arguments: Any, 
 def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGpu]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(Tensor, "pin_memory", lambda self, *_: self)
-    monkeypatch.setattr(triton_kernels, "triton_absence", lambda _: "no such kernel on a pretended GPU")
-    monkeypatch.setattr(triton_kernels, "warn_fallback", lambda *_: None)
-    monkeypatch.setattr(native, "compiled_operation", lambda *_: None)
+    monkeypatch.setattr(backends, "triton_absence", lambda _: "no such kernel on a pretended GPU")
+    monkeypatch.setattr(backends, "warn_fallback", lambda *_: None)
+    monkeypatch.setattr(backends, "compiled_operation", lambda *_: None)
     monkeypatch.setattr(attention_flash, "flash_attn_function", lambda: None)
     monkeypatch.setattr(attention_flash, "torch_flash_function", lambda: flash_reference)
     monkeypatch.setattr(attention_flash, "takes_grouped_queries", lambda _: True)

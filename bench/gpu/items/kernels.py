@@ -57,13 +57,6 @@ KERNELS = {
     "shared prefix KV, 16 x 256 tokens": _on_gpu(
         _INJECT, "gpu-16-shared forward", "cpu-16-shared forward", _moved(14, 35.8), "inject_prefix_kv"
     ),
-    "shared prefix KV, 16 x 256 tokens, 32 layers at once": Benchmark(
-        "bench_prefix_kv.py::test_inject_prefix_kv_layers",
-        "gpu-16-shared-plain",
-        "cpu-16-shared-plain",
-        _moved(449, 1145),
-        "inject_prefix_kv_layers",
-    ),
     "routing of 5,120 items, both ways": _on_gpu(
         _ROUTE,
         f"gpu-small {_BOTH}",

@@ -23,7 +23,7 @@ from laser_fast.lm.frozen_lm import FrozenLM
 from laser_fast.lm.key_value_prefix import KeyValuePrefix
 from laser_fast.lm.packed_layout import PackedLayout
 from laser_fast.lm.weights_version import WeightsVersion
-from laser_fast.ops.contents import validate_indices
+from laser_fast.ops.checks import validate_indices
 from laser_fast.ops.precision import autocast_dtype
 from laser_fast.ops.segments import lengths_on_host, segment_ids, segment_positions, validate_cu_seqlens
 

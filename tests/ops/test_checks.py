@@ -12,18 +12,16 @@ from laser_fast.ops import (
     ItemLists,
     catalog_cross_entropy,
     catalog_topk,
-    combine_queries,
     cu_seqlens_from_lengths,
     dispatch_queries,
     inject_prefix_kv,
-    inject_prefix_kv_layers,
     route_experts,
     segment_ids,
     segment_mean,
     segment_positions,
     segment_sum,
 )
-from laser_fast.ops.contents import hold_on_device, host_numbers, remember_indices, validate_indices
+from laser_fast.ops.checks import hold_on_device, host_numbers, remember_indices, validate_indices
 from laser_fast.ops.host_copies import remember_on_host
 from laser_fast.ops.segments import even_cu_seqlens, lengthened_cu_seqlens, lengths_on_host, validate_cu_seqlens
 
@@ -49,9 +47,6 @@ TAKE_OFFSETS: dict[str, Callable[[Tensor], object]] = {
     "segment_positions": lambda offsets: segment_positions(offsets, 3),
     "route_experts": lambda offsets: route_experts(ROWS, torch.ones(4, 2), torch.zeros(4), offsets, 2),
     "inject_prefix_kv": lambda offsets: inject_prefix_kv(HEADS, HEADS, HEADS[None], HEADS[None], offsets),
-    "inject_prefix_kv_layers": lambda offsets: inject_prefix_kv_layers(
-        *[HEADS[None]] * 2, *[HEADS[None, None]] * 2, offsets
-    ),
     "catalog_topk": lambda offsets: catalog_topk(ROWS[:2], ROWS, 1, exclude=ItemLists(torch.zeros(3).long(), offsets)),
 }
 BAD = {
@@ -77,11 +72,6 @@ def test_indices_that_point_outside_are_refused_by_name() -> None:
     experts = int32(0, 1, 2, 4).view(2, 2)
     with pytest.raises(ValueError, match=r"dispatch_queries: expert must be between 0 and 3, got 4 at position 1, 1"):
         dispatch_queries(torch.ones(4, 1, 1), experts)
-    router = ROWS, torch.ones(4, 2), torch.zeros(4), int32(0, 1, 3), 2
-    with pytest.raises(ValueError, match=r"route_experts: expert must be between 0 and 3, got 4"):
-        route_experts(*router, expert=experts)
-    with pytest.raises(ValueError, match=r"expert must be distinct per user, got \[3, 3\] of user 1"):
-        route_experts(*router, expert=int32(0, 1, 3, 3).view(2, 2))
     with pytest.raises(
         ValueError, match=r"catalog_cross_entropy: target must be between 0 and 2, got -1 at position 1"
     ):
@@ -193,24 +183,6 @@ def test_compiled_graphs_check_as_they_run(backend: str) -> None:
     dispatch = torch.compile(dispatch_queries, fullgraph=True, backend=backend)
     with pytest.raises(ValueError, match="dispatch_queries: expert must be between 0 and 3, got 4"):
         dispatch(torch.ones(4, 1, 1), int32(4)[None])
-
-
-@pytest.mark.parametrize("turned", ["weight", "outputs", "both"])
-def test_combining_with_strided_inputs_has_the_gradients_of_dense_ones(turned: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    outputs, weight = (torch.randn(shape, generator=generator) for shape in ((6, 4, 3), (2, 3)))
-    grad = torch.randn(4, 2, 3, generator=generator).transpose(0, 1)
-    dense = outputs.clone().requires_grad_(), weight.clone().requires_grad_()
-    strided = [
-        leaf.mT.contiguous().mT.requires_grad_() if turned in (name, "both") else leaf.clone().requires_grad_()
-        for name, leaf in (("outputs", outputs), ("weight", weight))
-    ]
-    expected = torch.autograd.grad(combine_queries(*dense), dense, grad)
-    found = torch.autograd.grad(combine_queries(*strided), strided, grad)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours.is_contiguous()
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)  # sums of 12 in another order
-    torch.library.opcheck(torch.ops.laser_fast.combine_queries.default, tuple(strided))
 
 
 def test_transformations_of_torch_func_are_checked_by_the_device() -> None:

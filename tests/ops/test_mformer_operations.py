@@ -1,6 +1,6 @@
-"""Routing, dispatch and combine as whole operations whose CUDA implementations run: autograd, fakes, flags, dtypes.
+"""Routing, dispatch and combine as whole operations, in torch and as kernels: autograd, fakes, flags, dtypes.
 
-Without a GPU the same code serves CPU tensors, in Triton's interpreter. Accuracy at the edges: tests/kernels.
+Without a GPU the kernels serve CPU tensors, in Triton's interpreter. Accuracy at the edges: tests/kernels.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ DTYPES = [
 ]
 
 
-@pytest.fixture(params=[pytest.param("cpu", id="interpreter"), pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["torch", "interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Where the kernels run."""
-    if request.param == "cpu":
+    """Where the operations run, and as what."""
+    if request.param == "interpreter":
         request.getfixturevalue("triton_on_cpu")
-    else:
+    elif request.param == "cuda":
         pytest.importorskip("triton", reason="the kernels are written in Triton")
-    return torch.device(request.param)
+    return torch.device("cuda" if request.param == "cuda" else "cpu")
 
 
 class Batch(NamedTuple):
@@ -75,7 +75,8 @@ def _loss(
     """A scalar in which every differentiable result counts."""
     route, dispatch, combine = functions
     states, router, bias, queries = leaves
-    routing = route(states, router, bias, cu_seqlens, 3, weighting="renormalize", expert=expert)
+    decided = {} if expert is None else {"expert": expert}  # which the references alone keep
+    routing = route(states, router, bias, cu_seqlens, 3, weighting="renormalize", **decided)
     combined = combine(dispatch(queries, routing.expert).sin(), routing.weight)
     ramp = torch.arange(1, combined.numel() + 1, device=combined.device).view(combined.shape) / combined.numel()
     return (combined * ramp).double().sum() + routing.pooled.square().sum() * 3 + routing.balance_loss * 5
@@ -86,17 +87,13 @@ def _grads(batch: Batch, functions: Any = OPERATIONS, expert: Tensor | None = No
     return torch.autograd.grad(_loss(leaves, batch.cu_seqlens, functions, expert), leaves)
 
 
-def _decide(batch: Batch) -> Tensor:
-    return route_experts(*batch[:3], batch.cu_seqlens, 3, weighting="renormalize").expert
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_are_as_accurate_as_those_of_the_references(
     dtype: torch.dtype, device: torch.device, assert_accurate: Check
 ) -> None:
     batch = _batch(device, dtype)
     wide = Batch(*[tensor.double() for tensor in batch[:4]], batch.cu_seqlens)
-    expert = _decide(batch)
+    expert = route_experts(*batch[:3], batch.cu_seqlens, 3, weighting="renormalize").expert
     assert torch.equal(expert, route_experts_reference(*wide[:3], batch.cu_seqlens, 3).expert)
     eager, exact = _grads(batch, REFERENCES, expert), _grads(wide, REFERENCES, expert)
     for name, *tensors in zip(NAMES, _grads(batch), eager, exact, strict=True):
@@ -116,13 +113,10 @@ def test_float64_stays_with_the_reference(triton_on_cpu: list[str]) -> None:
 
 
 @pytest.mark.parametrize("lengths", [(2, 0, 4), ()], ids=["items", "no-user"])
-@pytest.mark.parametrize("given", [False, True], ids=["decide", "given"])
-def test_opcheck(given: bool, lengths: tuple[int, ...], device: torch.device) -> None:
+def test_opcheck(lengths: tuple[int, ...], device: torch.device) -> None:
     batch = _batch(device, lengths=lengths)
     leaves = batch.leaves()
-    decision = torch.arange(2, device=device).int().expand(len(lengths), 2).contiguous() if given else None
-    arguments = (*leaves[:3], batch.cu_seqlens, 2, "softmax", decision)
-    torch.library.opcheck(torch.ops.laser_fast.route_experts.default, arguments)
+    torch.library.opcheck(torch.ops.laser_fast.route_experts.default, (*leaves[:3], batch.cu_seqlens, 2, "softmax"))
     expert = torch.arange(2, device=device).int().expand(len(lengths), 2).contiguous()
     torch.library.opcheck(torch.ops.laser_fast.dispatch_queries.default, (leaves[3], expert))
     outputs = torch.randn(2 * len(lengths), 3, 5, device=device, requires_grad=True)
@@ -133,7 +127,7 @@ def test_opcheck(given: bool, lengths: tuple[int, ...], device: torch.device) ->
 @pytest.mark.parametrize("flags", [(False, True), (True, False), (False, False)], ids=["second", "first", "neither"])
 def test_fakes_of_the_backward_operations(flags: tuple[bool, bool], device: torch.device) -> None:
     batch = _batch(device)
-    arguments = (*batch[:3], batch.cu_seqlens, 3, "softmax", None)
+    arguments = (*batch[:3], batch.cu_seqlens, 3, "softmax")
     weight, pooled, balance, *rest = torch.ops.laser_fast.route_experts(*arguments)
     expert, load, probabilities = rest
     saved = (batch.states, batch.router, batch.cu_seqlens, expert, weight, pooled, load, probabilities)
@@ -174,16 +168,12 @@ def test_unneeded_gradients_stay_none(needed: int, device: torch.device) -> None
     assert torch.equal(tensors[needed].grad, expected)
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["decide", "given"])
-def test_checkpointing_gives_bitwise_the_same_gradients(given: bool, device: torch.device) -> None:
+def test_checkpointing_gives_bitwise_the_same_gradients(device: torch.device) -> None:
     batch = _batch(device, torch.float16)
-    expert = _decide(batch) if given else None
     leaves = batch.leaves()
-    loss = checkpoint(
-        lambda *tensors: _loss(list(tensors), batch.cu_seqlens, expert=expert), *leaves, use_reentrant=False
-    )
+    loss = checkpoint(lambda *tensors: _loss(list(tensors), batch.cu_seqlens), *leaves, use_reentrant=False)
     actual = torch.autograd.grad(loss, leaves)
-    assert all(torch.equal(one, other) for one, other in zip(actual, _grads(batch, expert=expert), strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(actual, _grads(batch), strict=True))
 
 
 def test_backward_twice_and_two_runs_are_bit_equal(device: torch.device) -> None:
@@ -196,7 +186,15 @@ def test_backward_twice_and_two_runs_are_bit_equal(device: torch.device) -> None
         assert torch.equal(one, three)
 
 
-def _train(device: torch.device, steps: int = 20) -> list[float]:
+def test_nothing_is_read_back_from_the_device(inner_operations: type) -> None:
+    with inner_operations() as seen:
+        _grads(_batch(torch.device("cpu")))
+    operations = {name for name in seen.names if name.startswith("laser_fast")}
+    assert len(operations) == 6 and "aten::bucketize" in seen.names
+    assert seen.readbacks == []
+
+
+def _train(device: torch.device, steps: int = 8) -> list[float]:
     """Losses of a small M-Former that learns to write given prefixes."""
     torch.manual_seed(0)
     sizes = {"width": 16, "num_layers": 2, "num_heads": 2, "num_experts": 4, "top_k": 2, "num_queries": 2}
@@ -205,7 +203,7 @@ def _train(device: torch.device, steps: int = 20) -> list[float]:
     states = torch.randn(12, 6, generator=generator).to(device)
     target = torch.randn(4, 2, 8, generator=generator).to(device)
     cu_seqlens = torch.tensor([0, 5, 5, 6, 12], dtype=torch.int32, device=device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(steps):
         output = model(states, cu_seqlens)
@@ -218,7 +216,7 @@ def _train(device: torch.device, steps: int = 20) -> list[float]:
 
 
 def _assert_same_course(actual: list[float], expected: list[float]) -> None:
-    # float32 sums in another order, through 20 updates that divide by the gradients' size: a few hundred eps
+    # float32 sums in another order, through 8 updates that divide by the gradients' size: a few hundred eps
     assert actual == pytest.approx(expected, rel=1e-4)
     assert expected[-1] < 0.8 * expected[0]
 
@@ -227,7 +225,7 @@ def test_training_runs_as_with_the_references(request: pytest.FixtureRequest) ->
     expected = _train(torch.device("cpu"))
     served = request.getfixturevalue("triton_on_cpu")
     _assert_same_course(_train(torch.device("cpu")), expected)
-    assert served.count("route_experts") == served.count("combine_queries") == 40
+    assert served.count("route_experts") == served.count("combine_queries") == 16
 
 
 @pytest.mark.gpu

@@ -1,7 +1,11 @@
-"""The compiled library of csrc/: loaded at the first call that wants it, and if it is absent, why."""
+"""What serves an operation on a device: the compiled library of csrc/, a Triton kernel or the torch reference; and why.
+
+Both are looked for at the first call that wants them, never at import.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import warnings
 from collections.abc import Callable
@@ -12,10 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _FOLDER = Path(__file__).resolve().parents[1] / "_native"
 _LIBRARY = "laser_fast_native.so"
-REMEDY = "install a C++ compiler (and nvcc for CUDA), then reinstall laser-fast; `pip install -v` shows the build"
+NATIVE_REMEDY = (
+    "install a C++ compiler (and nvcc for CUDA), then reinstall laser-fast; `pip install -v` shows the build"
+)
+TRITON_REMEDY = "pip install triton"
+MAX_EXPERTS = 256  # a tile of the Triton kernels holds all experts; more run as the torch reference
+_OLDEST = (8, 0)  # bfloat16 and TF32 products
 
 
 @dataclass(frozen=True)
@@ -23,9 +33,9 @@ class NativeLibrary:
     """What `load_native` found.
 
     Attributes:
-        level: "cuda", "cpu" or "none" - what the library was built for; "none" where it could not be loaded.
-        reason: Why not more than that; empty for "cuda".
-        module: The loaded tvm_ffi module, None for level "none".
+        level: what the library was built for, "cuda" or "cpu"; "none" where it could not be loaded.
+        reason: why not more than that; empty for "cuda".
+        module: the loaded tvm_ffi module, None for level "none".
     """
 
     level: str
@@ -55,7 +65,9 @@ def load_native_from(folder: Path) -> NativeLibrary:
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         versions = f"built with apache-tvm-ffi {facts.get('apache-tvm-ffi', 'unknown')}, found {_installed_version()}"
         reason = f"{library.name} does not load ({versions}): {error}"
-        warnings.warn(f"laser_fast: {reason}; the torch reference runs instead; {REMEDY}", RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f"laser_fast: {reason}; the torch reference runs instead; {NATIVE_REMEDY}", RuntimeWarning, stacklevel=2
+        )
         return NativeLibrary("none", reason, None)
     return NativeLibrary(facts.get("level", "cpu"), facts.get("reason", ""), module)
 
@@ -85,6 +97,8 @@ def cuda_absence(device_index: int) -> str:
 
 def compiled_operation(operation: str, device: torch.device) -> Callable[..., Any] | None:
     """The compiled code of an operation on a device, or None where its torch reference must run (on a GPU: warned)."""
+    if device.type not in ("cpu", "cuda"):
+        return None
     if device.type == "cpu":
         found = load_native().function(f"{operation}_cpu")
         # the CPU code takes no more threads than torch itself would
@@ -97,7 +111,40 @@ def compiled_operation(operation: str, device: torch.device) -> Callable[..., An
 
 
 @cache
-def warn_fallback(operation: str, reason: str, remedy: str = REMEDY) -> None:
+def warn_fallback(operation: str, reason: str, remedy: str = NATIVE_REMEDY) -> None:
     """Say once per process that an operation runs as its torch reference on a GPU, why, and what to do."""
     message = f"{operation}: the torch reference runs in place of the compiled kernel: {reason}"
     warnings.warn(f"{message}; {remedy}; `laser-fast doctor` lists what runs", RuntimeWarning, stacklevel=4)
+
+
+def _triton_installed() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ValueError:  # sys.modules holds something that is no module
+        return False
+
+
+@cache
+def triton_absence(device_index: int) -> str:
+    """Empty where Triton kernels run on that CUDA device, else the reason; looked up once per device and process."""
+    if not _triton_installed():
+        return "triton is not installed"
+    capability = torch.cuda.get_device_capability(device_index)
+    if capability < _OLDEST:
+        return f"the device is sm_{capability[0]}{capability[1]}, the kernels need sm_80 or newer"
+    return ""
+
+
+def triton_serves(operation: str, *tensors: Tensor, num_experts: int = 1) -> bool:
+    """Whether the fused kernel takes these tensors; warns once where a CUDA device has none at all.
+
+    float64, which only tests of gradients use, and more than MAX_EXPERTS experts stay with the torch reference.
+    """
+    if tensors[0].device.type != "cuda":
+        return False
+    if num_experts > MAX_EXPERTS or any(tensor.dtype == torch.float64 for tensor in tensors):
+        return False
+    absence = triton_absence(tensors[0].device.index)
+    if absence:
+        warn_fallback(operation, absence, TRITON_REMEDY)
+    return not absence
