@@ -13,12 +13,13 @@ README.md                a model card, which may be edited
 """
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from huggingface_hub import ModelCard
 from torch import nn
 
 from laser_fast.config import LanguageModelConfig, LaserConfig, ModelConfig
@@ -34,18 +35,18 @@ from laser_fast.files.tensors import (
     write_tensors,
 )
 from laser_fast.laser.description import LaserDescription
+from laser_fast.laser.encoder import LaserEncoder
 from laser_fast.lm.loading.base_model import differences
 from laser_fast.recommenders.item_to_item import ItemKNN, ItemToItem, SequentialRules, refuse_other_table
 from laser_fast.recommenders.packed_recommender import PackedRecommender
+from laser_fast.recommenders.protocol import Scorer
 from laser_fast.recommenders.recommender_files import (
     RECOMMENDER_FILES,
     is_saved_by_kind,
     read_recommender,
     write_recommender,
 )
-
-if TYPE_CHECKING:
-    from laser_fast.laser.model import LaserModel
+from laser_fast.retrieval.calibration import CalibratedScorer, Calibration, calibration_components
 
 _FORMAT = 3
 _DESCRIPTION = "laser.json"
@@ -86,6 +87,49 @@ class Origin:
     items: ItemTable
     counts: np.ndarray
     split_hash: str | None = None
+
+
+class Built(Protocol):
+    """A model that may know what it was built from."""
+
+    origin: Origin | None
+
+
+def origin_of(model: Built) -> Origin:
+    """What a model was built from.
+
+    Raises:
+        RuntimeError: it does not know.
+    """
+    if model.origin is None:
+        raise RuntimeError(
+            "save_pretrained: the model must know what it was built from, got none; "
+            "build it with LaserModel.from_pretrained or set `origin`"
+        )
+    return model.origin
+
+
+@dataclass(frozen=True, eq=False)
+class LaserContents:
+    """What is saved of a model; item matrix and calibration belong to its weights."""
+
+    encoder: LaserEncoder
+    origin: Origin
+    calibration: CalibratedScorer | None
+
+    @property
+    def recommender(self) -> object:
+        """The one whose states it reads, or whose scores its calibration adds; None."""
+        if self.encoder.recommender is not None:
+            return self.encoder.recommender.recommender
+        return None if self.calibration is None else self.calibration.components.get("recommender")
+
+    @property
+    def tables(self) -> dict[str, ItemToItem]:
+        """The rules and neighbours whose scores its calibration adds."""
+        components = {} if self.calibration is None else self.calibration.components
+        parts = {name: components.get(name) for name in _TABLES}
+        return {name: part for name, part in parts.items() if isinstance(part, _TABLES[name])}
 
 
 class _Items(Description):
@@ -166,7 +210,7 @@ class SavedLaser:
         found, wanted = tensor_shapes(self.sealed, _ADAPTER), self.description.adapter_shapes()
         refuse_other_shapes(found, wanted, f"checkpoint: {_ADAPTER}")
 
-    def refuse_another_base(self, model: "LaserModel") -> None:
+    def refuse_another_base(self, model: Built) -> None:
         """Make sure that a model stands on the language model and the tokenizer this one was trained with.
 
         Raises:
@@ -195,7 +239,20 @@ class SavedLaser:
                 f"got a {type(recommender).__name__}, {str(found)[:12]}"
             )
 
-    def put_into(self, model: "LaserModel") -> None:
+    def calibrated(self, laser: Scorer, recommender: Scorer | None, counts: torch.Tensor) -> CalibratedScorer | None:
+        """The calibrated score that was saved with the model, if one was, over these components.
+
+        Args:
+            counts: int64 [I], events of each item in the training part.
+        """
+        if self.description.calibration is None:
+            return None
+        settings = Calibration(**self.description.calibration.model_dump())
+        known = calibration_components(laser, recommender, self.tables())
+        components = {name: scorer for name, scorer in known.items() if name in settings.weights}
+        return CalibratedScorer(components, settings, counts)
+
+    def put_into(self, model: LaserEncoder) -> None:
         """Trained parameters and item matrix into a model of the same shape.
 
         Raises:
@@ -219,7 +276,7 @@ class SavedLaser:
         # last: it belongs to all that stands before it
         model.item_matrix = items["item_matrix"].to(model.device, torch.float32)
 
-    def put_text_into(self, model: "LaserModel") -> None:
+    def put_text_into(self, model: LaserEncoder) -> None:
         """The trained text residual and its vectors alone, and the weight of popularity where both have one.
 
         Raises:
@@ -260,7 +317,7 @@ def find_saved(folder: Path) -> SavedLaser | None:
 
 
 def write_laser(
-    model: "LaserModel", directory: Path, card: str, *, config: LaserConfig | None = None, **facts: Any
+    contents: LaserContents, directory: Path, card: ModelCard, *, config: LaserConfig | None = None, **facts: Any
 ) -> None:
     """Write the folder; an older one at the same place is replaced when the new one is complete.
 
@@ -270,16 +327,10 @@ def write_laser(
         facts: anything worth keeping with it (stage, epoch, metrics), as JSON.
 
     Raises:
-        RuntimeError: the model does not know what it was built from, or its item matrix or its calibration belongs to
-            older weights.
         ValueError: it could not be read again, such as a calibration that is not finite.
     """
-    origin = origin_of(model)
-    model.refuse_outdated()
-    recommender = _recommender_of(model)
-    own = recommender if is_saved_by_kind(recommender) else None
-    tables = _tables_of(model)
-    description = _describe(model, recommender, tables, config, facts)
+    model, origin, tables = contents.encoder, contents.origin, contents.tables
+    description = _describe(contents, config, facts)
     counts = torch.from_numpy(np.asarray(origin.counts, dtype=np.int64))
     with replace_directory(directory) as fresh:
         write_tensors(model.state_dict(), fresh / _ADAPTER)
@@ -288,76 +339,39 @@ def write_laser(
             items["text_vectors"] = model.text.fetch_vectors()
         write_tensors(items, fresh / _ITEM_TENSORS)
         write_json(fresh / _ITEMS, {"ids": origin.items.ids, "fields": origin.items.fields})
-        if own is not None:
-            write_recommender(own, fresh)
+        if is_saved_by_kind(contents.recommender):
+            write_recommender(contents.recommender, fresh)
         for name, table in tables.items():
             values = {"bounds": table.bounds, "columns": table.columns, "values": table.values}
             write_tensors(values, fresh / f"{name}.safetensors")
         write_json(fresh / _DESCRIPTION, description.model_dump(mode="json"))
-        (fresh / "README.md").write_text(card, encoding="utf-8")
+        (fresh / "README.md").write_text(str(card), encoding="utf-8")
         seal(fresh)
 
 
-def _describe(
-    model: "LaserModel",
-    recommender: object,
-    tables: dict[str, ItemToItem],
-    config: LaserConfig | None,
-    facts: dict[str, Any],
-) -> LaserDescription:
-    """`laser.json` of a model."""
-    origin = origin_of(model)
+def _describe(contents: LaserContents, config: LaserConfig | None, facts: dict[str, Any]) -> LaserDescription:
+    """`laser.json`."""
+    origin, recommender, calibration = contents.origin, contents.recommender, contents.calibration
     record = None
     if recommender is not None:
         saved = is_saved_by_kind(recommender)
         record = {"kind": type(recommender).__name__, "saved": saved, "sha256": weights_hash(recommender)}
+    tables = contents.tables.items()
     values = {
         "format": _FORMAT,
         "model": origin.config,
         "lm": origin.lm,
         "base": origin.base,
-        "num_items": model.num_items,
-        "item_map_hash": item_map_hash(model.item_ids),
+        "num_items": contents.encoder.num_items,
+        "item_map_hash": item_map_hash(contents.encoder.item_ids),
         "split_hash": origin.split_hash,
         "recommender": record,
-        "calibration": None if model.calibration is None else asdict(model.calibration.calibration),
-        "tables": {name: {"decay": table.decay, "max_history": table.max_history} for name, table in tables.items()},
+        "calibration": None if calibration is None else calibration.calibration.to_dict(),
+        "tables": {name: {"decay": table.decay, "max_history": table.max_history} for name, table in tables},
         "config": config,
         "facts": facts,
     }
     return checked_description(LaserDescription, values, f"write_laser: {_DESCRIPTION}")
-
-
-def origin_of(model: "LaserModel") -> Origin:
-    """What a model was built from.
-
-    Raises:
-        RuntimeError: it does not know.
-    """
-    if model.origin is None:
-        raise RuntimeError(
-            "save_pretrained: the model must know what it was built from, got none; "
-            "build it with LaserModel.from_pretrained or set `origin`"
-        )
-    return model.origin
-
-
-def _recommender_of(model: "LaserModel") -> object:
-    """The one whose states it reads, or whose scores its calibration adds; None."""
-    if model.recommender is not None:
-        return model.recommender.recommender
-    return None if model.calibration is None else model.calibration.components.get("recommender")
-
-
-def _tables_of(model: "LaserModel") -> dict[str, ItemToItem]:
-    """The rules and neighbours whose scores its calibration adds."""
-    known = {} if model.calibration is None else model.calibration.components
-    found = {}
-    for name, kind in _TABLES.items():
-        table = known.get(name)
-        if isinstance(table, kind):
-            found[name] = table
-    return found
 
 
 def weights_hash(recommender: object) -> str | None:

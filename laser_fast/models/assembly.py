@@ -1,24 +1,29 @@
 """From settings to modules: the parts of a `LaserModel` around a frozen language model."""
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from laser_fast.config import BiTuningConfig, ExecutionConfig, MFormerConfig, ModelConfig, PromptConfig, TextConfig
+from laser_fast.config import BiTuningConfig, ExecutionConfig, ModelConfig, PromptConfig, TextConfig
 from laser_fast.data.batches import BatchBuilder
 from laser_fast.data.items import ItemTable
 from laser_fast.data.text import ItemText
 from laser_fast.data.tokens import PromptLayout, Tokenizer, prompt_layout, tokenize_texts
 from laser_fast.lm.execution.execution import Execution
 from laser_fast.lm.frozen_lm import FrozenLM
+from laser_fast.models.zero_shot import CatalogueTexts
 from laser_fast.nn.bituning import BiTuning
 from laser_fast.nn.deep_prefix import DeepPrefix
 from laser_fast.nn.linear_prefix import LinearPrefix
 from laser_fast.nn.mformer import MFormer
 from laser_fast.nn.text_residual import TextResidual
 from laser_fast.recommenders.protocol import SequentialRecommender
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def build_execution(config: ExecutionConfig) -> Execution:
@@ -29,6 +34,43 @@ def build_execution(config: ExecutionConfig) -> Execution:
         share_dequantization=config.share_dequantization,
         last_layer=config.last_layer,
     )
+
+
+def build_parts(
+    config: ModelConfig,
+    model: "PreTrainedModel",
+    tokenizer: Tokenizer,
+    items: ItemTable,
+    recommender: SequentialRecommender | None,
+    *,
+    counts: np.ndarray,
+    known_items: np.ndarray,
+) -> dict[str, Any]:
+    """`laser_parts` around a loaded language model; the text residual reads the catalogue's texts when it first needs
+    them.
+
+    Args:
+        counts: int64 [I], training events of each item.
+        known_items: bool [I], the items whose states of the recommender are read.
+
+    Raises:
+        ValueError: tokens of another vocabulary, a template with a field that the items do not have, or no recommender
+            for a prefix that is written from states.
+    """
+    lm = FrozenLM(model, build_execution(config.execution))
+    builder = build_batches(
+        config.prompt,
+        items,
+        tokenizer,
+        known_items=known_items,
+        max_history=config.mformer.max_history,
+        text_history=config.text.max_history if config.text.residual else 0,
+    )
+    _check_tokens(builder, lm)
+    parts = laser_parts(config, lm, builder, items.ids, recommender, counts)
+    if parts["text"] is not None:
+        parts["text"].source = partial(_catalogue_texts(config, items, tokenizer).vectors, lm)
+    return parts
 
 
 def laser_parts(
@@ -44,7 +86,7 @@ def laser_parts(
     Its parameters are initialised from torch's global generator.
 
     Args:
-        counts: int64 [I], events of each item in the training part; None = nobody counted.
+        counts: int64 [I], training events of each item; None = nobody counted.
 
     Raises:
         ValueError: the prefix is written from states, and there is no recommender that has any.
@@ -76,7 +118,7 @@ def laser_parts(
         "balance_weight": config.objective.balance_weight,
         "candidates": config.objective.candidates,
         "dropout": config.bituning.dropout,
-        "text": build_text_residual(config.text, len(item_ids), lm.hidden_size),
+        "text": _text_residual(config.text, len(item_ids), lm.hidden_size),
         "item_side": "text" if config.text.items_are_texts else "lm",
         "mask_history": config.objective.mask_history,
         "item_counts": torch.from_numpy(known) if config.objective.popularity else None,
@@ -96,8 +138,23 @@ def _prefix_writer(config: ModelConfig, lm: FrozenLM, recommender: SequentialRec
         tokens = config.mformer.num_queries
         linear = LinearPrefix(recommender.state_size, lm.hidden_size, num_tokens=tokens, rms=lm.embedding_rms)
         return writer | {"linear_prefix": linear}
-    recompute, project = config.execution.checkpoint_mformer, config.bituning.prefix_mode == "embedding"
-    mformer = build_mformer(config.mformer, recommender.state_size, lm, project=project, recompute=recompute)
+    settings = config.mformer
+    mformer = MFormer(
+        recommender.state_size,
+        lm.hidden_size if config.bituning.prefix_mode == "embedding" else None,
+        width=settings.width,
+        num_layers=settings.num_layers,
+        num_heads=settings.num_heads,
+        cross_attention_freq=settings.cross_attention_freq,
+        num_experts=settings.num_experts,
+        top_k=settings.top_k,
+        num_queries=settings.num_queries,
+        weighting=settings.weighting,
+        dropout=settings.dropout,
+        prefix_rms=lm.embedding_rms,
+        recompute=config.execution.checkpoint_mformer,
+        dtype=settings.dtype,
+    )
     return writer | {"mformer": mformer}
 
 
@@ -108,55 +165,34 @@ def read_out_of(config: BiTuningConfig, lm: FrozenLM) -> str:
     return "suffix" if lm.causal else "mean"
 
 
-def build_text_residual(config: TextConfig, num_items: int, width: int) -> TextResidual | None:
-    """The text residual without its vectors; None where it is off."""
+def _text_residual(config: TextConfig, num_items: int, width: int) -> TextResidual | None:
     if not config.residual:
         return None
     return TextResidual(num_items, width, max_history=config.max_history, dropout=config.dropout)
 
 
-def check_tokens(builder: BatchBuilder, lm: FrozenLM) -> None:
-    """Refuse the tokens of another vocabulary than the language model's.
+def _catalogue_texts(config: ModelConfig, items: ItemTable, tokenizer: Tokenizer) -> CatalogueTexts:
+    """The wordings that `config.text` asks for."""
+    text, known = config.text, np.ones(len(items), dtype=bool)
+    limits = {"max_item_tokens": text.max_tokens, "max_tokens": text.max_tokens}
+    prompts = [
+        config.prompt.model_copy(update={"item_template": template, "order": "prefix-first", **limits})
+        for template in text.templates or [config.prompt.item_template]
+    ]
+    builders = [build_batches(prompt, items, tokenizer, known_items=known, max_history=1) for prompt in prompts]
+    return CatalogueTexts(builders)
 
-    Raises:
-        ValueError: a token is beyond the table of embeddings.
-    """
+
+def _check_tokens(builder: BatchBuilder, lm: FrozenLM) -> None:
     layouts = (builder.user_layout, builder.item_layout)
     words = [token for layout in layouts for token in (*layout.left, *layout.right, *layout.separator)]
     largest = max([*words, int(builder.texts.input_ids.max(initial=0))])
     rows = lm.model.get_input_embeddings().weight.shape[0]
     if largest >= rows:
         raise ValueError(
-            f"check_tokens: the tokenizer must give tokens below {rows}, the rows of the language model's embeddings, "
+            f"build_parts: the tokenizer must give tokens below {rows}, the rows of the language model's embeddings, "
             f"got {largest}; use the tokenizer this model was trained with"
         )
-
-
-def build_mformer(
-    config: MFormerConfig, state_size: int, lm: FrozenLM, *, project: bool = True, recompute: bool = False
-) -> MFormer:
-    """M-Former for these states and this language model.
-
-    Args:
-        project: add the map to the language model's input embeddings.
-        recompute: see `QFormer`.
-    """
-    return MFormer(
-        state_size,
-        lm.hidden_size if project else None,
-        width=config.width,
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        cross_attention_freq=config.cross_attention_freq,
-        num_experts=config.num_experts,
-        top_k=config.top_k,
-        num_queries=config.num_queries,
-        weighting=config.weighting,
-        dropout=config.dropout,
-        prefix_rms=lm.embedding_rms,
-        recompute=recompute,
-        dtype=config.dtype,
-    )
 
 
 def build_batches(
@@ -193,18 +229,4 @@ def build_batches(
         max_history=max_history,
         prompt_first=prompt.order == "prompt-first",
         text_history=text_history,
-    )
-
-
-def build_model_batches(
-    config: ModelConfig, items: ItemTable, tokenizer: Tokenizer, known_items: np.ndarray
-) -> BatchBuilder:
-    """`build_batches` with the limits that the parts of a model need."""
-    return build_batches(
-        config.prompt,
-        items,
-        tokenizer,
-        known_items=known_items,
-        max_history=config.mformer.max_history,
-        text_history=config.text.max_history if config.text.residual else 0,
     )

@@ -8,15 +8,20 @@ weights.
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import islice
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from itertools import islice, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from laser_fast.data.batches import PackedBatch
+from laser_fast.data.sequences import PackedSequences
 from laser_fast.lm.execution.cuda_graphs import CudaGraphs, Recorder
 from laser_fast.lm.key_value_prefix import KeyValuePrefix
+from laser_fast.ops.precision import autocast_dtype
 
 
 class PrefixStore:
@@ -107,6 +112,27 @@ class PrefixStore:
         finally:
             with self._lock:
                 pool.unpin(held.values())
+
+
+def fetch_prefixes(
+    store: PrefixStore, batch: PackedBatch, version: Hashable, write: Callable[[PackedBatch], KeyValuePrefix]
+) -> AbstractContextManager[KeyValuePrefix]:
+    """`PrefixStore.fetch` for a batch of users, by the history that is read, the instruction and the precision.
+
+    Args:
+        write: makes instruction and prefix of the users that the store lacks.
+    """
+    items, bounds = batch.items.cpu().numpy(), batch.cu_seqlens.tolist()
+    made_in = batch.instruction, autocast_dtype(batch.items.device)
+    names = [(*made_in, items[start:end].tobytes()) for start, end in pairwise(bounds)]
+    read = PackedSequences(items, np.asarray(bounds, dtype=np.int32))
+
+    def write_some(positions: list[int]) -> KeyValuePrefix:
+        wanted = read.select(np.asarray(positions))
+        rows, offsets = (torch.from_numpy(part).to(batch.items.device) for part in (wanted.items, wanted.cu_seqlens))
+        return write(replace(batch, items=rows, cu_seqlens=offsets))
+
+    return store.fetch(names, version, write_some)
 
 
 class _Pool:

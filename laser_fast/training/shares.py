@@ -20,7 +20,7 @@ def refresh_items(run: Run) -> Tensor:
     for start in tqdm(range(0, most, size), desc="encode items", unit="batch", disable=not run.progress, leave=False):
         run.interruption.poll()
         rows.append(model.encode_items(own[start : start + size].tolist(), batch_size=size))
-    model.item_matrix = torch.cat(processes.gather_parts(torch.cat(rows)))
+    model.keep_items(torch.cat(processes.gather_parts(torch.cat(rows))))
     return model.item_matrix
 
 

@@ -10,6 +10,7 @@ The state is kept on the way, see `epochs`.
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,13 @@ from laser_fast.evaluation import evaluate, search_calibration
 from laser_fast.files.claims import claim
 from laser_fast.laser.build import Inputs, build_laser, load_inputs, load_language_model, training_counts
 from laser_fast.laser.model import LaserModel
-from laser_fast.laser.pretrained import calibration_components
+from laser_fast.models.objective import StepContext
 from laser_fast.models.token_budget import Shortage, TokenBudget
 from laser_fast.nn.stage1.bert_weights import initialize_qformer, load_bert
 from laser_fast.planning.memory import Plan, explain_shortage
 from laser_fast.planning.plan_table import one_line
-from laser_fast.processes import ALONE, Processes, launched_first, launched_size
-from laser_fast.retrieval.calibration import CalibratedScorer
+from laser_fast.processes import Processes, launched_first, launched_size
+from laser_fast.retrieval.calibration import CalibratedScorer, calibration_components
 from laser_fast.runs.checkpoint import fingerprint, load_weights, restore, save_laser
 from laser_fast.runs.resume import StateFolder, refuse_another_beginning
 from laser_fast.runs.run_directory import RunDirectory
@@ -170,16 +171,12 @@ def _open(config: LaserConfig, processes: Processes, *, resume: bool) -> RunDire
 
 def _train(run: Run, resume: bool) -> None:
     """Everything between the first step and the last."""
-    model, together = run.model, run.config.objective.balance_scope == "global"
     separate_random_streams(run)
-    model.budget = _token_budget(run)
-    model.processes, model.balance_processes = run.processes, run.processes if together else ALONE
+    run.model.encode_within(_token_budget(run))
     if resume:
         _resume(run)
     with run.interruption:
         _train_stages(run)
-    model.processes = model.balance_processes = ALONE
-    model.item_matrix_trains = True
     run.directory.finish()
     run.states.clear()
     run.processes.wait()
@@ -224,7 +221,7 @@ def _phase(run: Run, name: str, best: float) -> float:
     stage = config.training.phase_b if frozen_items else config.training.phase_a
     stopping = EarlyStopping(stage.patience, best)
     with_positives = not frozen_items and config.objective.item_gradient == "positives"
-    model.item_matrix_trains = with_positives
+    step = replace(run.step, items_train=with_positives)
     if model.item_side == "text" and config.objective.candidates == "catalog":
         with_positives = False  # all items are made anew in every step
     sampler = RowSampler(len(run.rows), stage.rows_per_epoch, config.training.seed + 1 + frozen_items)
@@ -239,7 +236,7 @@ def _phase(run: Run, name: str, best: float) -> float:
         plan=run.plan,
         processes=run.processes,
     )
-    title, loss_function = f"stage 2 {name.replace('_', ' ')}", _training_loss(model)
+    title, loss_function = f"stage 2 {name.replace('_', ' ')}", _training_loss(model, step)
     current = Stage(name, title, stage, sampler, trainer, stopping, loss_function, with_positives=with_positives)
     objective = config.objective
     if objective.num_negatives and (with_positives or objective.candidates == "sampled"):  # V holds them anyway
@@ -302,9 +299,9 @@ def _token_budget(run: Run) -> TokenBudget:
     return budget
 
 
-def _training_loss(model: LaserModel) -> Any:
+def _training_loss(model: LaserModel, step: StepContext) -> Any:
     def loss_function(batch: PackedBatch) -> dict[str, Tensor]:
-        output = model(batch)
+        output = model(batch, step=step)
         values = {"loss": output.loss, "cross_entropy": output.cross_entropy, "balance": output.balance_loss}
         return values if output.load is None else values | {"load": output.load}
 

@@ -158,7 +158,7 @@ def test_kept_prefixes_change_nothing_but_the_work(tiny_settings: dict[str, Any]
     expected = model.encode_users(histories)
     model.keep_prefixes(8)
     assert model.kept_prefixes is not None
-    store, runs = model.kept_prefixes.store, []
+    store, runs = model.kept_prefixes, []
     assert model.mformer is not None
     model.mformer.register_forward_hook(lambda module, given, result: runs.append(result.queries.shape[0]))
     for _ in range(2):

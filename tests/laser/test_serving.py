@@ -110,7 +110,7 @@ def test_kept_prefixes_are_served(tiny_settings: dict[str, Any], mode: str) -> N
         model.lm.fixed_shapes = FixedShapes(model.lm, Recorder())
     for histories, expected in (*plain, *plain):
         assert_same_embeddings(model, histories, expected)
-    assert model.kept_prefixes is not None and model.kept_prefixes.store.hits > 20
+    assert model.kept_prefixes is not None and model.kept_prefixes.hits > 20
     model.bituning.suffix_tokens.data.mul_(-1.0)
     changed = model.encode_users(plain[-1][0])
     assert not torch.allclose(changed, plain[-1][1], atol=1e-2)

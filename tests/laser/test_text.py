@@ -14,6 +14,7 @@ from laser_fast import LaserModel
 from laser_fast.config import LaserConfig, build_config
 from laser_fast.data import EvaluationRows, PackedSequences, training_rows
 from laser_fast.laser.build import build_laser, load_inputs, load_language_model
+from laser_fast.models.objective import StepContext
 from laser_fast.models.text_recommender import TextRecommender
 from laser_fast.reports.run_record import read_run
 from laser_fast.training.train import train_laser
@@ -82,13 +83,13 @@ def test_a_frozen_item_matrix_is_what_users_are_trained_against(tiny_settings: d
     model, rows = build(settings_with_text(tiny_settings, "text"))
     batch = model.builder.training_batch(rows, with_positives=False)
     live = model(batch).cross_entropy
-    model.item_matrix_trains = False
+    step = StepContext(items_train=False)
     with pytest.raises(RuntimeError, match="the item matrix must hold"):
-        model(batch)
+        model(batch, step=step)
     model.refresh_items()
-    torch.testing.assert_close(model(batch).cross_entropy, live)
+    torch.testing.assert_close(model(batch, step=step).cross_entropy, live)
     model.item_matrix = torch.flip(model.item_matrix, [0])
-    assert not torch.isclose(model(batch).cross_entropy, live)
+    assert not torch.isclose(model(batch, step=step).cross_entropy, live)
 
 
 def test_positives_are_read_as_texts_where_items_are(tiny_settings: dict[str, Any]) -> None:
