@@ -1,6 +1,6 @@
 """Embeddings of users and of the catalogue, without gradient: the item matrix, kept prefixes, parts within a budget."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -167,14 +167,9 @@ class LaserEncoder(LaserNetwork):
     @torch.inference_mode()
     def encode_users(self, histories: PackedSequences, *, batch_size: int = 128) -> Tensor:
         """Embeddings of users from their histories: float32 [B, d], on the model's device, without gradient."""
-        rows = [
-            self._encode_now(
-                self.builder.histories(histories.select(np.arange(start, min(start + batch_size, len(histories))))),
-                self.kept_prefixes,
-            )
-            for start in range(0, len(histories), batch_size)
-        ]
-        return torch.cat(rows) if rows else torch.empty(0, self.lm.hidden_size, device=self.device)
+        starts = range(0, len(histories), batch_size)
+        parts = (histories.select(np.arange(at, min(at + batch_size, len(histories)))) for at in starts)
+        return self._encode_now(map(self.builder.histories, parts), self.kept_prefixes)
 
     @torch.inference_mode()
     def encode_items(
@@ -184,13 +179,11 @@ class LaserEncoder(LaserNetwork):
         wanted = np.arange(self.num_items) if indices is None else np.asarray(indices, dtype=np.int64)
         if self.item_side == "text" and self.text is not None:
             return self.text.embeddings()[torch.from_numpy(wanted).to(self.device)].float()
-        starts = tqdm(
-            range(0, len(wanted), batch_size), desc="encode items", unit="batch", disable=not progress, leave=False
-        )
-        rows = [self._encode_now(self.builder.items(wanted[start : start + batch_size])) for start in starts]
-        return torch.cat(rows) if rows else torch.empty(0, self.lm.hidden_size, device=self.device)
+        starts = range(0, len(wanted), batch_size)
+        shown = tqdm(starts, desc="encode items", unit="batch", disable=not progress, leave=False)
+        return self._encode_now(self.builder.items(wanted[at : at + batch_size]) for at in shown)
 
-    def _encode_now(self, batch: PackedBatch, kept: PrefixStore | None = None) -> Tensor:
+    def _encode_now(self, batches: Iterable[PackedBatch], kept: PrefixStore | None = None) -> Tensor:
         """Encode as in evaluation mode, within the budget; the mode stays as it is."""
         if self.lm.model.training:
             raise RuntimeError(
@@ -206,7 +199,8 @@ class LaserEncoder(LaserNetwork):
                 return self._encode_behind(part, None, prefix)
 
         with evaluating():
-            return self.budget.encode(batch, self.virtual_tokens, encode_part)
+            rows = [self.budget.encode(batch, self.virtual_tokens, encode_part) for batch in batches]
+        return torch.cat(rows) if rows else torch.empty(0, self.lm.hidden_size, device=self.device)
 
     def encode_within(self, budget: TokenBudget) -> None:
         """Encode from now on in parts that this budget allows."""
@@ -215,14 +209,14 @@ class LaserEncoder(LaserNetwork):
     def keep_prefixes(self, capacity: int) -> None:
         """Serve users who come back unchanged without M-Former and the model's pass over their prefix.
 
-        Any change of a weight (an optimizer step, a loaded state) empties the store.
+        Any change of a weight (an optimizer step, a loaded state) empties the store. A bidirectional language model
+        lets a prefix of input embeddings see the text, so that it is not the user's alone.
 
         Args:
             capacity: users kept; 0 stops it.
 
         Raises:
-            ValueError: a negative capacity, no prefix at all, or input embeddings as prefix of a bidirectional language
-                model (such a prefix sees the text, so it is not the user's alone).
+            ValueError: a negative capacity, no prefix at all, or such a language model.
         """
         if capacity < 0:
             raise ValueError(f"keep_prefixes: capacity must not be negative, got {capacity}")

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from laser_fast.config import BiTuningConfig, ExecutionConfig, ModelConfig, PromptConfig, TextConfig
+from laser_fast.config import BiTuningConfig, ExecutionConfig, ModelConfig, PromptConfig
 from laser_fast.data.batches import BatchBuilder
 from laser_fast.data.items import ItemTable
 from laser_fast.data.text import ItemText
-from laser_fast.data.tokens import PromptLayout, Tokenizer, prompt_layout, tokenize_texts
+from laser_fast.data.tokens import Tokenizer, prompt_layout, tokenize_texts
 from laser_fast.lm.execution.execution import Execution
 from laser_fast.lm.frozen_lm import FrozenLM
 from laser_fast.models.zero_shot import CatalogueTexts
@@ -28,12 +28,7 @@ if TYPE_CHECKING:
 
 def build_execution(config: ExecutionConfig) -> Execution:
     """How the language model is to run its steps."""
-    return Execution(
-        checkpointing=config.checkpointing,
-        fused=config.fused,
-        share_dequantization=config.share_dequantization,
-        last_layer=config.last_layer,
-    )
+    return Execution(**config.model_dump(exclude={"checkpoint_mformer"}))
 
 
 def build_parts(
@@ -46,8 +41,7 @@ def build_parts(
     counts: np.ndarray,
     known_items: np.ndarray,
 ) -> dict[str, Any]:
-    """`laser_parts` around a loaded language model; the text residual reads the catalogue's texts when it first needs
-    them.
+    """`laser_parts` around a loaded language model; a text residual reads the texts when it first needs them.
 
     Args:
         counts: int64 [I], training events of each item.
@@ -58,14 +52,9 @@ def build_parts(
             for a prefix that is written from states.
     """
     lm = FrozenLM(model, build_execution(config.execution))
-    builder = build_batches(
-        config.prompt,
-        items,
-        tokenizer,
-        known_items=known_items,
-        max_history=config.mformer.max_history,
-        text_history=config.text.max_history if config.text.residual else 0,
-    )
+    text_history = config.text.max_history if config.text.residual else 0
+    limits = {"max_history": config.mformer.max_history, "text_history": text_history}
+    builder = build_batches(config.prompt, items, tokenizer, known_items=known_items, **limits)
     _check_tokens(builder, lm)
     parts = laser_parts(config, lm, builder, items.ids, recommender, counts)
     if parts["text"] is not None:
@@ -81,9 +70,7 @@ def laser_parts(
     recommender: SequentialRecommender | None,
     counts: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Arguments of `LaserModel`: what is trained, around a frozen language model and a recommender.
-
-    Its parameters are initialised from torch's global generator.
+    """Arguments of `LaserModel`; what is trained is initialised from torch's global generator.
 
     Args:
         counts: int64 [I], training events of each item; None = nobody counted.
@@ -91,20 +78,23 @@ def laser_parts(
     Raises:
         ValueError: the prefix is written from states, and there is no recommender that has any.
     """
-    known = np.zeros(len(item_ids), dtype=np.int64) if counts is None else np.asarray(counts, dtype=np.int64)
+    settings, objective, width = config.bituning, config.objective, lm.hidden_size
     bituning = BiTuning(
-        lm.hidden_size,
-        num_suffix_tokens=config.bituning.num_suffix_tokens,
-        num_shared_prefix_tokens=config.mformer.num_queries if config.bituning.prefix == "shared" else 0,
-        readout=read_out_of(config.bituning, lm),
+        width,
+        num_suffix_tokens=settings.num_suffix_tokens,
+        num_shared_prefix_tokens=config.mformer.num_queries if settings.prefix == "shared" else 0,
+        readout=read_out_of(settings, lm),
         embedding_rms=lm.embedding_rms,
     )
-    deep = config.bituning.prefix_mode == "kv"
     writer = _prefix_writer(config, lm, recommender)
-    deep_prefix = None
-    if deep:
-        width, rms = (config.mformer.width, 1.0) if "mformer" in writer else (lm.hidden_size, lm.embedding_rms)
-        deep_prefix = DeepPrefix(width, lm.layers, rank=config.bituning.deep_prefix_rank, token_rms=rms)
+    deep_prefix = text = item_counts = None
+    if settings.prefix_mode == "kv":
+        inner, rms = (config.mformer.width, 1.0) if "mformer" in writer else (width, lm.embedding_rms)
+        deep_prefix = DeepPrefix(inner, lm.layers, rank=settings.deep_prefix_rank, token_rms=rms)
+    if config.text.residual:
+        text = TextResidual(len(item_ids), width, max_history=config.text.max_history, dropout=config.text.dropout)
+    if objective.popularity:
+        item_counts = torch.from_numpy(np.zeros(len(item_ids), dtype=np.int64) if counts is None else counts)
     return {
         "lm": lm,
         "builder": builder,
@@ -113,15 +103,12 @@ def laser_parts(
         **writer,
         "deep_prefix": deep_prefix,
         "reuse_instruction": config.prompt.order == "prompt-first" and config.prompt.reuse_instruction,
-        "head": config.bituning.head,
-        "temperature": config.objective.temperature,
-        "balance_weight": config.objective.balance_weight,
-        "candidates": config.objective.candidates,
-        "dropout": config.bituning.dropout,
-        "text": _text_residual(config.text, len(item_ids), lm.hidden_size),
+        "head": settings.head,
+        "dropout": settings.dropout,
+        **objective.model_dump(include={"temperature", "balance_weight", "candidates", "mask_history"}),
+        "text": text,
         "item_side": "text" if config.text.items_are_texts else "lm",
-        "mask_history": config.objective.mask_history,
-        "item_counts": torch.from_numpy(known) if config.objective.popularity else None,
+        "item_counts": item_counts,
     }
 
 
@@ -133,29 +120,18 @@ def _prefix_writer(config: ModelConfig, lm: FrozenLM, recommender: SequentialRec
         raise ValueError(
             f'laser_parts: recommender must be given when bituning.prefix is "{config.bituning.prefix}", got None'
         )
-    writer: dict[str, Any] = {"recommender": recommender}
     if config.bituning.prefix == "linear":
-        tokens = config.mformer.num_queries
-        linear = LinearPrefix(recommender.state_size, lm.hidden_size, num_tokens=tokens, rms=lm.embedding_rms)
-        return writer | {"linear_prefix": linear}
-    settings = config.mformer
+        tokens, rms = config.mformer.num_queries, lm.embedding_rms
+        linear = LinearPrefix(recommender.state_size, lm.hidden_size, num_tokens=tokens, rms=rms)
+        return {"recommender": recommender, "linear_prefix": linear}
     mformer = MFormer(
         recommender.state_size,
         lm.hidden_size if config.bituning.prefix_mode == "embedding" else None,
-        width=settings.width,
-        num_layers=settings.num_layers,
-        num_heads=settings.num_heads,
-        cross_attention_freq=settings.cross_attention_freq,
-        num_experts=settings.num_experts,
-        top_k=settings.top_k,
-        num_queries=settings.num_queries,
-        weighting=settings.weighting,
-        dropout=settings.dropout,
         prefix_rms=lm.embedding_rms,
         recompute=config.execution.checkpoint_mformer,
-        dtype=settings.dtype,
+        **config.mformer.model_dump(exclude={"max_history", "states", "initialize_from"}),
     )
-    return writer | {"mformer": mformer}
+    return {"recommender": recommender, "mformer": mformer}
 
 
 def read_out_of(config: BiTuningConfig, lm: FrozenLM) -> str:
@@ -163,12 +139,6 @@ def read_out_of(config: BiTuningConfig, lm: FrozenLM) -> str:
     if config.readout != "auto":
         return config.readout
     return "suffix" if lm.causal else "mean"
-
-
-def _text_residual(config: TextConfig, num_items: int, width: int) -> TextResidual | None:
-    if not config.residual:
-        return None
-    return TextResidual(num_items, width, max_history=config.max_history, dropout=config.dropout)
 
 
 def _catalogue_texts(config: ModelConfig, items: ItemTable, tokenizer: Tokenizer) -> CatalogueTexts:
@@ -204,27 +174,12 @@ def build_batches(
     max_history: int,
     text_history: int = 0,
 ) -> BatchBuilder:
-    """What turns histories into packed batches of this tokenizer's tokens.
-
-    Args:
-        known_items, max_history, text_history: see `BatchBuilder`.
-    """
-    texts = ItemText(prompt.item_template).render(items)
-
-    def layout(template: str) -> PromptLayout:
-        return prompt_layout(
-            template,
-            tokenizer,
-            separator=prompt.separator,
-            newest_first=prompt.newest_first,
-            max_items=prompt.max_items,
-            max_tokens=prompt.max_tokens,
-        )
-
+    """What turns histories into packed batches of this tokenizer's tokens; the last arguments are `BatchBuilder`'s."""
+    limits = prompt.model_dump(include={"separator", "newest_first", "max_items", "max_tokens"})
     return BatchBuilder(
-        tokenize_texts(texts, tokenizer, prompt.max_item_tokens),
-        layout(prompt.user_template),
-        layout(prompt.item_prompt),  # an item is a history of one, with words of its own around it
+        tokenize_texts(ItemText(prompt.item_template).render(items), tokenizer, prompt.max_item_tokens),
+        prompt_layout(prompt.user_template, tokenizer, **limits),
+        prompt_layout(prompt.item_prompt, tokenizer, **limits),  # an item is a history of one, with words of its own
         known_items=known_items,
         max_history=max_history,
         prompt_first=prompt.order == "prompt-first",

@@ -39,24 +39,18 @@ class LaserNetwork(VersionedModule):
     `state_dict` holds what is trained and nothing of the frozen models.
 
     Args:
-        lm: the frozen language model.
         bituning: suffix, shared prefix and read-out.
-        num_items: size of the catalogue I.
-        mformer: writes the prefix; None = `linear_prefix`, or the shared prefix of `bituning`, or none.
-        linear_prefix: writes it in place of M-Former.
-        recommender: its states are what `mformer` or `linear_prefix` reads.
+        mformer, linear_prefix: which of them writes the prefix; None = the shared prefix of `bituning`, or none.
+        recommender: whose states `mformer` or `linear_prefix` reads.
         deep_prefix: makes keys and values of every layer from the prefix (`prefix_mode="kv"`); None = the prefix enters
             as input embeddings.
-        reuse_instruction: compute keys and values of an instruction that stands before the prefix once and inject them;
-            needs a causal language model.
+        reuse_instruction: compute keys and values of an instruction before the prefix once and inject them; needs a
+            causal language model.
         head: "linear" (trained, starts as the identity, one for both sides) or "none".
-        temperature: tau.
-        balance_weight: alpha.
-        candidates: what a user's target stands against in training, "catalog" or "sampled"; see `Objective`.
+        temperature, balance_weight, candidates, mask_history: see `Objective`.
         dropout: on the read-out.
         text: the text residual; None = the paper, whose embeddings are the language model's read-out alone.
         item_side: with `text`, whether items are read by the language model too ("lm") or not ("text").
-        mask_history: see `Objective`.
         item_counts: int64 [I], training events of each item; adds a trained popularity weight to the scores.
 
     Attributes:
@@ -154,11 +148,7 @@ class LaserNetwork(VersionedModule):
         return embedding.float()  # under autocast the head gives less
 
     def encode_texts(self, batch: PackedBatch) -> Tensor:
-        """The text residual of the sequences of a batch, with gradient into it: float32 [B, d].
-
-        Raises:
-            ValueError: there is no residual, or the batch has no histories for it.
-        """
+        """The text residual of the sequences of a batch, with gradient into it: float32 [B, d]."""
         if self.text is None or batch.text_items is None or batch.text_cu_seqlens is None:
             raise ValueError("LaserNetwork: encode_texts needs a text residual and a batch made for it, got none")
         return self.text.users(batch.text_items, batch.text_cu_seqlens)
@@ -175,11 +165,7 @@ class LaserNetwork(VersionedModule):
         return tokens if self.reuse_instruction else tokens + len(batch.instruction or ())
 
     def write_prefix(self, batch: PackedBatch) -> tuple[Tensor | None, KeyValuePrefix | None, Routing | None]:
-        """What stands in front of the text: input embeddings [B, Q, D_llm], keys and values, and the routing.
-
-        Raises:
-            ValueError: an instruction before a deep prefix, without `reuse_instruction`.
-        """
+        """What stands in front of the text: input embeddings [B, Q, D_llm], keys and values, and the routing."""
         tokens, routing = self.bituning.shared_prefix(1 if self.deep_prefix is not None else len(batch)), None
         if self.mformer is not None:
             written = self.mformer(self._states(batch), batch.cu_seqlens)
@@ -258,18 +244,19 @@ class LaserNetwork(VersionedModule):
         )
         return objective(batch, users, live, routing, step)
 
-    def gradient_checkpointing_enable(
+    def activation_checkpointing_enable(
         self,
-        gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
         """Compute the layers of the language model again in backward: `execution.checkpointing` "full".
 
-        `TrainingArguments(gradient_checkpointing=True)` calls this (`activation_checkpointing` in newer releases).
+        `TrainingArguments(gradient_checkpointing=True)` calls this or, in older releases of transformers,
+        `gradient_checkpointing_enable`.
 
         Args:
-            gradient_checkpointing_kwargs: of `torch.utils.checkpoint`; of these `use_reentrant` alone, which changes
+            activation_checkpointing_kwargs: of `torch.utils.checkpoint`; of these `use_reentrant` alone, which changes
                 neither loss nor gradient (ours is never reentrant).
             every_n_layers: 1.
             offload: keep the inputs of the layers in host memory meanwhile: "offload".
@@ -278,33 +265,24 @@ class LaserNetwork(VersionedModule):
             ValueError: another option, or a model whose layers transformers does not mark as such.
             RuntimeError: its layers are compiled.
         """
-        others = dict(gradient_checkpointing_kwargs or {})
+        others = dict(activation_checkpointing_kwargs or {})
         others.pop("use_reentrant", None)
         if every_n_layers != 1:
             others["every_n_layers"] = every_n_layers
         if others:
             raise ValueError(
-                f"gradient_checkpointing_enable: use_reentrant and offload alone are known, got {others}; leave the "
+                f"activation_checkpointing_enable: use_reentrant and offload alone are known, got {others}; leave the "
                 "others out"
             )
         self._checkpoint("offload" if offload else "full")
 
-    def activation_checkpointing_enable(
-        self,
-        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
-        every_n_layers: int = 1,
-        offload: bool = False,
-    ) -> None:
-        """`gradient_checkpointing_enable` under its newer name."""
-        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+        """`activation_checkpointing_enable` under its older name."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep what backward needs: `execution.checkpointing` "none"."""
         self._checkpoint("none")
-
-    def activation_checkpointing_disable(self) -> None:
-        """`gradient_checkpointing_disable` under its newer name."""
-        self.gradient_checkpointing_disable()
 
     @property
     def is_gradient_checkpointing(self) -> bool:
