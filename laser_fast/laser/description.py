@@ -41,7 +41,7 @@ class TableRecord(Description):
 
 
 class CalibrationRecord(Description):
-    """The scalars of the calibrated score, see `Calibration`; all of them, and finite."""
+    """`Calibration`: all of its scalars, and finite."""
 
     weights: dict[str, float]
     standardize: tuple[str, ...]

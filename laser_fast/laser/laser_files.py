@@ -54,18 +54,11 @@ _ADAPTER = "adapter.safetensors"
 _ITEM_TENSORS = "items.safetensors"
 _ITEMS = "items.json"
 _TABLES: dict[str, type[ItemToItem]] = {"rules": SequentialRules, "neighbors": ItemKNN}
+_TABLE_PARTS = ("bounds", "columns", "values")
 _DERIVED = ("item_matrix", "text_vectors")
 _IN_RUN = "checkpoint"
-LASER_FILES = (
-    _DESCRIPTION,
-    _ADAPTER,
-    _ITEM_TENSORS,
-    _ITEMS,
-    *(f"{name}.safetensors" for name in _TABLES),
-    *RECOMMENDER_FILES,
-    SEAL,
-    "README.md",
-)
+LASER_FILES: tuple[str, ...] = (_DESCRIPTION, _ADAPTER, _ITEM_TENSORS, _ITEMS, SEAL, "README.md", *RECOMMENDER_FILES)
+LASER_FILES += tuple(f"{name}.safetensors" for name in _TABLES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,11 +89,7 @@ class Built(Protocol):
 
 
 def origin_of(model: Built) -> Origin:
-    """What a model was built from.
-
-    Raises:
-        RuntimeError: it does not know.
-    """
+    """What a model was built from; a RuntimeError where it does not know."""
     if model.origin is None:
         raise RuntimeError(
             "save_pretrained: the model must know what it was built from, got none; "
@@ -141,22 +130,16 @@ class _Items(Description):
 
 @dataclass(frozen=True, eq=False)
 class SavedLaser:
-    """A folder written by `write_laser`; files are read, and compared with the seal, when they are asked for."""
+    """A folder written by `write_laser`; files are read, and compared with the seal, when they are asked for.
+
+    What is asked raises ValueError where a file is damaged or does not belong to what it is asked for.
+    """
 
     sealed: SealedFolder
     description: LaserDescription
 
-    @property
-    def name(self) -> str:
-        """Of the folder."""
-        return self.sealed.path.name
-
     def items(self) -> ItemTable:
-        """The catalogue.
-
-        Raises:
-            ValueError: the file is damaged, or is of another catalogue than the rest.
-        """
+        """The catalogue."""
         values = parse_description(_Items, self.sealed.read(_ITEMS), f"checkpoint: {_ITEMS}")
         table, expected = ItemTable(values.ids, values.fields), self.description
         if len(table) != expected.num_items or table.hash() != expected.item_map_hash:
@@ -179,30 +162,17 @@ class SavedLaser:
         return read_recommender(self.sealed) if record is not None and record.saved else None
 
     def tables(self) -> dict[str, ItemToItem]:
-        """The rules and neighbours that the calibrated score adds, by their name in it.
-
-        Raises:
-            ValueError: a file is damaged or belongs to another catalogue.
-        """
+        """The rules and neighbours that the calibrated score adds, by their name in it."""
         found: dict[str, ItemToItem] = {}
         for name, settings in self.description.tables.items():
             values = read_tensors(self.sealed, f"{name}.safetensors")
             refuse_other_table(values, self.description.num_items, f"{name}.safetensors")
-            found[name] = _TABLES[name](
-                values["bounds"],
-                values["columns"],
-                values["values"],
-                decay=settings.decay,
-                max_history=settings.max_history,
-            )
+            parts = (values[part] for part in _TABLE_PARTS)
+            found[name] = _TABLES[name](*parts, decay=settings.decay, max_history=settings.max_history)
         return found
 
     def refuse_other_sizes(self) -> None:
-        """Make sure that the tensors are as large as the description says, before anything of these sizes is built.
-
-        Raises:
-            ValueError: a file is damaged, or of other sizes.
-        """
+        """Make sure that the tensors are as large as the description says, before anything of these sizes is built."""
         found = tensor_shapes(self.sealed, _ITEM_TENSORS)
         empty = found.get("item_matrix", (1,))[0] == 0  # it was saved before `refresh_items`
         wanted = self.description.item_shapes(0 if empty else self.description.num_items)
@@ -211,11 +181,7 @@ class SavedLaser:
         refuse_other_shapes(found, wanted, f"checkpoint: {_ADAPTER}")
 
     def refuse_another_base(self, model: Built) -> None:
-        """Make sure that a model stands on the language model and the tokenizer this one was trained with.
-
-        Raises:
-            ValueError: it does not; lists the differences.
-        """
+        """Make sure that a model stands on the language model and the tokenizer this one was trained with."""
         expected = self.description.base
         if found := differences(expected.model_dump(), origin_of(model).base):
             raise ValueError(
@@ -224,14 +190,7 @@ class SavedLaser:
             )
 
     def refuse_another_recommender(self, recommender: object, function: str) -> None:
-        """Make sure that a recommender has the weights of the one in training, where there was one.
-
-        Args:
-            function: the first word of the message.
-
-        Raises:
-            ValueError: it has not.
-        """
+        """Make sure that a recommender has the weights of the one in training, where there was one."""
         expected = self.description.recommender
         if expected is not None and expected.sha256 != (found := weights_hash(recommender)):
             raise ValueError(
@@ -240,11 +199,7 @@ class SavedLaser:
             )
 
     def calibrated(self, laser: Scorer, recommender: Scorer | None, counts: torch.Tensor) -> CalibratedScorer | None:
-        """The calibrated score that was saved with the model, if one was, over these components.
-
-        Args:
-            counts: int64 [I], events of each item in the training part.
-        """
+        """The calibrated score that was saved with the model, if one was; counts: int64 [I], as `Origin.counts`."""
         if self.description.calibration is None:
             return None
         settings = Calibration(**self.description.calibration.model_dump())
@@ -253,14 +208,11 @@ class SavedLaser:
         return CalibratedScorer(components, settings, counts)
 
     def put_into(self, model: LaserEncoder) -> None:
-        """Trained parameters and item matrix into a model of the same shape.
-
-        Raises:
-            ValueError: a file is damaged, or belongs to another catalogue or other settings.
-        """
+        """Trained parameters and item matrix into a model of the same catalogue and shape."""
+        name = self.sealed.path.name
         if self.description.item_map_hash != item_map_hash(model.item_ids):
             raise ValueError(
-                f"load_weights: {self.name} must belong to this catalogue of {model.num_items} items, "
+                f"load_weights: {name} must belong to this catalogue of {model.num_items} items, "
                 f"got another item map, of {self.description.num_items} items"
             )
         # all is read before anything is changed
@@ -270,24 +222,20 @@ class SavedLaser:
         try:
             load_weights_of_file(model, state, f"load_weights: {_ADAPTER}")
         except RuntimeError as error:
-            raise ValueError(f"load_weights: {self.name} must fit the configuration, got {error}") from error
+            raise ValueError(f"load_weights: {name} must fit the configuration, got {error}") from error
         if model.text is not None and "text_vectors" in items:
             model.text.set_vectors(items["text_vectors"])
         # last: it belongs to all that stands before it
         model.item_matrix = items["item_matrix"].to(model.device, torch.float32)
 
     def put_text_into(self, model: LaserEncoder) -> None:
-        """The trained text residual and its vectors alone, and the weight of popularity where both have one.
-
-        Raises:
-            ValueError: a file is damaged, or one of the two models has no text residual.
-        """
+        """The trained text residual and its vectors alone, and the weight of popularity where both have one."""
         vectors = read_tensors(self.sealed, _ITEM_TENSORS, ["text_vectors"]).get("text_vectors")
         if model.text is None or vectors is None:
-            raise ValueError(f"put_text_into: {self.name} and the model must have a text residual, got none")
+            where = self.sealed.path.name
+            raise ValueError(f"put_text_into: {where} and the model must have a text residual, got none")
         state = read_tensors(self.sealed, _ADAPTER)
-        prefix = "text."
-        own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        own = {name.removeprefix("text."): value for name, value in state.items() if name.startswith("text.")}
         load_weights_of_file(model.text, own, f"put_text_into: {_ADAPTER}")
         model.text.set_vectors(vectors)
         if model.popularity_weight is not None and "popularity_weight" in state:
@@ -329,7 +277,7 @@ def write_laser(
     Raises:
         ValueError: it could not be read again, such as a calibration that is not finite.
     """
-    model, origin, tables = contents.encoder, contents.origin, contents.tables
+    model, origin = contents.encoder, contents.origin
     description = _describe(contents, config, facts)
     counts = torch.from_numpy(np.asarray(origin.counts, dtype=np.int64))
     with replace_directory(directory) as fresh:
@@ -341,9 +289,8 @@ def write_laser(
         write_json(fresh / _ITEMS, {"ids": origin.items.ids, "fields": origin.items.fields})
         if is_saved_by_kind(contents.recommender):
             write_recommender(contents.recommender, fresh)
-        for name, table in tables.items():
-            values = {"bounds": table.bounds, "columns": table.columns, "values": table.values}
-            write_tensors(values, fresh / f"{name}.safetensors")
+        for name, table in contents.tables.items():
+            write_tensors({part: getattr(table, part) for part in _TABLE_PARTS}, fresh / f"{name}.safetensors")
         write_json(fresh / _DESCRIPTION, description.model_dump(mode="json"))
         (fresh / "README.md").write_text(str(card), encoding="utf-8")
         seal(fresh)
