@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ from laser_fast.retrieval.score_index import KeptIndex, all_scores, make_index, 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-Moved = TypeVar("Moved", bound="LaserModel")
+_Kept = tuple[CalibratedScorer, dict[str, Scorer | None]]
 
 
 class LaserModel(LaserEncoder, ModelHubMixin):
@@ -66,7 +66,7 @@ class LaserModel(LaserEncoder, ModelHubMixin):
     ) -> None:
         super().__init__(lm, builder, item_ids, bituning, **parts)
         self.origin: Origin | None = None
-        self._calibration: tuple[CalibratedScorer, dict[str, Scorer | None]] | None = None
+        self._calibration: _Kept | None = None
         self._index = KeptIndex()
 
     @classmethod
@@ -212,17 +212,21 @@ class LaserModel(LaserEncoder, ModelHubMixin):
 
         The model keeps the scalars and the other components, and puts itself in when it is asked.
         """
-        if self._calibration is None:
-            return None
-        scorer, parts = self._calibration
-        return scorer.with_components({name: self if part is None else part for name, part in parts.items()})
+        return self._join(self._calibration)
 
     @calibration.setter
     def calibration(self, scorer: CalibratedScorer | None) -> None:
-        self._calibration = None
+        kept: _Kept | None = None
         if scorer is not None:
             parts = {name: None if part is self else part for name, part in scorer.components.items()}
-            self._calibration = scorer.with_components({}), parts
+            kept = scorer.with_components({}), parts
+        self._calibration = kept  # as a whole: others may be reading
+
+    def _join(self, kept: _Kept | None) -> CalibratedScorer | None:
+        if kept is None:
+            return None
+        scorer, parts = kept
+        return scorer.with_components({name: self if part is None else part for name, part in parts.items()})
 
     @torch.no_grad()
     def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -256,17 +260,18 @@ class LaserModel(LaserEncoder, ModelHubMixin):
             RuntimeError: no item matrix yet (`refresh_items`), or it or the calibration is of older weights.
             ValueError: the calibrated score has a part that is no inner product.
         """
-        scorer = self.calibration or self
+        kept = self._calibration
+        scorer = self._join(kept) or self
         if (stranger := stranger_in(scorer)) is not None:
             raise ValueError(
                 "LaserModel.index: the score must be made of Laser, a recommender with an output layer and rules, "
                 f"got {stranger}; use score or recommend"
             )
+        versions: object = self.weights.now()
         if isinstance(scorer, CalibratedScorer):
             scorer.refuse_outdated()
-
-        versions = scorer.versions() if isinstance(scorer, CalibratedScorer) else self.weights.now()
-        made_of = (self.device, *self.items_version, self._calibration, versions)
+            versions = scorer.versions()
+        made_of = (self.device, *self.items_version, kept, versions)
         return self._index.made_of(made_of, lambda: make_index(scorer, self.device))
 
     def recommend(

@@ -27,19 +27,12 @@ from laser_fast.processes import ALONE, Processes
 
 
 class LaserOutput(NamedTuple):
-    """What a training forward gives; the loss stands first, where training loops of other libraries look for it.
+    """What a training forward gives, in float32; the loss stands first, where other training loops look for it."""
 
-    Attributes:
-        loss: float32 [], what is minimised; see `Objective`.
-        cross_entropy: float32 [], of the users against the item matrix, or against their sampled candidates.
-        balance_loss: float32 []; 0 without M-Former.
-        load: float32 [E], share of the items' choices each expert got; None without M-Former.
-    """
-
-    loss: Tensor
-    cross_entropy: Tensor
-    balance_loss: Tensor
-    load: Tensor | None
+    loss: Tensor  # [], what is minimised; see `Objective`
+    cross_entropy: Tensor  # [], of the users against the item matrix, or against their sampled candidates
+    balance_loss: Tensor  # []; 0 without M-Former
+    load: Tensor | None  # [E], share of the items' choices each expert got; None without M-Former
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +40,8 @@ class StepContext:
     """What a training step knows beside its batch and its network.
 
     Attributes:
-        processes: their live candidates stand against each other.
-        balance_processes: their load is balanced together.
+        processes, balance_processes: whose live candidates stand against each other, and whose load is balanced
+            together.
         items_train: where the text residual alone makes the items, whether they are made anew in the step, with
             gradient, or taken from V as it is.
         item_matrix: gives V [I, d]; it is called only where V takes part.
@@ -60,11 +53,7 @@ class StepContext:
     item_matrix: Callable[[], Tensor] | None = None
 
     def matrix(self) -> Tensor:
-        """V.
-
-        Raises:
-            RuntimeError: the step brings none.
-        """
+        """V; a RuntimeError where the step brings none."""
         if self.item_matrix is None:
             raise RuntimeError("StepContext: item_matrix must give the vectors of the catalogue, got None")
         return self.item_matrix()
@@ -82,22 +71,13 @@ class Objective:
     to recommend: on MovieLens-100K the cross-entropy over 1,682 items fell below 4 within 32 steps, to the log of the
     batch's 60 positives, while validation hardly moved.)
 
-    Args:
-        temperature: tau.
-        balance_weight: alpha.
-        candidates: "catalog" or "sampled".
-        mask_history: leave a user's history items out of V.
-        popularity: p [] and log(1 + count) [I]; None = not part of the scores.
-
-    Raises:
-        ValueError: other candidates.
     """
 
-    temperature: float
-    balance_weight: float
-    candidates: str = "catalog"
-    mask_history: bool = False
-    popularity: tuple[Tensor, Tensor] | None = None
+    temperature: float  # tau
+    balance_weight: float  # alpha
+    candidates: str = "catalog"  # or "sampled"
+    mask_history: bool = False  # whether a user's history items are left out of V
+    popularity: tuple[Tensor, Tensor] | None = None  # p [] and log(1 + count) [I]
 
     def __post_init__(self) -> None:
         if self.candidates not in ("catalog", "sampled"):
@@ -111,13 +91,7 @@ class Objective:
         routing: Routing | None,
         step: StepContext,
     ) -> LaserOutput:
-        """Loss of a batch with targets.
-
-        Args:
-            users: [B, d].
-            live: [P, d], embeddings of `batch.positives`; None = the batch has none.
-            routing: of the users; None without M-Former.
-        """
+        """Loss of a batch with targets: users [B, d] with their routing, and `batch.positives` live [P, d], if any."""
         assert batch.targets is not None
         if self.candidates == "sampled":
             loss = cross_entropy = self._among_own(batch, users, live, step)
@@ -166,10 +140,7 @@ def whole_catalog_loss(
     The popularity is one more coordinate on both sides, so no score of the catalogue is held for it either.
 
     Args:
-        users: [B, d].
-        items: [I, d].
-        targets: int64 [B].
-        ignored: see `catalog_cross_entropy`.
+        users, items, targets, ignored: see `catalog_cross_entropy`.
         popularity: p float32 [] and log(1 + count) float32 [I]; None = p is 0.
     """
     if popularity is None:
@@ -196,7 +167,6 @@ def gather_candidates(live: Tensor, batch: PackedBatch, processes: Processes) ->
 
     Args:
         live: [P, d], embeddings of `batch.positives`.
-        batch: with targets and positives.
         processes: one alone gets back what it gave.
 
     Returns:
@@ -226,7 +196,6 @@ def sampled_cross_entropy(users: Tensor, rows: Tensor, places: Tensor, temperatu
         users: [B, d].
         rows: [P, d], distinct candidates of all users.
         places: int64 [B, 1 + n], which rows are a user's candidates, its target first, none twice.
-        temperature: tau.
 
     Returns:
         float32 [] (float64 for float64), accumulated in that type.
