@@ -26,11 +26,7 @@ Self = TypeVar("Self", bound="LaserEncoder")
 
 
 class _ItemMatrix(nn.Module):
-    """The item matrix V and the version of the weights it belongs to; another one takes its place as a whole.
-
-    Attributes:
-        contents: counts writes in place.
-    """
+    """The item matrix V and the version of the weights it belongs to; another one takes its place as a whole."""
 
     values: Tensor
 
@@ -38,7 +34,7 @@ class _ItemMatrix(nn.Module):
         super().__init__()
         self.register_buffer("values", values, persistent=False)
         self.made_at = made_at
-        self.contents = WeightsVersion(self, buffers=True)
+        self.contents = WeightsVersion(self, buffers=True)  # counts writes in place
 
 
 class LaserEncoder(LaserNetwork):
@@ -48,15 +44,13 @@ class LaserEncoder(LaserNetwork):
     the catalogue anew takes long, and no request does that unasked.
 
     Args:
-        lm: the frozen language model.
         builder: texts, prompts and catalogue; turns histories into packed batches.
         item_ids: external ids in index order.
-        bituning: suffix, shared prefix and read-out.
-        parts: the other arguments of `LaserNetwork`.
+        lm, bituning, parts: the arguments of `LaserNetwork`.
 
     Attributes:
         serving: compiles the language model or captures it in CUDA graphs for requests, where it is told to.
-        budget: packed tokens that go through the language model at once; see `encode_within`.
+        budget: packed tokens that go through the language model at once.
         kept_prefixes: see `keep_prefixes`; None = nothing is kept.
     """
 
@@ -99,11 +93,7 @@ class LaserEncoder(LaserNetwork):
         return len(self.item_matrix) > 0 and self._items.made_at != self.weights.now()
 
     def current_items(self) -> Tensor:
-        """The item matrix V: float32 [I, d].
-
-        Raises:
-            RuntimeError: there is none, or it belongs to older weights.
-        """
+        """The item matrix V, float32 [I, d]; a RuntimeError where there is none, or one of older weights."""
         items = self._any_items()
         if items.made_at != self.weights.now():
             if items is not self._items:  # another thread has refreshed them in between
@@ -127,11 +117,8 @@ class LaserEncoder(LaserNetwork):
         """Say that an item matrix belongs to the weights of now.
 
         Args:
-            item_matrix: float32 [I, d], made by somebody else; None = the one there is, made at other weights: only
-                users were trained since.
-
-        Raises:
-            RuntimeError: there is no item matrix yet.
+            item_matrix: float32 [I, d], made elsewhere; None = the one there is, because only users were trained since
+                (a RuntimeError where there is none).
         """
         self.item_matrix = self._any_items().values if item_matrix is None else item_matrix
 
@@ -151,10 +138,6 @@ class LaserEncoder(LaserNetwork):
         """`LaserNetwork.forward` with the item matrix of this model, unless the step brings another.
 
         The matrix is a constant of the epoch: with gradient, and with it alone, it may be of older weights.
-
-        Raises:
-            RuntimeError: no item matrix yet (`refresh_items`), where it is needed; without gradient also one of older
-                weights.
         """
         step = step or StepContext()
         if step.item_matrix is None:

@@ -63,23 +63,14 @@ LASER_FILES += tuple(f"{name}.safetensors" for name in _TABLES)
 
 @dataclass(frozen=True, eq=False)
 class Origin:
-    """What a model was built from; recorded when it is saved and compared when it is loaded.
-
-    Attributes:
-        config: settings of the model.
-        lm: where the language model was loaded from, and how.
-        base: what the language model is, see `describe_base`.
-        items: the catalogue.
-        counts: int64 [I], events of each item in the training part; zeros where nobody counted.
-        split_hash: of the split it was trained on; None if unknown.
-    """
+    """What a model was built from; recorded when it is saved and compared when it is loaded."""
 
     config: ModelConfig
-    lm: LanguageModelConfig
-    base: dict[str, Any]
+    lm: LanguageModelConfig  # where the language model was loaded from, and how
+    base: dict[str, Any]  # what it is, see `describe_base`
     items: ItemTable
-    counts: np.ndarray
-    split_hash: str | None = None
+    counts: np.ndarray  # int64 [I], events of each item in the training part; zeros where nobody counted
+    split_hash: str | None = None  # of the split it was trained on; None if unknown
 
 
 class Built(Protocol):

@@ -47,12 +47,10 @@ _Kept = tuple[CalibratedScorer, dict[str, Scorer | None]]
 
 
 class LaserModel(LaserEncoder, ModelHubMixin):
-    """The recommender of the paper. It is a `Scorer`: `score` is the cosine of user and item over the temperature.
+    """The recommender of the paper; its arguments are those of `LaserEncoder`.
 
-    A calibration belongs to one version of the weights, as the item matrix does; one of older weights is refused. The
-    index is made anew.
-
-    Its arguments are those of `LaserEncoder`.
+    It is a `Scorer`: `score` is the cosine of user and item over the temperature. A calibration belongs to one version
+    of the weights, as the item matrix does, and one of older weights is refused.
 
     Attributes:
         origin: what the model was built from; None for one that was put together by hand.
@@ -155,8 +153,7 @@ class LaserModel(LaserEncoder, ModelHubMixin):
         """What is saved of the model.
 
         Raises:
-            RuntimeError: the model was put together by hand and does not know its origin, or its item matrix or its
-                calibration belongs to older weights.
+            RuntimeError: it has no `origin`, or an item matrix or a calibration of older weights.
         """
         if len(self.item_matrix):
             self.current_items()
@@ -230,11 +227,7 @@ class LaserModel(LaserEncoder, ModelHubMixin):
 
     @torch.no_grad()
     def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """See `Scorer.score`: cosine of each user with each item over the temperature, on the model's device.
-
-        Raises:
-            RuntimeError: no item matrix yet, or one of older weights (`refresh_items`).
-        """
+        """See `Scorer.score`: cosine of each user with each item over the temperature, on the model's device."""
         check_histories("LaserModel.score", items, cu_seqlens, self.num_items)
         matrix = self.current_items()
         users = self.encode_users(PackedSequences(items.cpu().numpy(), cu_seqlens.cpu().numpy()))
@@ -252,9 +245,8 @@ class LaserModel(LaserEncoder, ModelHubMixin):
     def index(self) -> InnerProductIndex:
         """The score that `recommend` ranks by as inner products of item vectors with user vectors.
 
-        Kept until the item matrix, the calibration, the weights or the device changes. An index of older weights, of
-        the recommender as well, refuses to search. It takes as much memory as the item matrix and, beside it, the
-        output layer of the recommender in float32.
+        Kept until the item matrix, the calibration, the weights or the device changes; an older one refuses to search.
+        It takes as much memory as the item matrix and the output layer of the recommender in float32.
 
         Raises:
             RuntimeError: no item matrix yet (`refresh_items`), or it or the calibration is of older weights.

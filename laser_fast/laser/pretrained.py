@@ -25,32 +25,23 @@ Recommender = SequentialRecommender | str | Path
 
 @dataclass(frozen=True, eq=False)
 class Foundation:
-    """All that a model is built on.
+    """All that a model is built on."""
 
-    Attributes:
-        origin: `origin.base` is still empty.
-        known_items: bool [I], the items whose states of the recommender are read.
-    """
-
-    origin: Origin
+    origin: Origin  # `origin.base` is still empty
     base: LoadedBase
     recommender: SequentialRecommender | None
-    known_items: np.ndarray
+    known_items: np.ndarray  # bool [I], the items whose states of the recommender are read
 
 
 @dataclass(frozen=True, eq=False)
 class Sources:
-    """The arguments of `LaserModel.from_pretrained` that name models; see there.
-
-    Attributes:
-        precision: `dtype` and `quantization`, where they are given.
-    """
+    """The arguments of `LaserModel.from_pretrained` that name models; see there."""
 
     pretrained: str | Path | nn.Module
     llm: str | Path | nn.Module | None
     tokenizer: Tokenizer | str | None
     recommender: Recommender | None
-    precision: dict[str, str]
+    precision: dict[str, str]  # `dtype` and `quantization`, where they are given
     revision: str | None
     local_files_only: bool
 

@@ -15,10 +15,6 @@ MODES = ("none", "compile", "graphs")
 class Serving:
     """The choice for calls without gradient: `recommend`, `score`, `encode_users`, `encode_items`.
 
-    Args:
-        lm: the language model.
-        encode_users: puts users through it; `warmup` calls it.
-
     Attributes:
         mode: "none"; "compile": layers compiled once for all batches; "graphs": CUDA graphs, one for each of few shapes
             that batches are filled up to.

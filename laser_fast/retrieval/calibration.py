@@ -15,21 +15,13 @@ from laser_fast.recommenders.protocol import Scorer, check_histories, repeat_pos
 
 @dataclass(frozen=True)
 class Calibration:
-    """The scalars of a `CalibratedScorer`; what is saved with a model.
+    """The scalars of a `CalibratedScorer`; what is saved with a model."""
 
-    Attributes:
-        weights: component name -> factor of its score.
-        standardize: components that are z-scored per history over the catalogue before they are weighted.
-        history_bias: added to every item of the history (once, however often it occurs there).
-        last_bias: added to the last item of the history, on top of `history_bias`.
-        popularity_weight: factor of log(1 + count).
-    """
-
-    weights: Mapping[str, float]
-    standardize: tuple[str, ...] = ()
-    history_bias: float = 0.0
-    last_bias: float = 0.0
-    popularity_weight: float = 0.0
+    weights: Mapping[str, float]  # component name -> factor of its score
+    standardize: tuple[str, ...] = ()  # components that are z-scored per history before they are weighted
+    history_bias: float = 0.0  # added to every item of the history (once, however often it occurs there)
+    last_bias: float = 0.0  # added to the last item of the history, on top of `history_bias`
+    popularity_weight: float = 0.0  # factor of log(1 + count)
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.standardize if name not in self.weights]
@@ -54,18 +46,11 @@ class CalibratedScorer:
     f_c is a component's score, z-scored over the catalogue for each history where `standardize` names it (0 where all
     its scores are equal). An empty history has neither repeat term.
 
-    Args:
-        components: name -> scorer, all over one catalogue.
-        calibration: the scalars; its weights name exactly these components.
-        counts: [I], events of each item in the training part.
-
-    Raises:
-        ValueError: names differ, no component, or catalogues of different size.
     """
 
-    components: Mapping[str, Scorer]
-    calibration: Calibration
-    counts: InitVar[Tensor]
+    components: Mapping[str, Scorer]  # all over one catalogue
+    calibration: Calibration  # its weights name exactly these components
+    counts: InitVar[Tensor]  # [I], events of each item in the training part
     log_counts: Tensor = field(init=False)
     _made_at: Mapping[str, int] = field(init=False)  # versions of the weights that the scalars were fitted to
 
@@ -99,11 +84,7 @@ class CalibratedScorer:
         return {name: version.now() for name, version in known.items() if isinstance(version, WeightsVersion)}
 
     def refuse_outdated(self) -> None:
-        """Make sure that the scalars belong to the models of now: they weigh the scores of these against each other.
-
-        Raises:
-            RuntimeError: the weights of one have changed since it was put in.
-        """
+        """Make sure that the scalars belong to the models of now: they weigh the scores of these against each other."""
         for name, version in self.versions().items():
             if version != self._made_at[name]:
                 raise RuntimeError(
@@ -126,17 +107,12 @@ class CalibratedScorer:
         return twin
 
     def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """See `Scorer.score`; the result is on the device of `items`.
-
-        Raises:
-            RuntimeError: see `refuse_outdated`.
-        """
+        """See `Scorer.score`; the result is on the device of `items`. A RuntimeError: see `refuse_outdated`."""
         self.refuse_outdated()
         check_histories("CalibratedScorer.score", items, cu_seqlens, self.num_items)
         settings = self.calibration
-        fused = (
-            (settings.popularity_weight * self.log_counts.to(items.device)).expand(cu_seqlens.numel() - 1, -1).clone()
-        )
+        popularity = settings.popularity_weight * self.log_counts.to(items.device)
+        fused = popularity.expand(cu_seqlens.numel() - 1, -1).clone()
         for name, component in self.weighted.items():
             scores = component.score(items, cu_seqlens).to(items.device)
             fused += settings.weights[name] * (standard_scores(scores) if name in settings.standardize else scores)
