@@ -162,6 +162,34 @@ def tiny_settings(tiny_lm: Path, tiny_data: Path, tiny_recommender: Path, tmp_pa
     }
 
 
+@pytest.fixture
+def make_laser(tiny_settings: dict[str, Any]) -> Callable[..., tuple[Any, Any]]:
+    """`make(lm, **sections)`: an untrained Laser around the tiny BERT or a random causal decoder, and its inputs."""
+    from transformers import AutoModel, LlamaConfig
+
+    from laser_fast.config import LaserConfig, build_config
+    from laser_fast.laser.build import build_laser, load_inputs, load_language_model
+
+    def make(lm: str = "bert", **sections: dict[str, Any]) -> tuple[Any, Any]:
+        values = tiny_settings | {"training": {**tiny_settings["training"], "pretrain": {"epochs": 0}}}
+        for name, section in sections.items():
+            values[name] = {**values.get(name, {}), **section}
+        config = build_config(LaserConfig, values)
+        language_model, tokenizer = load_language_model(config.lm)
+        torch.manual_seed(0)
+        if lm == "llama":
+            sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+            heads = {"vocab_size": len(tokenizer), "num_key_value_heads": 2}
+            language_model = AutoModel.from_config(LlamaConfig(**heads, **sizes))
+            with torch.no_grad():
+                for parameter in language_model.parameters():
+                    parameter.mul_(10.0 if parameter.dim() > 1 else 1.0)  # so that attention matters
+        inputs = load_inputs(config)
+        return build_laser(config, inputs, language_model, tokenizer), inputs
+
+    return make
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_memory() -> Iterator[None]:
     """Fill every `torch.empty` with NaN (integers: the largest), so that a result nobody wrote cannot look right."""

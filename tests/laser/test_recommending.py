@@ -9,10 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from laser_fast.config import LaserConfig, build_config
 from laser_fast.data import PackedSequences
 from laser_fast.laser import LaserModel
-from laser_fast.laser.build import build_laser, load_inputs, load_language_model
 from laser_fast.nn.bituning import BiTuning
 from laser_fast.ops import catalog
 from laser_fast.recommenders import GRU4Rec, Popularity, SASRec, SequentialRules
@@ -26,10 +24,8 @@ KINDS = {"sasrec": SASRec, "gru4rec": GRU4Rec, "recbole-sasrec": RecBoleSASRec, 
 
 
 @pytest.fixture
-def model(tiny_settings: dict[str, Any]) -> LaserModel:
-    config = build_config(LaserConfig, tiny_settings)
-    torch.manual_seed(0)
-    built = build_laser(config, load_inputs(config), *load_language_model(config.lm)).eval()
+def model(make_laser: Callable[..., Any]) -> LaserModel:
+    built = make_laser()[0].eval()
     built.refresh_items()
     return built
 
