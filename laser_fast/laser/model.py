@@ -176,12 +176,9 @@ class LaserModel(LaserEncoder, ModelHubMixin):
         Args:
             save_directory: a new or empty folder, or one with a saved Laser alone, which is replaced.
             repo_id: its name on the hub; with `push_to_hub` the name of the folder if None.
-            push_to_hub: upload it as well; `push_arguments` go to `push_to_hub`.
+            push_to_hub: upload it as well, with `push_arguments`; the URL of the commit is returned.
             config: not used; the settings are the model's.
             model_card_kwargs: `figures`: metrics to print in the model card, by name.
-
-        Returns:
-            The URL of the commit when it was uploaded.
 
         Raises:
             FileExistsError: the folder holds something else.
@@ -277,24 +274,20 @@ class LaserModel(LaserEncoder, ModelHubMixin):
     ) -> list[list[Recommendation]]:
         """The k best items for each history of external item ids, oldest first; nobody needs to be a known user.
 
-        Scores are calibrated where the model carries a calibration, else cosine over temperature. Ids that are not in
-        the catalogue are dropped with one warning; an empty history is served from the prompt alone. The scores of the
-        whole catalogue are held together only where the calibration has a part that is no inner product (see `index`),
-        or k is an eighth of the catalogue or more.
+        Scores are those of `calibration`, else cosine over temperature. Ids that are not in the catalogue are dropped
+        with one warning; an empty history is served from the prompt alone. All scores, [B, I], are held only where the
+        calibration has a part that is no inner product (see `index`), or k is an eighth of the catalogue or more.
 
         Args:
             histories: B lists (or a column of lists) of external ids; the number 7 names the item "7".
-            k: items wanted; the list is shorter when fewer are left.
             exclude_seen: leave out the items of the history.
-            exclude: ids nobody gets.
-            allow: the only ids anybody gets; None = all.
+            exclude, allow: ids nobody gets, and the only ids anybody gets; None = all.
 
         Returns:
-            B lists of `Recommendation`, best first, ties by item index.
+            B lists of at most k, best first, ties by item index.
 
         Raises:
-            TypeError: a history, `exclude` or `allow` that is no list of ids, a string above all; k that is no whole
-                number.
+            TypeError: a history, `exclude` or `allow` that is no list of ids; k that is no whole number.
             ValueError: k below 1, or an id of `exclude` or `allow` that is not in the catalogue.
             RuntimeError: no item matrix yet, or one of older weights (`refresh_items`), or such a calibration.
         """

@@ -124,10 +124,6 @@ class InnerProductIndex:
         Returns:
             Scores float32 [B, k], descending, ties by item index, and item indices int64 [B, k]; -inf and -1 where
             fewer are left.
-
-        Raises:
-            TypeError: `blocked` is not bool.
-            ValueError: k below 1, a `blocked` of another shape, or an item outside the catalogue.
         """
         allow = self._allowed("search", k, blocked)
         queries = self.query_vectors(histories)
@@ -152,18 +148,10 @@ class InnerProductIndex:
         """The k best of the candidates and of the items that biases or rules touch, by the whole score.
 
         Args:
-            histories: B histories of item indices, oldest first.
-            queries: [B, D'], their `query_vectors`.
+            queries: [B, D'], the `query_vectors` of the histories.
             candidates: int64 [B, C], what an index found; places outside the catalogue (FAISS writes -1) are empty,
                 repetitions and items that are touched do not matter.
-            k, exclude_seen, blocked: see `search`.
-
-        Returns:
-            As `search`.
-
-        Raises:
-            TypeError: `candidates` are not int64, or `blocked` is not bool.
-            ValueError: k below 1, or a shape that does not fit.
+            histories, k, exclude_seen, blocked: see `search`, as for what is returned.
         """
         allow = self._allowed("rerank", k, blocked)
         batch, device = len(histories), self.item_vectors.device
