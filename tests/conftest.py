@@ -162,6 +162,24 @@ def tiny_settings(tiny_lm: Path, tiny_data: Path, tiny_recommender: Path, tmp_pa
     }
 
 
+@pytest.fixture(scope="session")
+def new_laser(tiny_lm: Path, tiny_recommender: Path) -> Callable[..., Any]:
+    """`new_laser(**arguments)`: `LaserModel.from_pretrained` of the tiny language model, recommender and 25 titles."""
+    from laser_fast import LaserModel
+
+    sizes = {"width": 16, "num_layers": 1, "num_heads": 2, "num_experts": 3, "num_queries": 2, "max_history": 4}
+    config = {"prompt": {"user_template": "{history}", "separator": ",", "max_items": 4}, "mformer": sizes}
+    titles = [f"{one} {other}" for one in _WORDS[:5] for other in _WORDS[5:]]
+
+    def make(pretrained: Any = tiny_lm, config_of: Any = None, seed: int = 0, **arguments: Any) -> Any:
+        torch.manual_seed(seed)
+        values: dict[str, Any] = {"items": {f"i{place}": title for place, title in enumerate(titles)}}
+        values |= {"recommender": tiny_recommender, "config": {**config, **(config_of or {})}}
+        return LaserModel.from_pretrained(pretrained, **values | arguments)
+
+    return make
+
+
 @pytest.fixture
 def make_laser(tiny_settings: dict[str, Any]) -> Callable[..., tuple[Any, Any]]:
     """`make(lm, **sections)`: an untrained Laser around the tiny BERT or a random causal decoder, and its inputs."""

@@ -25,7 +25,8 @@ TEXT = {"residual": True, "max_history": 3}
 
 def settings_with_text(settings: dict[str, Any], item_side: str = "lm", **sections: Any) -> dict[str, Any]:
     objective = {"mask_history": True, "popularity": True}
-    training = {**settings["training"], "text": {"epochs": 2, "rows_per_epoch": 24, "batch_size": 8}}
+    text = {"epochs": 2, "rows_per_epoch": 24, "batch_size": 8}
+    training = {**settings["training"], "text": text, "pretrain": {"epochs": 0}, "phase_a": {"epochs": 1}}
     return {
         **settings,
         "text": {**TEXT, "item_side": item_side},
@@ -132,7 +133,7 @@ def test_a_run_trains_the_residual_first_and_comes_back_whole(
 
 def test_a_residual_begins_with_that_of_another_run(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
     settings = settings_with_text(tiny_settings, output=str(tmp_path / "first"))
-    settings["training"] |= {"pretrain": {"epochs": 0}, "phase_a": {"epochs": 0}, "phase_b": {"epochs": 0}}
+    settings["training"] |= {"phase_a": {"epochs": 0}, "phase_b": {"epochs": 0}}
     first, _ = train_laser(build_config(LaserConfig, settings), progress=False)
     second = {**settings, "output": str(tmp_path / "second")}
     second["text"] = {**TEXT, "item_side": "text", "initialize_from": str(tmp_path / "first")}
@@ -218,7 +219,7 @@ def test_the_defaults_follow_from_one_another(tiny_settings: dict[str, Any]) -> 
 
 
 def test_without_a_residual_there_is_no_text_stage(tiny_settings: dict[str, Any]) -> None:
-    training = {**tiny_settings["training"], "text": {"epochs": 1}}
+    training = {**tiny_settings["training"], "text": {"epochs": 1}, "phase_a": {"epochs": 1}}
     config = build_config(LaserConfig, {**tiny_settings, "training": training})
     train_laser(config, progress=False)
     assert {epoch.stage for epoch in read_run(Path(config.output)).epochs} == {"pretrain", "phase_a", "phase_b"}
