@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from laser_fast.data import PackedSequences, training_rows
 from laser_fast.data.batches import PackedBatch
@@ -19,8 +18,8 @@ from laser_fast.nn.linear_prefix import LinearPrefix
 from laser_fast.recommenders import SASRec, Scorer
 
 
-def training_batch(model: LaserModel, inputs: Inputs, rows: list[int], *, positives: bool = True) -> PackedBatch:
-    return model.builder.training_batch(training_rows(inputs.split.train, 4).select(rows), with_positives=positives)
+def training_batch(model: LaserModel, inputs: Inputs, rows: list[int]) -> PackedBatch:
+    return model.builder.training_batch(training_rows(inputs.split.train, 4).select(rows), with_positives=True)
 
 
 @pytest.mark.parametrize("readout", ["suffix", "mean"])
@@ -50,64 +49,20 @@ def test_gradients_reach_all_that_is_trained_and_nothing_else(
     assert set(model.state_dict()) == trained
 
 
-def test_composition_of_the_batch_does_not_matter(make_laser: Callable[..., Any]) -> None:
-    model, _ = make_laser()
+@pytest.mark.parametrize("lm", ["bert", "llama"])
+def test_composition_of_the_batch_does_not_matter(make_laser: Callable[..., Any], lm: str) -> None:
+    model, inputs = make_laser(lm, bituning={"num_suffix_tokens": 2})
+    assert model.lm.causal == (lm == "llama")
     histories = PackedSequences.from_lists([[0, 1, 2], [7], [], [3, 4, 5, 6, 8, 9]])
     together = model.encode_users(histories)
     for row in range(4):
         torch.testing.assert_close(model.encode_users(histories.select([row]))[0], together[row], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.encode_users(histories, batch_size=3), together, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(together[0], together[1], atol=1e-3)
-
-
-def test_a_causal_language_model_serves_as_well(make_laser: Callable[..., Any]) -> None:
-    model, inputs = make_laser("llama", bituning={"num_suffix_tokens": 2})
-    assert model.lm.causal
-    histories = PackedSequences.from_lists([[0, 1, 2], [7], [], [3, 4, 5, 6, 8, 9]])
-    together = model.encode_users(histories)
-    for row in range(4):
-        torch.testing.assert_close(model.encode_users(histories.select([row]))[0], together[row], rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(together[0], together[1], atol=1e-3)
     model.refresh_items()
     model.train()(training_batch(model, inputs, [0, 5, 9])).loss.backward()
-    suffix, experts = model.bituning.suffix_tokens.grad, model.mformer.query_experts.grad  # type: ignore[union-attr]
-    assert suffix is not None and bool((suffix.abs().amax(dim=1) > 0).all())
-    assert experts is not None and float(experts.abs().max()) > 0
-
-
-def test_positives_get_a_gradient_through_the_item_side(make_laser: Callable[..., Any]) -> None:
-    model, inputs = make_laser()
-    model.refresh_items()
-    model.eval()
-    with_positives = training_batch(model, inputs, [0, 5, 9])
-    without = training_batch(model, inputs, [0, 5, 9], positives=False)
-    output = model(with_positives)
-    torch.testing.assert_close(output.cross_entropy, model(without).cross_entropy)
-    # among the positives alone: rows of the matrix that these very parameters encoded
-    users = F.normalize(model.encode(without)[0], dim=-1)
-    assert without.targets is not None
-    targets = without.targets.unique()
-    among = F.cross_entropy(
-        users @ F.normalize(model.item_matrix[targets], dim=-1).T / 0.05, torch.searchsorted(targets, without.targets)
-    )
-    torch.testing.assert_close(output.loss, model(without).loss + among, rtol=1e-4, atol=1e-4)
-    gradients = [
-        torch.autograd.grad(model(batch).loss, model.bituning.suffix_tokens)[0] for batch in (with_positives, without)
-    ]
-    assert (gradients[0] - gradients[1]).norm() > 1e-3 * gradients[1].norm()
-
-
-def test_loss_is_the_cross_entropy_over_the_whole_catalogue(make_laser: Callable[..., Any]) -> None:
-    model, inputs = make_laser(objective={"balance_weight": 0.5})
-    model.refresh_items()
-    model.eval()
-    batch = training_batch(model, inputs, [1, 2], positives=False)
-    output = model(batch)
-    cosine = F.normalize(model.encode(batch)[0], dim=-1) @ F.normalize(model.item_matrix, dim=-1).T
-    assert batch.targets is not None
-    torch.testing.assert_close(output.cross_entropy, F.cross_entropy(cosine / 0.05, batch.targets))
-    torch.testing.assert_close(output.loss, output.cross_entropy + 0.5 * output.balance_loss)
-    assert output.load is not None and float(output.load.sum()) == pytest.approx(2.0)
+    for parameter in (model.bituning.suffix_tokens, model.mformer.query_experts):
+        assert parameter.grad is not None and float(parameter.grad.abs().max()) > 0
 
 
 def test_score_is_a_scorer_and_needs_an_item_matrix(make_laser: Callable[..., Any]) -> None:

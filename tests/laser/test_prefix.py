@@ -190,18 +190,6 @@ def test_what_was_kept_in_another_precision_is_not_used(build: Callable[..., Any
     assert all(map(torch.equal, ask(), expected))
 
 
-def test_a_loaded_state_empties_the_store(build: Callable[..., Any]) -> None:
-    model, _ = build(bituning={"prefix_mode": "kv"})
-    histories = PackedSequences.from_lists(HISTORIES)
-    model.keep_prefixes(8)
-    before = model.encode_users(histories)
-    model.load_state_dict({name: value * 1.5 for name, value in model.state_dict().items()})
-    after = model.encode_users(histories)
-    model.keep_prefixes(0)
-    torch.testing.assert_close(after, model.encode_users(histories), rtol=1e-4, atol=1e-5)
-    assert float((after - before).abs().max()) > 1e-3
-
-
 def test_what_cannot_be_kept_is_refused(build: Callable[..., Any]) -> None:
     encoder, _ = build(causal=False)
     with pytest.raises(ValueError, match='prefix_mode must be "kv" for a bidirectional language model'):

@@ -229,23 +229,6 @@ def test_the_index_is_made_again_after_a_change_only(model: LaserModel) -> None:
         compare(model, 3, {}, False, [])
 
 
-def test_users_are_encoded_by_the_weights_of_now(model: LaserModel) -> None:
-    before = model.index(), model.recommend(HISTORIES, 5)
-    with torch.no_grad():
-        model.bituning.suffix_tokens.mul_(-1.0)
-    packed = PackedSequences.from_lists([[3, 4]])
-    for answer in (model.index, lambda: model.recommend(HISTORIES, 5)):
-        with pytest.raises(RuntimeError, match=r"item matrix must belong to the weights of now, got one of older"):
-            answer()
-    with pytest.raises(
-        RuntimeError, match=r"InnerProductIndex: the index must .* older weights; call model\.index\(\)"
-    ):
-        before[0].search(packed, 3)
-    model.keep_items()
-    assert model.index() is not before[0] and model.recommend(HISTORIES, 5) != before[1]
-    check(model)
-
-
 def test_a_copy_asks_its_own_weights(model: LaserModel) -> None:
     model.index()
     twin = copy.deepcopy(model)
