@@ -28,32 +28,21 @@ class RecBoleLaser(nn.Module):
             anew.
         item_tokens: external id of every index of RecBole, as `dataset.field2id_token["item_id"]` gives them; the
             first one is the padding.
-        item_field: name of the item field; histories are in `ITEM_list`, their lengths in `item_length`.
         with_positives: see `BatchBuilder.training_batch`.
 
     Raises:
         ValueError: an item that the model does not know.
     """
 
-    def __init__(
-        self,
-        model: LaserModel,
-        item_tokens: Sequence[str],
-        *,
-        item_field: str = "item_id",
-        list_suffix: str = "_list",
-        length_field: str = "item_length",
-        with_positives: bool = True,
-    ) -> None:
+    def __init__(self, model: LaserModel, item_tokens: Sequence[str], *, with_positives: bool = True) -> None:
         super().__init__()
         for token in item_tokens[1:]:
             if token not in model.index_of_item:
                 raise ValueError(f"RecBoleLaser: item_tokens must be items of the catalogue, got {token!r}")
         self.model = model
         self.n_items = len(item_tokens)
-        self.ITEM_ID = self.POS_ITEM_ID = item_field
-        self.ITEM_SEQ = item_field + list_suffix
-        self.ITEM_SEQ_LEN = length_field
+        self.ITEM_ID = self.POS_ITEM_ID = "item_id"  # RecBole's default names, to be set where its own differ
+        self.ITEM_SEQ, self.ITEM_SEQ_LEN = "item_id_list", "item_length"
         self.with_positives = with_positives
         self._index = np.array([-1, *(model.index_of_item[token] for token in item_tokens[1:])], dtype=np.int64)
 

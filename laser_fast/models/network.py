@@ -226,7 +226,7 @@ class LaserNetwork(VersionedModule):
 
         Raises:
             ValueError: a batch without targets, or without the negatives that "sampled" needs.
-            RuntimeError: no item matrix where one is needed.
+            RuntimeError: no item matrix where V takes part.
         """
         if batch.targets is None:
             raise ValueError("LaserNetwork: the batch must have targets, got None; build it with training_batch")
@@ -256,8 +256,7 @@ class LaserNetwork(VersionedModule):
         `gradient_checkpointing_enable`.
 
         Args:
-            activation_checkpointing_kwargs: of `torch.utils.checkpoint`; of these `use_reentrant` alone, which changes
-                neither loss nor gradient (ours is never reentrant).
+            activation_checkpointing_kwargs: `use_reentrant` alone, which changes neither loss nor gradient.
             every_n_layers: 1.
             offload: keep the inputs of the layers in host memory meanwhile: "offload".
 

@@ -159,8 +159,10 @@ class _Pool:
         Keys that are here by now keep their slots.
         """
         new = [place for place, key in enumerate(keys) if key not in self.slot_of]
-        taken, wanted = {*self.slot_of.values(), *self._pins}, set(keys)
-        slots = list(islice((slot for slot in range(self.capacity) if slot not in taken), len(new)))
+        wanted, slots = set(keys), list[int]()
+        if len(self.slot_of) < self.capacity:
+            taken = {*self.slot_of.values(), *self._pins}
+            slots += islice((slot for slot in range(self.capacity) if slot not in taken), len(new))
         unused = (key for key, slot in self.slot_of.items() if not self._pins[slot] and key not in wanted)
         evicted = list(islice(unused, len(new) - len(slots)))
         if len(slots) + len(evicted) < len(new):

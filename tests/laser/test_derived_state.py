@@ -140,6 +140,7 @@ def test_moves_and_copies_are_no_change(model: LaserModel) -> None:
     model.calibration = CalibratedScorer({"laser": model}, Calibration({"laser": 1.0}), torch.ones(25))
     expected = model.recommend(HISTORIES, 3)
     for twin in (copy.copy(model), copy.deepcopy(model), moved(model)):
+        assert twin.calibration is not None and twin.calibration.components["laser"] is twin
         assert [[one.item_id for one in best] for best in twin.recommend(HISTORIES, 3)] == [
             [one.item_id for one in best] for best in expected
         ]
