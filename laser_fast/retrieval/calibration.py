@@ -45,7 +45,6 @@ class CalibratedScorer:
 
     f_c is a component's score, z-scored over the catalogue for each history where `standardize` names it (0 where all
     its scores are equal). An empty history has neither repeat term.
-
     """
 
     components: Mapping[str, Scorer]  # all over one catalogue
@@ -65,6 +64,7 @@ class CalibratedScorer:
             raise ValueError(
                 f"CalibratedScorer: components and counts must share a catalogue, got {sizes} and {counts.numel()}"
             )
+        object.__setattr__(self, "components", dict(self.components))
         object.__setattr__(self, "log_counts", torch.log1p(counts.float()))
         object.__setattr__(self, "_made_at", self.versions())
 
@@ -86,7 +86,7 @@ class CalibratedScorer:
     def refuse_outdated(self) -> None:
         """Make sure that the scalars belong to the models of now: they weigh the scores of these against each other."""
         for name, version in self.versions().items():
-            if version != self._made_at[name]:
+            if version != self._made_at.get(name):
                 raise RuntimeError(
                     f"CalibratedScorer: the calibration must belong to the weights of now, got one of older weights of "
                     f"{name!r}; fit it again (laser_fast.evaluation.fit_calibration), or set model.calibration = None"
