@@ -30,6 +30,7 @@ from laser_fast.ops import ItemLists, catalog_topk
 from laser_fast.ops.precision import autocast_off
 from laser_fast.recommenders.item_to_item import ItemToItem
 from laser_fast.recommenders.protocol import check_histories, repeat_positions
+from laser_fast.retrieval.requests import best_items
 
 # elements of the rows gathered at once, to score items one by one
 _GATHERED = 2**22
@@ -199,8 +200,10 @@ class InnerProductIndex:
         """What biases and rules add, -inf for what is excluded: places b * I + i, ascending, int64 [n]; float32 [n]."""
         device = self.item_vectors.device
         seen, last = repeat_positions(*packed_tensors(histories, device), self.num_items)
-        parts = [(seen, -torch.inf)] if exclude_seen else [(seen, self.history_bias), (last, self.last_bias)]
-        filled = [(places, torch.full(places.shape, value, device=device)) for places, value in parts if value]
+        parts = [(seen, -torch.inf)] if exclude_seen else []
+        if not exclude_seen and (self.history_bias or self.last_bias):
+            parts = [(seen, self.history_bias), (last, self.last_bias)]
+        filled = [(places, torch.full(places.shape, value, device=device)) for places, value in parts]
         for table, weight in self.rules:
             places, values = table.sparse_score(*packed_tensors(histories, torch.device("cpu")))
             filled.append((places.to(device), weight * values.to(device)))
@@ -289,7 +292,6 @@ def _best_of_rows(scores: Tensor, row: Tensor, item: Tensor, shape: tuple[int, i
 
 def _first(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k best columns of each row, ties by column; -inf and -1 where there are none."""
-    best = scores.sort(dim=1, descending=True, stable=True)
-    missing = max(k - scores.shape[1], 0)
-    values = F.pad(best.values[:, :k], (0, missing), value=-torch.inf)
-    return values, F.pad(best.indices[:, :k], (0, missing)).masked_fill(values == -torch.inf, -1)
+    (values, columns), missing = best_items(scores, k), max(k - scores.shape[1], 0)
+    values = F.pad(values, (0, missing), value=-torch.inf)
+    return values, F.pad(columns, (0, missing)).masked_fill(values == -torch.inf, -1)
