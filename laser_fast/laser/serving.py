@@ -29,11 +29,9 @@ class Serving:
         """Choose; nothing is compiled or captured before `warmup` or the first call.
 
         Args:
-            mode: one of `MODES`.
             backend: of torch.compile, with "compile".
             capacity: graphs kept, with "graphs"; the one unused for longest is dropped.
-            max_tokens: packed tokens of the largest batch that gets a graph, with "graphs"; larger ones run as with
-                "none".
+            max_tokens: packed tokens of the largest batch that gets a graph; larger ones run as with "none".
 
         Raises:
             ValueError: another mode, or "compile" for a model whose layers transformers does not mark as such.

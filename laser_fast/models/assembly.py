@@ -74,9 +74,6 @@ def laser_parts(
 
     Args:
         counts: int64 [I], training events of each item; None = nobody counted.
-
-    Raises:
-        ValueError: the prefix is written from states, and there is no recommender that has any.
     """
     settings, objective, width = config.bituning, config.objective, lm.hidden_size
     bituning = BiTuning(

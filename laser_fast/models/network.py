@@ -103,11 +103,7 @@ class LaserNetwork(VersionedModule):
         self.deep_prefix = deep_prefix
         self.reuse_instruction = reuse_instruction
         self.recommender = None if recommender is None else FrozenRecommender(recommender)
-        self.head: nn.Linear | None = None
-        if head == "linear":
-            self.head = nn.Linear(lm.hidden_size, lm.hidden_size)
-            nn.init.eye_(self.head.weight)
-            nn.init.zeros_(self.head.bias)
+        self.head = _identity(lm.hidden_size) if head == "linear" else None
         self.temperature = temperature
         self.balance_weight = balance_weight
         self.candidates = candidates
@@ -309,6 +305,13 @@ class LaserNetwork(VersionedModule):
         super()._apply(fn, recurse)
         self._instructions.clear()
         return self
+
+
+def _identity(width: int) -> nn.Linear:
+    layer = nn.Linear(width, width)
+    nn.init.eye_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def _check_prefix(
