@@ -162,6 +162,52 @@ def tiny_settings(tiny_lm: Path, tiny_data: Path, tiny_recommender: Path, tmp_pa
     }
 
 
+@pytest.fixture(scope="session")
+def new_laser(tiny_lm: Path, tiny_recommender: Path) -> Callable[..., Any]:
+    """`new_laser(**arguments)`: `LaserModel.from_pretrained` of the tiny language model, recommender and 25 titles."""
+    from laser_fast import LaserModel
+
+    sizes = {"width": 16, "num_layers": 1, "num_heads": 2, "num_experts": 3, "num_queries": 2, "max_history": 4}
+    config = {"prompt": {"user_template": "{history}", "separator": ",", "max_items": 4}, "mformer": sizes}
+    titles = [f"{one} {other}" for one in _WORDS[:5] for other in _WORDS[5:]]
+
+    def make(pretrained: Any = tiny_lm, config_of: Any = None, seed: int = 0, **arguments: Any) -> Any:
+        torch.manual_seed(seed)
+        values: dict[str, Any] = {"items": {f"i{place}": title for place, title in enumerate(titles)}}
+        values |= {"recommender": tiny_recommender, "config": {**config, **(config_of or {})}}
+        return LaserModel.from_pretrained(pretrained, **values | arguments)
+
+    return make
+
+
+@pytest.fixture
+def make_laser(tiny_settings: dict[str, Any]) -> Callable[..., tuple[Any, Any]]:
+    """`make(lm, **sections)`: an untrained Laser around the tiny BERT or a random causal decoder, and its inputs."""
+    from transformers import AutoModel, LlamaConfig
+
+    from laser_fast.config import LaserConfig, build_config
+    from laser_fast.laser.build import build_laser, load_inputs, load_language_model
+
+    def make(lm: str = "bert", **sections: dict[str, Any]) -> tuple[Any, Any]:
+        values = tiny_settings | {"training": {**tiny_settings["training"], "pretrain": {"epochs": 0}}}
+        for name, section in sections.items():
+            values[name] = {**values.get(name, {}), **section}
+        config = build_config(LaserConfig, values)
+        language_model, tokenizer = load_language_model(config.lm)
+        torch.manual_seed(0)
+        if lm == "llama":
+            sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+            heads = {"vocab_size": len(tokenizer), "num_key_value_heads": 2}
+            language_model = AutoModel.from_config(LlamaConfig(**heads, **sizes))
+            with torch.no_grad():
+                for parameter in language_model.parameters():
+                    parameter.mul_(10.0 if parameter.dim() > 1 else 1.0)  # so that attention matters
+        inputs = load_inputs(config)
+        return build_laser(config, inputs, language_model, tokenizer), inputs
+
+    return make
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_memory() -> Iterator[None]:
     """Fill every `torch.empty` with NaN (integers: the largest), so that a result nobody wrote cannot look right."""

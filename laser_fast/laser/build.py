@@ -8,14 +8,11 @@ import numpy as np
 
 from laser_fast.config import EvaluationConfig, LaserConfig, resolve_path
 from laser_fast.data import SequenceDataset, Split, make_split
-from laser_fast.laser.catalogue_texts import read_texts
 from laser_fast.laser.laser_files import Origin
 from laser_fast.laser.model import LaserModel
-from laser_fast.laser.pretrained import only_model
-from laser_fast.lm.frozen_lm import FrozenLM
-from laser_fast.lm.loading.base_model import describe_base
+from laser_fast.laser.pretrained import Foundation, only_model
+from laser_fast.lm.loading.base_model import LoadedBase
 from laser_fast.lm.loading.language_model import load_language_model as load_language_model
-from laser_fast.models.assembly import build_execution, build_model_batches, check_tokens, laser_parts
 from laser_fast.recommenders.item_to_item import ItemKNN, ItemToItem, SequentialRules
 from laser_fast.recommenders.protocol import SequentialRecommender
 from laser_fast.recommenders.recommender_files import load_recommender
@@ -82,15 +79,10 @@ def load_inputs(config: LaserConfig) -> Inputs:
 
 def build_laser(config: LaserConfig, inputs: Inputs, model: "PreTrainedModel", tokenizer: Any) -> LaserModel:
     """Assemble a new `LaserModel`; its trained parameters are initialised from torch's global generator."""
-    lm = FrozenLM(model, build_execution(config.execution))
     items, counts = inputs.dataset.items, training_counts(inputs.split, inputs.dataset.num_items)
-    builder = build_model_batches(config, items, tokenizer, counts > 0)
-    check_tokens(builder, lm)
-    laser = LaserModel(**laser_parts(config, lm, builder, items.ids, inputs.recommender, counts))
-    read_texts(laser, config, items, tokenizer)
-    base = describe_base(lm, tokenizer)
-    laser.origin = Origin(only_model(config), config.lm, base, items, counts, inputs.split.hash)
-    return laser
+    origin = Origin(only_model(config), config.lm, {}, items, counts, inputs.split.hash)
+    base = LoadedBase(model, tokenizer, config.lm)
+    return LaserModel.build(Foundation(origin, base, inputs.recommender, counts > 0))
 
 
 def training_counts(split: Split, num_items: int) -> np.ndarray:

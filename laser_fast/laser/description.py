@@ -27,11 +27,11 @@ class BaseRecord(Description):
 
 
 class RecommenderRecord(Description):
-    """The recommender that is read: its class, whether it lies in the folder, and the hash of its weights."""
+    """The recommender that is read."""
 
-    kind: str
-    saved: bool
-    sha256: str | None
+    kind: str  # its class
+    saved: bool  # whether it lies in the folder
+    sha256: str | None  # of its weights
 
 
 class TableRecord(Description):
@@ -42,7 +42,7 @@ class TableRecord(Description):
 
 
 class CalibrationRecord(Description):
-    """The scalars of the calibrated score, see `Calibration`; all of them, and finite."""
+    """`Calibration`: all of its scalars, and finite."""
 
     weights: dict[str, float]
     standardize: tuple[str, ...]
@@ -52,20 +52,11 @@ class CalibrationRecord(Description):
 
 
 class LaserDescription(Description):
-    """What `laser.json` holds.
-
-    Attributes:
-        model: settings of the model.
-        lm: where the language model was, and how it was loaded.
-        split_hash: of the split it was trained on; None if unknown.
-        tables: settings of the rules and the neighbours that lie beside it.
-        config: settings of the run that wrote it; None for a model that was saved on its own.
-        facts: what else was worth keeping (stage, epoch, metrics); the model does not depend on it.
-    """
+    """What `laser.json` holds."""
 
     format: int
     model: ModelConfig
-    lm: LanguageModelConfig
+    lm: LanguageModelConfig  # where the language model was, and how it was loaded
     base: BaseRecord
     num_items: Size
     item_map_hash: str
@@ -73,15 +64,11 @@ class LaserDescription(Description):
     recommender: RecommenderRecord | None
     calibration: CalibrationRecord | None
     tables: dict[Literal["rules", "neighbors"], TableRecord]
-    config: LaserConfig | None
-    facts: dict[str, Any]
+    config: LaserConfig | None  # of the run that wrote it; None for a model that was saved on its own
+    facts: dict[str, Any]  # stage, epoch, metrics: the model does not depend on them
 
     def item_shapes(self, rows: int) -> dict[str, Shape]:
-        """Of the tensors in items.safetensors.
-
-        Args:
-            rows: of the item matrix; 0 in a model that was saved before it had one.
-        """
+        """Of the tensors in items.safetensors; `rows` of the item matrix are 0 where it was saved before it had one."""
         items, width = self.num_items, self.base.hidden_size
         shapes: dict[str, Shape] = {"item_matrix": (rows, width), "counts": (items,)}
         return shapes | ({"text_vectors": (items, width)} if self.model.text.residual else {})

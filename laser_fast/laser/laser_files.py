@@ -13,12 +13,13 @@ README.md                a model card, which may be edited
 """
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from huggingface_hub import ModelCard
 from torch import nn
 
 from laser_fast.config import LanguageModelConfig, LaserConfig, ModelConfig, build_config
@@ -34,18 +35,18 @@ from laser_fast.files.tensors import (
     write_tensors,
 )
 from laser_fast.laser.description import LaserDescription
+from laser_fast.laser.encoder import LaserEncoder
 from laser_fast.lm.loading.base_model import differences
 from laser_fast.recommenders.item_to_item import ItemKNN, ItemToItem, SequentialRules, refuse_other_table
 from laser_fast.recommenders.packed_recommender import PackedRecommender
+from laser_fast.recommenders.protocol import Scorer
 from laser_fast.recommenders.recommender_files import (
     RECOMMENDER_FILES,
     is_saved_by_kind,
     read_recommender,
     write_recommender,
 )
-
-if TYPE_CHECKING:
-    from laser_fast.laser.model import LaserModel
+from laser_fast.retrieval.calibration import CalibratedScorer, Calibration, calibration_components
 
 _FORMAT = 3
 _DESCRIPTION = "laser.json"
@@ -53,39 +54,62 @@ _ADAPTER = "adapter.safetensors"
 _ITEM_TENSORS = "items.safetensors"
 _ITEMS = "items.json"
 _TABLES: dict[str, type[ItemToItem]] = {"rules": SequentialRules, "neighbors": ItemKNN}
+_TABLE_PARTS = ("bounds", "columns", "values")
 _DERIVED = ("item_matrix", "text_vectors")
 _IN_RUN = "checkpoint"
-LASER_FILES = (
-    _DESCRIPTION,
-    _ADAPTER,
-    _ITEM_TENSORS,
-    _ITEMS,
-    *(f"{name}.safetensors" for name in _TABLES),
-    *RECOMMENDER_FILES,
-    SEAL,
-    "README.md",
-)
+LASER_FILES: tuple[str, ...] = (_DESCRIPTION, _ADAPTER, _ITEM_TENSORS, _ITEMS, SEAL, "README.md", *RECOMMENDER_FILES)
+LASER_FILES += tuple(f"{name}.safetensors" for name in _TABLES)
 
 
 @dataclass(frozen=True, eq=False)
 class Origin:
-    """What a model was built from; recorded when it is saved and compared when it is loaded.
-
-    Attributes:
-        config: settings of the model.
-        lm: where the language model was loaded from, and how.
-        base: what the language model is, see `describe_base`.
-        items: the catalogue.
-        counts: int64 [I], events of each item in the training part; zeros where nobody counted.
-        split_hash: of the split it was trained on; None if unknown.
-    """
+    """What a model was built from; recorded when it is saved and compared when it is loaded."""
 
     config: ModelConfig
-    lm: LanguageModelConfig
-    base: dict[str, Any]
+    lm: LanguageModelConfig  # where the language model was loaded from, and how
+    base: dict[str, Any]  # what it is, see `describe_base`
     items: ItemTable
-    counts: np.ndarray
-    split_hash: str | None = None
+    counts: np.ndarray  # int64 [I], events of each item in the training part; zeros where nobody counted
+    split_hash: str | None = None  # of the split it was trained on; None if unknown
+
+
+class Built(Protocol):
+    """A model that may know what it was built from."""
+
+    origin: Origin | None
+
+
+def origin_of(model: Built) -> Origin:
+    """What a model was built from; a RuntimeError where it does not know."""
+    if model.origin is None:
+        raise RuntimeError(
+            "save_pretrained: the model must know what it was built from, got none; "
+            "build it with LaserModel.from_pretrained or set `origin`"
+        )
+    return model.origin
+
+
+@dataclass(frozen=True, eq=False)
+class LaserContents:
+    """What is saved of a model; item matrix and calibration belong to its weights."""
+
+    encoder: LaserEncoder
+    origin: Origin
+    calibration: CalibratedScorer | None
+
+    @property
+    def recommender(self) -> object:
+        """The one whose states it reads, or whose scores its calibration adds; None."""
+        if self.encoder.recommender is not None:
+            return self.encoder.recommender.recommender
+        return None if self.calibration is None else self.calibration.components.get("recommender")
+
+    @property
+    def tables(self) -> dict[str, ItemToItem]:
+        """The rules and neighbours whose scores its calibration adds."""
+        components = {} if self.calibration is None else self.calibration.components
+        parts = {name: components.get(name) for name in _TABLES}
+        return {name: part for name, part in parts.items() if isinstance(part, _TABLES[name])}
 
 
 class _Items(Description):
@@ -97,22 +121,16 @@ class _Items(Description):
 
 @dataclass(frozen=True, eq=False)
 class SavedLaser:
-    """A folder written by `write_laser`; files are read, and compared with the seal, when they are asked for."""
+    """A folder written by `write_laser`; files are read, and compared with the seal, when they are asked for.
+
+    What is asked raises ValueError where a file is damaged or does not belong to what it is asked for.
+    """
 
     sealed: SealedFolder
     description: LaserDescription
 
-    @property
-    def name(self) -> str:
-        """Of the folder."""
-        return self.sealed.path.name
-
     def items(self) -> ItemTable:
-        """The catalogue.
-
-        Raises:
-            ValueError: the file is damaged, or is of another catalogue than the rest.
-        """
+        """The catalogue."""
         values = parse_description(_Items, self.sealed.read(_ITEMS), f"checkpoint: {_ITEMS}")
         table, expected = ItemTable(values.ids, values.fields), self.description
         if len(table) != expected.num_items or table.hash() != expected.item_map_hash:
@@ -135,30 +153,17 @@ class SavedLaser:
         return read_recommender(self.sealed) if record is not None and record.saved else None
 
     def tables(self) -> dict[str, ItemToItem]:
-        """The rules and neighbours that the calibrated score adds, by their name in it.
-
-        Raises:
-            ValueError: a file is damaged or belongs to another catalogue.
-        """
+        """The rules and neighbours that the calibrated score adds, by their name in it."""
         found: dict[str, ItemToItem] = {}
         for name, settings in self.description.tables.items():
             values = read_tensors(self.sealed, f"{name}.safetensors")
             refuse_other_table(values, self.description.num_items, f"{name}.safetensors")
-            found[name] = _TABLES[name](
-                values["bounds"],
-                values["columns"],
-                values["values"],
-                decay=settings.decay,
-                max_history=settings.max_history,
-            )
+            parts = (values[part] for part in _TABLE_PARTS)
+            found[name] = _TABLES[name](*parts, decay=settings.decay, max_history=settings.max_history)
         return found
 
     def refuse_other_sizes(self) -> None:
-        """Make sure that the tensors are as large as the description says, before anything of these sizes is built.
-
-        Raises:
-            ValueError: a file is damaged, or of other sizes.
-        """
+        """Make sure that the tensors are as large as the description says, before anything of these sizes is built."""
         found = tensor_shapes(self.sealed, _ITEM_TENSORS)
         empty = found.get("item_matrix", (1,))[0] == 0  # it was saved before `refresh_items`
         wanted = self.description.item_shapes(0 if empty else self.description.num_items)
@@ -166,12 +171,8 @@ class SavedLaser:
         found, wanted = tensor_shapes(self.sealed, _ADAPTER), self.description.adapter_shapes()
         refuse_other_shapes(found, wanted, f"checkpoint: {_ADAPTER}")
 
-    def refuse_another_base(self, model: "LaserModel") -> None:
-        """Make sure that a model stands on the language model and the tokenizer this one was trained with.
-
-        Raises:
-            ValueError: it does not; lists the differences.
-        """
+    def refuse_another_base(self, model: Built) -> None:
+        """Make sure that a model stands on the language model and the tokenizer this one was trained with."""
         expected = self.description.base
         if found := differences(expected.model_dump(), origin_of(model).base):
             raise ValueError(
@@ -180,14 +181,7 @@ class SavedLaser:
             )
 
     def refuse_another_recommender(self, recommender: object, function: str) -> None:
-        """Make sure that a recommender has the weights of the one in training, where there was one.
-
-        Args:
-            function: the first word of the message.
-
-        Raises:
-            ValueError: it has not.
-        """
+        """Make sure that a recommender has the weights of the one in training, where there was one."""
         expected = self.description.recommender
         if expected is not None and expected.sha256 != (found := weights_hash(recommender)):
             raise ValueError(
@@ -195,15 +189,21 @@ class SavedLaser:
                 f"got a {type(recommender).__name__}, {str(found)[:12]}"
             )
 
-    def put_into(self, model: "LaserModel") -> None:
-        """Trained parameters and item matrix into a model of the same shape.
+    def calibrated(self, laser: Scorer, recommender: Scorer | None, counts: torch.Tensor) -> CalibratedScorer | None:
+        """The calibrated score that was saved with the model, if one was; counts: int64 [I], as `Origin.counts`."""
+        if self.description.calibration is None:
+            return None
+        settings = Calibration(**self.description.calibration.model_dump())
+        known = calibration_components(laser, recommender, self.tables())
+        components = {name: scorer for name, scorer in known.items() if name in settings.weights}
+        return CalibratedScorer(components, settings, counts)
 
-        Raises:
-            ValueError: a file is damaged, or belongs to another catalogue or other settings.
-        """
+    def put_into(self, model: LaserEncoder) -> None:
+        """Trained parameters and item matrix into a model of the same catalogue and shape."""
+        name = self.sealed.path.name
         if self.description.item_map_hash != item_map_hash(model.item_ids):
             raise ValueError(
-                f"load_weights: {self.name} must belong to this catalogue of {model.num_items} items, "
+                f"load_weights: {name} must belong to this catalogue of {model.num_items} items, "
                 f"got another item map, of {self.description.num_items} items"
             )
         # all is read before anything is changed
@@ -213,24 +213,20 @@ class SavedLaser:
         try:
             load_weights_of_file(model, state, f"load_weights: {_ADAPTER}")
         except RuntimeError as error:
-            raise ValueError(f"load_weights: {self.name} must fit the configuration, got {error}") from error
+            raise ValueError(f"load_weights: {name} must fit the configuration, got {error}") from error
         if model.text is not None and "text_vectors" in items:
             model.text.set_vectors(items["text_vectors"])
         # last: it belongs to all that stands before it
         model.item_matrix = items["item_matrix"].to(model.device, torch.float32)
 
-    def put_text_into(self, model: "LaserModel") -> None:
-        """The trained text residual and its vectors alone, and the weight of popularity where both have one.
-
-        Raises:
-            ValueError: a file is damaged, or one of the two models has no text residual.
-        """
+    def put_text_into(self, model: LaserEncoder) -> None:
+        """The trained text residual and its vectors alone, and the weight of popularity where both have one."""
         vectors = read_tensors(self.sealed, _ITEM_TENSORS, ["text_vectors"]).get("text_vectors")
         if model.text is None or vectors is None:
-            raise ValueError(f"put_text_into: {self.name} and the model must have a text residual, got none")
+            where = self.sealed.path.name
+            raise ValueError(f"put_text_into: {where} and the model must have a text residual, got none")
         state = read_tensors(self.sealed, _ADAPTER)
-        prefix = "text."
-        own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        own = {name.removeprefix("text."): value for name, value in state.items() if name.startswith("text.")}
         load_weights_of_file(model.text, own, f"put_text_into: {_ADAPTER}")
         model.text.set_vectors(vectors)
         if model.popularity_weight is not None and "popularity_weight" in state:
@@ -260,7 +256,7 @@ def find_saved(folder: Path) -> SavedLaser | None:
 
 
 def write_laser(
-    model: "LaserModel", directory: Path, card: str, *, config: LaserConfig | None = None, **facts: Any
+    contents: LaserContents, directory: Path, card: ModelCard, *, config: LaserConfig | None = None, **facts: Any
 ) -> None:
     """Write the folder; an older one at the same place is replaced when the new one is complete.
 
@@ -270,16 +266,10 @@ def write_laser(
         facts: anything worth keeping with it (stage, epoch, metrics), as JSON.
 
     Raises:
-        RuntimeError: the model does not know what it was built from, or its item matrix or its calibration belongs to
-            older weights.
         ValueError: it could not be read again, such as a calibration that is not finite.
     """
-    origin = origin_of(model)
-    model.refuse_outdated()
-    recommender = _recommender_of(model)
-    own = recommender if is_saved_by_kind(recommender) else None
-    tables = _tables_of(model)
-    description = _describe(model, recommender, tables, config, facts)
+    model, origin = contents.encoder, contents.origin
+    description = _describe(contents, config, facts)
     counts = torch.from_numpy(np.asarray(origin.counts, dtype=np.int64))
     with replace_directory(directory) as fresh:
         write_tensors(model.state_dict(), fresh / _ADAPTER)
@@ -288,76 +278,38 @@ def write_laser(
             items["text_vectors"] = model.text.fetch_vectors()
         write_tensors(items, fresh / _ITEM_TENSORS)
         write_json(fresh / _ITEMS, {"ids": origin.items.ids, "fields": origin.items.fields})
-        if own is not None:
-            write_recommender(own, fresh)
-        for name, table in tables.items():
-            values = {"bounds": table.bounds, "columns": table.columns, "values": table.values}
-            write_tensors(values, fresh / f"{name}.safetensors")
+        if is_saved_by_kind(contents.recommender):
+            write_recommender(contents.recommender, fresh)
+        for name, table in contents.tables.items():
+            write_tensors({part: getattr(table, part) for part in _TABLE_PARTS}, fresh / f"{name}.safetensors")
         write_json(fresh / _DESCRIPTION, description.model_dump(mode="json"))
-        (fresh / "README.md").write_text(card, encoding="utf-8")
+        (fresh / "README.md").write_text(str(card), encoding="utf-8")
         seal(fresh)
 
 
-def _describe(
-    model: "LaserModel",
-    recommender: object,
-    tables: dict[str, ItemToItem],
-    config: LaserConfig | None,
-    facts: dict[str, Any],
-) -> LaserDescription:
-    """`laser.json` of a model."""
-    origin = origin_of(model)
+def _describe(contents: LaserContents, config: LaserConfig | None, facts: dict[str, Any]) -> LaserDescription:
+    """`laser.json`."""
+    origin, recommender, calibration = contents.origin, contents.recommender, contents.calibration
     record = None
     if recommender is not None:
         saved = is_saved_by_kind(recommender)
         record = {"kind": type(recommender).__name__, "saved": saved, "sha256": weights_hash(recommender)}
+    tables = contents.tables.items()
     values = {
         "format": _FORMAT,
         "model": origin.config,
         "lm": origin.lm,
         "base": origin.base,
-        "num_items": model.num_items,
-        "item_map_hash": item_map_hash(model.item_ids),
+        "num_items": contents.encoder.num_items,
+        "item_map_hash": item_map_hash(contents.encoder.item_ids),
         "split_hash": origin.split_hash,
         "recommender": record,
-        "calibration": None if model.calibration is None else asdict(model.calibration.calibration),
-        "tables": {name: {"decay": table.decay, "max_history": table.max_history} for name, table in tables.items()},
+        "calibration": None if calibration is None else calibration.calibration.to_dict(),
+        "tables": {name: {"decay": table.decay, "max_history": table.max_history} for name, table in tables},
         "config": config,
         "facts": facts,
     }
     return build_config(LaserDescription, values, f"write_laser: {_DESCRIPTION}")
-
-
-def origin_of(model: "LaserModel") -> Origin:
-    """What a model was built from.
-
-    Raises:
-        RuntimeError: it does not know.
-    """
-    if model.origin is None:
-        raise RuntimeError(
-            "save_pretrained: the model must know what it was built from, got none; "
-            "build it with LaserModel.from_pretrained or set `origin`"
-        )
-    return model.origin
-
-
-def _recommender_of(model: "LaserModel") -> object:
-    """The one whose states it reads, or whose scores its calibration adds; None."""
-    if model.recommender is not None:
-        return model.recommender.recommender
-    return None if model.calibration is None else model.calibration.components.get("recommender")
-
-
-def _tables_of(model: "LaserModel") -> dict[str, ItemToItem]:
-    """The rules and neighbours whose scores its calibration adds."""
-    known = {} if model.calibration is None else model.calibration.components
-    found = {}
-    for name, kind in _TABLES.items():
-        table = known.get(name)
-        if isinstance(table, kind):
-            found[name] = table
-    return found
 
 
 def weights_hash(recommender: object) -> str | None:

@@ -1,355 +1,304 @@
-"""Laser: a frozen language model as a sequential recommender, with M-Former's prefix and a suffix around the text."""
+"""Laser: a frozen language model as a sequential recommender, with its catalogue, its answers, and its files."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from laser_fast.data.batches import BatchBuilder, PackedBatch
+from laser_fast.config import ModelConfig
+from laser_fast.data.batches import BatchBuilder
 from laser_fast.data.sequences import PackedSequences
-from laser_fast.laser.derived_state import DerivedState
-from laser_fast.laser.kept_prefixes import KeptPrefixes
-from laser_fast.laser.pretrained import PretrainedLaser
-from laser_fast.laser.recommending import RecommendingLaser
-from laser_fast.laser.serving import Serving
-from laser_fast.laser.trainer_calls import TrainerCalls
+from laser_fast.data.tokens import Tokenizer
+from laser_fast.files.claims import claim
+from laser_fast.files.folders import refuse_others
+from laser_fast.laser.encoder import LaserEncoder
+from laser_fast.laser.laser_files import LASER_FILES, LaserContents, Origin, origin_of, write_laser
+from laser_fast.laser.model_card import model_card
+from laser_fast.laser.pretrained import Foundation, Items, Recommender, Sources, refuse_given
 from laser_fast.lm.frozen_lm import FrozenLM
-from laser_fast.lm.key_value_prefix import KeyValuePrefix
-from laser_fast.models.device_batches import on_device
-from laser_fast.models.objective import LaserOutput as LaserOutput
-from laser_fast.models.objective import Objective
-from laser_fast.models.token_budget import TokenBudget
+from laser_fast.lm.loading.base_model import describe_base
+from laser_fast.models.assembly import build_parts
 from laser_fast.nn.bituning import BiTuning
-from laser_fast.nn.evaluation_mode import draws_dropout, evaluating
-from laser_fast.nn.mformer import MFormer
-from laser_fast.nn.prefixes import DeepPrefix, LinearPrefix
-from laser_fast.nn.text_residual import TextResidual
-from laser_fast.ops import Routing
-from laser_fast.ops.host_copies import to_device
-from laser_fast.ops.precision import autocast_dtype
-from laser_fast.processes import ALONE
-from laser_fast.recommenders.protocol import FrozenRecommender, SequentialRecommender
-from laser_fast.retrieval.requests import Recommendation as Recommendation
+from laser_fast.ops.precision import autocast_off
+from laser_fast.recommenders.protocol import Scorer, check_histories
+from laser_fast.retrieval.calibration import CalibratedScorer
+from laser_fast.retrieval.inner_product import InnerProductIndex, ScoreBlock
+from laser_fast.retrieval.requests import (
+    ItemId,
+    Recommendation,
+    best_items,
+    blocked_items,
+    name_items,
+    pack_histories,
+    wanted_items,
+)
+from laser_fast.retrieval.score_index import KeptIndex, all_scores, make_index, stranger_in
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_Kept = tuple[CalibratedScorer, dict[str, Scorer | None]]
 
 
-class LaserModel(RecommendingLaser, PretrainedLaser, TrainerCalls, DerivedState):
-    """The recommender of the paper; both sides, users and items, go through the same frozen language model.
+class LaserModel(LaserEncoder, ModelHubMixin):
+    """The recommender of the paper; its arguments are those of `LaserEncoder`.
 
-    `state_dict` holds what is trained and nothing of the frozen models. It is a `Scorer`: `score` is the cosine of
-    user and item embeddings over the temperature.
-
-    Args:
-        lm: the frozen language model.
-        builder: texts, prompts and catalogue; turns histories into packed batches.
-        item_ids: external ids in index order.
-        bituning: suffix, shared prefix and read-out.
-        mformer: writes the prefix; None = `linear_prefix`, or the shared prefix of `bituning`, or none.
-        linear_prefix: writes it in place of M-Former.
-        deep_prefix: makes keys and values of every layer from the prefix (`prefix_mode="kv"`); None = the prefix enters
-            as input embeddings.
-        reuse_instruction: where a batch has an instruction in front of its prefix, compute its keys and values once
-            and inject them; needs a causal language model.
-        recommender: whose states the writer of the prefix reads; needed with `mformer` and `linear_prefix`.
-        head: "linear" (trained, starts as the identity, one for both sides) or "none".
-        temperature: tau.
-        balance_weight: alpha.
-        candidates: what a user's target stands against in training, "catalog" or "sampled"; see `Objective`.
-        dropout: on the read-out.
-        text: the text residual; None = the paper, whose embeddings are the language model's read-out alone.
-        mask_history, item_counts: see `Objective`; counts int64 [I] add a trained popularity weight to its scores.
-        item_side: with `text`, whether items are read by the language model too ("lm") or not ("text").
+    It is a `Scorer`: `score` is the cosine of user and item over the temperature. A calibration belongs to one version
+    of the weights, as the item matrix does, and one of older weights is refused.
 
     Attributes:
-        item_matrix_trains: with `item_side` "text", whether users are trained against the items as the head makes them
-            at every step, with gradient, or against `item_matrix` as it is.
-        budget: packed tokens that `encode_users` and `encode_items` put through the language model at once; no limit
-            unless one is set.
-        serving: compiles the language model or captures it in CUDA graphs for requests, where it is told to.
-        processes, balance_processes: see `Objective`; none but this one unless training sets them.
+        origin: what the model was built from; None for one that was put together by hand.
     """
 
-    log_counts: Tensor
+    # not None: the mixin would record the constructor's arguments otherwise
+    _hub_mixin_config: dict[str, Any] | None = {}  # noqa: RUF012
 
     def __init__(
-        self,
-        lm: FrozenLM,
-        builder: BatchBuilder,
-        item_ids: Sequence[str],
-        bituning: BiTuning,
-        *,
-        mformer: MFormer | None = None,
-        linear_prefix: LinearPrefix | None = None,
-        recommender: SequentialRecommender | None = None,
-        deep_prefix: DeepPrefix | None = None,
-        reuse_instruction: bool = False,
-        head: str = "linear",
-        temperature: float = 0.05,
-        balance_weight: float = 0.01,
-        candidates: str = "catalog",
-        dropout: float = 0.0,
-        text: TextResidual | None = None,
-        item_side: str = "lm",
-        mask_history: bool = False,
-        item_counts: Tensor | None = None,
+        self, lm: FrozenLM, builder: BatchBuilder, item_ids: Sequence[str], bituning: BiTuning, **parts: Any
     ) -> None:
-        super().__init__(lm, builder.num_items)
-        if item_side not in ("lm", "text") or (item_side == "text" and text is None):
-            raise ValueError(f'LaserModel: item_side must be "lm", or "text" where there is text, got {item_side!r}')
-        if len(item_ids) != builder.num_items:
-            raise ValueError(
-                f"LaserModel: item_ids must name the {builder.num_items} items of the catalogue, got {len(item_ids)}"
-            )
-        if mformer is not None and linear_prefix is not None:
-            raise ValueError("LaserModel: linear_prefix must be None with mformer (one of them writes), got both")
-        if recommender is None and (mformer is not None or linear_prefix is not None):
-            writer = "mformer" if mformer is not None else "linear_prefix"
-            raise ValueError(f"LaserModel: recommender must be given with {writer} (it reads its states), got None")
-        if recommender is not None and recommender.num_items != builder.num_items:
-            raise ValueError(
-                f"LaserModel: the recommender must know the {builder.num_items} items of the catalogue, "
-                f"got {recommender.num_items}"
-            )
-        if reuse_instruction and not lm.causal:
-            raise ValueError(
-                "LaserModel: reuse_instruction must be false for a bidirectional language model, whose instruction "
-                "would otherwise not see the text behind it, got true"
-            )
-        self.lm = lm
-        self.builder = builder
-        self.bituning = bituning
-        self.mformer = mformer
-        self.linear_prefix = linear_prefix
-        self.deep_prefix = deep_prefix
-        self.reuse_instruction = reuse_instruction
-        self.recommender = None if recommender is None else FrozenRecommender(recommender)
-        self.head: nn.Linear | None = None
-        if head == "linear":
-            self.head = nn.Linear(lm.hidden_size, lm.hidden_size)
-            nn.init.eye_(self.head.weight)
-            nn.init.zeros_(self.head.bias)
-        elif head != "none":
-            raise ValueError(f'LaserModel: head must be "linear" or "none", got {head!r}')
-        self.temperature = temperature
-        self.balance_weight = balance_weight
-        self.candidates = candidates
-        Objective(temperature, balance_weight, candidates)  # refuses what it does not know
-        self.dropout = dropout
-        self.text = text
-        self.item_side = item_side
-        self.mask_history = mask_history
-        self.popularity_weight: nn.Parameter | None = None
-        if item_counts is not None:
-            self.popularity_weight = nn.Parameter(torch.zeros(()))
-            self.register_buffer("log_counts", torch.log1p(item_counts.float()), persistent=False)
-        self.item_matrix_trains = True
-        self.item_ids = list(item_ids)
-        self.index_of_item = {item_id: index for index, item_id in enumerate(self.item_ids)}
-        self.budget = TokenBudget()
-        self.serving = Serving(self)
-        self.processes = self.balance_processes = ALONE
+        super().__init__(lm, builder, item_ids, bituning, **parts)
+        self.origin: Origin | None = None
+        self._calibration: _Kept | None = None
+        self._index = KeptIndex()
+
+    @classmethod
+    def build(cls, foundation: Foundation) -> "Self":
+        """A model with new trained parameters, from torch's global generator, and no item matrix."""
+        origin, base = foundation.origin, foundation.base
+        parts = build_parts(
+            origin.config,
+            base.model,
+            base.tokenizer,
+            origin.items,
+            foundation.recommender,
+            counts=origin.counts,
+            known_items=foundation.known_items,
+        )
+        model = cls(**parts)
+        model.origin = replace(origin, base=describe_base(model.lm, base.tokenizer))
+        return model
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained: str | Path | nn.Module,
+        *,
+        items: Items | None = None,
+        recommender: Recommender | None = None,
+        config: ModelConfig | Mapping[str, Any] | str | Path | None = None,
+        llm: str | Path | nn.Module | None = None,
+        tokenizer: Tokenizer | str | None = None,
+        item_counts: Sequence[int] | np.ndarray | None = None,
+        dtype: str | None = None,
+        quantization: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+    ) -> "Self":
+        """A new Laser around a language model, or one that was saved.
+
+            model = LaserModel.from_pretrained("Qwen/Qwen3-0.6B", items={"B00A": "Instax film"}, recommender=sasrec)
+            model.save_pretrained("my-laser")
+            model = LaserModel.from_pretrained("my-laser")
+
+        A folder that was written by `save_pretrained`, or that holds a training run, gives the model in it: in
+        evaluation mode, with its item matrix and calibration. Anything else is a language model, around which a new
+        Laser is built (initialised from torch's global generator, without an item matrix until `refresh_items`).
+
+        Args:
+            pretrained: folder, `package:NAME/FOLDER`, `hub:OWNER/NAME` (or OWNER/NAME where there is no such folder),
+                `random:SHAPE`, or a loaded Hugging Face model, with a head or without.
+            items: the catalogue of a new Laser: id -> text (the field "title") or text fields, or an `ItemTable`.
+            recommender: whose states M-Former reads: a `SequentialRecommender` or a folder with a trained one. A
+                saved Laser brings one of ours along.
+            config: settings of a new Laser: `ModelConfig`, a mapping, or a YAML file.
+            llm: where the language model of a saved Laser is now; None = where it was. What a saved Laser itself names
+                on the hub is taken out of the cache and never fetched: pass llm="hub:OWNER/NAME" to have it fetched.
+            tokenizer: of a loaded language model, or a folder, or `hub:OWNER/NAME`.
+            item_counts: [I], training events of every item of a new Laser; the recommender's states of items with
+                none are not read. None = all are known.
+            dtype, quantization: of the frozen weights, see `LanguageModelConfig`; None = those a saved Laser was
+                trained with, else "auto" and "none". Not for a loaded model.
+            revision: of a hub repository: branch, tag or commit.
+            local_files_only: ask the hub for nothing, whatever is named here.
+
+        Raises:
+            FileNotFoundError: a folder, package or repository does not exist.
+            TypeError: items that are no mapping.
+            ValueError: no catalogue, another one than the recommender's, or settings that do not fit; of a saved
+                Laser a damaged file, another recommender, another language model (lists the differences), or one that
+                it names on the hub and the cache does not have.
+        """
+        precision = {"dtype": dtype, "quantization": quantization}
+        given = {name: value for name, value in precision.items() if value is not None}
+        sources = Sources(pretrained, llm, tokenizer, recommender, given, revision, local_files_only)
+        saved = sources.find_saved()
+        if saved is None:
+            return cls.build(sources.of_new(items, config, item_counts))
+        refuse_given("a saved Laser", items=items, config=config, item_counts=item_counts)
+        foundation = sources.of_saved(saved)
+        with torch.random.fork_rng(devices=[]):  # the random parameters are overwritten at once
+            model = cls.build(foundation)
+        saved.refuse_another_base(model)
+        saved.put_into(model)
+        model.calibration = saved.calibrated(model, foundation.recommender, torch.from_numpy(foundation.origin.counts))
+        return model.eval()
+
+    def contents(self) -> LaserContents:
+        """What is saved of the model.
+
+        Raises:
+            RuntimeError: it has no `origin`, or an item matrix or a calibration of older weights.
+        """
+        if len(self.item_matrix):
+            self.current_items()
+        if self.calibration is not None:
+            self.calibration.refuse_outdated()
+        return LaserContents(self, origin_of(self), self.calibration)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        config: Any = None,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **push_arguments: Any,
+    ) -> str | None:
+        """Write what was trained, and nothing of the language model; whole or not at all.
+
+        Args:
+            save_directory: a new or empty folder, or one with a saved Laser alone, which is replaced.
+            repo_id: its name on the hub; with `push_to_hub` the name of the folder if None.
+            push_to_hub: upload it as well, with `push_arguments`; the URL of the commit is returned.
+            config: not used; the settings are the model's.
+            model_card_kwargs: `figures`: metrics to print in the model card, by name.
+
+        Raises:
+            FileExistsError: the folder holds something else.
+            ValueError: another process writes it.
+            RuntimeError: see `contents`.
+        """
+        folder = Path(save_directory).resolve()  # a link to a folder elsewhere stays one
+        with claim(folder):
+            refuse_others("save_pretrained", folder, LASER_FILES)
+            contents = self.contents()
+            write_laser(contents, folder, model_card(contents, repo_id=repo_id, **(model_card_kwargs or {})))
+        if not push_to_hub:
+            return None
+        return self.push_to_hub(
+            repo_id or Path(save_directory).name, model_card_kwargs=model_card_kwargs, **push_arguments
+        )
+
+    def generate_model_card(self, *_: Any, **figures: Any) -> ModelCard:
+        """The model card that is saved with the model."""
+        return model_card(self.contents(), **figures)
 
     @property
-    def device(self) -> torch.device:
-        """Where the trained parameters live."""
-        return self.bituning.suffix_tokens.device
+    def calibration(self) -> CalibratedScorer | None:
+        """The score that `recommend` ranks by; None = cosine over temperature.
 
-    def encode(self, batch: PackedBatch) -> tuple[Tensor, Routing | None]:
-        """Embeddings of the sequences of a batch, users or items, with gradient: float32 [B, d], and the routing."""
-        return self._encode_behind(batch, *self.write_prefix(batch))
-
-    def _encode_behind(
-        self, batch: PackedBatch, prefix: Tensor | None, injected: KeyValuePrefix | None, routing: Routing | None
-    ) -> tuple[Tensor, Routing | None]:
-        packed = self.bituning.assemble(prefix, self.lm.embed(batch.input_ids), batch.token_cu_seqlens)
-        if self.bituning.readout == "suffix":
-            state = self.lm(packed.inputs_embeds, packed.cu_seqlens, injected, last_only=True).float()
-        else:
-            state = self.bituning.read_out(self.lm(packed.inputs_embeds, packed.cu_seqlens, injected), packed)
-        if self.text is not None:
-            state = F.normalize(state, dim=-1)  # beside a unit vector
-        embedding = F.dropout(state, self.dropout, draws_dropout(self))
-        embedding = embedding if self.head is None else self.head(embedding)
-        embedding = embedding if self.text is None else embedding + self.encode_texts(batch)
-        return embedding.float(), routing  # under autocast the head gives less
-
-    def encode_texts(self, batch: PackedBatch) -> Tensor:
-        """The text residual of the sequences of a batch, with gradient into it: float32 [B, d].
-
-        Raises:
-            ValueError: there is no residual, or the batch has no histories for it.
+        The model keeps the scalars and the other components, and puts itself in when it is asked.
         """
-        if self.text is None or batch.text_items is None or batch.text_cu_seqlens is None:
-            raise ValueError("LaserModel: encode_texts needs a text residual and a batch made for it, got none")
-        return self.text.users(batch.text_items, batch.text_cu_seqlens)
+        return self._join(self._calibration)
 
-    def virtual_tokens(self, batch: PackedBatch) -> int:
-        """Tokens that stand beside the text of every sequence of a batch in the language model."""
-        tokens = self.bituning.suffix_tokens.shape[0]
-        if self.deep_prefix is None and self.mformer is not None:
-            tokens += self.mformer.query_experts.shape[1]
-        elif self.deep_prefix is None and self.linear_prefix is not None:
-            tokens += self.linear_prefix.num_tokens
-        elif self.deep_prefix is None and self.bituning.prefix_tokens is not None:
-            tokens += self.bituning.prefix_tokens.shape[0]
-        return tokens if self.reuse_instruction else tokens + len(batch.instruction or ())
+    @calibration.setter
+    def calibration(self, scorer: CalibratedScorer | None) -> None:
+        kept: _Kept | None = None
+        if scorer is not None:
+            parts = {name: None if part is self else part for name, part in scorer.components.items()}
+            kept = scorer.with_components({}), parts
+        self._calibration = kept  # as a whole: others may be reading
 
-    def write_prefix(self, batch: PackedBatch) -> tuple[Tensor | None, KeyValuePrefix | None, Routing | None]:
-        """What stands in front of the text: input embeddings [B, Q, D_llm], keys and values, and the routing."""
-        tokens, routing = self.bituning.shared_prefix(1 if self.deep_prefix is not None else len(batch)), None
-        if self.mformer is not None:
-            written = self.mformer(self._states(batch), batch.cu_seqlens)
-            tokens, routing = written.queries if self.deep_prefix is not None else written.prefix, written.routing
-        elif self.linear_prefix is not None:
-            tokens = self.linear_prefix(self._states(batch), batch.cu_seqlens)
-        injected = None
-        if self.deep_prefix is not None:
-            assert tokens is not None
-            injected, tokens = self.deep_prefix(tokens), None
-        if not batch.instruction:
-            return tokens, injected, routing
-        if self.reuse_instruction:
-            instruction = self._instruction(batch.instruction)
-            return tokens, instruction if injected is None else instruction.then(injected), routing
-        if injected is not None:
-            raise ValueError(
-                "LaserModel: reuse_instruction must be true where an instruction stands before a deep prefix, got false"
-            )
-        words = self._embed_words(batch.instruction).expand(len(batch), -1, -1)
-        return words if tokens is None else torch.cat([words, tokens.to(words.dtype)], dim=1), None, routing
-
-    def _states(self, batch: PackedBatch) -> Tensor:
-        assert self.recommender is not None
-        return self.recommender.states(batch.items, batch.cu_seqlens, batch.folds)
+    def _join(self, kept: _Kept | None) -> CalibratedScorer | None:
+        if kept is None:
+            return None
+        scorer, parts = kept
+        return scorer.with_components({name: self if part is None else part for name, part in parts.items()})
 
     @torch.no_grad()
-    def _instruction(self, input_ids: tuple[int, ...]) -> KeyValuePrefix:
-        """Keys and values of the instruction, computed once: nothing in front of it is trained."""
-        version, name = self.lm_weights.now(), (input_ids, autocast_dtype(self.device))
-        made_at, known = self._instructions.get(name, (None, None))
-        if known is None or made_at != version:
-            with torch.inference_mode(False):  # the result outlives this call and may enter a training step
-                known = self.lm.key_values(self._embed_words(input_ids))
-            self._instructions[name] = version, known  # threads that come together make the same
-        return known
+    def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """See `Scorer.score`: cosine of each user with each item over the temperature, on the model's device."""
+        check_histories("LaserModel.score", items, cu_seqlens, self.num_items)
+        matrix = self.current_items()
+        users = self.encode_users(PackedSequences(items.cpu().numpy(), cu_seqlens.cpu().numpy()))
+        with autocast_off(users.device):
+            return F.normalize(users, dim=-1) @ F.normalize(matrix, dim=-1).T / self.temperature
 
-    def _embed_words(self, input_ids: tuple[int, ...]) -> Tensor:
-        return self.lm.embed(to_device(torch.tensor(input_ids), self.device))[None]
+    def score_block(self) -> ScoreBlock:
+        """`score` as inner products of unit items with unit users over the temperature."""
 
-    def keep_prefixes(self, capacity: int) -> None:
-        """Serve users who come back unchanged without M-Former and the model's pass over their prefix.
+        def unit_users(histories: PackedSequences) -> Tensor:
+            return F.normalize(self.encode_users(histories).float(), dim=-1) / self.temperature
 
-        Their prefixes go into `kept_prefixes` (see `KeptPrefixes`), which `encode_users`, `score` and `recommend` use.
+        return ScoreBlock(F.normalize(self.current_items().float(), dim=-1), unit_users)
 
-        Args:
-            capacity: users kept; 0 stops it.
+    def index(self) -> InnerProductIndex:
+        """The score that `recommend` ranks by as inner products of item vectors with user vectors.
 
-        Raises:
-            ValueError: a negative capacity, no prefix at all, or input embeddings as prefix of a bidirectional language
-                model.
-        """
-        self.kept_prefixes = KeptPrefixes(self, capacity) if capacity else None
-
-    def forward(self, batch: PackedBatch, return_loss: bool = True) -> LaserOutput:
-        """Training loss of a batch of users: among their candidates (see `Objective`), plus the balance of the router.
-
-            loss = CE(users, V) + CE(users, live) + alpha * L_balance            candidates "catalog"
-            loss = CE(users, target and own negatives) + alpha * L_balance       candidates "sampled"
-
-        V is a constant of the epoch: with gradient, and with it alone, it may be of older weights. Live candidates are
-        there when the batch brings its positives: they are encoded here with gradient and stand against each other
-        only. (Put in the place of their rows of V they would be the only fresh rows among stale ones, and to tell fresh
-        from stale is easier than to recommend: on MovieLens-100K the cross-entropy over 1,682 items fell below 4 within
-        32 steps, to the log of the batch's 60 positives, while validation hardly moved.)
-
-        Args:
-            batch: of users with targets, on any device.
-            return_loss: always; transformers' Trainer reads here that there is a loss to evaluate.
+        Kept until the item matrix, the calibration, the weights or the device changes; an older one refuses to search.
+        It takes as much memory as the item matrix and the output layer of the recommender in float32.
 
         Raises:
-            ValueError: a batch without targets, or without the negatives that "sampled" needs.
-            RuntimeError: no item matrix yet (`refresh_items`), where it is needed; without gradient also one of older
-                weights.
+            RuntimeError: no item matrix yet (`refresh_items`), or it or the calibration is of older weights.
+            ValueError: the calibrated score has a part that is no inner product.
         """
-        if batch.targets is None:
-            raise ValueError("LaserModel: the batch must have targets, got None; build it with training_batch")
-        batch = on_device(batch, self.device)
-        users, routing = self.encode(batch)
-        live = None if batch.positives is None else self._encode_live(batch.positives)
-        together = self.processes, self.balance_processes
-        objective = Objective(
-            self.temperature, self.balance_weight, self.candidates, *together, self.mask_history, self.popularity()
-        )
-        return objective(batch, users, live, routing, self._candidates)
-
-    def popularity(self) -> tuple[Tensor, Tensor] | None:
-        """The trained weight [] and log(1 + count) [I], where popularity is part of what is minimised."""
-        return None if self.popularity_weight is None else (self.popularity_weight, self.log_counts)
-
-    def _encode_live(self, batch: PackedBatch) -> Tensor:
-        return self.encode_texts(batch) if self.item_side == "text" else self.encode(batch)[0]
-
-    def _candidates(self) -> Tensor:
-        """V as training sees it."""
-        trains = self.item_side == "text" and self.item_matrix_trains
-        if trains and self.text is not None:
-            return self.text.items()
-        return self._any_items() if torch.is_grad_enabled() else self.current_items()
-
-    @torch.inference_mode()
-    def encode_users(self, histories: PackedSequences, *, batch_size: int = 128) -> Tensor:
-        """Embeddings of users from their histories: float32 [B, d], on the model's device, without gradient."""
-        rows = [
-            self._encode_now(
-                self.builder.histories(histories.select(np.arange(start, min(start + batch_size, len(histories))))),
-                self.kept_prefixes,
+        kept = self._calibration
+        scorer = self._join(kept) or self
+        if (stranger := stranger_in(scorer)) is not None:
+            raise ValueError(
+                "LaserModel.index: the score must be made of Laser, a recommender with an output layer and rules, "
+                f"got {stranger}; use score or recommend"
             )
-            for start in range(0, len(histories), batch_size)
-        ]
-        return torch.cat(rows) if rows else torch.empty(0, self.lm.hidden_size, device=self.device)
+        versions: object = self.weights.now()
+        if isinstance(scorer, CalibratedScorer):
+            scorer.refuse_outdated()
+            versions = scorer.versions()
+        made_of = (self.device, *self.items_version, kept, versions)
+        return self._index.made_of(made_of, lambda: make_index(scorer, self.device))
 
-    @torch.inference_mode()
-    def encode_items(
-        self, indices: Sequence[int] | None = None, *, batch_size: int = 256, progress: bool = False
-    ) -> Tensor:
-        """Embeddings of items, the whole catalogue by default: float32 [n, d], without gradient."""
-        wanted = np.arange(self.num_items) if indices is None else np.asarray(indices, dtype=np.int64)
-        if self.item_side == "text" and self.text is not None:
-            return self.text.embeddings()[torch.from_numpy(wanted).to(self.device)].float()
-        starts = tqdm(
-            range(0, len(wanted), batch_size), desc="encode items", unit="batch", disable=not progress, leave=False
-        )
-        rows = [self._encode_now(self.builder.items(wanted[start : start + batch_size])) for start in starts]
-        return torch.cat(rows) if rows else torch.empty(0, self.lm.hidden_size, device=self.device)
+    def recommend(
+        self,
+        histories: Iterable[Iterable[ItemId]],
+        k: int = 10,
+        *,
+        exclude_seen: bool = False,
+        exclude: Iterable[ItemId] = (),
+        allow: Iterable[ItemId] | None = None,
+    ) -> list[list[Recommendation]]:
+        """The k best items for each history of external item ids, oldest first; nobody needs to be a known user.
 
-    def refresh_items(self, *, batch_size: int = 256, progress: bool = False) -> Tensor:
-        """Encode the catalogue with the current parameters and keep it as the item matrix V: float32 [I, d].
+        Scores are those of `calibration`, else cosine over temperature. Ids that are not in the catalogue are dropped
+        with one warning; an empty history is served from the prompt alone. All scores, [B, I], are held only where the
+        calibration has a part that is no inner product (see `index`), or k is an eighth of the catalogue or more.
 
-        Whoever answers meanwhile does it with the matrix of before, where that belongs to the weights of now.
+        Args:
+            histories: B lists (or a column of lists) of external ids; the number 7 names the item "7".
+            exclude_seen: leave out the items of the history.
+            exclude, allow: ids nobody gets, and the only ids anybody gets; None = all.
+
+        Returns:
+            B lists of at most k, best first, ties by item index.
+
+        Raises:
+            TypeError: a history, `exclude` or `allow` that is no list of ids; k that is no whole number.
+            ValueError: k below 1, or an id of `exclude` or `allow` that is not in the catalogue.
+            RuntimeError: no item matrix yet, or one of older weights (`refresh_items`), or such a calibration.
         """
-        if self.text is not None:
-            self.text.refresh_vectors()
-        version = self.weights.now()
-        matrix = self.encode_items(batch_size=batch_size, progress=progress).clone()  # leave inference mode
-        self.item_matrix = matrix
-        self._items_belong_to = version  # weights that changed meanwhile leave it outdated
-        return matrix
-
-    def _encode_now(self, batch: PackedBatch, kept: KeptPrefixes | None = None) -> Tensor:
-        """Encode as in evaluation mode, within the budget; the mode stays as it is."""
-        if self.lm.model.training:
-            raise RuntimeError(
-                "LaserModel: the language model must be in evaluation mode to answer, got training; "
-                "call lm.freeze() first"
-            )
-        with evaluating():
-            return self.budget.encode(batch, self.virtual_tokens, lambda part: self._encode_part(part, kept))
-
-    def _encode_part(self, batch: PackedBatch, kept: KeptPrefixes | None) -> Tensor:
-        batch = on_device(batch, self.device)
-        if kept is None or not len(batch):
-            return self.encode(batch)[0]
-        with kept.of(batch) as prefix:
-            return self._encode_behind(batch, None, prefix, None)[0]
+        k = wanted_items(k)
+        packed = pack_histories(histories, self.index_of_item)
+        blocked = blocked_items(exclude, allow, self.index_of_item)
+        scorer = self.calibration or self
+        if stranger_in(scorer) is None:
+            some = blocked if bool(blocked.any()) else None
+            best = self.index().search(packed, min(k, self.num_items), exclude_seen=exclude_seen, blocked=some)
+        else:
+            scores = all_scores(scorer, packed, blocked, exclude_seen=exclude_seen, device=self.device)
+            best = best_items(scores, k)
+        return name_items(*best, self.item_ids)

@@ -14,6 +14,7 @@ from laser_fast.data.batches import BatchBuilder
 from laser_fast.data.sequences import EvaluationRows, PackedSequences, cu_seqlens_of
 from laser_fast.laser.model import LaserModel
 from laser_fast.recommenders.protocol import Scorer
+from laser_fast.retrieval.inner_product import packed_tensors
 
 
 class RecBoleLaser(nn.Module):
@@ -23,36 +24,25 @@ class RecBoleLaser(nn.Module):
 
     Args:
         model: for training by cross-entropy over the catalogue with an item matrix: call `model.refresh_items()` at the
-            start of every epoch. RecBole evaluates and saves without a word before it, so there an item matrix of older
-            weights is made anew.
+            start of every epoch. RecBole evaluates and saves unannounced; there an item matrix of older weights is made
+            anew.
         item_tokens: external id of every index of RecBole, as `dataset.field2id_token["item_id"]` gives them; the
             first one is the padding.
-        item_field: name of the item field; histories are in `ITEM_list`, their lengths in `item_length`.
         with_positives: see `BatchBuilder.training_batch`.
 
     Raises:
         ValueError: an item that the model does not know.
     """
 
-    def __init__(
-        self,
-        model: LaserModel,
-        item_tokens: Sequence[str],
-        *,
-        item_field: str = "item_id",
-        list_suffix: str = "_list",
-        length_field: str = "item_length",
-        with_positives: bool = True,
-    ) -> None:
+    def __init__(self, model: LaserModel, item_tokens: Sequence[str], *, with_positives: bool = True) -> None:
         super().__init__()
         for token in item_tokens[1:]:
             if token not in model.index_of_item:
                 raise ValueError(f"RecBoleLaser: item_tokens must be items of the catalogue, got {token!r}")
         self.model = model
         self.n_items = len(item_tokens)
-        self.ITEM_ID = self.POS_ITEM_ID = item_field
-        self.ITEM_SEQ = item_field + list_suffix
-        self.ITEM_SEQ_LEN = length_field
+        self.ITEM_ID = self.POS_ITEM_ID = "item_id"  # RecBole's default names, to be set where its own differ
+        self.ITEM_SEQ, self.ITEM_SEQ_LEN = "item_id_list", "item_length"
         self.with_positives = with_positives
         self._index = np.array([-1, *(model.index_of_item[token] for token in item_tokens[1:])], dtype=np.int64)
 
@@ -68,13 +58,10 @@ class RecBoleLaser(nn.Module):
         """Score of every item of RecBole for every user: float32 [B, n_items], -inf for the padding."""
         self._refresh_outdated()
         histories = self._histories(interaction)
-        device = self.model.device
-        scorer: Scorer = self.model if self.model.calibration is None else self.model.calibration
-        scores = scorer.score(
-            torch.from_numpy(histories.items).to(device), torch.from_numpy(histories.cu_seqlens).to(device)
-        )
+        scorer: Scorer = self.model.calibration or self.model
+        scores = scorer.score(*packed_tensors(histories, self.model.device))
         padding = scores.new_full((len(histories), 1), -torch.inf)
-        return torch.cat([padding, scores[:, torch.from_numpy(self._index[1:]).to(device)]], dim=1)
+        return torch.cat([padding, scores[:, torch.from_numpy(self._index[1:]).to(scores.device)]], dim=1)
 
     def predict(self, interaction: Mapping[str, Tensor]) -> Tensor:
         """Score of the item in each row: float32 [B]."""
@@ -100,11 +87,7 @@ class RecBoleLaser(nn.Module):
             self.model.refresh_items()
 
     def _indices(self, items: Tensor) -> np.ndarray:
-        """RecBole's indices as the model's.
-
-        Raises:
-            ValueError: an index that is the padding or out of range.
-        """
+        """RecBole's indices as the model's."""
         values = items.cpu().numpy().astype(np.int64)
         if values.size and (values.min() < 1 or values.max() >= self.n_items):
             worst = values.min() if values.min() < 1 else values.max()

@@ -1,16 +1,13 @@
 """How a model runs its language model for users: as it stands, compiled, or as CUDA graphs."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
-import torch
+from torch import Tensor
 
 from laser_fast.data.sequences import PackedSequences
 from laser_fast.lm.execution.compiled_layers import Backend, compile_layers, plain_layers
 from laser_fast.lm.execution.fixed_shapes import FixedShapes
-
-if TYPE_CHECKING:
-    from laser_fast.laser.model import LaserModel
+from laser_fast.lm.frozen_lm import FrozenLM
 
 MODES = ("none", "compile", "graphs")
 
@@ -18,33 +15,29 @@ MODES = ("none", "compile", "graphs")
 class Serving:
     """The choice for calls without gradient: `recommend`, `score`, `encode_users`, `encode_items`.
 
-    Args:
-        model: whose language model it is.
-
     Attributes:
         mode: "none"; "compile": layers compiled once for all batches; "graphs": CUDA graphs, one for each of few shapes
             that batches are filled up to.
     """
 
-    def __init__(self, model: "LaserModel") -> None:
+    def __init__(self, lm: FrozenLM, encode_users: Callable[[PackedSequences], Tensor]) -> None:
         self.mode = "none"
-        self._model = model
+        self._lm = lm
+        self._encode_users = encode_users
 
     def use(self, mode: str, *, backend: Backend = "inductor", capacity: int = 64, max_tokens: int = 2048) -> None:
         """Choose; nothing is compiled or captured before `warmup` or the first call.
 
         Args:
-            mode: one of `MODES`.
             backend: of torch.compile, with "compile".
             capacity: graphs kept, with "graphs"; the one unused for longest is dropped.
-            max_tokens: packed tokens of the largest batch that gets a graph, with "graphs"; larger ones run as with
-                "none".
+            max_tokens: packed tokens of the largest batch that gets a graph; larger ones run as with "none".
 
         Raises:
             ValueError: another mode, or "compile" for a model whose layers transformers does not mark as such.
             RuntimeError: "graphs" without a GPU.
         """
-        lm = self._model.lm
+        lm = self._lm
         if mode not in MODES:
             raise ValueError(f"Serving: mode must be one of {MODES}, got {mode!r}")
         if mode == "graphs" and lm.device.type != "cuda":
@@ -77,7 +70,7 @@ class Serving:
         wanted = list(shapes or ())
         if any(users < 1 or tokens < 1 for users, tokens in wanted):
             raise ValueError(f"Serving.warmup: shapes must be pairs of at least 1, got {wanted}")
-        graphs = self._model.lm.fixed_shapes
+        graphs = self._lm.fixed_shapes
         if not isinstance(graphs, FixedShapes):
             for users in (1, 2):
                 self._encode(users)
@@ -91,6 +84,6 @@ class Serving:
         if several:
             graphs.prepare(several, lambda: self._encode(2))
 
-    def _encode(self, users: int) -> torch.Tensor:
+    def _encode(self, users: int) -> Tensor:
         """Users with a history of one item."""
-        return self._model.encode_users(PackedSequences.from_lists([[0]] * users))
+        return self._encode_users(PackedSequences.from_lists([[0]] * users))

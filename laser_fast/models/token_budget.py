@@ -34,21 +34,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class Shortage:
-    """What did not fit.
+    """What did not fit."""
 
-    Attributes:
-        tokens: packed tokens that were going through the language model at once.
-        rows: sequences they belong to (a user and its positive are one).
-        longest: tokens of the longest of these rows.
-        reason: first line of the error.
-        encoding: whether nothing was to be kept for a backward.
-    """
-
-    tokens: int
-    rows: int
-    longest: int
-    reason: str
-    encoding: bool
+    tokens: int  # packed, that were going through the language model at once
+    rows: int  # sequences they belong to (a user and its positive are one)
+    longest: int  # tokens of the longest of these rows
+    reason: str  # first line of the error
+    encoding: bool  # whether nothing was to be kept for a backward
 
     @property
     def halved(self) -> int:
@@ -65,26 +57,17 @@ Explain = Callable[[Shortage], str]
 """The message of an out-of-memory error: what was needed, and which setting to lower."""
 
 
-def _explain_encoding(shortage: Shortage) -> str:
-    return f"LaserModel: {shortage}; lower batch_size"
-
-
 class TokenBudget:
     """Splits batches by packed tokens, and halves the limit when memory runs out, where that is allowed.
 
     Threads may use it at the same time.
 
     Args:
-        limit: packed tokens, virtual ones included, of one part of a batch; None = never split.
+        limit: packed tokens, virtual ones included, of one part of a batch; None = never split. As attribute the limit
+            of now.
         halve: whether running out of memory halves the limit instead of stopping.
         explain: writes the message of the error that stops.
         on_halving: told what did not fit, after the limit was lowered.
-
-    Attributes:
-        limit: as it is now.
-
-    Raises:
-        ValueError: a limit below 1.
     """
 
     def __init__(
@@ -92,7 +75,7 @@ class TokenBudget:
         limit: int | None = None,
         *,
         halve: bool = False,
-        explain: Explain = _explain_encoding,
+        explain: Explain = "LaserModel: {}; lower batch_size".format,
         on_halving: Callable[[Shortage], None] | None = None,
     ) -> None:
         if limit is not None and limit < 1:
@@ -113,18 +96,17 @@ class TokenBudget:
         if tokens.total <= limit:
             return everything
         longest = int(tokens.rows.argmax())
-        if tokens.rows[longest] > limit and self._warns_first():
+        if tokens.rows[longest] > limit:
+            with self._lock:
+                first, self._warned = not self._warned, True
+            if not first:
+                return tokens.split(limit)
             warnings.warn(
                 f"TokenBudget: a row should have at most micro_batch_tokens = {limit} packed tokens, got "
                 f"{tokens.rows[longest]} in row {longest} of {len(batch)}; such rows go through alone",
                 stacklevel=2,
             )
         return tokens.split(limit)
-
-    def _warns_first(self) -> bool:
-        with self._lock:
-            first, self._warned = not self._warned, True
-        return first
 
     def encode(
         self, batch: PackedBatch, virtual_tokens: VirtualTokens, encode: Callable[[PackedBatch], Tensor]
@@ -135,19 +117,16 @@ class TokenBudget:
             torch.OutOfMemoryError: memory ran out and the limit may not or cannot be lowered.
         """
         while True:
-            parts = self.split(batch, virtual_tokens)
-            if len(parts) == 1:
-                done = self._attempt(batch, virtual_tokens, encode)
-                if done is not None:
-                    return done
-                continue
-            results = []
+            parts, results = self.split(batch, virtual_tokens), []
             for rows in parts:
-                done = self._attempt(batch.select(rows), virtual_tokens, encode)
+                part = batch if len(parts) == 1 else batch.select(rows)
+                done = self._attempt(part, virtual_tokens, encode)
                 if done is None:
                     break
                 results.append(done)
             else:
+                if len(parts) == 1:
+                    return results[0]
                 encoded = torch.cat(results)
                 back = torch.from_numpy(np.argsort(np.concatenate(parts))).to(encoded.device)
                 return encoded.index_select(0, back)

@@ -1,4 +1,7 @@
-"""Recommending with a frozen language model and no training: items near the history among its text vectors."""
+"""Text vectors of the catalogue from a frozen language model, and recommending by them without any training."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -6,6 +9,7 @@ from torch import Tensor
 
 from laser_fast.data.batches import BatchBuilder
 from laser_fast.lm.frozen_lm import FrozenLM
+from laser_fast.nn.text_residual import centred
 from laser_fast.ops.precision import autocast_off
 from laser_fast.ops.segments import segment_mean, segment_sum
 from laser_fast.recommenders.protocol import check_histories
@@ -19,6 +23,20 @@ def text_vectors(lm: FrozenLM, builder: BatchBuilder, *, batch_size: int = 256) 
         hidden = lm(lm.embed(batch.input_ids), batch.token_cu_seqlens)
         rows.append(F.normalize(segment_mean(hidden.float(), batch.token_cu_seqlens), dim=-1))
     return torch.cat(rows).clone()
+
+
+@dataclass(frozen=True, eq=False)
+class CatalogueTexts:
+    """The texts of all items, tokenized, with one builder for each of their wordings."""
+
+    builders: Sequence[BatchBuilder]
+
+    def vectors(self, lm: FrozenLM, *, batch_size: int = 64) -> Tensor:
+        """Mean of the unit vectors of all wordings, centred: float32 [I, D], unit rows, on the device of `lm`."""
+        with torch.inference_mode():
+            wordings = [text_vectors(lm, builder, batch_size=batch_size) for builder in self.builders]
+            vectors = centred(F.normalize(torch.stack(wordings).sum(dim=0), dim=-1))
+        return vectors.clone()  # they enter training steps
 
 
 class TextSimilarity:

@@ -30,6 +30,7 @@ from laser_fast.ops import ItemLists, catalog_topk
 from laser_fast.ops.precision import autocast_off
 from laser_fast.recommenders.item_to_item import ItemToItem
 from laser_fast.recommenders.protocol import check_histories, repeat_positions
+from laser_fast.retrieval.requests import best_items
 
 # elements of the rows gathered at once, to score items one by one
 _GATHERED = 2**22
@@ -42,17 +43,10 @@ _LONG_LISTS = 1 / 8
 
 @dataclass(frozen=True, eq=False)
 class ScoreBlock:
-    """A part of a score that is an inner product.
+    """A part of a score that is an inner product; `standardize`: z-scored over the catalogue before it is weighted."""
 
-    Attributes:
-        items: [I, D], floating point.
-        queries: B histories -> [B, D], floating point, on any device.
-        weight: factor of this part.
-        standardize: whether its scores are z-scored over the catalogue for each history before they are weighted.
-    """
-
-    items: Tensor
-    queries: Callable[[PackedSequences], Tensor]
+    items: Tensor  # [I, D], floating point
+    queries: Callable[[PackedSequences], Tensor]  # B histories -> [B, D], floating point, on any device
     weight: float = 1.0
     standardize: bool = False
 
@@ -75,8 +69,7 @@ class InnerProductIndex:
 
     Args:
         blocks: the parts of the score, at least one.
-        history_bias: added to every item of the history (once, however often it occurs there).
-        last_bias: added to the last item of the history, on top of `history_bias`.
+        history_bias, last_bias: see `Calibration`.
         rules: what else is added to few items of each user, with its factor.
 
     Attributes:
@@ -101,22 +94,14 @@ class InnerProductIndex:
             for block, rows in zip(self._blocks, columns, strict=True)
         ]
         self.item_vectors = torch.cat(centred, dim=1)
+        self.num_items = self.item_vectors.shape[0]
         self.history_bias = history_bias
         self.last_bias = last_bias
         self.rules = [(table, weight) for table, weight in rules if weight]
 
-    @property
-    def num_items(self) -> int:
-        """Size of the catalogue I."""
-        return self.item_vectors.shape[0]
-
     @torch.no_grad()
     def query_vectors(self, histories: PackedSequences) -> Tensor:
-        """q of each history of item indices, oldest first: float32 [B, D'], on the device of `item_vectors`.
-
-        Raises:
-            ValueError: an item outside the catalogue.
-        """
+        """q of each history of item indices, oldest first: float32 [B, D'], on the device of `item_vectors`."""
         packed = packed_tensors(histories, torch.device("cpu"))
         check_histories("InnerProductIndex.query_vectors", *packed, self.num_items)
         return torch.cat([block(histories).to(self.item_vectors.device) for block in self._blocks], dim=1)
@@ -127,11 +112,9 @@ class InnerProductIndex:
     ) -> tuple[Tensor, Tensor]:
         """The k items with the highest scores for every history, biases and rules included.
 
-        The scores of all items are not held, [B, I], unless k is an eighth of I or more.
-
-        Exact: biases and rules touch few items. Among all others, q . m is the score, so that the best k of those
-        (`catalog_topk` leaves out what is touched) hold every other item of the answer; the touched items are scored
-        one by one beside them, whatever the sign of a bias.
+        Biases and rules touch few items. Among all others q . m is the score, so the best k of those hold every other
+        item of the answer; the touched items are scored one by one beside them. The scores of all items, [B, I], are
+        held only where k is an eighth of I or more.
 
         Args:
             histories: B histories of item indices, oldest first.
@@ -142,14 +125,8 @@ class InnerProductIndex:
         Returns:
             Scores float32 [B, k], descending, ties by item index, and item indices int64 [B, k]; -inf and -1 where
             fewer are left.
-
-        Raises:
-            TypeError: `blocked` is not bool.
-            ValueError: k below 1, a `blocked` of another shape, or an item outside the catalogue.
         """
-        if k < 1:
-            raise ValueError(f"InnerProductIndex.search: k must be at least 1, got {k}")
-        allow = None if blocked is None else ~self._check_blocked("search", blocked)
+        allow = self._allowed("search", k, blocked)
         queries = self.query_vectors(histories)
         if k >= _LONG_LISTS * self.num_items:
             return self._sort_all(histories, queries, k, exclude_seen, allow)
@@ -172,21 +149,12 @@ class InnerProductIndex:
         """The k best of the candidates and of the items that biases or rules touch, by the whole score.
 
         Args:
-            histories: B histories of item indices, oldest first.
-            queries: [B, D'], their `query_vectors`.
+            queries: [B, D'], the `query_vectors` of the histories.
             candidates: int64 [B, C], what an index found; places outside the catalogue (FAISS writes -1) are empty,
                 repetitions and items that are touched do not matter.
-            k, exclude_seen, blocked: see `search`.
-
-        Returns:
-            As `search`.
-
-        Raises:
-            TypeError: `candidates` are not int64, or `blocked` is not bool.
-            ValueError: k below 1, or a shape that does not fit.
+            histories, k, exclude_seen, blocked: see `search`, as for what is returned.
         """
-        if k < 1:
-            raise ValueError(f"InnerProductIndex.rerank: k must be at least 1, got {k}")
+        allow = self._allowed("rerank", k, blocked)
         batch, device = len(histories), self.item_vectors.device
         if candidates.dtype != torch.int64:
             raise TypeError(f"InnerProductIndex.rerank: candidates must be int64, got {candidates.dtype}")
@@ -199,7 +167,6 @@ class InnerProductIndex:
                 f"InnerProductIndex.rerank: queries must be [{batch}, {self.item_vectors.shape[1]}], "
                 f"got {tuple(queries.shape)}"
             )
-        allow = None if blocked is None else ~self._check_blocked("rerank", blocked)
         touched = self._touched(histories, exclude_seen)
         return self._merge(queries.to(device), candidates.to(device), touched, k, allow)
 
@@ -230,17 +197,12 @@ class InnerProductIndex:
         return _first(scores.nan_to_num_(-torch.inf, torch.inf, -torch.inf), k)
 
     def _touched(self, histories: PackedSequences, exclude_seen: bool) -> tuple[Tensor, Tensor]:
-        """What biases and rules add: places b * I + i, ascending and distinct, int64 [n], and float32 [n].
-
-        Items of the history get -inf where they are excluded.
-        """
+        """What biases and rules add, -inf for what is excluded: places b * I + i, ascending, int64 [n]; float32 [n]."""
         device = self.item_vectors.device
         seen, last = repeat_positions(*packed_tensors(histories, device), self.num_items)
-        parts = []
-        if exclude_seen:
-            parts.append((seen, -torch.inf))
-        elif self.history_bias or self.last_bias:
-            parts += [(seen, self.history_bias), (last, self.last_bias)]
+        parts = [(seen, -torch.inf)] if exclude_seen else []
+        if not exclude_seen and (self.history_bias or self.last_bias):
+            parts = [(seen, self.history_bias), (last, self.last_bias)]
         filled = [(places, torch.full(places.shape, value, device=device)) for places, value in parts]
         for table, weight in self.rules:
             places, values = table.sparse_score(*packed_tensors(histories, torch.device("cpu")))
@@ -260,14 +222,18 @@ class InnerProductIndex:
         ]
         return torch.cat(parts)
 
-    def _check_blocked(self, function: str, blocked: Tensor) -> Tensor:
+    def _allowed(self, function: str, k: int, blocked: Tensor | None) -> Tensor | None:
+        if k < 1:
+            raise ValueError(f"InnerProductIndex.{function}: k must be at least 1, got {k}")
+        if blocked is None:
+            return None
         if blocked.dtype != torch.bool:
             raise TypeError(f"InnerProductIndex.{function}: blocked must be bool, got {blocked.dtype}")
         if tuple(blocked.shape) != (self.num_items,):
             raise ValueError(
                 f"InnerProductIndex.{function}: blocked must be [{self.num_items}], got {tuple(blocked.shape)}"
             )
-        return blocked.to(self.item_vectors.device)
+        return ~blocked.to(self.item_vectors.device)
 
 
 def packed_tensors(histories: PackedSequences, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -326,7 +292,6 @@ def _best_of_rows(scores: Tensor, row: Tensor, item: Tensor, shape: tuple[int, i
 
 def _first(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k best columns of each row, ties by column; -inf and -1 where there are none."""
-    best = scores.sort(dim=1, descending=True, stable=True)
-    missing = max(k - scores.shape[1], 0)
-    values = F.pad(best.values[:, :k], (0, missing), value=-torch.inf)
-    return values, F.pad(best.indices[:, :k], (0, missing)).masked_fill(values == -torch.inf, -1)
+    (values, columns), missing = best_items(scores, k), max(k - scores.shape[1], 0)
+    values = F.pad(values, (0, missing), value=-torch.inf)
+    return values, F.pad(columns, (0, missing)).masked_fill(values == -torch.inf, -1)

@@ -8,32 +8,31 @@ weights.
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import islice
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from itertools import islice, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from laser_fast.data.batches import PackedBatch
+from laser_fast.data.sequences import PackedSequences
 from laser_fast.lm.execution.cuda_graphs import CudaGraphs, Recorder
 from laser_fast.lm.key_value_prefix import KeyValuePrefix
+from laser_fast.ops.precision import autocast_dtype
 
 
 class PrefixStore:
     """Pool of at most `capacity` prefixes, allocated at the first use.
 
     Threads may use it at the same time, on streams of their own: no row is overwritten while a request reads it. A copy
-    of the store is empty.
-
-    Args:
-        capacity: prefixes kept; one takes P times 2 H_kv d numbers a layer (4 MiB for 32 tokens of an 8B Llama in half
-            precision).
+    of the store is empty. A prefix takes P times 2 H_kv d numbers a layer (4 MiB for 32 tokens of an 8B Llama in half
+    precision).
 
     Attributes:
         hits, misses: prefixes served from the pool and written since the start.
-
-    Raises:
-        ValueError: a capacity below 1.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -52,11 +51,6 @@ class PrefixStore:
     def __reduce__(self) -> tuple[Any, ...]:
         return PrefixStore, (self.capacity,)
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory of the pool."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._pool.tensors)
-
     def clear(self) -> None:
         """Forget all prefixes and give up their memory; a request that reads some goes on with them."""
         with self._lock:
@@ -74,8 +68,8 @@ class PrefixStore:
             write: makes the prefixes of some positions of `names` as one batch of [len(positions), P, H_kv, d] a layer.
 
         Returns:
-            The prefixes of the B sequences, in their order: slots of the pool, or, where the batch has more distinct
-            ones than the pool has room for, written for this batch and not kept.
+            In the order of the names, slots of the pool; where the batch has more distinct ones than the pool has room
+            for, they are written for this batch and not kept.
         """
         position_of: dict[Hashable, int] = {}  # where each name stands first
         for position, name in enumerate(names):
@@ -109,18 +103,34 @@ class PrefixStore:
                 pool.unpin(held.values())
 
 
-class _Pool:
-    """Keys and values of every layer in slots; the caller holds the lock of the store.
+def fetch_prefixes(
+    store: PrefixStore, batch: PackedBatch, version: Hashable, write: Callable[[PackedBatch], KeyValuePrefix]
+) -> AbstractContextManager[KeyValuePrefix]:
+    """`PrefixStore.fetch` for a batch of users, by the history that is read, the instruction and the precision.
 
-    Attributes:
-        slot_of: slots by what lies in them, oldest use first; what is pinned but not in here has no name any more.
-        tensors: keys of all layers, then values, [capacity, P, H_kv, d] each; none before the first use.
+    Args:
+        write: makes instruction and prefix of the users that the store lacks.
     """
+    items, bounds = batch.items.cpu().numpy(), batch.cu_seqlens.tolist()
+    made_in = batch.instruction, autocast_dtype(batch.items.device)
+    names = [(*made_in, items[start:end].tobytes()) for start, end in pairwise(bounds)]
+    read = PackedSequences(items, np.asarray(bounds, dtype=np.int32))
+
+    def write_some(positions: list[int]) -> KeyValuePrefix:
+        wanted = read.select(np.asarray(positions))
+        rows, offsets = (torch.from_numpy(part).to(batch.items.device) for part in (wanted.items, wanted.cu_seqlens))
+        return write(replace(batch, items=rows, cu_seqlens=offsets))
+
+    return store.fetch(names, version, write_some)
+
+
+class _Pool:
+    """Keys and values of every layer in slots; the caller holds the lock of the store."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.slot_of: OrderedDict[Hashable, int] = OrderedDict()
-        self.tensors: tuple[Tensor, ...] = ()
+        self.slot_of: OrderedDict[Hashable, int] = OrderedDict()  # oldest use first
+        self.tensors: tuple[Tensor, ...] = ()  # keys of all layers, then values, [capacity, P, H_kv, d] each
         self._pins: Counter[int] = Counter()  # requests that read a slot
         self._turns = Recorder()
 
@@ -141,17 +151,18 @@ class _Pool:
             pass
 
     def takes(self, written: KeyValuePrefix) -> bool:
-        """Whether these are tensors like those of the pool."""
         return not self.tensors or [_form(one) for one in self.tensors] == [_form(one) for one in _tensors(written)]
 
     def put(self, keys: Sequence[Hashable], written: KeyValuePrefix) -> dict[Hashable, int]:
-        """Copy into slots that are free or longest unused, and pin these; nothing where too many are pinned.
+        """Copy rows into slots that are free or longest unused, and pin these; nothing where too many are pinned.
 
-        Args:
-            keys: of the rows of `written`; those that are here by now keep their slots.
+        Keys that are here by now keep their slots.
         """
         new = [place for place, key in enumerate(keys) if key not in self.slot_of]
-        slots, wanted = self._free()[: len(new)], set(keys)
+        wanted, slots = set(keys), list[int]()
+        if len(self.slot_of) < self.capacity:
+            taken = {*self.slot_of.values(), *self._pins}
+            slots += islice((slot for slot in range(self.capacity) if slot not in taken), len(new))
         unused = (key for key, slot in self.slot_of.items() if not self._pins[slot] and key not in wanted)
         evicted = list(islice(unused, len(new) - len(slots)))
         if len(slots) + len(evicted) < len(new):
@@ -161,13 +172,6 @@ class _Pool:
             self._copy(new, slots, written)
         self.slot_of.update(zip((keys[place] for place in new), slots, strict=True))
         return self.pin(keys)
-
-    def _free(self) -> list[int]:
-        """Slots without a name that nobody reads."""
-        if len(self.slot_of) == self.capacity:
-            return []
-        taken = {*self.slot_of.values(), *self._pins}
-        return [slot for slot in range(self.capacity) if slot not in taken]
 
     def _copy(self, places: list[int], slots: list[int], written: KeyValuePrefix) -> None:
         """Rows of `written` (or its only one) into slots."""
@@ -186,7 +190,6 @@ class _Pool:
                 kept.index_copy_(0, target, rows)
 
     def prefix(self, slots: list[int]) -> KeyValuePrefix:
-        """Of B sequences, in these slots."""
         layers = len(self.tensors) // 2
         rows = torch.tensor(slots, dtype=torch.int32).to(self.tensors[0].device)
         return KeyValuePrefix(self.tensors[:layers], self.tensors[layers:], rows)

@@ -27,8 +27,7 @@ class Recommendation:
 def pack_histories(histories: Iterable[Iterable[ItemId]], index_of_item: Mapping[str, int]) -> PackedSequences:
     """Histories of external ids as packed indices; ids that are not in the catalogue are dropped with one warning.
 
-    Raises:
-        TypeError: anything else than ids in an order (list, tuple, array, column), and such histories in another.
+    Anything else than ids in an order (list, tuple, array, column), and such histories in another, is a TypeError.
     """
     unknown: list[str] = []
     rows, emptied = [], 0
@@ -50,16 +49,7 @@ def pack_histories(histories: Iterable[Iterable[ItemId]], index_of_item: Mapping
 def blocked_items(
     exclude: Iterable[ItemId], allow: Iterable[ItemId] | None, index_of_item: Mapping[str, int]
 ) -> Tensor:
-    """Items that nobody may get: bool [I].
-
-    Args:
-        exclude: external ids that are blocked.
-        allow: the only ids that are not; None = all.
-
-    Raises:
-        TypeError: anything else than ids in something like a list; names the argument.
-        ValueError: an id that is not in the catalogue; names the argument.
-    """
+    """Items that nobody may get, bool [I]: those of `exclude`, and all but those of `allow`, where it is given."""
     blocked = torch.zeros(len(index_of_item), dtype=torch.bool)
     blocked[_indices("exclude", exclude, index_of_item)] = True
     if allow is not None:
@@ -70,12 +60,7 @@ def blocked_items(
 
 
 def wanted_items(k: Any) -> int:
-    """`k` as a number.
-
-    Raises:
-        TypeError: no whole number.
-        ValueError: below 1.
-    """
+    """`k` as a number of at least 1."""
     if isinstance(k, bool | np.bool_) or not hasattr(k, "__index__") or isinstance(k, Tensor | np.ndarray):
         raise TypeError(f"recommend: k must be a whole number, got {k!r}")
     if operator.index(k) < 1:
@@ -116,34 +101,25 @@ def _ids(
     for item in _elements(argument, "item ids", ids, ordered=ordered):
         if isinstance(item, str):
             yield str.__str__(item)  # the text itself of NumPy's strings and others
-        elif isinstance(item, int | np.integer) and not isinstance(item, bool):
-            yield _text_of(argument, int(item), index_of_item)
-        else:
+            continue
+        if not isinstance(item, int | np.integer) or isinstance(item, bool):
             raise TypeError(f"recommend: {argument} must be a list of item ids (text or whole numbers), got {item!r}")
-
-
-def _text_of(argument: str, number: int, index_of_item: Mapping[str, int]) -> str:
-    text = str(number)
-    if text not in index_of_item and not any(known.isdecimal() for known in index_of_item):
-        raise TypeError(
-            f"recommend: {argument} must name items as the catalogue does, by text like {next(iter(index_of_item))!r}, "
-            f"got the number {number}"
-        )
-    return text
+        text = str(int(item))
+        if text not in index_of_item and not any(known.isdecimal() for known in index_of_item):
+            raise TypeError(
+                f"recommend: {argument} must name items as the catalogue does, by text like "
+                f"{next(iter(index_of_item))!r}, got the number {item}"
+            )
+        yield text
 
 
 def _elements(argument: str, what: str, values: Any, *, ordered: bool) -> Iterable[Any]:
     """What is in a list, a tuple, an array, a column or a generator; not in a text or a table, whose parts are others.
 
-    Args:
-        ordered: whether the order counts, which a set does not have.
+    Where the order counts, a set is refused.
     """
-    other = isinstance(values, str | bytes | bytearray | Mapping) or hasattr(values, "columns")
-    if (
-        other
-        or (ordered and isinstance(values, Set))
-        or not isinstance(values, Iterable)
-        or getattr(values, "ndim", 1) == 0
-    ):
+    other = str | bytes | bytearray | Mapping | (Set if ordered else str)
+    plain = isinstance(values, Iterable) and not isinstance(values, other)
+    if not plain or hasattr(values, "columns") or getattr(values, "ndim", 1) == 0:
         raise TypeError(f"recommend: {argument} must be a list of {what}, got a {type(values).__name__}: {values!r}")
     return values.tolist() if isinstance(values, Tensor) else values

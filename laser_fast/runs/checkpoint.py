@@ -12,7 +12,6 @@ from laser_fast.laser.build import Inputs, build_laser, load_inputs, load_langua
 from laser_fast.laser.laser_files import SavedLaser, find_saved, item_map_hash, weights_hash, write_laser
 from laser_fast.laser.model import LaserModel
 from laser_fast.laser.model_card import model_card
-from laser_fast.laser.pretrained import restore_calibration
 from laser_fast.lm.loading.base_model import lm_of_saved
 from laser_fast.models.token_budget import TokenBudget
 
@@ -67,7 +66,7 @@ class Run:
         saved.refuse_other_sizes()
         model = build_laser(config, inputs, *load_language_model(lm)).eval()
         saved.refuse_another_base(model)
-        model.budget = TokenBudget(config.training.micro_batch_tokens)
+        model.encode_within(TokenBudget(config.training.micro_batch_tokens))
         return cls(restore(model, inputs, saved), inputs, config)
 
 
@@ -86,8 +85,9 @@ def save_laser(
         validation: metrics reached on the validation rows, by name.
         facts: anything worth keeping with it (stage, epoch), as JSON.
     """
-    card = model_card(model, figures={f"validation {name}": value for name, value in validation.items()})
-    write_laser(model, directory, card, config=config, validation=validation, **facts)
+    contents = model.contents()
+    card = model_card(contents, figures={f"validation {name}": value for name, value in validation.items()})
+    write_laser(contents, directory, card, config=config, validation=validation, **facts)
 
 
 def restore(model: LaserModel, inputs: Inputs, saved: SavedLaser) -> LaserModel:
@@ -98,7 +98,7 @@ def restore(model: LaserModel, inputs: Inputs, saved: SavedLaser) -> LaserModel:
     """
     saved.put_into(model)
     counts = torch.from_numpy(training_counts(inputs.split, model.num_items))
-    restore_calibration(model, saved, counts, inputs.recommender)
+    model.calibration = saved.calibrated(model, inputs.recommender, counts)
     return model
 
 

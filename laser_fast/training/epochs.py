@@ -22,9 +22,10 @@ from laser_fast.data.micro_batches import VirtualTokens
 from laser_fast.data.negatives import NegativeSampler
 from laser_fast.laser.build import Inputs
 from laser_fast.laser.model import LaserModel
+from laser_fast.models.objective import StepContext
 from laser_fast.models.token_budget import TokenBudget
 from laser_fast.planning.memory import Plan
-from laser_fast.processes import Processes
+from laser_fast.processes import ALONE, Processes
 from laser_fast.runs.resume import State, StateFolder
 from laser_fast.runs.run_directory import RunDirectory
 from laser_fast.training.interruption import Interrupted, Interruption
@@ -56,6 +57,12 @@ class Session:
     plan: Plan
     resumed: State | None = None
     best: float = -1.0
+
+    @property
+    def step(self) -> StepContext:
+        """What its steps know of the processes."""
+        together = self.config.objective.balance_scope == "global"
+        return StepContext(self.processes, self.processes if together else ALONE)
 
     def stands_in(self, stage: str) -> bool:
         """Whether the run goes on in the midst of this stage."""
@@ -208,7 +215,7 @@ class Stage:
         run.resumed = None
         device, position = run.accelerator.device, state.values["position"]
         run.model.load_state_dict(state.part("model").tensors)
-        run.model.item_matrix = state.part("items").tensors["matrix"].to(device)
+        run.model.keep_items(state.part("items").tensors["matrix"].to(device))
         run.model.budget.limit = position["budget"]
         if self.heads is not None:
             self.heads.load_state_dict(state.part("heads").tensors)

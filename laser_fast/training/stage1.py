@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from laser_fast.config import LaserConfig
 from laser_fast.data.batches import BatchBuilder, PackedBatch
 from laser_fast.laser.model import LaserModel
+from laser_fast.models.objective import StepContext
 from laser_fast.models.token_budget import TokenBudget
 from laser_fast.nn.mformer import balance_across
 from laser_fast.nn.stage1.bert_weights import initialize_text_branch, load_bert
@@ -29,7 +30,7 @@ def pretrain(session: Session) -> None:
     assert model.mformer is not None  # the configuration demands it
     heads = build_heads(config, model).to(session.accelerator.device)
     processes.synchronize(heads)  # each drew its own
-    modules, loss = nn.ModuleList([model.mformer, heads]), pretraining_loss(model, heads)
+    modules, loss = nn.ModuleList([model.mformer, heads]), pretraining_loss(model, heads, session.step)
     stopping = EarlyStopping(config.training.pretrain.patience)
     budget = TokenBudget(explain=explain_pretraining_shortage(config, session.plan))  # rows are each other's negatives
 
@@ -90,19 +91,19 @@ def text_vocabulary(builder: BatchBuilder, model: LaserModel) -> Vocabulary:
     return Vocabulary(input_ids, model.lm.embed(input_ids))
 
 
-def pretraining_loss(model: LaserModel, heads: PretrainingHeads) -> LossFunction:
+def pretraining_loss(model: LaserModel, heads: PretrainingHeads, step: StepContext | None = None) -> LossFunction:
     """The loss of a batch of histories, each term that is on, the balance loss and the load."""
     mformer, recommender = model.mformer, model.recommender
     assert mformer is not None and recommender is not None  # the configuration demands them
-    keep = heads.weights.generation > 0
+    keep, step = heads.weights.generation > 0, step or StepContext()
 
     def loss_function(batch: PackedBatch) -> dict[str, Tensor]:
         states = recommender.states(batch.items, batch.cu_seqlens, batch.folds)
         written = mformer(states, batch.cu_seqlens, keep_layer_inputs=keep)
         embeds = model.lm.embed(batch.input_ids).float()
         pairs = Pairs(batch.items, batch.cu_seqlens, batch.input_ids, embeds, batch.token_cu_seqlens)
-        values = heads(written, pairs, model.processes.gather)
-        balance, load = balance_across(written.routing, batch.cu_seqlens, model.balance_processes)
+        values = heads(written, pairs, step.processes.gather)
+        balance, load = balance_across(written.routing, batch.cu_seqlens, step.balance_processes)
         terms = values.pop("loss")
         loss = terms + model.balance_weight * balance
         return {"loss": loss, "terms": terms, **values, "balance": balance, "load": load}

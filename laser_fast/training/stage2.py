@@ -6,6 +6,7 @@ phase B   V stays as it was at the best epoch of phase A; the user side alone go
 Several processes each encode and rank a share of the rows; all get the results.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,9 +17,8 @@ from laser_fast.data.batches import PackedBatch
 from laser_fast.data.negatives import NegativeSampler
 from laser_fast.evaluation import evaluate, search_calibration
 from laser_fast.laser.build import training_counts
-from laser_fast.laser.pretrained import calibration_components
 from laser_fast.recommenders.protocol import Scorer
-from laser_fast.retrieval.calibration import CalibratedScorer
+from laser_fast.retrieval.calibration import CalibratedScorer, calibration_components
 from laser_fast.runs.checkpoint import find_run, save_laser
 from laser_fast.training.epochs import Session, Stage
 from laser_fast.training.loop import EarlyStopping
@@ -32,7 +32,7 @@ def train_phase(session: Session, name: str) -> None:
     frozen_items = name == "phase_b"
     settings = config.training.phase_b if frozen_items else config.training.phase_a
     with_positives = not frozen_items and objective.item_gradient == "positives"
-    model.item_matrix_trains = with_positives
+    step = replace(session.step, items_train=with_positives)
     if model.item_side == "text" and objective.candidates == "catalog":
         with_positives = False  # all items are made anew in every step
     seed, negatives = config.training.seed + 1 + frozen_items, None
@@ -44,7 +44,7 @@ def train_phase(session: Session, name: str) -> None:
     stopping = EarlyStopping(settings.patience, session.best)
 
     def loss(batch: PackedBatch) -> dict[str, Tensor]:
-        output = model(batch)
+        output = model(batch, step=step)
         values = {"loss": output.loss, "cross_entropy": output.cross_entropy, "balance": output.balance_loss}
         return values if output.load is None else values | {"load": output.load}
 
@@ -117,7 +117,7 @@ def _refresh_items(session: Session) -> None:
     for start in tqdm(starts, desc="encode items", unit="batch", disable=not session.progress, leave=False):
         session.interruption.poll()
         rows.append(model.encode_items(own[start : start + size].tolist(), batch_size=size))
-    model.item_matrix = torch.cat(processes.gather_parts(torch.cat(rows)))
+    model.keep_items(torch.cat(processes.gather_parts(torch.cat(rows))))
 
 
 class _SharedScorer:

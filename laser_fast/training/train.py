@@ -25,7 +25,7 @@ from laser_fast.models.token_budget import Shortage, TokenBudget
 from laser_fast.nn.stage1.bert_weights import initialize_qformer, load_bert
 from laser_fast.planning.memory import explain_shortage
 from laser_fast.planning.plan_table import one_line
-from laser_fast.processes import ALONE, Processes, launched_first, launched_size
+from laser_fast.processes import Processes, launched_first, launched_size
 from laser_fast.runs.checkpoint import find_run, fingerprint, restore
 from laser_fast.runs.resume import StateFolder, refuse_another_beginning
 from laser_fast.runs.run_directory import RunDirectory
@@ -177,13 +177,11 @@ def _open(config: LaserConfig, processes: Processes, *, resume: bool) -> RunDire
 
 def _train(session: Session, resume: bool) -> None:
     """Everything between the first step and the last."""
-    model, processes, objective = session.model, session.processes, session.config.objective
+    processes = session.processes
     if processes.rank:  # dropout of its share is independent of that of the others
         seeds = np.random.SeedSequence([session.config.training.seed, processes.rank])
         torch.manual_seed(int(seeds.generate_state(1)[0]))
-    model.budget = _token_budget(session)
-    together = objective.balance_scope == "global"
-    model.processes, model.balance_processes = session.processes, session.processes if together else ALONE
+    session.model.encode_within(_token_budget(session))
     if resume:
         _resume(session)
     names = list(_STAGES)
@@ -192,8 +190,6 @@ def _train(session: Session, resume: bool) -> None:
     with session.interruption:
         for name in names:
             _STAGES[name](session)
-    model.processes = model.balance_processes = ALONE
-    model.item_matrix_trains = True
     session.directory.finish()
     session.states.clear()
     processes.wait()

@@ -1,6 +1,8 @@
 """What a saved model names on the hub is taken out of the cache; the net is asked only where the caller names it."""
 
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from laser_fast.config import LaserConfig, build_config
 from laser_fast.data import SequenceDataset, write_dataset
 from laser_fast.data.items import ItemTable
 from laser_fast.laser.build import build_laser, load_inputs
-from laser_fast.laser.laser_files import Origin, origin_of
+from laser_fast.laser.laser_files import origin_of
 from laser_fast.lm.loading.language_model import load_language_model
 from laser_fast.recommenders.recommender_files import load_recommender, save_recommender
 from laser_fast.runs.checkpoint import load_laser, save_laser
@@ -52,8 +54,7 @@ def write_run(settings: dict[str, Any], **lm: str) -> Path:
     model = build_laser(config, inputs, *load_language_model(config.lm)).eval()
     model.refresh_items()
     config = config.model_copy(update={"lm": config.lm.model_copy(update=lm)})
-    known = origin_of(model)
-    model.origin = Origin(known.config, config.lm, known.base, known.items, known.counts, known.split_hash)
+    model.origin = replace(origin_of(model), lm=config.lm)
     folder = Path(config.output) / "checkpoint"
     save_laser(model, config, folder, validation={"NDCG@10": 0.5}, stage="phase_a", epoch=0)
     return folder
@@ -111,22 +112,19 @@ def test_a_folder_that_is_gone_is_no_name_on_the_hub(tiny_settings: dict[str, An
     assert hub.fetched == []
 
 
-def test_a_folder_of_the_cache_stays_a_folder(hub: Hub, tiny_lm: Path, tiny_recommender: Path, tmp_path: Path) -> None:
+def test_a_folder_of_the_cache_stays_a_folder(
+    hub: Hub, tiny_lm: Path, new_laser: Callable[..., LaserModel], tmp_path: Path
+) -> None:
     shutil.copytree(tiny_lm, hub.folder)
-    items = {f"i{i}": "red bolt" for i in range(25)}
-    LaserModel.from_pretrained(hub.folder, items=items, recommender=tiny_recommender).save_pretrained(
-        tmp_path / "laser"
-    )
+    new_laser(hub.folder).save_pretrained(tmp_path / "laser")
     assert origin_of(LaserModel.from_pretrained(tmp_path / "laser")).lm.path == str(hub.folder)
 
 
-def test_local_files_only_is_of_the_tokenizer_too(hub: Hub, tiny_lm: Path, tiny_recommender: Path) -> None:
-    arguments: dict[str, Any] = {"items": {f"i{i}": "red bolt" for i in range(25)}, "recommender": tiny_recommender}
-    arguments["tokenizer"] = "hub:someone/tiny-bert"
+def test_local_files_only_is_of_the_tokenizer_too(hub: Hub, new_laser: Callable[..., LaserModel]) -> None:
     with pytest.raises(FileNotFoundError, match="got 'hub:someone/tiny-bert'"):
-        LaserModel.from_pretrained(tiny_lm, local_files_only=True, **arguments)
+        new_laser(tokenizer="hub:someone/tiny-bert", local_files_only=True)
     assert hub.fetched == []
-    LaserModel.from_pretrained(tiny_lm, **arguments)
+    new_laser(tokenizer="hub:someone/tiny-bert")
     assert hub.fetched == ["someone/tiny-bert"]
 
 

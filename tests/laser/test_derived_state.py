@@ -12,7 +12,6 @@ import torch
 from laser_fast.config import LaserConfig, build_config
 from laser_fast.data import PackedSequences
 from laser_fast.laser import LaserModel
-from laser_fast.laser.build import build_laser, load_inputs, load_language_model
 from laser_fast.models.objective import LaserOutput
 from laser_fast.recommenders import SASRec
 from laser_fast.retrieval.calibration import CalibratedScorer, Calibration
@@ -26,17 +25,19 @@ OUTDATED = (
 )
 
 
-def build(settings: dict[str, Any], **sections: Any) -> LaserModel:
-    config = build_config(LaserConfig, {**settings, **sections})
-    torch.manual_seed(0)
-    model = build_laser(config, load_inputs(config), *load_language_model(config.lm)).eval()
-    model.refresh_items()
-    return model
+@pytest.fixture
+def build(make_laser: Callable[..., Any]) -> Callable[..., LaserModel]:
+    def make(**sections: Any) -> LaserModel:
+        model = make_laser(**sections)[0].eval()
+        model.refresh_items()
+        return model
+
+    return make
 
 
 @pytest.fixture
-def model(tiny_settings: dict[str, Any]) -> LaserModel:
-    return build(tiny_settings)
+def model(build: Callable[..., LaserModel]) -> LaserModel:
+    return build()
 
 
 def step(model: LaserModel, optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW, **kind: Any) -> None:
@@ -67,8 +68,10 @@ CHANGES: dict[str, Callable[[LaserModel], object]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_no_reader_takes_an_older_item_matrix(tiny_settings: dict[str, Any], tmp_path: Path, name: str) -> None:
-    model, config = build(tiny_settings), build_config(LaserConfig, tiny_settings)
+def test_no_reader_takes_an_older_item_matrix(
+    model: LaserModel, tiny_settings: dict[str, Any], tmp_path: Path, name: str
+) -> None:
+    config = build_config(LaserConfig, tiny_settings)
     index, users = model.index(), PackedSequences.from_lists([[3, 4]])
     batch = replace(model.builder.histories(users), targets=torch.tensor([5]))
 
@@ -138,6 +141,7 @@ def test_moves_and_copies_are_no_change(model: LaserModel) -> None:
     model.calibration = CalibratedScorer({"laser": model}, Calibration({"laser": 1.0}), torch.ones(25))
     expected = model.recommend(HISTORIES, 3)
     for twin in (copy.copy(model), copy.deepcopy(model), moved(model)):
+        assert twin.calibration is not None and twin.calibration.components["laser"] is twin
         assert [[one.item_id for one in best] for best in twin.recommend(HISTORIES, 3)] == [
             [one.item_id for one in best] for best in expected
         ]
@@ -197,8 +201,8 @@ def test_a_run_that_kept_its_items_comes_back_whole(tiny_settings: dict[str, Any
         assert not model.items_are_outdated and model.recommend(HISTORIES, 3) == trained.recommend(HISTORIES, 3)
 
 
-def test_text_vectors_follow_the_language_model_and_outdate_the_matrix(tiny_settings: dict[str, Any]) -> None:
-    model = build(tiny_settings, text={"residual": True})
+def test_text_vectors_follow_the_language_model_and_outdate_the_matrix(build: Callable[..., LaserModel]) -> None:
+    model = build(text={"residual": True})
     assert model.text is not None
     before = model.text.vectors
     model.text.set_vectors(before.clone())
@@ -210,7 +214,7 @@ def test_text_vectors_follow_the_language_model_and_outdate_the_matrix(tiny_sett
     write_to_the_language_model(model)
     model.refresh_items()
     assert torch.equal(model.text.vectors, before)  # they were set, so they are whoever's who set them
-    other = build(tiny_settings, text={"residual": True})
+    other = build(text={"residual": True})
     assert other.text is not None
     read = other.text.vectors
     other.refresh_items()
@@ -220,8 +224,7 @@ def test_text_vectors_follow_the_language_model_and_outdate_the_matrix(tiny_sett
     assert not torch.equal(other.text.vectors, read)
 
 
-def test_instructions_follow_the_language_model(tiny_settings: dict[str, Any]) -> None:
-    model = build(tiny_settings)
+def test_instructions_follow_the_language_model(model: LaserModel) -> None:
     first = model._instruction((1, 2))
     assert model._instruction((1, 2)) is first
     step(model)  # trains nothing that stands before an instruction

@@ -10,18 +10,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from laser_fast import LaserModel
-from laser_fast.data import SequenceDataset
 from laser_fast.lm.attention.packed_attention import varlen_attention
 from laser_fast.recommenders.gru4rec import GRU4Rec
 from laser_fast.recommenders.packed_recommender import PackedRecommender
 from laser_fast.recommenders.sasrec import SASRec
 
 Move = Callable[[nn.Module], nn.Module]
-CONFIG: dict[str, Any] = {
-    "prompt": {"user_template": "{history}", "separator": ",", "max_items": 4},
-    "mformer": {"width": 16, "num_layers": 1, "num_heads": 2, "num_experts": 3, "num_queries": 2, "max_history": 4},
-}
-PAPER = CONFIG | {"text": {"residual": False}, "objective": {"mask_history": False, "popularity": False}}
+PAPER = {"text": {"residual": False}, "objective": {"mask_history": False, "popularity": False}}
 CASTS: dict[str, Move] = {
     "half": lambda model: model.half(),
     "bfloat16": lambda model: model.bfloat16(),
@@ -37,20 +32,9 @@ MOVES: dict[str, Move] = {
 }
 
 
-@pytest.fixture
-def options(tiny_data: Path, tiny_recommender: Path) -> dict[str, Any]:
-    return {"items": SequenceDataset.load(tiny_data).items, "recommender": tiny_recommender}
-
-
-def make(tiny_lm: Path, options: dict[str, Any], config: dict[str, Any] = CONFIG) -> LaserModel:
-    torch.manual_seed(0)
-    model = LaserModel.from_pretrained(tiny_lm, config=config, **options).eval()
+def test_a_laser_keeps_its_dtypes(new_laser: Callable[..., LaserModel]) -> None:
+    model = new_laser().eval()
     model.refresh_items()
-    return model
-
-
-def test_a_laser_keeps_its_dtypes(tiny_lm: Path, options: dict[str, Any]) -> None:
-    model = make(tiny_lm, options)
     known = model.recommend([["i1", "i2"]], k=3)
     for cast in [*CASTS.values(), lambda model: model.double()]:
         with pytest.raises(
@@ -97,12 +81,13 @@ def test_attention_over_two_dtypes_is_refused_by_name() -> None:
         assert varlen_attention(query, query, query.bfloat16(), bounds, causal=True).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("config", [CONFIG, PAPER], ids=["residual", "paper"])
+@pytest.mark.parametrize("config", [None, PAPER], ids=["residual", "paper"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast_embeddings_are_float32_and_close(
-    dtype: torch.dtype, config: dict[str, Any], tiny_lm: Path, options: dict[str, Any]
+    dtype: torch.dtype, config: dict[str, Any] | None, new_laser: Callable[..., LaserModel]
 ) -> None:
-    model = make(tiny_lm, options, config)
+    model = new_laser(config_of=config).eval()
+    model.refresh_items()
     users = torch.tensor([3, 4, 9]), torch.tensor([0, 2, 3], dtype=torch.int32)
     expected = model.encode_items(), model.score(*users)
     with torch.autocast("cpu", dtype):
@@ -113,7 +98,7 @@ def test_under_autocast_embeddings_are_float32_and_close(
 
 
 def test_a_loaded_model_with_a_head_makes_a_laser_that_is_found_again(
-    tiny_lm: Path, options: dict[str, Any], tmp_path: Path
+    tiny_lm: Path, new_laser: Callable[..., LaserModel], tmp_path: Path
 ) -> None:
     from transformers import AutoTokenizer
 
@@ -126,8 +111,7 @@ def test_a_loaded_model_with_a_head_makes_a_laser_that_is_found_again(
     headed = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
     made = []
     for base in (headed, tmp_path / "llama"):
-        torch.manual_seed(0)
-        model = LaserModel.from_pretrained(base, tokenizer=tokenizer, config=PAPER, **options).eval()
+        model = new_laser(base, PAPER, tokenizer=tokenizer).eval()
         made.append(model.refresh_items())
         model.save_pretrained(tmp_path / "saved")
         for again in (None, AutoModelForCausalLM.from_pretrained(tmp_path / "llama")):
@@ -135,4 +119,4 @@ def test_a_loaded_model_with_a_head_makes_a_laser_that_is_found_again(
             assert torch.equal(restored.item_matrix, model.item_matrix)
     assert torch.equal(*made)
     with pytest.raises(ValueError, match="dtype must be left out for a loaded language model, which stays as it is"):
-        LaserModel.from_pretrained(headed, tokenizer=tokenizer, dtype="bfloat16", **options)
+        new_laser(headed, tokenizer=tokenizer, dtype="bfloat16")

@@ -1,17 +1,16 @@
 """LaserModel's ways to put words and prefix in front of the text: equal results, gradients, and prefixes kept."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModel, LlamaConfig, PreTrainedModel
 
-from laser_fast.config import LaserConfig, build_config
 from laser_fast.data import PackedSequences, training_rows
 from laser_fast.laser import LaserModel
-from laser_fast.laser.build import Inputs, build_laser, load_inputs, load_language_model
+from laser_fast.laser.build import Inputs
 from laser_fast.lm.execution.cuda_graphs import Recorder
 from laser_fast.lm.execution.fixed_shapes import FixedShapes
 from laser_fast.lm.frozen_lm import FrozenLM
@@ -20,26 +19,17 @@ from laser_fast.lm.packed_layout import PackedLayout
 HISTORIES = [[0, 1, 2], [7], [], [3, 4, 5, 6, 8, 9]]
 
 
-def decoder(vocab_size: int) -> PreTrainedModel:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = AutoModel.from_config(LlamaConfig(vocab_size=vocab_size, num_key_value_heads=2, **sizes))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(10.0 if parameter.dim() > 1 else 1.0)  # so that attention matters
-    return model
+PROMPT = {"user_template": "red blue green : {history} , saw", "item_prompt": "small bolt : {text}"}
 
 
-def build(settings: dict[str, Any], *, causal: bool = True, **sections: dict[str, Any]) -> tuple[LaserModel, Inputs]:
-    values = {**settings, "training": {**settings["training"], "pretrain": {"epochs": 0}}}
-    prompt = {"user_template": "red blue green : {history} , saw", "item_prompt": "small bolt : {text}"}
-    for name, section in {"prompt": prompt, **sections}.items():
-        values[name] = {**values.get(name, {}), **(prompt if name == "prompt" else {}), **section}
-    config = build_config(LaserConfig, values)
-    inputs = load_inputs(config)
-    encoder, tokenizer = load_language_model(config.lm)
-    torch.manual_seed(1)
-    return build_laser(config, inputs, decoder(len(tokenizer)) if causal else encoder, tokenizer), inputs
+@pytest.fixture
+def build(make_laser: Callable[..., Any]) -> Callable[..., tuple[LaserModel, Inputs]]:
+    def make(
+        *, causal: bool = True, prompt: dict[str, Any] | None = None, **sections: Any
+    ) -> tuple[LaserModel, Inputs]:
+        return make_laser("llama" if causal else "bert", prompt=PROMPT | (prompt or {}), **sections)
+
+    return make
 
 
 def embeddings(model: LaserModel) -> tuple[Tensor, Tensor]:
@@ -66,12 +56,12 @@ def losses(model: LaserModel, inputs: Inputs, steps: int = 4) -> list[float]:
 
 @pytest.mark.parametrize("readout", ["suffix", "mean"])
 @pytest.mark.parametrize("prefix", ["mformer", "linear", "shared", "none"])
-def test_an_instruction_computed_once_changes_nothing(tiny_settings: dict[str, Any], prefix: str, readout: str) -> None:
+def test_an_instruction_computed_once_changes_nothing(build: Callable[..., Any], prefix: str, readout: str) -> None:
     bituning = {"prefix": prefix, "readout": readout}
     results = []
     for reuse in (False, True):
         order = {"order": "prompt-first", "reuse_instruction": reuse}
-        model, inputs = build(tiny_settings, bituning=bituning, prompt=order)
+        model, inputs = build(bituning=bituning, prompt=order)
         tokens: list[int] = []
         model.lm.model.register_forward_pre_hook(
             lambda module, given, named: tokens.append(named["inputs_embeds"].shape[1]), with_kwargs=True
@@ -85,25 +75,25 @@ def test_an_instruction_computed_once_changes_nothing(tiny_settings: dict[str, A
     assert fewer < tokens
 
 
-def test_the_order_matters_to_a_decoder(tiny_settings: dict[str, Any]) -> None:
-    prefix_first, _ = build(tiny_settings)
-    prompt_first, _ = build(tiny_settings, prompt={"order": "prompt-first"})
+def test_the_order_matters_to_a_decoder(build: Callable[..., Any]) -> None:
+    prefix_first, _ = build()
+    prompt_first, _ = build(prompt={"order": "prompt-first"})
     one, other = embeddings(prefix_first)[0], embeddings(prompt_first)[0]
     assert float((one - other).abs().max()) > 1e-2 * float(one.abs().max())
 
 
-def test_an_encoder_takes_either_order_but_no_reuse(tiny_settings: dict[str, Any]) -> None:
+def test_an_encoder_takes_either_order_but_no_reuse(build: Callable[..., Any]) -> None:
     order = {"order": "prompt-first", "reuse_instruction": False}
-    model, inputs = build(tiny_settings, causal=False, prompt=order)
+    model, inputs = build(causal=False, prompt=order)
     assert all(np.isfinite(losses(model, inputs, steps=2)))
     with pytest.raises(ValueError, match="reuse_instruction must be false for a bidirectional language model"):
-        build(tiny_settings, causal=False, prompt={"order": "prompt-first"})
+        build(causal=False, prompt={"order": "prompt-first"})
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["decoder", "encoder"])
 @pytest.mark.parametrize("prefix", ["mformer", "linear", "shared"])
-def test_a_deep_prefix_is_trained_and_costs_no_token(tiny_settings: dict[str, Any], prefix: str, causal: bool) -> None:
-    model, inputs = build(tiny_settings, causal=causal, bituning={"prefix": prefix, "prefix_mode": "kv"})
+def test_a_deep_prefix_is_trained_and_costs_no_token(build: Callable[..., Any], prefix: str, causal: bool) -> None:
+    model, inputs = build(causal=causal, bituning={"prefix": prefix, "prefix_mode": "kv"})
     lengths: list[int] = []
     model.lm.model.register_forward_pre_hook(
         lambda module, given, named: lengths.append(named["inputs_embeds"].shape[1]), with_kwargs=True
@@ -127,16 +117,14 @@ def test_a_deep_prefix_is_trained_and_costs_no_token(tiny_settings: dict[str, An
     assert not any(name.startswith("mformer.lm_projection") for name, _ in model.named_parameters())
 
 
-def test_a_deep_prefix_behind_an_instruction(tiny_settings: dict[str, Any]) -> None:
+def test_a_deep_prefix_behind_an_instruction(build: Callable[..., Any]) -> None:
     settings = {"bituning": {"prefix_mode": "kv"}, "prompt": {"order": "prompt-first"}}
-    model, inputs = build(tiny_settings, **settings)
+    model, inputs = build(**settings)
     found = losses(model, inputs, steps=2)
     assert all(np.isfinite(found))
     users = embeddings(model)[0]
     # the instruction is seen: other words, other embeddings
-    other, _ = build(
-        tiny_settings, **{**settings, "prompt": {**settings["prompt"], "user_template": "glove {history}"}}
-    )
+    other, _ = build(**{**settings, "prompt": {**settings["prompt"], "user_template": "glove {history}"}})
     other.load_state_dict(model.state_dict())
     assert float((embeddings(other)[0] - users).abs().max()) > 1e-3 * float(users.abs().max())
 
@@ -152,13 +140,13 @@ def test_a_deep_prefix_behind_an_instruction(tiny_settings: dict[str, Any]) -> N
     ],
     ids=["deep", "deep behind instruction", "reuse", "no reuse", "prefix first"],
 )
-def test_kept_prefixes_change_nothing_but_the_work(tiny_settings: dict[str, Any], sections: dict[str, Any]) -> None:
-    model, inputs = build(tiny_settings, **sections)
+def test_kept_prefixes_change_nothing_but_the_work(build: Callable[..., Any], sections: dict[str, Any]) -> None:
+    model, inputs = build(**sections)
     histories = PackedSequences.from_lists(HISTORIES)
     expected = model.encode_users(histories)
     model.keep_prefixes(8)
     assert model.kept_prefixes is not None
-    store, runs = model.kept_prefixes.store, []
+    store, runs = model.kept_prefixes, []
     assert model.mformer is not None
     model.mformer.register_forward_hook(lambda module, given, result: runs.append(result.queries.shape[0]))
     for _ in range(2):
@@ -178,8 +166,8 @@ def test_kept_prefixes_change_nothing_but_the_work(tiny_settings: dict[str, Any]
 
 
 @pytest.mark.parametrize("how", ["kept", "recorded", "instruction"])
-def test_what_was_kept_in_another_precision_is_not_used(tiny_settings: dict[str, Any], how: str) -> None:
-    model, _ = build(tiny_settings, prompt={"order": "prompt-first"})
+def test_what_was_kept_in_another_precision_is_not_used(build: Callable[..., Any], how: str) -> None:
+    model, _ = build(prompt={"order": "prompt-first"})
     histories = PackedSequences.from_lists(HISTORIES)
     if how == "kept":
         model.keep_prefixes(8)
@@ -202,50 +190,37 @@ def test_what_was_kept_in_another_precision_is_not_used(tiny_settings: dict[str,
     assert all(map(torch.equal, ask(), expected))
 
 
-def test_a_loaded_state_empties_the_store(tiny_settings: dict[str, Any]) -> None:
-    model, _ = build(tiny_settings, bituning={"prefix_mode": "kv"})
-    histories = PackedSequences.from_lists(HISTORIES)
-    model.keep_prefixes(8)
-    before = model.encode_users(histories)
-    model.load_state_dict({name: value * 1.5 for name, value in model.state_dict().items()})
-    after = model.encode_users(histories)
-    model.keep_prefixes(0)
-    torch.testing.assert_close(after, model.encode_users(histories), rtol=1e-4, atol=1e-5)
-    assert float((after - before).abs().max()) > 1e-3
-
-
-def test_what_cannot_be_kept_is_refused(tiny_settings: dict[str, Any]) -> None:
-    encoder, _ = build(tiny_settings, causal=False)
+def test_what_cannot_be_kept_is_refused(build: Callable[..., Any]) -> None:
+    encoder, _ = build(causal=False)
     with pytest.raises(ValueError, match='prefix_mode must be "kv" for a bidirectional language model'):
         encoder.keep_prefixes(4)
-    bare, _ = build(tiny_settings, bituning={"prefix": "none"})
+    bare, _ = build(bituning={"prefix": "none"})
     with pytest.raises(ValueError, match="the model must have a prefix, got none"):
         bare.keep_prefixes(4)
     with pytest.raises(ValueError, match="capacity must not be negative, got -1"):
         bare.keep_prefixes(-1)
 
 
-def test_settings_that_contradict_each_other(tiny_settings: dict[str, Any]) -> None:
+def test_settings_that_contradict_each_other(build: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match='prefix_mode must be "embedding" when bituning.prefix is "none"'):
-        build(tiny_settings, bituning={"prefix": "none", "prefix_mode": "kv"})
+        build(bituning={"prefix": "none", "prefix_mode": "kv"})
     with pytest.raises(ValueError, match="reuse_instruction must be true with prompt.order"):
         build(
-            tiny_settings,
             bituning={"prefix_mode": "kv"},
             prompt={"order": "prompt-first", "reuse_instruction": False},
         )
     with pytest.raises(ValueError, match=r"item_prompt must contain \{text\} once, got 'bolt'"):
-        build(tiny_settings, prompt={"item_prompt": "bolt"})
+        build(prompt={"item_prompt": "bolt"})
 
 
 @pytest.mark.parametrize("sections", [{}, {"prompt": {"order": "prompt-first", "reuse_instruction": False}}])
 @pytest.mark.parametrize("causal", [True, False], ids=["decoder", "encoder"])
 def test_training_packed_equals_training_padded(
-    tiny_settings: dict[str, Any], causal: bool, sections: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    build: Callable[..., Any], causal: bool, sections: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, inputs = build(tiny_settings, causal=causal, **sections)
+    model, inputs = build(causal=causal, **sections)
     packed = losses(model, inputs, steps=6)
-    twin, _ = build(tiny_settings, causal=causal, **sections)
+    twin, _ = build(causal=causal, **sections)
     twin.lm.model.set_attn_implementation("eager")
 
     def padded(lm: FrozenLM, embeds: Tensor, layout: PackedLayout) -> Tensor:

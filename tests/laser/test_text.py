@@ -1,5 +1,6 @@
 """Laser with the text residual: its embeddings, its loss, its training stage, and what is saved of it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from laser_fast import LaserModel
 from laser_fast.config import LaserConfig, build_config
 from laser_fast.data import EvaluationRows, PackedSequences, training_rows
 from laser_fast.laser.build import build_laser, load_inputs, load_language_model
+from laser_fast.models.objective import StepContext
 from laser_fast.models.text_recommender import TextRecommender
 from laser_fast.reports import read_run
 from laser_fast.training.train import train_laser
@@ -23,7 +25,8 @@ TEXT = {"residual": True, "max_history": 3}
 
 def settings_with_text(settings: dict[str, Any], item_side: str = "lm", **sections: Any) -> dict[str, Any]:
     objective = {"mask_history": True, "popularity": True}
-    training = {**settings["training"], "text": {"epochs": 2, "rows_per_epoch": 24, "batch_size": 8}}
+    text = {"epochs": 2, "rows_per_epoch": 24, "batch_size": 8}
+    training = {**settings["training"], "text": text, "pretrain": {"epochs": 0}, "phase_a": {"epochs": 1}}
     return {
         **settings,
         "text": {**TEXT, "item_side": item_side},
@@ -32,12 +35,17 @@ def settings_with_text(settings: dict[str, Any], item_side: str = "lm", **sectio
     } | sections
 
 
-def build(settings: dict[str, Any]) -> tuple[LaserModel, EvaluationRows]:
-    config = build_config(LaserConfig, settings)
-    inputs = load_inputs(config)
-    torch.manual_seed(0)
-    model = build_laser(config, inputs, *load_language_model(config.lm)).eval()
-    return model, training_rows(inputs.split.train, 4).select(np.array([0, 5, 9, 11]))
+@pytest.fixture
+def build(make_laser: Callable[..., Any]) -> Callable[..., tuple[LaserModel, EvaluationRows]]:
+    """`build(item_side)`: a model with a residual, of this side where it is given, and rows to train on."""
+
+    def make(item_side: str | None = "lm", **text: Any) -> tuple[LaserModel, EvaluationRows]:
+        objective = {"mask_history": True, "popularity": True}
+        sections = {"text": {**TEXT, "item_side": item_side, **text}, "objective": objective} if item_side else {}
+        model, inputs = make_laser(**sections)
+        return model.eval(), training_rows(inputs.split.train, 4).select(np.array([0, 5, 9, 11]))
+
+    return make
 
 
 def pairs(histories: PackedSequences) -> tuple[Tensor, Tensor]:
@@ -45,12 +53,12 @@ def pairs(histories: PackedSequences) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("item_side", ["lm", "text"])
-def test_embeddings_are_the_read_out_beside_the_residual(tiny_settings: dict[str, Any], item_side: str) -> None:
-    model, rows = build(settings_with_text(tiny_settings, item_side))
+def test_embeddings_are_the_read_out_beside_the_residual(build: Callable[..., Any], item_side: str) -> None:
+    model, rows = build(item_side)
     text = model.text
     assert text is not None and model.head is not None
     users, items = model.encode_users(rows.histories), model.encode_items()
-    without, _ = build(tiny_settings)  # the same parameters of the language model's side
+    without, _ = build(None)  # the same parameters of the language model's side
     read_out = F.normalize(without.encode_users(rows.histories), dim=-1)  # its head is the identity
     torch.testing.assert_close(users, read_out + text.users(*pairs(rows.histories.truncate_left(3))).detach())
     if item_side == "text":
@@ -59,8 +67,8 @@ def test_embeddings_are_the_read_out_beside_the_residual(tiny_settings: dict[str
         torch.testing.assert_close(items, F.normalize(without.encode_items(), dim=-1) + text.embeddings())
 
 
-def test_the_loss_leaves_out_the_history_and_adds_popularity(tiny_settings: dict[str, Any]) -> None:
-    model, rows = build(settings_with_text(tiny_settings, "text"))
+def test_the_loss_leaves_out_the_history_and_adds_popularity(build: Callable[..., Any]) -> None:
+    model, rows = build("text")
     assert model.text is not None and model.popularity_weight is not None
     with torch.no_grad():
         model.popularity_weight.fill_(0.7)
@@ -78,21 +86,21 @@ def test_the_loss_leaves_out_the_history_and_adds_popularity(tiny_settings: dict
     assert model.popularity_weight.grad != 0
 
 
-def test_a_frozen_item_matrix_is_what_users_are_trained_against(tiny_settings: dict[str, Any]) -> None:
-    model, rows = build(settings_with_text(tiny_settings, "text"))
+def test_a_frozen_item_matrix_is_what_users_are_trained_against(build: Callable[..., Any]) -> None:
+    model, rows = build("text")
     batch = model.builder.training_batch(rows, with_positives=False)
     live = model(batch).cross_entropy
-    model.item_matrix_trains = False
+    step = StepContext(items_train=False)
     with pytest.raises(RuntimeError, match="the item matrix must hold"):
-        model(batch)
+        model(batch, step=step)
     model.refresh_items()
-    torch.testing.assert_close(model(batch).cross_entropy, live)
+    torch.testing.assert_close(model(batch, step=step).cross_entropy, live)
     model.item_matrix = torch.flip(model.item_matrix, [0])
-    assert not torch.isclose(model(batch).cross_entropy, live)
+    assert not torch.isclose(model(batch, step=step).cross_entropy, live)
 
 
-def test_positives_are_read_as_texts_where_items_are(tiny_settings: dict[str, Any]) -> None:
-    model, rows = build(settings_with_text(tiny_settings, "text"))
+def test_positives_are_read_as_texts_where_items_are(build: Callable[..., Any]) -> None:
+    model, rows = build("text")
     batch = model.builder.training_batch(rows, with_positives=True)
     assert model.text is not None and batch.positives is not None and batch.positive_targets is not None
     users, _ = model.encode(batch)
@@ -125,7 +133,7 @@ def test_a_run_trains_the_residual_first_and_comes_back_whole(
 
 def test_a_residual_begins_with_that_of_another_run(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
     settings = settings_with_text(tiny_settings, output=str(tmp_path / "first"))
-    settings["training"] |= {"pretrain": {"epochs": 0}, "phase_a": {"epochs": 0}, "phase_b": {"epochs": 0}}
+    settings["training"] |= {"phase_a": {"epochs": 0}, "phase_b": {"epochs": 0}}
     first, _ = train_laser(build_config(LaserConfig, settings), progress=False)
     second = {**settings, "output": str(tmp_path / "second")}
     second["text"] = {**TEXT, "item_side": "text", "initialize_from": str(tmp_path / "first")}
@@ -146,13 +154,11 @@ def test_a_residual_begins_with_that_of_another_run(tiny_settings: dict[str, Any
         train_laser(build_config(LaserConfig, {**second, "output": str(tmp_path / "third")}), progress=False)
 
 
-def test_templates_are_averaged(tiny_settings: dict[str, Any]) -> None:
+def test_templates_are_averaged(build: Callable[..., Any]) -> None:
     wordings = [["{title}"], ["a {title}"], ["{title}", "a {title}"]]
     vectors = []
     for templates in wordings:
-        settings = settings_with_text(tiny_settings)
-        settings["text"] = {**TEXT, "templates": templates}
-        model, _ = build(settings)
+        model, _ = build(templates=templates)
         assert model.text is not None
         vectors.append(model.text.fetch_vectors())
     assert not torch.allclose(vectors[0], vectors[1], atol=1e-3)
@@ -160,8 +166,8 @@ def test_templates_are_averaged(tiny_settings: dict[str, Any]) -> None:
     assert middle.mean() > 0.95  # means of unit rows, centred: not the same arithmetic
 
 
-def test_the_cached_line_scores_by_the_residual_alone(tiny_settings: dict[str, Any]) -> None:
-    model, rows = build(settings_with_text(tiny_settings))
+def test_the_cached_line_scores_by_the_residual_alone(build: Callable[..., Any]) -> None:
+    model, rows = build()
     assert model.text is not None
     histories = PackedSequences.from_lists([*rows.histories.to_lists(), []])
     items, bounds = pairs(histories)
@@ -170,6 +176,8 @@ def test_the_cached_line_scores_by_the_residual_alone(tiny_settings: dict[str, A
     expected = F.normalize(users, dim=-1) @ F.normalize(model.text.embeddings(), dim=-1).T / 0.1
     torch.testing.assert_close(scores[:-1], expected[:-1].detach())
     assert torch.equal(scores[-1], torch.zeros(model.num_items))
+    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+        TextRecommender(model.text, 0)
     masked = TextRecommender(model.text, 0.1, without_history=True).score(items, bounds)
     for row, history in enumerate(histories.to_lists()):
         for item in range(model.num_items):
@@ -211,17 +219,7 @@ def test_the_defaults_follow_from_one_another(tiny_settings: dict[str, Any]) -> 
 
 
 def test_without_a_residual_there_is_no_text_stage(tiny_settings: dict[str, Any]) -> None:
-    training = {**tiny_settings["training"], "text": {"epochs": 1}}
+    training = {**tiny_settings["training"], "text": {"epochs": 1}, "phase_a": {"epochs": 1}}
     config = build_config(LaserConfig, {**tiny_settings, "training": training})
     train_laser(config, progress=False)
     assert {epoch.stage for epoch in read_run(Path(config.output)).epochs} == {"pretrain", "phase_a", "phase_b"}
-
-
-def test_parts_without_text_are_refused(tiny_settings: dict[str, Any]) -> None:
-    model, rows = build(tiny_settings)
-    with pytest.raises(ValueError, match="encode_texts needs a text residual"):
-        model.encode_texts(model.builder.histories(rows.histories))
-    with pytest.raises(ValueError, match='item_side must be "lm", or "text" where there is text'):
-        LaserModel(model.lm, model.builder, model.item_ids, model.bituning, item_side="text")
-    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
-        TextRecommender(model.text, 0)  # type: ignore[arg-type]

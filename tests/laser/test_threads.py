@@ -8,12 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, LlamaConfig
 
-from laser_fast.config import LaserConfig, build_config
 from laser_fast.data import PackedSequences
 from laser_fast.laser import LaserModel
-from laser_fast.laser.build import build_laser, load_inputs, load_language_model
 from laser_fast.lm.execution.cuda_graphs import Recorder
 from laser_fast.lm.execution.fixed_shapes import FixedShapes
 from laser_fast.recommenders import SASRec
@@ -32,17 +29,15 @@ def _many_switches() -> Iterator[None]:
     sys.setswitchinterval(before)
 
 
-def build(settings: dict[str, Any], *, refresh: bool = True) -> LaserModel:
-    sections = {"bituning": {"prefix_mode": "kv", "dropout": 0.2}, "text": {"residual": True}}
-    config = build_config(LaserConfig, {**settings, **sections, "training": {"pretrain": {"epochs": 0}}})
-    _, tokenizer = load_language_model(config.lm)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    decoder = AutoModel.from_config(LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=1, **sizes))
-    model = build_laser(config, load_inputs(config), decoder, tokenizer)
-    if refresh:
-        model.refresh_items()
-    return model
+@pytest.fixture
+def build(make_laser: Callable[..., Any]) -> Callable[..., LaserModel]:
+    def make(*, refresh: bool = True) -> LaserModel:
+        model, _ = make_laser("llama", bituning={"prefix_mode": "kv", "dropout": 0.2}, text={"residual": True})
+        if refresh:
+            model.refresh_items()
+        return model
+
+    return make
 
 
 def calls(model: LaserModel) -> list[Callable[[int], Any]]:
@@ -94,8 +89,8 @@ def prepare(model: LaserModel, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["plain", "kept", "sorted", "recorded"])
-def test_every_answer_is_that_of_one_thread(tiny_settings: dict[str, Any], how: str) -> None:
-    model = build(tiny_settings).train()
+def test_every_answer_is_that_of_one_thread(build: Callable[..., Any], how: str) -> None:
+    model = build().train()
     prepare(model, how)
     public = calls(model)
     modes = [module.training for module in model.modules()]
@@ -108,8 +103,8 @@ def test_every_answer_is_that_of_one_thread(tiny_settings: dict[str, Any], how: 
     assert [module.training for module in model.modules()] == modes and model.training
 
 
-def test_modes_are_never_touched_while_requests_run(tiny_settings: dict[str, Any]) -> None:
-    model = build(tiny_settings).train()
+def test_modes_are_never_touched_while_requests_run(build: Callable[..., Any]) -> None:
+    model = build().train()
     switched: list[bool] = []
     for module in model.modules():
         module.train = lambda mode=True: switched.append(mode)  # type: ignore[method-assign,assignment]
@@ -120,8 +115,8 @@ def test_modes_are_never_touched_while_requests_run(tiny_settings: dict[str, Any
     assert not switched
 
 
-def test_what_is_made_at_the_first_request_is_made_once(tiny_settings: dict[str, Any]) -> None:
-    model = build(tiny_settings, refresh=False).eval()
+def test_what_is_made_at_the_first_request_is_made_once(build: Callable[..., Any]) -> None:
+    model = build(refresh=False).eval()
     assert model.text is not None and model.text.source is not None
     made, source = [], model.text.source
 
@@ -143,9 +138,9 @@ def test_what_is_made_at_the_first_request_is_made_once(tiny_settings: dict[str,
     )
 
 
-def test_training_goes_on_beside_requests(tiny_settings: dict[str, Any]) -> None:
+def test_training_goes_on_beside_requests(build: Callable[..., Any]) -> None:
     """Dropout of the one and none of the other, at the same time."""
-    model = build(tiny_settings).train()
+    model = build().train()
     batch = model.builder.histories(PackedSequences.from_lists([[1, 2, 3]]))
     users = PackedSequences.from_lists([[1, 2, 3]])
     expected = model.encode_users(users)

@@ -1,6 +1,7 @@
 """The token budget: splitting, encoding part by part, halving when memory runs out, and what it says."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,26 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from laser_fast.config import LaserConfig, build_config
 from laser_fast.data import PackedSequences, training_rows
 from laser_fast.data.batches import PackedBatch
 from laser_fast.data.micro_batches import row_tokens
 from laser_fast.data.sequences import cu_seqlens_of
-from laser_fast.laser import LaserModel
-from laser_fast.laser.build import Inputs, build_laser, load_inputs, load_language_model
 from laser_fast.models.token_budget import Shortage, TokenBudget, is_out_of_memory
 
 HISTORIES = PackedSequences.from_lists([[0, 1, 2, 3], [7], [], [3, 4], [5], [6, 8, 9]])
-
-
-def build(settings: dict[str, Any], **sections: dict[str, Any]) -> tuple[LaserModel, Inputs]:
-    values = {**settings}
-    for name, section in sections.items():
-        values[name] = {**values.get(name, {}), **section}
-    config = build_config(LaserConfig, values)
-    torch.manual_seed(0)
-    inputs = load_inputs(config)
-    return build_laser(config, inputs, *load_language_model(config.lm)), inputs
 
 
 def text_batch(lengths: list[int]) -> PackedBatch:
@@ -153,10 +141,9 @@ def test_other_errors_pass_through() -> None:
 
 @pytest.mark.parametrize("order", ["prefix-first", "prompt-first"])
 @pytest.mark.parametrize("prefix", ["mformer", "linear", "shared", "none"])
-def test_the_count_is_what_the_language_model_sees(tiny_settings: dict[str, Any], prefix: str, order: str) -> None:
+def test_the_count_is_what_the_language_model_sees(make_laser: Callable[..., Any], prefix: str, order: str) -> None:
     prompt = {"order": order, "reuse_instruction": False, "user_template": "red blue : {history} , saw"}
-    no_pretraining = {**tiny_settings["training"], "pretrain": {"epochs": 0}}
-    model, inputs = build(tiny_settings, bituning={"prefix": prefix}, prompt=prompt, training=no_pretraining)
+    model, inputs = make_laser(bituning={"prefix": prefix}, prompt=prompt)
     seen: list[int] = []
     model.lm.model.register_forward_pre_hook(
         lambda module, given, named: seen.append(named["inputs_embeds"].shape[1]), with_kwargs=True
@@ -169,8 +156,8 @@ def test_the_count_is_what_the_language_model_sees(tiny_settings: dict[str, Any]
     assert sum(seen) == row_tokens(batch, model.virtual_tokens).total and len(seen) == 2
 
 
-def test_encoding_keeps_within_the_limit_and_gives_the_same(tiny_settings: dict[str, Any]) -> None:
-    model, _ = build(tiny_settings)
+def test_encoding_keeps_within_the_limit_and_gives_the_same(make_laser: Callable[..., Any]) -> None:
+    model, _ = make_laser()
     users, items = model.encode_users(HISTORIES), model.refresh_items()
     seen: list[int] = []
     model.lm.model.register_forward_pre_hook(

@@ -1,5 +1,6 @@
 """Recommending by text vectors alone."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from laser_fast.config import LaserConfig, build_config
-from laser_fast.laser.build import build_laser, load_inputs, load_language_model
 from laser_fast.models.zero_shot import TextSimilarity, text_vectors
 
 VECTORS = F.normalize(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), dim=-1)
@@ -36,16 +35,14 @@ def test_decay_is_checked() -> None:
         TextSimilarity(VECTORS, decay=1.5)
 
 
-def test_text_vectors_are_means_of_hidden_states(tiny_settings: dict[str, Any], tiny_lm: Path) -> None:
-    config = build_config(LaserConfig, tiny_settings)
-    inputs = load_inputs(config)
-    language_model, tokenizer = load_language_model(config.lm)
-    model = build_laser(config, inputs, language_model, tokenizer)
+def test_text_vectors_are_means_of_hidden_states(make_laser: Callable[..., Any], tiny_lm: Path) -> None:
+    from transformers import AutoTokenizer, BertModel
+
+    model, inputs = make_laser()
     vectors = text_vectors(model.lm, model.builder, batch_size=7)
     assert vectors.shape == (25, 16)
-    from transformers import BertModel
 
-    plain = BertModel.from_pretrained(tiny_lm).eval()
+    plain, tokenizer = BertModel.from_pretrained(tiny_lm).eval(), AutoTokenizer.from_pretrained(tiny_lm)
     text = inputs.dataset.items.fields["title"][3]
     hidden = plain(torch.tensor([tokenizer(text)["input_ids"]])).last_hidden_state[0]
     torch.testing.assert_close(vectors[3], F.normalize(hidden.mean(0), dim=0), rtol=1e-4, atol=1e-5)

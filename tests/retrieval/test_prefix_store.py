@@ -85,11 +85,11 @@ def test_a_batch_larger_than_the_pool_is_written_and_not_kept() -> None:
 
 def test_memory_is_bounded_by_the_capacity() -> None:
     store, writer = PrefixStore(5), Writer()
-    assert store.num_bytes == 0
+    assert store._pool.tensors == ()
     for start in range(0, 50, 5):
         writer.fetch(store, [chr(65 + start + i) for i in range(5)])
     assert len(store) == 5
-    assert store.num_bytes == 5 * 2 * LAYERS * 3 * 2 * 4 * 4
+    assert [tensor.shape for tensor in store._pool.tensors] == 2 * LAYERS * [(5, 3, 2, 4)]
 
 
 def test_capacity_is_checked() -> None:
@@ -159,7 +159,7 @@ def test_prefixes_of_another_form_get_a_pool_of_their_own() -> None:
             assert got.keys[0].dtype == torch.float16 and first_keys(got) == marks("xa")
     assert len(store) == 2
     store.clear()
-    assert (len(store), store.num_bytes) == (0, 0)
+    assert (len(store), store._pool.tensors) == (0, ())
     assert (copy.deepcopy(store).capacity, len(copy.deepcopy(store))) == (3, 0)
 
 

@@ -198,8 +198,8 @@ def test_a_loss_that_is_not_finite_names_users_and_leaves_the_last_state(
     config = config_of(settings, tmp_path / "run", save_steps=1)
     forward, seen, users = LaserModel.forward, [], []
 
-    def broken(self: LaserModel, batch: PackedBatch) -> Any:
-        output = forward(self, batch)
+    def broken(self: LaserModel, batch: PackedBatch, **step: Any) -> Any:
+        output = forward(self, batch, **step)
         seen.append(len(batch))
         return output._replace(loss=output.loss * float("nan")) if len(seen) == 4 else output
 
@@ -221,8 +221,8 @@ def test_a_loss_that_is_not_finite_names_users_and_leaves_the_last_state(
 def test_a_gradient_that_is_not_finite_moves_nothing(settings: dict[str, Any], tmp_path: Path) -> None:
     forward = LaserModel.forward
 
-    def broken(self: LaserModel, batch: PackedBatch) -> Any:
-        output = forward(self, batch)
+    def broken(self: LaserModel, batch: PackedBatch, **step: Any) -> Any:
+        output = forward(self, batch, **step)
         return output._replace(loss=output.loss + (output.loss * 0.0).sqrt())  # whose gradient is infinity times 0
 
     config = config_of(settings, tmp_path / "run")

@@ -1,0 +1,140 @@
+"""The score a model ranks by as an `InnerProductIndex`: which scores have that form, and the index made of them."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from laser_fast.data.sequences import PackedSequences
+from laser_fast.lm.weights_version import WeightsVersion
+from laser_fast.recommenders.item_to_item import ItemToItem
+from laser_fast.recommenders.packed_recommender import PackedRecommender
+from laser_fast.recommenders.protocol import Scorer
+from laser_fast.retrieval.calibration import CalibratedScorer
+from laser_fast.retrieval.inner_product import InnerProductIndex, ScoreBlock, packed_tensors
+
+
+@runtime_checkable
+class ProductScorer(Scorer, Protocol):
+    """A scorer whose `score` is the inner products that its `score_block` describes."""
+
+    weights: WeightsVersion
+
+    def score_block(self) -> ScoreBlock:
+        """Vectors of the items as they are now, and what makes those of users."""
+        ...
+
+
+class KeptIndex:
+    """The newest index with what it was made of, replaced as a whole. A copy is empty."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: tuple[object, InnerProductIndex] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return KeptIndex, ()
+
+    def made_of(self, sources: object, make: Callable[[], InnerProductIndex]) -> InnerProductIndex:
+        """The index of these sources; one thread makes it, the others wait for it."""
+        with self._lock:
+            if self._kept is None or self._kept[0] != sources:
+                self._kept = None  # its memory first
+                self._kept = sources, make()
+            return self._kept[1]
+
+
+def stranger_in(scorer: Scorer) -> str | None:
+    """What in a score is neither known to be an inner product nor sparse, for a message; None = nothing."""
+    if isinstance(scorer, CalibratedScorer) and type(scorer) is not CalibratedScorer:
+        return f"a {type(scorer).__name__}"
+    for name, part in _parts(scorer).items():
+        if not (_is_sparse(name, part, scorer) or _is_product(part)):
+            return f"a {type(part).__name__} as {name!r}"
+    return None
+
+
+def make_index(scorer: Scorer, device: torch.device) -> InnerProductIndex:
+    """The index of a score without a stranger, on a device.
+
+    It refuses to search once the weights of a part have changed.
+    """
+    if not isinstance(scorer, CalibratedScorer):
+        return InnerProductIndex([_block_of(scorer, device)])
+    settings, blocks, rules = scorer.calibration, [], []
+    for name, part in scorer.weighted.items():
+        if isinstance(part, ItemToItem) and _is_sparse(name, part, scorer):
+            rules.append((part, settings.weights[name]))
+        else:
+            standardize = name in settings.standardize
+            blocks.append(replace(_block_of(part, device), weight=settings.weights[name], standardize=standardize))
+    log_counts = scorer.log_counts.to(device)[:, None]
+    blocks.append(ScoreBlock(log_counts, lambda histories: torch.ones(len(histories), 1), settings.popularity_weight))
+    return InnerProductIndex(blocks, history_bias=settings.history_bias, last_bias=settings.last_bias, rules=rules)
+
+
+def all_scores(
+    scorer: Scorer, histories: PackedSequences, blocked: Tensor, *, exclude_seen: bool, device: torch.device
+) -> Tensor:
+    """Every score [B, I], -inf for items that are blocked, bool [I], or excluded as seen."""
+    items, cu_seqlens = packed_tensors(histories, device)
+    scores = scorer.score(items, cu_seqlens)
+    scores = scores.masked_fill(blocked.to(scores.device), -torch.inf)
+    if exclude_seen:
+        row = torch.repeat_interleave(cu_seqlens.diff(), output_size=items.numel())
+        scores[row.to(scores.device), items.to(scores.device)] = -torch.inf
+    return scores
+
+
+def _parts(scorer: Scorer) -> dict[str, Scorer]:
+    return scorer.weighted if isinstance(scorer, CalibratedScorer) else {"laser": scorer}
+
+
+def _is_sparse(name: str, part: Scorer, scorer: Scorer) -> bool:
+    """Whether a part differs from 0 for few items of a user; a z-score is nowhere 0."""
+    standardized = isinstance(scorer, CalibratedScorer) and name in scorer.calibration.standardize
+    return not standardized and isinstance(part, ItemToItem) and _has(part, ItemToItem, "score", "sparse_score")
+
+
+def _is_product(part: Scorer) -> bool:
+    """Whether `score` is what `score_block` or the output layer says; one that overrides it is another score."""
+    if isinstance(part, PackedRecommender):
+        return _has(part, PackedRecommender, "score", "logits")
+    says = next((kind for kind in type(part).__mro__ if "score_block" in vars(kind)), None)
+    return says is not None and _has(part, says, "score")
+
+
+def _has(part: Any, kind: type, *methods: str) -> bool:
+    """Whether it has these methods as they are in this class."""
+    return all(getattr(type(part), name) is getattr(kind, name) and name not in vars(part) for name in methods)
+
+
+def _block_of(part: Scorer, device: torch.device) -> ScoreBlock:
+    """The score of a part, unweighted, whose queries refuse other weights than those of now."""
+    assert isinstance(part, PackedRecommender | ProductScorer)
+    made_at = part.weights.now()
+    block = _block_of_recommender(part) if isinstance(part, PackedRecommender) else part.score_block()
+    queries = block.queries  # alone: the rows are in the index
+
+    def queries_of_now(histories: PackedSequences) -> Tensor:
+        if part.weights.now() != made_at:
+            raise RuntimeError(
+                "InnerProductIndex: the index must belong to the weights of now, got one of older weights; call "
+                "model.index() again"
+            )
+        return queries(histories)
+
+    return ScoreBlock(block.items.detach().to(device), queries_of_now)
+
+
+def _block_of_recommender(part: PackedRecommender) -> ScoreBlock:
+    weight, bias = part.output_layer()
+
+    def states(histories: PackedSequences) -> Tensor:
+        last, filled = part.last_states(*packed_tensors(histories, part.output_layer()[0].device))
+        return last if bias is None else torch.cat([last, filled[:, None].to(last)], dim=1)
+
+    return ScoreBlock(weight if bias is None else torch.cat([weight, bias[:, None]], dim=1), states)
