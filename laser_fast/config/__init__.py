@@ -14,6 +14,7 @@ from laser_fast.config.training_sections import (
     EvaluationConfig,
     ObjectiveConfig,
     OptimizerConfig,
+    RateConfig,
     StageConfig,
     TrainingConfig,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizerConfig",
     "PromptConfig",
+    "RateConfig",
     "RecommenderConfig",
     "Settings",
     "SplitConfig",

@@ -48,8 +48,6 @@ class PromptConfig(Settings):
     user_template: str = "Interaction history, newest first: {history}"
     item_template: str = "{title}"
     """Text of an item, over the text fields of the item table."""
-    item_prompt: str = "{text}"
-    """Words around the text of an item that is encoded on its own, as `user_template` has around a history."""
     order: Literal["prefix-first", "prompt-first"] = "prefix-first"
     """Whether the words before the items follow the prefix (the paper) or stand in front of it."""
     reuse_instruction: bool = True
@@ -67,6 +65,4 @@ class PromptConfig(Settings):
     def _check(self) -> "PromptConfig":
         if self.user_template.count("{history}") != 1:
             raise ValueError(f"user_template must contain {{history}} once, got {self.user_template!r}")
-        if self.item_prompt.count("{text}") != 1:
-            raise ValueError(f"item_prompt must contain {{text}} once, got {self.item_prompt!r}")
         return self

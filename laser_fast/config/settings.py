@@ -11,15 +11,20 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 
 from laser_fast.config.yaml_text import parse_yaml, read_yaml
 
-RETIRED = {
-    "RecommenderConfig.hidden_width": None,
-    "RecommenderConfig.weight_decay": 0.0,
-    "MFormerConfig.cross_attention_freq": 2,
-    "BiTuningConfig.deep_prefix_rank": 64,
-    "ObjectiveConfig.contrastive_temperature": 0.07,
-    "ObjectiveConfig.label_smoothing": 0.1,
+RETIRED: dict[str, tuple[Any, str]] = {
+    "RecommenderConfig.hidden_width": (None, ""),
+    "RecommenderConfig.weight_decay": (0.0, ""),
+    "MFormerConfig.cross_attention_freq": (2, ""),
+    "BiTuningConfig.deep_prefix_rank": (64, ""),
+    "ObjectiveConfig.contrastive_temperature": (0.07, ""),
+    "ObjectiveConfig.label_smoothing": (0.1, ""),
+    "PromptConfig.item_prompt": ("{text}", ""),
+    "RateConfig.weight_decay": (0.01, "training.optimizer"),
+    "RateConfig.warmup_fraction": (0.05, "training.optimizer"),
+    "RateConfig.max_grad_norm": (1.0, "training.optimizer"),
+    "RateConfig.eight_bit": (False, "training.optimizer"),
 }
-"""Settings that older runs and models have in their files, and the one behaviour that was kept of each."""
+"""Settings of older runs and models: the one value that files may still give, and the section that decides instead."""
 
 _PACKAGE_SCHEME = "package:"
 _MOST_PROBLEMS = 10  # told at once
@@ -41,11 +46,12 @@ class Settings(BaseModel):
         if not isinstance(values, dict):
             return values
         kept = dict(values)
-        for key, only in RETIRED.items():
+        for key, (only, instead) in RETIRED.items():
             section, _, name = key.partition(".")
             if section == cls.__name__ and name in kept and (value := kept.pop(name)) != only:
+                remedy = f"remove it and set {instead}.{name}" if instead else "remove it"
                 raise ValueError(
-                    f"{name} is no setting any more and must be {only!r}, got {value!r}; remove it, or use the version "
+                    f"{name} is no setting any more and must be {only!r}, got {value!r}; {remedy}, or use the version "
                     "of laser_fast that wrote it"
                 )
         for name, field in cls.model_fields.items():

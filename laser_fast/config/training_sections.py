@@ -80,6 +80,12 @@ class OptimizerConfig(Settings):
     """Moments of Adam in 8 bits, where bitsandbytes can: 2 bytes a trained parameter instead of 8."""
 
 
+class RateConfig(Settings):
+    """The learning rate of a stage whose optimizer is `training.optimizer` in all else."""
+
+    learning_rate: Rate = 1e-3
+
+
 class StageConfig(Settings):
     """How long one stage or phase runs."""
 
@@ -114,13 +120,17 @@ class TrainingConfig(Settings):
     pretrain: StageConfig = StageConfig(epochs=0)
     phase_a: StageConfig = StageConfig(epochs=1)
     phase_b: StageConfig = StageConfig(epochs=0)
-    text_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-3)
-    pretrain_optimizer: OptimizerConfig = OptimizerConfig()
+    text_optimizer: RateConfig = RateConfig(learning_rate=2e-3)
+    pretrain_optimizer: RateConfig = RateConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
 
     def rows_of_step(self, stage: StageConfig) -> int:
         """Rows of a step of a stage."""
         return stage.batch_size or self.batch_size
+
+    def optimizer_at(self, rate: RateConfig) -> OptimizerConfig:
+        """`optimizer` with the learning rate of another stage."""
+        return self.optimizer.model_copy(update={"learning_rate": rate.learning_rate})
 
 
 class EvaluationConfig(Settings):

@@ -187,7 +187,7 @@ def build_batches(
     return BatchBuilder(
         tokenize_texts(texts, tokenizer, prompt.max_item_tokens),
         layout(prompt.user_template),
-        layout(prompt.item_prompt),  # an item is a history of one, with words of its own around it
+        layout("{text}"),  # an item is a history of one without words around it
         known_items=known_items,
         max_history=max_history,
         prompt_first=prompt.order == "prompt-first",

@@ -36,7 +36,7 @@ def pretrain(run: Run) -> None:
     trainer = StageTrainer(
         run.accelerator,
         modules,
-        config.training.pretrain_optimizer,
+        config.training.optimizer_at(config.training.pretrain_optimizer),
         stage.epochs * num_batches,
         budget=TokenBudget(explain=explain_pretraining_shortage(config, run.plan)),  # rows are each other's negatives
         plan=run.plan,

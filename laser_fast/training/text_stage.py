@@ -37,7 +37,7 @@ def train_text(run: Run) -> None:
     trainer = StageTrainer(
         run.accelerator,
         trained,
-        config.training.text_optimizer,
+        config.training.optimizer_at(config.training.text_optimizer),
         stage.epochs * num_batches,
         plan=run.plan,
         processes=run.processes,

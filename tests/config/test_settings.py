@@ -87,11 +87,16 @@ def test_all_problems_are_told_at_once() -> None:
 
 
 def test_a_setting_of_older_files_has_the_one_value_it_still_has() -> None:
-    older = {"mformer": {"cross_attention_freq": 2}, "objective": {"label_smoothing": 0.1}}
+    rate = {"weight_decay": 0.01, "warmup_fraction": 0.05, "max_grad_norm": 1.0, "eight_bit": False}
+    stages = {"text_optimizer": rate | {"learning_rate": 2e-3}, "pretrain_optimizer": rate}
+    older = {"mformer": {"cross_attention_freq": 2}, "prompt": {"item_prompt": "{text}"}}
+    older["training"] = MINIMAL["training"] | stages
     assert build_config(LaserConfig, MINIMAL | older) == build_config(LaserConfig, MINIMAL)
-    message = "mformer: cross_attention_freq is no setting any more and must be 2, got 3; remove it"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="mformer: cross_attention_freq .* must be 2, got 3; remove it, or use"):
         build_config(LaserConfig, MINIMAL | {"mformer": {"cross_attention_freq": 3}})
+    message = "text_optimizer: eight_bit .* False, got True; remove it and set training.optimizer.eight_bit, or use"
+    with pytest.raises(ValueError, match=message):
+        build_config(LaserConfig, MINIMAL | {"training": {"text_optimizer": {"eight_bit": True}}})
     sections = {kind.__name__: kind for kind in vars(config_module).values() if isinstance(kind, type)}
     for section, name in (key.split(".") for key in RETIRED):
         assert name not in sections[section].model_fields
@@ -109,12 +114,13 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
 
 
 def test_a_section_given_in_part_keeps_the_default_of_its_place() -> None:
-    overrides = ["phase_a.rows_per_epoch=4096", "text.epochs=3", "text_optimizer.weight_decay=0", "pretrain={}"]
+    overrides = ["phase_a.rows_per_epoch=4096", "text.epochs=3", "optimizer.weight_decay=0", "pretrain={}"]
     values = apply_overrides({**MINIMAL, "training": {}}, [f"training.{override}" for override in overrides])
     training = build_config(LaserConfig, values).training
     assert (training.phase_a.epochs, training.phase_a.rows_per_epoch) == (1, 4096)
     assert (training.text.epochs, training.text.batch_size) == (3, 256)
-    assert (training.text_optimizer.learning_rate, training.text_optimizer.weight_decay) == (2e-3, 0)
+    text = training.optimizer_at(training.text_optimizer)
+    assert (text.learning_rate, text.weight_decay, training.optimizer.learning_rate) == (2e-3, 0, 1e-3)
     assert training.pretrain.epochs == 0
 
 

@@ -32,7 +32,7 @@ def decoder(vocab_size: int) -> PreTrainedModel:
 
 def build(settings: dict[str, Any], *, causal: bool = True, **sections: dict[str, Any]) -> tuple[LaserModel, Inputs]:
     values = {**settings, "training": {**settings["training"], "pretrain": {"epochs": 0}}}
-    prompt = {"user_template": "red blue green : {history} , saw", "item_prompt": "small bolt : {text}"}
+    prompt = {"user_template": "red blue green : {history} , saw"}
     for name, section in {"prompt": prompt, **sections}.items():
         values[name] = {**values.get(name, {}), **(prompt if name == "prompt" else {}), **section}
     config = build_config(LaserConfig, values)
@@ -234,8 +234,6 @@ def test_settings_that_contradict_each_other(tiny_settings: dict[str, Any]) -> N
             bituning={"prefix_mode": "kv"},
             prompt={"order": "prompt-first", "reuse_instruction": False},
         )
-    with pytest.raises(ValueError, match=r"item_prompt must contain \{text\} once, got 'bolt'"):
-        build(tiny_settings, prompt={"item_prompt": "bolt"})
 
 
 @pytest.mark.parametrize("sections", [{}, {"prompt": {"order": "prompt-first", "reuse_instruction": False}}])
