@@ -5,14 +5,21 @@ or two settings that contradict each other are refused when the file is read, wi
 known one. Modules never receive these objects; builders unpack them.
 """
 
-from laser_fast.config.language_model_sections import ExecutionConfig, LanguageModelConfig, PromptConfig
-from laser_fast.config.laser_config import LaserConfig, ModelConfig
-from laser_fast.config.recommender_sections import RecommenderConfig, SplitConfig
+from laser_fast.config.model_sections import (
+    BiTuningConfig,
+    ExecutionConfig,
+    LanguageModelConfig,
+    MFormerConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    PromptConfig,
+    TextConfig,
+)
+from laser_fast.config.recommender_config import RecommenderConfig, SplitConfig
 from laser_fast.config.settings import Settings, apply_overrides, build_config, dump_config, load_config, resolve_path
-from laser_fast.config.trained_sections import BiTuningConfig, MFormerConfig, TextConfig
 from laser_fast.config.training_sections import (
     EvaluationConfig,
-    ObjectiveConfig,
+    LaserConfig,
     OptimizerConfig,
     RateConfig,
     StageConfig,

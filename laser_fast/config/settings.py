@@ -32,17 +32,14 @@ _LONGEST_VALUE = 200  # characters of a value or key that a message shows
 
 
 class Settings(BaseModel):
-    """Base of all sections: immutable, numbers finite, and a key that is not a field is an error.
-
-    A section within, where it is given in part, keeps what the default of its place sets.
-    """
+    """Base of all sections: immutable, numbers finite, and a key that is not a field is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _read_older_and_partial(cls, values: Any) -> Any:
-        """Drop what is retired, and keep the default of a section's place, which says more than that of its kind."""
+        """Drop what is retired; a section given in part keeps the other defaults of its place, not of its class."""
         if not isinstance(values, dict):
             return values
         kept = dict(values)
@@ -76,26 +73,24 @@ def build_config(kind: type[Model], values: Mapping[str, Any], where: str = "con
     """Validate `values` into `kind`.
 
     Args:
-        where: the values come from; begins the message.
+        where: begins the message.
 
     Raises:
-        ValueError: for unknown keys (with the nearest known one) and values that break a rule, in one message.
+        ValueError: unknown keys (with the nearest known one) and values that break a rule, all in one message.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}: settings must be keys and values, got a {type(values).__name__}")
     try:
         return kind.model_validate(dict(values))
     except ValidationError as error:
-        problems = describe_problems(error, where, kind)
-    raise ValueError(problems)
+        raise ValueError(describe_problems(error, where, kind)) from None
 
 
 def load_config(kind: type[Model], path: str | Path, overrides: Sequence[str] = ()) -> Model:
     """Read a YAML file and apply `overrides` of the form `section.key=value` (the value is read as YAML).
 
     Raises:
-        OSError: no such file, or one that cannot be read.
-        ValueError: broken YAML (`read_yaml`), or what `apply_overrides` or `build_config` refuses; names the file.
+        OSError, ValueError: see `read_yaml`, `apply_overrides` and `build_config`; names the file.
     """
     where = f"{path} with overrides" if overrides else str(path)
     return build_config(kind, apply_overrides(read_yaml(path), overrides), where)
@@ -116,8 +111,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
         for section in sections:
             if target.get(section) is None:
                 target[section] = {}
-            target = target[section]
-            if not isinstance(target, dict):
+            if not isinstance(target := target[section], dict):
                 raise ValueError(f"load_config: {section!r} in override {override!r} must be a section, got {target!r}")
         target[last] = parse_yaml(text, f"the value of override {override!r}")
     return values
@@ -156,15 +150,15 @@ def resolve_path(location: str | Path, what: str = "the path") -> Path:
 
 
 def describe_problems(error: ValidationError, where: str, kind: type = Settings) -> str:
-    """What a validation found, in one sentence: the rules and the values, without pydantic's own words around them.
+    """The rules that values break, and the values, in one sentence that begins with `where`.
 
     Args:
-        where: begins the sentence.
         kind: the model whose keys are proposed for unknown ones.
     """
     problems = error.errors(include_url=False)
     told = [_describe(kind, problem) for problem in problems[:_MOST_PROBLEMS]]
-    told += [f"and {len(problems) - _MOST_PROBLEMS:,} more"] if len(problems) > _MOST_PROBLEMS else []
+    if len(problems) > _MOST_PROBLEMS:
+        told.append(f"and {len(problems) - _MOST_PROBLEMS:,} more")
     return f"{where}: " + "; ".join(told)
 
 
@@ -183,12 +177,13 @@ def _describe(kind: type, problem: Any) -> str:
     if problem["type"] == "value_error":  # our own checks print the values themselves
         return told
     value = repr(problem["input"])
-    shown = value if len(value) <= _LONGEST_VALUE else f"{value[:_LONGEST_VALUE]}... ({len(value):,} characters)"
-    return f"{told}, got {shown}"
+    if len(value) > _LONGEST_VALUE:
+        value = f"{value[:_LONGEST_VALUE]}... ({len(value):,} characters)"
+    return f"{told}, got {value}"
 
 
 def _known_keys(kind: Any, prefix: str = "") -> list[str]:
-    """Keys of a model and of those in it; none of anything else."""
+    """Keys of a model and of the models in it; other types have none."""
     keys = []
     for name, field in getattr(kind, "model_fields", {}).items():
         keys += [prefix + name, *_known_keys(field.annotation, f"{prefix}{name}.")]
