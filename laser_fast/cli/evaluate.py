@@ -14,22 +14,20 @@ if TYPE_CHECKING:
     from laser_fast.recommenders import Scorer
 
 COSINE, LASER = "Laser, cosine only", "Laser"
+_PROTOCOLS = ("full", "uniform", "popularity", "llara")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `laser-fast evaluate RUN...`."""
-    parser.set_defaults(run=run)
     parser.add_argument("model", nargs="+", metavar="RUN", help="run directory; several: their mean and spread")
     add_measurement(parser)
-    kinds = ("full", "uniform", "popularity", "llara")
     ranked = "full: the whole catalogue (default); else drawn candidates; llara: the target and 19 uniform ones, HR@1"
-    parser.add_argument("--protocol", choices=kinds, default="full", help=ranked)
-    size, draws = "of a ranking, the target included", "draws of candidates to average over"
+    parser.add_argument("--protocol", choices=_PROTOCOLS, default="full", help=ranked)
+    size = "of a ranking, the target included"
     parser.add_argument("--candidates", type=whole_number(2), default=100, metavar="N", help=size)
-    parser.add_argument("--draws", type=whole_number(1), default=20, metavar="N", help=draws)
+    parser.add_argument("--draws", type=whole_number(1), default=20, metavar="N", help="of candidates, to average over")
     parser.add_argument("--candidates-file", metavar="FILE", help="read the candidates from here, or store them here")
-    bootstrap = "also bootstrap intervals, of N resamples"
-    parser.add_argument("--bootstrap", type=whole_number(1), metavar="N", help=bootstrap)
+    parser.add_argument("--bootstrap", type=whole_number(1), metavar="N", help="also intervals, of N resamples")
 
 
 def run(parsed: argparse.Namespace) -> None:

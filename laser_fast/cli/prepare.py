@@ -17,21 +17,18 @@ _PRESPLIT = ("out", "presplit", "item_id_column", "text_columns", "clean", "skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `laser-fast prepare OUT SOURCE ...`; SOURCE is one of the options of `_add_sources`."""
-    parser.set_defaults(run=run)
+    """Add the arguments of `laser-fast prepare OUT SOURCE ...`."""
     from laser_fast.data.preparation.order import FILE_ORDER
 
     parser.add_argument("out", type=Path, help="folder to write the data set to")
     _add_sources(parser)
     _add_columns(parser)
     _add_filters(parser)
-    ties = "equal timestamps: file-order (default) or hash:SEED"
+    ties = "order of equal timestamps: file-order (default) or hash:SEED"
     parser.add_argument("--tie-rule", default=FILE_ORDER, metavar="RULE", help=ties)
-    kept = "keep HTML and white space in texts as they are"
-    parser.add_argument("--no-clean", dest="clean", action="store_false", help=kept)
+    parser.add_argument("--no-clean", dest="clean", action="store_false", help="keep HTML and white space in texts")
     parser.add_argument("--text-max-words", type=int, metavar="N", help="cut texts off after N words")
-    skipped = "leave out rows that cannot be used, and say which"
-    parser.add_argument("--skip-bad-rows", action="store_true", help=skipped)
+    parser.add_argument("--skip-bad-rows", action="store_true", help="leave out unusable rows, and say which")
     parser.add_argument("--no-progress", action="store_true", help="show no bars; none are shown without a terminal")
     parser.add_argument("--overwrite", action="store_true", help="replace a data set that is already there")
 
@@ -47,9 +44,8 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
     ):
         source.add_argument(f"--{name}", metavar=metavar, help=text)
     for year in ("2018", "2023"):
-        source.add_argument(
-            f"--amazon-{year}", nargs=2, metavar=("REVIEWS", "META"), help=f"Amazon Reviews {year} as published"
-        )
+        text, pair = f"Amazon Reviews {year} as published", ("REVIEWS", "META")
+        source.add_argument(f"--amazon-{year}", nargs=2, metavar=pair, help=text)
     source.add_argument("--presplit", metavar="FOLDER", help="rows of user, history and target that came split")
     parser.add_argument("--items", metavar="FILE", help="item file with texts: as --interactions")
     most = "refuse archives that unpack to more (default: %(default).1f)"
@@ -64,8 +60,7 @@ def _add_columns(parser: argparse.ArgumentParser) -> None:
         option = f"--{column.name}-column"
         parser.add_argument(option, default=column.default, metavar="NAME", help="default: %(default)s")
     parser.add_argument("--item-id-column", metavar="NAME", help="id column of the item file; default: --item-column")
-    texts = "columns of the item file to keep; default: all texts"
-    parser.add_argument("--text-columns", type=_names, metavar="A,B,...", help=texts)
+    parser.add_argument("--text-columns", type=_names, metavar="A,B,...", help="of the item file; default: all texts")
     parser.add_argument("--title-column", metavar="NAME", help="column that becomes the field 'title'")
     parser.add_argument("--year-column", metavar="NAME", help="release year, appended to film titles put right")
 
@@ -80,14 +75,13 @@ def _add_filters(parser: argparse.ArgumentParser) -> None:
 
     unknown = "events outside the item file (default: error)"
     parser.add_argument("--unknown-items", choices=get_args(UnknownItems), help=unknown)
-    rating = finite_number(-1e300, 1e300)
-    parser.add_argument("--min-rating", type=rating, metavar="R", help="leave out events rated lower")
+    lower = "leave out events rated lower"
+    parser.add_argument("--min-rating", type=finite_number(-1e300, 1e300), metavar="R", help=lower)
     parser.add_argument("--from-time", metavar="T", help="leave out events before: a timestamp or a date (UTC)")
     parser.add_argument("--to-time", metavar="T", help="leave out events at this time or later")
     unit = "of the log's timestamps, for dates (default: told by their size)"
     parser.add_argument("--time-unit", choices=get_args(TimeUnit), help=unit)
-    same = "events with the same user and item"
-    parser.add_argument("--duplicates", choices=("all", "first", "last"), default="all", help=same)
+    parser.add_argument("--duplicates", choices=("all", "first", "last"), default="all", help="of one user and item")
     for name, default, text in (
         ("--min-user-interactions", 1, "leave out shorter users"),
         ("--min-item-interactions", 1, "leave out rarer items"),
@@ -100,11 +94,7 @@ def _add_filters(parser: argparse.ArgumentParser) -> None:
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """`prepare`, or `prepare_presplit` where the data came split.
-
-    Raises:
-        ValueError: options that do nothing for data that came split; see the two functions.
-    """
+    """Prepare a data set; of data that came split, refuse the options that do nothing."""
     from laser_fast.data import InteractionColumns, prepare, prepare_presplit
 
     if parsed.presplit is None:
@@ -132,11 +122,7 @@ def run(parsed: argparse.Namespace) -> None:
 
 
 def request_of(parsed: argparse.Namespace) -> "PrepareRequest":
-    """The request of parsed arguments, which have the names of its fields; sources may be `package:NAME/PATH`.
-
-    Raises:
-        ValueError, FileNotFoundError: see `PrepareRequest` and `resolve_path`.
-    """
+    """The request whose fields the parsed arguments name; sources may be `package:NAME/PATH`."""
     from laser_fast.data import InteractionColumns, PrepareRequest
 
     given: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""What the commands about runs share: where things are now, runs and their rows, figures written as JSON."""
+"""Arguments and steps that the commands about runs share."""
 
 import argparse
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from laser_fast.cli.arguments import LARGEST_SEED, whole_number
+from laser_fast.cli.arguments import SEED
 
 if TYPE_CHECKING:
     from laser_fast.config import LaserConfig
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def add_run(command: argparse.ArgumentParser) -> None:
-    """Add one run, and what it was built on."""
+    """Add one run, and where what it was built on is now."""
     command.add_argument("model", metavar="RUN", help="run directory written by train")
     _add_places(command)
 
@@ -28,15 +28,15 @@ def _add_places(command: argparse.ArgumentParser) -> None:
 
 
 def add_measurement(command: argparse.ArgumentParser) -> None:
-    """Add what the runs were built on, which rows are ranked, and where the figures go."""
+    """Add which rows of the runs are ranked, where what they were built on is now, and `--output`."""
     _add_places(command)
     command.add_argument("--split", choices=("test", "valid"), default="test")
-    command.add_argument("--seed", type=whole_number(0, LARGEST_SEED), default=0, help="of what is drawn")
+    command.add_argument("--seed", type=SEED, default=0, help="of what is drawn")
     add_output(command)
 
 
 def add_output(command: argparse.ArgumentParser) -> None:
-    """Add where `write_figures` writes."""
+    """Add `--output`, the path of `write_figures`."""
     command.add_argument("--output", help="also write the figures to this JSON file")
 
 
@@ -50,17 +50,17 @@ def load_run(parsed: argparse.Namespace, run: str) -> "tuple[LaserModel, Inputs,
 def load_runs(
     parsed: argparse.Namespace, runs: Sequence[str], command: str
 ) -> "Iterator[tuple[LaserModel, Inputs, LaserConfig]]":
-    """`load_run` of each, after all were found; of another split than the first none may be."""
+    """`load_run` of each, after all were found; they must have one split."""
     from laser_fast.runs.checkpoint import find_run
 
     for run in runs:
         find_run(Path(run))
-    split_hash = None
+    first = None
     for run in runs:
         model, inputs, config = load_run(parsed, run)
-        split_hash = split_hash or inputs.split.hash
-        if inputs.split.hash != split_hash:
-            raise ValueError(f"{command}: runs must have one split, got {split_hash[:12]} and {inputs.split.hash[:12]}")
+        first = first or inputs.split.hash
+        if inputs.split.hash != first:
+            raise ValueError(f"{command}: runs must have one split, got {first[:12]} and {inputs.split.hash[:12]}")
         yield model, inputs, config
 
 
@@ -73,7 +73,7 @@ def rows_to_rank(parsed: argparse.Namespace, inputs: "Inputs") -> "EvaluationRow
 
 
 def write_figures(path: str | None, figures: Any) -> None:
-    """Write figures with the command and the environment as JSON; nothing without a path."""
+    """Write figures, the command and the environment as JSON, where there is a path."""
     if path is None:
         return
     from laser_fast.files.folders import replace_json
