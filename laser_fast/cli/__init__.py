@@ -1,6 +1,6 @@
 """The commands: one file each, with its arguments (`add_arguments`) and its few lines over the library (`run`).
 
-A command imports the rooms it needs when it runs, so that the others start fast.
+A command imports what needs torch when it runs, so that the others start fast.
 """
 
 import argparse

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from laser_fast.cli.arguments import whole_number
 from laser_fast.cli.runs import add_measurement, load_runs, rows_to_rank, write_figures
+from laser_fast.data import EvaluationRows
 
 if TYPE_CHECKING:
-    from laser_fast.data import EvaluationRows
     from laser_fast.evaluation import Candidates, RankingMetrics
     from laser_fast.laser import LaserModel
     from laser_fast.recommenders import Scorer
@@ -61,16 +61,14 @@ def run(parsed: argparse.Namespace) -> None:
         shared = [system for system in (COSINE, LASER) if all(system in systems for systems in measured.values())]
         spreads = {system: across_seeds([systems[system] for systems in measured.values()]) for system in shared}
         print(f"mean of {len(measured)} runs (sample deviation of their figures)\n{spread_table(spreads)}")
-        spread = {
-            system: {metric: value.to_dict() for metric, value in found.items()} for system, found in spreads.items()
-        }
+        spread = {name: {metric: value.to_dict() for metric, value in found.items()} for name, found in spreads.items()}
         figures = {"runs": figures, "spread": spread}
     print(f"{parsed.split} rows, {_protocol_words(parsed)}; {rule}; +- are 95% intervals over users")
     write_figures(parsed.output, figures)
 
 
 def _measure(
-    parsed: argparse.Namespace, model: "LaserModel", rows: "EvaluationRows", counts: Any, batch_size: int
+    parsed: argparse.Namespace, model: "LaserModel", rows: EvaluationRows, counts: Any, batch_size: int
 ) -> "dict[str, RankingMetrics]":
     from laser_fast.evaluation import evaluate, evaluate_candidates
 
@@ -83,7 +81,7 @@ def _measure(
     return {name: evaluate_candidates(scorer, rows, drawn, batch_size=batch_size) for name, scorer in scorers.items()}
 
 
-def _candidates(parsed: argparse.Namespace, rows: "EvaluationRows", counts: Any) -> "Candidates":
+def _candidates(parsed: argparse.Namespace, rows: EvaluationRows, counts: Any) -> "Candidates":
     from laser_fast.evaluation import Candidates, draw_candidates, llara_candidates
 
     popular, file = parsed.protocol == "popularity", parsed.candidates_file

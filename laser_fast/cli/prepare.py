@@ -3,13 +3,14 @@
 import argparse
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from laser_fast.cli.arguments import finite_number
 from laser_fast.config import resolve_path
-
-if TYPE_CHECKING:
-    from laser_fast.data import PrepareRequest
+from laser_fast.data import InteractionColumns, PrepareRequest, prepare, prepare_presplit
+from laser_fast.data.preparation.order import FILE_ORDER
+from laser_fast.data.readers import MAX_UNPACKED_BYTES, UnknownItems
+from laser_fast.data.time_units import TimeUnit
 
 _GB = 10**9
 _SOURCES = ("recbole", "interactions", "movielens", "items", "amazon_2018", "amazon_2023")
@@ -18,8 +19,6 @@ _PRESPLIT = ("out", "presplit", "item_id_column", "text_columns", "clean", "skip
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `laser-fast prepare OUT SOURCE ...`."""
-    from laser_fast.data.preparation.order import FILE_ORDER
-
     parser.add_argument("out", type=Path, help="folder to write the data set to")
     _add_sources(parser)
     _add_columns(parser)
@@ -34,8 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sources(parser: argparse.ArgumentParser) -> None:
-    from laser_fast.data.readers import MAX_UNPACKED_BYTES
-
     source = parser.add_mutually_exclusive_group(required=True)
     for name, metavar, text in (
         ("recbole", "FOLDER", "RecBole atomic files, also in an archive; package:NAME/FOLDER finds a package"),
@@ -54,13 +51,11 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_columns(parser: argparse.ArgumentParser) -> None:
-    from laser_fast.data import InteractionColumns
-
     for column in fields(InteractionColumns):
         option = f"--{column.name}-column"
         parser.add_argument(option, default=column.default, metavar="NAME", help="default: %(default)s")
     parser.add_argument("--item-id-column", metavar="NAME", help="id column of the item file; default: --item-column")
-    parser.add_argument("--text-columns", type=_names, metavar="A,B,...", help="of the item file; default: all texts")
+    parser.add_argument("--text-columns", type=_names, metavar="A,B,...", help="of the item file; default: all")
     parser.add_argument("--title-column", metavar="NAME", help="column that becomes the field 'title'")
     parser.add_argument("--year-column", metavar="NAME", help="release year, appended to film titles put right")
 
@@ -70,9 +65,6 @@ def _names(texts: str) -> tuple[str, ...]:
 
 
 def _add_filters(parser: argparse.ArgumentParser) -> None:
-    from laser_fast.data.readers import UnknownItems
-    from laser_fast.data.time_units import TimeUnit
-
     unknown = "events outside the item file (default: error)"
     parser.add_argument("--unknown-items", choices=get_args(UnknownItems), help=unknown)
     lower = "leave out events rated lower"
@@ -95,8 +87,6 @@ def _add_filters(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     """Prepare a data set; of data that came split, refuse the options that do nothing."""
-    from laser_fast.data import InteractionColumns, prepare, prepare_presplit
-
     if parsed.presplit is None:
         prepare(request_of(parsed), say=print, progress=not parsed.no_progress)
         return
@@ -121,10 +111,8 @@ def run(parsed: argparse.Namespace) -> None:
     )
 
 
-def request_of(parsed: argparse.Namespace) -> "PrepareRequest":
+def request_of(parsed: argparse.Namespace) -> PrepareRequest:
     """The request whose fields the parsed arguments name; sources may be `package:NAME/PATH`."""
-    from laser_fast.data import InteractionColumns, PrepareRequest
-
     given: dict[str, Any] = {
         field.name: getattr(parsed, field.name) for field in fields(PrepareRequest) if hasattr(parsed, field.name)
     }

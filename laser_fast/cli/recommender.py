@@ -3,21 +3,10 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from laser_fast.cli.arguments import SEED, add_settings, whole_number
-from laser_fast.config import (
-    RecommenderConfig,
-    SplitConfig,
-    apply_overrides,
-    build_config,
-    dump_config,
-    load_config,
-    resolve_path,
-)
-
-if TYPE_CHECKING:
-    from laser_fast.data import SequenceDataset, Split
+from laser_fast.config import RecommenderConfig, SplitConfig, dump_config, load_config, resolve_path
+from laser_fast.data import SequenceDataset, Split, make_split
 
 _METRICS = ("HR@10", "NDCG@10", "MRR")
 
@@ -39,21 +28,18 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", help="folder written by prepare")
-    parser.add_argument("output", help="new folder for the trained recommender")
+    _add_data_arguments(parser)
     parser.add_argument("--kind", choices=("sasrec", "gru4rec"), help="which of them (default: what the config says)")
     parser.add_argument("--config", help="YAML file with settings of the recommender")
     parser.add_argument("--seed", type=SEED, default=0, help="of weights, batches and folds (default: 0)")
     parser.add_argument("--folds", type=int, metavar="K", help="also K models, each without the users of one fold")
     parser.add_argument("--resume", action="store_true", help="go on with the run in OUTPUT from its last state")
-    _add_split_arguments(parser)
     add_settings(parser, "width=128")
 
 
 def _add_import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="its weights: a state_dict in a file of torch, or safetensors")
-    parser.add_argument("data", help="folder written by prepare")
-    parser.add_argument("output", help="new folder for the recommender")
+    _add_data_arguments(parser)
     parser.add_argument("--kind", required=True, choices=("recbole-sasrec", "recbole-gru4rec", "llara-sasrec"))
     order = parser.add_mutually_exclusive_group()
     order.add_argument("--item-map", metavar="FILE", help="id of each of its indices: JSON, or CSV with index,item_id")
@@ -63,10 +49,11 @@ def _add_import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-heads", type=whole_number(1, 1024), help="attention heads, which weights do not tell")
     parser.add_argument("--activation", help="RecBole's hidden_act (default: gelu)")
     parser.add_argument("--max-length", type=whole_number(1, 2**20), help="longest history of a GRU4Rec (default: 50)")
-    _add_split_arguments(parser)
 
 
-def _add_split_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", help="folder written by prepare")
+    parser.add_argument("output", help="new folder for the recommender")
     parser.add_argument("--split", metavar="KIND", help="leave-one-out (default), global-time, ...")
     example = "e.g. test_from=2024-01-31"
     parser.add_argument("--split-set", action="append", default=[], metavar="KEY=VALUE", help=example)
@@ -80,10 +67,7 @@ def _train(parsed: argparse.Namespace) -> int:
 
     overrides = [*parsed.set, *([f"kind={parsed.kind}"] if parsed.kind else [])]
     overrides += [] if parsed.folds is None else [f"folds={parsed.folds}"]
-    if parsed.config is None:
-        config = build_config(RecommenderConfig, apply_overrides({}, overrides))
-    else:
-        config = load_config(RecommenderConfig, parsed.config, overrides)
+    config = load_config(RecommenderConfig, parsed.config, overrides)
     dataset, split = _load_split(parsed)
     print(dump_config(config))
     print(f"{split.rule}: " + ", ".join(f"{count:,} {name}" for name, count in split.counts().items()))
@@ -142,11 +126,9 @@ def _import(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _load_split(parsed: argparse.Namespace) -> "tuple[SequenceDataset, Split]":
+def _load_split(parsed: argparse.Namespace) -> tuple[SequenceDataset, Split]:
     """The data set, split by `--split` and `--split-set`."""
-    from laser_fast.data import SequenceDataset, make_split
-
     dataset = SequenceDataset.load(resolve_path(parsed.data, "data"))
     kind = [] if parsed.split is None else [f"kind={parsed.split}"]
-    config = build_config(SplitConfig, apply_overrides({}, [*kind, *parsed.split_set]))
+    config = load_config(SplitConfig, None, [*kind, *parsed.split_set])
     return dataset, make_split(dataset, **config.model_dump())

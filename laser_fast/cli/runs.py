@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from laser_fast.cli.arguments import SEED
+from laser_fast.data import EvaluationRows
+from laser_fast.files.folders import replace_json
 
 if TYPE_CHECKING:
     from laser_fast.config import LaserConfig
-    from laser_fast.data import EvaluationRows
     from laser_fast.laser import LaserModel
     from laser_fast.laser.build import Inputs
 
@@ -64,7 +65,7 @@ def load_runs(
         yield model, inputs, config
 
 
-def rows_to_rank(parsed: argparse.Namespace, inputs: "Inputs") -> "EvaluationRows":
+def rows_to_rank(parsed: argparse.Namespace, inputs: "Inputs") -> EvaluationRows:
     """The rows of `--split`."""
     rows = inputs.split.test if parsed.split == "test" else inputs.split.valid
     if not len(rows):
@@ -76,7 +77,6 @@ def write_figures(path: str | None, figures: Any) -> None:
     """Write figures, the command and the environment as JSON, where there is a path."""
     if path is None:
         return
-    from laser_fast.files.folders import replace_json
     from laser_fast.runs.run_directory import describe_environment
 
     command = "laser-fast " + " ".join(sys.argv[1:])

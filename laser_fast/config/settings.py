@@ -86,12 +86,14 @@ def build_config(kind: type[Model], values: Mapping[str, Any], where: str = "con
         raise ValueError(describe_problems(error, where, kind)) from None
 
 
-def load_config(kind: type[Model], path: str | Path, overrides: Sequence[str] = ()) -> Model:
-    """Read a YAML file and apply `overrides` of the form `section.key=value` (the value is read as YAML).
+def load_config(kind: type[Model], path: str | Path | None, overrides: Sequence[str] = ()) -> Model:
+    """Read a YAML file, if any, and apply `overrides` of the form `section.key=value` (the value is read as YAML).
 
     Raises:
         OSError, ValueError: see `read_yaml`, `apply_overrides` and `build_config`; names the file.
     """
+    if path is None:
+        return build_config(kind, apply_overrides({}, overrides))
     where = f"{path} with overrides" if overrides else str(path)
     return build_config(kind, apply_overrides(read_yaml(path), overrides), where)
 

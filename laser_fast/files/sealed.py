@@ -74,7 +74,7 @@ class SealedFolder:
                 raise self._another(name, f"of {known.size} bytes", size)
 
     def file(self, name: str) -> Path:
-        """The path of a file, whose SHA-256 is compared once; raises ValueError if it is not the one that was sealed."""
+        """The path of a file, whose SHA-256 is compared once; raises ValueError for another than was sealed."""
         known = self._known(name)
         if name not in self._compared:
             self._compare(name, known, file_sha256(self.path / name))
