@@ -49,7 +49,8 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = root.add_subparsers(required=True, metavar="COMMAND")
     for module, text in _COMMANDS:
-        command = commands.add_parser(module.__name__.rpartition(".")[2], help=text)
-        command.set_defaults(run=module.run)
+        name = module.__name__.rpartition(".")[2]
+        command = commands.add_parser(name, help=text)
+        command.set_defaults(command=name, run=module.run)
         module.add_arguments(command)
     return root

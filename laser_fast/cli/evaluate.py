@@ -40,7 +40,7 @@ def run(parsed: argparse.Namespace) -> None:
     measured: dict[str, dict[str, RankingMetrics]] = {}
     figures: dict[str, Any] = {}
     rule = ""
-    for name, (model, inputs, config) in zip(parsed.model, load_runs(parsed, parsed.model, "evaluate"), strict=True):
+    for name, (model, inputs, config) in zip(parsed.model, load_runs(parsed, parsed.model), strict=True):
         rule, rows = inputs.split.rule, rows_to_rank(parsed, inputs)
         counts = training_counts(inputs.split, model.num_items)
         systems = measured[name] = _measure(parsed, model, rows, counts, config.evaluation.batch_size)

@@ -32,7 +32,7 @@ _RULES = {
     errno.EEXIST: "nothing must be in its place",
     errno.EFBIG: "a file must not grow beyond what the system allows; raise `ulimit -f`, or choose another place",
     errno.EIO: "the disk must be whole",
-    errno.EISDIR: "it must be a file, no folder",
+    errno.EISDIR: "it must be a file, not a folder",
     errno.ELOOP: "its links must lead somewhere",
     errno.EMFILE: "fewer files must be open at once; raise `ulimit -n`",
     errno.ENAMETOOLONG: "its name must be shorter",

@@ -48,9 +48,7 @@ def load_run(parsed: argparse.Namespace, run: str) -> "tuple[LaserModel, Inputs,
     return load_laser(run, data=parsed.data, recommender=parsed.recommender, llm=parsed.llm)
 
 
-def load_runs(
-    parsed: argparse.Namespace, runs: Sequence[str], command: str
-) -> "Iterator[tuple[LaserModel, Inputs, LaserConfig]]":
+def load_runs(parsed: argparse.Namespace, runs: Sequence[str]) -> "Iterator[tuple[LaserModel, Inputs, LaserConfig]]":
     """`load_run` of each, after all were found; they must have one split."""
     from laser_fast.runs.checkpoint import find_run
 
@@ -61,7 +59,8 @@ def load_runs(
         model, inputs, config = load_run(parsed, run)
         first = first or inputs.split.hash
         if inputs.split.hash != first:
-            raise ValueError(f"{command}: runs must have one split, got {first[:12]} and {inputs.split.hash[:12]}")
+            got = f"got {first[:12]} and {inputs.split.hash[:12]}"
+            raise ValueError(f"{parsed.command}: runs must have one split, {got}")
         yield model, inputs, config
 
 
@@ -69,7 +68,7 @@ def rows_to_rank(parsed: argparse.Namespace, inputs: "Inputs") -> EvaluationRows
     """The rows of `--split`."""
     rows = inputs.split.test if parsed.split == "test" else inputs.split.valid
     if not len(rows):
-        raise ValueError(f"evaluate: --split must name a part with rows, got {parsed.split!r} and none there")
+        raise ValueError(f"{parsed.command}: --split must name a part with rows, got {parsed.split!r} without any")
     return rows
 
 

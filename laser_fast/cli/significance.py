@@ -20,7 +20,7 @@ def run(parsed: argparse.Namespace) -> None:
     from laser_fast.evaluation import evaluate, paired_significance
 
     ranks, rule = [], ""
-    for model, inputs, config in load_runs(parsed, (parsed.first, parsed.second), "significance"):
+    for model, inputs, config in load_runs(parsed, (parsed.first, parsed.second)):
         rule, scorer = inputs.split.rule, model if model.calibration is None else model.calibration
         ranks.append(evaluate(scorer, rows_to_rank(parsed, inputs), batch_size=config.evaluation.batch_size).ranks)
     results = [

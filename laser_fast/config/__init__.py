@@ -1,8 +1,7 @@
 """Every setting, typed and validated in one place; read from YAML, overridden from the command line.
 
-The sections are frozen pydantic models, so a configuration that exists is valid: an unknown key, a value out of range
-or two settings that contradict each other are refused when the file is read, with the name of the key and the nearest
-known one. Modules never receive these objects; builders unpack them.
+A configuration that exists is valid: an unknown key, a value out of range or two settings that contradict each other
+are refused when the file is read. Modules never receive these objects; builders unpack them.
 """
 
 from laser_fast.config.model_sections import (

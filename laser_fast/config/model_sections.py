@@ -89,12 +89,10 @@ class MFormerConfig(Settings):
     max_history: Length = 20
     """Newest history items whose states are read."""
     states: Literal["auto", "cross-fitted", "in-sample"] = "auto"
-    """Which states training rows are read with: those of the recommender's fold that has not seen the row's user, or
-    those of the whole recommender, which has seen the row's target. "auto": of the folds where there are any. All other
-    histories are read with the whole recommender."""
+    """Which states training rows are read with: those of the recommender's fold that has not seen the row's user
+    ("auto" where there are folds), or those of the whole recommender, which has seen the row's target."""
     initialize_from: str | None = None
-    """Folder with a BERT checkpoint of this width, heads and at least this depth, whose layers the querying
-    transformer begins with; None = random."""
+    """BERT checkpoint of this width, heads and at least this depth, whose layers the transformer begins with."""
 
     @model_validator(mode="after")
     def _check(self) -> "MFormerConfig":
@@ -136,8 +134,7 @@ class TextConfig(Settings):
     """Add them to the embeddings of users and items, through a head that starts as the identity; off = the paper."""
     item_side: Literal["auto", "lm", "text"] = "auto"
     """"lm": an item is the language model's read-out and the text vector; "text": the text vector alone, which needs no
-    pass over the catalogue and is trained against all of it at every step. "auto": "text" with the residual, "lm"
-    without."""
+    pass over the catalogue at every step. "auto": "text" with the residual, else "lm"."""
     templates: list[str] = Field(default_factory=list, max_length=64)
     """Templates over the text fields whose unit vectors are averaged; none = `prompt.item_template` alone."""
     max_tokens: Length = 96
@@ -147,8 +144,7 @@ class TextConfig(Settings):
     dropout: Fraction = 0.2
     """Of the user's and the item's vector, before the head."""
     initialize_from: str | None = None
-    """Folder of a saved Laser, or a run, on the same catalogue, whose vectors and trained residual this one begins
-    with; None = vectors from the texts and a head that is the identity."""
+    """Saved Laser, or run, on the same catalogue, whose vectors and trained residual this one begins with."""
 
     @property
     def items_are_texts(self) -> bool:
@@ -175,8 +171,7 @@ class ObjectiveConfig(Settings):
     """Add p log(1 + count), p trained, to the scores in training, so that embeddings need not hold what every user's
     ranking begins with; the calibrated score has its own. Off = the paper, and the default with sampled candidates."""
     item_gradient: Literal["positives", "none"] = "positives"
-    """Phase A: whether the positives of a batch, and the drawn negatives, are encoded with gradient, as candidates of
-    each other."""
+    """Phase A: encode the positives and drawn negatives of a batch with gradient, as candidates of each other."""
     contrastive_weight: Weight = 1.0
     """Weight of stage 1's contrastive term; 0 switches it off, as for the next two."""
     matching_weight: Weight = 1.0

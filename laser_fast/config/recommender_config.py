@@ -37,8 +37,8 @@ class RecommenderConfig(Settings):
     with. 0 = none (the paper); else at least 2."""
     fold_items: Literal["aligned", "own", "shared"] = "aligned"
     """"aligned": each fold learns its own item embeddings from the start this model had, and its states are rotated
-    onto this model's; "own": from a start of its own, not rotated; "shared": all read the finished item embeddings of
-    this model, which have learned by heart who bought what with what: nearly as good on seen rows as this model."""
+    onto this model's; "own": from a start of its own, not rotated; "shared": all read this model's finished item
+    embeddings, which know seen rows by heart."""
 
     @field_validator("folds")
     @classmethod

@@ -100,7 +100,7 @@ def test_what_a_person_can_cause_is_one_line(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "TMP"], "TMP: it must be a file, no folder, got Is a directory"),
+        (["train", "TMP"], "TMP: it must be a file, not a folder, got Is a directory"),
         (["train", "TMP/" + "n" * 300], "its name must be shorter, got File name too long"),
         (["train", "TMP/file/config.yaml"], "what stands before the last / must be a folder, got Not a directory"),
         (["train", "TMP/loop"], "its links must lead somewhere, got Too many levels of symbolic links"),
