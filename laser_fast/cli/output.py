@@ -131,8 +131,7 @@ def report_error(error: BaseException, *, trace: bool) -> int:
     if isinstance(error, KeyboardInterrupt):
         _say(f"{_PROG}: stopped by SIGINT")
         return 128 + signal.SIGINT
-    told = _explain(error)
-    if told is not None:
+    if (told := _explain(error)) is not None:
         _say(f"{_PROG}: error: {one_line(told)}")
         return 2
     said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
@@ -189,10 +188,8 @@ def _flush_output() -> None:
     try:
         sys.stdout.flush()
     except (OSError, ValueError, AttributeError):  # full or unread; closed; none
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, sys.stdout.fileno())
-            os.close(nowhere)
+        with contextlib.suppress(OSError, ValueError, AttributeError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def _say(line: str) -> None:

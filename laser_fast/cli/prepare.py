@@ -21,7 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `laser-fast prepare OUT SOURCE ...`."""
     parser.add_argument("out", type=Path, help="folder to write the data set to")
     _add_sources(parser)
-    _add_columns(parser)
     _add_filters(parser)
     ties = "order of equal timestamps: file-order (default) or hash:SEED"
     parser.add_argument("--tie-rule", default=FILE_ORDER, metavar="RULE", help=ties)
@@ -48,9 +47,6 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
     most = "refuse archives that unpack to more (default: %(default).1f)"
     size, default = finite_number(0, 1e9), MAX_UNPACKED_BYTES / _GB
     parser.add_argument("--max-archive-gb", type=size, default=default, metavar="GB", help=most)
-
-
-def _add_columns(parser: argparse.ArgumentParser) -> None:
     for column in fields(InteractionColumns):
         option = f"--{column.name}-column"
         parser.add_argument(option, default=column.default, metavar="NAME", help="default: %(default)s")

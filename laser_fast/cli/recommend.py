@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from laser_fast.cli.arguments import whole_number
 from laser_fast.cli.runs import add_run, load_run
 from laser_fast.config import resolve_path
+from laser_fast.data import ItemText
 from laser_fast.printable import printable, shorten
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     """Print what is recommended, as words or as JSON."""
-    from laser_fast.data import ItemText
     from laser_fast.laser.laser_files import origin_of
 
     if parsed.history is not None:  # needs no data set

@@ -72,6 +72,8 @@ def test_bad_settings_are_named(changes: str, message: str) -> None:
 def test_all_problems_are_told_at_once() -> None:
     with pytest.raises(ValueError, match="dropout: .*; unknown key 'widht'"):
         build_config(RecommenderConfig, {"widht": 3, "dropout": 2.0})
+    with pytest.raises(ValueError, match="configuration: settings must be keys and values, got a list"):
+        build_config(RecommenderConfig, [1])  # type: ignore[arg-type]
 
 
 def test_a_setting_of_older_files_has_the_one_value_it_still_has() -> None:
