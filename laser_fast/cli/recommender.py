@@ -7,6 +7,7 @@ from pathlib import Path
 from laser_fast.cli.arguments import SEED, add_settings, whole_number
 from laser_fast.config import RecommenderConfig, SplitConfig, dump_config, load_config, resolve_path
 from laser_fast.data import SequenceDataset, Split, make_split
+from laser_fast.files.claims import claim
 
 _METRICS = ("HR@10", "NDCG@10", "MRR")
 
@@ -93,7 +94,6 @@ def _train(parsed: argparse.Namespace) -> int:
 def _import(parsed: argparse.Namespace) -> int:
     """Read the checkpoint, rank the validation rows with it, and save it."""
     from laser_fast.evaluation import evaluate, table
-    from laser_fast.files.claims import claim
     from laser_fast.recommenders.importers.checkpoints import import_recommender
     from laser_fast.recommenders.importers.item_map import read_item_map
     from laser_fast.recommenders.recommender_files import save_recommender
