@@ -53,7 +53,7 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--item-id-column", metavar="NAME", help="id column of the item file; default: --item-column")
     parser.add_argument("--text-columns", type=_names, metavar="A,B,...", help="of the item file; default: all")
     parser.add_argument("--title-column", metavar="NAME", help="column that becomes the field 'title'")
-    parser.add_argument("--year-column", metavar="NAME", help="release year, appended to film titles put right")
+    parser.add_argument("--year-column", metavar="NAME", help="release year: 'Matrix, The' becomes 'The Matrix (1999)'")
 
 
 def _names(texts: str) -> tuple[str, ...]:
@@ -67,14 +67,14 @@ def _add_filters(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-rating", type=finite_number(-1e300, 1e300), metavar="R", help=lower)
     parser.add_argument("--from-time", metavar="T", help="leave out events before: a timestamp or a date (UTC)")
     parser.add_argument("--to-time", metavar="T", help="leave out events at this time or later")
-    unit = "of the log's timestamps, for dates (default: told by their size)"
+    unit = "of the log's timestamps, for dates (default: by their size)"
     parser.add_argument("--time-unit", choices=get_args(TimeUnit), help=unit)
     parser.add_argument("--duplicates", choices=("all", "first", "last"), default="all", help="of one user and item")
     for name, default, text in (
         ("--min-user-interactions", 1, "leave out shorter users"),
         ("--min-item-interactions", 1, "leave out rarer items"),
         ("--max-history", None, "keep the newest N events of a user"),
-        ("--min-history", 1, "leave out users with fewer events, at last"),
+        ("--min-history", 1, "leave out users with fewer events in the end"),
     ):
         parser.add_argument(name, type=int, default=default, metavar="N", help=text)
     catalogue = "keep items that are in no sequence (default) or not"
