@@ -1,6 +1,6 @@
 """The commands: one file each, with its arguments (`add_arguments`) and its few lines over the library (`run`).
 
-A command imports the rooms it needs when it runs, so that the others start fast.
+A command imports what needs torch when it runs, so that the others start fast.
 """
 
 import argparse
@@ -28,7 +28,7 @@ _COMMANDS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, or that of `report_error`, which has told why on stderr."""
+    """Run one command; returns its exit status, or that of `report_error`, which has told why on stderr."""
     trace = False
     with safe_output():
         try:
@@ -49,5 +49,8 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = root.add_subparsers(required=True, metavar="COMMAND")
     for module, text in _COMMANDS:
-        module.add_arguments(commands.add_parser(module.__name__.rpartition(".")[2], help=text))
+        name = module.__name__.rpartition(".")[2]
+        command = commands.add_parser(name, help=text)
+        command.set_defaults(command=name, run=module.run)
+        module.add_arguments(command)
     return root

@@ -1,11 +1,10 @@
-"""Arguments that several commands have: numbers with the bounds that settings have in `config`, and `--set`."""
+"""Arguments that several commands have: numbers between bounds, and a configuration with `--set`."""
 
 import argparse
 import math
 from collections.abc import Callable
 
 _MOST = 10**6  # items of an answer, draws, resamples: what a command loops over or holds at once
-LARGEST_SEED = 2**32 - 1
 
 
 def whole_number(least: int, most: int = _MOST) -> Callable[[str], float]:
@@ -29,6 +28,15 @@ def _number(kind: Callable[[str], float], rule: str, least: float, most: float) 
         return value
 
     return read
+
+
+SEED = whole_number(0, 2**32 - 1)
+
+
+def add_config(parser: argparse.ArgumentParser, example: str) -> None:
+    """Add the configuration of a training run, and `--set`."""
+    parser.add_argument("config", help="YAML file")
+    add_settings(parser, example)
 
 
 def add_settings(parser: argparse.ArgumentParser, example: str) -> None:

@@ -7,7 +7,6 @@ from laser_fast.cli.runs import add_output, add_run, load_run, write_figures
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `laser-fast compare RUN`."""
-    parser.set_defaults(run=run)
     add_run(parser)
     add_output(parser)
 

@@ -9,7 +9,6 @@ from laser_fast import __version__
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `laser-fast doctor`."""
-    parser.set_defaults(run=run)
     parser.add_argument("--json", action="store_true", help="machine-readable")
 
 

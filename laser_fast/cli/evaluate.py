@@ -6,30 +6,28 @@ from typing import TYPE_CHECKING, Any
 
 from laser_fast.cli.arguments import whole_number
 from laser_fast.cli.runs import add_measurement, load_runs, rows_to_rank, write_figures
+from laser_fast.data import EvaluationRows
 
 if TYPE_CHECKING:
-    from laser_fast.data import EvaluationRows
     from laser_fast.evaluation import Candidates, RankingMetrics
     from laser_fast.laser import LaserModel
     from laser_fast.recommenders import Scorer
 
 COSINE, LASER = "Laser, cosine only", "Laser"
+_PROTOCOLS = ("full", "uniform", "popularity", "llara")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `laser-fast evaluate RUN...`."""
-    parser.set_defaults(run=run)
     parser.add_argument("model", nargs="+", metavar="RUN", help="run directory; several: their mean and spread")
     add_measurement(parser)
-    kinds = ("full", "uniform", "popularity", "llara")
     ranked = "full: the whole catalogue (default); else drawn candidates; llara: the target and 19 uniform ones, HR@1"
-    parser.add_argument("--protocol", choices=kinds, default="full", help=ranked)
-    size, draws = "of a ranking, the target included", "draws of candidates to average over"
+    parser.add_argument("--protocol", choices=_PROTOCOLS, default="full", help=ranked)
+    size = "of a ranking, the target included"
     parser.add_argument("--candidates", type=whole_number(2), default=100, metavar="N", help=size)
-    parser.add_argument("--draws", type=whole_number(1), default=20, metavar="N", help=draws)
+    parser.add_argument("--draws", type=whole_number(1), default=20, metavar="N", help="of candidates, to average over")
     parser.add_argument("--candidates-file", metavar="FILE", help="read the candidates from here, or store them here")
-    bootstrap = "also bootstrap intervals, of N resamples"
-    parser.add_argument("--bootstrap", type=whole_number(1), metavar="N", help=bootstrap)
+    parser.add_argument("--bootstrap", type=whole_number(1), metavar="N", help="also intervals, of N resamples")
 
 
 def run(parsed: argparse.Namespace) -> None:
@@ -42,7 +40,7 @@ def run(parsed: argparse.Namespace) -> None:
     measured: dict[str, dict[str, RankingMetrics]] = {}
     figures: dict[str, Any] = {}
     rule = ""
-    for name, (model, inputs, config) in zip(parsed.model, load_runs(parsed, parsed.model, "evaluate"), strict=True):
+    for name, (model, inputs, config) in zip(parsed.model, load_runs(parsed, parsed.model), strict=True):
         rule, rows = inputs.split.rule, rows_to_rank(parsed, inputs)
         counts = training_counts(inputs.split, model.num_items)
         systems = measured[name] = _measure(parsed, model, rows, counts, config.evaluation.batch_size)
@@ -72,7 +70,7 @@ def run(parsed: argparse.Namespace) -> None:
 
 
 def _measure(
-    parsed: argparse.Namespace, model: "LaserModel", rows: "EvaluationRows", counts: Any, batch_size: int
+    parsed: argparse.Namespace, model: "LaserModel", rows: EvaluationRows, counts: Any, batch_size: int
 ) -> "dict[str, RankingMetrics]":
     from laser_fast.evaluation import evaluate, evaluate_candidates
 
@@ -85,7 +83,7 @@ def _measure(
     return {name: evaluate_candidates(scorer, rows, drawn, batch_size=batch_size) for name, scorer in scorers.items()}
 
 
-def _candidates(parsed: argparse.Namespace, rows: "EvaluationRows", counts: Any) -> "Candidates":
+def _candidates(parsed: argparse.Namespace, rows: EvaluationRows, counts: Any) -> "Candidates":
     from laser_fast.evaluation import Candidates, draw_candidates, llara_candidates
 
     popular, file = parsed.protocol == "popularity", parsed.candidates_file

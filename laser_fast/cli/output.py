@@ -1,7 +1,7 @@
 """What the commands print: text of data cannot command the terminal, and every error is one line on stderr.
 
-An error that a person can mend (a file, a setting, an argument, a full disk, memory) ends with status 2; a fault of
-laser_fast itself with 1, told as such; a signal with what a shell expects.
+The exit status is 2 for what a person can mend (a file, a setting, an argument, a full disk, memory), 1 for a fault of
+laser_fast itself, and what a shell expects for a signal.
 """
 
 import argparse
@@ -23,7 +23,6 @@ from laser_fast.printable import one_line, printable
 
 _PROG = "laser-fast"
 _OUTPUT = "standard output"
-_BROKEN_PIPE = 128 + signal.SIGPIPE
 _SYSTEM_ERROR = re.compile(r"\(os error (\d{1,4})\)")
 _OUR_MESSAGE = re.compile(r"[^:\n]{1,100}: .*\bgot\b", re.DOTALL)
 
@@ -33,7 +32,7 @@ _RULES = {
     errno.EEXIST: "nothing must be in its place",
     errno.EFBIG: "a file must not grow beyond what the system allows; raise `ulimit -f`, or choose another place",
     errno.EIO: "the disk must be whole",
-    errno.EISDIR: "it must be a file, no folder",
+    errno.EISDIR: "it must be a file, not a folder",
     errno.ELOOP: "its links must lead somewhere",
     errno.EMFILE: "fewer files must be open at once; raise `ulimit -n`",
     errno.ENAMETOOLONG: "its name must be shorter",
@@ -44,7 +43,7 @@ _RULES = {
     errno.EROFS: "the file system must be writable",
 }
 
-# what a person can cause, and the rule it breaks; a message in laser_fast's own form says all
+# what a person can cause, and the rule it breaks; the messages of the last need none
 _CAUSES: tuple[tuple[tuple[type[Exception], ...], str], ...] = (
     ((UnicodeError,), "a text must be UTF-8"),
     ((MemoryError,), "memory must hold what is asked for"),
@@ -53,7 +52,7 @@ _CAUSES: tuple[tuple[tuple[type[Exception], ...], str], ...] = (
     ((OverflowError,), "a number must not be that large"),
     ((ValueError, OSError, ImportError, FloatingPointError), ""),
 )
-# the same for packages that need not be installed or are slow to import
+# the same for packages that may be missing or are slow to import, by their names
 _CAUSES_OF_PACKAGES = (
     ("a safetensors file must be whole", {"safetensors"}),
     ("a packed file must be whole", {"zlib", "_lzma", "lzma"}),
@@ -77,7 +76,7 @@ class UsageError(ValueError):
 
 
 class _Escaped:
-    """A stream that obeys no text: control characters, and what its encoding cannot hold, are written as escapes."""
+    """A stream that writes control characters, and what its encoding cannot hold, as escapes."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -99,7 +98,7 @@ class _Escaped:
 
 @contextlib.contextmanager
 def _named_output() -> Iterator[None]:
-    """An error of the system within tells that it is of stdout."""
+    """Name stdout in errors of the system."""
     try:
         yield
     except OSError as error:
@@ -109,7 +108,7 @@ def _named_output() -> Iterator[None]:
 
 @contextlib.contextmanager
 def safe_output() -> Iterator[None]:
-    """Until its end stdout is escaped and warnings are one line each. Bars go to stderr, which is left as it is."""
+    """Escape stdout and print a warning on one line. Bars go to stderr, which is left as it is."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.showwarning = _print_warning
@@ -119,22 +118,20 @@ def safe_output() -> Iterator[None]:
 
 
 def report_error(error: BaseException, *, trace: bool) -> int:
-    """Print one line about `error` on stderr, behind its traceback where that is asked for.
+    """Print one line about `error` on stderr, after its traceback if that is asked for.
 
     Returns:
-        The exit status: 2, 1 for a fault of laser_fast, 130 for Ctrl-C, 141 for a reader of stdout that has gone, which
-        is no error and told by nothing.
+        The exit status: 2; 1 for a fault of laser_fast; 130 for Ctrl-C; 141, and no line, if the reader of stdout left.
     """
     _flush_output()
     if isinstance(error, BrokenPipeError) and error.filename == _OUTPUT:
-        return _BROKEN_PIPE
+        return 128 + signal.SIGPIPE
     if trace:
         _say(printable("".join(traceback.format_exception(error)).rstrip(), lines=True))
     if isinstance(error, KeyboardInterrupt):
         _say(f"{_PROG}: stopped by SIGINT")
         return 128 + signal.SIGINT
-    told = _explain(error)
-    if told is not None:
+    if (told := _explain(error)) is not None:
         _say(f"{_PROG}: error: {one_line(told)}")
         return 2
     said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
@@ -150,16 +147,20 @@ def _explain(error: BaseException) -> str | None:
         return describe_problems(error, "configuration")
     if isinstance(error, OSError) and error.errno is not None:
         return _explain_system(error)
-    calls = _calls(error)
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    calls = [(str(frame.f_globals.get("__name__", "")), frame.f_code.co_name) for frame in frames]
     ours = isinstance(error, UsageError) or (bool(calls) and calls[-1][0].partition(".")[0] == "laser_fast")
     if ours and _OUR_MESSAGE.match(message):
         return message
-    if _out_of_memory(error):
-        return f"memory must hold what is asked for, got {message}"
+    if "torch" in sys.modules:  # else nobody can have run out of its memory
+        from laser_fast.models.token_budget import is_out_of_memory
+
+        if is_out_of_memory(error):
+            return f"memory must hold what is asked for, got {message}"
     for kinds, rule in _CAUSES:
         if isinstance(error, kinds):
-            rule = rule and f"{rule}, got "
-            return f"{rule}{message}" if message and ours else f"{rule}{type(error).__name__}: {message}"
+            told = message if message and ours else f"{type(error).__name__}: {message}"
+            return f"{rule}, got {told}" if rule else told
     if found := _SYSTEM_ERROR.search(message):  # of packages in Rust, which have no kind of their own for it
         return _explain_system(OSError(int(found[1]), os.strerror(int(found[1]))))
     raised_by = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
@@ -176,42 +177,24 @@ def _explain(error: BaseException) -> str | None:
 
 def _explain_system(error: OSError) -> str:
     """File, rule and the system's words: `runs/a: the disk must have room, got No space left on device`."""
-    names = [
-        os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes | os.PathLike)
-    ]
-    what = " -> ".join(names) or "a file or stream"
+    names = (error.filename, error.filename2)
+    what = " -> ".join(os.fsdecode(n) for n in names if isinstance(n, str | bytes | os.PathLike)) or "a file or stream"
     rule, _, remedy = _RULES.get(error.errno or 0, "the system must be able to do it").partition("; ")
     return f"{what}: {rule}, got {error.strerror}" + (f"; {remedy}" if remedy else "")
 
 
-def _calls(error: BaseException) -> list[tuple[str, str]]:
-    """Module and function of every call on the way to the error, the innermost last."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return [(str(frame.f_globals.get("__name__", "")), frame.f_code.co_name) for frame in frames]
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    if "torch" not in sys.modules:  # nobody could run out of it
-        return False
-    from laser_fast.models.token_budget import is_out_of_memory
-
-    return is_out_of_memory(error)
-
-
 def _flush_output() -> None:
-    """Write what stdout still holds; where it cannot be written, throw it away: Python tries again at its end."""
+    """Write what stdout still holds, or throw it away if that fails: Python would try again at its end."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError, AttributeError):  # full or unread; closed; none
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, sys.stdout.fileno())
-            os.close(nowhere)
+        with contextlib.suppress(OSError, ValueError, AttributeError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def _say(line: str) -> None:
-    if sys.stderr is not None:  # else `print` would take stdout
-        with contextlib.suppress(OSError, ValueError):  # it is full, unread or closed
+    if sys.stderr is not None:  # `print` would take stdout
+        with contextlib.suppress(OSError, ValueError):  # full or unread; closed
             print(line, file=sys.stderr, flush=True)
 
 

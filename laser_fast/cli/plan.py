@@ -4,20 +4,18 @@ import argparse
 import json
 from dataclasses import replace
 
-from laser_fast.cli.arguments import add_settings, whole_number
+from laser_fast.cli.arguments import add_config, whole_number
 from laser_fast.config import LaserConfig, load_config
+
+_CARDS = ["8GB", "12GB", "16GB", "24GB"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `laser-fast plan CONFIG`."""
-    parser.set_defaults(run=run)
-    parser.add_argument("config", help="YAML file")
-    add_settings(parser, "lm.quantization=nf4")
-    cards = ["8GB", "12GB", "16GB", "24GB"]
-    parser.add_argument("--gpu", nargs="+", default=cards, metavar="SIZE", help="cards, as sold")
+    add_config(parser, "lm.quantization=nf4")
+    parser.add_argument("--gpu", nargs="+", default=_CARDS, metavar="SIZE", help="cards, as sold")
     parser.add_argument("--cpu", action="store_true", help="for training on a CPU instead")
-    items = "size of the catalogue, where there is no data set yet"
-    parser.add_argument("--items", type=whole_number(1, 2**31 - 1), metavar="N", help=items)
+    parser.add_argument("--items", type=whole_number(1, 2**31 - 1), metavar="N", help="size of the catalogue to come")
     parser.add_argument("--json", action="store_true", help="machine-readable")
 
 

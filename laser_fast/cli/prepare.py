@@ -3,13 +3,14 @@
 import argparse
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from laser_fast.cli.arguments import finite_number
 from laser_fast.config import resolve_path
-
-if TYPE_CHECKING:
-    from laser_fast.data import PrepareRequest
+from laser_fast.data import InteractionColumns, PrepareRequest, prepare, prepare_presplit
+from laser_fast.data.preparation.order import FILE_ORDER
+from laser_fast.data.readers import MAX_UNPACKED_BYTES, UnknownItems
+from laser_fast.data.time_units import TimeUnit
 
 _GB = 10**9
 _SOURCES = ("recbole", "interactions", "movielens", "items", "amazon_2018", "amazon_2023")
@@ -17,28 +18,20 @@ _PRESPLIT = ("out", "presplit", "item_id_column", "text_columns", "clean", "skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `laser-fast prepare OUT SOURCE ...`; SOURCE is one of the options of `_add_sources`."""
-    parser.set_defaults(run=run)
-    from laser_fast.data.preparation.order import FILE_ORDER
-
+    """Add the arguments of `laser-fast prepare OUT SOURCE ...`."""
     parser.add_argument("out", type=Path, help="folder to write the data set to")
     _add_sources(parser)
-    _add_columns(parser)
     _add_filters(parser)
-    ties = "equal timestamps: file-order (default) or hash:SEED"
+    ties = "order of equal timestamps: file-order (default) or hash:SEED"
     parser.add_argument("--tie-rule", default=FILE_ORDER, metavar="RULE", help=ties)
-    kept = "keep HTML and white space in texts as they are"
-    parser.add_argument("--no-clean", dest="clean", action="store_false", help=kept)
+    parser.add_argument("--no-clean", dest="clean", action="store_false", help="keep HTML and white space in texts")
     parser.add_argument("--text-max-words", type=int, metavar="N", help="cut texts off after N words")
-    skipped = "leave out rows that cannot be used, and say which"
-    parser.add_argument("--skip-bad-rows", action="store_true", help=skipped)
+    parser.add_argument("--skip-bad-rows", action="store_true", help="leave out unusable rows, and say which")
     parser.add_argument("--no-progress", action="store_true", help="show no bars; none are shown without a terminal")
     parser.add_argument("--overwrite", action="store_true", help="replace a data set that is already there")
 
 
 def _add_sources(parser: argparse.ArgumentParser) -> None:
-    from laser_fast.data.readers import MAX_UNPACKED_BYTES
-
     source = parser.add_mutually_exclusive_group(required=True)
     for name, metavar, text in (
         ("recbole", "FOLDER", "RecBole atomic files, also in an archive; package:NAME/FOLDER finds a package"),
@@ -47,27 +40,20 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
     ):
         source.add_argument(f"--{name}", metavar=metavar, help=text)
     for year in ("2018", "2023"):
-        source.add_argument(
-            f"--amazon-{year}", nargs=2, metavar=("REVIEWS", "META"), help=f"Amazon Reviews {year} as published"
-        )
+        text, pair = f"Amazon Reviews {year} as published", ("REVIEWS", "META")
+        source.add_argument(f"--amazon-{year}", nargs=2, metavar=pair, help=text)
     source.add_argument("--presplit", metavar="FOLDER", help="rows of user, history and target that came split")
     parser.add_argument("--items", metavar="FILE", help="item file with texts: as --interactions")
     most = "refuse archives that unpack to more (default: %(default).1f)"
     size, default = finite_number(0, 1e9), MAX_UNPACKED_BYTES / _GB
     parser.add_argument("--max-archive-gb", type=size, default=default, metavar="GB", help=most)
-
-
-def _add_columns(parser: argparse.ArgumentParser) -> None:
-    from laser_fast.data import InteractionColumns
-
     for column in fields(InteractionColumns):
         option = f"--{column.name}-column"
         parser.add_argument(option, default=column.default, metavar="NAME", help="default: %(default)s")
     parser.add_argument("--item-id-column", metavar="NAME", help="id column of the item file; default: --item-column")
-    texts = "columns of the item file to keep; default: all texts"
-    parser.add_argument("--text-columns", type=_names, metavar="A,B,...", help=texts)
+    parser.add_argument("--text-columns", type=_names, metavar="A,B,...", help="of the item file; default: all")
     parser.add_argument("--title-column", metavar="NAME", help="column that becomes the field 'title'")
-    parser.add_argument("--year-column", metavar="NAME", help="release year, appended to film titles put right")
+    parser.add_argument("--year-column", metavar="NAME", help="release year: 'Matrix, The' becomes 'The Matrix (1999)'")
 
 
 def _names(texts: str) -> tuple[str, ...]:
@@ -75,24 +61,20 @@ def _names(texts: str) -> tuple[str, ...]:
 
 
 def _add_filters(parser: argparse.ArgumentParser) -> None:
-    from laser_fast.data.readers import UnknownItems
-    from laser_fast.data.time_units import TimeUnit
-
     unknown = "events outside the item file (default: error)"
     parser.add_argument("--unknown-items", choices=get_args(UnknownItems), help=unknown)
-    rating = finite_number(-1e300, 1e300)
-    parser.add_argument("--min-rating", type=rating, metavar="R", help="leave out events rated lower")
+    lower = "leave out events rated lower"
+    parser.add_argument("--min-rating", type=finite_number(-1e300, 1e300), metavar="R", help=lower)
     parser.add_argument("--from-time", metavar="T", help="leave out events before: a timestamp or a date (UTC)")
     parser.add_argument("--to-time", metavar="T", help="leave out events at this time or later")
-    unit = "of the log's timestamps, for dates (default: told by their size)"
+    unit = "of the log's timestamps, for dates (default: by their size)"
     parser.add_argument("--time-unit", choices=get_args(TimeUnit), help=unit)
-    same = "events with the same user and item"
-    parser.add_argument("--duplicates", choices=("all", "first", "last"), default="all", help=same)
+    parser.add_argument("--duplicates", choices=("all", "first", "last"), default="all", help="of one user and item")
     for name, default, text in (
         ("--min-user-interactions", 1, "leave out shorter users"),
         ("--min-item-interactions", 1, "leave out rarer items"),
         ("--max-history", None, "keep the newest N events of a user"),
-        ("--min-history", 1, "leave out users with fewer events, at last"),
+        ("--min-history", 1, "leave out users with fewer events in the end"),
     ):
         parser.add_argument(name, type=int, default=default, metavar="N", help=text)
     catalogue = "keep items that are in no sequence (default) or not"
@@ -100,13 +82,7 @@ def _add_filters(parser: argparse.ArgumentParser) -> None:
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """`prepare`, or `prepare_presplit` where the data came split.
-
-    Raises:
-        ValueError: options that do nothing for data that came split; see the two functions.
-    """
-    from laser_fast.data import InteractionColumns, prepare, prepare_presplit
-
+    """Prepare a data set; of data that came split, refuse the options that do nothing."""
     if parsed.presplit is None:
         prepare(request_of(parsed), say=print, progress=not parsed.no_progress)
         return
@@ -131,14 +107,8 @@ def run(parsed: argparse.Namespace) -> None:
     )
 
 
-def request_of(parsed: argparse.Namespace) -> "PrepareRequest":
-    """The request of parsed arguments, which have the names of its fields; sources may be `package:NAME/PATH`.
-
-    Raises:
-        ValueError, FileNotFoundError: see `PrepareRequest` and `resolve_path`.
-    """
-    from laser_fast.data import InteractionColumns, PrepareRequest
-
+def request_of(parsed: argparse.Namespace) -> PrepareRequest:
+    """The request whose fields the parsed arguments name; sources may be `package:NAME/PATH`."""
     given: dict[str, Any] = {
         field.name: getattr(parsed, field.name) for field in fields(PrepareRequest) if hasattr(parsed, field.name)
     }

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from laser_fast.cli.arguments import whole_number
 from laser_fast.cli.runs import add_run, load_run
 from laser_fast.config import resolve_path
+from laser_fast.data import ItemText
 from laser_fast.printable import printable, shorten
 
 if TYPE_CHECKING:
@@ -19,22 +20,18 @@ _LONGEST_TITLE = 300  # characters of it that are printed
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `laser-fast recommend RUN`."""
-    parser.set_defaults(run=run)
     add_run(parser)
     who = parser.add_mutually_exclusive_group()
-    history = "item ids, oldest first; nobody needs to be a known user"
-    who.add_argument("--history", nargs="+", metavar="ITEM", help=history)
+    who.add_argument("--history", nargs="+", metavar="ITEM", help="item ids of anybody, oldest first")
     who.add_argument("--user", nargs="+", metavar="USER", help="users of the data set")
-    sample = "N users of the data set (default: 3)"
-    who.add_argument("--sample", type=whole_number(1), default=3, metavar="N", help=sample)
+    who.add_argument("--sample", type=whole_number(1), default=3, metavar="N", help="N of its users (default: 3)")
     parser.add_argument("-k", type=whole_number(1), default=5, help="items to recommend")
     parser.add_argument("--include-seen", action="store_true", help="items of the history may be recommended again")
     parser.add_argument("--json", action="store_true", help="one JSON object per user")
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """Print what is recommended, in words or as JSON."""
-    from laser_fast.data import ItemText
+    """Print what is recommended, as words or as JSON."""
     from laser_fast.laser.laser_files import origin_of
 
     if parsed.history is not None:  # needs no data set

@@ -8,7 +8,6 @@ from laser_fast.cli.runs import add_run, load_run
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `laser-fast report RUN`."""
-    parser.set_defaults(run=run)
     add_run(parser)
     parser.add_argument("--output", metavar="FOLDER", help="where it goes (default: RUN/report)")
 

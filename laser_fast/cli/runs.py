@@ -1,4 +1,4 @@
-"""What the commands about runs share: where things are now, runs and their rows, figures written as JSON."""
+"""Arguments and steps that the commands about runs share."""
 
 import argparse
 import sys
@@ -6,17 +6,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from laser_fast.cli.arguments import LARGEST_SEED, whole_number
+from laser_fast.cli.arguments import SEED
+from laser_fast.data import EvaluationRows
+from laser_fast.files.folders import replace_json
 
 if TYPE_CHECKING:
     from laser_fast.config import LaserConfig
-    from laser_fast.data import EvaluationRows
     from laser_fast.laser import LaserModel
     from laser_fast.laser.build import Inputs
 
 
 def add_run(command: argparse.ArgumentParser) -> None:
-    """Add one run, and what it was built on."""
+    """Add one run, and where what it was built on is now."""
     command.add_argument("model", metavar="RUN", help="run directory written by train")
     _add_places(command)
 
@@ -28,15 +29,15 @@ def _add_places(command: argparse.ArgumentParser) -> None:
 
 
 def add_measurement(command: argparse.ArgumentParser) -> None:
-    """Add what the runs were built on, which rows are ranked, and where the figures go."""
+    """Add which rows of the runs are ranked, where what they were built on is now, and `--output`."""
     _add_places(command)
     command.add_argument("--split", choices=("test", "valid"), default="test")
-    command.add_argument("--seed", type=whole_number(0, LARGEST_SEED), default=0, help="of what is drawn")
+    command.add_argument("--seed", type=SEED, default=0, help="of what is drawn")
     add_output(command)
 
 
 def add_output(command: argparse.ArgumentParser) -> None:
-    """Add where `write_figures` writes."""
+    """Add `--output`, the path of `write_figures`."""
     command.add_argument("--output", help="also write the figures to this JSON file")
 
 
@@ -47,36 +48,34 @@ def load_run(parsed: argparse.Namespace, run: str) -> "tuple[LaserModel, Inputs,
     return load_laser(run, data=parsed.data, recommender=parsed.recommender, llm=parsed.llm)
 
 
-def load_runs(
-    parsed: argparse.Namespace, runs: Sequence[str], command: str
-) -> "Iterator[tuple[LaserModel, Inputs, LaserConfig]]":
-    """`load_run` of each, after all were found; of another split than the first none may be."""
+def load_runs(parsed: argparse.Namespace, runs: Sequence[str]) -> "Iterator[tuple[LaserModel, Inputs, LaserConfig]]":
+    """`load_run` of each, after all were found; they must have one split."""
     from laser_fast.runs.checkpoint import find_run
 
     for run in runs:
         find_run(Path(run))
-    split_hash = None
+    first = None
     for run in runs:
         model, inputs, config = load_run(parsed, run)
-        split_hash = split_hash or inputs.split.hash
-        if inputs.split.hash != split_hash:
-            raise ValueError(f"{command}: runs must have one split, got {split_hash[:12]} and {inputs.split.hash[:12]}")
+        first = first or inputs.split.hash
+        if inputs.split.hash != first:
+            got = f"got {first[:12]} and {inputs.split.hash[:12]}"
+            raise ValueError(f"{parsed.command}: runs must have one split, {got}")
         yield model, inputs, config
 
 
-def rows_to_rank(parsed: argparse.Namespace, inputs: "Inputs") -> "EvaluationRows":
+def rows_to_rank(parsed: argparse.Namespace, inputs: "Inputs") -> EvaluationRows:
     """The rows of `--split`."""
     rows = inputs.split.test if parsed.split == "test" else inputs.split.valid
     if not len(rows):
-        raise ValueError(f"evaluate: --split must name a part with rows, got {parsed.split!r} and none there")
+        raise ValueError(f"{parsed.command}: --split must name a part with rows, got {parsed.split!r} without any")
     return rows
 
 
 def write_figures(path: str | None, figures: Any) -> None:
-    """Write figures with the command and the environment as JSON; nothing without a path."""
+    """Write figures, the command and the environment as JSON, where there is a path."""
     if path is None:
         return
-    from laser_fast.files.folders import replace_json
     from laser_fast.runs.run_directory import describe_environment
 
     command = "laser-fast " + " ".join(sys.argv[1:])

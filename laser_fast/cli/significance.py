@@ -8,13 +8,11 @@ from laser_fast.cli.runs import add_measurement, load_runs, rows_to_rank, write_
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `laser-fast significance RUN_A RUN_B`."""
-    parser.set_defaults(run=run)
     parser.add_argument("first", metavar="RUN_A")
     parser.add_argument("second", metavar="RUN_B")
     add_measurement(parser)
     parser.add_argument("--metrics", nargs="+", default=["HR@10", "NDCG@10", "MRR"], metavar="METRIC")
-    resamples = "random signs (default: 10000)"
-    parser.add_argument("--resamples", type=whole_number(1), default=10_000, metavar="N", help=resamples)
+    parser.add_argument("--resamples", type=whole_number(1), default=10_000, metavar="N", help="default: 10000")
 
 
 def run(parsed: argparse.Namespace) -> None:
@@ -22,7 +20,7 @@ def run(parsed: argparse.Namespace) -> None:
     from laser_fast.evaluation import evaluate, paired_significance
 
     ranks, rule = [], ""
-    for model, inputs, config in load_runs(parsed, (parsed.first, parsed.second), "significance"):
+    for model, inputs, config in load_runs(parsed, (parsed.first, parsed.second)):
         rule, scorer = inputs.split.rule, model if model.calibration is None else model.calibration
         ranks.append(evaluate(scorer, rows_to_rank(parsed, inputs), batch_size=config.evaluation.batch_size).ranks)
     results = [

@@ -4,18 +4,14 @@ import argparse
 import shlex
 import sys
 
-from laser_fast.cli.arguments import add_settings
+from laser_fast.cli.arguments import add_config
 from laser_fast.config import LaserConfig, dump_config, load_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `laser-fast train CONFIG`."""
-    parser.set_defaults(run=run)
-    parser.add_argument("config", help="YAML file")
-    add_settings(parser, "training.seed=1")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with the run in `output` from its last whole state"
-    )
+    add_config(parser, "training.seed=1")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in `output` from its last state")
 
 
 def run(parsed: argparse.Namespace) -> int:

@@ -1,19 +1,26 @@
 """Every setting, typed and validated in one place; read from YAML, overridden from the command line.
 
-The sections are frozen pydantic models, so a configuration that exists is valid: an unknown key, a value out of range
-or two settings that contradict each other are refused when the file is read, with the name of the key and the nearest
-known one. Modules never receive these objects; builders unpack them.
+A configuration that exists is valid: an unknown key, a value out of range or two settings that contradict each other
+are refused when the file is read. Modules never receive these objects; builders unpack them.
 """
 
-from laser_fast.config.language_model_sections import ExecutionConfig, LanguageModelConfig, PromptConfig
-from laser_fast.config.laser_config import LaserConfig, ModelConfig
-from laser_fast.config.recommender_sections import RecommenderConfig, SplitConfig
+from laser_fast.config.model_sections import (
+    BiTuningConfig,
+    ExecutionConfig,
+    LanguageModelConfig,
+    MFormerConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    PromptConfig,
+    TextConfig,
+)
+from laser_fast.config.recommender_config import RecommenderConfig, SplitConfig
 from laser_fast.config.settings import Settings, apply_overrides, build_config, dump_config, load_config, resolve_path
-from laser_fast.config.trained_sections import BiTuningConfig, MFormerConfig, TextConfig
 from laser_fast.config.training_sections import (
     EvaluationConfig,
-    ObjectiveConfig,
+    LaserConfig,
     OptimizerConfig,
+    RateConfig,
     StageConfig,
     TrainingConfig,
 )
@@ -29,6 +36,7 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizerConfig",
     "PromptConfig",
+    "RateConfig",
     "RecommenderConfig",
     "Settings",
     "SplitConfig",

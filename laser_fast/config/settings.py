@@ -11,16 +11,21 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 
 from laser_fast.config.yaml_text import parse_yaml, read_yaml
 
-RETIRED = {
-    "RecommenderConfig.hidden_width": None,
-    "RecommenderConfig.weight_decay": 0.0,
-    "RecommenderConfig.fold_items": "aligned",
-    "MFormerConfig.cross_attention_freq": 2,
-    "BiTuningConfig.deep_prefix_rank": 64,
-    "ObjectiveConfig.contrastive_temperature": 0.07,
-    "ObjectiveConfig.label_smoothing": 0.1,
+RETIRED: dict[str, tuple[Any, str]] = {
+    "RecommenderConfig.hidden_width": (None, ""),
+    "RecommenderConfig.weight_decay": (0.0, ""),
+    "RecommenderConfig.fold_items": ("aligned", ""),
+    "MFormerConfig.cross_attention_freq": (2, ""),
+    "BiTuningConfig.deep_prefix_rank": (64, ""),
+    "ObjectiveConfig.contrastive_temperature": (0.07, ""),
+    "ObjectiveConfig.label_smoothing": (0.1, ""),
+    "PromptConfig.item_prompt": ("{text}", ""),
+    "RateConfig.weight_decay": (0.01, "training.optimizer"),
+    "RateConfig.warmup_fraction": (0.05, "training.optimizer"),
+    "RateConfig.max_grad_norm": (1.0, "training.optimizer"),
+    "RateConfig.eight_bit": (False, "training.optimizer"),
 }
-"""Settings that older runs and models have in their files, and the one behaviour that was kept of each."""
+"""Settings of older runs and models: the one value that files may still give, and the section that decides instead."""
 
 _PACKAGE_SCHEME = "package:"
 _MOST_PROBLEMS = 10  # told at once
@@ -28,25 +33,23 @@ _LONGEST_VALUE = 200  # characters of a value or key that a message shows
 
 
 class Settings(BaseModel):
-    """Base of all sections: immutable, numbers finite, and a key that is not a field is an error.
-
-    A section within, where it is given in part, keeps what the default of its place sets.
-    """
+    """Base of all sections: immutable, numbers finite, and a key that is not a field is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _read_older_and_partial(cls, values: Any) -> Any:
-        """Drop what is retired, and keep the default of a section's place, which says more than that of its kind."""
+        """Drop what is retired; a section given in part keeps the other defaults of its place, not of its class."""
         if not isinstance(values, dict):
             return values
         kept = dict(values)
-        for key, only in RETIRED.items():
+        for key, (only, instead) in RETIRED.items():
             section, _, name = key.partition(".")
             if section == cls.__name__ and name in kept and (value := kept.pop(name)) != only:
+                remedy = f"remove it and set {instead}.{name}" if instead else "remove it"
                 raise ValueError(
-                    f"{name} is no setting any more and must be {only!r}, got {value!r}; remove it, or use the version "
+                    f"{name} is no setting any more and must be {only!r}, got {value!r}; {remedy}, or use the version "
                     "of laser_fast that wrote it"
                 )
         for name, field in cls.model_fields.items():
@@ -71,27 +74,27 @@ def build_config(kind: type[Model], values: Mapping[str, Any], where: str = "con
     """Validate `values` into `kind`.
 
     Args:
-        where: the values come from; begins the message.
+        where: begins the message.
 
     Raises:
-        ValueError: for unknown keys (with the nearest known one) and values that break a rule, in one message.
+        ValueError: unknown keys (with the nearest known one) and values that break a rule, all in one message.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}: settings must be keys and values, got a {type(values).__name__}")
     try:
         return kind.model_validate(dict(values))
     except ValidationError as error:
-        problems = describe_problems(error, where, kind)
-    raise ValueError(problems)
+        raise ValueError(describe_problems(error, where, kind)) from None
 
 
-def load_config(kind: type[Model], path: str | Path, overrides: Sequence[str] = ()) -> Model:
-    """Read a YAML file and apply `overrides` of the form `section.key=value` (the value is read as YAML).
+def load_config(kind: type[Model], path: str | Path | None, overrides: Sequence[str] = ()) -> Model:
+    """Read a YAML file, if any, and apply `overrides` of the form `section.key=value` (the value is read as YAML).
 
     Raises:
-        OSError: no such file, or one that cannot be read.
-        ValueError: broken YAML (`read_yaml`), or what `apply_overrides` or `build_config` refuses; names the file.
+        OSError, ValueError: see `read_yaml`, `apply_overrides` and `build_config`; names the file.
     """
+    if path is None:
+        return build_config(kind, apply_overrides({}, overrides))
     where = f"{path} with overrides" if overrides else str(path)
     return build_config(kind, apply_overrides(read_yaml(path), overrides), where)
 
@@ -111,8 +114,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
         for section in sections:
             if target.get(section) is None:
                 target[section] = {}
-            target = target[section]
-            if not isinstance(target, dict):
+            if not isinstance(target := target[section], dict):
                 raise ValueError(f"load_config: {section!r} in override {override!r} must be a section, got {target!r}")
         target[last] = parse_yaml(text, f"the value of override {override!r}")
     return values
@@ -151,15 +153,15 @@ def resolve_path(location: str | Path, what: str = "the path") -> Path:
 
 
 def describe_problems(error: ValidationError, where: str, kind: type = Settings) -> str:
-    """What a validation found, in one sentence: the rules and the values, without pydantic's own words around them.
+    """The rules that values break, and the values, in one sentence that begins with `where`.
 
     Args:
-        where: begins the sentence.
         kind: the model whose keys are proposed for unknown ones.
     """
     problems = error.errors(include_url=False)
     told = [_describe(kind, problem) for problem in problems[:_MOST_PROBLEMS]]
-    told += [f"and {len(problems) - _MOST_PROBLEMS:,} more"] if len(problems) > _MOST_PROBLEMS else []
+    if len(problems) > _MOST_PROBLEMS:
+        told.append(f"and {len(problems) - _MOST_PROBLEMS:,} more")
     return f"{where}: " + "; ".join(told)
 
 
@@ -178,12 +180,13 @@ def _describe(kind: type, problem: Any) -> str:
     if problem["type"] == "value_error":  # our own checks print the values themselves
         return told
     value = repr(problem["input"])
-    shown = value if len(value) <= _LONGEST_VALUE else f"{value[:_LONGEST_VALUE]}... ({len(value):,} characters)"
-    return f"{told}, got {shown}"
+    if len(value) > _LONGEST_VALUE:
+        value = f"{value[:_LONGEST_VALUE]}... ({len(value):,} characters)"
+    return f"{told}, got {value}"
 
 
 def _known_keys(kind: Any, prefix: str = "") -> list[str]:
-    """Keys of a model and of those in it; none of anything else."""
+    """Keys of a model and of the models in it; other types have none."""
     keys = []
     for name, field in getattr(kind, "model_fields", {}).items():
         keys += [prefix + name, *_known_keys(field.annotation, f"{prefix}{name}.")]

@@ -1,4 +1,4 @@
-"""YAML of people and of runs, read by one function: bounded in size, depth and aliases, no key twice, errors placed.
+"""YAML files, read with bounds on size, depth and aliases; a key stands once, and an error has its line and column.
 
 A few lines with aliases of aliases stand for more values than memory holds, so what aliases stand for is counted.
 """
@@ -17,7 +17,7 @@ _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 class _Reader(yaml.SafeLoader):
-    """PyYAML's safe loader without what makes a short text long, deep or ambiguous."""
+    """PyYAML's safe loader, which refuses what makes a short text long, deep or ambiguous."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -81,28 +81,23 @@ def parse_yaml(text: str, name: str) -> Any:
     """The value of one YAML document; None where there is nothing in it.
 
     Args:
-        name: of the text, for errors.
+        name: what the text is called in errors.
 
     Raises:
-        ValueError: no YAML, more than one document, too many aliases, a key twice in a section, nested too deep, a
-            number or date that is none; names the line and the column.
+        ValueError: no YAML, or more than one document; names the line and the column.
     """
     try:
-        reader = _Reader(text)
-        try:
-            return reader.get_single_data()
-        finally:
-            reader.dispose()
+        return _Reader(text).get_single_data()
     except yaml.YAMLError as error:
         raise ValueError(f"parse_yaml: {name} must be YAML without faults, got one: {_problem(error)}") from error
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The keys and values of a file in UTF-8, read by `parse_yaml`; none of an empty file.
+    """The keys and values of a file; an empty file has none.
 
     Raises:
-        OSError: there is no such file, or it cannot be read.
-        ValueError: it is larger than 1 MiB, no UTF-8, no YAML or a list or value; names the file.
+        OSError: the file cannot be read.
+        ValueError: it is larger than 1 MiB, or no UTF-8, no YAML, or a list or single value; names the file.
     """
     with Path(path).open("rb") as file:
         content = file.read(_LARGEST + 1)  # not the whole file: there are endless ones
@@ -111,8 +106,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        byte = content[error.start]
-        raise ValueError(f"read_yaml: {path} must be UTF-8, got byte 0x{byte:02x} at {error.start}") from error
+        place = f"byte 0x{content[error.start]:02x} at {error.start}"
+        raise ValueError(f"read_yaml: {path} must be UTF-8, got {place}") from error
     values = parse_yaml(text, str(path))
     if values is not None and not isinstance(values, dict):
         raise ValueError(f"read_yaml: {path} must hold keys and values, got a {type(values).__name__}")

@@ -1,8 +1,8 @@
-"""One process at a time writes an output: who begins claims it before looking into it.
+"""One process at a time writes an output: it claims the output before it looks into it.
 
-The lock is on a file beside the output, `.NAME.laser-fast.lock`, not on the folder: a folder may not be there yet, and
-`replace_directory` puts another one under its name. The system gives a lock free however its process ends, so a lock
-file that a dead process left is no obstacle; the next claim takes it over and removes it.
+The lock is on a file beside the output, `.NAME.laser-fast.lock`: the output itself may not be there yet, and
+`replace_directory` puts another folder under its name. The system frees a lock however its process ends, so the lock
+file of a dead process is no obstacle; the next claim takes it over and removes it.
 """
 
 import errno
@@ -22,13 +22,13 @@ _claimed: ContextVar[frozenset[tuple[int, Path]]] = ContextVar("claimed", defaul
 
 @contextmanager
 def claim(output: str | Path) -> Iterator[None]:
-    """Let no other process, and no other thread of this one, write `output` meanwhile; it need not exist.
+    """Let no other process or thread write `output` meanwhile; it need not exist.
 
-    Who has claimed a folder has claimed all that is in it, and may claim it again; a process forked meanwhile is
-    another one. A link is not followed: two names of one folder are two outputs, unless the caller resolves them.
+    A claim holds all that is in a folder and may be repeated; a process forked meanwhile does not have it. A link is
+    not followed: two names of one folder are two outputs, unless the caller resolves them.
 
     Raises:
-        ValueError: another process, or another thread, has claimed it, or a folder that it lies in.
+        ValueError: another process or thread has claimed it, or a folder that it lies in.
         FileExistsError: a link lies where the lock file belongs.
     """
     absolute = Path(os.path.abspath(output))
@@ -49,12 +49,12 @@ def claim(output: str | Path) -> Iterator[None]:
 
 
 def lock_file(output: Path) -> Path:
-    """Where the lock of an output is."""
+    """The lock file of an output."""
     return output.parent / f".{output.name}.laser-fast.lock"
 
 
 def _lock(place: Path) -> int:
-    """A descriptor that holds the lock of an output; after a warning it holds none where the file system has none."""
+    """A descriptor that holds the lock of an output; without one, after a warning, where the file system has none."""
     while True:
         descriptor = _open(place)
         try:
@@ -63,11 +63,8 @@ def _lock(place: Path) -> int:
             os.close(descriptor)
             raise _taken(place) from None
         except OSError as error:  # some network file systems lock nothing
-            warnings.warn(
-                f"claim: the file system should lock {str(place)!r} against a second process, got {error}; start none "
-                "meanwhile",
-                stacklevel=5,
-            )
+            rule = f"the file system should lock {str(place)!r} against a second process"
+            warnings.warn(f"claim: {rule}, got {error}; start none meanwhile", stacklevel=5)
             return descriptor
         if any(_is_open(descriptor, path) for path in (lock_file(place), place)):
             return descriptor
@@ -75,7 +72,7 @@ def _lock(place: Path) -> int:
 
 
 def _refuse_claimed_around(place: Path) -> None:
-    """Make sure that nobody else has claimed a folder around: its owner may put another one in its place."""
+    """Refuse an output in a folder that another process has claimed and may replace."""
     for folder in place.parents:
         with suppress(OSError):  # there is none, or it is not ours to look at
             descriptor = os.open(lock_file(folder), os.O_RDONLY | os.O_NOFOLLOW)
@@ -95,7 +92,7 @@ def _taken(place: Path) -> ValueError:
 
 
 def _open(place: Path) -> int:
-    """The lock file of an output; the output itself where nobody may write beside it, and so nobody exchanges it."""
+    """The lock file of an output; the output itself where nobody may write beside it, and so nobody replaces it."""
     make_directory(place.parent)
     try:
         return open_no_link(lock_file(place), os.O_RDWR)

@@ -1,4 +1,4 @@
-"""JSON files that say what lies beside them; what is missing, unknown or of another type is refused by its name."""
+"""JSON files that describe what lies beside them; a key that is missing, unknown or of another type is named."""
 
 from typing import TypeVar
 
@@ -9,7 +9,7 @@ from laser_fast.config.settings import describe_problems
 
 
 class Description(BaseModel):
-    """Base of all descriptions: nothing is converted, and no field has a default, so that a missing key is noticed."""
+    """Base of all descriptions: nothing is converted, and no field has a default, so a missing key is noticed."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -32,19 +32,16 @@ def parse_description(
         ValueError: no JSON object, another version, or fields that break a rule; names them.
     """
     if version is not None:
-        _refuse_another_version(content, *version, where, remedy)
+        key, wanted = version
+        try:
+            found = from_json(content)
+        except ValueError as error:
+            raise ValueError(f"{where} must be JSON, got {error}") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"{where} must be a JSON object, got {type(found).__name__}")
+        if found.get(key) != wanted:
+            raise ValueError(f"{where} must have {key} {wanted}, got {found.get(key)!r}; {remedy}")
     try:
         return TypeAdapter(kind).validate_json(content)
     except ValidationError as error:
         raise ValueError(describe_problems(error, where, kind)) from error
-
-
-def _refuse_another_version(content: str | bytes, key: str, wanted: int, where: str, remedy: str) -> None:
-    try:
-        found = from_json(content)
-    except ValueError as error:
-        raise ValueError(f"{where} must be JSON, got {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{where} must be a JSON object, got {type(found).__name__}")
-    if found.get(key) != wanted:
-        raise ValueError(f"{where} must have {key} {wanted}, got {found.get(key)!r}; {remedy}")

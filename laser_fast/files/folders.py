@@ -1,11 +1,10 @@
 """Files and folders that are whole or absent: written beside the target under another name, then renamed.
 
-Everything that lies beside a target `NAME` for a while has a drawn name, `.NAME.0123456789ab.partial` while it is
-written and `.NAME.0123456789ab.old` while it is replaced, so that nobody's own files are in the way.
+What lies beside a target `NAME` for a while has a drawn name, so that nobody's own files are in the way:
+`.NAME.0123456789ab.partial` while it is written and `.NAME.0123456789ab.old` while it is replaced.
 
-A rename counts only when what it names is on the disk, so files and folders are synced before it and the folder around
-them after it. A link at the target is replaced, never followed. What is written has the modes that the user's umask
-gives to any new file.
+Files and folders are synced before the rename, and the folder around them after it. A link at the target is replaced,
+never followed. What is written has the modes that the umask gives to any new file.
 """
 
 import fcntl
@@ -26,12 +25,9 @@ _DRAWN = r"[0-9a-f]{12}"
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write beside and rename, so that the file is never half-written, not by two processes at once either.
+    """Write beside and rename, so that the file is never half-written, not even by two processes at once.
 
-    What a process that was killed in here left of this file is removed.
-
-    Raises:
-        FileExistsError: a device or a pipe is there, whose place a file would take.
+    What a process killed in here left of this file is removed. Raises FileExistsError for a device or pipe.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
         raise FileExistsError(f"replace_file: the target must be a file, got the device or pipe {str(path)!r}")
@@ -56,7 +52,7 @@ def replace_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Indented JSON into a folder that `replace_directory` gave, which syncs all that is in it at its end."""
+    """Indented JSON into a folder that `replace_directory` gave and will sync."""
     path.write_bytes(_indented(values))
 
 
@@ -65,7 +61,7 @@ def _indented(values: Mapping[str, Any]) -> bytes:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, or a folder with all that is in it; nothing if it is gone. Of a link only the link goes."""
+    """Delete a file, a folder with all that is in it, or a link alone, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -73,11 +69,11 @@ def remove(path: Path) -> None:
 
 
 def refuse_others(function: str, folder: Path, names: Sequence[str]) -> None:
-    """Make sure that whoever replaces a folder loses nothing of others.
+    """Refuse to replace a folder that holds files of others, or a file.
 
     Args:
         function: the first word of the message.
-        names: files that belong into it; one that is not empty has the first of them.
+        names: files that belong into it; a folder that is not empty must have the first of them.
 
     Raises:
         FileExistsError: a file is at its place, or it holds something else.
@@ -86,21 +82,16 @@ def refuse_others(function: str, folder: Path, names: Sequence[str]) -> None:
     others = sorted(found - set(names) if names[0] in found else found)
     if others or (folder.exists() and not folder.is_dir()):
         got = ", ".join(map(repr, others[:3])) or "a file"
-        raise FileExistsError(
-            f"{function}: the folder must be new, empty or hold what this function saves alone, got {got} at "
-            f"{str(folder)!r}; choose another"
-        )
+        rule = "the folder must be new, empty or hold what this function saves alone"
+        raise FileExistsError(f"{function}: {rule}, got {got} at {str(folder)!r}; choose another")
 
 
 @contextmanager
 def replace_directory(directory: Path) -> Iterator[Path]:
     """Give a new empty folder beside `directory`; it replaces `directory` when the block ends without an error.
 
-    A reader sees the old folder or the complete new one. A folder cannot be swapped in one step, so for a moment the
-    old one has a drawn name; if the process dies right then, `whole_directory` finds it there.
-
-    Raises:
-        ValueError: another process is at work on `directory`; see `claim`.
+    A folder cannot be swapped in one step, so for a moment the old one has a drawn name; if the process dies right
+    then, `whole_directory` finds it there. The folder is claimed meanwhile (`claim`).
     """
     with claim(directory), scratch_directory(directory) as fresh:
         yield fresh
@@ -128,10 +119,9 @@ def scratch_directory(directory: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(target: Path) -> None:
-    """Remove what processes that were killed while they wrote this file or folder left beside it.
+    """Remove what killed processes left beside this file or folder; what others still write is locked and stays.
 
-    What processes still write is locked and stays. Where one died between the two renames of `replace_directory`, the
-    old folder gets its name back.
+    Where one died between the two renames of `replace_directory`, the old folder gets its name back.
     """
     _remove_partial(target)
     for old in _beside(target, "old"):
@@ -141,16 +131,12 @@ def remove_leftovers(target: Path) -> None:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether it has the name of something that was being written; what was being replaced may be all there is."""
+    """Whether this was being written; what was being replaced is none, as it may be all there is."""
     return re.fullmatch(rf"\..+\.{_DRAWN}\.partial", path.name) is not None
 
 
 def whole_directory(directory: Path) -> Path:
-    """`directory`, or what it was about to replace if the process died between the two renames of `replace_directory`.
-
-    Raises:
-        FileNotFoundError: neither exists.
-    """
+    """`directory`, or the old one if a process died between the renames; raises FileNotFoundError without either."""
     if directory.is_dir():
         return directory
     for old in _beside(directory, "old"):
@@ -188,7 +174,7 @@ def _locked(path: Path) -> int | None:
 
 
 def _remove_partial(target: Path) -> None:
-    """What was being written, by processes that are dead."""
+    """Remove what dead processes were writing."""
     for path in _beside(target, "partial"):
         with suppress(PermissionError):  # another user's
             if (lock := _locked(path)) is not None:
@@ -202,7 +188,7 @@ def _remove_replaced(directory: Path) -> None:
 
 
 def _beside(target: Path, ending: str) -> list[Path]:
-    """What lies beside the target, was made for it and has a drawn name with this ending; links are nobody's."""
+    """What lies beside the target under a drawn name with this ending; links are nobody's."""
     if not target.parent.is_dir():
         return []
     pattern = re.compile(re.escape(f".{target.name}.") + rf"{_DRAWN}\.{ending}")

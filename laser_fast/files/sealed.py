@@ -1,7 +1,7 @@
-"""Sealed folders: size and SHA-256 of every file in `seal.json`, compared when the folder is opened and read.
+"""Sealed folders: `seal.json` has the size and SHA-256 of every file, compared when the folder is opened and read.
 
-A seal finds damage, and files that were swapped, edited or left out. It is no signature: whoever may write the folder
-can seal it again. So what is read is validated as well.
+A seal finds files that are damaged, swapped, edited or left out. It is no signature: whoever may write the folder can
+seal it again, so what is read is validated as well.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from laser_fast.files.folders import write_json
 
 SEAL = "seal.json"
 _FORMAT = 1
+_AGAIN = "write it again with this version of laser_fast"
 _CARD = "README.md"  # of a model: people and the hub edit it, and nothing reads it
 
 
@@ -38,7 +39,7 @@ class _Seal(Description):
 
 
 def seal(folder: Path) -> None:
-    """Write `seal.json`, the last file of a folder, about all others in it, inner folders included, but README.md."""
+    """Write `seal.json`, the last file of a folder, about all others in it and its inner folders, but README.md."""
     files = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -50,8 +51,6 @@ def seal(folder: Path) -> None:
 class SealedFolder:
     """A folder that `seal` sealed: opening it compares sizes, asking for a file compares its content.
 
-    Files that the seal does not name are never given out.
-
     Raises:
         ValueError: there is no seal, it is damaged, or a file of it is missing or of another size; names the file.
     """
@@ -62,27 +61,20 @@ class SealedFolder:
         try:
             content = (path / SEAL).read_bytes()
         except FileNotFoundError:
-            raise ValueError(
-                f"SealedFolder: {path} must have {SEAL}, got none; copy the whole folder, or write it again with "
-                "this version of laser_fast"
-            ) from None
-        where, remedy = f"SealedFolder: {SEAL} of {path}", "write it again with this version of laser_fast"
-        self._files = parse_description(_Seal, content, where, version=("format", _FORMAT), remedy=remedy).files
+            remedy = f"copy the whole folder, or {_AGAIN}"
+            raise ValueError(f"SealedFolder: {path} must have {SEAL}, got none; {remedy}") from None
+        where = f"SealedFolder: {SEAL} of {path}"
+        self._files = parse_description(_Seal, content, where, version=("format", _FORMAT), remedy=_AGAIN).files
         for name, known in self._files.items():
             file = path / name
             if not file.is_file():
-                raise ValueError(
-                    f"SealedFolder: {path} must be whole, got no {name} ({SEAL} names it); copy the whole folder"
-                )
+                missing = f"got no {name} ({SEAL} names it); copy the whole folder"
+                raise ValueError(f"SealedFolder: {path} must be whole, {missing}")
             if (size := file.stat().st_size) != known.size:
                 raise self._another(name, f"of {known.size} bytes", size)
 
     def file(self, name: str) -> Path:
-        """The path of a file, whose SHA-256 is compared the first time it is given out.
-
-        Raises:
-            ValueError: it is not the file that was sealed, or none was.
-        """
+        """The path of a file, whose SHA-256 is compared once; raises ValueError for another than was sealed."""
         known = self._known(name)
         if name not in self._compared:
             self._compare(name, known, file_sha256(self.path / name))
@@ -96,16 +88,15 @@ class SealedFolder:
         return content
 
     def compare_all(self) -> None:
-        """Compare every file that was not asked for yet; errors as of `file`."""
+        """Compare every file that was not compared yet; errors as of `file`."""
         for name in self._files:
             self.file(name)
 
     def _known(self, name: str) -> _SealedFile:
         if name not in self._files:
-            raise ValueError(
-                f"SealedFolder: {name} must be among the files of {SEAL} in {self.path}, got "
-                f"{'one that was added' if (self.path / name).exists() else 'none'}; copy the whole folder"
-            )
+            got = "one that was added" if (self.path / name).exists() else "none"
+            rule = f"{name} must be among the files of {SEAL} in {self.path}"
+            raise ValueError(f"SealedFolder: {rule}, got {got}; copy the whole folder")
         return self._files[name]
 
     def _compare(self, name: str, known: _SealedFile, found: str) -> None:

@@ -1,4 +1,4 @@
-"""Safetensors files: written, read, or only their headers, with errors that name the file."""
+"""Safetensors files: written, read, or their headers alone read; errors name the file."""
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,14 +16,7 @@ Shape = tuple[int, ...]
 
 @contextmanager
 def open_tensors(path: Path, function: str) -> Iterator[Any]:
-    """`safe_open` of a file, whose header is whole and announces as much data as there is.
-
-    Args:
-        function: the first word of a message.
-
-    Raises:
-        ValueError: what is asked of the file is not in it, or it is damaged or no safetensors file.
-    """
+    """`safe_open` of a file; raises ValueError, begun by `function`, if it is damaged or lacks what is asked of it."""
     try:
         with safe_open(path, framework="pt") as opened:
             yield opened
@@ -36,10 +29,10 @@ def read_tensors(sealed: SealedFolder, name: str, only: Collection[str] | None =
     """The tensors of a file of a sealed folder, on the CPU, by name.
 
     Args:
-        only: read no others; one that the file does not have is left out.
+        only: names to read; one that the file does not have is left out.
 
     Raises:
-        ValueError: the file is missing, damaged, no safetensors file, or holds a number that is NaN or infinite.
+        ValueError: the file is missing, damaged or no safetensors file, or a number is NaN or infinite.
     """
     with open_tensors(sealed.file(name), "read_tensors") as opened:
         names = [key for key in opened.keys() if only is None or key in only]  # noqa: SIM118 - not a dictionary
@@ -50,11 +43,7 @@ def read_tensors(sealed: SealedFolder, name: str, only: Collection[str] | None =
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """A file for `read_tensors`, from tensors on any device with any strides.
-
-    Raises:
-        ValueError: it could not be read again, as a number is NaN or infinite.
-    """
+    """Write tensors of any device and strides for `read_tensors`; raises ValueError for NaN or infinity."""
     prepared = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     _refuse_not_finite(prepared, f"write_tensors: {path.name}")
     save_file(prepared, path)
@@ -91,13 +80,10 @@ def tensor_shapes(sealed: SealedFolder, name: str) -> dict[str, Shape]:
 
 
 def refuse_other_shapes(found: Mapping[str, Shape], wanted: Mapping[str, Shape], where: str) -> None:
-    """Make sure that tensors are there, in these shapes; before anything of these sizes is built.
+    """Refuse a file that lacks a tensor or has it in another shape, before anything of these sizes is built.
 
     Args:
         where: begins the message: the function, a colon, and the name of the file.
-
-    Raises:
-        ValueError: one is missing or has another shape.
     """
     for name, shape in wanted.items():
         if found.get(name) != shape:

@@ -175,7 +175,7 @@ def build_batches(
     return BatchBuilder(
         tokenize_texts(ItemText(prompt.item_template).render(items), tokenizer, prompt.max_item_tokens),
         prompt_layout(prompt.user_template, tokenizer, **limits),
-        prompt_layout(prompt.item_prompt, tokenizer, **limits),  # an item is a history of one, with words of its own
+        prompt_layout("{text}", tokenizer, **limits),  # an item is a history of one without words around it
         known_items=known_items,
         max_history=max_history,
         prompt_first=prompt.order == "prompt-first",

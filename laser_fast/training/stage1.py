@@ -46,7 +46,7 @@ def pretrain(session: Session) -> None:
         name="pretrain",
         title="stage 1",
         settings=config.training.pretrain,
-        optimizer=config.training.pretrain_optimizer,
+        optimizer=config.training.optimizer_at(config.training.pretrain_optimizer),
         seed=config.training.seed,
         modules=modules,
         loss_function=loss,

@@ -60,7 +60,7 @@ def train_text(session: Session) -> None:
         name="text",
         title="text",
         settings=config.training.text,
-        optimizer=config.training.text_optimizer,
+        optimizer=config.training.optimizer_at(config.training.text_optimizer),
         seed=config.training.seed + 3,
         modules=trained,
         loss_function=_loss(text, model.temperature, model.popularity, mask_history=model.mask_history),

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from laser_fast.cli import main
 from laser_fast.evaluation import Candidates
 
 _WORDS = "abcde"
-Printed = pytest.CaptureFixture[str]
+Command = Callable[..., str]
 
 
 def _write_log(folder: Path) -> None:
@@ -63,10 +64,10 @@ def test_the_effective_configuration_is_saved(folder: Path) -> None:
     assert saved["objective"]["temperature"] == 0.05  # a default
 
 
-def test_evaluate_prints_what_it_writes_and_cold_items_apart(folder: Path, tmp_path: Path, capsys: Printed) -> None:
+def test_evaluate_prints_what_it_writes_and_cold_items_apart(folder: Path, tmp_path: Path, command: Command) -> None:
     output = tmp_path / "figures.json"
-    assert main(["evaluate", str(folder / "run0"), "--output", str(output), "--bootstrap", "200"]) == 0
-    printed, written = capsys.readouterr().out, json.loads(output.read_text())
+    printed = command("evaluate", folder / "run0", "--output", output, "--bootstrap", 200)
+    written = json.loads(output.read_text())
     figures = written["figures"]["Laser"]
     value = figures["metrics"]["NDCG@10"]
     assert f"{value['mean']:.4f} +- {value['ci95']:.4f}" in printed
@@ -78,31 +79,18 @@ def test_evaluate_prints_what_it_writes_and_cold_items_apart(folder: Path, tmp_p
     assert (figures["rows"], seen["rows"], cold["rows"]) == (16, 9, 7)
 
 
-def test_compare_lists_every_system(folder: Path, tmp_path: Path, capsys: Printed) -> None:
-    assert main(["compare", str(folder / "run0"), "--output", str(tmp_path / "table.json")]) == 0
-    systems = [
-        "Popularity",
-        "Markov-1",
-        "ItemKNN",
-        "SequentialRules",
-        "SASRec",
-        "SASRec, calibrated",
-        "zero-shot LM",
-        "zero-shot LM, calibrated",
-        "no-training fusion",
-        "cached text line",
-        "Laser, cosine only",
-        "Laser",
-    ]
+def test_compare_lists_every_system(folder: Path, tmp_path: Path, command: Command) -> None:
+    printed = command("compare", folder / "run0", "--output", tmp_path / "table.json")
+    systems = ["Popularity", "Markov-1", "ItemKNN", "SequentialRules", "SASRec", "SASRec, calibrated", "zero-shot LM"]
+    systems += ["zero-shot LM, calibrated", "no-training fusion", "cached text line", "Laser, cosine only", "Laser"]
     assert list(json.loads((tmp_path / "table.json").read_text())["figures"]["systems"]) == systems
-    lines = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
+    lines = [line.split("  ")[0] for line in printed.splitlines()]
     assert [line for line in lines if line in systems] == systems
 
 
-def test_several_runs_give_their_spread(folder: Path, tmp_path: Path, capsys: Printed) -> None:
+def test_several_runs_give_their_spread(folder: Path, tmp_path: Path, command: Command) -> None:
     runs = [str(folder / "run0"), str(folder / "run1")]
-    assert main(["evaluate", *runs, "--output", str(tmp_path / "figures.json")]) == 0
-    printed = capsys.readouterr().out
+    printed = command("evaluate", *runs, "--output", tmp_path / "figures.json")
     figures = json.loads((tmp_path / "figures.json").read_text())["figures"]
     means = [figures["runs"][run]["Laser"]["metrics"]["MRR"]["mean"] for run in runs]
     spread = figures["spread"]["Laser"]["MRR"]
@@ -111,84 +99,70 @@ def test_several_runs_give_their_spread(folder: Path, tmp_path: Path, capsys: Pr
     assert f"{spread['mean']:.4f} (sd {spread['deviation']:.4f})" in printed and "mean of 2 runs" in printed
 
 
-def test_sampled_rankings_have_names_and_stored_draws(folder: Path, tmp_path: Path, capsys: Printed) -> None:
-    stored = tmp_path / "candidates.safetensors"
-    command = ["evaluate", str(folder / "run0"), "--protocol", "uniform", "--candidates", "10", "--draws", "3"]
-    command += ["--candidates-file", str(stored), "--output", str(tmp_path / "figures.json")]
-    outputs = []
-    for _ in range(2):  # drawn and written, then read
-        assert main([*command, "--seed", str(len(outputs))]) == 0
-        outputs.append(capsys.readouterr().out)
+def test_sampled_rankings_have_names_and_stored_draws(folder: Path, tmp_path: Path, command: Command) -> None:
+    stored, sampled = tmp_path / "candidates.safetensors", ("evaluate", folder / "run0", "--protocol")
+    uniform = (*sampled, "uniform", "--candidates", 10, "--draws", 3, "--candidates-file", stored)
+    uniform = (*uniform, "--output", tmp_path / "figures.json")
+    drawn, read = (command(*uniform, "--seed", seed) for seed in (0, 1))
     assert Candidates.load(stored).items.shape == (3, 16, 10)
-    assert outputs[0] == outputs[1] and "sampled ranking, no full one: the target among 10" in outputs[0]
+    assert drawn == read and "sampled ranking, no full one: the target among 10" in drawn
     metrics = json.loads((tmp_path / "figures.json").read_text())["figures"]["Laser"]["metrics"]
     assert all(name.endswith("|sampled10") for name in metrics)
-    assert main([*command, "--protocol", "popularity"]) == 2
-    assert "must hold candidates of --protocol popularity, got uniform ones" in capsys.readouterr().err
-    popular = ["--protocol", "popularity", "--candidates", "5", "--draws", "2"]
-    assert main(["evaluate", str(folder / "run0"), *popular]) == 0
-    assert "HR@1|popularity5" in capsys.readouterr().out
-    assert main(["evaluate", str(folder / "run0"), "--protocol", "llara"]) == 0
-    assert "HR@1|sampled20" in (printed := capsys.readouterr().out) and "20 draws of seed 0" in printed
+    refused = command(*uniform, "--protocol", "popularity", status=2)
+    assert "must hold candidates of --protocol popularity, got uniform ones" in refused
+    assert "HR@1|popularity5" in command(*sampled, "popularity", "--candidates", 5, "--draws", 2)
+    assert "HR@1|sampled20" in (printed := command(*sampled, "llara")) and "20 draws of seed 0" in printed
 
 
-def test_significance_between_two_runs(folder: Path, tmp_path: Path, capsys: Printed) -> None:
-    runs = [str(folder / "run0"), str(folder / "run1")]
-    assert main(["significance", *runs, "--resamples", "500", "--output", str(tmp_path / "d.json")]) == 0
-    written = json.loads((tmp_path / "d.json").read_text())["figures"]
-    assert [entry["metric"] for entry in written["differences"]] == ["HR@10", "NDCG@10", "MRR"]
-    assert written["differences"][0]["rows"] == 16
-    assert f"p = {written['differences'][2]['p_value']:.4f}" in capsys.readouterr().out
-    assert main(["significance", runs[0], runs[0], "--metrics", "MRR"]) == 0
-    assert "MRR +0.0000 [+0.0000, +0.0000], p = 1.0000" in capsys.readouterr().out
+def test_significance_between_two_runs(folder: Path, tmp_path: Path, command: Command) -> None:
+    first, second = folder / "run0", folder / "run1"
+    printed = command("significance", first, second, "--resamples", 500, "--output", tmp_path / "d.json")
+    written = json.loads((tmp_path / "d.json").read_text())["figures"]["differences"]
+    assert [entry["metric"] for entry in written] == ["HR@10", "NDCG@10", "MRR"]
+    assert written[0]["rows"] == 16 and f"p = {written[2]['p_value']:.4f}" in printed
+    same = command("significance", first, first, "--metrics", "MRR")
+    assert "MRR +0.0000 [+0.0000, +0.0000], p = 1.0000" in same
 
 
-def test_runs_of_different_splits_are_refused(folder: Path, tmp_path: Path, capsys: Printed) -> None:
+def test_runs_of_different_splits_are_refused(folder: Path, tmp_path: Path, command: Command) -> None:
     changes = ["recommender=null", "bituning.prefix=none", "split.targets=last", "evaluation.calibrate=false"]
     changes += ["training.phase_a.epochs=1", f"output={tmp_path / 'other'}"]
-    assert main(["train", str(folder / "laser.yaml"), *(f"--set={change}" for change in changes)]) == 0
-    for command in ("significance", "evaluate"):
-        assert main([command, str(folder / "run0"), str(tmp_path / "other")]) == 2
-        assert f"{command}: runs must have one split, got" in capsys.readouterr().err
+    command("train", folder / "laser.yaml", *(f"--set={change}" for change in changes))
+    for name in ("significance", "evaluate"):
+        refused = command(name, folder / "run0", tmp_path / "other", status=2)
+        assert f"{name}: runs must have one split, got" in refused
 
 
-def test_a_data_set_with_another_split_is_refused(folder: Path, tmp_path: Path, capsys: Printed) -> None:
+def test_a_data_set_with_another_split_is_refused(folder: Path, tmp_path: Path, command: Command) -> None:
     events = ["user_id,item_id,timestamp", *(f"u{user},i{step},{step}" for user in range(4) for step in range(6))]
     (tmp_path / "events.csv").write_text("\n".join(events) + "\n", encoding="utf-8")
-    assert main(["prepare", str(tmp_path / "other"), "--interactions", str(tmp_path / "events.csv")]) == 0
-    assert main(["evaluate", str(folder / "run0"), "--data", str(tmp_path / "other")]) == 2
-    assert "split_hash must be" in capsys.readouterr().err
+    command("prepare", tmp_path / "other", "--interactions", tmp_path / "events.csv")
+    assert "split_hash must be" in command("evaluate", folder / "run0", "--data", tmp_path / "other", status=2)
 
 
-def test_recommend_for_a_history_of_ids(folder: Path, capsys: Printed) -> None:
-    command = ["recommend", str(folder / "run0"), "--json", "--history"]
-    assert main([*command, "i1", "i2", "-k", "3"]) == 0
-    answer = json.loads(capsys.readouterr().out)
+def test_recommend_for_a_history_of_ids(folder: Path, command: Command) -> None:
+    question = ("recommend", folder / "run0", "--json", "--history")
+    answer = json.loads(command(*question, "i1", "i2", "-k", 3))
     assert answer["history"] == ["i1", "i2"] and len(answer["recommendations"]) == 3
     assert not {"i1", "i2"} & {item["item"] for item in answer["recommendations"]}
-    assert main([*command, "i1", "-k", "25", "--include-seen"]) == 0
-    scores = {item["item"]: item["score"] for item in json.loads(capsys.readouterr().out)["recommendations"]}
+    everything = json.loads(command(*question, "i1", "-k", 25, "--include-seen"))
+    scores = {item["item"]: item["score"] for item in everything["recommendations"]}
     assert len(scores) == 25  # the five that no training sequence holds are among them
     assert np.isfinite(list(scores.values())).all() and len({scores[f"i{index}"] for index in range(20, 25)}) == 5
 
 
-def test_a_saved_model_needs_no_data_set(folder: Path, tmp_path: Path, capsys: Printed, tiny_lm: Path) -> None:
+def test_a_saved_model_needs_no_data_set(folder: Path, tmp_path: Path, command: Command, tiny_lm: Path) -> None:
     LaserModel.from_pretrained(folder / "run0").save_pretrained(tmp_path / "alone")
-    question = ["--history", "i1", "i2", "-k", "3", "--json"]
-    answers = []
-    for place in (folder / "run0", tmp_path / "alone"):
-        assert main(["recommend", str(place), *question]) == 0
-        answers.append(json.loads(capsys.readouterr().out))
+    question = ("--history", "i1", "i2", "-k", 3, "--json")
+    answers = [json.loads(command("recommend", place, *question)) for place in (folder / "run0", tmp_path / "alone")]
     assert answers[0] == answers[1]
-    assert main(["recommend", str(tmp_path / "alone")]) == 2
-    assert "must come from a training run, got a model saved on its own" in capsys.readouterr().err
-    assert main(["recommend", str(tiny_lm), *question]) == 2
-    assert "the folder must hold a run or a saved Laser" in capsys.readouterr().err
+    refused = command("recommend", tmp_path / "alone", status=2)
+    assert "must come from a training run, got a model saved on its own" in refused
+    assert "the folder must hold a run or a saved Laser" in command("recommend", tiny_lm, *question, status=2)
 
 
-def test_recommend_in_words(folder: Path, capsys: Printed) -> None:
-    assert main(["recommend", str(folder / "run0"), "--user", "u3"]) == 0
-    printed = capsys.readouterr().out
+def test_recommend_in_words(folder: Path, command: Command) -> None:
+    printed = command("recommend", folder / "run0", "--user", "u3")
     assert "user u3, 7 items, the newest last:" in printed
     assert "    5. " in printed and "    6. " not in printed
 
@@ -199,14 +173,8 @@ def test_recommend_in_words(folder: Path, capsys: Printed) -> None:
         (["recommend", "run0", "--user", "nobody"], "--user must name users of the data set, got 'nobody'"),
         (["recommend", "run0", "-k", "0"], "-k: must be a whole number from 1 to 1000000, got '0'"),
         (["train", "laser.yaml"], "output must be a new or empty folder"),
-        (
-            ["train", "laser.yaml", "--set", "mformer.topk=1"],
-            r"unknown key 'mformer.topk', did you mean 'mformer.top_k'\?",
-        ),
-        (
-            ["train", "laser.yaml", "--set", "split.test_from=6", "--set", "output=never"],
-            "load_recommender: split_hash must be",
-        ),
+        (["train", "laser.yaml", "--set=mformer.topk=1"], "'mformer.topk', did you mean 'mformer.top_k'"),
+        (["train", "laser.yaml", "--set=split.test_from=6", "--set=output=never"], "recommender: split_hash must be"),
         (["recommender", "train", "set", "never", "--split", "random"], "kind: Input should be 'leave-one-out'"),
         (["evaluate", "run0", "nowhere"], "no such folder: '.*nowhere'"),
         (["evaluate", "run0", "sasrec"], r"must hold a model, got none in '.*sasrec'; if it was stopped, .*--resume"),
@@ -215,7 +183,11 @@ def test_recommend_in_words(folder: Path, capsys: Printed) -> None:
     ],
 )
 def test_refused_input_is_one_line_on_stderr(
-    folder: Path, arguments: list[str], message: str, capsys: Printed, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What is wrong with any run is told before the first one is ranked."""
     monkeypatch.chdir(folder)
@@ -226,12 +198,10 @@ def test_refused_input_is_one_line_on_stderr(
     assert arguments[0] == "train" or printed.out == ""
 
 
-def test_plan_says_what_a_card_takes(tiny_settings: dict[str, Any], tmp_path: Path, capsys: Printed) -> None:
+def test_plan_says_what_a_card_takes(tiny_settings: dict[str, Any], tmp_path: Path, command: Command) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(tiny_settings))
-    assert main(["plan", str(path), "--gpu", "8GB", "--items", "5000", "--json"]) == 0
-    printed = json.loads(capsys.readouterr().out)
+    printed = json.loads(command("plan", path, "--gpu", "8GB", "--items", 5000, "--json"))
     assert printed["workload"]["num_items"] == 5000
     assert printed["proposals"]["8GB"]["micro_batch_tokens"] > 1000
-    assert main(["plan", str(path), "--cpu"]) == 0
-    assert "CUDA context" not in capsys.readouterr().out
+    assert "CUDA context" not in command("plan", path, "--cpu")

@@ -29,22 +29,28 @@ from laser_fast.nn.text_residual import TextResidual
 from laser_fast.retrieval.requests import Recommendation, pack_histories
 
 Patch, Printed = pytest.MonkeyPatch, pytest.CaptureFixture[str]
+Act, Run = Callable[[], object], Callable[..., int]
 
 
-def run(monkeypatch: Patch, act: Callable[[], object], *arguments: str) -> int:
-    """A command that does `act`."""
-    monkeypatch.setattr("laser_fast.cli.doctor.run", lambda parsed: act() and 0)
-    return main([*arguments, "doctor"])
+@pytest.fixture
+def run(monkeypatch: Patch) -> Run:
+    """The status of a command that does what is given."""
+
+    def as_command(act: Act, *arguments: str) -> int:
+        monkeypatch.setattr("laser_fast.cli.doctor.run", lambda parsed: act() and 0)
+        return main([*arguments, "doctor"])
+
+    return as_command
 
 
-def raising(error: BaseException) -> Callable[[], object]:
+def raising(error: BaseException) -> Act:
     def act() -> object:
         raise error
 
     return act
 
 
-def system(number: int, name: str | None = "a/file") -> Callable[[], object]:
+def system(number: int, name: str | None = "a/file") -> Act:
     return raising(OSError(number, os.strerror(number), name))
 
 
@@ -89,10 +95,8 @@ def save_beyond_a_bound() -> None:
         (lambda: int("x"), "ValueError: invalid literal for int() with base 10: 'x'"),
     ],
 )  # fmt: skip
-def test_what_a_person_can_cause_is_one_line(
-    act: Callable[[], object], message: str, monkeypatch: Patch, capsys: Printed
-) -> None:
-    assert run(monkeypatch, act) == 2
+def test_what_a_person_can_cause_is_one_line(act: Act, message: str, run: Run, capsys: Printed) -> None:
+    assert run(act) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"laser-fast: error: {message}") and error.count("\n") == 1
 
@@ -100,7 +104,7 @@ def test_what_a_person_can_cause_is_one_line(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "TMP"], "TMP: it must be a file, no folder, got Is a directory"),
+        (["train", "TMP"], "TMP: it must be a file, not a folder, got Is a directory"),
         (["train", "TMP/" + "n" * 300], "its name must be shorter, got File name too long"),
         (["train", "TMP/file/config.yaml"], "what stands before the last / must be a folder, got Not a directory"),
         (["train", "TMP/loop"], "its links must lead somewhere, got Too many levels of symbolic links"),
@@ -130,7 +134,7 @@ def test_real_causes(arguments: list[str], message: str, tmp_path: Path, capsys:
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("content", ["", "{", "3", "null", "[]", "[" * 10**5, "\ud800"])
 def test_a_language_model_of_damaged_files(
-    name: str, content: str, tiny_lm: Path, tmp_path: Path, monkeypatch: Patch, capsys: Printed
+    name: str, content: str, tiny_lm: Path, tmp_path: Path, run: Run, capsys: Printed
 ) -> None:
     from laser_fast.config import LanguageModelConfig
     from laser_fast.lm.loading.language_model import load_language_model
@@ -139,76 +143,76 @@ def test_a_language_model_of_damaged_files(
         (tmp_path / file.name).symlink_to(file)
     (tmp_path / name).unlink()
     (tmp_path / name).write_bytes(content.encode("utf-8", "surrogatepass"))
-    assert run(monkeypatch, lambda: load_language_model(LanguageModelConfig(path=str(tmp_path)))) == 2
+    assert run(lambda: load_language_model(LanguageModelConfig(path=str(tmp_path)))) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("laser-fast: error: ")
 
 
-def test_a_fault_of_the_program_is_told_as_one(monkeypatch: Patch, capsys: Printed) -> None:
+def test_a_fault_of_the_program_is_told_as_one(run: Run, capsys: Printed) -> None:
     for error in (KeyError("lm"), TypeError("f: x must be y, got z"), RuntimeError("odd"), AssertionError()):
-        assert run(monkeypatch, raising(error)) == 1
+        assert run(raising(error)) == 1
         told = capsys.readouterr().err
         expected = f"laser-fast: error: a fault of laser_fast or of a package it needs, {type(error).__name__}"
         assert told.startswith(expected)
         assert "`laser-fast --traceback ...` shows where" in told and told.count("\n") == 1
 
 
-def test_the_traceback_is_shown_when_asked_for(monkeypatch: Patch, capsys: Printed) -> None:
-    assert run(monkeypatch, raising(ValueError("a: b must be c, got \x1b")), "--traceback") == 2
+def test_the_traceback_is_shown_when_asked_for(run: Run, capsys: Printed) -> None:
+    assert run(raising(ValueError("a: b must be c, got \x1b")), "--traceback") == 2
     told = capsys.readouterr().err
     assert told.startswith("Traceback (most recent call last):\n") and "in raising" not in told
     assert ", in act\n" in told and told.endswith("laser-fast: error: ValueError: a: b must be c, got \\x1b\n")
 
 
-def test_a_message_is_cut(monkeypatch: Patch, capsys: Printed) -> None:
-    assert run(monkeypatch, raising(ValueError(f"f: x must be y, got {'z' * 10**6}; do this"))) == 2
+def test_a_message_is_cut(run: Run, capsys: Printed) -> None:
+    assert run(raising(ValueError(f"f: x must be y, got {'z' * 10**6}; do this"))) == 2
     told = capsys.readouterr().err
     assert len(told) < 2100 and "f: x must be y, got zzz" in told and told.endswith("zzz; do this\n")
 
 
-def test_ctrl_c_is_one_line(monkeypatch: Patch, capsys: Printed) -> None:
-    assert run(monkeypatch, raising(KeyboardInterrupt())) == 130
+def test_ctrl_c_is_one_line(run: Run, capsys: Printed) -> None:
+    assert run(raising(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err == "laser-fast: stopped by SIGINT\n"
 
 
-def test_a_reader_that_has_gone_is_no_error(monkeypatch: Patch, capsys: Printed) -> None:
+def test_a_reader_that_has_gone_is_no_error(run: Run, monkeypatch: Patch, capsys: Printed) -> None:
     for text in ("a line", "many lines\n" * 10**5):  # found at the end, and in the midst
         reader, writer = os.pipe()
         os.close(reader)
         with os.fdopen(writer, "w") as stream:
             monkeypatch.setattr(sys, "stdout", stream)
-            assert run(monkeypatch, lambda text=text: print(text)) == 141
+            assert run(lambda text=text: print(text)) == 141
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full here")
-def test_a_full_disk_behind_stdout(monkeypatch: Patch, capsys: Printed) -> None:
+def test_a_full_disk_behind_stdout(run: Run, monkeypatch: Patch, capsys: Printed) -> None:
     with Path("/dev/full").open("w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
-        assert run(monkeypatch, lambda: print("a line")) == 2
+        assert run(lambda: print("a line")) == 2
     told = capsys.readouterr().err
     assert told.startswith("laser-fast: error: standard output: the disk must have room, got No space left on device")
 
 
-def test_streams_that_are_closed(monkeypatch: Patch, capsys: Printed) -> None:
+def test_streams_that_are_closed(run: Run, monkeypatch: Patch, capsys: Printed) -> None:
     monkeypatch.setattr(sys, "stdout", None)
-    assert run(monkeypatch, lambda: print("nobody reads it")) == 0
+    assert run(lambda: print("nobody reads it")) == 0
     monkeypatch.setattr(sys, "stderr", None)
-    assert run(monkeypatch, raising(ValueError("x"))) == 2
+    assert run(raising(ValueError("x"))) == 2
 
 
-def test_an_encoding_that_cannot_hold_a_title(monkeypatch: Patch) -> None:
+def test_an_encoding_that_cannot_hold_a_title(run: Run, monkeypatch: Patch) -> None:
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
-    assert run(monkeypatch, lambda: print("Amélie \ud800")) == 0
+    assert run(lambda: print("Amélie \ud800")) == 0
     assert written.getvalue() == b"Am\\xe9lie \\ud800\n"
 
 
-def test_what_is_printed_commands_no_terminal(monkeypatch: Patch, capsys: Printed) -> None:
+def test_what_is_printed_commands_no_terminal(run: Run, capsys: Printed) -> None:
     def act() -> None:
         print("a\x1b]0;title\x07\x9b2J\u202eb\n\tc")
         warnings.warn("w\x1b[2J\n" + "x" * 10**5, stacklevel=1)
 
-    assert run(monkeypatch, act) == 0
+    assert run(act) == 0
     out, err = capsys.readouterr()
     assert out == "a\\x1b]0;title\\x07\\x9b2J\\u202eb\n\tc\n"
     assert err.startswith("laser-fast: warning: w\\x1b[2J xxx") and err.count("\n") == 1 and len(err) < 2100

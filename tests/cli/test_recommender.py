@@ -1,17 +1,18 @@
 """`laser-fast recommender train --kind gru4rec` and `recommender import`, as a user types them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from laser_fast.cli import main
 from laser_fast.data import SequenceDataset, leave_one_out
 from laser_fast.recommenders import GRU4Rec
 from laser_fast.recommenders.recommender_files import load_recommender
 
 _ITEMS = 25
+Command = Callable[..., str]
 
 
 @pytest.fixture
@@ -27,18 +28,16 @@ def checkpoint(tmp_path: Path, tiny_data: Path) -> Path:
     return tmp_path / "best.pth"
 
 
-def test_gru4rec_is_trained(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--kind", "gru4rec", "--set", "width=4", "--set", "epochs=1"]
-    assert main(["recommender", "train", str(tiny_data), str(tmp_path / "gru"), *arguments]) == 0
-    assert "GRU4Rec, validation" in capsys.readouterr().out
+def test_gru4rec_is_trained(tiny_data: Path, tmp_path: Path, command: Command) -> None:
+    arguments = ("--kind", "gru4rec", "--set", "width=4", "--set", "epochs=1")
+    printed = command("recommender", "train", tiny_data, tmp_path / "gru", *arguments)
+    assert "GRU4Rec, validation" in printed
     assert isinstance(load_recommender(tmp_path / "gru"), GRU4Rec)
 
 
-def test_import(tiny_data: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["recommender", "import", str(checkpoint), str(tiny_data)]
-    options = ["--kind", "recbole-gru4rec", "--item-map", str(tmp_path / "map.json")]
-    assert main([*command, str(tmp_path / "out"), *options]) == 0
-    printed = capsys.readouterr().out
+def test_import(tiny_data: Path, checkpoint: Path, tmp_path: Path, command: Command) -> None:
+    take = ("recommender", "import", "--kind", "recbole-gru4rec", "--item-map", tmp_path / "map.json", checkpoint)
+    printed = command(*take, tiny_data, tmp_path / "out")
     assert "25 items, found by the item map; 0 of them are not in the data set" in printed
     assert "Laser's training refuses it without --trained-on-this-split" in printed
     assert "recbole-gru4rec, validation" in printed
@@ -46,7 +45,7 @@ def test_import(tiny_data: Path, checkpoint: Path, tmp_path: Path, capsys: pytes
     split = leave_one_out(dataset).hash
     with pytest.raises(ValueError, match=f"split_hash must be {split}, got None"):
         load_recommender(tmp_path / "out", expected_split_hash=split)
-    assert main([*command, str(tmp_path / "known"), *options, "--trained-on-this-split"]) == 0
+    command(*take, tiny_data, tmp_path / "known", "--trained-on-this-split")
     model = load_recommender(tmp_path / "known", expected_split_hash=split, expected_item_map_hash=dataset.items.hash())
     assert model.max_length == 20
     weights = torch.load(checkpoint, weights_only=True)["state_dict"]["item_embedding.weight"]
@@ -64,13 +63,11 @@ def test_import(tiny_data: Path, checkpoint: Path, tmp_path: Path, capsys: pytes
     ],
 )
 def test_what_is_refused_leaves_no_folder(
-    options: list[str], message: str, tiny_data: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+    options: list[str], message: str, tiny_data: Path, checkpoint: Path, command: Command
 ) -> None:
     output = checkpoint.parent / "out"
-    command = ["recommender", "import", str(checkpoint), str(tiny_data), str(output), "--kind", "recbole-gru4rec"]
-    assert main([*command, *options]) == 2
-    assert message in capsys.readouterr().err
+    take = ("recommender", "import", checkpoint, tiny_data, output, "--kind", "recbole-gru4rec")
+    assert message in command(*take, *options, status=2)
     assert not output.exists()
     output.mkdir()
-    assert main([*command, "--same-order"]) == 2
-    assert "output must be a new folder" in capsys.readouterr().err
+    assert "output must be a new folder" in command(*take, "--same-order", status=2)

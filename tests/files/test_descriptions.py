@@ -19,7 +19,9 @@ WHERE = "load: whole.json"
 
 
 def parse(content: str) -> _Whole:
-    return parse_description(_Whole, content.encode(), WHERE, version=("format", 3), remedy="write it again")
+    return parse_description(
+        _Whole, content.encode(errors="surrogateescape"), WHERE, version=("format", 3), remedy="write it again"
+    )
 
 
 def part(content: str) -> str:
@@ -34,7 +36,10 @@ def test_a_description_is_read() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ("", r"load: whole\.json must be JSON, got EOF"),
         ("{", r"load: whole\.json must be JSON, got EOF"),
+        ("\udcff", r"load: whole\.json must be JSON, got expected value"),
+        ("[" * 10_000, r"load: whole\.json must be JSON, got recursion limit exceeded"),
         ("[3]", r"load: whole\.json must be a JSON object, got list"),
         ('{"format": 2}', "must have format 3, got 2; write it again"),
         ('{"format": 3.0, "parts": {}, "name": null}', r"format: Input should be a valid integer, got 3\.0$"),
@@ -45,7 +50,21 @@ def test_a_description_is_read() -> None:
         (part('{"weight": 1e999}'), r"parts\.a\.weight: Input should be a finite number, got inf$"),
         ('{"format": 3, "parts": {' + ", ".join(f'"{n}": 1' for n in range(11)) + '}, "name": null}', "and 1 more$"),
     ],
-    ids=["half", "list", "version", "type of the version", "missing", "unknown", "type", "NaN", "infinity", "many"],
+    ids=[
+        "nothing",
+        "half",
+        "bytes",
+        "deep",
+        "list",
+        "version",
+        "type of the version",
+        "missing",
+        "unknown",
+        "type",
+        "NaN",
+        "infinity",
+        "many",
+    ],
 )
 def test_what_breaks_a_rule_is_named(content: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):

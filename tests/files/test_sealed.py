@@ -39,9 +39,7 @@ def test_cards_and_files_of_others_are_nobodys_business(folder: Path) -> None:
     opened = SealedFolder(folder)
     opened.compare_all()
     for name in ("README.md", ".gitattributes"):
-        with pytest.raises(
-            ValueError, match=rf"{name} must be among the files of seal\.json in .*model, got one that was"
-        ):
+        with pytest.raises(ValueError, match=rf"{name} must be among the files of seal\.json in .*, got one that was"):
             opened.file(name)
     with pytest.raises(ValueError, match=r"rules\.bin must be among the files of seal\.json in .*model, got none"):
         opened.read("rules.bin")
@@ -64,9 +62,7 @@ def test_another_size_or_none_is_refused_at_once(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"weights\.bin of .*model must be .*, of 12 bytes, got 7; copy it again"):
         SealedFolder(folder)
     (folder / "weights.bin").unlink()
-    with pytest.raises(
-        ValueError, match=r"model must be whole, got no weights\.bin \(seal\.json names it\); copy the whole folder"
-    ):
+    with pytest.raises(ValueError, match=r"must be whole, got no weights\.bin \(seal\.json names it\); copy the whole"):
         SealedFolder(folder)
     (folder / SEAL).unlink()
     with pytest.raises(ValueError, match=r"model must have seal\.json, got none; copy the whole folder, or write it"):
@@ -91,25 +87,14 @@ def test_a_file_is_read_once_and_only_when_it_is_needed(folder: Path, monkeypatc
         ({"files": {"../../secret": _FILE}}, r"names must lie in the folder, got '../../secret'"),
         ({"files": {"/secret": _FILE}}, "names must lie in the folder, got '/secret'"),
         ({"files": {"a": {"size": 12}}}, r"key 'files\.a\.sha256' must be set, got nothing"),
-        ({"files": {"a": _FILE | {"size": "12"}}}, r"files\.a\.size: Input .*, got '12'"),
         ({"files": {"a": _FILE | {"sha256": "none"}}}, r"files\.a\.sha256: String .*, got 'none'"),
-        ({"more": 1}, "unknown key 'more'"),
     ],
-    ids=["format", "outside", "absolute", "no digest", "type", "digest", "key"],
+    ids=["format", "outside", "absolute", "no digest", "digest"],
 )
 def test_a_seal_that_is_none_is_refused(folder: Path, change: dict[str, object], message: str) -> None:
     values = json.loads((folder / SEAL).read_text())
     (folder / SEAL).write_text(json.dumps(values | change))
     with pytest.raises(ValueError, match=message):
-        SealedFolder(folder)
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 10_000], ids=["no", "half", "list", "bytes", "deep"]
-)
-def test_what_is_no_object_is_no_seal(folder: Path, content: bytes) -> None:
-    (folder / SEAL).write_bytes(content)
-    with pytest.raises(ValueError, match=r"seal\.json of .*model must be (JSON|a JSON object), got"):
         SealedFolder(folder)
 
 

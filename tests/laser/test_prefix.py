@@ -19,7 +19,7 @@ from laser_fast.lm.packed_layout import PackedLayout
 HISTORIES = [[0, 1, 2], [7], [], [3, 4, 5, 6, 8, 9]]
 
 
-PROMPT = {"user_template": "red blue green : {history} , saw", "item_prompt": "small bolt : {text}"}
+PROMPT = {"user_template": "red blue green : {history} , saw"}
 
 
 @pytest.fixture
@@ -209,8 +209,6 @@ def test_settings_that_contradict_each_other(build: Callable[..., Any]) -> None:
             bituning={"prefix_mode": "kv"},
             prompt={"order": "prompt-first", "reuse_instruction": False},
         )
-    with pytest.raises(ValueError, match=r"item_prompt must contain \{text\} once, got 'bolt'"):
-        build(prompt={"item_prompt": "bolt"})
 
 
 @pytest.mark.parametrize("sections", [{}, {"prompt": {"order": "prompt-first", "reuse_instruction": False}}])

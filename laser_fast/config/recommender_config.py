@@ -1,4 +1,4 @@
-"""Settings of the ID-based recommender and of the split, which Laser has to share with it."""
+"""Settings of the ID-based recommender, and of the split it shares with Laser."""
 
 from datetime import date
 from typing import Annotated, Any, Literal
@@ -12,22 +12,22 @@ _LATEST = 2.0**63  # moments of a log, in whatever unit
 
 
 class RecommenderConfig(Settings):
-    """SASRec (Kang & McAuley, 2018) or GRU4Rec (Hidasi et al., 2016), the frozen ID-based recommender; its training."""
+    """The frozen ID-based recommender: SASRec (Kang & McAuley, 2018) or GRU4Rec (Hidasi et al., 2016)."""
 
     kind: Literal["sasrec", "gru4rec"] = "sasrec"
     width: Width = 64
-    """Width `D_id` of the item embeddings and of the states."""
+    """Of the item embeddings and the states."""
     num_layers: Few = 2
     num_heads: Few = 2
-    """SASRec alone has attention heads."""
+    """Attention heads of SASRec; GRU4Rec has none."""
     dropout: Fraction = 0.5
-    """Applies to the embeddings, attention weights and layer outputs."""
+    """Of the embeddings, attention weights and layer outputs."""
     state_dropout: Fraction = 0.2
-    """Applies to the states before they meet the item embeddings; keeps small data sets from being learned by heart."""
+    """Of the states before they meet the item embeddings; keeps small data sets from being learned by heart."""
     max_length: Length = 50
     """Newest history items that are read; older ones are dropped."""
     batch_size: Length = 128
-    """Training sequences in a batch, each of up to `max_length` + 1 events; longer ones are cut into several."""
+    """Sequences of up to `max_length` + 1 events; longer ones are cut into several."""
     learning_rate: Rate = 1e-3
     epochs: Annotated[int, Field(ge=1, le=10**5)] = 100
     patience: Patience = 8
@@ -48,19 +48,19 @@ class SplitConfig(Settings):
     """What is learned from and what is asked about; the recommender must have been trained on the same split."""
 
     kind: Literal["leave-one-out", "global-time", "by-user", "given"] = "leave-one-out"
-    """"leave-one-out": every user's last two events are held out; "global-time": everything from a moment on;
+    """"leave-one-out": every user's last two events are held out; "global-time": all events from a moment on;
     "by-user": some users altogether; "given": data that came split (`prepare --presplit`)."""
     valid_from: float | int | str | None = None
     """"global-time": where validation begins, as a number in the unit of the log or, where that is seconds, a date."""
     test_from: float | int | str | None = None
     """"global-time": where test begins. Without both moments the fractions decide."""
     valid_fraction: Fraction = 0.1
-    """"global-time": share of the events; "by-user": share of the users."""
+    """Share of the events ("global-time") or of the users ("by-user")."""
     test_fraction: Fraction = 0.1
     targets: Literal["first", "last", "all"] = "first"
     """"global-time": which of a user's events in a part are asked about."""
     seed: Seed = 0
-    """"by-user": seed of the choice."""
+    """"by-user": decides who is chosen."""
 
     @field_validator("valid_from", "test_from", mode="before")
     @classmethod
