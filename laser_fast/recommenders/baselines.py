@@ -1,7 +1,4 @@
-"""Counting baselines without a choice to make: Popularity and a first-order Markov chain; each a `Scorer`.
-
-They live on the CPU; `score` takes histories from any device and answers there.
-"""
+"""Counting baselines without settings, on the CPU: Popularity and a first-order Markov chain; each is a `Scorer`."""
 
 from __future__ import annotations
 
@@ -13,10 +10,9 @@ from laser_fast.recommenders.protocol import check_histories
 
 
 class Popularity:
-    """score_i = number of events of item i in the fitted sequences, whatever the history."""
+    """score_i = counts_i, the number of events of item i in the fitted sequences, for every history."""
 
     def __init__(self, counts: Tensor) -> None:
-        """Args: counts: [I], events per item."""
         self.counts = counts.float().cpu()
         self.num_items = counts.numel()
 
@@ -35,12 +31,10 @@ class Popularity:
 class Markov1:
     """score_i = |{transitions last -> i}| + count_i / (1 + max count), over directly consecutive events.
 
-    The second term is below 1: popularity decides among items that followed the last item equally often, and alone
-    serves histories that are empty or end in an item nothing ever followed.
+    The second term is below 1: popularity decides among items that followed the last item equally often.
     """
 
     def __init__(self, transitions: ItemToItem, counts: Tensor) -> None:
-        """Args: transitions: how often an item followed another, of the last item alone; counts: [I], events."""
         self._transitions = transitions
         self._popularity = counts.float() / (1.0 + counts.max().float())
         self.num_items = counts.numel()
