@@ -1,4 +1,4 @@
-"""Metrics by groups of test rows: how often the target was seen in training, and how long the history is."""
+"""Metrics by groups of test rows: by the target's events in training, and by the length of the history."""
 
 from __future__ import annotations
 
@@ -29,15 +29,9 @@ class Group:
 
 
 def quantile_groups(values: np.ndarray, unit: str, num_groups: int = 4) -> list[Group]:
-    """Rows sorted into about equally large groups by a whole number, equal numbers together.
+    """Rows in at most `num_groups` groups of about one size by their values, int64 [B]; equal values stay together.
 
-    Args:
-        values: int64 [B].
-        unit: of the labels, e.g. "1 to 12 events".
-        num_groups: at most so many.
-
-    Raises:
-        ValueError: fewer than one group.
+    `unit` ends the labels, e.g. "1 to 12 events".
     """
     if num_groups < 1:
         raise ValueError(f"quantile_groups: num_groups must be at least 1, got {num_groups}")
@@ -55,14 +49,11 @@ def quantile_groups(values: np.ndarray, unit: str, num_groups: int = 4) -> list[
 
 
 def popularity_groups(targets: np.ndarray, counts: np.ndarray, num_groups: int = 4) -> tuple[list[Group], Group]:
-    """Rows by how often their target occurs in the training part; those where it never does, the cold ones, apart.
+    """Rows by the events of their target: groups from rare to frequent, and the cold rows, whose target has none.
 
     Args:
         targets: int64 [B], item of each row.
         counts: int64 [I], events of each item in the training part.
-
-    Returns:
-        (groups from rare to frequent, the cold rows).
     """
     seen = counts[targets]
     warm = np.flatnonzero(seen > 0)
@@ -83,18 +74,15 @@ def group_table(
 
 
 def group_figures(metrics: RankingMetrics, rows: EvaluationRows, counts: np.ndarray) -> dict[str, list[dict[str, Any]]]:
-    """HR@10, NDCG@10 and MRR of one system for the cold and the warm rows, by popularity and by length of the history.
+    """HR@10, NDCG@10 and MRR of one system by "seen in training", "popularity" and "history length".
 
     Args:
-        metrics: of a ranking of the whole catalogue, in the order of `rows`.
+        metrics: of a full ranking, in the order of `rows`.
         rows: B rows.
         counts: int64 [I], events of each item in the training part; a target with 0 is cold.
 
     Returns:
-        "seen in training", "popularity" and "history length": one entry a group, with its label, rows and metrics.
-
-    Raises:
-        ValueError: metrics of another number of rows.
+        An entry for each group, with its label, number of rows and metrics.
     """
     if metrics.ranks.shape != rows.targets.shape:
         raise ValueError(f"group_figures: metrics must be of {len(rows)} rows, got {tuple(metrics.ranks.shape)} ranks")
@@ -112,7 +100,7 @@ def group_figures(metrics: RankingMetrics, rows: EvaluationRows, counts: np.ndar
 
 
 def cold_line(metrics: RankingMetrics, rows: EvaluationRows, counts: np.ndarray, metric: str = "NDCG@10") -> str:
-    """One line about the rows whose target no training sequence holds, beside the others."""
+    """One line about the cold rows, beside the others."""
     seen, cold = _seen_and_cold(rows, counts)
     if not len(cold):
         return "every target was seen in training"
