@@ -7,7 +7,7 @@ what counts, but it is a staircase with many local maxima: it is searched around
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -32,18 +32,8 @@ _ROWS_PER_CHUNK = 64  # a chunk of scores stays in the cache while a grid is tri
 _SCORES_PER_CHUNK = 2**22  # of one term
 
 
-def fit_calibration(
-    components: Mapping[str, Scorer],
-    rows: EvaluationRows,
-    counts: Tensor,
-    **options: Any,
-) -> CalibratedScorer:
-    """The scorer of `search_calibration`."""
-    return search_calibration(components, rows, counts, **options)[0]
-
-
 @torch.no_grad()
-def search_calibration(
+def fit_calibration(
     components: Mapping[str, Scorer],
     rows: EvaluationRows,
     counts: Tensor,

@@ -75,9 +75,8 @@ def compare(
 
     def calibrated(components: dict[str, Scorer]) -> Scorer:
         names = tuple(name for name in components if name not in tables)
-        return fit_calibration(
-            components, split.valid, counts, standardize=names, batch_size=batch_size, progress=progress
-        )
+        rows = split.valid
+        return fit_calibration(components, rows, counts, standardize=names, batch_size=batch_size, progress=progress)[0]
 
     vectors = text_vectors(model.lm, model.builder) if vectors is None else vectors
     parts: dict[str, Scorer] = {"text_last": TextSimilarity(vectors), "text_history": TextSimilarity(vectors, _RECENCY)}

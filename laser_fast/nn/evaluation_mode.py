@@ -6,8 +6,7 @@ from contextlib import contextmanager
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+from torch.nn.modules.dropout import _DropoutNd
 
 
 class _Calls(threading.local):
@@ -41,7 +40,7 @@ def refuse_torch_modes(function: str, module: nn.Module) -> None:
     """
     for part in module.modules():
         if part.training and type(part).__module__.startswith("torch."):
-            draws = getattr(part, "p", 0.0) if isinstance(part, _DROPOUTS) else getattr(part, "dropout", 0.0)
+            draws = part.p if isinstance(part, _DropoutNd) else getattr(part, "dropout", 0.0)
             if draws or isinstance(part, _BatchNorm):
                 raise RuntimeError(
                     f"{function}: a {type(part).__name__} must be in evaluation mode to answer, got training; "

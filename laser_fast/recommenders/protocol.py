@@ -9,6 +9,7 @@ from torch import Tensor
 from laser_fast.lm.frozen_module import FrozenModule
 from laser_fast.lm.uncompiled import uncompiled
 from laser_fast.ops.host_copies import on_host, to_device
+from laser_fast.ops.segments import check_cu_seqlens, validate_cu_seqlens
 
 
 @runtime_checkable
@@ -64,25 +65,16 @@ def check_histories(function: str, items: Tensor, cu_seqlens: Tensor, num_items:
         TypeError: no tensor, or another dtype.
         ValueError: another shape, an item outside 0..num_items-1, or offsets that do not run from 0 to N.
     """
-    for name, given, dtype in (("items", items, torch.int64), ("cu_seqlens", cu_seqlens, torch.int32)):
+    for name, given in (("items", items), ("cu_seqlens", cu_seqlens)):
         if not isinstance(given, Tensor):
             raise TypeError(f"{function}: {name} must be a tensor, got a {type(given).__name__}")
-        if given.dtype != dtype:
-            raise TypeError(f"{function}: {name} must be {str(dtype).removeprefix('torch.')}, got {given.dtype}")
+    if items.dtype != torch.int64:
+        raise TypeError(f"{function}: items must be int64, got {items.dtype}")
     if items.dim() != 1:
         raise ValueError(f"{function}: items must have one dimension, got shape {tuple(items.shape)}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
-        raise ValueError(f"{function}: cu_seqlens must have shape [B+1], got shape {tuple(cu_seqlens.shape)}")
-    if cu_seqlens.device != items.device:
-        raise ValueError(
-            f"{function}: items and cu_seqlens must share a device, got {items.device} and {cu_seqlens.device}"
-        )
-    items, cu_seqlens = on_host(items), on_host(cu_seqlens)
-    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-    if first != 0 or last != items.numel():
-        raise ValueError(f"{function}: cu_seqlens must run from 0 to {items.numel()}, got {first} to {last}")
-    if bool((cu_seqlens.diff() < 0).any()):
-        raise ValueError(f"{function}: cu_seqlens must not decrease, got {cu_seqlens.tolist()[:8]}...")
+    check_cu_seqlens(function, cu_seqlens, items.device)
+    validate_cu_seqlens(function, on_host(cu_seqlens), items.numel())
+    items = on_host(items)
     if items.numel() and (int(items.min()) < 0 or int(items.max()) >= num_items):
         value = int(items[(items < 0) | (items >= num_items)][0])
         raise ValueError(f"{function}: items must be in 0..{num_items - 1}, got {value}; drop unknown items first")
