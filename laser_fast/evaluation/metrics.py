@@ -50,14 +50,11 @@ def rank_values(ranks: Tensor, metric: str) -> Tensor:
     """Value of one metric for each row: HR@K = [rank <= K], NDCG@K = [rank <= K] / log2(1 + rank), MRR = 1 / rank.
 
     Args:
-        ranks: [B] int64, each >= 1.
+        ranks: int64 of any shape, each >= 1.
         metric: "HR@K", "NDCG@K" (K >= 1) or "MRR".
 
     Returns:
-        [B] float64.
-
-    Raises:
-        ValueError: an unknown metric, or a rank below 1.
+        float64 of the same shape.
     """
     match = _METRIC.fullmatch(metric)
     if match is None:

@@ -22,7 +22,8 @@ def bootstrap_interval(values: Tensor, *, resamples: int = 2000, seed: int = 0) 
 
     Source: Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
     """
-    _check_resamples("bootstrap_interval", resamples)
+    if not 1 <= resamples <= _MOST_RESAMPLES:
+        raise ValueError(f"bootstrap_interval: resamples must be from 1 to {_MOST_RESAMPLES:,}, got {resamples}")
     if not values.numel():
         return float("nan"), float("nan")
     exact = values.double().cpu()
@@ -75,8 +76,8 @@ def paired_significance(
             "paired_significance: both systems must have ranked the same rows, at least one, "
             f"got {tuple(ranks_a.shape)} and {tuple(ranks_b.shape)} ranks"
         )
-    _check_resamples("paired_significance", resamples)
     differences = (rank_values(ranks_a, metric) - rank_values(ranks_b, metric)).cpu()
+    low, high = bootstrap_interval(differences, resamples=resamples, seed=seed)
     observed = differences.sum().abs().item()
     # sums of the same numbers in another order differ in the last digits: these are ties
     reached = observed - 1e-9 * max(1.0, differences.abs().sum().item())
@@ -86,14 +87,8 @@ def paired_significance(
     for count in _pieces(resamples, changed.numel()):
         signs = torch.randint(2, (count, changed.numel()), generator=generator, dtype=torch.int8).double() * 2 - 1
         as_far += int(((signs @ changed).abs() >= reached).sum())
-    low, high = bootstrap_interval(differences, resamples=resamples, seed=seed)
     p_value = (1 + as_far) / (1 + resamples)
     return Significance(metric, differences.mean().item(), low, high, p_value, differences.numel())
-
-
-def _check_resamples(function: str, resamples: int) -> None:
-    if not 1 <= resamples <= _MOST_RESAMPLES:
-        raise ValueError(f"{function}: resamples must be from 1 to {_MOST_RESAMPLES:,}, got {resamples}")
 
 
 def _pieces(resamples: int, rows: int) -> list[int]:

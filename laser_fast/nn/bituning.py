@@ -49,9 +49,8 @@ class BiTuning(nn.Module):
             raise ValueError(f'BiTuning: readout must be "suffix" or "mean", got {readout!r}')
         self.readout = readout
         self.suffix_tokens = nn.Parameter(torch.randn(num_suffix_tokens, width) * embedding_rms)
-        self.prefix_tokens: nn.Parameter | None = None
-        if num_shared_prefix_tokens:
-            self.prefix_tokens = nn.Parameter(torch.randn(num_shared_prefix_tokens, width) * embedding_rms)
+        shared = torch.randn(num_shared_prefix_tokens, width) * embedding_rms
+        self.prefix_tokens = nn.Parameter(shared) if num_shared_prefix_tokens else None
 
     def shared_prefix(self, batch_size: int) -> Tensor | None:
         """The learned prefix of each sequence, [B, Q, D]; None where there is none."""

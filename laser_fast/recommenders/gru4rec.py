@@ -81,10 +81,7 @@ class GRU4Rec(PackedRecommender):
 
 def _by_time(cu_seqlens: Tensor, num_items: int) -> tuple[Tensor, Tensor]:
     """Torch's order, all first items, then all second ones, longest history first: places int64 [N], group sizes."""
-    lengths = cu_seqlens.diff()
-    positions = segment_positions(cu_seqlens, num_items)
-    rank = torch.empty_like(lengths, dtype=torch.int64)
-    longest_first = lengths.argsort(descending=True, stable=True)
-    rank[longest_first] = torch.arange(lengths.numel(), device=lengths.device)
+    lengths, positions = cu_seqlens.diff(), segment_positions(cu_seqlens, num_items)
+    rank = lengths.argsort(descending=True, stable=True).argsort()  # 0 for the longest history
     key = positions * lengths.numel() + rank.repeat_interleave(lengths, output_size=num_items)
     return key.argsort(), torch.bincount(positions.cpu())

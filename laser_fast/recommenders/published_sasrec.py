@@ -28,19 +28,18 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class _Attention(nn.Module):
     """Causal attention of several heads, without a projection behind it."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, scale: float) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.scale = scale
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width)
         self.value = nn.Linear(width, width)
 
-    def forward(self, queries: Tensor, keys: Tensor, plan: AttentionPlan, cu_seqlens: Tensor, scale: float) -> Tensor:
-        query, key, value = (
-            project(source).unflatten(-1, (self.num_heads, -1))
-            for project, source in ((self.query, queries), (self.key, keys), (self.value, keys))
-        )
-        return varlen_attention(query, key, value, cu_seqlens, causal=True, scale=scale, plan=plan).flatten(1)
+    def forward(self, queries: Tensor, keys: Tensor, cu_seqlens: Tensor, plan: AttentionPlan) -> Tensor:
+        projected = self.query(queries), self.key(keys), self.value(keys)
+        query, key, value = (rows.unflatten(-1, (self.num_heads, -1)) for rows in projected)
+        return varlen_attention(query, key, value, cu_seqlens, causal=True, scale=self.scale, plan=plan).flatten(1)
 
 
 class _PostNormLayer(nn.Module):
@@ -49,16 +48,15 @@ class _PostNormLayer(nn.Module):
     def __init__(self, width: int, inner_width: int, num_heads: int, activation: str, norm_eps: float) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[activation]
-        self.scale = (width // num_heads) ** -0.5
-        self.attention = _Attention(width, num_heads)
+        self.attention = _Attention(width, num_heads, (width // num_heads) ** -0.5)
         self.out = nn.Linear(width, width)
         self.attention_norm = nn.LayerNorm(width, eps=norm_eps)
         self.up = nn.Linear(width, inner_width)
         self.down = nn.Linear(inner_width, width)
         self.mlp_norm = nn.LayerNorm(width, eps=norm_eps)
 
-    def forward(self, hidden: Tensor, plan: AttentionPlan, cu_seqlens: Tensor) -> Tensor:
-        attended = self.out(self.attention(hidden, hidden, plan, cu_seqlens, self.scale))
+    def forward(self, hidden: Tensor, cu_seqlens: Tensor, plan: AttentionPlan) -> Tensor:
+        attended = self.out(self.attention(hidden, hidden, cu_seqlens, plan))
         hidden = self.attention_norm(attended + hidden)
         return self.mlp_norm(self.down(self.activation(self.up(hidden))) + hidden)
 
@@ -99,7 +97,7 @@ class RecBoleSASRec(PackedRecommender):
         hidden: Tensor = self.norm(self.item_embedding(items) + positions)
         plan = AttentionPlan(cu_seqlens, causal=True)
         for layer in self.layers:
-            hidden = layer(hidden, plan, cu_seqlens)
+            hidden = layer(hidden, cu_seqlens, plan)
         return hidden
 
 
@@ -120,7 +118,7 @@ class LLaRASASRec(PackedRecommender):
         self.item_embedding = nn.Embedding(num_items, width)
         self.position_embedding = nn.Embedding(max_length, width)
         self.query_norm = nn.LayerNorm(width)
-        self.attention = _Attention(width, num_heads)
+        self.attention = _Attention(width, num_heads, width**-0.5)
         self.mlp_input_norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, width)
         self.down = nn.Linear(width, width)
@@ -131,9 +129,8 @@ class LLaRASASRec(PackedRecommender):
     def forward(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
         inputs = self.item_embedding(items) + self.position_embedding(segment_positions(cu_seqlens, items.numel()))
         queries = self.query_norm(inputs)
-        plan = AttentionPlan(cu_seqlens, causal=True)
-        attended = self.attention(queries, inputs, plan, cu_seqlens, self.state_size**-0.5) + queries
-        hidden = self.mlp_input_norm(attended)
+        attended = self.attention(queries, inputs, cu_seqlens, AttentionPlan(cu_seqlens, causal=True))
+        hidden = self.mlp_input_norm(attended + queries)
         hidden = self.mlp_norm(self.down(F.relu(self.up(hidden))) + hidden)
         states: Tensor = self.norm(hidden)
         return states

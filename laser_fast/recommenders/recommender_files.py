@@ -102,10 +102,7 @@ def _write_folds(folds: CrossFitted, folder: Path) -> FoldsRecord:
 
 
 def load_recommender(
-    directory: str | Path,
-    *,
-    expected_split_hash: str | None = None,
-    expected_item_map_hash: str | None = None,
+    directory: str | Path, *, expected_split_hash: str | None = None, expected_item_map_hash: str | None = None
 ) -> PackedRecommender:
     """Read what `save_recommender` wrote, or the checkpoint inside a run directory; on the CPU, in eval mode.
 
@@ -187,11 +184,9 @@ def _read_folds(model: PackedRecommender, sealed: SealedFolder, record: FoldsRec
             f"got {record.split_hash}"
         )
     number, weights = record.number, model.state_dict()
-    own = {
-        name: tuple(value.shape)
-        for name, value in weights.items()
-        if record.items != "shared" or not name.startswith("item_embedding.")
-    }
+    own = {name: tuple(value.shape) for name, value in weights.items()}
+    if record.items == "shared":
+        own = {name: shape for name, shape in own.items() if not name.startswith("item_embedding.")}
     wanted: dict[str, Shape] = {f"{index}.{name}": shape for index in range(number) for name, shape in own.items()}
     if record.items == "aligned":
         wanted[_BASES] = (number, model.state_size, model.state_size)

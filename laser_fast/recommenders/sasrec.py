@@ -77,11 +77,10 @@ class SASRec(PackedRecommender):
         self.num_heads = num_heads
         self.blocks = nn.ModuleList(_Block(width, num_heads, dropout) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
-        for parameter in self.parameters():
+        for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
+            elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
     def forward(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:

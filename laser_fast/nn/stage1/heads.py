@@ -112,16 +112,12 @@ class PretrainingHeads(nn.Module):
             self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
             for module in (self.query_projection, self.text_projection):
                 module.apply(initialize_like_bert)
-        self.match: nn.Linear | None = None
-        if weights.matching:
-            self.match = nn.Linear(width, 1)
-            self.match.apply(initialize_like_bert)
+        self.match = nn.Linear(width, 1).apply(initialize_like_bert) if weights.matching else None
         self.decoder: nn.Sequential | None = None
         if vocabulary is not None and decodes:
             # BERT's head, scored by products with the frozen embeddings: it has no vocabulary of weights
-            norm = nn.LayerNorm(embedding_size)
-            self.decoder = nn.Sequential(nn.Linear(width, embedding_size), nn.GELU(), norm)
-            self.decoder.apply(initialize_like_bert)
+            layers = nn.Linear(width, embedding_size), nn.GELU(), nn.LayerNorm(embedding_size)
+            self.decoder = nn.Sequential(*layers).apply(initialize_like_bert)
             self.register_buffer("vocabulary_ids", vocabulary.input_ids, persistent=False)
             self.register_buffer("vocabulary_embeds", vocabulary.embeds, persistent=False)
 
@@ -216,11 +212,7 @@ def pair_similarity(queries: Tensor, text: Tensor) -> Tensor:
 
 
 def contrastive_loss(
-    queries: Tensor,
-    text: Tensor,
-    temperature: Tensor | float,
-    label_smoothing: float,
-    gather: Gather | None = None,
+    queries: Tensor, text: Tensor, temperature: Tensor | float, label_smoothing: float, gather: Gather | None = None
 ) -> Tensor:
     """ITC in both directions: float32 [], a mean over the B rows of this process; 0 for an empty batch.
 

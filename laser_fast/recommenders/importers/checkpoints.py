@@ -93,17 +93,17 @@ def import_recommender(
         rows = _rows(known, items, item_map, same_order, problems)
     given = {name: value for name, value in settings.items() if value is not None}
     asked, assumed = _asked(layout, given, config, problems)
-    model = None
-    if not problems:
-        values = {"num_items": len(items), **layout.settings(weights), **asked}
-        model = _build(layout, weights, rows, values, problems)
+    values = {"num_items": len(items), **layout.settings(weights), **asked}
+    model = None if problems else _build(layout, weights, rows, values, problems)
     if model is None or problems:
         raise ValueError(
             f"import_recommender: {path.name} must be a {kind} of these {len(items)} items, got " + "; ".join(problems)
         )
     model.item_map_hash = items.hash()
-    digest, dropped = hashlib.sha256(path.read_bytes()).hexdigest(), num_items - len(items)
-    of_items = num_items, dropped, item_map is None
+    digest, of_items = (
+        hashlib.sha256(path.read_bytes()).hexdigest(),
+        (num_items, num_items - len(items), item_map is None),
+    )
     return model.eval(), ImportReport(kind, path.name, digest, *of_items, dict(model.settings), assumed)
 
 
@@ -127,10 +127,11 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         config = dict(content["config"]) if isinstance(content.get("config"), Mapping) else {}
         content = content["state_dict"]
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(
-            f"import_recommender: {path.name} must hold a state_dict, names with tensors, got {_shown(content)}"
-        )
+    named = content.items() if isinstance(content, Mapping) else ()
+    wrong = [f"{name!r}: {type(value).__name__}" for name, value in named if not isinstance(value, Tensor)]
+    if wrong or not isinstance(content, Mapping):
+        found = ", ".join(wrong[:3]) or f"a {type(content).__name__}"
+        raise ValueError(f"import_recommender: {path.name} must hold a state_dict, names with tensors, got {found}")
     return dict(content), config
 
 
@@ -138,13 +139,6 @@ def _culprit(error: Exception) -> str:
     """What the restricted reader met; its own message recommends to lift the restriction."""
     found = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"class (\S+)", str(error))
     return f"an object of {found[1]}" if found else f"what torch cannot read ({type(error).__name__})"
-
-
-def _shown(content: object) -> str:
-    if not isinstance(content, Mapping):
-        return f"a {type(content).__name__}"
-    wrong = [f"{name!r}: {type(value).__name__}" for name, value in content.items() if not isinstance(value, Tensor)]
-    return ", ".join(wrong[:3])
 
 
 def _rows(
