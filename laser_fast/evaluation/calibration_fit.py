@@ -28,6 +28,7 @@ _HISTORY, _LAST, _POPULARITY = "history_bias", "last_bias", "popularity_weight"
 _FACTORS = ((0.6, 0.8, 1.0, 1.25, 1.6), (0.6, 0.8, 1.0, 1.25, 1.6), (0.7, 0.85, 1.0, 1.18, 1.4))  # of each round
 _RIDGE = 1e-4  # keeps scalars finite where the rows do not bound them
 _TOLERANCES = {"ftol": 1e-15, "gtol": 1e-8, "maxiter": 1000}  # tight: the scalars must not depend on the stop
+_MAX_SCORES = 2**26  # held per component, 4 bytes each; of more rows an evenly spaced part is used
 _ROWS_PER_CHUNK = 64  # a chunk of scores stays in the cache while a grid is tried on it
 _SCORES_PER_CHUNK = 2**22  # of one term
 
@@ -39,7 +40,6 @@ def fit_calibration(
     counts: Tensor,
     *,
     standardize: Iterable[str] = (),
-    max_scores: int = 2**26,
     batch_size: int = 256,
     device: torch.device | str = "cpu",
     progress: bool = False,
@@ -55,7 +55,6 @@ def fit_calibration(
         rows: validation rows, never test rows.
         counts: [I], events of each item in the training part.
         standardize: components to z-score per history (see `Calibration`).
-        max_scores: scores held per component, 4 bytes each; of more rows an evenly spaced part is used.
         batch_size, device, progress: as in `evaluate`.
 
     Returns:
@@ -68,8 +67,8 @@ def fit_calibration(
         raise ValueError(f"fit_calibration: components must not be called like a term, got {sorted(reserved)}")
     start = Calibration(dict.fromkeys(names, 0.0) | dict.fromkeys(names[:1], 1.0), tuple(standardize))
     CalibratedScorer(components, start, counts)  # checks before minutes of scoring
-    if len(rows) * counts.numel() > max_scores:
-        wanted = max(1, max_scores // counts.numel())
+    if len(rows) * counts.numel() > _MAX_SCORES:
+        wanted = max(1, _MAX_SCORES // counts.numel())
         rows = rows.select(np.linspace(0, len(rows) - 1, wanted).round().astype(np.int64))
     terms = _Terms(components, start.standardize, rows, counts, batch_size, device, progress)
     values, best = _climb(terms, _likeliest(terms, [*names, _POPULARITY]), progress)

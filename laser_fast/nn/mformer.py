@@ -72,7 +72,6 @@ class MFormer(nn.Module):
         width: int = 768,
         num_layers: int = 12,
         num_heads: int = 12,
-        cross_attention_freq: int = 2,
         num_experts: int = 8,
         top_k: int = 2,
         num_queries: int = 32,
@@ -92,8 +91,7 @@ class MFormer(nn.Module):
         self.state_projection = nn.Linear(state_size, width)
         self.router = Router(width, num_experts, top_k, weighting=weighting)
         self.query_experts = nn.Parameter(torch.randn(num_experts, num_queries, width))
-        sizes = (width, num_layers, num_heads)
-        self.qformer = QFormer(*sizes, cross_attention_freq=cross_attention_freq, dropout=dropout, recompute=recompute)
+        self.qformer = QFormer(width, num_layers, num_heads, dropout=dropout, recompute=recompute)
         self.lm_projection: nn.Linear | None = None
         if lm_width is not None:
             self.lm_projection = nn.Linear(width, lm_width)

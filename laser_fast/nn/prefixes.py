@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from laser_fast.lm.key_value_prefix import KeyValuePrefix, LayerShape
 
-DEEP_PREFIX_RANK = 64
+DEEP_PREFIX_RANK = 64  # r
 
 
 class LinearPrefix(nn.Module):
@@ -39,35 +39,32 @@ class LinearPrefix(nn.Module):
 class DeepPrefix(nn.Module):
     """Keys and values of every layer from the prefix tokens: `[K_l; V_l] = W_l (W_down p + b_down) + b_l`, low rank.
 
-    It has (D + 1) r + (r + 1) sum_l 2 H_kv d parameters: 4.3 million for 32 layers of 8 heads of 128 at D = 768,
-    r = 64. Keys are not rotated: a prefix has no order, and the text behind it counts its positions from P.
+    It has (D + 1) r + (r + 1) sum_l 2 H_kv d parameters: 4.3 million for 32 layers of 8 heads of 128 at
+    D = 768. Keys are not rotated: a prefix has no order, and the text behind it counts its positions from P.
 
     Args:
         width: D of the prefix tokens.
         layers: the language model's attention layers.
-        rank: r.
         token_rms: root mean square of the tokens before training.
 
     Source: Li and Liang, arXiv:2101.00190.
     """
 
-    def __init__(
-        self, width: int, layers: list[LayerShape], *, rank: int = DEEP_PREFIX_RANK, token_rms: float = 1.0
-    ) -> None:
+    def __init__(self, width: int, layers: list[LayerShape], *, token_rms: float = 1.0) -> None:
         super().__init__()
         if not layers:
             raise ValueError("DeepPrefix: layers must name at least one attention layer, got none")
         self.layers = layers
         self._sizes = [2 * layer.width for layer in layers]
-        self.down = nn.Linear(width, rank)
-        self.up = nn.Linear(rank, sum(self._sizes))
+        self.down = nn.Linear(width, DEEP_PREFIX_RANK)
+        self.up = nn.Linear(DEEP_PREFIX_RANK, sum(self._sizes))
         nn.init.normal_(self.down.weight, std=width**-0.5 / token_rms)
         nn.init.zeros_(self.down.bias)
         nn.init.zeros_(self.up.bias)
         with torch.no_grad():  # keys and values start at the scale of the model's own
             for rows, layer in zip(self.up.weight.split(self._sizes), layers, strict=True):
-                rows[: layer.width].normal_(std=layer.key_rms * rank**-0.5)
-                rows[layer.width :].normal_(std=layer.value_rms * rank**-0.5)
+                rows[: layer.width].normal_(std=layer.key_rms * DEEP_PREFIX_RANK**-0.5)
+                rows[layer.width :].normal_(std=layer.value_rms * DEEP_PREFIX_RANK**-0.5)
 
     def forward(self, tokens: Tensor) -> KeyValuePrefix:
         """Tokens [B, P, D], or [1, P, D] that all users share -> keys and values of every layer."""

@@ -1,7 +1,7 @@
 """Querying transformer (Q-Former of BLIP-2, Li et al. 2023, section 3.1) over packed states.
 
-Layers are BERT's, normalised after each residual. Every `cross_attention_freq`-th layer has cross-attention from the
-queries to a user's history. Queries and text share the self-attention and have feed-forwards of their own.
+Layers are BERT's, normalised after each residual. Layers 0, 2, 4, ... have cross-attention from the queries to a user's
+history. Queries and text share the self-attention and have feed-forwards of their own.
 """
 
 from collections.abc import Callable
@@ -150,7 +150,6 @@ class QFormer(nn.Module):
 
     Args:
         width: D, a multiple of `num_heads`.
-        cross_attention_freq: cross-attention in layers 0, freq, 2*freq, ...
         dropout: on embeddings, attention probabilities and residual branches.
         recompute: keep only the inputs of the layers for backward, which computes each layer again.
     """
@@ -161,7 +160,6 @@ class QFormer(nn.Module):
         num_layers: int,
         num_heads: int,
         *,
-        cross_attention_freq: int = 2,
         dropout: float = 0.1,
         recompute: bool = False,
     ) -> None:
@@ -174,8 +172,7 @@ class QFormer(nn.Module):
         self.dropout = dropout
         self.recompute = recompute
         self.layers = nn.ModuleList(
-            QFormerLayer(width, num_heads, dropout, cross_attention=index % cross_attention_freq == 0)
-            for index in range(num_layers)
+            QFormerLayer(width, num_heads, dropout, cross_attention=index % 2 == 0) for index in range(num_layers)
         )
         self.apply(initialize_like_bert)
 

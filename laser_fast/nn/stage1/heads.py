@@ -29,6 +29,8 @@ from laser_fast.ops.dispatch import combine_queries, dispatch_queries
 from laser_fast.ops.precision import autocast_off, wide_dtype
 from laser_fast.ops.segments import segment_ids
 
+_PROJECTION_SIZE = 256  # width p of the space where queries and texts are compared
+_LABEL_SMOOTHING = 0.1
 _LOG_TEMPERATURE_BOUNDS = (math.log(0.01), math.log(0.5))
 
 Gather = Callable[[Tensor], Tensor]
@@ -78,9 +80,6 @@ class PretrainingHeads(nn.Module):
         embedding_size: D_emb, width of the token embeddings.
         max_tokens: longest text.
         vocabulary: for generation.
-        projection_size: width of the space where queries and texts are compared.
-        temperature: start of the learned temperature.
-        label_smoothing: of the contrastive term.
     """
 
     vocabulary_ids: Tensor
@@ -94,9 +93,6 @@ class PretrainingHeads(nn.Module):
         max_tokens: int,
         weights: TermWeights,
         vocabulary: Vocabulary | None = None,
-        projection_size: int = 256,
-        temperature: float = 0.07,
-        label_smoothing: float = 0.1,
     ) -> None:
         super().__init__()
         if weights.generation and vocabulary is None:
@@ -104,12 +100,11 @@ class PretrainingHeads(nn.Module):
         width, decodes = mformer.query_experts.shape[-1], weights.generation > 0
         self._mformer = [mformer]  # in a list: used here, not owned
         self.weights = weights
-        self.label_smoothing = label_smoothing
         self.text = TextBranch(mformer.qformer, width, embedding_size, max_tokens=max_tokens, decodes=decodes)
         if weights.contrastive:
-            self.query_projection = nn.Linear(width, projection_size)
-            self.text_projection = nn.Linear(width, projection_size)
-            self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+            self.query_projection = nn.Linear(width, _PROJECTION_SIZE)
+            self.text_projection = nn.Linear(width, _PROJECTION_SIZE)
+            self.log_temperature = nn.Parameter(torch.tensor(math.log(0.07)))  # as CLIP
             for module in (self.query_projection, self.text_projection):
                 module.apply(initialize_like_bert)
         self.match = nn.Linear(width, 1).apply(initialize_like_bert) if weights.matching else None
@@ -141,7 +136,7 @@ class PretrainingHeads(nn.Module):
                 queries = F.normalize(self.query_projection(written.queries), dim=-1)
                 text = self.text_features(hidden, pairs.token_cu_seqlens)
                 similarity = pair_similarity(queries.detach(), text.detach()) / self.temperature.detach()
-                values["contrastive"] = contrastive_loss(queries, text, self.temperature, self.label_smoothing, gather)
+                values["contrastive"] = contrastive_loss(queries, text, self.temperature, gather)
             if self.match is not None:
                 values["matching"], values["matching_accuracy"] = self._matching(written, pairs, hidden, similarity)
             if self.decoder is not None:
@@ -212,7 +207,7 @@ def pair_similarity(queries: Tensor, text: Tensor) -> Tensor:
 
 
 def contrastive_loss(
-    queries: Tensor, text: Tensor, temperature: Tensor | float, label_smoothing: float, gather: Gather | None = None
+    queries: Tensor, text: Tensor, temperature: Tensor | float, gather: Gather | None = None
 ) -> Tensor:
     """ITC in both directions: float32 [], a mean over the B rows of this process; 0 for an empty batch.
 
@@ -227,5 +222,5 @@ def contrastive_loss(
     target = torch.arange(queries.shape[0], device=queries.device)
     forward = pair_similarity(queries, all_text) / temperature
     backward = forward.T if all_queries is queries else pair_similarity(all_queries, text).T / temperature
-    losses = [F.cross_entropy(side, target, label_smoothing=label_smoothing) for side in (forward, backward)]
+    losses = [F.cross_entropy(side, target, label_smoothing=_LABEL_SMOOTHING) for side in (forward, backward)]
     return (losses[0] + losses[1]) / 2

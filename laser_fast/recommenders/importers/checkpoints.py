@@ -100,10 +100,8 @@ def import_recommender(
             f"import_recommender: {path.name} must be a {kind} of these {len(items)} items, got " + "; ".join(problems)
         )
     model.item_map_hash = items.hash()
-    digest, of_items = (
-        hashlib.sha256(path.read_bytes()).hexdigest(),
-        (num_items, num_items - len(items), item_map is None),
-    )
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    of_items = num_items, num_items - len(items), item_map is None
     return model.eval(), ImportReport(kind, path.name, digest, *of_items, dict(model.settings), assumed)
 
 
