@@ -155,13 +155,7 @@ class QFormer(nn.Module):
     """
 
     def __init__(
-        self,
-        width: int,
-        num_layers: int,
-        num_heads: int,
-        *,
-        dropout: float = 0.1,
-        recompute: bool = False,
+        self, width: int, num_layers: int, num_heads: int, *, dropout: float = 0.1, recompute: bool = False
     ) -> None:
         super().__init__()
         if width % num_heads:

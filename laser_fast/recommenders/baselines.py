@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from laser_fast.recommenders.item_to_item import Array, ItemToItem, entries_by_row, packed_histories
+from laser_fast.recommenders.item_to_item import Array, ItemToItem, entries_by_row, followers, packed_histories
 from laser_fast.recommenders.protocol import check_histories
 
 
@@ -43,10 +43,9 @@ class Markov1:
     def fit(cls, items: Array, cu_seqlens: Array, num_items: int) -> Markov1:
         """Count the transitions of packed sequences (items [N] int64, cu_seqlens [B+1] int32)."""
         items, cu_seqlens = packed_histories("Markov1.fit", items, cu_seqlens, num_items)
-        sequence = torch.repeat_interleave(cu_seqlens.long().diff(), output_size=items.numel())
-        together = sequence[1:] == sequence[:-1]
-        pairs, times = torch.unique(items[:-1][together] * num_items + items[1:][together], return_counts=True)
-        table = entries_by_row([(pairs // num_items, pairs % num_items, times.float())], num_items)
+        end = torch.repeat_interleave(cu_seqlens[1:].long(), cu_seqlens.long().diff(), output_size=items.numel())
+        last, following, times = followers(items, end, torch.arange(items.numel()), max_gap=1)
+        table = entries_by_row([(last, following, times.float())], num_items)
         return cls(ItemToItem(*table, decay=1.0, max_history=1), torch.bincount(items, minlength=num_items))
 
     def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:

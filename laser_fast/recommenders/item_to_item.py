@@ -17,7 +17,7 @@ from laser_fast.recommenders.protocol import check_histories, newest_items
 
 Array = Tensor | np.ndarray
 Entries = tuple[Tensor, Tensor, Tensor]
-"""Rows int64 [n], columns int64 [n] and values float32 [n] of a sparse table."""
+"""Rows int64 [n], columns int64 [n] and values [n] of a sparse table."""
 
 _ITEMS_PER_BLOCK = 4096  # items whose neighbours are found at a time
 _EVENTS_PER_BLOCK = 2**18  # events whose followers are counted at a time
@@ -144,10 +144,11 @@ class SequentialRules(ItemToItem):
         lengths = cu_seqlens.long().diff()
         end = torch.repeat_interleave(cu_seqlens[1:].long(), lengths, output_size=items.numel())
         order = items.argsort(stable=True)  # events of one item side by side
-        blocks = [
-            _followers(items, end, order[start:stop], max_gap, max_neighbors)
-            for start, stop in _item_blocks(torch.bincount(items, minlength=num_items))
-        ]
+        blocks = []
+        for start, stop in _item_blocks(torch.bincount(items, minlength=num_items)):
+            rows, columns, counts = followers(items, end, order[start:stop], max_gap)
+            strength = torch.log1p(counts).float()
+            blocks.append(_strongest(rows.numpy(), columns.numpy(), strength.numpy(), max_neighbors))
         return cls(*entries_by_row(blocks, num_items), decay=decay, max_history=max_history)
 
 
@@ -167,8 +168,8 @@ def _item_blocks(counts: Tensor) -> list[tuple[int, int]]:
     return list(pairwise(sorted({0, *inner, total}))) or [(0, 0)]
 
 
-def _followers(items: Tensor, end: Tensor, places: Tensor, max_gap: int, max_neighbors: int) -> Entries:
-    """The strongest log(1 + c) of each item, counted behind the events at `places` [n] within their sequences."""
+def followers(items: Tensor, end: Tensor, places: Tensor, max_gap: int) -> Entries:
+    """c(j, i) of the events at `places`, in float64; `end` int64 [N] is where the sequence of each event ends."""
     num_items = int(items.max()) + 1 if items.numel() else 1
     keys, weights = [], []
     for gap in range(1, max_gap + 1):
@@ -177,8 +178,7 @@ def _followers(items: Tensor, end: Tensor, places: Tensor, max_gap: int, max_nei
         weights.append(torch.full((earlier.numel(),), 1.0 / gap, dtype=torch.float64))
     pairs, place = torch.unique(torch.cat(keys), return_inverse=True)
     counts = torch.zeros(pairs.numel(), dtype=torch.float64).index_add_(0, place, torch.cat(weights))
-    strength = torch.log1p(counts).float()
-    return _strongest((pairs // num_items).numpy(), (pairs % num_items).numpy(), strength.numpy(), max_neighbors)
+    return pairs // num_items, pairs % num_items, counts
 
 
 def _strongest(rows: np.ndarray, columns: np.ndarray, values: np.ndarray, limit: int) -> Entries:

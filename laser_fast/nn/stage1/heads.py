@@ -179,7 +179,7 @@ class PretrainingHeads(nn.Module):
         return loss, ((logits.detach() > 0) == true).to(logits.dtype).mean()
 
     def _generation(self, written: MFormerOutput, pairs: Pairs) -> Tensor:
-        """ITG: mean over the tokens of a text, then over the texts, which adds up over processes."""
+        """ITG: mean over the tokens of each text, then over the texts: such means add up over processes."""
         assert self.decoder is not None
         batch_size, num_experts = written.routing.expert.shape
         cu_seqlens, total = pairs.token_cu_seqlens, pairs.input_ids.shape[0]
