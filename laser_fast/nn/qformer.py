@@ -122,8 +122,7 @@ class FeedForward(nn.Module):
 
 def _add(part: _SelfAttention | _CrossAttention | FeedForward, found: Tensor, hidden: Tensor) -> Tensor:
     """The end of every part of a layer: `norm(x + dropout(W y))`."""
-    output: Tensor = part.norm(hidden + F.dropout(part.out(found), part.dropout, draws_dropout(part)))
-    return output
+    return part.norm(hidden + F.dropout(part.out(found), part.dropout, draws_dropout(part)))
 
 
 class QFormerLayer(nn.Module):
@@ -141,8 +140,7 @@ class QFormerLayer(nn.Module):
             hidden = self.self_attention(hidden)
         if self.cross_attention is not None:
             hidden = self.cross_attention(hidden.flatten(0, 1), states, boundaries).view(hidden.shape)
-        output: Tensor = self.feed_forward(hidden)
-        return output
+        return self.feed_forward(hidden)
 
 
 class QFormer(nn.Module):

@@ -89,14 +89,12 @@ class TextResidual(nn.Module):
 
     def items(self) -> Tensor:
         """Embeddings of the whole catalogue, float32 [I, D], with gradient, and with dropout while training."""
-        embeddings: Tensor = self.head(F.dropout(self.fetch_vectors(), self.dropout, draws_dropout(self)))
-        return embeddings
+        return self.head(F.dropout(self.fetch_vectors(), self.dropout, draws_dropout(self)))
 
     @torch.no_grad()
     def embeddings(self) -> Tensor:
         """Embeddings of the whole catalogue, float32 [I, D], without gradient or dropout."""
-        embeddings: Tensor = self.head(self.fetch_vectors())
-        return embeddings
+        return self.head(self.fetch_vectors())
 
     def users(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Embeddings of histories, float32 [B, D], with gradient; an empty history gets the bias of the head.
@@ -113,8 +111,7 @@ class TextResidual(nn.Module):
         weight = (self.recency - self.recency.max()).exp()[age]
         total = segment_sum(weight, cu_seqlens).clamp_min(torch.finfo(torch.float32).tiny)
         mean = segment_sum(weight[:, None] * self.fetch_vectors()[items], cu_seqlens) / total[:, None]
-        embeddings: Tensor = self.head(F.dropout(mean, self.dropout, draws_dropout(self)))
-        return embeddings
+        return self.head(F.dropout(mean, self.dropout, draws_dropout(self)))
 
 
 def centred(vectors: Tensor) -> Tensor:

@@ -169,12 +169,10 @@ class CrossFitted:
         if users.size and not 0 <= users.min() <= users.max() < len(self.user_folds):
             worst = int(users.min() if users.min() < 0 else users.max())
             raise ValueError(f"CrossFitted: users must be in 0..{len(self.user_folds) - 1}, got {worst}")
-        folds: np.ndarray = self.user_folds[users].astype(np.int64)
-        return folds
+        return self.user_folds[users].astype(np.int64)
 
 
 def assign_folds(num_users: int, folds: int, seed: int) -> np.ndarray:
     """Fold of every user, `permutation(user) mod folds`: int8 [num_users], sizes differing by at most one."""
     places = np.random.default_rng(seed).permutation(num_users)
-    assigned: np.ndarray = (places % folds).astype(np.int8)
-    return assigned
+    return (places % folds).astype(np.int8)

@@ -132,8 +132,7 @@ class LLaRASASRec(PackedRecommender):
         attended = self.attention(queries, inputs, cu_seqlens, AttentionPlan(cu_seqlens, causal=True))
         hidden = self.mlp_input_norm(attended + queries)
         hidden = self.mlp_norm(self.down(F.relu(self.up(hidden))) + hidden)
-        states: Tensor = self.norm(hidden)
-        return states
+        return self.norm(hidden)
 
     def output_layer(self) -> tuple[Tensor, Tensor | None]:
         return self.output.weight, self.output.bias

@@ -58,8 +58,7 @@ class TextBranch(nn.Module):
         if shifted:
             assert self.decode_token is not None
             projected = torch.where(position[:, None] == 0, self.decode_token.to(projected.dtype), projected.roll(1, 0))
-        hidden: Tensor = self.norm(projected + self.positions.index_select(0, position))
-        return hidden
+        return self.norm(projected + self.positions.index_select(0, position))
 
     def alone(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Texts without queries, both directions: [T, D] -> [T, D]."""
@@ -85,8 +84,7 @@ class TextBranch(nn.Module):
         group: Tensor | None = None,
     ) -> Tensor:
         def run(layer: QFormerLayer, feed_forward: nn.Module, hidden: Tensor, before: Tensor | None) -> Tensor:
-            output: Tensor = feed_forward(layer.self_attention.forward_packed(hidden, cu_seqlens, plan, before, group))
-            return output
+            return feed_forward(layer.self_attention.forward_packed(hidden, cu_seqlens, plan, before, group))
 
         qformer = self._qformer[0]
         befores: Sequence[Tensor | None] = layer_inputs or [None] * len(self.feed_forwards)
