@@ -55,10 +55,7 @@ class GRU4Rec(PackedRecommender):
             bias: of the recurrent layers.
         """
         hidden_width = 2 * width if hidden_width is None else hidden_width
-        settings: dict[str, Any] = {"num_items": num_items, "width": width, "hidden_width": hidden_width}
-        settings |= {"num_layers": num_layers, "max_length": max_length, "dropout": dropout}
-        settings |= {"state_dropout": state_dropout, "bias": bias}
-        super().__init__(width, settings)
+        super().__init__(locals())
         self.dropout = dropout
         self.state_dropout = state_dropout
         self.item_embedding = nn.Embedding(num_items, width)

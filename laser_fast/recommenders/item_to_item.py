@@ -5,6 +5,7 @@ The tables are on the CPU; `score` takes histories from any device and answers t
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -23,25 +24,21 @@ _ITEMS_PER_BLOCK = 4096  # items whose neighbours are found at a time
 _EVENTS_PER_BLOCK = 2**18  # events whose followers are counted at a time
 
 
+@dataclass(eq=False, repr=False)
 class ItemToItem:
     """score_i = sum_k decay^k * table[h_k, i], h_0 the newest history item; 0 everywhere for an empty history."""
 
-    def __init__(self, bounds: Tensor, columns: Tensor, values: Tensor, *, decay: float, max_history: int) -> None:
-        """Keep the table, by rows as scipy's `csr_array` has it.
+    bounds: Tensor  # int64 [I+1], where the entries of each history item start and end
+    columns: Tensor  # int64 [n], the scored item of each entry
+    values: Tensor  # float32 [n]
+    _: KW_ONLY
+    decay: float  # weight ratio of an item to the next newer one, 0..1
+    max_history: int  # newest history items that are read
 
-        Args:
-            bounds: int64 [I+1], where the entries of each history item start and end.
-            columns: int64 [n], the scored item of each entry.
-            values: float32 [n].
-            decay: weight ratio of an item to the next newer one, 0..1.
-            max_history: newest history items that are read.
-        """
-        self.bounds = bounds
-        self.columns = columns
-        self.values = values
-        self.decay = decay
-        self.max_history = max_history
-        self.num_items = bounds.numel() - 1
+    @property
+    def num_items(self) -> int:
+        """See `Scorer.num_items`."""
+        return self.bounds.numel() - 1
 
     def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
         """See `Scorer.score`."""

@@ -42,18 +42,20 @@ class PackedRecommender(VersionedModule):
     kind: ClassVar[str]
     item_embedding: nn.Embedding
 
-    def __init__(self, state_size: int, settings: dict[str, Any]) -> None:
-        """Check and keep the settings, `num_items` and `max_length` among them."""
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        """Check and keep the arguments of a subclass, which passes its `locals()`."""
         super().__init__()
+        settings = {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
         for name, size in settings.items():
             if (name.startswith(("num_", "max_")) or name.endswith("width")) and size < 1:
                 raise ValueError(f"{type(self).__name__}: {name} must be at least 1, got {size}")
-        if state_size % (num_heads := settings.get("num_heads", 1)):
+        width, num_heads = settings["width"], settings.get("num_heads", 1)
+        if width % num_heads:
             name = type(self).__name__
-            raise ValueError(f"{name}: width must be a multiple of num_heads, got {state_size} and {num_heads}")
+            raise ValueError(f"{name}: width must be a multiple of num_heads, got {width} and {num_heads}")
         self.num_items: int = settings["num_items"]
         self.max_length: int = settings["max_length"]
-        self.state_size = state_size
+        self.state_size: int = width
         self.split_hash: str | None = None
         self.item_map_hash: str | None = None
         self.settings = settings

@@ -5,7 +5,7 @@ causal, so the padding that the originals put behind a history changes nothing a
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -79,10 +79,7 @@ class RecBoleSASRec(PackedRecommender):
         norm_eps: float = 1e-12,
     ) -> None:
         """Random weights; the defaults are RecBole's."""
-        settings: dict[str, Any] = {"num_items": num_items, "width": width, "inner_width": inner_width}
-        settings |= {"num_layers": num_layers, "num_heads": num_heads, "max_length": max_length}
-        settings |= {"activation": activation, "norm_eps": norm_eps}
-        super().__init__(width, settings)
+        super().__init__(locals())
         if activation not in ACTIVATIONS:
             raise ValueError(f"RecBoleSASRec: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         self.item_embedding = nn.Embedding(num_items, width)
@@ -113,8 +110,7 @@ class LLaRASASRec(PackedRecommender):
 
     def __init__(self, num_items: int, *, width: int = 64, num_heads: int = 1, max_length: int = 10) -> None:
         """Random weights; the defaults are LLaRA's."""
-        settings = {"num_items": num_items, "width": width, "num_heads": num_heads, "max_length": max_length}
-        super().__init__(width, settings)
+        super().__init__(locals())
         self.item_embedding = nn.Embedding(num_items, width)
         self.position_embedding = nn.Embedding(max_length, width)
         self.query_norm = nn.LayerNorm(width)

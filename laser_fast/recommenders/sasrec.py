@@ -1,6 +1,6 @@
 """SASRec (Kang and McAuley 2018, arXiv:1808.09781) on packed histories: tied item embeddings, rotary positions."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -65,10 +65,7 @@ class SASRec(PackedRecommender):
             dropout: of the embeddings, attention weights and layer outputs.
             state_dropout: of the states before they meet the item embeddings.
         """
-        settings: dict[str, Any] = {"num_items": num_items, "width": width, "num_layers": num_layers}
-        settings |= {"num_heads": num_heads, "max_length": max_length, "dropout": dropout}
-        settings["state_dropout"] = state_dropout
-        super().__init__(width, settings)
+        super().__init__(locals())
         if width % (2 * num_heads):
             raise ValueError(f"SASRec: width must be an even multiple of num_heads, got {width} and {num_heads}")
         self.dropout = dropout
