@@ -28,8 +28,8 @@ def measure_state_gap(recommender: PackedRecommender, split: Split, *, seed: int
     chosen = np.arange(len(rows))
     if len(chosen) > max_rows:
         chosen = np.sort(np.random.default_rng(seed).choice(len(rows), max_rows, replace=False))
-    train = rows.select(chosen)
-    train = EvaluationRows(split.train_users[train.users], train.histories, train.targets)
+    sample = rows.select(chosen)
+    train = EvaluationRows(split.train_users[sample.users], sample.histories, sample.targets)
     figures: dict[str, float | None] = {}
     states: dict[str, StateSpread] = {}
     for part, own, of_folds in ((train, "in_sample", "held_out"), (split.valid, "valid", "held_out_valid")):
