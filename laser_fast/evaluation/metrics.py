@@ -74,7 +74,7 @@ def or_none(number: float) -> float | None:
 
 
 def metric_names(ks: Sequence[int]) -> list[str]:
-    """HR and NDCG at each of the cut-offs, and MRR."""
+    """HR@K, NDCG@K and MRR."""
     return [f"HR@{k}" for k in ks] + [f"NDCG@{k}" for k in ks] + ["MRR"]
 
 

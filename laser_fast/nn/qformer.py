@@ -89,14 +89,10 @@ class _CrossAttention(nn.Module):
 
 
 class CrossBoundaries:
-    """Which rows of the packed states each user's queries may read, planned once for all layers.
-
-    Args:
-        cu_seqlens: int32 [B+1] over the states.
-        rows_per_user: rows of queries of every user, or int64 [B], of each user.
-    """
+    """Which rows of the packed states each user's queries may read, planned once for all layers."""
 
     def __init__(self, cu_seqlens: Tensor, rows_per_user: int | Tensor) -> None:
+        """Plan int32 [B+1] over the states, and the rows of queries: one number, or int64 [B] for each user."""
         self.states = cu_seqlens
         if isinstance(rows_per_user, Tensor):
             self.queries = cu_seqlens_from_lengths(rows_per_user)
