@@ -68,7 +68,7 @@ def main() -> None:
         training_time_s = time.perf_counter() - start
         name = type(model).__name__
         run, shown[f"{name}, seed {seed}"] = figures(model, split)
-        calibrated = fit_calibration({config.kind: model}, split.valid, counts)
+        calibrated, _ = fit_calibration({config.kind: model}, split.valid, counts)
         run["calibrated"], shown[f"calibrated, seed {seed}"] = figures(calibrated, split)
         run |= {"seed": seed, "training_time_s": training_time_s, "calibration": calibrated.calibration.to_dict()}
         runs.append(run)

@@ -254,6 +254,18 @@ def assert_accurate(worst_row_error: Callable[[Tensor, Tensor], float]) -> Calla
     return check
 
 
+@pytest.fixture(scope="session")
+def pack() -> Callable[..., tuple[Tensor, Tensor]]:
+    """`pack(history, ...)`: items int64 [N] and cu_seqlens int32 [B+1]."""
+
+    def packed(*histories: Iterable[int] | Tensor) -> tuple[Tensor, Tensor]:
+        items = [torch.as_tensor(history, dtype=torch.int64) for history in histories]
+        lengths = torch.tensor([0, *map(len, items)])
+        return torch.cat([*items, torch.empty(0, dtype=torch.int64)]), lengths.cumsum(0).int()
+
+    return packed
+
+
 @pytest.fixture
 def damage_files() -> Callable[..., int]:
     """`damage(folder, load, same, times)`: flip a bit of a file, or cut its end off, over and over; each time `load()`

@@ -16,7 +16,7 @@ from torch import Tensor
 from laser_fast.config import LaserConfig, build_config
 from laser_fast.config.settings import apply_overrides
 from laser_fast.data import EvaluationRows, PackedSequences, Split
-from laser_fast.evaluation import evaluate, evaluate_candidates, llara_candidates, search_calibration
+from laser_fast.evaluation import evaluate, evaluate_candidates, fit_calibration, llara_candidates
 from laser_fast.files.folders import replace_json
 from laser_fast.laser import LaserModel
 from laser_fast.laser.build import build_laser, load_inputs, load_language_model, training_counts
@@ -196,13 +196,13 @@ def rank(
 ) -> Ranked:
     """Scalars fitted on the validation rows, and what the sum of the parts ranks with them."""
     named = tuple(name for name in standardize if name in parts)
-    fitted, valid = search_calibration(parts, split.valid, counts, standardize=named)
+    fitted, valid = fit_calibration(parts, split.valid, counts, standardize=named)
     if len(split.test):
         return {"valid": valid, "ranks": rank_rows(fitted, split)}
     halves = [np.arange(start, len(split.valid), 2) for start in (0, 1)]
     ranks = np.zeros((len(split.valid), _DRAWS), dtype=np.int64)
     for own, other in (halves, halves[::-1]):
-        half, _ = search_calibration(parts, split.valid.select(other), counts, standardize=named)
+        half, _ = fit_calibration(parts, split.valid.select(other), counts, standardize=named)
         ranks[own] = np.array(rank_rows(half, split))[own]
     return {"valid": valid, "ranks": ranks.tolist()}
 

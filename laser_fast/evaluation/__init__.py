@@ -1,22 +1,14 @@
 """Evaluation: ranks over the whole catalogue or drawn candidates, metrics with intervals, paired comparisons."""
 
-from laser_fast.evaluation.calibration_fit import fit_calibration, search_calibration
+from laser_fast.evaluation.calibration_fit import fit_calibration
 from laser_fast.evaluation.candidates import Candidates, draw_candidates, evaluate_candidates, llara_candidates
-from laser_fast.evaluation.evaluate import evaluate, row_batches
+from laser_fast.evaluation.evaluate import evaluate
 from laser_fast.evaluation.groups import cold_line, group_figures
-from laser_fast.evaluation.metrics import (
-    MetricValue,
-    RankingMetrics,
-    paired_difference,
-    rank_values,
-    table,
-    target_ranks,
-)
+from laser_fast.evaluation.metrics import RankingMetrics, rank_values, table, target_ranks
 from laser_fast.evaluation.significance import across_seeds, bootstrap_interval, paired_significance
 
 __all__ = [
     "Candidates",
-    "MetricValue",
     "RankingMetrics",
     "across_seeds",
     "bootstrap_interval",
@@ -27,11 +19,8 @@ __all__ = [
     "fit_calibration",
     "group_figures",
     "llara_candidates",
-    "paired_difference",
     "paired_significance",
     "rank_values",
-    "row_batches",
-    "search_calibration",
     "table",
     "target_ranks",
 ]

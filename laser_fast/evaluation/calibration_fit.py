@@ -1,14 +1,13 @@
-"""Fit the scalars of a `CalibratedScorer` on validation rows: most likely targets first, then the best NDCG@10.
+"""Fit the scalars of a `CalibratedScorer` on validation rows: first the likelihood of the targets, then NDCG@10.
 
-The fused score is linear in its scalars, so the likelihood of the targets under its softmax has one maximum, which is
-found from anywhere. NDCG@10 is what counts, but it is a staircase with many local maxima: it is searched around that
-point alone, one scalar at a time, by small factors.
+The fused score is linear in its scalars, so the likelihood of the targets under its softmax has one maximum. NDCG@10 is
+what counts, but it is a staircase with many local maxima: it is searched around that maximum, one scalar at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,52 +27,38 @@ _METRIC = "NDCG@10"
 _HISTORY, _LAST, _POPULARITY = "history_bias", "last_bias", "popularity_weight"
 _FACTORS = ((0.6, 0.8, 1.0, 1.25, 1.6), (0.6, 0.8, 1.0, 1.25, 1.6), (0.7, 0.85, 1.0, 1.18, 1.4))  # of each round
 _RIDGE = 1e-4  # keeps scalars finite where the rows do not bound them
-_TOLERANCES = {"ftol": 1e-15, "gtol": 1e-8, "maxiter": 1000}  # the scalars do not depend on where the search stopped
-_ROWS_PER_CHUNK = 64  # a chunk of scores stays in the cache while a whole grid is tried on it
-_SCORES_PER_CHUNK = 2**22  # of one term, at most, in a chunk of several rows
-
-
-def fit_calibration(
-    components: Mapping[str, Scorer],
-    rows: EvaluationRows,
-    counts: Tensor,
-    **options: Any,
-) -> CalibratedScorer:
-    """`search_calibration` without the metric it reached."""
-    return search_calibration(components, rows, counts, **options)[0]
+_TOLERANCES = {"ftol": 1e-15, "gtol": 1e-8, "maxiter": 1000}  # tight: the scalars must not depend on the stop
+_MAX_SCORES = 2**26  # held per component, 4 bytes each; of more rows an evenly spaced part is used
+_ROWS_PER_CHUNK = 64  # a chunk of scores stays in the cache while a grid is tried on it
+_SCORES_PER_CHUNK = 2**22  # of one term
 
 
 @torch.no_grad()
-def search_calibration(
+def fit_calibration(
     components: Mapping[str, Scorer],
     rows: EvaluationRows,
     counts: Tensor,
     *,
     standardize: Iterable[str] = (),
-    max_scores: int = 2**26,
     batch_size: int = 256,
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> tuple[CalibratedScorer, float]:
-    """Maximise NDCG@10 on `rows`, from where their targets are most likely; deterministic.
+    """Maximise NDCG@10 on `rows`, from the scalars of the most likely targets; deterministic.
 
-    Components are scored once. No component and no popularity gets a negative weight. A term that the best NDCG@10 is
-    reached without is left out, with weight 0. A common factor changes no ranking: the first component has weight 1
-    unless it is left out.
+    Components are scored once. Weights of components and of popularity are not negative. A term without which NDCG@10
+    is no lower gets weight 0. The first component has weight 1 unless it is left out: a common factor changes no
+    ranking.
 
     Args:
         components: name -> scorer; the first sets the unit of the others.
         rows: validation rows, never test rows.
         counts: [I], events of each item in the training part.
         standardize: components to z-score per history (see `Calibration`).
-        max_scores: scores held per component (4 bytes each); of more rows an evenly spaced part is used.
         batch_size, device, progress: as in `evaluate`.
 
     Returns:
         The fused scorer, and its NDCG@10 on the rows that were used.
-
-    Raises:
-        ValueError: no rows or no component, names that do not fit, or scores that are not finite.
     """
     if not len(rows):
         raise ValueError("fit_calibration: rows must not be empty, got 0 rows")
@@ -81,9 +66,9 @@ def search_calibration(
     if reserved := {_HISTORY, _LAST, _POPULARITY} & set(names):
         raise ValueError(f"fit_calibration: components must not be called like a term, got {sorted(reserved)}")
     start = Calibration(dict.fromkeys(names, 0.0) | dict.fromkeys(names[:1], 1.0), tuple(standardize))
-    CalibratedScorer(components, start, counts)  # its checks come before minutes of scoring
-    if len(rows) * counts.numel() > max_scores:
-        wanted = max(1, max_scores // counts.numel())
+    CalibratedScorer(components, start, counts)  # checks before minutes of scoring
+    if len(rows) * counts.numel() > _MAX_SCORES:
+        wanted = max(1, _MAX_SCORES // counts.numel())
         rows = rows.select(np.linspace(0, len(rows) - 1, wanted).round().astype(np.int64))
     terms = _Terms(components, start.standardize, rows, counts, batch_size, device, progress)
     values, best = _climb(terms, _likeliest(terms, [*names, _POPULARITY]), progress)
@@ -91,12 +76,12 @@ def search_calibration(
     scale = values[names[0]] or 1.0
     scalars = {name: value / scale * terms.units[name] for name, value in values.items()}
     weights = {name: scalars.pop(name) for name in names}
-    fitted = Calibration(weights, start.standardize, **scalars)  # what is left are the terms, by their names there
+    fitted = Calibration(weights, start.standardize, **scalars)
     return CalibratedScorer(components, fitted, counts), best
 
 
 def _likeliest(terms: _Terms, non_negative: list[str]) -> dict[str, float]:
-    """Scalars, in units, that maximise the likelihood of the targets; those of `non_negative` are at least 0."""
+    """Scalars, in units, that maximise the likelihood of the targets."""
     bounds = [(0.0 if name in non_negative else None, None) for name in terms.names]
     found = minimize(
         terms.cross_entropy, np.zeros(len(bounds)), jac=True, method="L-BFGS-B", bounds=bounds, options=_TOLERANCES
@@ -105,7 +90,7 @@ def _likeliest(terms: _Terms, non_negative: list[str]) -> dict[str, float]:
 
 
 def _climb(terms: _Terms, values: dict[str, float], progress: bool) -> tuple[dict[str, float], float]:
-    """The best NDCG@10 by factors of one scalar at a time, and the scalars that reach it."""
+    """The scalars of the best NDCG@10 by factors of one scalar at a time, and that NDCG@10."""
     free = [name for name in terms.names[1:] if values[name]]
     best = terms.quality(values, terms.names[0], [values[terms.names[0]]])[0]
     with tqdm(total=len(_FACTORS) * len(free), desc="calibrate", unit="scalar", disable=not progress) as bar:
@@ -122,7 +107,7 @@ def _climb(terms: _Terms, values: dict[str, float], progress: bool) -> tuple[dic
 
 
 def _without_useless(terms: _Terms, values: dict[str, float], best: float) -> tuple[dict[str, float], float]:
-    """One term after the other is left out where NDCG@10 is no lower without it, the smallest first."""
+    """Leave out each term without which NDCG@10 is no lower, the smallest first."""
     for name in sorted(filter(values.__getitem__, terms.names), key=lambda name: abs(values[name])):
         without = terms.quality(values, name, [0.0])[0]
         if without >= best and any(value for other, value in values.items() if other != name):
@@ -181,11 +166,7 @@ class _Terms:
         return (totals / self.targets.numel()).tolist()
 
     def cross_entropy(self, values: np.ndarray) -> tuple[float, np.ndarray]:
-        """Mean cross-entropy of the targets in the softmax over the catalogue, with a ridge, and its gradient [T].
-
-        Args:
-            values: float64 [T], the scalars of `names`.
-        """
+        """Mean cross-entropy of the targets with a ridge, and its gradient in the scalars, both float64 [T]."""
         loss, gradient = 0.0, np.zeros(len(values))
         for chunk in self._chunks():
             terms = [self._term(name, chunk) for name in self.names]
@@ -201,7 +182,6 @@ class _Terms:
         return loss / rows + 0.5 * _RIDGE * float(values @ values), gradient / rows + _RIDGE * values
 
     def _chunks(self) -> list[np.ndarray]:
-        """The rows, a few at a time."""
         size = max(1, min(_ROWS_PER_CHUNK, _SCORES_PER_CHUNK // self.num_items))
         rows = np.arange(self.targets.numel())
         return [rows[start : start + size] for start in range(0, len(rows), size)]

@@ -1,7 +1,4 @@
-"""Sampled rankings: every target among a few candidates, under names that no full ranking has.
-
-The candidates are drawn once with a seed, checked against the rows they belong to, and can be stored in a file.
-"""
+"""Sampled rankings: every target among a few candidates, drawn with a seed and kept with the hash of their rows."""
 
 from __future__ import annotations
 
@@ -35,7 +32,7 @@ _MOST_ITEMS = 2**31  # of all rankings together: 16 GiB
 
 
 class _About(Description):
-    """What the file of candidates says beside the items: the other attributes, and a SHA-256 over everything."""
+    """What a file of candidates holds beside the items; the SHA-256 is over everything."""
 
     format: int
     sampler: Sampler
@@ -46,31 +43,20 @@ class _About(Description):
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """What every row's target is ranked against, D times.
+    """The items that every row's target is ranked against, D times."""
 
-    Args:
-        items: int64 [D, B, C], item indices, distinct within a ranking; the first is the target.
-        sampler: how the others were drawn.
-        seed: of the draws.
-        rows_hash: SHA-256 of the rows they were drawn for.
-    """
-
-    items: np.ndarray
+    items: np.ndarray  # int64 [D, B, C], distinct within a ranking; the first is the target
     sampler: Sampler
     seed: int
-    rows_hash: str
+    rows_hash: str  # SHA-256 of the rows they were drawn for
 
     @property
     def suffix(self) -> str:
-        """Ends the names of metrics over these candidates: "|sampled100", or "|popularity100"."""
+        """The end of the metrics' names, "|sampled100" or "|popularity100", which no full ranking has."""
         return f"|{'sampled' if self.sampler == 'uniform' else self.sampler}{self.items.shape[2]}"
 
     def check_rows(self, rows: EvaluationRows, num_items: int) -> None:
-        """Refuse rows or a catalogue that these candidates were not drawn for.
-
-        Raises:
-            ValueError: other rows, or an item outside 0..num_items-1.
-        """
+        """Raise ValueError for rows or a catalogue that these candidates were not drawn for."""
         if (actual := _hash_of_rows(rows)) != self.rows_hash:
             raise ValueError(
                 f"Candidates: rows must be those the candidates were drawn for, {self.rows_hash[:12]}, "
@@ -81,7 +67,7 @@ class Candidates:
             raise ValueError(f"Candidates: items must be in 0..{num_items - 1}, got {worst}")
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file, whole or not at all."""
+        """Write a safetensors file, atomically."""
         about = {"format": _FORMAT, "sampler": self.sampler, "seed": self.seed, "rows_hash": self.rows_hash}
         about |= {"sha256": self._digest()}
         content = save({"items": np.ascontiguousarray(self.items)}, {"about": json.dumps(about)})
@@ -95,12 +81,7 @@ class Candidates:
 
     @classmethod
     def load(cls, path: str | Path) -> Candidates:
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: another kind of file, or a damaged one.
-        """
+        """Read what `save` wrote; ValueError for another file or a damaged one."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"Candidates.load: the path must be a file, got {str(path)!r}")
         name = Path(path).name
@@ -138,20 +119,16 @@ def draw_candidates(
 ) -> Candidates:
     """The target of every row and `num_candidates` - 1 distinct items outside its history, D times.
 
-    A row's candidates follow from the seed, the draw and the row's number alone.
+    A row's candidates follow from the seed, the draw and the row's number.
 
     Args:
         rows: B rows.
-        num_items: I, size of the catalogue.
+        num_items: I.
         num_candidates: C, the target included.
         draws: D.
-        seed: not negative.
-        counts: [I], events of each item in the training part: items are drawn without replacement in proportion to
-            them, and never those without an event. None: uniformly from the catalogue.
-        shown: newest history items that may not be candidates; None: all.
-
-    Raises:
-        ValueError: a number out of range, or a row with too few items outside its history.
+        counts: [I], events of each item in the training part, to which the chance of an item is proportional; None for
+            uniform draws from the catalogue.
+        shown: newest history items that may not be candidates; None for all.
     """
     least = {"num_candidates": (num_candidates, 2), "draws": (draws, 1), "seed": (seed, 0), "shown": (shown or 0, 0)}
     for name, (value, smallest) in least.items():
@@ -182,19 +159,19 @@ def draw_candidates(
             random = np.random.default_rng([seed, draw, row])
             if log_counts is None:
                 ranks = random.choice(left, num_candidates - 1, replace=False)
-                # the item of a rank is the rank plus the barred items below it
+                # the item of a rank: the rank plus the number of barred items below it
                 items[draw, row, 1:] = ranks + np.searchsorted(barred - np.arange(len(barred)), ranks, side="right")
             else:
-                keys = log_counts + random.gumbel(size=num_items)  # the largest are a draw without replacement
+                keys = log_counts + random.gumbel(size=num_items)  # the largest: a draw without replacement
                 keys[barred] = -np.inf
                 items[draw, row, 1:] = np.argpartition(-keys, num_candidates - 2)[: num_candidates - 1]
     return Candidates(items, "uniform" if counts is None else "popularity", seed, _hash_of_rows(rows))
 
 
 def llara_candidates(rows: EvaluationRows, num_items: int, *, draws: int = 20, seed: int = 0) -> Candidates:
-    """LLaRA's protocol: the target and 19 uniform items outside the shown history, the newest 10 items.
+    """LLaRA's protocol: the target and 19 uniform items outside the newest 10 items of the history.
 
-    Its published figure is HR@1 of one draw that is not stored; averaged over many draws the chance of the draw goes.
+    Its published figure is HR@1 of one draw that is not stored.
 
     Source: Liao et al., SIGIR 2024 (LLaRA), section 4.1.
     """
@@ -203,27 +180,21 @@ def llara_candidates(rows: EvaluationRows, num_items: int, *, draws: int = 20, s
 
 @dataclass(frozen=True)
 class DrawnValue(MetricValue):
-    """A metric averaged over the draws of each row, then over rows.
+    """A metric averaged over the draws of each row, then over rows; its standard error is that over rows."""
 
-    Attributes:
-        standard_error: over rows, of their means over the draws.
-        draw_error: over draws: what another set of D draws would change; NaN for one draw.
-        draw_deviation: sample deviation of the figure of a single draw; NaN for one draw.
-    """
-
-    draw_error: float
-    draw_deviation: float
+    draw_error: float  # standard error over the draws; NaN for one draw
+    draw_deviation: float  # sample deviation of the figure of a single draw; NaN for one draw
 
     @classmethod
     def from_draws(cls, values: Tensor) -> DrawnValue:
-        """From the value of every draw and row, [D, B]."""
+        """From the values of all draws and rows, [D, B]."""
         over_rows = MetricValue.from_values(values.mean(dim=0))
         draws = values.shape[0]
         deviation = values.mean(dim=1).std().item() if draws > 1 else math.nan
         return cls(over_rows.mean, over_rows.standard_error, deviation / math.sqrt(draws), deviation)
 
     def to_dict(self) -> dict[str, float | None]:
-        """As `MetricValue.to_dict`, with what concerns the draws."""
+        """As `MetricValue.to_dict`."""
         drawn = {"draw_error": or_none(self.draw_error), "draw_deviation": or_none(self.draw_deviation)}
         return super().to_dict() | drawn
 
@@ -240,15 +211,12 @@ def evaluate_candidates(
 ) -> RankingMetrics:
     """Rank each row's target among its candidates, in every draw; ties count against the target.
 
-    Names of the metrics end in "|sampledC" or "|popularityC"; their values are `DrawnValue`s.
+    Names of the metrics end in `candidates.suffix`; their values are `DrawnValue`s.
 
     Args:
         candidates: drawn for these rows.
-        ks: cut-offs; those of C and above are left out, every ranking would pass them.
+        ks: cut-offs; those of C and above, which every target reaches, are left out.
         scorer, rows, batch_size, device: as in `evaluate`.
-
-    Raises:
-        ValueError: candidates of other rows, a cut-off below 1, or a scorer that returns NaN or a wrong shape.
     """
     if any(k < 1 for k in ks):
         raise ValueError(f"evaluate_candidates: ks must be at least 1, got {tuple(ks)}")

@@ -1,4 +1,4 @@
-"""Every system on one table: the same split, the same ranking of the whole catalogue, intervals beside each figure."""
+"""Every system in one table: the same split, the same full ranking, intervals beside the figures."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class Comparison:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Means, standard errors and intervals of every system."""
+        """Plain numbers."""
         return {"rule": self.rule, "systems": {name: metrics.to_dict() for name, metrics in self.metrics.items()}}
 
 
@@ -57,28 +57,26 @@ def compare(
     batch_size: int = 128,
     progress: bool = False,
 ) -> Comparison:
-    """Laser beside what needs no language model, and beside what the frozen language model does untrained.
+    """Laser beside systems without a language model, and beside the frozen language model untrained.
 
     The calibrated lines have the repeat and popularity terms that Laser has: on data without repeats these matter more
-    than anything else. The fusion without training adds the zero-shot scores of the last item and of the whole history,
-    the recommender's score and the counted tables, with the same terms, all scalars fitted on validation: what Laser
-    has to beat.
+    than anything else. The line to beat is the fusion without training, of the zero-shot scores of the last item and of
+    the whole history, the recommender and the tables, with scalars fitted on validation.
 
     Args:
         counts: int64 [I], events of each item in the training part.
         recommender: the ID-based recommender; None leaves its line out.
-        tables: what Laser's calibrated score could add beside the recommender's, by its name there
-            (`training.build.Inputs.tables`); the fusion and the cached line may add it too.
-        cached: the line of cached text vectors, trained without the language model (`training.text_stage`); None leaves
-            it out. It too has the calibrated terms, the recommender's score where there is one, and the tables.
-        vectors: float32 [I, d], unit text vectors for the lines without training; None = of the model's item prompts.
+        tables: scorers that Laser's calibrated score could add (`Inputs.tables`); the fusion and the cached line may
+            add them too.
+        cached: cached text vectors, trained without the language model (`training.text_stage`), which are calibrated
+            together with the recommender and the tables; None leaves the line out.
+        vectors: float32 [I, d], unit text vectors for the lines without training; None for those of the item prompts.
     """
 
     def calibrated(components: dict[str, Scorer]) -> Scorer:
         names = tuple(name for name in components if name not in tables)
-        return fit_calibration(
-            components, split.valid, counts, standardize=names, batch_size=batch_size, progress=progress
-        )
+        rows = split.valid
+        return fit_calibration(components, rows, counts, standardize=names, batch_size=batch_size, progress=progress)[0]
 
     vectors = text_vectors(model.lm, model.builder) if vectors is None else vectors
     parts: dict[str, Scorer] = {"text_last": TextSimilarity(vectors), "text_history": TextSimilarity(vectors, _RECENCY)}

@@ -1,4 +1,4 @@
-"""Full ranking: every row's target against the whole catalogue, a chunk of rows at a time."""
+"""Full ranking: every row's target among the whole catalogue, a chunk of rows at a time."""
 
 from __future__ import annotations
 
@@ -20,16 +20,12 @@ if TYPE_CHECKING:
 def row_batches(
     rows: EvaluationRows, batch_size: int, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Rows in order as tensors: (items [N] int64, cu_seqlens [B+1] int32, targets [B] int64) for each chunk.
-
-    Raises:
-        ValueError: `batch_size` below 1.
-    """
+    """Chunks of the rows as tensors: items [N] int64, cu_seqlens [B+1] int32, targets [B] int64."""
     if batch_size < 1:
         raise ValueError(f"row_batches: batch_size must be at least 1, got {batch_size}")
     for start in range(0, len(rows), batch_size):
         chunk = rows.select(np.arange(start, min(start + batch_size, len(rows))))
-        # torch.tensor copies, so the arrays may be read-only memory maps
+        # torch.tensor copies: the arrays may be read-only memory maps
         yield (
             torch.tensor(chunk.histories.items, dtype=torch.int64, device=device),
             torch.tensor(chunk.histories.cu_seqlens, dtype=torch.int32, device=device),
@@ -40,14 +36,7 @@ def row_batches(
 def row_scores(
     function: str, scorer: Scorer, rows: EvaluationRows, batch_size: int, device: torch.device | str
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(scores [B, I], targets [B] int64) of each chunk of `row_batches`.
-
-    Args:
-        function: name of the public function, the first word of the message.
-
-    Raises:
-        ValueError: the scorer returns a wrong shape.
-    """
+    """Scores [B, I] and targets [B] int64 of each chunk of `row_batches`; `function` begins the error's message."""
     for items, cu_seqlens, targets in row_batches(rows, batch_size, device):
         scores, expected = scorer.score(items, cu_seqlens), (len(targets), scorer.num_items)
         if scores.shape != expected:
@@ -67,17 +56,10 @@ def evaluate(
     """Rank each row's target among all items of the catalogue; items of the history are not filtered.
 
     Args:
-        scorer: gives [b, I] scores for b packed histories.
         rows: B histories with one target each.
-        batch_size: rows scored at a time; bounds memory at about `2 * batch_size * I` scores.
+        batch_size: rows scored at a time; memory holds about `2 * batch_size * I` scores.
         progress: show a bar that counts rows.
-        device: where the histories are put before `scorer.score`.
-
-    Returns:
-        HR, NDCG and MRR with intervals; `.ranks` keeps the rank of each row, in the order of `rows`.
-
-    Raises:
-        ValueError: the scorer returns NaN or a wrong shape.
+        device: where the histories are put for `scorer.score`.
     """
     ranks = [torch.empty(0, dtype=torch.int64)]
     with tqdm(total=len(rows), desc="evaluate", unit="row", disable=not progress) as bar:

@@ -1,8 +1,7 @@
-"""Metrics by groups of test rows: how often the target was seen in training, and how long the history is."""
+"""Metrics by groups of test rows: by the target's events in training, and by the length of the history."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from laser_fast.data import EvaluationRows
 
 _METRICS = ("HR@10", "NDCG@10", "MRR")
+_QUARTILES = (0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,23 +28,14 @@ class Group:
         return len(self.rows)
 
 
-def quantile_groups(values: np.ndarray, unit: str, num_groups: int = 4) -> list[Group]:
-    """Rows sorted into about equally large groups by a whole number, equal numbers together.
+def quantile_groups(values: np.ndarray, unit: str) -> list[Group]:
+    """Rows in up to four groups of about one size by their values, int64 [B]; equal values stay together.
 
-    Args:
-        values: int64 [B].
-        unit: of the labels, e.g. "1 to 12 events".
-        num_groups: at most so many.
-
-    Raises:
-        ValueError: fewer than one group.
+    `unit` ends the labels, e.g. "1 to 12 events".
     """
-    if num_groups < 1:
-        raise ValueError(f"quantile_groups: num_groups must be at least 1, got {num_groups}")
     if not len(values):
         return []
-    inner = np.linspace(0, 1, num_groups + 1)[1:-1]
-    edges = np.unique(np.quantile(values, inner, method="inverted_cdf")) if len(inner) else np.zeros(0)
+    edges = np.unique(np.quantile(values, _QUARTILES, method="inverted_cdf"))
     bucket = np.searchsorted(edges, values, side="left")
     groups = []
     for index in np.unique(bucket):
@@ -54,20 +45,17 @@ def quantile_groups(values: np.ndarray, unit: str, num_groups: int = 4) -> list[
     return groups
 
 
-def popularity_groups(targets: np.ndarray, counts: np.ndarray, num_groups: int = 4) -> tuple[list[Group], Group]:
-    """Rows by how often their target occurs in the training part; those where it never does, the cold ones, apart.
+def seen_and_cold(rows: EvaluationRows, counts: np.ndarray) -> tuple[Group, Group]:
+    """The rows whose target has events in the training part, `counts` int64 [I], and the others, the cold ones."""
+    seen = counts[rows.targets] > 0
+    return Group("seen", np.flatnonzero(seen)), Group("never", np.flatnonzero(~seen))
 
-    Args:
-        targets: int64 [B], item of each row.
-        counts: int64 [I], events of each item in the training part.
 
-    Returns:
-        (groups from rare to frequent, the cold rows).
-    """
-    seen = counts[targets]
-    warm = np.flatnonzero(seen > 0)
-    groups = [Group(g.label, warm[g.rows]) for g in quantile_groups(seen[warm], "events", num_groups)]
-    return groups, Group("never", np.flatnonzero(seen == 0))
+def popularity_groups(rows: EvaluationRows, counts: np.ndarray) -> list[Group]:
+    """The seen rows by the events of their target, from rare to frequent."""
+    seen = seen_and_cold(rows, counts)[0].rows
+    groups = quantile_groups(counts[rows.targets[seen]], "events")
+    return [Group(group.label, seen[group.rows]) for group in groups]
 
 
 def group_metric(metrics: RankingMetrics, group: Group, metric: str = "NDCG@10") -> MetricValue:
@@ -75,32 +63,22 @@ def group_metric(metrics: RankingMetrics, group: Group, metric: str = "NDCG@10")
     return MetricValue.from_values(rank_values(metrics.ranks[torch.from_numpy(group.rows)], metric))
 
 
-def group_table(
-    groups: Sequence[Group], systems: Mapping[str, RankingMetrics], metric: str = "NDCG@10"
-) -> list[list[MetricValue]]:
-    """`group_metric` for every group (rows) and system (columns)."""
-    return [[group_metric(metrics, group, metric) for metrics in systems.values()] for group in groups]
-
-
 def group_figures(metrics: RankingMetrics, rows: EvaluationRows, counts: np.ndarray) -> dict[str, list[dict[str, Any]]]:
-    """HR@10, NDCG@10 and MRR of one system for the cold and the warm rows, by popularity and by length of the history.
+    """HR@10, NDCG@10 and MRR of one system by "seen in training", "popularity" and "history length".
 
     Args:
-        metrics: of a ranking of the whole catalogue, in the order of `rows`.
+        metrics: of a full ranking, in the order of `rows`.
         rows: B rows.
         counts: int64 [I], events of each item in the training part; a target with 0 is cold.
 
     Returns:
-        "seen in training", "popularity" and "history length": one entry a group, with its label, rows and metrics.
-
-    Raises:
-        ValueError: metrics of another number of rows.
+        An entry for each group, with its label, number of rows and metrics.
     """
     if metrics.ranks.shape != rows.targets.shape:
         raise ValueError(f"group_figures: metrics must be of {len(rows)} rows, got {tuple(metrics.ranks.shape)} ranks")
     groups = {
-        "seen in training": _seen_and_cold(rows, counts),
-        "popularity": popularity_groups(rows.targets, counts)[0],
+        "seen in training": seen_and_cold(rows, counts),
+        "popularity": popularity_groups(rows, counts),
         "history length": quantile_groups(rows.histories.lengths, "items"),
     }
 
@@ -112,16 +90,11 @@ def group_figures(metrics: RankingMetrics, rows: EvaluationRows, counts: np.ndar
 
 
 def cold_line(metrics: RankingMetrics, rows: EvaluationRows, counts: np.ndarray, metric: str = "NDCG@10") -> str:
-    """One line about the rows whose target no training sequence holds, beside the others."""
-    seen, cold = _seen_and_cold(rows, counts)
+    """One line about the cold rows, beside the others."""
+    seen, cold = seen_and_cold(rows, counts)
     if not len(cold):
         return "every target was seen in training"
     return (
         f"targets never seen in training: {metric} {group_metric(metrics, cold, metric)} on {len(cold):,} rows; "
         f"seen: {group_metric(metrics, seen, metric)} on {len(seen):,}"
     )
-
-
-def _seen_and_cold(rows: EvaluationRows, counts: np.ndarray) -> tuple[Group, Group]:
-    seen = counts[rows.targets] > 0
-    return Group("seen", np.flatnonzero(seen)), Group("never", np.flatnonzero(~seen))

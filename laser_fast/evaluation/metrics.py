@@ -1,4 +1,4 @@
-"""Ranks of targets and what is reported about them: HR@K, NDCG@K, MRR with standard errors and 95% intervals."""
+"""Ranks of targets, and HR@K, NDCG@K and MRR with standard errors and 95% intervals."""
 
 import math
 import re
@@ -19,15 +19,11 @@ def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
     An item tied with the target counts as ranked before it, so a constant scorer gets the last rank, not the first.
 
     Args:
-        scores: [B, I] any float dtype, higher is better; -inf is allowed (excluded items), NaN is not.
-        targets: [B] int64, the item to be found in each row.
+        scores: [B, I], any float dtype, higher is better; -inf for excluded items, no NaN.
+        targets: [B] int64, item of each row.
 
     Returns:
         [B] int64 in 1..I, on the device of `scores`.
-
-    Raises:
-        TypeError: `targets` is not int64.
-        ValueError: shapes do not fit, a target outside 0..I-1, or a NaN score.
     """
     if targets.dtype != torch.int64:
         raise TypeError(f"target_ranks: targets must be int64, got {targets.dtype}")
@@ -46,7 +42,7 @@ def target_ranks(scores: Tensor, targets: Tensor) -> Tensor:
     if bool(not_a_number.any()):
         row, item = (int(x) for x in not_a_number.nonzero()[0])
         raise ValueError(f"target_ranks: scores must not be NaN, got NaN in row {row} for item {item}")
-    # the target itself satisfies >=, which supplies the leading 1
+    # the target itself satisfies >=: the leading 1
     return (scores >= scores.gather(1, targets.to(scores.device)[:, None])).sum(dim=1)
 
 
@@ -54,14 +50,11 @@ def rank_values(ranks: Tensor, metric: str) -> Tensor:
     """Value of one metric for each row: HR@K = [rank <= K], NDCG@K = [rank <= K] / log2(1 + rank), MRR = 1 / rank.
 
     Args:
-        ranks: [B] int64, each >= 1.
+        ranks: int64 of any shape, each >= 1.
         metric: "HR@K", "NDCG@K" (K >= 1) or "MRR".
 
     Returns:
-        [B] float64.
-
-    Raises:
-        ValueError: an unknown metric, or a rank below 1.
+        float64 of the same shape.
     """
     match = _METRIC.fullmatch(metric)
     if match is None:
@@ -81,13 +74,13 @@ def or_none(number: float) -> float | None:
 
 
 def metric_names(ks: Sequence[int]) -> list[str]:
-    """HR and NDCG at each of the cut-offs, and MRR."""
+    """HR@K, NDCG@K and MRR."""
     return [f"HR@{k}" for k in ks] + [f"NDCG@{k}" for k in ks] + ["MRR"]
 
 
 @dataclass(frozen=True)
 class MetricValue:
-    """Mean over rows; NaN where it is not defined (no rows; for the errors, fewer than two)."""
+    """Mean over rows; NaN where it is not defined, for the error with fewer than two rows."""
 
     mean: float
     standard_error: float
@@ -106,7 +99,7 @@ class MetricValue:
         return cls(mean, exact.std().item() / math.sqrt(count) if count > 1 else math.nan)
 
     def to_dict(self) -> dict[str, float | None]:
-        """Plain numbers; what is not defined is None (JSON has no NaN)."""
+        """Plain numbers; None for NaN, which JSON has not."""
         return {"mean": or_none(self.mean), "standard_error": or_none(self.standard_error), "ci95": or_none(self.ci95)}
 
     def __str__(self) -> str:
@@ -115,28 +108,15 @@ class MetricValue:
 
 @dataclass(frozen=True)
 class RankingMetrics:
-    """HR@K, NDCG@K and MRR of one system on one set of rows, by name: `metrics["NDCG@10"].mean`.
-
-    Attributes:
-        values: metric name -> value.
-        ranks: [B] int64 on the CPU, the rank of each row's target: what paired comparisons need; [D, B] where it was
-            ranked among candidates of D draws.
-    """
+    """HR@K, NDCG@K and MRR of one system on one set of rows, by name: `metrics["NDCG@10"].mean`."""
 
     values: Mapping[str, MetricValue]
+    # [B] int64 on the CPU, the rank of each row's target; [D, B] among candidates of D draws
     ranks: Tensor = field(repr=False, compare=False)
 
     @classmethod
     def from_ranks(cls, ranks: Tensor, ks: Sequence[int] = (1, 5, 10, 20)) -> "RankingMetrics":
-        """Metrics of the ranks of B targets.
-
-        Args:
-            ranks: [B] int64, each >= 1; B may be 0, then every value is NaN.
-            ks: cut-offs of HR and NDCG.
-
-        Raises:
-            ValueError: a cut-off or a rank below 1.
-        """
+        """Metrics of ranks [B] int64, each >= 1, with the cut-offs `ks`; NaN for no rows."""
         if any(k < 1 for k in ks):
             raise ValueError(f"RankingMetrics.from_ranks: ks must be at least 1, got {tuple(ks)}")
         values = {name: MetricValue.from_values(rank_values(ranks, name)) for name in metric_names(ks)}
@@ -162,10 +142,7 @@ def paired_difference(ranks_a: Tensor, ranks_b: Tensor, metric: str = "NDCG@10")
 
     Args:
         ranks_a, ranks_b: [B] int64, ranks of the same targets.
-        metric: "HR@K", "NDCG@K" or "MRR".
-
-    Raises:
-        ValueError: different numbers of rows, or an unknown metric.
+        metric: as in `rank_values`.
     """
     if ranks_a.shape != ranks_b.shape:
         raise ValueError(
@@ -176,11 +153,7 @@ def paired_difference(ranks_a: Tensor, ranks_b: Tensor, metric: str = "NDCG@10")
 
 
 def table(systems: Mapping[str, RankingMetrics | Mapping[str, object]], metrics: Sequence[str] | None = None) -> str:
-    """Aligned text: a line per system, a column per metric (default: those of the first); "" for no systems.
-
-    A figure of `RankingMetrics` is `mean +- half width of the 95% interval`; another, such as a `SeedSpread`, is as it
-    prints itself.
-    """
+    """Aligned text: a line per system, a column per metric, those of the first by default; "" for no systems."""
     if not systems:
         return ""
     figures = {name: found.values if isinstance(found, RankingMetrics) else found for name, found in systems.items()}
@@ -190,7 +163,7 @@ def table(systems: Mapping[str, RankingMetrics | Mapping[str, object]], metrics:
 
 
 def aligned(cells: Sequence[Sequence[str]]) -> str:
-    """Lines of text columns, the first to the left and the others to the right."""
+    """Lines of text columns, the first aligned to the left and the others to the right."""
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     lines = ([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in cells)
     return "\n".join("  ".join(line).rstrip() for line in lines)

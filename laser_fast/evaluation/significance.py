@@ -1,4 +1,4 @@
-"""How sure a figure is: intervals over users, whether two systems differ on the same rows, spread over seeds."""
+"""Uncertainty of figures: bootstrap intervals, paired tests of two systems, spread over seeds."""
 
 from __future__ import annotations
 
@@ -21,11 +21,9 @@ def bootstrap_interval(values: Tensor, *, resamples: int = 2000, seed: int = 0) 
     """95% percentile interval of the mean of `values` [B] over resamples of the rows; NaN for no rows.
 
     Source: Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
-
-    Raises:
-        ValueError: `resamples` is not in 1 to 10 million.
     """
-    _check_resamples("bootstrap_interval", resamples)
+    if not 1 <= resamples <= _MOST_RESAMPLES:
+        raise ValueError(f"bootstrap_interval: resamples must be from 1 to {_MOST_RESAMPLES:,}, got {resamples}")
     if not values.numel():
         return float("nan"), float("nan")
     exact = values.double().cpu()
@@ -41,20 +39,13 @@ def bootstrap_interval(values: Tensor, *, resamples: int = 2000, seed: int = 0) 
 
 @dataclass(frozen=True)
 class Significance:
-    """How two systems differ on one metric over the same rows.
-
-    Attributes:
-        difference: mean of a - b.
-        low, high: 95% bootstrap interval of it over rows.
-        p_value: two-sided, of the paired permutation test.
-        rows: how many.
-    """
+    """How two systems differ on one metric over the same rows."""
 
     metric: str
-    difference: float
-    low: float
+    difference: float  # mean of a - b
+    low: float  # to `high`: 95% bootstrap interval of the difference over rows
     high: float
-    p_value: float
+    p_value: float  # two-sided, of the paired permutation test
     rows: int
 
     def __str__(self) -> str:
@@ -68,19 +59,15 @@ class Significance:
 def paired_significance(
     ranks_a: Tensor, ranks_b: Tensor, metric: str = "NDCG@10", *, resamples: int = 10_000, seed: int = 0
 ) -> Significance:
-    """Difference of two systems with a paired permutation test: were a and b the same, every row's difference could as
-    well have the other sign, so p is the share of random signs whose mean is at least as far from 0.
+    """Difference of two systems with a paired permutation test.
 
-    The observed signs count as one draw, so p is at least 1 / (resamples + 1).
+    p is the share of random signs of the rows' differences whose mean is at least as far from 0. The observed signs
+    count as one draw, so p is at least 1 / (resamples + 1).
 
     Args:
         ranks_a, ranks_b: [B] int64, ranks of the same targets.
-        metric: "HR@K", "NDCG@K" or "MRR".
+        metric: as in `rank_values`.
         resamples: random signs, and as many bootstrap resamples.
-        seed: of both.
-
-    Raises:
-        ValueError: different numbers of rows, none, an unknown metric, or `resamples` is not in 1 to 10 million.
 
     Source: Smucker, Allan & Carterette, CIKM 2007 (the randomization test).
     """
@@ -89,10 +76,10 @@ def paired_significance(
             "paired_significance: both systems must have ranked the same rows, at least one, "
             f"got {tuple(ranks_a.shape)} and {tuple(ranks_b.shape)} ranks"
         )
-    _check_resamples("paired_significance", resamples)
     differences = (rank_values(ranks_a, metric) - rank_values(ranks_b, metric)).cpu()
+    low, high = bootstrap_interval(differences, resamples=resamples, seed=seed)
     observed = differences.sum().abs().item()
-    # sums of the same numbers in another order differ in the last digits; they are ties
+    # sums of the same numbers in another order differ in the last digits: these are ties
     reached = observed - 1e-9 * max(1.0, differences.abs().sum().item())
     changed = differences[differences != 0]
     generator = torch.Generator().manual_seed(seed)
@@ -100,14 +87,8 @@ def paired_significance(
     for count in _pieces(resamples, changed.numel()):
         signs = torch.randint(2, (count, changed.numel()), generator=generator, dtype=torch.int8).double() * 2 - 1
         as_far += int(((signs @ changed).abs() >= reached).sum())
-    low, high = bootstrap_interval(differences, resamples=resamples, seed=seed)
     p_value = (1 + as_far) / (1 + resamples)
     return Significance(metric, differences.mean().item(), low, high, p_value, differences.numel())
-
-
-def _check_resamples(function: str, resamples: int) -> None:
-    if not 1 <= resamples <= _MOST_RESAMPLES:
-        raise ValueError(f"{function}: resamples must be from 1 to {_MOST_RESAMPLES:,}, got {resamples}")
 
 
 def _pieces(resamples: int, rows: int) -> list[int]:
@@ -128,16 +109,12 @@ class SeedSpread:
         return f"{self.mean:.4f}" if math.isnan(self.deviation) else f"{self.mean:.4f} (sd {self.deviation:.4f})"
 
     def to_dict(self) -> dict[str, float | int | None]:
-        """Plain numbers; what is not defined is None."""
+        """Plain numbers; None for NaN."""
         return {"mean": or_none(self.mean), "deviation": or_none(self.deviation), "runs": self.runs}
 
 
 def across_seeds(runs: Sequence[RankingMetrics]) -> dict[str, SeedSpread]:
-    """Spread of every metric over runs of one configuration on the same rows.
-
-    Raises:
-        ValueError: no run, or runs with other rows or metrics.
-    """
+    """Spread of every metric over runs of one configuration on the same rows."""
     if not runs:
         raise ValueError("across_seeds: at least one run is needed, got none")
     if len({(len(run), tuple(run.values)) for run in runs}) > 1:

@@ -1,4 +1,4 @@
-"""How much better a recommender is on rows whose targets it has seen, and how its states differ there."""
+"""Measure how much better a recommender is on rows whose targets it has seen, and how its states differ there."""
 
 from __future__ import annotations
 
@@ -18,22 +18,18 @@ _BATCH = 256
 
 
 def measure_state_gap(recommender: PackedRecommender, split: Split, *, seed: int = 0, max_rows: int = 2000) -> StateGap:
-    """Rank training rows and validation rows with the full model and, where it has folds, with each row's fold.
+    """Rank training and validation rows with the full model and, where it has folds, with each row's fold.
 
     Args:
         recommender: fitted on `split.train`.
-        seed: of the choice of training rows, every position after the first of a sequence being one.
-        max_rows: training rows that are ranked.
-
-    Returns:
-        The figures; those of rows that do not exist, or of folds that do not, are None.
+        seed: of the choice of `max_rows` training rows.
     """
     rows = training_rows(split.train, recommender.max_length)
     chosen = np.arange(len(rows))
     if len(chosen) > max_rows:
         chosen = np.sort(np.random.default_rng(seed).choice(len(rows), max_rows, replace=False))
-    train = rows.select(chosen)
-    train = EvaluationRows(split.train_users[train.users], train.histories, train.targets)
+    sample = rows.select(chosen)
+    train = EvaluationRows(split.train_users[sample.users], sample.histories, sample.targets)
     figures: dict[str, float | None] = {}
     states: dict[str, StateSpread] = {}
     for part, own, of_folds in ((train, "in_sample", "held_out"), (split.valid, "valid", "held_out_valid")):
@@ -52,7 +48,7 @@ def measure_state_gap(recommender: PackedRecommender, split: Split, *, seed: int
 
 
 def _ranks_and_states(model: PackedRecommender, rows: EvaluationRows, fold: int | None = None) -> tuple[Tensor, Tensor]:
-    """Ranks [B] and last states float32 [B, D], on the CPU, by a fold of the model; None = by the model itself."""
+    """Ranks [B] and last states float32 [B, D] on the CPU, of a fold or of the model itself."""
     device = model.item_embedding.weight.device
     scorer = model if fold is None or model.cross_fitted is None else model.cross_fitted.models[fold]
     states = [torch.zeros(0, model.state_size)]

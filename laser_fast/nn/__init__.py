@@ -1,4 +1,1 @@
-"""What is trained around the language model: M-Former, Bi-Tuning, prefixes, the text residual, the heads of stage 1.
-
-Import from the files themselves: re-exported here, they would load transformers for a plain SASRec.
-"""
+"""What is trained around the language model. Import from its files: a plain SASRec must not load transformers."""

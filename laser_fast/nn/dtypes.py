@@ -1,4 +1,4 @@
-"""Which dtypes a module may be moved to, said where it is moved and not by a product deep inside of it."""
+"""Which dtypes a module may be moved to, checked where it is moved and not by a product deep inside."""
 
 from collections.abc import Callable, Collection
 
@@ -9,13 +9,9 @@ from torch import Tensor, nn
 def refuse_dtypes(
     module: nn.Module, move: Callable[[Tensor], Tensor], remedy: str, *, allowed: Collection[torch.dtype] = ()
 ) -> None:
-    """Refuse what `nn.Module._apply` is told to do where it gives a tensor another dtype that is not `allowed`.
+    """Raise TypeError where `move`, an argument of `nn.Module._apply`, changes a dtype to one that is not `allowed`.
 
-    Nothing is moved: `move` is tried on an empty tensor of every dtype that the module holds. A move to another device
-    passes.
-
-    Raises:
-        TypeError: it does; the message ends with the remedy.
+    `move` is tried on an empty tensor of each dtype that the module holds. The message ends with the remedy.
     """
     held = {tensor.dtype for tensors in (module.parameters(), module.buffers()) for tensor in tensors}
     for dtype in sorted(held, key=str):

@@ -1,7 +1,4 @@
-"""Evaluation for one call: without dropout on this thread, whatever the mode of the modules.
-
-`module.eval()` and back would switch the mode for every thread that uses the module, a training loop among them.
-"""
+"""Evaluation without dropout on one thread: `module.eval()` would switch the mode for a training thread as well."""
 
 import threading
 from collections.abc import Iterator
@@ -9,8 +6,7 @@ from contextlib import contextmanager
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+from torch.nn.modules.dropout import _DropoutNd
 
 
 class _Calls(threading.local):
@@ -23,7 +19,7 @@ _calls = _Calls()
 
 @contextmanager
 def evaluating() -> Iterator[None]:
-    """While this is open, no module that asks `draws_dropout` draws any on this thread."""
+    """Make `draws_dropout` false on this thread."""
     before = _calls.evaluating
     _calls.evaluating = True
     try:
@@ -33,25 +29,18 @@ def evaluating() -> Iterator[None]:
 
 
 def draws_dropout(module: nn.Module) -> bool:
-    """Whether a module is to draw its dropout now: in training mode, and nobody evaluates on this thread.
-
-    Every place that draws dropout in what requests run asks this instead of `module.training`.
-    """
+    """Whether a module draws dropout now; modules that answer requests ask this instead of `module.training`."""
     return module.training and not _calls.evaluating
 
 
 def refuse_torch_modes(function: str, module: nn.Module) -> None:
-    """Make sure that no module of torch in this one acts otherwise in training: `evaluating` does not reach it.
+    """Raise RuntimeError for a torch module in training mode that computes something else in it.
 
-    Args:
-        function: the first word of the message.
-
-    Raises:
-        RuntimeError: one does, and is in training mode.
+    `evaluating` does not reach such a module (dropout, batch norm). The message begins with `function`.
     """
     for part in module.modules():
         if part.training and type(part).__module__.startswith("torch."):
-            draws = getattr(part, "p", 0.0) if isinstance(part, _DROPOUTS) else getattr(part, "dropout", 0.0)
+            draws = part.p if isinstance(part, _DropoutNd) else getattr(part, "dropout", 0.0)
             if draws or isinstance(part, _BatchNorm):
                 raise RuntimeError(
                     f"{function}: a {type(part).__name__} must be in evaluation mode to answer, got training; "

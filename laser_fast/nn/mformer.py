@@ -25,17 +25,17 @@ _BF16_PRODUCTS = (8, 0)  # CUDA capability
 
 @dataclass(frozen=True)
 class MFormerOutput:
-    """What M-Former says about a batch of users."""
+    """What M-Former computes for a batch of users."""
 
-    prefix: Tensor | None  # [B, Q, D_llm]; None where M-Former has no projection to the language model
-    queries: Tensor  # [B, Q, D], before that projection
+    prefix: Tensor | None  # [B, Q, D_llm]; None without a projection to the language model
+    queries: Tensor  # [B, Q, D], the combined queries before that projection
     routing: Routing
-    projected: Tensor  # [N, D], the states as the querying transformer reads them
-    layer_inputs: tuple[Tensor, ...] = ()  # what enters each of its layers, [B*k, Q, D], where it was asked for
+    projected: Tensor  # [N, D], the states that the querying transformer reads
+    layer_inputs: tuple[Tensor, ...] = ()  # input [B*k, Q, D] of each of its layers, if asked for
 
 
 class Router(nn.Module):
-    """`z_i = W_r x_i + c` per history item; a user's k experts are chosen from the mean of the items' softmax."""
+    """`z_i = W_r x_i + c` per history item; the mean of the items' softmax chooses a user's k experts."""
 
     def __init__(self, width: int, num_experts: int, top_k: int, *, weighting: str = "softmax") -> None:
         super().__init__()
@@ -54,18 +54,14 @@ class MFormer(nn.Module):
 
     Args:
         state_size: `D_id`, width of the recommender's states.
-        lm_width: `D_llm`; None = no projection to it, for a prefix that is made of `queries` otherwise.
+        lm_width: `D_llm`; None for no projection, where the prefix is made of `queries` in another way.
         width: D.
+        num_experts, top_k: E and k.
         num_queries: Q, query tokens per expert and prefix tokens.
-        num_experts, top_k: E and k; E = 1 is the single-expert ablation.
-        prefix_rms: scale of the prefix at the start (that of the language model's token embeddings).
+        prefix_rms: scale of the prefix before training, that of the language model's token embeddings.
         recompute: see `QFormer`.
-        dtype: of the products in the querying transformer and the projection behind it; weights are float32, and so is
-            everything up to the choice of experts. "auto": bfloat16 on a GPU that has it, else float32. An autocast
-            that is on already is left alone.
-
-    Raises:
-        ValueError: more chosen experts than there are, or another dtype.
+        dtype: of the products in the querying transformer and the projection behind it, where no autocast is on.
+            Weights, states and routing stay float32. "auto": bfloat16 on a GPU that has it, else float32.
     """
 
     def __init__(
@@ -76,7 +72,6 @@ class MFormer(nn.Module):
         width: int = 768,
         num_layers: int = 12,
         num_heads: int = 12,
-        cross_attention_freq: int = 2,
         num_experts: int = 8,
         top_k: int = 2,
         num_queries: int = 32,
@@ -96,13 +91,12 @@ class MFormer(nn.Module):
         self.state_projection = nn.Linear(state_size, width)
         self.router = Router(width, num_experts, top_k, weighting=weighting)
         self.query_experts = nn.Parameter(torch.randn(num_experts, num_queries, width))
-        sizes = (width, num_layers, num_heads)
-        self.qformer = QFormer(*sizes, cross_attention_freq=cross_attention_freq, dropout=dropout, recompute=recompute)
+        self.qformer = QFormer(width, num_layers, num_heads, dropout=dropout, recompute=recompute)
         self.lm_projection: nn.Linear | None = None
         if lm_width is not None:
             self.lm_projection = nn.Linear(width, lm_width)
             initialize_like_bert(self.lm_projection)
-            # the combined queries are averages of layer-normalised rows, so their entries are of order 1
+            # combined queries are averages of layer-normalised rows: their entries are of order 1
             nn.init.normal_(self.lm_projection.weight, std=prefix_rms * width**-0.5)
 
     def forward(self, states: Tensor, cu_seqlens: Tensor, *, keep_layer_inputs: bool = False) -> MFormerOutput:
@@ -110,15 +104,12 @@ class MFormer(nn.Module):
 
         Args:
             states: [N, D_id], packed states of the frozen recommender, one per history item.
-            cu_seqlens: int32 [B+1]; empty histories are allowed (their queries read nothing).
-            keep_layer_inputs: give what enters each layer (stage 1 generates from it).
-
-        Raises:
-            ValueError: states of another width.
+            cu_seqlens: int32 [B+1]; the queries of an empty history read nothing.
+            keep_layer_inputs: fill `layer_inputs`, from which stage 1 generates.
         """
         if states.dim() != 2 or states.shape[1] != self.state_size:
             raise ValueError(f"MFormer: states must be [N, {self.state_size}], got {tuple(states.shape)}")
-        with autocast_off(states.device):  # who is routed where must not depend on the precision
+        with autocast_off(states.device):  # the routing must not depend on the precision
             projected = self.state_projection(states.to(self.state_projection.weight.dtype))
         routing = self.router(projected, cu_seqlens)
         kept: list[Tensor] | None = [] if keep_layer_inputs else None
@@ -131,8 +122,8 @@ class MFormer(nn.Module):
     def products(self, device: torch.device) -> AbstractContextManager[object]:
         """Context in which matrix products on a device have the dtype that `dtype` says.
 
-        The meta device has no autocast, so a plan counts float32: twice what bfloat16 keeps of a batch, but none of the
-        copies of the weights that autocast makes, 2 bytes each.
+        The meta device has no autocast, so a plan counts float32: twice the activations of bfloat16, but none of the
+        2-byte copies of the weights that autocast makes.
         """
         available = torch.amp.is_autocast_available(device.type) and not torch.is_autocast_enabled(device.type)
         if not available or self.query_experts.dtype != torch.float32:
@@ -144,19 +135,19 @@ class MFormer(nn.Module):
 
 
 def balance_across(routing: Routing, cu_seqlens: Tensor, processes: Processes) -> tuple[Tensor, Tensor]:
-    """Balance loss and load of the users of all processes together: `E * sum_e p_e f_e`, `p` and `f` over all items.
+    """Balance loss of the users of all processes together, `E * sum_e p_e f_e`.
 
         p_e = (1/N) sum_b n_b pooled_b[e]      N = sum_b n_b over all processes, n_b items of user b
         f_e = (1/N) sum_r N_r load_r[e]        N_r items of process r; no gradient
 
-    A mean of the processes' own losses is another function: it wants the load even within every share of a batch.
+    A mean of the processes' own losses is another function: it wants the load even within every process.
 
-    Takes the routing and histories (int32 [B+1]) of this process's users; one process alone gets what the operation
-    gives, bit for bit.
+    Args:
+        routing, cu_seqlens: of the users of this process; int32 [B+1].
 
     Returns:
-        loss [] and load [E], in the dtype of `routing.pooled`, the same in every process. The loss is to be weighted by
-        shares that sum to 1 over the processes, its gradient is then exact.
+        Loss [] and load [E], the same in every process. The gradient is exact where the processes weight the loss by
+        shares that sum to 1.
     """
     if processes.size == 1:
         return routing.balance_loss, routing.load

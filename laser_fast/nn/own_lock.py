@@ -1,11 +1,11 @@
-"""A lock that belongs to one object: copies of the object get one of their own."""
+"""A lock that belongs to one object: a copy of the object gets its own."""
 
 import threading
 from typing import Any
 
 
 class OwnLock:
-    """`with lock:` as `threading.Lock`, which could not be copied or pickled together with what it guards."""
+    """A `threading.Lock` that may be copied and pickled with the object that it guards."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

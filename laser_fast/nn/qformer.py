@@ -1,10 +1,11 @@
 """Querying transformer (Q-Former of BLIP-2, Li et al. 2023, section 3.1) over packed states.
 
-Layers are BERT's (normalisation after each residual), with cross-attention from the queries to a user's history in
-every `cross_attention_freq`-th layer. Queries and text share the self-attention and have feed-forwards of their own.
+Layers are BERT's, normalised after each residual. Layers 0, 2, 4, ... have cross-attention from the queries to a user's
+history. Queries and text share the self-attention and have feed-forwards of their own.
 """
 
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -49,17 +50,13 @@ class _SelfAttention(nn.Module):
         before: Tensor | None = None,
         before_index: Tensor | None = None,
     ) -> Tensor:
-        """Among the rows of each packed sequence, and from them to rows that stand before it and do not see it.
+        """Among the rows of each packed sequence, and from them to a group of rows before it: [T, D] -> [T, D].
 
         Args:
-            hidden: [T, D].
             cu_seqlens: int32 [B+1].
-            plan: of these queries and all their keys; says whether the mask is causal.
-            before: [G, Q, D], groups of rows; None = none.
-            before_index: int32 [B], which group stands before each sequence.
-
-        Returns:
-            [T, D].
+            plan: of these queries and all their keys.
+            before: [G, Q, D], groups of rows, which do not see the sequence.
+            before_index: int32 [B], the group before each sequence.
         """
         query, key, value = self.qkv(hidden).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
         if before is not None:
@@ -83,8 +80,7 @@ class _CrossAttention(nn.Module):
         self.dropout = dropout
 
     def forward(self, hidden: Tensor, states: Tensor, boundaries: "CrossBoundaries") -> Tensor:
-        """From the queries [M, D], user by user, to the packed states [N, D] of the same user; empty histories add
-        nothing."""
+        """From the queries [M, D], user by user, to the user's packed states [N, D] -> [M, D]."""
         query = self.query(hidden).unflatten(-1, (self.num_heads, -1))
         key, value = self.key_value(states).unflatten(-1, (2, self.num_heads, -1)).unbind(1)
         bounds, dropout = (boundaries.queries, boundaries.states), self.dropout if draws_dropout(self) else 0.0
@@ -93,14 +89,10 @@ class _CrossAttention(nn.Module):
 
 
 class CrossBoundaries:
-    """Which rows of the packed states each user's queries may read, planned once for all layers.
-
-    Args:
-        cu_seqlens: int32 [B+1] over the states.
-        rows_per_user: rows of queries of every user, or int [B], of each.
-    """
+    """Which rows of the packed states each user's queries may read, planned once for all layers."""
 
     def __init__(self, cu_seqlens: Tensor, rows_per_user: int | Tensor) -> None:
+        """Plan int32 [B+1] over the states, and the rows of queries: one number, or int64 [B] for each user."""
         self.states = cu_seqlens
         if isinstance(rows_per_user, Tensor):
             self.queries = cu_seqlens_from_lengths(rows_per_user)
@@ -125,9 +117,8 @@ class FeedForward(nn.Module):
 
 
 def _add(part: _SelfAttention | _CrossAttention | FeedForward, found: Tensor, hidden: Tensor) -> Tensor:
-    """What every part of a layer ends with: `norm(x + dropout(W y))`."""
-    output: Tensor = part.norm(hidden + F.dropout(part.out(found), part.dropout, draws_dropout(part)))
-    return output
+    """The end of every part of a layer: `norm(x + dropout(W y))`."""
+    return part.norm(hidden + F.dropout(part.out(found), part.dropout, draws_dropout(part)))
 
 
 class QFormerLayer(nn.Module):
@@ -139,27 +130,26 @@ class QFormerLayer(nn.Module):
         self.cross_attention = _CrossAttention(width, num_heads, dropout) if cross_attention else None
         self.feed_forward = FeedForward(width, dropout)
 
+    def forward(self, hidden: Tensor, states: Tensor, boundaries: CrossBoundaries, self_attention: bool) -> Tensor:
+        """The groups of all users, [B*k, Q, D] -> [B*k, Q, D]; the self-attention may have run before."""
+        if self_attention:
+            hidden = self.self_attention(hidden)
+        if self.cross_attention is not None:
+            hidden = self.cross_attention(hidden.flatten(0, 1), states, boundaries).view(hidden.shape)
+        return self.feed_forward(hidden)
+
 
 class QFormer(nn.Module):
     """The querying transformer: `Y = QFormer(T[e_b] ; X)` for all users and all chosen experts in one batch.
 
     Args:
-        width: D.
-        num_layers, num_heads: depth, at least 1, and heads; D is a multiple of the heads.
-        cross_attention_freq: cross-attention in layers 0, freq, 2*freq, ...
+        width: D, a multiple of `num_heads`.
         dropout: on embeddings, attention probabilities and residual branches.
-        recompute: let backward compute every layer again from its input instead of keeping what is inside.
+        recompute: keep only the inputs of the layers for backward, which computes each layer again.
     """
 
     def __init__(
-        self,
-        width: int,
-        num_layers: int,
-        num_heads: int,
-        *,
-        cross_attention_freq: int = 2,
-        dropout: float = 0.1,
-        recompute: bool = False,
+        self, width: int, num_layers: int, num_heads: int, *, dropout: float = 0.1, recompute: bool = False
     ) -> None:
         super().__init__()
         if width % num_heads:
@@ -170,8 +160,7 @@ class QFormer(nn.Module):
         self.dropout = dropout
         self.recompute = recompute
         self.layers = nn.ModuleList(
-            QFormerLayer(width, num_heads, dropout, cross_attention=index % cross_attention_freq == 0)
-            for index in range(num_layers)
+            QFormerLayer(width, num_heads, dropout, cross_attention=index % 2 == 0) for index in range(num_layers)
         )
         self.apply(initialize_like_bert)
 
@@ -188,16 +177,17 @@ class QFormer(nn.Module):
         Args:
             queries: [E, Q, D], the query tokens of every expert.
             expert: int32 [B, k], the experts of each user.
-            states: [N, D], packed, with cu_seqlens int32 [B+1].
-            layer_inputs: gets what enters each layer, [B*k, Q, D]: what a text behind the queries reads.
+            states: [N, D], packed.
+            cu_seqlens: int32 [B+1].
+            layer_inputs: a list to which the input of each layer, [B*k, Q, D], is appended.
 
         Returns:
             [B*k, Q, D], the k groups of a user one after the other. The groups do not see each other.
         """
         top_k, first = expert.shape[1], self.blocks[0]
         hidden = self.norm(queries)
-        # until the first cross-attention the queries depend on the expert alone, unless dropout draws a mask per user:
-        # E slabs through the first self-attention instead of B*k
+        # up to the first cross-attention the queries depend on the expert alone, unless dropout draws a mask per user:
+        # then E groups pass the first self-attention instead of B*k
         per_expert = queries.shape[0] < expert.numel() and not (draws_dropout(self) and self.dropout)
         if per_expert:
             if layer_inputs is not None:
@@ -212,11 +202,14 @@ class QFormer(nn.Module):
             self_attention = not (per_expert and layer is first)
             if layer_inputs is not None and self_attention:
                 layer_inputs.append(hidden)
-            if self.recompute and torch.is_grad_enabled():
-                hidden = checkpoint(_run, layer, hidden, states, boundaries, self_attention, use_reentrant=False)
-            else:
-                hidden = _run(layer, hidden, states, boundaries, self_attention)
+            hidden = self.run(layer, hidden, states, boundaries, self_attention)
         return hidden
+
+    def run(self, layer: Callable[..., Any], *inputs: Any) -> Any:
+        """Call a layer, so that backward computes it again where `recompute` says so."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
 
     @property
     def blocks(self) -> list[QFormerLayer]:
@@ -224,21 +217,8 @@ class QFormer(nn.Module):
         return cast("list[QFormerLayer]", list(self.layers))
 
 
-def _run(
-    layer: QFormerLayer, hidden: Tensor, states: Tensor, boundaries: CrossBoundaries, self_attention: bool
-) -> Tensor:
-    """One layer over the groups of all users: [B*k, Q, D] -> [B*k, Q, D]."""
-    if self_attention:
-        hidden = layer.self_attention(hidden)
-    if layer.cross_attention is not None:
-        hidden = layer.cross_attention(hidden.flatten(0, 1), states, boundaries).view(hidden.shape)
-    output: Tensor = layer.feed_forward(hidden)
-    return output
-
-
 def initialize_like_bert(module: nn.Module) -> None:
-    """Normal weights of standard deviation 0.02, zero biases."""
+    """Draw the weights of an affine map from N(0, 0.02^2), and zero its bias."""
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=INITIAL_STD)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        nn.init.zeros_(module.bias)

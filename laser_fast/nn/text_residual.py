@@ -3,7 +3,7 @@
 item i   R(x_i)
 user u   R(sum_k a_k x_{h_k}),   a_k = exp(w_age(k)) / sum over the history,   age 0 = the newest item
 
-R is linear and starts as the identity, w as a decay, so an untrained residual is a good text-only recommender already.
+R is linear and starts as the identity, w starts as a decay: untrained, it is a good text-only recommender.
 """
 
 import math
@@ -24,16 +24,16 @@ _DECAY = 0.7  # weight of an item relative to the next newer one, before trainin
 class TextResidual(nn.Module):
     """Embeddings of users and items from frozen vectors of the items' texts.
 
-    The vectors are no part of `state_dict`; they are set, or come from `source` when they are first needed.
+    The vectors are no part of `state_dict`: they are set, or `source` gives them when they are first needed.
 
     Args:
         num_items: I.
         width: `D_llm`, of the vectors and the embeddings.
-        max_history: newest items of a history that are read.
-        dropout: on both sides' vectors, before the head.
+        max_history: longest history, in items.
+        dropout: on the vectors, before the head.
 
     Attributes:
-        source, source_version: gives the vectors, and the version of what it reads.
+        source, source_version: gives the vectors; gives the version of what `source` reads.
     """
 
     vectors: Tensor  # float32 [I, D], unit rows; [0, D] until they are needed
@@ -45,7 +45,7 @@ class TextResidual(nn.Module):
         self.dropout = dropout
         self.source: Callable[[], Tensor] | None = None
         self.source_version: Callable[[], int] = int  # always 0
-        self._came_from: int | None = None  # the version; None for vectors that were set
+        self._came_from: int | None = None  # version of the source; None for vectors that were set
         self._fetching = OwnLock()
         self.head = nn.Linear(width, width)
         nn.init.eye_(self.head.weight)
@@ -54,31 +54,26 @@ class TextResidual(nn.Module):
         self.register_buffer("vectors", torch.empty(0, width), persistent=False)
 
     def set_vectors(self, vectors: Tensor) -> None:
-        """Take these vectors, float32 [I, D] as `centred` gives them, in place of those there are, whatever the source.
-
-        Raises:
-            ValueError: another shape.
-        """
+        """Replace the vectors by float32 [I, D], as `centred` gives them."""
         expected = (self.num_items, self.head.in_features)
         if tuple(vectors.shape) != expected:
             raise ValueError(f"TextResidual: vectors must have shape {expected}, got {tuple(vectors.shape)}")
-        taken = vectors.detach().to(self.head.weight.device, torch.float32)
-        known, self.vectors = self.vectors, taken
+        known, self.vectors = self.vectors, vectors.detach().to(self.head.weight.device, torch.float32)
         self._came_from = None
-        if known.shape == taken.shape and not (taken.is_meta or torch.equal(known, taken)):
-            # what was made with the others is as outdated as if the head had changed
+        if known.shape == expected and not (known.is_meta or torch.equal(known, self.vectors)):
+            # what was computed from the old vectors is as outdated as after a change of the head
             torch.autograd.graph.increment_version(self.head.weight)
 
     def fetch_vectors(self) -> Tensor:
-        """The frozen vectors, float32 [I, D]; a RuntimeError where none were set and there is no source."""
+        """The frozen vectors, float32 [I, D]; RuntimeError where none were set and there is no source."""
         if self.vectors.shape[0] != self.num_items:
             with self._fetching:
-                if self.vectors.shape[0] != self.num_items:  # else another thread was first
+                if self.vectors.shape[0] != self.num_items:  # no other thread was first
                     self._ask_source()
         return self.vectors
 
     def refresh_vectors(self) -> None:
-        """`fetch_vectors`, and ask the source again where it is another one than the vectors came from."""
+        """Fetch the vectors, again if the version of their source has changed."""
         self.fetch_vectors()
         with self._fetching:
             if self._came_from is not None and self._came_from != self.source_version():
@@ -88,30 +83,25 @@ class TextResidual(nn.Module):
         if self.source is None:
             raise RuntimeError("TextResidual: the vectors must be set, got none; call set_vectors")
         version = self.source_version()
-        with torch.inference_mode(False):  # they outlive this call and enter training steps
+        with torch.inference_mode(False):  # the vectors outlive this call and enter training steps
             self.set_vectors(self.source())
         self._came_from = version
 
     def items(self) -> Tensor:
-        """Embeddings of the whole catalogue: float32 [I, D], with dropout while training, with gradient."""
-        embeddings: Tensor = self.head(F.dropout(self.fetch_vectors(), self.dropout, draws_dropout(self)))
-        return embeddings
+        """Embeddings of the whole catalogue, float32 [I, D], with gradient, and with dropout while training."""
+        return self.head(F.dropout(self.fetch_vectors(), self.dropout, draws_dropout(self)))
 
     @torch.no_grad()
     def embeddings(self) -> Tensor:
-        """Embeddings of the whole catalogue, without dropout or gradient: float32 [I, D]."""
-        embeddings: Tensor = self.head(self.fetch_vectors())
-        return embeddings
+        """Embeddings of the whole catalogue, float32 [I, D], without gradient or dropout."""
+        return self.head(self.fetch_vectors())
 
     def users(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Embeddings of histories: float32 [B, D], with gradient; an empty history gets the bias alone.
+        """Embeddings of histories, float32 [B, D], with gradient; an empty history gets the bias of the head.
 
         Args:
             items: int64 [N], oldest first, each history at most `max_history` long.
             cu_seqlens: int32 [B+1].
-
-        Raises:
-            TypeError, ValueError: offsets that do not run from 0 to N, or an item outside 0..I-1.
         """
         validate_cu_seqlens("TextResidual.users", cu_seqlens, items.shape[0])
         validate_indices("TextResidual.users", "items", items, self.num_items)
@@ -121,14 +111,12 @@ class TextResidual(nn.Module):
         weight = (self.recency - self.recency.max()).exp()[age]
         total = segment_sum(weight, cu_seqlens).clamp_min(torch.finfo(torch.float32).tiny)
         mean = segment_sum(weight[:, None] * self.fetch_vectors()[items], cu_seqlens) / total[:, None]
-        embeddings: Tensor = self.head(F.dropout(mean, self.dropout, draws_dropout(self)))
-        return embeddings
+        return self.head(F.dropout(mean, self.dropout, draws_dropout(self)))
 
 
 def centred(vectors: Tensor) -> Tensor:
-    """Unit vectors of texts without what all of them share: rows minus their mean, scaled back to length 1.
+    """Rows minus their mean, scaled to length 1: float32 [I, D] -> [I, D]; a row that equals the mean becomes 0.
 
-    float32 [I, D] -> [I, D]. The hidden states of a language model lie in a narrow cone, in which all cosines are near
-    1; a row that equals the mean stays 0.
+    The hidden states of a language model lie in a narrow cone, where all cosines are near 1.
     """
     return F.normalize(vectors - vectors.mean(dim=0, keepdim=True), dim=-1)

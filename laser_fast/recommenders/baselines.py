@@ -1,22 +1,18 @@
-"""Counting baselines without a choice to make: Popularity and a first-order Markov chain; each a `Scorer`.
-
-They live on the CPU; `score` takes histories from any device and answers there.
-"""
+"""Counting baselines without settings, on the CPU: Popularity and a first-order Markov chain; each is a `Scorer`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from laser_fast.recommenders.item_to_item import Array, ItemToItem, entries_by_row, packed_histories
+from laser_fast.recommenders.item_to_item import Array, ItemToItem, entries_by_row, followers, packed_histories
 from laser_fast.recommenders.protocol import check_histories
 
 
 class Popularity:
-    """score_i = number of events of item i in the fitted sequences, whatever the history."""
+    """score_i = counts_i, the number of events of item i in the fitted sequences, for every history."""
 
     def __init__(self, counts: Tensor) -> None:
-        """Args: counts: [I], events per item."""
         self.counts = counts.float().cpu()
         self.num_items = counts.numel()
 
@@ -35,12 +31,10 @@ class Popularity:
 class Markov1:
     """score_i = |{transitions last -> i}| + count_i / (1 + max count), over directly consecutive events.
 
-    The second term is below 1: popularity decides among items that followed the last item equally often, and alone
-    serves histories that are empty or end in an item nothing ever followed.
+    The second term is below 1: popularity decides among items that followed the last item equally often.
     """
 
     def __init__(self, transitions: ItemToItem, counts: Tensor) -> None:
-        """Args: transitions: how often an item followed another, of the last item alone; counts: [I], events."""
         self._transitions = transitions
         self._popularity = counts.float() / (1.0 + counts.max().float())
         self.num_items = counts.numel()
@@ -49,10 +43,9 @@ class Markov1:
     def fit(cls, items: Array, cu_seqlens: Array, num_items: int) -> Markov1:
         """Count the transitions of packed sequences (items [N] int64, cu_seqlens [B+1] int32)."""
         items, cu_seqlens = packed_histories("Markov1.fit", items, cu_seqlens, num_items)
-        sequence = torch.repeat_interleave(cu_seqlens.long().diff(), output_size=items.numel())
-        together = sequence[1:] == sequence[:-1]
-        pairs, times = torch.unique(items[:-1][together] * num_items + items[1:][together], return_counts=True)
-        table = entries_by_row([(pairs // num_items, pairs % num_items, times.float())], num_items)
+        end = torch.repeat_interleave(cu_seqlens[1:].long(), cu_seqlens.long().diff(), output_size=items.numel())
+        last, following, times = followers(items, end, torch.arange(items.numel()), max_gap=1)
+        table = entries_by_row([(last, following, times.float())], num_items)
         return cls(ItemToItem(*table, decay=1.0, max_history=1), torch.bincount(items, minlength=num_items))
 
     def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:

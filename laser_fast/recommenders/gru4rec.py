@@ -14,13 +14,12 @@ from laser_fast.recommenders.packed_recommender import PackedRecommender
 
 
 class _GRU(nn.GRU):
-    """Draws its dropout where `draws_dropout` says so."""
+    """An `nn.GRU` with dropout where `draws_dropout` says so."""
 
     def forward(self, *inputs: Any) -> Any:
-        """As `nn.GRU`."""
         if not self.training or draws_dropout(self):
             return super().forward(*inputs)
-        quiet = copy(self)  # the same weights; others may be training them
+        quiet = copy(self)  # shares the weights, which another thread may train
         quiet.training = False
         return nn.GRU.forward(quiet, *inputs)
 
@@ -28,8 +27,8 @@ class _GRU(nn.GRU):
 class GRU4Rec(PackedRecommender):
     """Next-item logits `dense(gru(e_item)) @ E^T`.
 
-    The paper samples negatives and has an output matrix of its own; here the item embeddings are the output matrix, as
-    in the later public implementations, and training sees the whole catalogue.
+    The paper has an output matrix of its own and samples negatives; here the item embeddings are the output matrix, as
+    in later public implementations, and training sees the whole catalogue.
     """
 
     kind: ClassVar[str] = "gru4rec"
@@ -46,34 +45,27 @@ class GRU4Rec(PackedRecommender):
         state_dropout: float = 0.2,
         bias: bool = True,
     ) -> None:
-        """Random weights (Glorot) from torch's global generator.
+        """Draw Glorot weights from torch's global generator.
 
         Args:
             width: of the item embeddings and the states.
-            hidden_width: of the recurrent layers; None = 2 * `width`.
-            dropout: while training, of the embeddings and between recurrent layers.
-            state_dropout: while training, of the states before they meet the item embeddings.
-            bias: whether the recurrent layers have biases.
-
-        Raises:
-            ValueError: a size below 1.
+            hidden_width: of the recurrent layers; None for 2 * `width`.
+            dropout: of the embeddings and between recurrent layers.
+            state_dropout: of the states before they meet the item embeddings.
+            bias: of the recurrent layers.
         """
         hidden_width = 2 * width if hidden_width is None else hidden_width
-        settings: dict[str, Any] = {"num_items": num_items, "width": width, "hidden_width": hidden_width}
-        settings |= {"num_layers": num_layers, "max_length": max_length, "dropout": dropout}
-        settings |= {"state_dropout": state_dropout, "bias": bias}
-        super().__init__(width, settings)
+        super().__init__(locals())
         self.dropout = dropout
         self.state_dropout = state_dropout
         self.item_embedding = nn.Embedding(num_items, width)
-        between = dropout if num_layers > 1 else 0.0  # torch warns of it where nothing is between
+        between = dropout if num_layers > 1 else 0.0  # else torch warns
         self.gru = _GRU(width, hidden_width, num_layers, bias=bias, dropout=between)
         self.dense = nn.Linear(hidden_width, width)
         for parameter in self.parameters():
             (nn.init.xavier_normal_ if parameter.dim() == 2 else nn.init.zeros_)(parameter)
 
     def forward(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """See `PackedRecommender`."""
         embedded = F.dropout(self.item_embedding(items), self.dropout, draws_dropout(self))
         if items.numel():
             order, batch_sizes = _by_time(cu_seqlens, items.numel())
@@ -85,15 +77,8 @@ class GRU4Rec(PackedRecommender):
 
 
 def _by_time(cu_seqlens: Tensor, num_items: int) -> tuple[Tensor, Tensor]:
-    """How torch packs: all first items, then all second ones, the longest history first in each group.
-
-    Returns:
-        (places of the packed items in that order, int64 [N]; items of each group, int64 [longest] on the CPU).
-    """
-    lengths = cu_seqlens.diff()
-    positions = segment_positions(cu_seqlens, num_items)
-    rank = torch.empty_like(lengths, dtype=torch.int64)
-    longest_first = lengths.argsort(descending=True, stable=True)
-    rank[longest_first] = torch.arange(lengths.numel(), device=lengths.device)
+    """Torch's order, all first items, then all second ones, longest history first: places int64 [N], group sizes."""
+    lengths, positions = cu_seqlens.diff(), segment_positions(cu_seqlens, num_items)
+    rank = lengths.argsort(descending=True, stable=True).argsort()  # 0 for the longest history
     key = positions * lengths.numel() + rank.repeat_interleave(lengths, output_size=num_items)
     return key.argsort(), torch.bincount(positions.cpu())

@@ -1,15 +1,16 @@
-"""Recommenders that add up what the items of a history say about each item: item neighbours and sequential rules.
+"""Sums over the items of a history from a sparse item-to-item table: item neighbours and sequential rules.
 
-Each is a sparse table, item by item, and the weight of a history item by its age. They live on the CPU; `score` takes
-histories from any device and answers there.
+The tables are on the CPU; `score` takes histories from any device and answers there.
 """
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
 from itertools import pairwise
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.sparse import csr_array
 from torch import Tensor
 
@@ -17,30 +18,27 @@ from laser_fast.recommenders.protocol import check_histories, newest_items
 
 Array = Tensor | np.ndarray
 Entries = tuple[Tensor, Tensor, Tensor]
-"""Rows int64 [n], columns int64 [n] and values float32 [n] of a sparse table."""
+"""Rows int64 [n], columns int64 [n] and values [n] of a sparse table."""
 
 _ITEMS_PER_BLOCK = 4096  # items whose neighbours are found at a time
 _EVENTS_PER_BLOCK = 2**18  # events whose followers are counted at a time
 
 
+@dataclass(eq=False, repr=False)
 class ItemToItem:
-    """score_i = sum_k decay^k * table[h_k, i], h_0 the newest history item; 0 everywhere for an empty history.
+    """score_i = sum_k decay^k * table[h_k, i], h_0 the newest history item; 0 everywhere for an empty history."""
 
-    Attributes:
-        bounds: int64 [I+1], where the entries of each history item start and end.
-        columns: int64 [n], the items they are for.
-        values: float32 [n], their values.
-        decay: weight ratio of an item to the next newer one, 0..1.
-        max_history: newest history items that are read.
-    """
+    bounds: Tensor  # int64 [I+1], where the entries of each history item start and end
+    columns: Tensor  # int64 [n], the scored item of each entry
+    values: Tensor  # float32 [n]
+    _: KW_ONLY
+    decay: float  # weight ratio of an item to the next newer one, 0..1
+    max_history: int  # newest history items that are read
 
-    def __init__(self, bounds: Tensor, columns: Tensor, values: Tensor, *, decay: float, max_history: int) -> None:
-        self.bounds = bounds
-        self.columns = columns
-        self.values = values
-        self.decay = decay
-        self.max_history = max_history
-        self.num_items = bounds.numel() - 1
+    @property
+    def num_items(self) -> int:
+        """See `Scorer.num_items`."""
+        return self.bounds.numel() - 1
 
     def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
         """See `Scorer.score`."""
@@ -50,33 +48,27 @@ class ItemToItem:
         return scores.to(items.device)
 
     def sparse_score(self, items: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-        """The scores that are not 0, without a row of the catalogue's size; arguments as `score`.
-
-        Returns:
-            Places b * I + i, int64 [n], ascending and distinct, and their scores, float32 [n]; on the CPU.
-        """
+        """The scores that are not 0: ascending places b * I + i, int64 [n], and values float32 [n], on the CPU."""
         places, values = self._entries(items, cu_seqlens)
         distinct, place = torch.unique(places, return_inverse=True)
         return distinct, torch.zeros(distinct.numel()).index_add_(0, place, values)
 
     def _entries(self, items: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-        """Every entry that is added: its place b * I + i, int64 [n], and its value, float32 [n]; on the CPU."""
+        """Every summand: its place b * I + i, int64 [n], and its value, float32 [n], on the CPU."""
         check_histories(f"{type(self).__name__}.score", items, cu_seqlens, self.num_items)
         items, cu_seqlens = newest_items(items.cpu(), cu_seqlens.cpu(), self.max_history)
         row = torch.repeat_interleave(cu_seqlens.long().diff(), output_size=items.numel())
         age = cu_seqlens[1:].long()[row] - 1 - torch.arange(items.numel())  # 0 for the newest item
         first, counts = self.bounds[items], self.bounds[items + 1] - self.bounds[items]
-        of = torch.repeat_interleave(counts, output_size=int(counts.sum()))  # which history item an entry is of
+        of = torch.repeat_interleave(counts, output_size=int(counts.sum()))  # the history item of each entry
         entry = torch.arange(of.numel()) + (first - (counts.cumsum(0) - counts))[of]
         return row[of] * self.num_items + self.columns[entry], self.decay ** age[of].float() * self.values[entry]
 
 
 class ItemKNN(ItemToItem):
-    """score_i = sum_k decay^k * sim(h_k, i), h_0 the newest history item; sim = c_ij / (sqrt(n_i n_j) + shrinkage).
+    """An `ItemToItem` of similarities c_ij / (sqrt(n_i n_j) + shrinkage).
 
-    c_ij is the number of sequences with both items and n_i with item i (repeats inside a sequence count once); an item
-    is not its own neighbour. Only the `max_neighbors` most similar items are kept of each item (ties: the lower index),
-    which bounds memory by `12 * max_neighbors` bytes per item.
+    c_ij is the number of sequences with both items and n_i that with item i; an item is not its own neighbour.
     """
 
     @classmethod
@@ -93,15 +85,12 @@ class ItemKNN(ItemToItem):
     ) -> ItemKNN:
         """Similarities of packed sequences (items [N] int64, cu_seqlens [B+1] int32).
 
-        Raises:
-            ValueError: a negative shrinkage, a decay outside 0..1, or a limit below 1.
+        Args:
+            max_neighbors: most similar items that are kept of each item, ties by the lower index; 12 bytes each.
         """
-        if shrinkage < 0 or not 0 <= decay <= 1:
-            raise ValueError(f"ItemKNN.fit: shrinkage must be >= 0 and decay in 0..1, got {shrinkage} and {decay}")
-        if max_neighbors < 1 or max_history < 1:
-            raise ValueError(
-                f"ItemKNN.fit: max_neighbors and max_history must be at least 1, got {max_neighbors} and {max_history}"
-            )
+        if shrinkage < 0:
+            raise ValueError(f"ItemKNN.fit: shrinkage must be at least 0, got {shrinkage}")
+        _check_settings("ItemKNN.fit", decay, max_neighbors=max_neighbors, max_history=max_history)
         items, cu_seqlens = packed_histories("ItemKNN.fit", items, cu_seqlens, num_items)
         sequence = torch.repeat_interleave(cu_seqlens.long().diff(), output_size=items.numel())
         shape = num_items, cu_seqlens.numel() - 1
@@ -120,14 +109,13 @@ class ItemKNN(ItemToItem):
 
 
 class SequentialRules(ItemToItem):
-    """score_i = sum_k decay^k * log(1 + c(h_k, i)), c(j, i) = sum of 1 / gap over every i that followed a j.
+    """An `ItemToItem` of rules log(1 + c(j, i)), c(j, i) = sum of 1 / gap over every i that followed a j.
 
-    The gap is the number of events from j to i, 1 for the next one, at most `max_gap`. Unlike `ItemKNN` the rules are
-    directed, and an item may follow itself: they know which items are bought again. Only the `max_neighbors` strongest
-    rules are kept of each item (ties: the lower index), which bounds memory by `12 * max_neighbors` bytes per item.
+    The gap is the number of events from j to i, 1 for the next one. Rules are directed, and an item may follow itself:
+    they know which items are bought again.
 
     Source: sequential rules (Kamehkhosh, Jannach & Ludewig, 2017), which read the last item alone; here the whole
-    history is read, and a logarithm keeps one frequent pair from outweighing everything else.
+    history is read, and the logarithm keeps one frequent pair from outweighing everything else.
     """
 
     @classmethod
@@ -144,37 +132,41 @@ class SequentialRules(ItemToItem):
     ) -> SequentialRules:
         """Rules of packed sequences (items [N] int64, cu_seqlens [B+1] int32).
 
-        Raises:
-            ValueError: a decay outside 0..1, or a limit below 1.
+        Args:
+            max_neighbors: strongest rules that are kept of each item, ties by the lower index; 12 bytes each.
         """
-        if not 0 <= decay <= 1:
-            raise ValueError(f"SequentialRules.fit: decay must be in 0..1, got {decay}")
-        if min(max_gap, max_neighbors, max_history) < 1:
-            raise ValueError(
-                "SequentialRules.fit: max_gap, max_neighbors and max_history must be at least 1, "
-                f"got {max_gap}, {max_neighbors} and {max_history}"
-            )
+        limits = {"max_gap": max_gap, "max_neighbors": max_neighbors, "max_history": max_history}
+        _check_settings("SequentialRules.fit", decay, **limits)
         items, cu_seqlens = packed_histories("SequentialRules.fit", items, cu_seqlens, num_items)
         lengths = cu_seqlens.long().diff()
         end = torch.repeat_interleave(cu_seqlens[1:].long(), lengths, output_size=items.numel())
         order = items.argsort(stable=True)  # events of one item side by side
-        blocks = [
-            _followers(items, end, order[start:stop], max_gap, max_neighbors)
-            for start, stop in _item_blocks(torch.bincount(items, minlength=num_items))
-        ]
+        blocks = []
+        for start, stop in _item_blocks(torch.bincount(items, minlength=num_items)):
+            rows, columns, counts = followers(items, end, order[start:stop], max_gap)
+            strength = torch.log1p(counts).float()
+            blocks.append(_strongest(rows.numpy(), columns.numpy(), strength.numpy(), max_neighbors))
         return cls(*entries_by_row(blocks, num_items), decay=decay, max_history=max_history)
 
 
+def _check_settings(function: str, decay: float, **limits: int) -> None:
+    if not 0 <= decay <= 1:
+        raise ValueError(f"{function}: decay must be in 0..1, got {decay}")
+    for name, limit in limits.items():
+        if limit < 1:
+            raise ValueError(f"{function}: {name} must be at least 1, got {limit}")
+
+
 def _item_blocks(counts: Tensor) -> list[tuple[int, int]]:
-    """Bounds of runs of whole items in events that are sorted by item, of about `_EVENTS_PER_BLOCK`; at least one."""
+    """Bounds of runs of whole items, of about `_EVENTS_PER_BLOCK` events, in events sorted by item; at least one."""
     bounds, total = counts.cumsum(0), int(counts.sum())
     marks = torch.arange(_EVENTS_PER_BLOCK, max(total, _EVENTS_PER_BLOCK), _EVENTS_PER_BLOCK)
     inner = bounds[torch.searchsorted(bounds, marks)].tolist()
     return list(pairwise(sorted({0, *inner, total}))) or [(0, 0)]
 
 
-def _followers(items: Tensor, end: Tensor, places: Tensor, max_gap: int, max_neighbors: int) -> Entries:
-    """log(1 + c) of what follows the events at `places` [n] within their sequences; the strongest of each item."""
+def followers(items: Tensor, end: Tensor, places: Tensor, max_gap: int) -> Entries:
+    """c(j, i) of the events at `places`, in float64; `end` int64 [N] is where the sequence of each event ends."""
     num_items = int(items.max()) + 1 if items.numel() else 1
     keys, weights = [], []
     for gap in range(1, max_gap + 1):
@@ -183,12 +175,11 @@ def _followers(items: Tensor, end: Tensor, places: Tensor, max_gap: int, max_nei
         weights.append(torch.full((earlier.numel(),), 1.0 / gap, dtype=torch.float64))
     pairs, place = torch.unique(torch.cat(keys), return_inverse=True)
     counts = torch.zeros(pairs.numel(), dtype=torch.float64).index_add_(0, place, torch.cat(weights))
-    strength = torch.log1p(counts).float()
-    return _strongest((pairs // num_items).numpy(), (pairs % num_items).numpy(), strength.numpy(), max_neighbors)
+    return pairs // num_items, pairs % num_items, counts
 
 
 def _strongest(rows: np.ndarray, columns: np.ndarray, values: np.ndarray, limit: int) -> Entries:
-    """At most `limit` entries of each row: the largest, then by lower column. Sorted by row."""
+    """The largest `limit` entries of each row, ties by the lower column, sorted by row."""
     order = np.lexsort((columns, -values, rows))
     counts = np.bincount(rows)
     place = np.arange(len(rows)) - np.repeat(counts.cumsum() - counts, counts)  # within its row
@@ -199,40 +190,32 @@ def _strongest(rows: np.ndarray, columns: np.ndarray, values: np.ndarray, limit:
 def entries_by_row(blocks: list[Entries], num_items: int) -> tuple[Tensor, Tensor, Tensor]:
     """Bounds, columns and values, as `ItemToItem` holds them, of entries that are sorted by row."""
     rows, columns, values = (torch.cat(parts) for parts in zip(*blocks, strict=True))
-    bounds = torch.zeros(num_items + 1, dtype=torch.int64)
-    bounds[1:] = torch.bincount(rows, minlength=num_items).cumsum(0)
-    return bounds, columns, values
+    return F.pad(torch.bincount(rows, minlength=num_items).cumsum(0), (1, 0)), columns, values
 
 
 def packed_histories(function: str, items: Array, cu_seqlens: Array, num_items: int) -> tuple[Tensor, Tensor]:
-    """Arrays or tensors as checked CPU tensors."""
+    """The histories as CPU tensors, checked."""
     packed = torch.as_tensor(items).cpu(), torch.as_tensor(cu_seqlens).cpu()
     check_histories(function, *packed, num_items)
     return packed
 
 
 def refuse_other_table(values: dict[str, Tensor], num_items: int, name: str) -> None:
-    """Make sure that tensors are what `ItemToItem` holds, of so many items: its entries are read without another look.
-
-    Raises:
-        ValueError: they are not.
-    """
+    """Raise ValueError where the tensors of a file are no table of an `ItemToItem`, which reads them unchecked."""
     if values.keys() != {"bounds", "columns", "values"}:
         raise ValueError(f"checkpoint: {name} must hold bounds, columns and values, got {sorted(values)}")
     bounds, columns, entries = values["bounds"], values["columns"], values["values"]
+    number = columns.numel()
     if bounds.shape != (num_items + 1,):
         raise ValueError(f"checkpoint: {name} must be of {num_items} items, got {bounds.numel() - 1}")
-    number, problems = columns.numel(), []
-    if [bounds.dtype, columns.dtype, entries.dtype] != [torch.int64, torch.int64, torch.float32]:
-        problems.append(f"{bounds.dtype}, {columns.dtype} and {entries.dtype}")
-    if columns.shape != (number,) or entries.shape != (number,):
-        problems.append(f"columns and values of shapes {tuple(columns.shape)} and {tuple(entries.shape)}")
-    if bounds[0] != 0 or bounds[-1] != number or (bounds.diff() < 0).any():
-        problems.append(f"bounds that do not rise from 0 to {number}")
-    if number and (columns.min() < 0 or columns.max() >= num_items):
-        problems.append(f"columns in {columns.min()}..{columns.max()}")
-    if problems:
-        raise ValueError(
-            f"checkpoint: {name} must hold int64 bounds and columns and float32 values over {num_items} items, got "
-            + "; ".join(problems)
-        )
+    dtypes, shapes = [bounds.dtype, columns.dtype, entries.dtype], [tuple(columns.shape), tuple(entries.shape)]
+    if dtypes != [torch.int64, torch.int64, torch.float32] or shapes != [(number,), (number,)]:
+        rule, found = "int64 bounds and columns and as many float32 values", f"{dtypes} and shapes {shapes}"
+    elif bounds[0] != 0 or bounds[-1] != number or (bounds.diff() < 0).any():
+        falls = int((bounds.diff() < 0).sum())
+        rule, found = f"bounds that rise from 0 to {number}", f"{bounds[0]} to {bounds[-1]} with {falls} falls"
+    elif number and (columns.min() < 0 or columns.max() >= num_items):
+        rule, found = f"columns in 0..{num_items - 1}", f"{columns.min()}..{columns.max()}"
+    else:
+        return
+    raise ValueError(f"checkpoint: {name} must hold {rule}, got {found}")

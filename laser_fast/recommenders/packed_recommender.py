@@ -22,41 +22,40 @@ Self = TypeVar("Self", bound="PackedRecommender")
 
 
 class PackedRecommender(VersionedModule):
-    """Base of the recommenders that are trained, imported, saved and loaded here; satisfies `SequentialRecommender`.
+    """Base of the recommenders that are trained, imported, saved and loaded here; a `SequentialRecommender`.
 
     A subclass defines `item_embedding` and `forward(items [N] int64, cu_seqlens [B+1] int32)`, which gives a state
-    after every item from that item and the older ones of its own history: [N, state_size] float32, with gradients.
+    after every item from that item and the older ones of its own history: [N, state_size] float32, with gradient.
     Histories are packed, oldest item first, at most `max_length` long. `forward` draws dropout where `draws_dropout`
-    says so, which is not while requests are answered. The arguments of a subclass, by name, are `settings`.
+    says so. The arguments of a subclass, by name, are `settings`.
 
     Attributes:
-        kind: its name in files and configurations.
-        num_items: I, size of the catalogue.
-        state_size: width of the states.
+        kind: name in files and configurations.
+        num_items: I.
         max_length: longest history, in items.
-        split_hash: hash of the split whose training part it was fitted on; None before training, or if unknown.
-        item_map_hash: hash of the item table whose indices it knows, where that was recorded.
-        settings: the arguments it was built with.
-        cross_fitted: models beside it that have not seen certain users; no part of its `state_dict`; None = no such.
-        gap: what was measured of its states where it has seen the target and where not; None = nothing.
+        split_hash: of the split on whose training part it was fitted; None if unknown.
+        item_map_hash: of its item table; None if unknown.
+        cross_fitted: models beside it that have not seen certain users; no part of its `state_dict`.
+        gap: measured of its states where it has and has not seen the target.
     """
 
     kind: ClassVar[str]
     item_embedding: nn.Embedding
 
-    def __init__(self, state_size: int, settings: dict[str, Any]) -> None:
-        """Record the sizes; `num_items` and `max_length` are among the settings.
-
-        Raises:
-            ValueError: a size of `settings` below 1.
-        """
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        """Check and keep the arguments of a subclass, which passes its `locals()`."""
         super().__init__()
+        settings = {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
         for name, size in settings.items():
             if (name.startswith(("num_", "max_")) or name.endswith("width")) and size < 1:
                 raise ValueError(f"{type(self).__name__}: {name} must be at least 1, got {size}")
+        width, num_heads = settings["width"], settings.get("num_heads", 1)
+        if width % num_heads:
+            name = type(self).__name__
+            raise ValueError(f"{name}: width must be a multiple of num_heads, got {width} and {num_heads}")
         self.num_items: int = settings["num_items"]
         self.max_length: int = settings["max_length"]
-        self.state_size = state_size
+        self.state_size: int = width
         self.split_hash: str | None = None
         self.item_map_hash: str | None = None
         self.settings = settings
@@ -64,27 +63,27 @@ class PackedRecommender(VersionedModule):
         self.gap: StateGap | None = None
 
     def twin(self: Self) -> Self:
-        """A new model of this kind and these sizes, with random weights from torch's global generator."""
+        """A new model with these settings, and random weights from torch's global generator."""
         twin = type(self)(**self.settings)
         twin.split_hash, twin.item_map_hash = self.split_hash, self.item_map_hash
         return twin
 
     def output_layer(self) -> tuple[Tensor, Tensor | None]:
-        """What `logits` multiplies states with, [I, state_size], and adds, [I]: the item embeddings, and nothing."""
+        """Weight [I, state_size] and bias [I] of `logits`: here the item embeddings, and None."""
         return self.item_embedding.weight, None
 
     def logits(self, states: Tensor) -> Tensor:
-        """[N, state_size] -> [N, I]: inner products with every row of `output_layer`."""
+        """Scores of all items: states [N, state_size] -> [N, I]."""
         weight, bias = self.output_layer()
         logits = states @ weight.T
         return logits if bias is None else logits + bias
 
     def states(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """`SequentialRecommender.states`, without dropout, gradient or autocast; the module's mode stays as it is.
+        """`SequentialRecommender.states`, without dropout, gradient or autocast, whatever the module's mode.
 
         Raises:
             TypeError, ValueError: see `check_histories`; ValueError also for a history longer than `max_length`.
-            RuntimeError: in training mode, a module of torch that acts otherwise in it (dropout, batch norm).
+            RuntimeError: see `refuse_torch_modes`.
         """
         name = type(self).__name__
         check_histories(f"{name}.states", items, cu_seqlens, self.num_items)
@@ -101,11 +100,7 @@ class PackedRecommender(VersionedModule):
         return states
 
     def fold_states(self, items: Tensor, cu_seqlens: Tensor, fold: int) -> Tensor:
-        """`states` of the model that was fitted without the users of this fold, brought into this model's basis.
-
-        Raises:
-            TypeError, ValueError: as `states`; ValueError also for a fold that does not exist.
-        """
+        """`states` of the model that was fitted without the users of this fold, in this model's basis."""
         number = 0 if self.cross_fitted is None else len(self.cross_fitted)
         if self.cross_fitted is None or not 0 <= fold < number:
             raise ValueError(f"{type(self).__name__}.fold_states: fold must be one of {number}, got {fold}")
@@ -115,11 +110,7 @@ class PackedRecommender(VersionedModule):
             return states if bases is None else states @ bases[fold]
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """To a device, float32 or float64, and the folds along.
-
-        Raises:
-            TypeError: to half precision: who reads its states expects float32.
-        """
+        """Move the folds as well, and refuse half precision: readers of the states expect float32."""
         exact = (torch.float32, torch.float64)
         refuse_dtypes(self, fn, "its states are read in float32; leave it as it is", allowed=exact)
         if (folds := self.cross_fitted) is not None:
@@ -129,26 +120,22 @@ class PackedRecommender(VersionedModule):
         return super()._apply(fn, recurse)
 
     def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """`Scorer.score`: next-item logits from the newest `max_length` items; an empty history scores 0 everywhere.
-
-        Raises:
-            TypeError, ValueError: see `check_histories`.
-        """
+        """See `Scorer.score`: logits from the newest `max_length` items; an empty history scores 0 everywhere."""
         check_histories(f"{type(self).__name__}.score", items, cu_seqlens, self.num_items)
         last, filled = self.last_states(items, cu_seqlens)
         with torch.no_grad(), autocast_off(items.device):
             return self.logits(last).masked_fill_(~filled[:, None], 0.0)
 
     def last_states(self, items: Tensor, cu_seqlens: Tensor, fold: int | None = None) -> tuple[Tensor, Tensor]:
-        """State after the newest item of each history, read from its newest `max_length` items.
+        """State after each history, from its newest `max_length` items.
 
         Args:
-            items: [N] int64, packed histories, oldest first, of any length.
-            cu_seqlens: [B+1] int32; histories may be empty.
-            fold: whose states (`fold_states`); None = this model's.
+            items: [N] int64, packed histories of any length, oldest first.
+            cu_seqlens: [B+1] int32.
+            fold: whose states (`fold_states`); None for this model's.
 
         Returns:
-            (states [B, state_size] float32, 0 for an empty history; bool [B], whether a history has items).
+            (states float32 [B, state_size], 0 for an empty history; bool [B], whether a history has items).
         """
         items, cu_seqlens = newest_items(items, cu_seqlens, self.max_length)
         states = self.states(items, cu_seqlens) if fold is None else self.fold_states(items, cu_seqlens, fold)
@@ -160,17 +147,15 @@ class PackedRecommender(VersionedModule):
 
 @dataclass(eq=False)
 class CrossFitted:
-    """The models of K folds over the users of a split, beside a recommender that was fitted on all of them.
+    """The models of K folds over the users of a split, beside a recommender that was fitted on all users.
 
-    A recommender has seen the targets of its training rows. What reads its states there and those of other histories
-    later learns from states that are too good: the states of a row's own fold are as good as later ones.
+    A recommender has seen the targets of its training rows, so its states there are too good to learn from. The states
+    of a row's own fold are as good as those of new histories.
 
     Attributes:
         models: K recommenders in evaluation mode; `models[k]` has not seen the users of fold k.
         user_folds: int8 [U], fold 0..K-1 of every user of the split.
-        split_hash: of the split.
-        bases: float32 [K, D, D], by which the states of each model are multiplied to lie where the full model's do;
-            None = they are left as they are.
+        bases: float32 [K, D, D], maps of the states of each model to the full model's basis; None for the identity.
     """
 
     models: list[PackedRecommender]
@@ -182,20 +167,14 @@ class CrossFitted:
         return len(self.models)
 
     def of_users(self, users: np.ndarray) -> np.ndarray:
-        """Fold of each of the users: int64 [B] -> int64 [B].
-
-        Raises:
-            ValueError: a user the folds do not know.
-        """
+        """Fold of each user: int64 [B] -> int64 [B]."""
         if users.size and not 0 <= users.min() <= users.max() < len(self.user_folds):
             worst = int(users.min() if users.min() < 0 else users.max())
             raise ValueError(f"CrossFitted: users must be in 0..{len(self.user_folds) - 1}, got {worst}")
-        folds: np.ndarray = self.user_folds[users].astype(np.int64)
-        return folds
+        return self.user_folds[users].astype(np.int64)
 
 
 def assign_folds(num_users: int, folds: int, seed: int) -> np.ndarray:
     """Fold of every user, `permutation(user) mod folds`: int8 [num_users], sizes differing by at most one."""
     places = np.random.default_rng(seed).permutation(num_users)
-    assigned: np.ndarray = (places % folds).astype(np.int8)
-    return assigned
+    return (places % folds).astype(np.int8)

@@ -1,4 +1,4 @@
-"""What an ID-based recommender must be able to do, so that evaluation, fusion and Laser can take any of them."""
+"""The protocol of ID-based recommenders, by which evaluation, fusion and Laser can take any of them."""
 
 from typing import Protocol, runtime_checkable
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from laser_fast.lm.frozen_module import FrozenModule
 from laser_fast.lm.uncompiled import uncompiled
 from laser_fast.ops.host_copies import on_host, to_device
+from laser_fast.ops.segments import check_cu_seqlens, validate_cu_seqlens
 
 
 @runtime_checkable
@@ -25,7 +26,7 @@ class Scorer(Protocol):
 
         Args:
             items: [N] int64, packed histories, oldest first, values 0..num_items-1.
-            cu_seqlens: [B+1] int32, where each history starts and ends; a history may be empty.
+            cu_seqlens: [B+1] int32; a history may be empty.
 
         Returns:
             [B, num_items] float32, finite.
@@ -41,17 +42,13 @@ class SequentialRecommender(Scorer, Protocol):
     split_hash: str | None
 
     def states(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """State after each item, from that item and the older ones of the same history only.
-
-        Returns:
-            [N, state_size] float32.
-        """
+        """State after each item, from that item and the older ones of its history: [N, state_size] float32."""
         ...
 
 
 @runtime_checkable
 class CrossFittedRecommender(SequentialRecommender, Protocol):
-    """A recommender that also has states of models which have not seen certain users."""
+    """A recommender that also has states of models that have not seen certain users."""
 
     def fold_states(self, items: Tensor, cu_seqlens: Tensor, fold: int) -> Tensor:
         """`states` of the model that was fitted without the users of this fold."""
@@ -65,28 +62,19 @@ def check_histories(function: str, items: Tensor, cu_seqlens: Tensor, num_items:
         function: name of the public function, the first word of every message.
 
     Raises:
-        TypeError: `items` is no int64 tensor or `cu_seqlens` no int32 one.
-        ValueError: wrong number of dimensions, an item outside 0..num_items-1, or offsets that do not run from 0 to N.
+        TypeError: no tensor, or another dtype.
+        ValueError: another shape, an item outside 0..num_items-1, or offsets that do not run from 0 to N.
     """
-    for name, given, dtype in (("items", items, torch.int64), ("cu_seqlens", cu_seqlens, torch.int32)):
+    for name, given in (("items", items), ("cu_seqlens", cu_seqlens)):
         if not isinstance(given, Tensor):
             raise TypeError(f"{function}: {name} must be a tensor, got a {type(given).__name__}")
-        if given.dtype != dtype:
-            raise TypeError(f"{function}: {name} must be {str(dtype).removeprefix('torch.')}, got {given.dtype}")
+    if items.dtype != torch.int64:
+        raise TypeError(f"{function}: items must be int64, got {items.dtype}")
     if items.dim() != 1:
         raise ValueError(f"{function}: items must have one dimension, got shape {tuple(items.shape)}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
-        raise ValueError(f"{function}: cu_seqlens must have shape [B+1], got shape {tuple(cu_seqlens.shape)}")
-    if cu_seqlens.device != items.device:
-        raise ValueError(
-            f"{function}: items and cu_seqlens must share a device, got {items.device} and {cu_seqlens.device}"
-        )
-    items, cu_seqlens = on_host(items), on_host(cu_seqlens)
-    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-    if first != 0 or last != items.numel():
-        raise ValueError(f"{function}: cu_seqlens must run from 0 to {items.numel()}, got {first} to {last}")
-    if bool((cu_seqlens.diff() < 0).any()):
-        raise ValueError(f"{function}: cu_seqlens must not decrease, got {cu_seqlens.tolist()[:8]}...")
+    check_cu_seqlens(function, cu_seqlens, items.device)
+    validate_cu_seqlens(function, on_host(cu_seqlens), items.numel())
+    items = on_host(items)
     if items.numel() and (int(items.min()) < 0 or int(items.max()) >= num_items):
         value = int(items[(items < 0) | (items >= num_items)][0])
         raise ValueError(f"{function}: items must be in 0..{num_items - 1}, got {value}; drop unknown items first")
@@ -95,7 +83,6 @@ def check_histories(function: str, items: Tensor, cu_seqlens: Tensor, num_items:
 def newest_items(items: Tensor, cu_seqlens: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
     """The last `max_length` items of each packed history: items [M] int64, M <= N, and cu_seqlens [B+1] int32."""
     lengths = cu_seqlens.diff()
-    # distance to the end of its own history, 1 for the newest item
     ends = torch.repeat_interleave(cu_seqlens[1:], lengths, output_size=items.numel())
     keep = ends - torch.arange(items.numel(), device=items.device) <= max_length
     kept = F.pad(lengths.clamp_max(max_length).cumsum(0), (1, 0)).to(torch.int32)
@@ -113,14 +100,11 @@ class FrozenRecommender(FrozenModule):
     @uncompiled
     @torch.no_grad()
     def states(self, items: Tensor, cu_seqlens: Tensor, folds: Tensor | None = None) -> Tensor:
-        """[N], [B+1] -> float32 [N, D_id], without gradient.
+        """States without gradient: items [N], cu_seqlens [B+1] -> float32 [N, D_id].
 
         Args:
-            folds: int64 [B], whose states each history gets, -1 for those of the model that has seen all users;
-                None = for all histories.
-
-        Raises:
-            ValueError: a fold, and the recommender has none.
+            folds: int64 [B], the fold whose states each history gets, -1 for the model that has seen all users;
+                None for -1 everywhere.
         """
         if folds is None or not bool((on_host(folds) >= 0).any()):
             return self.recommender.states(items, cu_seqlens)
@@ -129,7 +113,7 @@ class FrozenRecommender(FrozenModule):
                 f"FrozenRecommender: the recommender must have fold_states for rows with a fold, got a "
                 f"{type(self.recommender).__name__} without"
             )
-        # whose rows are whose is found on the host, which knows all three in training
+        # sorted on the host, which knows all three tensors in training
         folds, lengths, host_items = on_host(folds), on_host(cu_seqlens).diff(), on_host(items)
         fold_of_item = torch.repeat_interleave(folds, lengths, output_size=items.numel())
         parts = []
@@ -139,18 +123,12 @@ class FrozenRecommender(FrozenModule):
             read = self.recommender
             parts.append(read.states(*own) if fold < 0 else read.fold_states(*own, fold))
         states = torch.cat(parts)
-        places = to_device(fold_of_item.argsort(stable=True), items.device)  # within a fold in their order
+        places = to_device(fold_of_item.argsort(stable=True), items.device)
         return torch.empty_like(states).index_copy_(0, places, states)
 
 
 def repeat_positions(items: Tensor, cu_seqlens: Tensor, num_items: int) -> tuple[Tensor, Tensor]:
-    """Where the items of packed histories stand in flattened [B, num_items] scores.
-
-    Returns:
-        (seen, last), int64: places b * I + i of all distinct history items, and of the last items where there is one.
-    """
+    """Places b * I + i, int64, of the distinct items of packed histories in [B, I] scores, and of the last items."""
     lengths = cu_seqlens.long().diff()
-    row = torch.repeat_interleave(lengths, output_size=items.numel())
-    places = row * num_items + items
-    filled = lengths > 0
-    return torch.unique(places), places[cu_seqlens[1:].long()[filled] - 1]
+    places = torch.repeat_interleave(lengths, output_size=items.numel()) * num_items + items
+    return torch.unique(places), places[cu_seqlens[1:].long()[lengths > 0] - 1]

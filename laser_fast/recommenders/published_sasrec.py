@@ -1,12 +1,11 @@
-"""SASRec as RecBole and as LLaRA publish it, on packed histories: learned positions, weights from elsewhere.
+"""SASRec as RecBole and as LLaRA publish it, on packed histories, for their checkpoints (`importers`).
 
-They compute what those two compute, so that their checkpoints can be read (`importers`). Neither has dropout: they are
-read, not trained. Both count the positions from the oldest item they read, and both are causal, so the padding behind a
-history, which the originals need, changes nothing and is left out here.
+They have learned positions, counted from the oldest item. They are read, not trained, so they have no dropout. Both are
+causal, so the padding that the originals put behind a history changes nothing and is left out.
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,25 +22,24 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
 }
-"""By the names RecBole gives them; its gelu is the exact one."""
+"""By RecBole's names; its gelu is the exact one."""
 
 
 class _Attention(nn.Module):
     """Causal attention of several heads, without a projection behind it."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, scale: float) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.scale = scale
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width)
         self.value = nn.Linear(width, width)
 
-    def forward(self, queries: Tensor, keys: Tensor, plan: AttentionPlan, cu_seqlens: Tensor, scale: float) -> Tensor:
-        query, key, value = (
-            project(source).unflatten(-1, (self.num_heads, -1))
-            for project, source in ((self.query, queries), (self.key, keys), (self.value, keys))
-        )
-        return varlen_attention(query, key, value, cu_seqlens, causal=True, scale=scale, plan=plan).flatten(1)
+    def forward(self, queries: Tensor, keys: Tensor, cu_seqlens: Tensor, plan: AttentionPlan) -> Tensor:
+        projected = self.query(queries), self.key(keys), self.value(keys)
+        query, key, value = (rows.unflatten(-1, (self.num_heads, -1)) for rows in projected)
+        return varlen_attention(query, key, value, cu_seqlens, causal=True, scale=self.scale, plan=plan).flatten(1)
 
 
 class _PostNormLayer(nn.Module):
@@ -50,16 +48,15 @@ class _PostNormLayer(nn.Module):
     def __init__(self, width: int, inner_width: int, num_heads: int, activation: str, norm_eps: float) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[activation]
-        self.scale = (width // num_heads) ** -0.5
-        self.attention = _Attention(width, num_heads)
+        self.attention = _Attention(width, num_heads, (width // num_heads) ** -0.5)
         self.out = nn.Linear(width, width)
         self.attention_norm = nn.LayerNorm(width, eps=norm_eps)
         self.up = nn.Linear(width, inner_width)
         self.down = nn.Linear(inner_width, width)
         self.mlp_norm = nn.LayerNorm(width, eps=norm_eps)
 
-    def forward(self, hidden: Tensor, plan: AttentionPlan, cu_seqlens: Tensor) -> Tensor:
-        attended = self.out(self.attention(hidden, hidden, plan, cu_seqlens, self.scale))
+    def forward(self, hidden: Tensor, cu_seqlens: Tensor, plan: AttentionPlan) -> Tensor:
+        attended = self.out(self.attention(hidden, hidden, cu_seqlens, plan))
         hidden = self.attention_norm(attended + hidden)
         return self.mlp_norm(self.down(self.activation(self.up(hidden))) + hidden)
 
@@ -81,16 +78,8 @@ class RecBoleSASRec(PackedRecommender):
         activation: str = "gelu",
         norm_eps: float = 1e-12,
     ) -> None:
-        """Random weights, to be overwritten; the defaults are RecBole's.
-
-        Raises:
-            ValueError: a size below 1, `width` no multiple of `num_heads`, or an activation outside `ACTIVATIONS`.
-        """
-        settings: dict[str, Any] = {"num_items": num_items, "width": width, "inner_width": inner_width}
-        settings |= {"num_layers": num_layers, "num_heads": num_heads, "max_length": max_length}
-        settings |= {"activation": activation, "norm_eps": norm_eps}
-        super().__init__(width, settings)
-        _check_heads("RecBoleSASRec", width, num_heads)
+        """Random weights; the defaults are RecBole's."""
+        super().__init__(locals())
         if activation not in ACTIVATIONS:
             raise ValueError(f"RecBoleSASRec: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         self.item_embedding = nn.Embedding(num_items, width)
@@ -101,40 +90,31 @@ class RecBoleSASRec(PackedRecommender):
         )
 
     def forward(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """See `PackedRecommender`."""
         positions = self.position_embedding(segment_positions(cu_seqlens, items.numel()))
         hidden: Tensor = self.norm(self.item_embedding(items) + positions)
         plan = AttentionPlan(cu_seqlens, causal=True)
         for layer in self.layers:
-            hidden = layer(hidden, plan, cu_seqlens)
+            hidden = layer(hidden, cu_seqlens, plan)
         return hidden
 
 
 class LLaRASASRec(PackedRecommender):
     """SASRec of LLaRA (Liao et al. 2024, arXiv:2312.02445): one layer, scores from an output layer of its own.
 
-    Queries are normalised and keys are not, the attention adds to the normalised queries, is scaled by 1/sqrt(width)
-    whatever the number of heads, and has no projection behind it. Where the entries of an embedding add up to exactly 0
-    the original takes the item for padding; here it stays an item.
-
-    Attributes: see `PackedRecommender`.
+    Queries are normalised and keys are not. The attention adds to the normalised queries, is scaled by 1/sqrt(width)
+    for any number of heads, and has no projection behind it. The original takes an item for padding where the entries
+    of its embedding add up to exactly 0; here it stays an item.
     """
 
     kind: ClassVar[str] = "llara-sasrec"
 
     def __init__(self, num_items: int, *, width: int = 64, num_heads: int = 1, max_length: int = 10) -> None:
-        """Random weights, to be overwritten; the defaults are LLaRA's.
-
-        Raises:
-            ValueError: a size below 1, or `width` no multiple of `num_heads`.
-        """
-        settings = {"num_items": num_items, "width": width, "num_heads": num_heads, "max_length": max_length}
-        super().__init__(width, settings)
-        _check_heads("LLaRASASRec", width, num_heads)
+        """Random weights; the defaults are LLaRA's."""
+        super().__init__(locals())
         self.item_embedding = nn.Embedding(num_items, width)
         self.position_embedding = nn.Embedding(max_length, width)
         self.query_norm = nn.LayerNorm(width)
-        self.attention = _Attention(width, num_heads)
+        self.attention = _Attention(width, num_heads, width**-0.5)
         self.mlp_input_norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, width)
         self.down = nn.Linear(width, width)
@@ -143,21 +123,12 @@ class LLaRASASRec(PackedRecommender):
         self.output = nn.Linear(width, num_items)
 
     def forward(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """See `PackedRecommender`."""
         inputs = self.item_embedding(items) + self.position_embedding(segment_positions(cu_seqlens, items.numel()))
         queries = self.query_norm(inputs)
-        plan = AttentionPlan(cu_seqlens, causal=True)
-        attended = self.attention(queries, inputs, plan, cu_seqlens, self.state_size**-0.5) + queries
-        hidden = self.mlp_input_norm(attended)
+        attended = self.attention(queries, inputs, cu_seqlens, AttentionPlan(cu_seqlens, causal=True))
+        hidden = self.mlp_input_norm(attended + queries)
         hidden = self.mlp_norm(self.down(F.relu(self.up(hidden))) + hidden)
-        states: Tensor = self.norm(hidden)
-        return states
+        return self.norm(hidden)
 
     def output_layer(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of a layer that shares nothing with the item embeddings."""
         return self.output.weight, self.output.bias
-
-
-def _check_heads(function: str, width: int, num_heads: int) -> None:
-    if width % num_heads:
-        raise ValueError(f"{function}: width must be a multiple of num_heads, got {width} and {num_heads}")

@@ -1,4 +1,4 @@
-"""An ID-based recommender in a folder, with its folds: safetensors and JSON, sealed, whole or absent."""
+"""An ID-based recommender and its folds in a sealed folder of safetensors and JSON."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeGuard
@@ -37,27 +37,20 @@ RECOMMENDER_FILES = (_SETTINGS_FILE, _WEIGHTS_FILE, _FOLDS_FILE, SEAL)
 
 
 class FoldsRecord(Description):
-    """What recommender.json says of the folds.
-
-    Attributes:
-        items: "aligned": there are bases; "own": there are none; "shared": none either, and in the file no item
-            embeddings, which are the full model's (written by older versions alone).
-    """
+    """What recommender.json says of the folds."""
 
     number: Annotated[int, Field(ge=1, le=127)]  # the fold of a user is int8
+    # with bases; without; without bases and item embeddings, which are the full model's (of older versions alone)
     items: Literal["aligned", "own", "shared"]
     split_hash: str | None
 
 
 class RecommenderDescription(Description):
-    """What recommender.json holds: `model` are all settings; without `folds` their models are not here.
-
-    The model does not depend on `facts`, which were worth keeping as well.
-    """
+    """What recommender.json holds; the model does not depend on `facts`."""
 
     format: int
     kind: str
-    model: dict[str, int | float | str | bool]
+    model: dict[str, int | float | str | bool]  # all settings
     split_hash: str | None
     item_map_hash: str | None
     gap: StateGap | None
@@ -66,20 +59,19 @@ class RecommenderDescription(Description):
 
 
 def is_saved_by_kind(model: object) -> TypeGuard[PackedRecommender]:
-    """Whether `write_recommender` can write it and `read_recommender` build it again: it is of a kind known here."""
+    """Whether `write_recommender` can write a model, and `read_recommender` build it again."""
     return type(model) in _MODELS
 
 
 def save_recommender(model: PackedRecommender, directory: str | Path, **facts: Any) -> None:
-    """Write weights, settings and folds to `directory`, which is replaced as a whole: a reader never sees half of it.
+    """Write weights, settings and folds to `directory`, which is replaced as a whole.
 
     Args:
         directory: new, empty, or with a saved recommender alone.
-        facts: anything worth keeping with it, as JSON.
+        facts: JSON values to keep with it.
 
     Raises:
         FileExistsError: the folder holds something else.
-        ValueError: another process writes it.
     """
     target = Path(directory)
     with replace_directory(target) as folder:
@@ -89,7 +81,7 @@ def save_recommender(model: PackedRecommender, directory: str | Path, **facts: A
 
 
 def write_recommender(model: PackedRecommender, folder: Path, *, with_folds: bool = False, **facts: Any) -> None:
-    """Write the files of a model into a folder that is being written and is sealed at the end."""
+    """Write the files of a model into a folder that is sealed later."""
     write_tensors(model.state_dict(), folder / _WEIGHTS_FILE)
     folds = _write_folds(model.cross_fitted, folder) if with_folds and model.cross_fitted is not None else None
     values = {"format": _FORMAT, "kind": model.kind, "model": model.settings, "folds": folds, "facts": facts}
@@ -110,21 +102,16 @@ def _write_folds(folds: CrossFitted, folder: Path) -> FoldsRecord:
 
 
 def load_recommender(
-    directory: str | Path,
-    *,
-    expected_split_hash: str | None = None,
-    expected_item_map_hash: str | None = None,
+    directory: str | Path, *, expected_split_hash: str | None = None, expected_item_map_hash: str | None = None
 ) -> PackedRecommender:
     """Read what `save_recommender` wrote, or the checkpoint inside a run directory; on the CPU, in eval mode.
 
     Args:
-        expected_split_hash: refuse a model that was fitted on another split.
-        expected_item_map_hash: refuse a model of another catalogue.
+        expected_split_hash, expected_item_map_hash: refuse a model of another split or catalogue.
 
     Raises:
         FileNotFoundError: no checkpoint there.
-        ValueError: another kind of file, a damaged one, foreign or missing weights, or another split or catalogue than
-            expected.
+        ValueError: a file is damaged or does not fit, or the model is not the expected one.
     """
     folder = Path(directory)
     if not (folder / _SETTINGS_FILE).is_file():
@@ -132,7 +119,7 @@ def load_recommender(
         folder = whole_directory(inner if inner.is_dir() else folder)
     if not (folder / _SETTINGS_FILE).is_file():
         raise FileNotFoundError(f"load_recommender: the folder must hold {_SETTINGS_FILE}, got {str(directory)!r}")
-    _description(folder)  # read before the seal, because older versions have a format and no seal
+    _description(folder)  # before the seal: an older format has none
     model = read_recommender(SealedFolder(folder))
     for what, expected in {"split_hash": expected_split_hash, "item_map_hash": expected_item_map_hash}.items():
         if expected is not None and getattr(model, what) != expected:
@@ -144,20 +131,12 @@ def load_recommender(
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """What else was kept with the recommender in a folder of `save_recommender`.
-
-    Raises:
-        ValueError: recommender.json is damaged or of another format.
-    """
+    """The facts that `save_recommender` kept with the recommender in a folder."""
     return _description(folder).facts
 
 
 def read_recommender(sealed: SealedFolder) -> PackedRecommender:
-    """Read what `write_recommender` wrote; on the CPU, in eval mode.
-
-    Raises:
-        ValueError: another kind of file, a damaged one, foreign or missing weights.
-    """
+    """Read what `write_recommender` wrote; on the CPU, in eval mode."""
     sealed.file(_SETTINGS_FILE)
     description = _description(sealed.path)
     model = _build(description, sealed)
@@ -179,7 +158,7 @@ def _description(folder: Path) -> RecommenderDescription:
 
 
 def _build(description: RecommenderDescription, sealed: SealedFolder) -> PackedRecommender:
-    """The model with random weights, once the file is known to have weights of just these names and shapes."""
+    """The model with random weights, once the file is known to hold weights of these names and shapes."""
     kind, settings, found = _KINDS[description.kind], description.model, tensor_shapes(sealed, _WEIGHTS_FILE)
     where = f"load_recommender: {sealed.path / _SETTINGS_FILE}"
     layers = settings.get("num_layers", 1)
@@ -194,23 +173,20 @@ def _build(description: RecommenderDescription, sealed: SealedFolder) -> PackedR
         raise ValueError(f"{where} must hold all settings of {description.kind}, got none of {missing}")
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     _refuse_other_weights(found, wanted, _WEIGHTS_FILE, description.kind)
-    with torch.random.fork_rng(devices=[]):  # the random weights are overwritten at once
+    with torch.random.fork_rng(devices=[]):  # the random weights are overwritten
         return model.twin()
 
 
 def _read_folds(model: PackedRecommender, sealed: SealedFolder, record: FoldsRecord) -> CrossFitted:
-    """The models of the folds beside `model`; on the CPU, in eval mode."""
     if record.split_hash != model.split_hash:
         raise ValueError(
             f"load_recommender: the folds must be of the recommender's split, {model.split_hash}, "
             f"got {record.split_hash}"
         )
     number, weights = record.number, model.state_dict()
-    own = {
-        name: tuple(value.shape)
-        for name, value in weights.items()
-        if record.items != "shared" or not name.startswith("item_embedding.")
-    }
+    own = {name: tuple(value.shape) for name, value in weights.items()}
+    if record.items == "shared":
+        own = {name: shape for name, shape in own.items() if not name.startswith("item_embedding.")}
     wanted: dict[str, Shape] = {f"{index}.{name}": shape for index in range(number) for name, shape in own.items()}
     if record.items == "aligned":
         wanted[_BASES] = (number, model.state_size, model.state_size)
@@ -223,7 +199,7 @@ def _read_folds(model: PackedRecommender, sealed: SealedFolder, record: FoldsRec
             f"load_recommender: {_USERS} of {_FOLDS_FILE} must be int8 in 0..{number - 1}, got {users.dtype} "
             f"{users.unique().tolist()[:8]}"
         )
-    with torch.random.fork_rng(devices=[]):  # the random weights are overwritten at once
+    with torch.random.fork_rng(devices=[]):  # the random weights are overwritten
         models = [model.twin().eval() for _ in range(number)]
     for index, fold in enumerate(models):
         learned = weights | {name: tensors[f"{index}.{name}"] for name in own}
@@ -232,7 +208,7 @@ def _read_folds(model: PackedRecommender, sealed: SealedFolder, record: FoldsRec
 
 
 def _refuse_other_weights(found: dict[str, Shape], wanted: dict[str, Shape], file: str, what: str) -> None:
-    """Make sure that a file has tensors of just these names and shapes, before anything of these sizes is built."""
+    """Refuse a file with other tensors before anything of their sizes is built."""
     if wanted.keys() != found.keys():
         raise ValueError(
             f"load_recommender: {file} must hold the weights of {what}, "

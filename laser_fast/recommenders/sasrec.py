@@ -1,6 +1,6 @@
 """SASRec (Kang and McAuley 2018, arXiv:1808.09781) on packed histories: tied item embeddings, rotary positions."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,7 @@ from laser_fast.nn.evaluation_mode import draws_dropout
 from laser_fast.ops.segments import segment_positions
 from laser_fast.recommenders.packed_recommender import PackedRecommender
 
-# wavelengths from 6 to 600 items: histories have tens of items, not thousands of tokens
-_ROTARY_BASE = 100.0
+_ROTARY_BASE = 100.0  # wavelengths from 6 to 600 items: histories have tens of items, not thousands of tokens
 
 
 class _Block(nn.Module):
@@ -41,9 +40,9 @@ class _Block(nn.Module):
 class SASRec(PackedRecommender):
     """Next-item logits `norm(transformer(e_item)) @ E^T`.
 
-    Queries and keys are rotated by their positions (Su et al. 2021, arXiv:2104.09864), so attention sees how far apart
-    two items are and not where the history began. A learned embedding of the position, as in the paper, has seen each
-    late position in few histories and ranked worse on validation.
+    Queries and keys are rotated by their positions (Su et al. 2021, arXiv:2104.09864): attention sees the distance of
+    two items. The paper's learned position embeddings see few histories at late positions and ranked worse on
+    validation.
     """
 
     kind: ClassVar[str] = "sasrec"
@@ -59,20 +58,14 @@ class SASRec(PackedRecommender):
         dropout: float = 0.5,
         state_dropout: float = 0.2,
     ) -> None:
-        """Random weights (normal, deviation 0.02) from torch's global generator.
+        """Draw normal weights of deviation 0.02 from torch's global generator.
 
         Args:
-            width: of the item embeddings and the states.
-            dropout: while training, of the embeddings, attention weights and layer outputs.
-            state_dropout: while training, of the states before they meet the item embeddings.
-
-        Raises:
-            ValueError: a size below 1, or `width` not an even multiple of `num_heads`.
+            width: of the item embeddings and the states, an even multiple of `num_heads`.
+            dropout: of the embeddings, attention weights and layer outputs.
+            state_dropout: of the states before they meet the item embeddings.
         """
-        settings: dict[str, Any] = {"num_items": num_items, "width": width, "num_layers": num_layers}
-        settings |= {"num_heads": num_heads, "max_length": max_length, "dropout": dropout}
-        settings["state_dropout"] = state_dropout
-        super().__init__(width, settings)
+        super().__init__(locals())
         if width % (2 * num_heads):
             raise ValueError(f"SASRec: width must be an even multiple of num_heads, got {width} and {num_heads}")
         self.dropout = dropout
@@ -81,15 +74,13 @@ class SASRec(PackedRecommender):
         self.num_heads = num_heads
         self.blocks = nn.ModuleList(_Block(width, num_heads, dropout) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
-        for parameter in self.parameters():
+        for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
+            elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
     def forward(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """See `PackedRecommender`."""
         hidden = F.dropout(self.item_embedding(items), self.dropout, draws_dropout(self))
         angles = _rotary_angles(cu_seqlens, items.numel(), self.state_size // self.num_heads)
         plan = AttentionPlan(cu_seqlens, causal=True)
@@ -99,7 +90,7 @@ class SASRec(PackedRecommender):
 
 
 def _rotary_angles(cu_seqlens: Tensor, num_items: int, head_size: int) -> Tensor:
-    """position * base^(-2i / head_size): [N, 1, head_size / 2] float32, positions counted inside each history."""
+    """position * base^(-2i / head_size) with positions from 0 in each history: float32 [N, 1, head_size / 2]."""
     positions = segment_positions(cu_seqlens, num_items)
     steps = torch.arange(0, head_size, 2, device=cu_seqlens.device, dtype=torch.float32) / head_size
     return (positions[:, None] * _ROTARY_BASE**-steps)[:, None]

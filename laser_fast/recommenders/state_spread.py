@@ -1,4 +1,4 @@
-"""What was measured of a recommender's states: how good they rank, and how they lie, on seen and on unseen rows."""
+"""Measurements of a recommender's states on seen and on unseen rows: how well they rank, and how they lie."""
 
 from __future__ import annotations
 
@@ -10,50 +10,32 @@ import torch
 
 @dataclass(frozen=True)
 class StateSpread:
-    """How the last states of a set of histories lie.
+    """How the last states of a set of histories lie."""
 
-    Attributes:
-        norm: mean of their lengths.
-        norm_deviation: standard deviation of their lengths.
-        alike: mean cosine between the states of two histories of the set.
-        to_full: mean cosine between a state and the full model's state of the same history.
-    """
-
-    norm: float
-    norm_deviation: float
-    alike: float
-    to_full: float
+    norm: float  # mean length
+    norm_deviation: float  # standard deviation of the lengths
+    alike: float  # mean cosine between the states of two histories
+    to_full: float  # mean cosine between a state and the full model's state of the same history
 
     @classmethod
     def of(cls, states: torch.Tensor, full: torch.Tensor) -> StateSpread:
-        """The spread of states [B, D] beside the full model's of the same histories, B at least 2."""
-        norms = states.double().norm(dim=1)
-        unit = torch.nn.functional.normalize(states.double(), dim=1)
-        other = torch.nn.functional.normalize(full.double(), dim=1)
-        count = len(unit)
+        """The spread of states [B, D] beside the full model's states, B >= 2."""
+        norms, count = states.double().norm(dim=1), len(states)
+        unit, other = (torch.nn.functional.normalize(rows.double(), dim=1) for rows in (states, full))
         alike = (unit.sum(0).square().sum() - unit.square().sum()) / (count * (count - 1))
         return cls(float(norms.mean()), float(norms.std()), float(alike), float((unit * other).sum(1).mean()))
 
 
 @dataclass(frozen=True)
 class StateGap:
-    """How much better a recommender looks where it has seen the target; NDCG@10, full ranking, None = no such rows.
+    """NDCG@10 of a recommender in the full ranking, where it has and has not seen the target; None for no rows."""
 
-    Attributes:
-        rows: training rows that were ranked, a sample.
-        in_sample: the full model on them.
-        held_out: for each of them the model of the fold that has not seen its user.
-        valid: the full model on the validation rows.
-        held_out_valid: for each validation row the model of its user's fold; what the folds lose by their fewer users.
-        states: spreads of the states behind these figures, by the same names.
-    """
-
-    rows: int
-    in_sample: float | None
-    held_out: float | None
-    valid: float | None
-    held_out_valid: float | None
-    states: Mapping[str, StateSpread]
+    rows: int  # a sample of the training rows
+    in_sample: float | None  # the full model on the sample
+    held_out: float | None  # on the sample, for each row the model of the fold that has not seen its user
+    valid: float | None  # the full model on the validation rows
+    held_out_valid: float | None  # on the validation rows, for each the model of its user's fold
+    states: Mapping[str, StateSpread]  # the states behind these figures, by the same names
 
     def __str__(self) -> str:
         parts = [f"{_written(self.in_sample)} on {self.rows:,} training rows, whose targets it has seen"]

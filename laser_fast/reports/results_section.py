@@ -7,7 +7,7 @@ import torch
 
 from laser_fast.evaluation.comparison import LASER, ZERO_SHOT, Comparison
 from laser_fast.evaluation.evaluate import row_batches
-from laser_fast.evaluation.groups import Group, group_metric, group_table, popularity_groups, quantile_groups
+from laser_fast.evaluation.groups import Group, group_metric, popularity_groups, quantile_groups, seen_and_cold
 from laser_fast.evaluation.metrics import MetricValue, paired_difference, target_ranks
 from laser_fast.reports.document import Block, Heading, Paragraph, Picture, Table
 from laser_fast.reports.experts import UserRouting, item_titles
@@ -117,8 +117,9 @@ def group_blocks(subject: Subject | None, comparison: Comparison | None) -> Iter
     if subject is None or comparison is None:
         yield Paragraph("There is no model to measure yet.", "note")
         return
-    warm, cold = popularity_groups(subject.split.test.targets, subject.counts.numpy())
-    lengths = quantile_groups(subject.split.test.histories.lengths, "items")
+    test, counts = subject.split.test, subject.counts.numpy()
+    warm, cold = popularity_groups(test, counts), seen_and_cold(test, counts)[1]
+    lengths = quantile_groups(test.histories.lengths, "items")
     yield Paragraph(
         f"Test users in groups of about equal size, Laser beside {_rival(subject, comparison)}. Dots are means, lines "
         f"95% intervals over users (normal approximation: do not trust them under {_FEW} users, nor where nobody is "
@@ -139,7 +140,7 @@ def _grouped(title: str, name: str, groups: list[Group], subject: Subject, compa
         yield Paragraph("No test user is in any of these groups.", "note")
         return
     pair = {system: comparison.metrics[system] for system in (LASER, _rival(subject, comparison))}
-    cells = group_table(groups, pair, _METRIC)
+    cells = [[group_metric(metrics, group, _METRIC) for metrics in pair.values()] for group in groups]
     series = [
         (system, [row[place].mean for row in cells], [row[place].ci95 for row in cells])
         for place, system in enumerate(pair)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from laser_fast.data.batches import PackedBatch
 from laser_fast.data.negatives import NegativeSampler
-from laser_fast.evaluation import evaluate, search_calibration
+from laser_fast.evaluation import evaluate, fit_calibration
 from laser_fast.laser.build import training_counts
 from laser_fast.recommenders.protocol import Scorer
 from laser_fast.retrieval.calibration import CalibratedScorer, calibration_components
@@ -94,7 +94,7 @@ def _validate(session: Session) -> float:
     tables = session.inputs.tables(config)
     components = calibration_components(model, recommender, tables)
     counts = torch.from_numpy(training_counts(session.inputs.split, model.num_items))
-    fitted, value = search_calibration(
+    fitted, value = fit_calibration(
         components | {"laser": scorer},
         valid,
         counts,

@@ -122,7 +122,7 @@ def fit_text_line(
         seed: of the order of rows and of dropout; the global random state is left as it was.
 
     Returns:
-        The recommender, without repeat or popularity terms, as `search_calibration` wants it.
+        The recommender, without repeat or popularity terms, as `fit_calibration` wants it.
 
     Raises:
         FloatingPointError: the loss is not finite.

@@ -117,13 +117,13 @@ def test_without_test_rows_no_row_is_ranked_by_scalars_fitted_on_it(
     split = load_inputs(build_config(LaserConfig, yaml.safe_load(config_file.read_text()))).split
     open_ended = type(split)(split.train, split.train_users, split.valid, split.test.select([]), "", "")
     fitted: list[np.ndarray] = []
-    search = runs.search_calibration
+    search = runs.fit_calibration
 
     def watched(parts: Any, rows: Any, counts: Any, **options: Any) -> Any:
         fitted.append(rows.users)
         return search(parts, rows, counts, **options)
 
-    monkeypatch.setattr(runs, "search_calibration", watched)
+    monkeypatch.setattr(runs, "fit_calibration", watched)
     num_items = int(split.train.items.max()) + 1
     scorer = Popularity.fit(torch.tensor(split.train.items), torch.tensor(split.train.cu_seqlens), 40 + num_items)
     ranked = runs.rank({"laser": scorer}, open_ended, torch.ones(40 + num_items))

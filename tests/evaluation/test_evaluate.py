@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from laser_fast.data import EvaluationRows, PackedSequences
-from laser_fast.evaluation import evaluate, row_batches
+from laser_fast.evaluation.evaluate import evaluate, row_batches
 from laser_fast.recommenders import Popularity, Scorer
 
 # after item 1 comes 2, then 3, and so on around six items; `_LAST` are the last items of `_rows`

@@ -6,7 +6,7 @@ import torch
 
 from laser_fast.data import EvaluationRows, PackedSequences
 from laser_fast.evaluation import cold_line, group_figures
-from laser_fast.evaluation.groups import Group, group_metric, group_table, popularity_groups, quantile_groups
+from laser_fast.evaluation.groups import Group, group_metric, popularity_groups, quantile_groups, seen_and_cold
 from laser_fast.evaluation.metrics import RankingMetrics
 
 
@@ -19,20 +19,14 @@ def test_quantile_groups_are_equal_in_size_and_keep_ties_together() -> None:
     assert quantile_groups(np.zeros(0, dtype=np.int64), "items") == []
     rows = np.concatenate([group.rows for group in groups])
     assert sorted(rows.tolist()) == list(range(100))
-    with pytest.raises(ValueError, match="quantile_groups: num_groups must be at least 1, got 0"):
-        quantile_groups(np.arange(3), "items", 0)
 
 
 def test_popularity_is_that_of_the_target_and_cold_rows_stand_apart() -> None:
     counts = np.array([0, 5, 50, 500])
-    targets = np.array([3, 0, 1, 2, 0, 1])
-    groups, cold = popularity_groups(targets, counts, 3)
-    assert [(group.label, group.rows.tolist()) for group in groups] == [
-        ("5 events", [2, 5]),
-        ("50 events", [3]),
-        ("500 events", [0]),
-    ]
-    assert cold.rows.tolist() == [1, 4]
+    rows = EvaluationRows(np.arange(6), PackedSequences.from_lists([[]] * 6), np.array([3, 0, 1, 2, 0, 1]))
+    groups = [(group.label, group.rows.tolist()) for group in popularity_groups(rows, counts)]
+    assert groups == [("5 events", [2, 5]), ("50 events", [3]), ("500 events", [0])]
+    assert [group.rows.tolist() for group in seen_and_cold(rows, counts)] == [[0, 2, 3, 5], [1, 4]]
 
 
 def test_a_group_has_the_metric_of_its_rows() -> None:
@@ -41,8 +35,6 @@ def test_a_group_has_the_metric_of_its_rows() -> None:
     assert group_metric(metrics, both[0]).mean == 1.0
     assert group_metric(metrics, both[1], "HR@10").mean == 0.0
     assert np.isnan(group_metric(metrics, both[2]).mean)
-    table = group_table(both[:2], {"x": metrics, "y": metrics}, "HR@1")
-    assert [[value.mean for value in row] for row in table] == [[1.0, 1.0], [0.0, 0.0]]
 
 
 def test_cold_targets_are_reported_apart() -> None:

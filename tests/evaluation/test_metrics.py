@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from laser_fast.evaluation import MetricValue, RankingMetrics, paired_difference, rank_values, table, target_ranks
+from laser_fast.evaluation.metrics import (
+    MetricValue,
+    RankingMetrics,
+    paired_difference,
+    rank_values,
+    table,
+    target_ranks,
+)
 
 
 @pytest.mark.parametrize(

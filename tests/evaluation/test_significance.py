@@ -81,7 +81,7 @@ def test_p_is_even_where_nothing_differs() -> None:
         ([1, 2], [1], {}, r"same rows, at least one, got \(2,\) and \(1,\) ranks"),
         ([], [], {}, r"same rows, at least one, got \(0,\) and \(0,\) ranks"),
         ([1], [1], {"metric": "AUC"}, "rank_values: metric must be .*, got 'AUC'"),
-        ([1], [1], {"resamples": 0}, "paired_significance: resamples must be from 1 to 10,000,000, got 0"),
+        ([1], [1], {"resamples": 0}, "bootstrap_interval: resamples must be from 1 to 10,000,000, got 0"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(
@@ -90,11 +90,6 @@ def test_what_cannot_be_compared_is_refused(
     pair = torch.tensor(a, dtype=torch.int64), torch.tensor(b, dtype=torch.int64)
     with pytest.raises(ValueError, match=message):
         paired_significance(*pair, **settings)  # type: ignore[arg-type]
-
-
-def test_resamples_of_the_bootstrap_are_checked() -> None:
-    with pytest.raises(ValueError, match="bootstrap_interval: resamples must be from 1 to 10,000,000, got 0"):
-        bootstrap_interval(torch.ones(3), resamples=0)
 
 
 def test_figures_of_several_seeds() -> None:

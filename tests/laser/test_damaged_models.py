@@ -263,10 +263,10 @@ def test_a_calibration_that_is_not_finite_is_not_saved(saved: tuple[Path, Path],
 @pytest.mark.parametrize(
     ("name", "place", "value", "got"),
     [
-        ("columns", 0, 25, r"columns in 0\.\.25"),
-        ("columns", 0, -1, r"columns in -1\.\.24"),
-        ("bounds", 3, 900, r"bounds that do not rise from 0 to 25"),
-        ("bounds", 0, 1, r"bounds that do not rise from 0 to 25"),
+        ("columns", 0, 25, r"columns in 0\.\.24, got 0\.\.25"),
+        ("columns", 0, -1, r"columns in 0\.\.24, got -1\.\.24"),
+        ("bounds", 3, 900, r"bounds that rise from 0 to 25, got 0 to 25 with 1 falls"),
+        ("bounds", 0, 1, r"bounds that rise from 0 to 25, got 1 to 25 with \d falls"),
         ("values", 0, float("inf"), "must hold finite numbers, got .* to inf in values"),
     ],
 )

@@ -41,16 +41,6 @@ def test_what_torch_compiled_in_training_asks_again() -> None:
     assert ask() == [True, False, True]
 
 
-def test_states_while_training_are_those_of_evaluation() -> None:
-    recommender = SASRec(9, width=8, max_length=4, dropout=0.5)
-    history = torch.tensor([1, 2, 3]), torch.tensor([0, 3], dtype=torch.int32)
-    expected = recommender.eval().states(*history)
-    recommender.train()
-    assert torch.equal(recommender.states(*history), expected)
-    assert all(part.training for part in recommender.modules())
-    assert not torch.equal(recommender(*history), expected)
-
-
 @pytest.mark.parametrize(
     ("part", "name"),
     [(nn.Dropout(0.1), "Dropout"), (nn.LSTM(2, 2, 2, dropout=0.1), "LSTM"), (nn.BatchNorm1d(2), "BatchNorm1d")],

@@ -129,7 +129,7 @@ def test_nothing_to_read(lengths: list[int]) -> None:
 
 
 def test_cross_attention_sits_in_every_second_layer() -> None:
-    layers = QFormer(8, 5, 2, cross_attention_freq=2).layers
+    layers = QFormer(8, 5, 2).layers
     assert [layer.cross_attention is not None for layer in layers] == [True, False, True, False, True]
 
 

@@ -68,14 +68,14 @@ def test_states_of_another_width_are_refused() -> None:
 def test_deep_prefix_starts_at_the_scale_of_the_models_own_keys_and_values() -> None:
     torch.manual_seed(0)
     layers = [LayerShape(2, 16, 3.0, 0.1), LayerShape(1, 8, 0.5, 2.0)]
-    head = DeepPrefix(24, layers, rank=32, token_rms=0.02)
+    head = DeepPrefix(24, layers, token_rms=0.02)
     prefix = head(torch.randn(40, 6, 24) * 0.02)
     for layer, shape in enumerate(layers):
         assert prefix.keys[layer].shape == prefix.values[layer].shape == (40, 6, shape.num_heads, shape.head_size)
-        # a random map of rank 32 keeps the scale within a third
+        # a random map of rank 64 keeps the scale within a third
         assert float(prefix.keys[layer].detach().square().mean().sqrt()) == pytest.approx(shape.key_rms, rel=0.33)
         assert float(prefix.values[layer].detach().square().mean().sqrt()) == pytest.approx(shape.value_rms, rel=0.33)
     parameters = sum(parameter.numel() for parameter in head.parameters())
-    assert parameters == 25 * 32 + 33 * 2 * (32 + 8)  # as the docstring counts them
+    assert parameters == 25 * 64 + 65 * 2 * (32 + 8)  # as the docstring counts them
     with pytest.raises(ValueError, match="at least one attention layer, got none"):
         DeepPrefix(8, [])

@@ -1,6 +1,7 @@
 """The text residual against its formula, item by item."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,10 +12,7 @@ from laser_fast.nn.text_residual import TextResidual, centred
 HISTORIES = [[3, 1, 4], [], [5], [2, 2]]
 
 
-def packed(histories: list[list[int]]) -> tuple[Tensor, Tensor]:
-    lengths = torch.tensor([len(history) for history in histories])
-    bounds = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int()
-    return torch.tensor([item for history in histories for item in history], dtype=torch.int64), bounds
+Pack = Callable[..., tuple[Tensor, Tensor]]
 
 
 @pytest.fixture
@@ -29,8 +27,8 @@ def residual() -> TextResidual:
     return text
 
 
-def test_users_are_weighted_means_of_their_items_by_age(residual: TextResidual) -> None:
-    found = residual.users(*packed(HISTORIES))
+def test_users_are_weighted_means_of_their_items_by_age(residual: TextResidual, pack: Pack) -> None:
+    found = residual.users(*pack(*HISTORIES))
     for row, history in enumerate(HISTORIES):
         weights = [math.exp(float(residual.recency[age])) for age in range(len(history))]
         mean = torch.zeros(4)
@@ -39,20 +37,20 @@ def test_users_are_weighted_means_of_their_items_by_age(residual: TextResidual) 
         torch.testing.assert_close(found[row], mean @ residual.head.weight.T + residual.head.bias)
 
 
-def test_an_item_is_a_history_of_one(residual: TextResidual) -> None:
-    torch.testing.assert_close(residual.users(*packed([[item] for item in range(6)])), residual.items())
+def test_an_item_is_a_history_of_one(residual: TextResidual, pack: Pack) -> None:
+    torch.testing.assert_close(residual.users(*pack(*([item] for item in range(6)))), residual.items())
     assert torch.equal(residual.embeddings(), residual.items())
     assert not residual.embeddings().requires_grad
 
 
-def test_it_begins_as_the_decayed_mean_of_the_vectors() -> None:
+def test_it_begins_as_the_decayed_mean_of_the_vectors(pack: Pack) -> None:
     text = TextResidual(3, 2, max_history=2)
     text.set_vectors(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]))
-    torch.testing.assert_close(text.users(*packed([[0, 1]]))[0], torch.tensor([0.7, 1.0]) / 1.7)
+    torch.testing.assert_close(text.users(*pack([0, 1]))[0], torch.tensor([0.7, 1.0]) / 1.7)
 
 
-def test_gradients_reach_head_and_recency_and_dropout_is_for_training(residual: TextResidual) -> None:
-    residual.users(*packed(HISTORIES)).square().sum().backward()
+def test_gradients_reach_head_and_recency_and_dropout_is_for_training(residual: TextResidual, pack: Pack) -> None:
+    residual.users(*pack(*HISTORIES)).square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in residual.parameters())
     assert residual.vectors.grad is None
     residual.dropout = 0.5

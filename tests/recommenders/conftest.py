@@ -1,24 +1,12 @@
-"""Packed histories, and weights as RecBole and LLaRA name and shape them."""
+"""Weights as RecBole and LLaRA name and shape them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 WIDTH, INNER, LENGTH, HIDDEN, NUM_ITEMS = 8, 12, 7, 3, 5
-
-
-@pytest.fixture(scope="session")
-def pack() -> Callable[..., tuple[Tensor, Tensor]]:
-    """`pack(history, ...)`: items int64 [N] and cu_seqlens int32 [B+1]."""
-
-    def packed(*histories: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
-        lengths = torch.tensor([0, *map(len, histories)])
-        items = [torch.as_tensor(history, dtype=torch.int64) for history in histories]
-        return torch.cat([*items, torch.empty(0, dtype=torch.int64)]), lengths.cumsum(0).int()
-
-    return packed
 
 
 @pytest.fixture(scope="session")

@@ -133,10 +133,10 @@ def test_edges(kind: Any, pack: Pack) -> None:
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        (ItemKNN, {"shrinkage": -1.0}, r"shrinkage must be >= 0 and decay in 0\.\.1, got -1\.0 and 0\.8"),
-        (ItemKNN, {"max_neighbors": 0}, "must be at least 1, got 0 and 50"),
+        (ItemKNN, {"shrinkage": -1.0}, r"ItemKNN\.fit: shrinkage must be at least 0, got -1\.0"),
+        (ItemKNN, {"max_neighbors": 0}, r"ItemKNN\.fit: max_neighbors must be at least 1, got 0"),
         (SequentialRules, {"decay": 1.5}, r"decay must be in 0\.\.1, got 1\.5"),
-        (SequentialRules, {"max_gap": 0}, "max_history must be at least 1, got 0, 200 and 10"),
+        (SequentialRules, {"max_gap": 0}, r"SequentialRules\.fit: max_gap must be at least 1, got 0"),
     ],
 )
 def test_settings_are_checked(kind: Any, settings: dict[str, float], message: str) -> None:

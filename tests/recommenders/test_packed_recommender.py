@@ -123,7 +123,7 @@ def test_dropout_is_for_training_alone_and_gradients_reach_everything(kind: Any,
     expected = model.states(*histories)
     model.train()
     states = model.states(*histories)
-    assert torch.equal(states, expected) and model.training
+    assert torch.equal(states, expected) and all(part.training for part in model.modules())
     assert not states.requires_grad and not model.score(*histories).requires_grad
     trained = model(*histories)
     assert not torch.equal(trained, expected)

@@ -99,15 +99,9 @@ def test_the_models_are_what_is_published(
     assert scores[1].abs().max() == 0  # and not the bias: nothing is known of nobody
 
 
-def test_sizes_are_checked(pack: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match="RecBoleSASRec: width must be a multiple of num_heads, got 8 and 3"):
-        RecBoleSASRec(5, width=8, num_heads=3)
+def test_settings_are_checked() -> None:
     with pytest.raises(ValueError, match="LLaRASASRec: width must be a multiple of num_heads, got 8 and 3"):
         LLaRASASRec(5, width=8, num_heads=3)
     with pytest.raises(ValueError, match="RecBoleSASRec: activation must be one of gelu, relu, .*, got 'mish'"):
         RecBoleSASRec(5, activation="mish")
-    with pytest.raises(ValueError, match="LLaRASASRec: max_length must be at least 1, got 0"):
-        LLaRASASRec(5, max_length=0)
-    with pytest.raises(ValueError, match=r"RecBoleSASRec\.states: histories must have at most 3 items, got 4"):
-        RecBoleSASRec(5, width=8, max_length=3).states(*pack([0, 1, 2, 3]))
     assert set(ACTIVATIONS) == {"gelu", "relu", "swish", "tanh", "sigmoid"}

@@ -94,14 +94,14 @@ def test_parts_of_the_calibrated_score_can_be_left_out(
     training = {"pretrain": {"epochs": 0}, "phase_a": {"epochs": 0}, "phase_b": {"epochs": 0}}
     config = config_of(tiny_settings, training=training, evaluation={left_out: False})
     fitted: list[Mapping[str, float]] = []
-    search = stage2.search_calibration
+    search = stage2.fit_calibration
 
     def watched(*arguments: Any, **options: Any) -> Any:
         found = search(*arguments, **options)
         fitted.append(found[0].calibration.weights)
         return found
 
-    monkeypatch.setattr(stage2, "search_calibration", watched)
+    monkeypatch.setattr(stage2, "fit_calibration", watched)
     model, inputs = train_laser(config, progress=False)
     assert model.calibration is not None and set(fitted[0]) == {"laser", "recommender", "rules", "neighbors"} - {name}
     unused = {part for part in ("rules", "neighbors") if part in fitted[0] and not fitted[0][part]}

@@ -1,10 +1,9 @@
-"""A BERT checkpoint as the beginning of the querying transformer and of its text branch, as in BLIP-2.
+"""The querying transformer and its text branch initialised from a BERT checkpoint, as in BLIP-2.
 
-Layer by layer: self-attention, the feed-forward (for the queries and for the text alike) and their norms; the norm of
-the embeddings for both. Cross-attention, query tokens and routers stay random. So does the text's map from the
-language model's token embeddings, whose table is not BERT's; position embeddings (with BERT's first token type) are
-taken. With BERT's own word embeddings and the identity as that map, the text branch gives BERT's hidden states, but
-for the epsilon of its norms (1e-5 here, 1e-12 there).
+Queries and text both get BERT's feed-forwards and the norm of its embeddings; they share its self-attention. The text
+gets its position embeddings plus the first token type. Cross-attention, query tokens, the router and the map from the
+language model's token embeddings stay random. With BERT's word embeddings and the identity as that map, the text branch
+computes BERT's hidden states, apart from the epsilon of its norms (1e-5 here, 1e-12 in BERT).
 """
 
 from typing import TYPE_CHECKING, Any
@@ -21,12 +20,7 @@ if TYPE_CHECKING:
 
 
 def load_bert(folder: str, qformer: QFormer) -> "BertModel":
-    """Read a BERT, locally, whose layers fit a querying transformer; of more layers than it has the first are taken.
-
-    Raises:
-        FileNotFoundError: no such folder.
-        ValueError: another architecture, or sizes that do not fit.
-    """
+    """Read a local BERT with at least as many layers as the querying transformer, and of its sizes."""
     from transformers import AutoModel, BertModel
 
     bert = AutoModel.from_pretrained(
@@ -57,7 +51,7 @@ def load_bert(folder: str, qformer: QFormer) -> "BertModel":
 
 @torch.no_grad()
 def initialize_qformer(qformer: QFormer, bert: "BertModel") -> None:
-    """Give the layers of the queries BERT's weights; cross-attention is left as it is."""
+    """Copy BERT's weights to the layers of the queries, apart from cross-attention."""
     _copy(qformer.norm, bert.embeddings.LayerNorm)
     for layer, source in zip(qformer.blocks, bert.encoder.layer, strict=False):
         own, attention = layer.self_attention, source.attention
@@ -71,7 +65,7 @@ def initialize_qformer(qformer: QFormer, bert: "BertModel") -> None:
 
 @torch.no_grad()
 def initialize_text_branch(text: TextBranch, bert: "BertModel") -> None:
-    """Give the text's feed-forwards, norm and positions BERT's weights; positions past BERT's last stay random."""
+    """Copy BERT's weights to the text's feed-forwards, norm and positions; those past BERT's last stay random."""
     _copy(text.norm, bert.embeddings.LayerNorm)
     positions: Tensor = bert.embeddings.position_embeddings.weight + bert.embeddings.token_type_embeddings.weight[0]
     count = min(len(positions), len(text.positions))

@@ -1,4 +1,4 @@
-"""Which users and texts of a batch stage 1 sets against each other in its matching term: BLIP-2's hard negatives."""
+"""The pairs of users and texts in the matching term of stage 1, with BLIP-2's hard negatives."""
 
 import torch
 from torch import Tensor
@@ -9,14 +9,14 @@ from laser_fast.ops.segments import segment_positions
 
 @torch.no_grad()
 def same_rows(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Which packed sequences are equal, int64 [T] and int32 [B+1] -> bool [B, B]; found on the host."""
+    """Which packed sequences are equal: int64 [T], int32 [B+1] -> bool [B, B]; compared on the host."""
     device, values, cu_seqlens = values.device, on_host(values), on_host(cu_seqlens)
     lengths = cu_seqlens.diff().long()
     batch_size, total = lengths.shape[0], values.shape[0]
     if batch_size == 0:
         return torch.zeros(0, 0, dtype=torch.bool, device=device)
     padded = values.new_zeros(batch_size, int(lengths.max()) + 1)
-    padded[:, 0] = lengths  # tells a short sequence from one that ends in the padding's value
+    padded[:, 0] = lengths  # a shorter sequence must differ from one that ends in zeros
     row = torch.arange(batch_size).repeat_interleave(lengths, output_size=total)
     padded[row, segment_positions(cu_seqlens, total) + 1] = values
     group = torch.unique(padded, dim=0, return_inverse=True)[1]
@@ -29,10 +29,10 @@ def draw_negatives(similarity: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         similarity: [B, B], over the temperature.
-        same: bool [B, B], pairs that are none: the diagonal, and rows that cannot be told apart.
+        same: bool [B, B], pairs that are no negatives: the diagonal, and equal rows.
 
     Returns:
-        int64 [R] rows that have a negative at all, and int64 [R] what was drawn for them.
+        int64 [R], the rows that have a negative, and int64 [R], the negatives.
     """
     rows = (~same).any(dim=1).nonzero().squeeze(1)
     if rows.numel() == 0:
@@ -43,10 +43,13 @@ def draw_negatives(similarity: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def matching_pairs(similarity: Tensor, same: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The true pairs, a negative text for each user and a negative user for each text: at most 3B pairs.
+    """The true pairs, a negative text for each user and a negative user for each text: P <= 3B pairs.
 
-    Takes the similarity of users with texts as `draw_negatives` does; gives int64 [P] users, in rising order; int64 [P]
-    texts; and bool [P], which pairs are true.
+    Args:
+        similarity, same: of users with texts, as in `draw_negatives`.
+
+    Returns:
+        int64 [P] users, ascending; int64 [P] texts; bool [P], which pairs are true.
     """
     everyone = torch.arange(same.shape[0], device=same.device)
     users, negative_texts = draw_negatives(similarity, same)

@@ -1,18 +1,16 @@
-"""The text branch of the querying transformer (BLIP-2, Li et al. 2023, section 3.1), needed in stage 1 only.
+"""The text branch of the querying transformer (BLIP-2, Li et al. 2023, section 3.1), which stage 1 alone needs.
 
-Text goes through the self-attention that the queries use and has feed-forwards of its own. Three masks:
+Text goes through the self-attention of the queries and has feed-forwards of its own. There are three masks:
 
     alone    tokens see each other; the queries are not there                          contrastive term
     beside   queries and tokens see each other                                         matching term
     behind   tokens see the queries and the tokens before; queries see no token        generation term
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from laser_fast.lm.attention.packed_attention import AttentionPlan
 from laser_fast.nn.qformer import INITIAL_STD, CrossBoundaries, FeedForward, QFormer, QFormerLayer, initialize_like_bert
@@ -21,6 +19,7 @@ from laser_fast.ops.segments import (
     cu_seqlens_from_lengths,
     lengthened_cu_seqlens,
     lengths_on_host,
+    segment_ids,
     segment_positions,
 )
 
@@ -30,10 +29,10 @@ class TextBranch(nn.Module):
 
     Args:
         qformer: whose self-attention and cross-attention are used and trained.
-        width: D of it.
-        embedding_size: width of the token embeddings handed in.
+        width: D of `qformer`.
+        embedding_size: D_emb, width of the token embeddings.
         max_tokens: longest text.
-        decodes: build the token that a text `behind` queries begins with.
+        decodes: build the token that begins a text `behind` queries.
     """
 
     def __init__(
@@ -50,31 +49,28 @@ class TextBranch(nn.Module):
             module.apply(initialize_like_bert)
 
     def embed(self, token_embeds: Tensor, cu_seqlens: Tensor, *, shifted: bool = False) -> Tensor:
-        """What the first layer reads: frozen embeddings of packed texts [T, D_emb], int32 [B+1] -> [T, D].
+        """Input of the first layer: frozen embeddings [T, D_emb] of packed texts, int32 [B+1] -> [T, D].
 
-        With `shifted` the decode token comes in front of every text and its last token is dropped, so that row t stands
-        for what is known before token t.
+        `shifted` puts the decode token before every text and drops the last token: row t is known before token t.
         """
         projected = self.token_projection(token_embeds)
         position = segment_positions(cu_seqlens, token_embeds.shape[0])
         if shifted:
             assert self.decode_token is not None
             projected = torch.where(position[:, None] == 0, self.decode_token.to(projected.dtype), projected.roll(1, 0))
-        hidden: Tensor = self.norm(projected + self.positions.index_select(0, position))
-        return hidden
+        return self.norm(projected + self.positions.index_select(0, position))
 
     def alone(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Texts without queries, both directions: [T, D] -> [T, D]."""
         plan = AttentionPlan(cu_seqlens, causal=False)
-        return self._texts(hidden, cu_seqlens, plan, [None] * len(self.feed_forwards), None)
+        return self._texts(hidden, cu_seqlens, plan)
 
     def behind(self, hidden: Tensor, cu_seqlens: Tensor, layer_inputs: Sequence[Tensor], group: Tensor) -> Tensor:
-        """Texts that go on from queries, causally: [T, D], int32 [B+1] -> [T, D].
+        """Texts that continue queries, causally: [T, D], int32 [B+1] -> [T, D].
 
         Args:
-            layer_inputs: of the queries, [G, Q, D] each (`QFormer.forward`): their keys and values do not depend on
-                the text, so the queries' own pass serves.
-            group: int32 [B], which group of queries a text goes on from.
+            layer_inputs: [G, Q, D] each, from the queries' own pass (`QFormer.forward`), which no text changes.
+            group: int32 [B], the group of queries that each text continues.
         """
         plan = AttentionPlan(cu_seqlens, lengthened_cu_seqlens(cu_seqlens, layer_inputs[0].shape[1]), causal=True)
         return self._texts(hidden, cu_seqlens, plan, layer_inputs, group)
@@ -84,30 +80,31 @@ class TextBranch(nn.Module):
         hidden: Tensor,
         cu_seqlens: Tensor,
         plan: AttentionPlan,
-        layer_inputs: Sequence[Tensor | None],
-        group: Tensor | None,
+        layer_inputs: Sequence[Tensor] | None = None,
+        group: Tensor | None = None,
     ) -> Tensor:
         def run(layer: QFormerLayer, feed_forward: nn.Module, hidden: Tensor, before: Tensor | None) -> Tensor:
-            output: Tensor = feed_forward(layer.self_attention.forward_packed(hidden, cu_seqlens, plan, before, group))
-            return output
+            return feed_forward(layer.self_attention.forward_packed(hidden, cu_seqlens, plan, before, group))
 
-        for layer, feed_forward, before in zip(self._qformer[0].blocks, self.feed_forwards, layer_inputs, strict=True):
-            hidden = self._run(run, layer, feed_forward, hidden, before)
+        qformer = self._qformer[0]
+        befores: Sequence[Tensor | None] = layer_inputs or [None] * len(self.feed_forwards)
+        for layer, feed_forward, before in zip(qformer.blocks, self.feed_forwards, befores, strict=True):
+            hidden = qformer.run(run, layer, feed_forward, hidden, before)
         return hidden
 
     def beside(
         self, hidden: Tensor, cu_seqlens: Tensor, queries: Tensor, states: Tensor, boundaries: CrossBoundaries
     ) -> Tensor:
-        """Queries that read a text and a user at once; gives the queries, [G, Q, D].
+        """Queries that read a text and a user at once; returns the queries, [G, Q, D].
 
         Args:
             hidden: [T, D], a text for every group.
             cu_seqlens: int32 [G+1].
-            queries: [G, Q, D], as the first layer reads them; groups of a user one after the other.
+            queries: [G, Q, D], the input of the first layer; groups of a user one after the other.
             states: [N, D], packed.
-            boundaries: whose states the queries read.
+            boundaries: of the queries in the states.
         """
-        joint = _JointRows(cu_seqlens, queries.shape[1])
+        qformer, joint = self._qformer[0], _JointRows(cu_seqlens, queries.shape[1])
         plan = AttentionPlan(joint.cu_seqlens, causal=False)
 
         def run(
@@ -120,28 +117,19 @@ class TextBranch(nn.Module):
             return layer.feed_forward(rows), feed_forward(hidden)
 
         rows = queries.flatten(0, 1)
-        for layer, feed_forward in zip(self._qformer[0].blocks, self.feed_forwards, strict=True):
-            rows, hidden = self._run(run, layer, feed_forward, rows, hidden, states)
+        for layer, feed_forward in zip(qformer.blocks, self.feed_forwards, strict=True):
+            rows, hidden = qformer.run(run, layer, feed_forward, rows, hidden, states)
         return rows.view(queries.shape)
-
-    def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """A layer, computed again in backward where the querying transformer is."""
-        if self._qformer[0].recompute and torch.is_grad_enabled():
-            return checkpoint(function, *arguments, use_reentrant=False)
-        return function(*arguments)
 
 
 class _JointRows:
-    """Where the rows of every group's queries and of its text stand when the one is put before the other."""
+    """The rows of every group's queries, each group before its text."""
 
     def __init__(self, cu_seqlens: Tensor, num_queries: int) -> None:
-        device, groups = cu_seqlens.device, cu_seqlens.shape[0] - 1
+        device, total = cu_seqlens.device, sum(lengths_on_host(cu_seqlens))
         self.cu_seqlens = lengthened_cu_seqlens(cu_seqlens, num_queries)
         self.queries = (self.cu_seqlens[:-1, None] + torch.arange(num_queries, device=device)).flatten()
-        total = sum(lengths_on_host(cu_seqlens))
-        before = torch.arange(1, groups + 1, device=device) * num_queries
-        before = before.repeat_interleave(cu_seqlens.diff().long(), output_size=total)
-        self.text = torch.arange(total, device=device) + before
+        self.text = torch.arange(total, device=device) + (segment_ids(cu_seqlens, total) + 1) * num_queries
         self._order = torch.argsort(torch.cat([self.queries, self.text]))
 
     def join(self, queries: Tensor, text: Tensor) -> Tensor:
@@ -154,9 +142,9 @@ class _JointRows:
 
 
 def select_sequences(cu_seqlens: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
-    """Packed sequences `which` (int64 [G], repeats allowed): rows int64 [T'] to take, and their int32 [G+1].
+    """Rows int64 [T'] of the packed sequences `which`, int64 [G] with repeats, and their int32 [G+1].
 
-    Waits for the device where the host does not know `which`, since the number of rows depends on it.
+    The host waits for the device if it does not know `which`: the number of rows depends on it.
     """
     host, device = on_host(which), cu_seqlens.device
     chosen = to_device(cu_seqlens_from_lengths(on_host(cu_seqlens).diff().index_select(0, host)), device)

@@ -1,7 +1,7 @@
-"""Recommenders trained elsewhere: checkpoints of RecBole's SASRec and GRU4Rec and of LLaRA's SASRec.
+"""Checkpoints of RecBole's SASRec and GRU4Rec and of LLaRA's SASRec.
 
-Tensors are read and nothing else: a `.pt` or `.pth` file by torch's restricted reader, which runs no code of the file,
-or safetensors. The rows of their item tables are put into the order of the data set, so no index is ever shifted later.
+Only tensors and plain values are read, from safetensors or by torch's restricted reader, which runs no code of the
+file. The rows of the item tables are put into the order of the data set.
 """
 
 import hashlib
@@ -22,25 +22,16 @@ from laser_fast.recommenders.packed_recommender import PackedRecommender
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What was taken from a checkpoint, and what was not in it.
-
-    Attributes:
-        source: name of the file.
-        items_in_checkpoint: items it knows, without the padding.
-        items_dropped: of these, those the data set does not have.
-        same_order: nobody gave an item map; its order was stated to be that of the data set.
-        settings: the model's.
-        assumed: settings that neither the file nor the caller told, and that were taken to be the published defaults.
-    """
+    """What was taken from a checkpoint."""
 
     kind: str
-    source: str
+    source: str  # name of the file
     sha256: str
-    items_in_checkpoint: int
-    items_dropped: int
-    same_order: bool
+    items_in_checkpoint: int  # without the padding
+    items_dropped: int  # those that the data set does not have
+    same_order: bool  # as the data set, by the caller's word and not by an item map
     settings: dict[str, Any]
-    assumed: list[str]
+    assumed: list[str]  # settings that neither the file nor the caller told: the published defaults
 
     def __str__(self) -> str:
         settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
@@ -67,25 +58,24 @@ def import_recommender(
     same_order: bool = False,
     **settings: Any,
 ) -> tuple[PackedRecommender, ImportReport]:
-    """A model that computes what the one in a foreign checkpoint computes, over the items of a data set.
+    """The model of a foreign checkpoint, over the items of a data set.
 
     Args:
-        checkpoint: safetensors, or a file of torch that holds a state_dict, alone or under the key "state_dict" (and
-            beside it, if need be, RecBole's settings as a plain dictionary under "config").
+        checkpoint: safetensors, or a file of torch with a state_dict, alone or under the key "state_dict" with
+            RecBole's settings as a plain dictionary under "config".
         kind: a key of `LAYOUTS`.
         items: the catalogue; the model's items are in its order.
-        item_map: external id of every index of the checkpoint, as RecBole's `dataset.field2id_token` has them.
+        item_map: external id of every index of the checkpoint, as in RecBole's `dataset.field2id_token`.
         same_order: without `item_map`: the checkpoint's items are these items in this order.
         settings: what the weights do not tell: `num_heads` (of a SASRec), `activation` (RecBole's "hidden_act"),
-            `max_length` (of a GRU4Rec). None = not given.
+            `max_length` (of a GRU4Rec); None for not given.
 
     Returns:
-        (the model on the CPU in eval mode, float32, its `item_map_hash` set and its `split_hash` None; the report).
+        (the model on the CPU in eval mode, float32, with `item_map_hash` and without `split_hash`; the report).
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: an unknown kind; a file that holds more than tensors and plain values; or, all in one message,
-            missing and unexpected keys, shapes, settings and items that do not fit.
+        ValueError: all keys, shapes, settings and items that do not fit, in one message.
     """
     path = Path(checkpoint)
     if kind not in LAYOUTS:
@@ -103,22 +93,20 @@ def import_recommender(
         rows = _rows(known, items, item_map, same_order, problems)
     given = {name: value for name, value in settings.items() if value is not None}
     asked, assumed = _asked(layout, given, config, problems)
-    model = None
-    if not problems:
-        values = {"num_items": len(items), **layout.settings(weights), **asked}
-        model = _build(layout, weights, rows, values, problems)
+    values = {"num_items": len(items), **layout.settings(weights), **asked}
+    model = None if problems else _build(layout, weights, rows, values, problems)
     if model is None or problems:
         raise ValueError(
             f"import_recommender: {path.name} must be a {kind} of these {len(items)} items, got " + "; ".join(problems)
         )
     model.item_map_hash = items.hash()
-    digest, dropped = hashlib.sha256(path.read_bytes()).hexdigest(), num_items - len(items)
-    of_items = num_items, dropped, item_map is None
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    of_items = num_items, num_items - len(items), item_map is None
     return model.eval(), ImportReport(kind, path.name, digest, *of_items, dict(model.settings), assumed)
 
 
 def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a checkpoint and, where it has them as a plain dictionary, its settings."""
+    """The tensors of a checkpoint, and its settings where it has them as a plain dictionary."""
     if not path.is_file():
         raise FileNotFoundError(f"import_recommender: checkpoint must be a file, got {str(path)!r}")
     if path.suffix == ".safetensors":
@@ -137,33 +125,24 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         config = dict(content["config"]) if isinstance(content.get("config"), Mapping) else {}
         content = content["state_dict"]
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(
-            f"import_recommender: {path.name} must hold a state_dict, names with tensors, got {_shown(content)}"
-        )
+    named = content.items() if isinstance(content, Mapping) else ()
+    wrong = [f"{name!r}: {type(value).__name__}" for name, value in named if not isinstance(value, Tensor)]
+    if wrong or not isinstance(content, Mapping):
+        found = ", ".join(wrong[:3]) or f"a {type(content).__name__}"
+        raise ValueError(f"import_recommender: {path.name} must hold a state_dict, names with tensors, got {found}")
     return dict(content), config
 
 
 def _culprit(error: Exception) -> str:
-    """What the restricted reader met, in few words; its own message recommends to switch the restriction off."""
+    """What the restricted reader met; its own message recommends to lift the restriction."""
     found = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"class (\S+)", str(error))
     return f"an object of {found[1]}" if found else f"what torch cannot read ({type(error).__name__})"
-
-
-def _shown(content: object) -> str:
-    if not isinstance(content, Mapping):
-        return f"a {type(content).__name__}"
-    wrong = [f"{name!r}: {type(value).__name__}" for name, value in content.items() if not isinstance(value, Tensor)]
-    return ", ".join(wrong[:3])
 
 
 def _rows(
     known: range, items: ItemTable, item_map: Mapping[int, str] | None, same_order: bool, problems: list[str]
 ) -> Tensor:
-    """Row of every item of the data set in the checkpoint's item tables, int64 [I], whose items have indices `known`.
-
-    What is wrong is added to `problems`.
-    """
+    """Row of each item of the data set in the checkpoint's item tables, int64 [I]; faults go to `problems`."""
     if item_map is None:
         if not same_order:
             problems.append(
@@ -189,7 +168,7 @@ def _rows(
 def _asked(
     layout: Layout, given: Mapping[str, Any], config: Mapping[str, Any], problems: list[str]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Settings that the caller and the file tell, and the names of those that are published defaults."""
+    """The settings that weights do not tell, and the names of those that are published defaults."""
     values, assumed = dict[str, Any](), []
     for name, (their_name, default) in layout.asked.items():
         told = config.get(their_name)
@@ -208,9 +187,9 @@ def _asked(
 def _build(
     layout: Layout, weights: Weights, rows: Tensor, settings: dict[str, Any], problems: list[str]
 ) -> PackedRecommender | None:
-    """The model with these weights, its items those of `rows`; shapes and values that do not fit are `problems`."""
+    """The model with these weights and the items of `rows`; faults go to `problems`."""
     try:
-        with torch.random.fork_rng(devices=[]):  # the random weights are overwritten at once
+        with torch.random.fork_rng(devices=[]):  # the random weights are overwritten
             model = layout.model(**settings)
     except (TypeError, ValueError) as error:
         problems.append(str(error))

@@ -1,4 +1,4 @@
-"""Which external id each index of a foreign checkpoint stands for, from JSON or CSV."""
+"""The external id of each index of a foreign checkpoint, from JSON or CSV."""
 
 import csv
 import json
@@ -12,14 +12,9 @@ def read_item_map(path: str | Path) -> dict[int, str]:
     """Index -> external id.
 
     Args:
-        path: a `.json` file with a list of ids in the order of their indices, counted from 0 (RecBole's
-            `list(dataset.field2id_token["item_id"])`, the padding included), or with an object from index to id; or a
-            `.csv` file with the columns `index` and `item_id`.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: another kind of file, an index that is no whole number or stands there twice, an id that is no
-            string or number.
+        path: a `.json` file with the list of ids by index from 0 (RecBole's
+            `list(dataset.field2id_token["item_id"])`, with the padding) or an object from index to id, or a `.csv`
+            file with the columns `index` and `item_id`.
     """
     path = Path(path)
     if not path.is_file():

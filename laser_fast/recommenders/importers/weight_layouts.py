@@ -1,4 +1,4 @@
-"""How RecBole 1.2 and LLaRA name and shape what they save, beside the names here."""
+"""The names and shapes of the weights that RecBole 1.2 and LLaRA save, beside the names here."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -17,37 +17,27 @@ Weights = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Layout:
-    """The checkpoints of one foreign model.
-
-    Attributes:
-        model: what they become.
-        modules: our name of a module -> theirs, where they differ; inside a layer without what stands before it.
-        first_item: index of the first item: 1 behind the padding, or 0, and the padding is behind the items.
-        sizes: setting -> (our name of a tensor, dimension that has this size).
-        layer: their names of tensors of a layer, with its number as the group.
-        fixed: settings that all these checkpoints have.
-        asked: setting -> (its name in RecBole's configuration, published default; None = it has to be told).
-    """
+    """The checkpoints of one foreign model."""
 
     model: Callable[..., PackedRecommender]
-    modules: Mapping[str, str]
-    first_item: int
-    sizes: Mapping[str, tuple[str, int]]
-    asked: Mapping[str, tuple[str, Any]]
-    layer: str | None = None
-    fixed: Mapping[str, Any] = field(default_factory=dict)
+    modules: Mapping[str, str]  # our name of a module, within its layer -> theirs, where they differ
+    first_item: int  # 1 behind the padding, or 0 where the padding is behind the items
+    sizes: Mapping[str, tuple[str, int]]  # setting -> (our name of a tensor, dimension of this size)
+    asked: Mapping[str, tuple[str, Any]]  # setting -> (RecBole's name, published default; None where there is none)
+    layer: str | None = None  # pattern of their names of a layer's tensors, whose group is its number
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # settings that all these checkpoints have
 
     def num_items(self, weights: Weights) -> int:
-        """Items the checkpoint knows, without the padding; below 1 where it has no item table."""
+        """Items of the checkpoint, without the padding; below 1 where it has no item table."""
         return self._size(weights, "item_embedding.weight", 0) - 1
 
     def settings(self, weights: Weights) -> dict[str, Any]:
-        """Settings that the names and shapes tell; 0 for the size of a tensor that is missing."""
+        """Settings that names and shapes tell; 0 for the size of a missing tensor."""
         sizes = {setting: self._size(weights, *place) for setting, place in self.sizes.items()}
         return sizes | self._num_layers(weights) | dict(self.fixed)
 
     def names(self, weights: Weights) -> dict[str, str]:
-        """Their name of every tensor that such a checkpoint has -> ours."""
+        """Their name of every tensor of such a checkpoint -> ours."""
         with torch.device("meta"):
             model = self.model(**self._num_layers(weights), **self.fixed, num_items=1)
         return {self._theirs(ours): ours for ours in model.state_dict()}
@@ -71,6 +61,7 @@ class Layout:
 _ATTENTION = ("query", "key", "value")
 _WIDTH, _LENGTH = ("item_embedding.weight", 1), ("position_embedding.weight", 0)
 
+# what can be imported, by kind
 LAYOUTS: dict[str, Layout] = {
     "recbole-sasrec": Layout(
         RecBoleSASRec,
@@ -120,4 +111,3 @@ LAYOUTS: dict[str, Layout] = {
         asked={"num_heads": ("num_heads", None)},
     ),
 }
-"""By kind; what can be imported."""

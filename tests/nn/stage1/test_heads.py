@@ -123,7 +123,7 @@ def test_contrastive_loss_equals_its_definition() -> None:
             for column, value in enumerate(values):
                 target = (1 - smoothing) * (row == column) + smoothing / 3
                 total += target * (log_sum - value) / 3 / 2
-    assert float(contrastive_loss(queries, text, 0.1, smoothing)) == pytest.approx(total, rel=1e-5)
+    assert float(contrastive_loss(queries, text, 0.1)) == pytest.approx(total, rel=1e-5)
 
 
 def test_contrastive_loss_of_shares_is_that_of_the_whole_batch() -> None:
@@ -137,9 +137,9 @@ def test_contrastive_loss_of_shares_is_that_of_the_whole_batch() -> None:
 
     total = 0.0
     for mine, rest in ((slice(0, 2), slice(2, 5)), (slice(2, 5), slice(0, 2))):
-        part = contrastive_loss(queries[mine], text[mine], 0.1, 0.1, others(mine, rest))
+        part = contrastive_loss(queries[mine], text[mine], 0.1, others(mine, rest))
         total += float(part) * len(text[mine]) / 5
-    assert total == pytest.approx(float(contrastive_loss(queries, text, 0.1, 0.1)), rel=1e-12)
+    assert total == pytest.approx(float(contrastive_loss(queries, text, 0.1)), rel=1e-12)
 
 
 def test_matching_equals_one_pair_at_a_time() -> None:
@@ -290,7 +290,7 @@ def test_texts_do_not_see_each_other() -> None:
 
 
 def test_an_empty_batch_has_no_contrastive_loss() -> None:
-    assert float(contrastive_loss(torch.zeros(0, 2, 4), torch.zeros(0, 4), 0.07, 0.1)) == 0.0
+    assert float(contrastive_loss(torch.zeros(0, 2, 4), torch.zeros(0, 4), 0.07)) == 0.0
 
 
 def test_bad_arguments() -> None:
