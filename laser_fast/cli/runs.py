@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 from laser_fast.cli.arguments import LARGEST_SEED, whole_number
 
 if TYPE_CHECKING:
-    from laser_fast.config import LaserConfig
     from laser_fast.data import EvaluationRows
-    from laser_fast.laser import LaserModel
     from laser_fast.laser.build import Inputs
+    from laser_fast.runs.checkpoint import Run
 
 
 def add_run(command: argparse.ArgumentParser) -> None:
@@ -40,16 +39,14 @@ def add_output(command: argparse.ArgumentParser) -> None:
     command.add_argument("--output", help="also write the figures to this JSON file")
 
 
-def load_run(parsed: argparse.Namespace, run: str) -> "tuple[LaserModel, Inputs, LaserConfig]":
-    """The model of a run directory, what it was built on, and its configuration."""
-    from laser_fast.runs.checkpoint import load_laser
+def load_run(parsed: argparse.Namespace, run: str) -> "Run":
+    """The run in this directory, with its data, recommender and language model where the arguments say."""
+    from laser_fast.runs.checkpoint import Run
 
-    return load_laser(run, data=parsed.data, recommender=parsed.recommender, llm=parsed.llm)
+    return Run.load(run, data=parsed.data, recommender=parsed.recommender, llm=parsed.llm)
 
 
-def load_runs(
-    parsed: argparse.Namespace, runs: Sequence[str], command: str
-) -> "Iterator[tuple[LaserModel, Inputs, LaserConfig]]":
+def load_runs(parsed: argparse.Namespace, runs: Sequence[str], command: str) -> "Iterator[Run]":
     """`load_run` of each, after all were found; of another split than the first none may be."""
     from laser_fast.runs.checkpoint import find_run
 
@@ -57,11 +54,12 @@ def load_runs(
         find_run(Path(run))
     split_hash = None
     for run in runs:
-        model, inputs, config = load_run(parsed, run)
-        split_hash = split_hash or inputs.split.hash
-        if inputs.split.hash != split_hash:
-            raise ValueError(f"{command}: runs must have one split, got {split_hash[:12]} and {inputs.split.hash[:12]}")
-        yield model, inputs, config
+        loaded = load_run(parsed, run)
+        found = loaded.inputs.split.hash
+        split_hash = split_hash or found
+        if found != split_hash:
+            raise ValueError(f"{command}: runs must have one split, got {split_hash[:12]} and {found[:12]}")
+        yield loaded
 
 
 def rows_to_rank(parsed: argparse.Namespace, inputs: "Inputs") -> "EvaluationRows":

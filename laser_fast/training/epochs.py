@@ -25,8 +25,8 @@ from laser_fast.laser.model import LaserModel
 from laser_fast.models.token_budget import TokenBudget
 from laser_fast.planning.memory import Plan
 from laser_fast.processes import Processes
-from laser_fast.runs.resume import State, StateFolder
 from laser_fast.runs.run_directory import RunDirectory
+from laser_fast.runs.states import State
 from laser_fast.training.interruption import Interrupted, Interruption
 from laser_fast.training.loop import EarlyStopping, EpochSums, LossFunction, StageTrainer
 from laser_fast.training.random_state import RandomState
@@ -46,11 +46,10 @@ class Session:
     inputs: Inputs
     model: LaserModel
     rows: TrainingRows
-    directory: RunDirectory
+    run: RunDirectory
     accelerator: Accelerator
     processes: Processes
     interruption: Interruption
-    states: StateFolder
     fingerprint: dict[str, str]
     progress: bool
     plan: Plan
@@ -127,7 +126,7 @@ class Stage:
                 with session.interruption.at_once():
                     self.conclude(epoch, values)
             except Interrupted:
-                session.states.save(before)
+                session.run.states.save(before)
                 session.processes.wait()  # a launcher ends the others as soon as one has left
                 raise
             sums = EpochSums()
@@ -170,7 +169,7 @@ class Stage:
 
     def _keep(self, epoch: int, sums: EpochSums) -> None:
         """Save the state; if a signal came, stop here."""
-        self.session.states.save(self._state(epoch, sums))
+        self.session.run.states.save(self._state(epoch, sums))
         self.session.interruption.check()
 
     def _state(self, epoch: int, sums: EpochSums) -> State:
@@ -183,7 +182,7 @@ class Stage:
             "stopping": self.stopping.values(),
             "budget": model.budget.limit,
             "processes": session.processes.size,
-            "log_bytes": len(session.directory.read_log()),
+            "log_bytes": len(session.run.read_log()),
             "fingerprint": session.fingerprint,
         }
         random: dict[str, Tensor] = {}  # the first process's by their names, those of another as `RANK.NAME`

@@ -37,7 +37,7 @@ def pretrain(session: Session) -> None:
         with processes.apart():
             found = _validate(session, modules, loss)
         value = processes.of_first(found["validation_terms"])  # on which all decide alike
-        session.directory.log(stage="pretrain", epoch=epoch, **found, **values)
+        session.run.log(stage="pretrain", epoch=epoch, **found, **values)
         stopping.improved(-value, epoch)
 
     Stage(

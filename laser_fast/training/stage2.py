@@ -40,7 +40,7 @@ def train_phase(session: Session, name: str) -> None:
         negatives = NegativeSampler(session.rows.train, model.num_items, objective.num_negatives, seed)
     if frozen_items and not session.stands_in(name):
         session.processes.wait()
-        find_run(session.directory.checkpoint).put_into(model)
+        find_run(session.run.checkpoint).put_into(model)
     stopping = EarlyStopping(settings.patience, session.best)
 
     def loss(batch: PackedBatch) -> dict[str, Tensor]:
@@ -55,13 +55,13 @@ def train_phase(session: Session, name: str) -> None:
             _refresh_items(session)
         value = session.processes.of_first(_validate(session))  # on which all decide alike
         improved = stopping.improved(value, epoch)
-        session.directory.log(stage=name, epoch=epoch, best=improved, **{f"validation_{_METRIC}": value}, **values)
+        session.run.log(stage=name, epoch=epoch, best=improved, **{f"validation_{_METRIC}": value}, **values)
         if session.progress:
             shown = "".join(f", {key} {values[key]:.3f}" for key in ("cross_entropy", "balance") if key in values)
             mark = " (best)" if improved else ""
             print(f"{name} epoch {epoch + 1}: validation {_METRIC} {value:.4f}{mark}{shown}", flush=True)
         if improved and session.processes.first:
-            folder = session.directory.checkpoint
+            folder = session.run.checkpoint
             save_laser(model, config, folder, stage=name, epoch=epoch, validation={_METRIC: value})
 
     Stage(

@@ -51,7 +51,7 @@ def train_text(session: Session) -> None:
         if improved := stopping.improved(value, epoch):
             best.keep()
         quality = {f"validation_{_METRIC}_without_history": value}
-        session.directory.log(stage="text", epoch=epoch, best=improved, **quality, **values)
+        session.run.log(stage="text", epoch=epoch, best=improved, **quality, **values)
         if session.progress:
             print(f"text epoch {epoch + 1}: validation {_METRIC} without the history {value:.4f}", flush=True)
 

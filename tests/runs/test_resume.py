@@ -21,8 +21,8 @@ from laser_fast.data import SequenceDataset, leave_one_out, training_rows
 from laser_fast.data.batches import PackedBatch
 from laser_fast.files.claims import lock_file
 from laser_fast.laser.model import LaserModel
-from laser_fast.runs.resume import StateFolder
 from laser_fast.runs.run_directory import RunDirectory
+from laser_fast.runs.states import StateFolder
 from laser_fast.training.interruption import Interrupted
 from laser_fast.training.loop import StageTrainer
 from laser_fast.training.train import train_laser
@@ -285,7 +285,7 @@ def test_damage_is_named_and_never_loaded(
         if content is not None:
             (folder / name).write_bytes(content)
     before = (run / "metrics.jsonl").read_bytes()
-    folder = StateFolder(RunDirectory(run, config_of(settings, run), resume=True))
+    folder = RunDirectory(run, config_of(settings, run), resume=True).states
     with pytest.raises(ValueError, match=rf"000006-phase_b-1-2 \({problem}.*\); 000005-.*, and there is no other"):
         folder.newest()
     assert (run / "metrics.jsonl").read_bytes() == before

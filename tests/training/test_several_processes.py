@@ -183,4 +183,4 @@ def test_two_runs_do_not_share_a_folder(
             with pytest.raises(ValueError, match="one process at a time, got '.*/run', at which another process is at"):
                 train_laser(config, resume=resume, progress=False)
             assert not (tmp_path / "run" / "metrics.jsonl").exists()
-        RunDirectory(config.output, config)
+        RunDirectory(config.output, config).begin()

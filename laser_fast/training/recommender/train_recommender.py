@@ -16,10 +16,10 @@ from laser_fast.evaluation import evaluate
 from laser_fast.evaluation.state_gap import measure_state_gap
 from laser_fast.recommenders.packed_recommender import CrossFitted, PackedRecommender, assign_folds
 from laser_fast.recommenders.recommender_files import load_recommender
-from laser_fast.runs.resume import State
+from laser_fast.runs.states import State
 from laser_fast.training.loop import EarlyStopping
 from laser_fast.training.recommender.fit import Fitting, Windows, build_recommender
-from laser_fast.training.recommender.run import RecommenderRun, open_run
+from laser_fast.training.recommender.run import RecommenderRun, open_recommender_run
 
 _FULL = "full"  # part of a state of a fold: the finished full model and the epochs it took
 
@@ -73,7 +73,7 @@ def train_recommender(
     if config.folds:
         _folds_of_users(split, config.folds, seed)  # before anything is written, or trained for long
     fingerprint = {"split": split.hash, "item map": item_map_hash, "number of items": num_items, "seed": seed}
-    with open_run(run_dir, config, fingerprint, resume=resume) as run:
+    with open_recommender_run(run_dir, config, fingerprint, resume=resume) as run:
         if run.checkpoint is not None:
             model = load_recommender(run.checkpoint, expected_split_hash=split.hash).to(device)
         else:
