@@ -20,7 +20,17 @@ from laser_fast.files.folders import is_leftover, remove, remove_leftovers, repl
 from laser_fast.runs.states import State, StateFolder
 from laser_fast.runs.tensorboard_log import TensorBoardLog
 
-_PACKAGES = "laser-fast torch transformers accelerate safetensors tokenizers numpy triton bitsandbytes".split()
+_PACKAGES = [
+    "laser-fast",
+    "torch",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "tokenizers",
+    "numpy",
+    "triton",
+    "bitsandbytes",
+]
 
 # settings that may change when a run goes on: where and how often it is written
 _FREE_SETTINGS = ("output", "training.save_steps", "training.tensorboard")

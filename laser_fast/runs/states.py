@@ -124,7 +124,7 @@ class StateFolder:
         return None
 
     def put_back_files(self) -> None:
-        """Make log and best checkpoint what they were at the state that `newest` gave, or remove them if it gave none."""
+        """Make log and best checkpoint what they were at the state of `newest`, or remove them if there is none."""
         if not self._writes:
             return
         folder = self._kept[-1] if self._kept else None
