@@ -1,61 +1,48 @@
-"""A memory plan from a configuration's data, in words and tables."""
+"""Memory plans from the data of a configuration, as words, as a table and as JSON."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from laser_fast.config import LaserConfig, resolve_path
-from laser_fast.data import SequenceDataset, make_split, training_rows
-from laser_fast.laser.build import training_counts
+from laser_fast.config import LaserConfig
+from laser_fast.data import training_rows
+from laser_fast.laser.build import load_inputs, training_counts
 from laser_fast.lm.execution.execution import CHECKPOINTING
 from laser_fast.lm.loading.language_model import load_tokenizer
-from laser_fast.models.assembly import build_batches
+from laser_fast.models.assembly import build_model_batches
 from laser_fast.planning.plan import GIB, MemoryPlan, Workload, estimate_memory
-from laser_fast.recommenders.recommender_files import load_recommender
 
 _SAMPLE_ROWS = 512
 _SHOWN_TOKENS = 4096
 
 
 def workload_of(config: LaserConfig) -> Workload:
-    """Mean lengths over up to 512 training rows of the configuration's data, in tokens of its tokenizer.
-
-    Where the data or the tokenizer are not there yet, they are the longest that the configuration allows.
-    """
+    """Mean lengths, in tokens, over up to 512 training rows; `Workload.assumed` without data or tokenizer."""
     without_tokenizer = config.lm.tokenizer is None and config.lm.path.startswith("random:")
     if without_tokenizer or not Path(config.data).exists():
         return Workload.assumed(config)
-    dataset = SequenceDataset.load(resolve_path(config.data, "data"))
-    split = make_split(dataset, **config.split.model_dump())
-    builder = build_batches(
-        config.prompt,
-        dataset.items,
-        load_tokenizer(config.lm),
-        known_items=training_counts(split, dataset.num_items) > 0,
-        max_history=config.mformer.max_history,
-    )
-    rows = training_rows(split.train, max(config.prompt.max_items, config.mformer.max_history))
+    has_recommender = config.recommender is not None and Path(config.recommender).exists()
+    inputs = load_inputs(config if has_recommender else config.model_copy(update={"recommender": None}))
+    train, num_items = inputs.split.train, inputs.dataset.num_items
+    known_items = training_counts(inputs.split, num_items) > 0
+    builder = build_model_batches(config, inputs.dataset.items, load_tokenizer(config.lm), known_items)
+    rows = training_rows(train, max(config.prompt.max_items, config.mformer.max_history))
     chosen = np.random.default_rng(0).permutation(len(rows))[:_SAMPLE_ROWS]
     batch = builder.training_batch(rows.select(np.sort(chosen)), with_positives=True)
     assert batch.positives is not None
-    state_size = 64
-    if config.recommender is not None and Path(config.recommender).exists():
-        state_size = load_recommender(
-            resolve_path(config.recommender, "recommender"), expected_split_hash=split.hash
-        ).state_size
     return Workload(
-        num_items=dataset.num_items,
+        num_items=num_items,
         user_tokens=float(batch.token_lengths.mean()),
         item_tokens=float(batch.positives.token_lengths.mean()),
         history=batch.items.shape[0] / len(batch),
-        state_size=state_size,
+        state_size=getattr(inputs.recommender, "state_size", Workload.state_size),
         measured=True,
     )
 
 
 def one_line(config: LaserConfig, *, on_gpu: bool) -> str:
-    """What the plan says of the mode that is configured, for the message of an error."""
+    """The plan in the configured mode, for the message of an error."""
     mode = config.execution.checkpointing
     try:
         plan = estimate_memory(config, workload_of(config), on_gpu=on_gpu, modes=[mode])
@@ -70,7 +57,7 @@ def one_line(config: LaserConfig, *, on_gpu: bool) -> str:
 
 
 def table(plan: MemoryPlan, cards: Sequence[str]) -> str:
-    """The plan for people: what is fixed, what a step takes in every mode, and what to set on each card.
+    """The plan for people: what is fixed, what a step takes in each mode, and what to set on each card.
 
     Args:
         cards: sizes such as "8GB"; see `card_bytes`.
@@ -113,7 +100,7 @@ def table(plan: MemoryPlan, cards: Sequence[str]) -> str:
 
 
 def to_dict(plan: MemoryPlan, cards: Sequence[str]) -> dict[str, object]:
-    """The same for programs: bytes and tokens."""
+    """The plan for programs: bytes and tokens."""
     budgets = {card: card_bytes(card) for card in cards}
     proposals = {card: plan.propose(size) for card, size in budgets.items()}
     return {

@@ -1,8 +1,4 @@
-"""A training step without values: the real model on the meta device, to count the bytes it would hold.
-
-Nothing about a model is written down here: what backward keeps, what is alive beside it and what a choice of
-`execution` saves is found by running the very code on tensors that have a shape and no memory.
-"""
+"""A training step without values: the real code runs on the meta device, and the bytes it would hold are counted."""
 
 import copy
 import weakref
@@ -25,13 +21,13 @@ from laser_fast.models.assembly import build_execution, laser_parts
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_BLOCK_SIZE = 64  # weights in 4 bits that share one scale of 8 bits, and 256 of those one of 32 (bitsandbytes)
-_NESTED_BLOCK_SIZE = 256
+_BLOCK_SIZE = 64  # 4-bit weights that share one 8-bit scale (bitsandbytes)
+_NESTED_BLOCK_SIZE = 256  # 8-bit scales that share one 32-bit scale
 
 
 @dataclass(frozen=True)
 class StepShape:
-    """One micro-batch: users and the items that are encoded with them; virtual tokens not counted."""
+    """One micro-batch: users and the items that are encoded with them, without virtual tokens."""
 
     rows: int
     user_tokens: float
@@ -39,8 +35,8 @@ class StepShape:
     history: float  # items of a user that M-Former reads
     num_items: int
     state_size: int  # of the recommender
-    num_negatives: int = 0  # of a user, beside its positive
-    text_history: int = 0  # items of a user, at most, whose text vectors are read
+    num_negatives: int = 0  # of a user
+    text_history: int = 0  # most items of a user whose text vectors are read
 
 
 @dataclass(frozen=True)
@@ -52,17 +48,17 @@ class Rehearsal:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts bytes of the tensors that are made while it is active, for as long as they live, but not those `known`."""
+    """Counts the bytes of living tensors that were made while it is active; `known` ones are left out."""
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.live = 0
         self.peak = 0
-        self._before = [tensor.untyped_storage() for tensor in known]  # held, so that no address is used again
+        self._before = [tensor.untyped_storage() for tensor in known]  # held, so that no address is reused
         self._seen = {storage._cdata for storage in self._before}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._unique2.default and args[0].is_meta:  # as if no value occurred twice: the most
+        if func is torch.ops.aten._unique2.default and args[0].is_meta:  # the most: no value occurs twice
             flat = torch.empty(args[0].numel(), dtype=args[0].dtype, device="meta")
             output: Any = flat, torch.empty(args[0].shape, dtype=torch.int64, device="meta"), torch.empty_like(flat)
         else:
@@ -130,12 +126,12 @@ def rehearse(model: LaserModel, step: StepShape) -> Rehearsal:
 
 
 def rehearse_language_model(lm: FrozenLM, tokens: int, sequences: int, *, last_only: bool) -> Rehearsal:
-    """One pass of the language model alone, forward and backward, on the meta device; see `FrozenLM.forward`."""
+    """Forward and backward of the language model alone on the meta device; see `FrozenLM.forward`."""
     with torch.device("meta"):
         embeds = torch.empty(tokens, lm.hidden_size, dtype=lm.dtype, requires_grad=True)
         cu_seqlens = torch.empty(sequences + 1, dtype=torch.int32)
     with LiveBytes([*lm.parameters(), *lm.buffers(), embeds, cu_seqlens]) as bytes_:
-        # a graph stands in front of the model in training as well: what it hands over is not a leaf
+        # as in training, the input of the model is not a leaf
         states = lm(embeds * 1.0, cu_seqlens, last_only=last_only)
         kept = bytes_.live
         states.backward(torch.empty_like(states))
@@ -143,7 +139,7 @@ def rehearse_language_model(lm: FrozenLM, tokens: int, sequences: int, *, last_o
 
 
 def stored_bytes(module: nn.Module) -> int:
-    """Bytes of its parameters and buffers, each storage once."""
+    """Bytes of parameters and buffers, each storage once."""
     storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in [*module.parameters(), *module.buffers()]}
     return sum(storage.nbytes() for storage in storages.values())
 
@@ -167,7 +163,7 @@ class _PackedWithoutValues(nn.Linear):
 
 
 class _StatesWithoutValues(nn.Module):
-    """A recommender of which only the shape of its states matters."""
+    """A recommender that gives states of the right shape."""
 
     def __init__(self, num_items: int, state_size: int) -> None:
         super().__init__()
