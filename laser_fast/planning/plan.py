@@ -27,6 +27,7 @@ from laser_fast.planning.rehearsal import (
     rehearse_language_model,
     stored_bytes,
 )
+from laser_fast.planning.workload import Workload
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -38,23 +39,6 @@ _ROWS = (64, 192)  # enough for the language model to take most, as it does wher
 _USABLE = 0.95  # share of a card; the rest is lost between blocks of the allocator
 _CONTEXT_BYTES = 600_000_000  # CUDA context and workspaces of cuBLAS
 _ENOUGH_TOKENS = 2048  # in a micro-batch: with fewer, unpacking 4-bit weights takes over a seventh of the time
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What a plan needs to know about the data: means over rows, without virtual tokens."""
-
-    num_items: int
-    user_tokens: float
-    item_tokens: float
-    history: float  # items of a user that M-Former reads
-    state_size: int = 64
-    measured: bool = False  # from data; else upper bounds from the configuration
-
-    @staticmethod
-    def assumed(config: LaserConfig) -> "Workload":
-        """100,000 items and the longest texts that the configuration allows."""
-        return Workload(100_000, config.prompt.max_tokens, config.prompt.max_item_tokens, config.mformer.max_history)
 
 
 @dataclass(frozen=True)
@@ -130,10 +114,7 @@ class MemoryPlan:
         return tokens if tokens >= self.row_tokens and free >= self.optimizer_step else 0
 
     def propose(self, budget_bytes: int) -> Proposal | None:
-        """The cheapest mode in which a whole batch or 2,048 tokens fit, else the mode that fits most; None if none fits.
-
-        It comes with the largest micro-batch.
-        """
+        """The cheapest mode that fits a whole batch or 2,048 tokens, else the one that fits most; None if none fits."""
         fits = {mode: self.largest_micro_batch(budget_bytes, mode) for mode in self.step}
         wanted = min(self.batch_tokens, _ENOUGH_TOKENS)
         useful = [mode for mode in CHECKPOINTING if fits.get(mode, 0) >= wanted]
@@ -150,7 +131,7 @@ def estimate_memory(
     Mixed precision, with which M-Former needs less, is not counted. A CUDA context is assumed to take 0.6 GB.
 
     Args:
-        workload: None = `Workload.assumed`; `plan_table.workload_of` measures one.
+        workload: None = `Workload.assumed`; `workload_of` measures one.
         modes: values of `execution.checkpointing`; those that the model does not have are left out.
 
     Raises:
@@ -163,7 +144,7 @@ def estimate_memory(
     one = _one_row(config, workload)
     whole = model_without_values(config, shape, dtype, one)
     virtual = whole.virtual_tokens(batch_without_values(one))
-    items = 1 + one.num_negatives if one.item_tokens else 0
+    items = 1 + one.num_negatives if one.workload.item_tokens else 0
     rows = _Rows(workload.user_tokens + virtual, items * (workload.item_tokens + virtual), items)
     others = _kept_by_others(config, shape, dtype, one, rows)
     step = {}
@@ -295,15 +276,10 @@ def with_layers(shape: "PretrainedConfig", num_layers: int) -> "PretrainedConfig
 
 def _one_row(config: LaserConfig, workload: Workload) -> StepShape:
     objective = config.objective
-    live = objective.item_gradient == "positives" and not config.text.items_are_texts
+    encodes_items = objective.item_gradient == "positives" and not config.text.items_are_texts
     return StepShape(
-        rows=1,
-        user_tokens=workload.user_tokens,
-        item_tokens=workload.item_tokens if live else 0.0,
-        history=workload.history,
-        num_items=workload.num_items,
-        state_size=workload.state_size,
-        num_negatives=objective.num_negatives if live or objective.candidates == "sampled" else 0,
+        workload=workload if encodes_items else replace(workload, item_tokens=0.0),
+        num_negatives=objective.num_negatives if encodes_items or objective.candidates == "sampled" else 0,
         text_history=config.text.max_history if config.text.residual else 0,
     )
 

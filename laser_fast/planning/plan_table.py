@@ -1,44 +1,13 @@
-"""Memory plans from the data of a configuration, as words, as a table and as JSON."""
+"""Memory plans as words, as a table and as JSON."""
 
 from collections.abc import Sequence
-from pathlib import Path
-
-import numpy as np
 
 from laser_fast.config import LaserConfig
-from laser_fast.data import training_rows
-from laser_fast.laser.build import load_inputs, training_counts
 from laser_fast.lm.execution.execution import CHECKPOINTING
-from laser_fast.lm.loading.language_model import load_tokenizer
-from laser_fast.models.assembly import build_model_batches
-from laser_fast.planning.plan import GIB, MemoryPlan, Workload, estimate_memory
+from laser_fast.planning.plan import GIB, MemoryPlan, estimate_memory
+from laser_fast.planning.workload import workload_of
 
-_SAMPLE_ROWS = 512
 _SHOWN_TOKENS = 4096
-
-
-def workload_of(config: LaserConfig) -> Workload:
-    """Mean lengths, in tokens, over up to 512 training rows; `Workload.assumed` without data or tokenizer."""
-    without_tokenizer = config.lm.tokenizer is None and config.lm.path.startswith("random:")
-    if without_tokenizer or not Path(config.data).exists():
-        return Workload.assumed(config)
-    has_recommender = config.recommender is not None and Path(config.recommender).exists()
-    inputs = load_inputs(config if has_recommender else config.model_copy(update={"recommender": None}))
-    train, num_items = inputs.split.train, inputs.dataset.num_items
-    known_items = training_counts(inputs.split, num_items) > 0
-    builder = build_model_batches(config, inputs.dataset.items, load_tokenizer(config.lm), known_items)
-    rows = training_rows(train, max(config.prompt.max_items, config.mformer.max_history))
-    chosen = np.random.default_rng(0).permutation(len(rows))[:_SAMPLE_ROWS]
-    batch = builder.training_batch(rows.select(np.sort(chosen)), with_positives=True)
-    assert batch.positives is not None
-    return Workload(
-        num_items=num_items,
-        user_tokens=float(batch.token_lengths.mean()),
-        item_tokens=float(batch.positives.token_lengths.mean()),
-        history=batch.items.shape[0] / len(batch),
-        state_size=getattr(inputs.recommender, "state_size", Workload.state_size),
-        measured=True,
-    )
 
 
 def one_line(config: LaserConfig, *, on_gpu: bool) -> str:

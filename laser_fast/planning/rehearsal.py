@@ -17,6 +17,7 @@ from laser_fast.data.batches import PackedBatch
 from laser_fast.laser.model import LaserModel
 from laser_fast.lm.frozen_lm import FrozenLM
 from laser_fast.models.assembly import build_execution, laser_parts
+from laser_fast.planning.workload import Workload
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -27,16 +28,12 @@ _NESTED_BLOCK_SIZE = 256  # 8-bit scales that share one 32-bit scale
 
 @dataclass(frozen=True)
 class StepShape:
-    """One micro-batch: users and the items that are encoded with them, without virtual tokens."""
+    """One micro-batch: users and the items that are encoded with them."""
 
-    rows: int
-    user_tokens: float
-    item_tokens: float  # 0 = no item is encoded
-    history: float  # items of a user that M-Former reads
-    num_items: int
-    state_size: int  # of the recommender
+    workload: Workload  # `item_tokens` 0: no item is encoded
     num_negatives: int = 0  # of a user
     text_history: int = 0  # most items of a user whose text vectors are read
+    rows: int = 1
 
 
 @dataclass(frozen=True)
@@ -86,15 +83,15 @@ def model_without_values(
     config: LaserConfig, shape: "PretrainedConfig", dtype: torch.dtype, step: StepShape
 ) -> LaserModel:
     """The model that this configuration trains, on the meta device, around a language model of `shape`."""
-    lm = language_model_without_values(config, shape, dtype)
+    lm, num_items = language_model_without_values(config, shape, dtype), step.workload.num_items
     with torch.device("meta"):
-        builder: Any = SimpleNamespace(num_items=step.num_items)
-        recommender: Any = _StatesWithoutValues(step.num_items, step.state_size)
-        ids = cast(Any, range(step.num_items))
+        builder: Any = SimpleNamespace(num_items=num_items)
+        recommender: Any = _StatesWithoutValues(num_items, step.workload.state_size)
+        ids = cast(Any, range(num_items))
         model = LaserModel(**laser_parts(config, lm, builder, ids, recommender))
-        model.item_matrix = torch.empty(step.num_items, lm.hidden_size)
+        model.item_matrix = torch.empty(num_items, lm.hidden_size)
         if model.text is not None:
-            model.text.set_vectors(torch.empty(step.num_items, lm.hidden_size))
+            model.text.set_vectors(torch.empty(num_items, lm.hidden_size))
     return model.to("meta")
 
 
@@ -120,8 +117,7 @@ def rehearse(model: LaserModel, step: StepShape) -> Rehearsal:
         loss = model(batch).loss
         kept = bytes_.live
         loss.backward()
-    for parameter in model.parameters():
-        parameter.grad = None
+    model.zero_grad()
     return Rehearsal(kept, bytes_.peak)
 
 
@@ -181,35 +177,29 @@ class _StatesWithoutValues(nn.Module):
 
 def batch_without_values(step: StepShape) -> PackedBatch:
     """A training batch of this shape on the meta device."""
-    users = _sequences(step.rows, step.user_tokens, step.history)
-    more: dict[str, Any] = {}
-    with torch.device("meta"):
-        more["targets"] = torch.empty(step.rows, dtype=torch.int64)
-        if step.text_history:
-            read = round(step.rows * min(step.history, step.text_history))
-            more |= {"text_items": torch.empty(read, dtype=torch.int64), "text_cu_seqlens": users.cu_seqlens}
-        if step.num_negatives:
-            more["negatives"] = torch.empty(step.rows, step.num_negatives, dtype=torch.int64)
-        if step.item_tokens:
-            more["positive_targets"] = torch.empty(step.rows, dtype=torch.int64)
-            if step.num_negatives:
-                more["negative_places"] = more["negatives"]
-    if not step.item_tokens:
-        return replace(users, **more)
-    items = _sequences(step.rows * (1 + step.num_negatives), step.item_tokens, 1.0)
+    rows, work = step.rows, step.workload
+    users = _sequences(rows, work.user_tokens, work.history)
+    more: dict[str, Any] = {"targets": _whole(rows)}
     if step.text_history:
-        items = replace(items, text_items=items.items, text_cu_seqlens=items.cu_seqlens)
-    return replace(users, positives=items, **more)
+        read = round(rows * min(work.history, step.text_history))
+        more |= {"text_items": _whole(read), "text_cu_seqlens": users.cu_seqlens}
+    if step.num_negatives:
+        more["negatives"] = _whole(rows, step.num_negatives)
+    if work.item_tokens:
+        items = _sequences(rows * (1 + step.num_negatives), work.item_tokens, 1.0)
+        if step.text_history:
+            items = replace(items, text_items=items.items, text_cu_seqlens=items.cu_seqlens)
+        more |= {"positives": items, "positive_targets": _whole(rows), "negative_places": more.get("negatives")}
+    return replace(users, **more)
 
 
 def _sequences(rows: int, tokens: float, history: float) -> PackedBatch:
-    with torch.device("meta"):
-        return PackedBatch(
-            items=torch.empty(round(rows * history), dtype=torch.int64),
-            cu_seqlens=torch.empty(rows + 1, dtype=torch.int32),
-            input_ids=torch.empty(round(rows * tokens), dtype=torch.int64),
-            token_cu_seqlens=torch.empty(rows + 1, dtype=torch.int32),
-        )
+    bounds = [_whole(rows + 1).int() for _ in range(2)]
+    return PackedBatch(_whole(round(rows * history)), bounds[0], _whole(round(rows * tokens)), bounds[1])
+
+
+def _whole(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.int64, device="meta")
 
 
 def _tensors_of(batch: PackedBatch) -> list[Tensor]:

@@ -82,7 +82,9 @@ class StateFolder:
         if self.path.is_symlink():
             remove(self.path)
         with replace_directory(target) as fresh:
-            save_file(_for_file(state.tensors), fresh / "tensors.safetensors")
+            # copies: no two may share storage, as the tables of 8-bit Adam do
+            tensors = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.tensors.items()}
+            save_file(tensors, fresh / "tensors.safetensors")
             write_json(fresh / "values.json", state.values)
             log = self._log.read_bytes()[: position["log_bytes"]] if self._log.exists() else b""
             (fresh / "metrics.jsonl").write_bytes(log)
@@ -173,15 +175,3 @@ def _link_files(source: Path, target: Path) -> None:
             os.link(path, target / path.name)
         except OSError:
             shutil.copyfile(path, target / path.name)
-
-
-def _for_file(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """On the host, contiguous, no two of one storage (which safetensors refuses; 8-bit Adam shares its table)."""
-    known: set[int] = set()
-    prepared = {}
-    for name, tensor in tensors.items():
-        value = tensor.detach().cpu().contiguous()
-        storage = value.untyped_storage().data_ptr()
-        prepared[name] = value.clone() if storage in known else value
-        known.add(storage)
-    return prepared

@@ -30,7 +30,7 @@ def laser_rows(config: LaserConfig, inputs: Inputs, *, warn: bool = True) -> Tra
 
 
 def _folds(config: LaserConfig, inputs: Inputs, warn: bool) -> np.ndarray | None:
-    """Fold of every training sequence, int64; None where all states are the full model's."""
+    """Fold of every training sequence, int64; None if all states are the full model's."""
     recommender, states = inputs.recommender, config.mformer.states
     folds = getattr(recommender, "cross_fitted", None)
     if states != "in-sample" and folds is not None:
