@@ -165,8 +165,14 @@ class Processes:
         """Go on when all processes are here."""
         self.largest(0)
 
-    def raise_together(self, error: Exception | None) -> None:
-        """Stop all processes if one has an error: it raises its own, the others raise `OtherProcessFailed`."""
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """All processes stop if one refuses something within: it raises its own error, the others that of the first."""
+        error: Exception | None = None
+        try:
+            yield
+        except (OSError, ValueError, FloatingPointError) as refused:
+            error = refused
         text = "" if error is None else str(error) or type(error).__name__
         told = self.gather_parts(torch.tensor(list(text.encode()), dtype=torch.uint8))
         if error is not None:

@@ -26,11 +26,7 @@ def one_line(config: LaserConfig, *, on_gpu: bool) -> str:
 
 
 def table(plan: MemoryPlan, cards: Sequence[str]) -> str:
-    """The plan for people: what is fixed, what a step takes in each mode, and what to set on each card.
-
-    Args:
-        cards: sizes such as "8GB"; see `card_bytes`.
-    """
+    """The plan for people: what is fixed, what a step takes in each mode, and what to set on cards such as "8GB"."""
     work = plan.workload
     source = "mean of the data" if work.measured else "assumed: the longest the configuration allows"
     lines = [
@@ -90,11 +86,7 @@ def to_dict(plan: MemoryPlan, cards: Sequence[str]) -> dict[str, object]:
 
 
 def card_bytes(size: str) -> int:
-    """Bytes of a card as it is sold: "8GB" has 8 GiB.
-
-    Raises:
-        ValueError: another form.
-    """
+    """Bytes of a card as it is sold: "8GB" has 8 GiB."""
     number = size.upper().removesuffix("GIB").removesuffix("GB")
     try:
         value = float(number)

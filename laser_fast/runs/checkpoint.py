@@ -71,22 +71,13 @@ class Run(NamedTuple):
 def save_laser(
     model: LaserModel, config: LaserConfig, directory: Path, *, validation: dict[str, float], **facts: Any
 ) -> None:
-    """Write the checkpoint folder; an older one is replaced when the new one is complete.
-
-    Args:
-        validation: metrics reached on the validation rows, by name.
-        facts: anything worth keeping with it (stage, epoch), as JSON.
-    """
+    """Write the checkpoint folder, with the metrics of the validation rows and other facts that JSON takes."""
     card = model_card(model, figures={f"validation {name}": value for name, value in validation.items()})
     write_laser(model, directory, card, config=config, validation=validation, **facts)
 
 
 def restore(model: LaserModel, inputs: Inputs, saved: SavedLaser) -> LaserModel:
-    """Put the trained state, the item matrix and the calibration of a checkpoint into a model, and return it.
-
-    Raises:
-        ValueError: a file is damaged, or belongs to another catalogue or another configuration.
-    """
+    """Put the trained state, the item matrix and the calibration of a checkpoint into a model, and return it."""
     saved.put_into(model)
     counts = torch.from_numpy(training_counts(inputs.split, model.num_items))
     restore_calibration(model, saved, counts, inputs.recommender)
@@ -94,14 +85,8 @@ def restore(model: LaserModel, inputs: Inputs, saved: SavedLaser) -> LaserModel:
 
 
 def find_run(directory: Path) -> SavedLaser:
-    """The checkpoint of a run; only its description is read.
-
-    Raises:
-        FileNotFoundError: there is no such folder, or no Laser in it.
-        ValueError: see `find_saved`.
-    """
-    saved = find_saved(directory)
-    if saved is None:
+    """The checkpoint of a run; only its description is read. FileNotFoundError if there is none."""
+    if (saved := find_saved(directory)) is None:
         whole_directory(directory)  # it may be missing altogether
         raise FileNotFoundError(
             f"Run.load: a run of `laser-fast train` must hold a model, got none in {str(directory)!r}; if it was "

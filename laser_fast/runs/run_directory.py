@@ -44,13 +44,7 @@ _NAMES = (*_TRACES, "states", "checkpoint", "finished.json")
 def open_run(
     path: str | Path, config: Settings, *, resume: bool = False, writes: bool = True
 ) -> Iterator["RunDirectory"]:
-    """Claim and check the folder of a run; a finished run loses the states that a kill may have left.
-
-    Arguments are those of `RunDirectory`.
-
-    Raises:
-        FileExistsError, FileNotFoundError, ValueError: see `RunDirectory` and `claim`.
-    """
+    """Claim the folder (`claim`) and check it (`RunDirectory`); delete states that a kill left in a finished run."""
     with claim(Path(path).resolve()) if writes else nullcontext():
         run = RunDirectory(path, config, resume=resume, writes=writes)
         if run.finished:
@@ -89,11 +83,7 @@ class RunDirectory:
             self._refuse_used()
 
     def begin(self, *, tensorboard: bool = False) -> "RunDirectory":
-        """Make the folder of a new run and record what makes it reproducible.
-
-        Args:
-            tensorboard: show the log in TensorBoard as well.
-        """
+        """Make the folder of a new run and record what makes it reproducible; `tensorboard` shows the log there."""
         if self._writes and self._is_new:
             make_directory(self.path.resolve())  # a link may point to a folder that is still to be made
             self._remove_leftovers()
@@ -113,11 +103,8 @@ class RunDirectory:
 
         Args:
             function: the first word of messages.
-            fingerprint: what the run is trained on, by its name in a message.
+            fingerprint: what the run is trained on, by its name in a message; must be that of the state.
             wait: waits for the other processes, which read the same states.
-
-        Raises:
-            ValueError: the state is of a run on something else, or all states are damaged.
         """
         with warnings.catch_warnings():
             if not self._writes:  # the process that writes says it

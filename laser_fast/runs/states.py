@@ -52,12 +52,7 @@ class State:
 
 
 class StateFolder:
-    """The folder `states` of a run.
-
-    Args:
-        run: the folder of the run.
-        writes: whether this process writes; without it `save`, `put_back_files` and `clear` do nothing.
-    """
+    """The folder `states` of a run; without `writes`, nothing changes it."""
 
     def __init__(self, run: Path, *, writes: bool = True) -> None:
         self.path = run / "states"
@@ -70,9 +65,7 @@ class StateFolder:
     def save(self, state: State) -> None:
         """Keep a state and the best checkpoint so far, then delete all states but this one and the one before it.
 
-        Args:
-            state: its part `position` has the `stage`, `epoch` and `step`, and how many `log_bytes` of the log belong
-                to it.
+        Its part `position` has the `stage`, `epoch` and `step`, and how many `log_bytes` of the log belong to it.
         """
         if not self._writes:
             return
@@ -98,11 +91,7 @@ class StateFolder:
                 remove(entry)
 
     def newest(self) -> State | None:
-        """The newest whole state, None where none was completed; a warning names the damaged ones after it.
-
-        Raises:
-            ValueError: all states are damaged.
-        """
+        """The newest whole state, None where none was completed; a warning names damaged ones after it."""
         damaged: list[str] = []
         for folder in reversed(self._folders()):
             try:

@@ -168,10 +168,6 @@ class StageTrainer:
             batches: of the steps that are left, the same in all processes.
             num_batches: steps of the whole epoch.
             sums: where the epoch stands, kept up to date; None = at its start.
-
-        Raises:
-            FloatingPointError: the loss or its gradient is not finite.
-            torch.OutOfMemoryError: memory ran out; names the settings to change.
         """
         self.modules.train()
         sums = EpochSums() if sums is None else sums
@@ -311,11 +307,10 @@ class StageTrainer:
         # the loss of one process makes the summed gradient infinite in all of them, so no other is to blame
         if self.processes.any(any(what == "loss" for what, _, _ in blamed)):
             blamed = [check for check in blamed if check[0] == "loss"]
-        error = None
-        if blamed:
-            what, value, rows = blamed[0]
-            error = FloatingPointError(
-                f"training: the {what} must be finite, got {value.item()} at step {self.step} in {name_rows(rows)}; "
-                "lower the learning rate, or train in float32 or bf16"
-            )
-        self.processes.raise_together(error)
+        with self.processes.together():
+            if blamed:
+                what, value, rows = blamed[0]
+                raise FloatingPointError(
+                    f"training: the {what} must be finite, got {value.item()} at step {self.step} in "
+                    f"{name_rows(rows)}; lower the learning rate, or train in float32 or bf16"
+                )

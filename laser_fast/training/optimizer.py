@@ -19,9 +19,6 @@ def build_optimizer(modules: nn.Module, config: OptimizerConfig) -> torch.optim.
 
     With `eight_bit`, moments have 8 bits and one scale for 256 values (Dettmers et al. 2022, arXiv:2110.02861);
     parameters of fewer than 4096 values keep theirs in 32 bits.
-
-    Raises:
-        RuntimeError: `eight_bit` without bitsandbytes, or on a device for which it has no 8-bit Adam.
     """
     decayed = {id(module.weight) for module in modules.modules() if isinstance(module, nn.Linear)}
     trained = [parameter for parameter in modules.parameters() if parameter.requires_grad]

@@ -54,11 +54,7 @@ def pretrain(session: Session) -> None:
 
 
 def build_heads(config: LaserConfig, model: LaserModel) -> PretrainingHeads:
-    """What stage 1 trains beside M-Former; begins with the layers of a BERT where the configuration names one.
-
-    Raises:
-        FileNotFoundError, ValueError: see `load_bert`.
-    """
+    """What stage 1 trains beside M-Former; begins with the layers of a BERT where the configuration names one."""
     objective = config.objective
     assert model.mformer is not None
     weights = TermWeights(objective.contrastive_weight, objective.matching_weight, objective.generation_weight)

@@ -74,12 +74,7 @@ def train_text(session: Session) -> None:
 
 
 def initialize_text(model: LaserModel, folder: str) -> None:
-    """Begin with the vectors and the trained residual of another model.
-
-    Raises:
-        FileNotFoundError: `folder` has no saved Laser.
-        ValueError: it has another catalogue, language model, tokenizer or text settings; names what differs.
-    """
+    """Begin with the vectors and the trained residual of the saved model in `folder`, which must fit."""
     saved = find_saved(resolve_path(folder))
     if saved is None:
         raise FileNotFoundError(f"initialize_text: the folder must hold a saved Laser, got {folder!r}")
@@ -121,9 +116,6 @@ def fit_text_line(
 
     Returns:
         The recommender, without repeat or popularity terms, as `search_calibration` wants it.
-
-    Raises:
-        FloatingPointError: the loss is not finite.
     """
     rows, device = training_rows(split.train, _LINE_HISTORY), vectors.device
     with forked_generators(device):

@@ -6,8 +6,8 @@ The stages, in order: `text` trains the text residual alone, `pretrain` M-Former
 `phase_b` the user side against the catalogue (stage 2). States are kept on the way, see `epochs`.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 
 import numpy as np
@@ -70,12 +70,12 @@ def train_laser(config: LaserConfig, *, resume: bool = False, progress: bool = T
     processes = Processes(accelerator.device)
     first = processes.first
     with ExitStack() as stack:
-        with _together(processes):  # before minutes of loading
+        with processes.together():  # before minutes of loading
             run = stack.enter_context(open_run(config.output, config, resume=resume and first, writes=first))
         set_seed(config.training.seed)
         inputs = load_inputs(config)
         model = _build(config, inputs, accelerator.device)
-        with _together(processes):
+        with processes.together():
             run.begin(tensorboard=config.training.tensorboard)
         if not run.finished:
             session = Session(
@@ -98,11 +98,7 @@ def train_laser(config: LaserConfig, *, resume: bool = False, progress: bool = T
 
 
 def is_finished(config: LaserConfig) -> bool:
-    """Whether the run in `config.output` came to its end; loads nothing.
-
-    Raises:
-        FileNotFoundError, ValueError: there is no such run, it began with other settings, or another process is at it.
-    """
+    """Whether the run in `config.output`, which must fit the configuration, came to its end; loads nothing."""
     finished = RunDirectory(config.output, config, resume=True, writes=False).finished
     if finished and launched_first():
         with open_run(config.output, config, resume=True):
@@ -131,17 +127,6 @@ def _accelerator(config: LaserConfig) -> Accelerator:
         # a batch is of all processes, so the schedule goes on by one with every step
         dataloader_config=DataLoaderConfiguration(split_batches=True),
     )
-
-
-@contextmanager
-def _together(processes: Processes) -> Iterator[None]:
-    """What one process refuses in here, all do."""
-    error: Exception | None = None
-    try:
-        yield
-    except (OSError, ValueError) as refused:
-        error = refused
-    processes.raise_together(error)
 
 
 def _build(config: LaserConfig, inputs: Inputs, device: torch.device) -> LaserModel:

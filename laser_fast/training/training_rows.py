@@ -20,9 +20,6 @@ def laser_rows(config: LaserConfig, inputs: Inputs, *, warn: bool = True) -> Tra
 
     Args:
         warn: warn, with the measured gap, if the prefix would be learned from a recommender that has seen the targets.
-
-    Raises:
-        ValueError: `mformer.states` is "cross-fitted" and the recommender has no folds.
     """
     max_history = max(config.prompt.max_items, config.mformer.max_history, config.text.max_history)
     folds = _folds(config, inputs, warn) if config.bituning.reads_states else None

@@ -205,7 +205,9 @@ def measure(file: Path) -> None:
         found["apart"] = processes.gather(torch.tensor([processes.rank]))
     found["gathered"] = processes.gather(torch.tensor([processes.rank] * (processes.rank + 1)))
     try:
-        processes.raise_together(ValueError("no such folder") if processes.rank else None)
+        with processes.together():
+            if processes.rank:
+                raise ValueError("no such folder")
     except (ValueError, OtherProcessFailed) as error:
         found["error"] = torch.tensor(list(f"{type(error).__name__}: {error}".encode()), dtype=torch.uint8)
     linear = torch.nn.Linear(2, 2)

@@ -104,11 +104,7 @@ class Fitting:
         self.warmup.load_state_dict(state.part("warmup").values)
 
     def epoch(self) -> float:
-        """One pass in random order; the mean loss over all targets.
-
-        Raises:
-            FloatingPointError: the loss is not finite.
-        """
+        """One pass in random order; the mean loss over all targets, which must be finite."""
         model = self.model.train()
         total, count = 0.0, 0
         order = torch.randperm(len(self.windows.starts)).numpy()

@@ -43,11 +43,7 @@ class RecommenderRun:
             self.directory.log(**values)
 
     def keep(self, stage: str, epoch: int, fitting: Fitting, **parts: State) -> None:
-        """Save the state before `epoch` of a stage, with `parts` it depends on; if a signal came, stop here.
-
-        Raises:
-            Interrupted: a signal came.
-        """
+        """Save the state before `epoch` of a stage, with `parts` it depends on; `Interrupted` if a signal came."""
         if self.directory is None:
             return
         position = {
@@ -85,16 +81,10 @@ class RecommenderRun:
 def open_recommender_run(
     path: str | Path | None, config: RecommenderConfig, fingerprint: dict[str, Any], *, resume: bool
 ) -> Iterator[RecommenderRun]:
-    """Claim the folder, make or open the run in it, and take note of signals meanwhile.
+    """Claim the folder, make or open the run in it, and take note of signals meanwhile; path None = keep nothing.
 
     Args:
-        path: None = nothing is kept.
         fingerprint: what the recommender is fitted to, by its name in a message.
-
-    Raises:
-        FileExistsError, FileNotFoundError: see `open_run`.
-        ValueError: see `open_run`; the run began with something else; all its states are damaged; or a run is to be
-            resumed without a path.
     """
     if path is None:
         if resume:

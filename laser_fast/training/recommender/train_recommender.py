@@ -112,10 +112,6 @@ def train_folds(
         epochs: passes over the sequences of the other folds; those of `model` up to its best.
         seed: of the folds, and the one `model` was trained with.
         run: where the loss of every epoch is logged, with the fold, and from which the folds go on; None = nowhere.
-
-    Raises:
-        ValueError: a fold leaves no sequence of two events to learn from.
-        FloatingPointError: the loss is not finite.
     """
     user_folds = _folds_of_users(split, config.folds, seed)
     run = RecommenderRun() if run is None else run
