@@ -30,11 +30,8 @@ def explain_shortage(config: LaserConfig, *, on_gpu: bool, plan: Plan | None = N
 
 def explain_pretraining_shortage(config: LaserConfig, plan: Plan | None = None) -> Explain:
     """The message of stage 1, which runs no language model and needs the whole batch at once."""
-
-    def explain(shortage: Shortage) -> str:
-        return f"training: {shortage}; lower training.batch_size below {config.training.batch_size}{_said(plan)}"
-
-    return explain
+    setting = f"lower training.batch_size below {config.training.batch_size}"
+    return lambda shortage: f"training: {shortage}; {setting}{_said(plan)}"
 
 
 def explain_optimizer_shortage(eight_bit: bool, reason: str, plan: Plan | None = None) -> str:

@@ -170,10 +170,6 @@ class _StatesWithoutValues(nn.Module):
         """[N], [B+1] -> [N, D_id]."""
         return torch.empty(items.shape[0], self.state_size, device=items.device)
 
-    def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """[N], [B+1] -> [B, I]."""
-        return torch.empty(cu_seqlens.shape[0] - 1, self.num_items, device=items.device)
-
 
 def batch_without_values(step: StepShape) -> PackedBatch:
     """A training batch of this shape on the meta device."""

@@ -29,8 +29,11 @@ class TensorBoardLog:
     def follow(self, log: bytes) -> None:
         """Bring the event files up to `log`, the whole content of metrics.jsonl."""
         if self._writer is None or not log.startswith(self._written):
-            self._begin()
-        assert self._writer is not None
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.close()
+            remove(self.folder)
+            self._writer = SummaryWriter(str(self.folder))
         for line in log[len(self._written) :].splitlines():
             values = json.loads(line)
             for tag, value in scalars(values):
@@ -44,13 +47,6 @@ class TensorBoardLog:
             self._writer.close()
             self._writer = None
         self._written = b""
-
-    def _begin(self) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.close()
-        remove(self.folder)
-        self._writer = SummaryWriter(str(self.folder))
 
 
 def scalars(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

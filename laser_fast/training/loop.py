@@ -46,11 +46,10 @@ class EarlyStopping:
 
     def improved(self, value: float, epoch: int) -> bool:
         """Record the value of an epoch; True if it is the best so far."""
-        if value > self.best:
-            self.best, self.best_epoch, self.waited = value, epoch, 0
-            return True
-        self.waited += 1
-        return False
+        if better := value > self.best:
+            self.best, self.best_epoch = value, epoch
+        self.waited = 0 if better else self.waited + 1
+        return better
 
     @property
     def stop(self) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -79,7 +79,7 @@ def train_recommender(
                 torch.manual_seed(seed)
                 model = build_recommender(num_items, config).to(device)
                 model.split_hash, model.item_map_hash = split.hash, item_map_hash
-                epochs = _fit(model, Fitting(model, windows, config), split, config, run, progress)
+                epochs = _fit(Fitting(model, windows, config), split, config, run, progress)
             model.eval()
             if config.folds:
                 model.cross_fitted = train_folds(
@@ -119,35 +119,39 @@ def train_folds(
     with forked_generators(model.item_embedding.weight.device):
         for fold in range(config.folds):
             windows = Windows.cut(split.train.select(user_folds[split.train_users] != fold), config.max_length)
-            twin, name = _start_fold(model, seed, fold), f"fold{fold}"
+            torch.manual_seed(seed)
+            twin, name = model.twin().to(model.item_embedding.weight.device), f"fold{fold}"
+            torch.manual_seed(int(np.random.SeedSequence([seed, 1 + fold]).generate_state(1)[0]))
             if run.resumed is not None and name in run.resumed.values:
                 twin.load_state_dict(run.resumed.part(name).tensors)
             else:
-                title = f"{type(twin).__name__} without fold {fold + 1} of {config.folds}"
                 fitting = Fitting(twin, windows, config)
-                with tqdm(total=epochs, desc=title, unit="epoch", disable=not progress) as bar:
-                    _fit_fold(fitting, fold, epochs, run, done, bar)
+                state = run.take_up(name, fitting)
+                first = 0 if state is None else state.values["position"]["epoch"]
+                title = f"{type(twin).__name__} without fold {fold + 1} of {config.folds}"
+                with tqdm(total=epochs, initial=first, desc=title, unit="epoch", disable=not progress) as bar:
+                    for epoch in range(first, epochs):
+                        with run.interruption.at_once():
+                            loss = fitting.epoch()
+                        run.log(fold=fold, epoch=epoch, loss=loss)
+                        run.keep(name, epoch + 1, fitting, **done)  # with what the later folds need
+                        bar.update()
+                twin.load_state_dict(fitting.averaged.state_dict())
             models.append(twin.eval())
             done[name] = State(dict(twin.state_dict()))
             bases.append(_rotation(model, twin, windows, config.batch_size))
     return CrossFitted(models, user_folds, split.hash, torch.stack(bases))
 
 
-def _fit(
-    model: PackedRecommender,
-    fitting: Fitting,
-    split: Split,
-    config: RecommenderConfig,
-    run: RecommenderRun,
-    progress: bool,
-) -> int:
-    """Train `model` in place and leave it with its best weights; the number of epochs those took."""
+def _fit(fitting: Fitting, split: Split, config: RecommenderConfig, run: RecommenderRun, progress: bool) -> int:
+    """Leave the model with its best weights; the number of epochs those took."""
+    model, valid = fitting.model, split.valid
     if run.resumed is not None and _FULL in run.resumed.values:  # it stands in a fold
         full = run.resumed.part(_FULL)
         model.load_state_dict(full.tensors)
         return int(full.values["epochs"])
     stopping = EarlyStopping(config.patience)
-    first, best_weights = 0, _copy(model)
+    first, best_weights = 0, copy.deepcopy(model.state_dict())
     if (state := run.take_up("model", fitting)) is not None:
         first, best_weights = state.values["position"]["epoch"], state.part("best").tensors
         stopping.put_back(state.part("best").values)
@@ -158,34 +162,16 @@ def _fit(
                 break
             with run.interruption.at_once():
                 loss = fitting.epoch()
-                rows = split.valid
-                metrics = evaluate(fitting.averaged, rows, device=fitting.device) if len(rows) else None
+                metrics = evaluate(fitting.averaged, valid, device=fitting.device) if len(valid) else None
             quality = metrics["NDCG@10"].mean if metrics is not None else -loss
             run.log(epoch=epoch, loss=loss, **({"valid": metrics.to_dict()["metrics"]} if metrics else {}))
             if stopping.improved(quality, epoch):
-                best_weights = _copy(fitting.averaged)
+                best_weights = copy.deepcopy(fitting.averaged.state_dict())
             run.keep("model", epoch + 1, fitting, best=State(best_weights, stopping.values()))
             bar.set_postfix_str(f"loss {loss:.3f}, best NDCG@10 {stopping.best:.4f} in epoch {stopping.best_epoch}")
             bar.update()
     model.load_state_dict(best_weights)
     return stopping.best_epoch + 1
-
-
-def _fit_fold(
-    fitting: Fitting, fold: int, epochs: int, run: RecommenderRun, done: dict[str, State], bar: tqdm[Any]
-) -> None:
-    """Fit the model of one fold in place, from where the run stands; a state keeps the `done` models too."""
-    name = f"fold{fold}"
-    state = run.take_up(name, fitting)
-    first = 0 if state is None else state.values["position"]["epoch"]
-    bar.update(first)
-    for epoch in range(first, epochs):
-        with run.interruption.at_once():
-            loss = fitting.epoch()
-        run.log(fold=fold, epoch=epoch, loss=loss)
-        run.keep(name, epoch + 1, fitting, **done)
-        bar.update()
-    fitting.model.load_state_dict(fitting.averaged.state_dict())
 
 
 def _folds_of_users(split: Split, num_folds: int, seed: int) -> np.ndarray:
@@ -200,14 +186,6 @@ def _folds_of_users(split: Split, num_folds: int, seed: int) -> np.ndarray:
                 f"{num_folds} that leaves none; set fewer folds, or 0 for none"
             )
     return folds
-
-
-def _start_fold(model: PackedRecommender, seed: int, fold: int) -> PackedRecommender:
-    """The model of a fold before its first step; seeds torch's generator for the fitting."""
-    torch.manual_seed(seed)
-    twin = model.twin().to(model.item_embedding.weight.device)
-    torch.manual_seed(int(np.random.SeedSequence([seed, 1 + fold]).generate_state(1)[0]))
-    return twin
 
 
 def _rotation(model: PackedRecommender, twin: PackedRecommender, windows: Windows, batch_size: int) -> Tensor:
@@ -227,7 +205,3 @@ def _rotation(model: PackedRecommender, twin: PackedRecommender, windows: Window
         other += float(full.norm(dim=1).sum())
     left, _, right = torch.linalg.svd(cross)
     return (left @ right * (other / length)).float()
-
-
-def _copy(model: PackedRecommender) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
