@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-_BUCKET_BYTES = 32 << 20  # of gradients in one all-reduce; bounds the memory of the copy
+_BUCKET_BYTES = 32 << 20  # gradients in one all-reduce; bounds the memory of the copy
 
 
 class OtherProcessFailed(RuntimeError):

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 
-_LAYERS = (3, 5)  # of the rehearsed models; the last layer differs from the others, the first may
+_LAYERS = (3, 5)  # layers of the rehearsed models; the last layer differs from the others, the first may
 _ROWS = (64, 192)  # enough for the language model to take most, as it does where memory is short
 _USABLE = 0.95  # share of a card; the rest is lost between blocks of the allocator
 _CONTEXT_BYTES = 600_000_000  # CUDA context and workspaces of cuBLAS
@@ -93,7 +93,7 @@ class MemoryPlan:
     optimizer_step: int  # beside `fixed` while the optimizer updates
     checkpointing: str  # the mode of the configuration
     batch_tokens: int  # packed tokens of a whole batch
-    row_tokens: float  # of a user, its positive, and their virtual tokens
+    row_tokens: float  # a user, its positive, and their virtual tokens
     workload: Workload
 
     @cached_property

@@ -31,7 +31,7 @@ class StepShape:
     """One micro-batch: users and the items that are encoded with them."""
 
     workload: Workload  # `item_tokens` 0: no item is encoded
-    num_negatives: int = 0  # of a user
+    num_negatives: int = 0  # drawn for each user
     text_history: int = 0  # most items of a user whose text vectors are read
     rows: int = 1
 

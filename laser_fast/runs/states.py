@@ -144,7 +144,7 @@ def _number(folder: Path) -> int:
 
 
 class _StateDescription(Description):
-    format: int  # of state.json
+    format: int
 
 
 def _read(folder: Path) -> State:

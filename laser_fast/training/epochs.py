@@ -61,10 +61,10 @@ class Stage:
 
     session: Session
     name: str
-    title: str  # of the progress bar
+    title: str  # shown in the progress bar
     settings: StageConfig
     optimizer: OptimizerConfig
-    seed: int  # of the order of the rows
+    seed: int  # decides the order of the rows
     modules: nn.Module
     loss_function: LossFunction
     stopping: EarlyStopping

@@ -72,10 +72,10 @@ class EpochSums:
     """What an epoch has added up so far; a resumed epoch goes on from here."""
 
     steps: int = 0
-    tokens: int = 0  # of text
+    tokens: int = 0  # text tokens
     micro_batches: int = 0
     time_s: float = 0.0
-    totals: dict[str, Tensor] = field(default_factory=dict)  # of what the loss function reports
+    totals: dict[str, Tensor] = field(default_factory=dict)  # sums of what the loss function reports
 
     def add(self, values: dict[str, Tensor], tokens: int, micro_batches: int) -> None:
         """Count one step."""

@@ -326,25 +326,15 @@ def test_a_finished_run_stays_as_it_is(
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
 
-@pytest.mark.parametrize("by", ["command", "function"])
 def test_what_a_kill_left_after_the_end_goes(
-    settings: dict[str, Any],
-    assert_same_run: Same,
-    whole: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    by: str,
+    settings: dict[str, Any], assert_same_run: Same, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(StateFolder, "clear", CLEAR)
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     assert (run / "states").exists()
     lock_file(run).touch()
-    config = config_of(settings, run)
-    (tmp_path / "run.yaml").write_text(dump_config(config))
-    if by == "command":
-        assert main(["train", str(tmp_path / "run.yaml"), "--resume"]) == 0
-    else:
-        train_laser(config, resume=True, progress=False)
+    (tmp_path / "run.yaml").write_text(dump_config(config_of(settings, run)))
+    assert main(["train", str(tmp_path / "run.yaml"), "--resume"]) == 0
     assert not (run / "states").exists() and sorted(tmp_path.iterdir()) == [run, tmp_path / "run.yaml"]
     assert_same_run(run, whole)

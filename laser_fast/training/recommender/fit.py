@@ -22,7 +22,7 @@ from laser_fast.training.optimizer import load_optimizer_state, optimizer_state
 
 _WARMUP_STEPS = 50
 _MAX_GRAD_NORM = 5.0
-_AVERAGE_DECAY = 0.98  # of the running mean of the weights, per step
+_AVERAGE_DECAY = 0.98  # per step, in the running mean of the weights
 
 
 @dataclass(frozen=True)
