@@ -1,14 +1,14 @@
-"""Several processes that train one model, each on its share of a batch's rows.
+"""Several processes train one model, each on its share of a batch's rows.
 
     L = sum_r w_r L_r        w_r = rows of process r / rows of the batch
     dL = sum_r w_r dL_r      added up once a step, when the gradients of all micro-batches are there
 
-`L_r` may look at rows of the other processes: `Processes.gather` hands them out and carries their gradient back, so the
+`L_r` may depend on rows of other processes: `Processes.gather` hands them out and carries their gradient back, so the
 sum is the gradient that one process has on the whole batch.
 
-One all-reduce after backward adds the gradients, not `DistributedDataParallel`: that wants one wrapper around every
-forward and each parameter in each backward, and divides by the number of processes, while stages train parts of the
-model and shares differ in size. The lost overlap is small: few parameters are trained beside a frozen model.
+Gradients are added by one all-reduce after backward. `DistributedDataParallel` wants one wrapper around every forward
+and each parameter in each backward, and divides by the number of processes, while stages train parts of the model and
+shares differ in size. Little overlap is lost: few parameters are trained beside a frozen model.
 """
 
 import os
@@ -21,24 +21,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-_BUCKET_BYTES = 32 << 20  # of gradients that are copied together for one all-reduce; bounds the memory of the copy
+_BUCKET_BYTES = 32 << 20  # gradients in one all-reduce; bounds the memory of the copy
 
 
 class OtherProcessFailed(RuntimeError):
-    """Another process cannot go on, so this one must not either."""
+    """Another process cannot go on, so this one stops too."""
 
     def __init__(self, rank: int, reason: str) -> None:
         super().__init__(f"training: all processes must go on together, got an error in process {rank}: {reason}")
 
 
 class Processes:
-    """The processes of torch's default group, and the `rank` of this one; one alone where there is no group.
+    """The processes of torch's default group, and the `rank` of this one; a single process where there is no group.
 
-    All processes call every method but `share` at the same place; one process alone gets back what it gave.
+    All processes call every method but `share` at the same place; a single process gets back what it gave.
 
     Args:
-        device: where tensors are put to be sent (that of the training: NCCL takes nothing else).
-        alone: know nobody, whatever group there is.
+        device: from which tensors are sent (that of the training: NCCL takes no other).
+        alone: a single process, whatever group there is.
     """
 
     def __init__(self, device: torch.device | str = "cpu", *, alone: bool = False) -> None:
@@ -51,17 +51,17 @@ class Processes:
 
     @property
     def size(self) -> int:
-        """How many there are; 1 within `apart`."""
+        """Number of processes; 1 within `apart`."""
         return 1 if self._apart else self._size
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes and prints."""
+        """Whether this process writes and prints."""
         return self.rank == 0
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """For work that every process repeats by itself: nothing is communicated within."""
+        """Within, nothing is communicated: for work that every process repeats by itself."""
         before, self._apart = self._apart, True
         try:
             yield
@@ -70,9 +70,9 @@ class Processes:
 
     @contextmanager
     def standing_in(self, stands_in: bool) -> Iterator[None]:
-        """Within, the rows of this process are no part of the batch: a share without rows takes one of another share.
+        """Within, the rows of this process are no part of the batch, and the others do not see them.
 
-        Its loss counts nothing, the others do not see its rows, and no kernel meets an empty batch.
+        A share without rows takes a row of another share, so that no kernel meets an empty batch.
         """
         before, self._stands_in = self._stands_in, stands_in
         try:
@@ -81,7 +81,7 @@ class Processes:
             self._stands_in = before
 
     def share(self, count: int, rank: int | None = None) -> np.ndarray:
-        """Which of `count` rows a process takes (None: this one): int64, consecutive, sizes differ by at most one."""
+        """The rows out of `count` that a process takes (None: this one): int64, consecutive, sizes equal up to one."""
         rank = (0 if self._apart else self.rank) if rank is None else rank
         rows: np.ndarray = np.array_split(np.arange(count, dtype=np.int64), self.size)[rank]
         return rows
@@ -89,8 +89,7 @@ class Processes:
     def gather(self, rows: Tensor) -> Tensor:
         """The rows of all processes, [n, ...] -> [sum n, ...]: those of this process first, then the others by rank.
 
-        n may differ between the processes. Rows that stand in are seen by their own process only. The gradient of a row
-        goes back to its process, where it is the sum over all processes.
+        n may differ between processes. The gradient of a row goes back to its process, summed over all.
         """
         if self.size == 1:
             return rows
@@ -98,24 +97,21 @@ class Processes:
         return gathered
 
     def gather_parts(self, rows: Tensor) -> list[Tensor]:
-        """What each process gave, by rank, without gradient: one [n, ...] each, on the device of `rows`."""
+        """What each process gave, by rank: one [n, ...] each, without gradient, on the device of `rows`."""
         if self.size == 1:
             return [rows]
         parts = _all_gather(rows.detach().to(self.device), self._counts(len(rows)))
         return [part.to(rows.device) for part in parts]
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over the processes, with gradient: floating point, the same shape everywhere; who stands in adds 0."""
+        """Sum over the processes, with gradient, of one shape everywhere; a process that stands in adds 0."""
         if self.size == 1:
             return values
         total: Tensor = _Sum.apply(values, 0.0 if self._stands_in else 1.0)
         return total
 
     def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Add up `.grad` over the processes; a parameter without one in every process keeps none.
-
-        All processes end with the same bits, whichever way the backend adds.
-        """
+        """Add up `.grad` over the processes, to the same bits in all; a parameter without any keeps none."""
         if self.size == 1:
             return
         present = torch.tensor([float(p.grad is not None) for p in parameters], device=self.device)
@@ -129,7 +125,7 @@ class Processes:
                 parameter.grad = total.view_as(parameter).clone()
 
     def sum_values(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Every entry summed over the processes, in one message: floating point tensors without gradient."""
+        """Every entry summed over the processes, in one message, without gradient."""
         if self.size == 1:
             return values
         flat = torch.cat([value.reshape(-1).to(torch.float64) for value in values.values()])
@@ -139,7 +135,7 @@ class Processes:
         return {name: total.view_as(value).to(value.dtype) for (name, value), total in pairs}
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true in some process."""
+        """Whether the flag is true in some process."""
         return self.largest(int(flag)) > 0
 
     def largest(self, value: int) -> int:
@@ -158,7 +154,7 @@ class Processes:
         return float(self.gather_parts(told)[0])
 
     def synchronize(self, module: nn.Module) -> None:
-        """Give the parameters that are trained the values they have in process 0."""
+        """Give the trained parameters the values they have in process 0."""
         if self.size == 1:
             return
         for parameter in module.parameters():
@@ -169,8 +165,14 @@ class Processes:
         """Go on when all processes are here."""
         self.largest(0)
 
-    def raise_together(self, error: Exception | None) -> None:
-        """Stop all processes when one has an error: it raises its own, the others `OtherProcessFailed` of the first."""
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """All processes stop if one refuses something within: it raises its own error, the others that of the first."""
+        error: Exception | None = None
+        try:
+            yield
+        except (OSError, ValueError, FloatingPointError) as refused:
+            error = refused
         text = "" if error is None else str(error) or type(error).__name__
         told = self.gather_parts(torch.tensor(list(text.encode()), dtype=torch.uint8))
         if error is not None:
@@ -187,11 +189,10 @@ class Processes:
 
 
 ALONE = Processes(alone=True)
-"""One process, with nobody to talk to."""
 
 
 class _Gather(torch.autograd.Function):
-    """See `Processes.gather`; backward adds the gradients of all processes and keeps those of the own rows."""
+    """See `Processes.gather`; backward adds the gradients of all processes and keeps those of its own rows."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: list[int], rank: int) -> Tensor:
@@ -230,7 +231,7 @@ class _Sum(torch.autograd.Function):
 
 
 def _all_gather(rows: Tensor, counts: list[int]) -> list[Tensor]:
-    """The rows of every process, by rank; sent padded to the longest, as no backend takes ragged parts."""
+    """The rows of every process, by rank; sent padded, as no backend takes ragged parts."""
     longest = max(counts)
     padded = rows.new_zeros((longest, *rows.shape[1:]))
     padded[: len(rows)] = rows
@@ -240,7 +241,7 @@ def _all_gather(rows: Tensor, counts: list[int]) -> list[Tensor]:
 
 
 def _buckets(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Parameters in order, as many of one dtype at a time as `_BUCKET_BYTES` has room for, at least one."""
+    """Parameters in order, of one dtype and at most `_BUCKET_BYTES` at a time, but at least one."""
     bucket: list[Tensor] = []
     filled = 0
     for parameter in parameters:
@@ -255,16 +256,16 @@ def _buckets(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def launched_size() -> int:
-    """How many processes the launcher (torchrun, accelerate) says there are, before they know each other."""
+    """Number of processes according to the launcher (torchrun, accelerate), before they know each other."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def launched_first() -> bool:
-    """Whether this is the process that prints, by the launcher's word."""
+    """Whether this process prints, according to the launcher."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def leave() -> None:
-    """Take leave of the other processes when all is done; without a group, nothing."""
+    """Leave torch's group, if there is one, at the end."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

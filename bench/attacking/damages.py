@@ -187,9 +187,9 @@ def _saved_answers(place: Path, histories: list[list[str]]) -> list[str]:
 
 
 def _run_answers(place: Path, histories: list[list[str]]) -> list[str]:
-    from laser_fast.runs.checkpoint import load_laser
+    from laser_fast.runs.checkpoint import Run
 
-    return _answers(load_laser(place)[0], histories)
+    return _answers(Run.load(place).model, histories)
 
 
 def _answers(model: Any, histories: list[list[str]]) -> list[str]:
@@ -216,7 +216,7 @@ def _states(place: Path) -> list[str]:
     with torch.no_grad():
         found = [model.states(items, cu_seqlens), model.score(items, cu_seqlens)]
         if folds is not None:
-            found += [folds.states(items, cu_seqlens, fold) for fold in range(len(folds.models))]
+            found += [model.fold_states(items, cu_seqlens, fold) for fold in range(len(folds.models))]
             of_users = folds.of_users(np.arange(30)).tolist()
     return [*_tensors(found), str(model.split_hash), str(model.item_map_hash), str(of_users)]
 
@@ -232,11 +232,10 @@ def _newest_state(place: Path) -> list[Any]:
     import warnings
 
     from laser_fast.config import LaserConfig, load_config
-    from laser_fast.runs.resume import StateFolder
     from laser_fast.runs.run_directory import RunDirectory
 
     config = load_config(LaserConfig, place / "config.yaml")
-    states = StateFolder(RunDirectory(place, config, resume=True))
+    states = RunDirectory(place, config, resume=True).states
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         state = states.newest()

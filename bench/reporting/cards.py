@@ -25,8 +25,9 @@ from laser_fast.lm.frozen_lm import FrozenLM
 from laser_fast.lm.loading.language_model import load_model
 from laser_fast.models.assembly import build_execution, laser_parts
 from laser_fast.ops import cu_seqlens_from_lengths
-from laser_fast.planning.plan import MemoryPlan, Workload, estimate_memory
+from laser_fast.planning.plan import MemoryPlan, estimate_memory
 from laser_fast.planning.plan_table import card_bytes
+from laser_fast.planning.workload import Workload
 from laser_fast.recommenders import SASRec
 from laser_fast.training.optimizer import build_optimizer
 from reporting.context import Context, Deadline, run_script

@@ -16,7 +16,8 @@ from laser_fast.lm.frozen_lm import FrozenLM
 from laser_fast.lm.loading.language_model import RANDOM_SCHEME
 from laser_fast.lm.loading.random_models import Placement, known_shapes, random_config, random_model
 from laser_fast.ops import cu_seqlens_from_lengths
-from laser_fast.planning.plan import MemoryPlan, Workload, estimate_memory
+from laser_fast.planning.plan import MemoryPlan, estimate_memory
+from laser_fast.planning.workload import Workload
 from reporting.context import Context
 from reporting.reasons import package_missing
 

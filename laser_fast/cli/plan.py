@@ -22,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> None:
     """Print the plan as a table or as JSON."""
     from laser_fast.planning.plan import estimate_memory
-    from laser_fast.planning.plan_table import table, to_dict, workload_of
+    from laser_fast.planning.plan_table import table, to_dict
+    from laser_fast.planning.workload import workload_of
 
     config = load_config(LaserConfig, parsed.config, parsed.set)
     workload = workload_of(config)

@@ -11,9 +11,8 @@ from laser_fast.data import EvaluationRows
 from laser_fast.files.folders import replace_json
 
 if TYPE_CHECKING:
-    from laser_fast.config import LaserConfig
-    from laser_fast.laser import LaserModel
     from laser_fast.laser.build import Inputs
+    from laser_fast.runs.checkpoint import Run
 
 
 def add_run(command: argparse.ArgumentParser) -> None:
@@ -41,14 +40,14 @@ def add_output(command: argparse.ArgumentParser) -> None:
     command.add_argument("--output", help="also write the figures to this JSON file")
 
 
-def load_run(parsed: argparse.Namespace, run: str) -> "tuple[LaserModel, Inputs, LaserConfig]":
-    """The model of a run directory, what it was built on, and its configuration."""
-    from laser_fast.runs.checkpoint import load_laser
+def load_run(parsed: argparse.Namespace, run: str) -> "Run":
+    """The run in this directory, with its data, recommender and language model where the arguments say."""
+    from laser_fast.runs.checkpoint import Run
 
-    return load_laser(run, data=parsed.data, recommender=parsed.recommender, llm=parsed.llm)
+    return Run.load(run, data=parsed.data, recommender=parsed.recommender, llm=parsed.llm)
 
 
-def load_runs(parsed: argparse.Namespace, runs: Sequence[str]) -> "Iterator[tuple[LaserModel, Inputs, LaserConfig]]":
+def load_runs(parsed: argparse.Namespace, runs: Sequence[str]) -> "Iterator[Run]":
     """`load_run` of each, after all were found; they must have one split."""
     from laser_fast.runs.checkpoint import find_run
 
@@ -56,12 +55,12 @@ def load_runs(parsed: argparse.Namespace, runs: Sequence[str]) -> "Iterator[tupl
         find_run(Path(run))
     first = None
     for run in runs:
-        model, inputs, config = load_run(parsed, run)
-        first = first or inputs.split.hash
-        if inputs.split.hash != first:
-            got = f"got {first[:12]} and {inputs.split.hash[:12]}"
-            raise ValueError(f"{parsed.command}: runs must have one split, {got}")
-        yield model, inputs, config
+        loaded = load_run(parsed, run)
+        found = loaded.inputs.split.hash
+        first = first or found
+        if found != first:
+            raise ValueError(f"{parsed.command}: runs must have one split, got {first[:12]} and {found[:12]}")
+        yield loaded
 
 
 def rows_to_rank(parsed: argparse.Namespace, inputs: "Inputs") -> EvaluationRows:

@@ -7,14 +7,14 @@ from laser_fast.lm.execution.execution import CHECKPOINTING
 from laser_fast.models.token_budget import Explain, Shortage
 
 Plan = Callable[[], str]
-"""Says what the memory plan of the run expected; called when memory ran out."""
+"""Tells what the memory plan of the run expected; called when memory ran out."""
 
 
 def explain_shortage(config: LaserConfig, *, on_gpu: bool, plan: Plan | None = None) -> Explain:
-    """The message of stage 2: tokens, rows and the error, the settings to change in order, and what the plan said.
+    """The message of stage 2: what was needed, the settings to change in order, and what the plan said.
 
     Args:
-        on_gpu: whether bytes moved to host memory are saved.
+        on_gpu: whether moving bytes to host memory saves any.
     """
 
     def explain(shortage: Shortage) -> str:
@@ -29,16 +29,13 @@ def explain_shortage(config: LaserConfig, *, on_gpu: bool, plan: Plan | None = N
 
 
 def explain_pretraining_shortage(config: LaserConfig, plan: Plan | None = None) -> Explain:
-    """The message of stage 1, where no language model runs and the whole batch is needed at once."""
-
-    def explain(shortage: Shortage) -> str:
-        return f"training: {shortage}; lower training.batch_size below {config.training.batch_size}{_said(plan)}"
-
-    return explain
+    """The message of stage 1, which runs no language model and needs the whole batch at once."""
+    setting = f"lower training.batch_size below {config.training.batch_size}"
+    return lambda shortage: f"training: {shortage}; {setting}{_said(plan)}"
 
 
 def explain_optimizer_shortage(eight_bit: bool, reason: str, plan: Plan | None = None) -> str:
-    """The message for the step of the optimizer, which no splitting of batches makes smaller."""
+    """The message for the optimizer's step, which needs the same memory however batches are split."""
     setting = "train fewer parameters (mformer.num_layers, mformer.width)"
     if not eight_bit:
         setting = f"set optimizer.eight_bit to true or {setting}"

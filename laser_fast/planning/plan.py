@@ -1,7 +1,7 @@
 """How much memory a run needs, before it runs: `estimate_memory`.
 
-Fixed bytes are counted from the shapes of everything that stays. Those of a step come from rehearsals without values
-(`rehearsal`) of few layers and few rows: bytes are linear in layers, which are alike, and in rows: nothing is padded.
+Fixed bytes are counted from the shapes of everything that stays. Bytes of a step come from rehearsals without values
+(`rehearsal`) of few layers and few rows: they are linear in layers, which are alike, and in rows, as nothing is padded.
 """
 
 import copy
@@ -27,34 +27,18 @@ from laser_fast.planning.rehearsal import (
     rehearse_language_model,
     stored_bytes,
 )
+from laser_fast.planning.workload import Workload
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 GIB = 2**30
 
-_LAYERS = (3, 5)  # of the rehearsed models; the last layer differs from the others, and so may the first
-_ROWS = (64, 192)  # so many that the language model takes most, as it does wherever memory is short
-_USABLE = 0.95  # of a card; the rest is lost between blocks of the allocator
+_LAYERS = (3, 5)  # layers of the rehearsed models; the last layer differs from the others, the first may
+_ROWS = (64, 192)  # enough for the language model to take most, as it does where memory is short
+_USABLE = 0.95  # share of a card; the rest is lost between blocks of the allocator
 _CONTEXT_BYTES = 600_000_000  # CUDA context and workspaces of cuBLAS
 _ENOUGH_TOKENS = 2048  # in a micro-batch: with fewer, unpacking 4-bit weights takes over a seventh of the time
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What a plan needs to know about the data: means over rows, virtual tokens not counted."""
-
-    num_items: int
-    user_tokens: float
-    item_tokens: float
-    history: float  # items of a user that M-Former reads
-    state_size: int = 64
-    measured: bool = False  # from data, not from upper bounds in the configuration
-
-    @staticmethod
-    def assumed(config: LaserConfig) -> "Workload":
-        """100,000 items and the longest texts that the configuration allows, for when there is no data yet."""
-        return Workload(100_000, config.prompt.max_tokens, config.prompt.max_item_tokens, config.mformer.max_history)
 
 
 @dataclass(frozen=True)
@@ -69,7 +53,7 @@ class Line:
         return self.base + self.per_token * tokens
 
     def of_share(self, share: float) -> "Line":
-        """The same over all tokens, of which this line sees a share."""
+        """The same bytes by all tokens, where this line is by a share of them."""
         return Line(self.base, self.per_token * share)
 
     def __add__(self, other: "Line") -> "Line":
@@ -81,10 +65,10 @@ class StepBytes:
     """Bytes of a micro-batch in one mode."""
 
     kept: Line  # what forward leaves for backward
-    moments: tuple[Line, ...]  # one of which is the peak: backward of the users; of the items, with what users keep
+    moments: tuple[Line, ...]  # one is the peak: backward of the users, or of the items with what users keep
 
     def peak(self, tokens: int) -> int:
-        """Most bytes alive at any time in a micro-batch of so many packed tokens."""
+        """Most bytes alive at once in a micro-batch of so many packed tokens."""
         return round(max(line.at(tokens) for line in self.moments))
 
     def largest(self, free_bytes: float) -> int:
@@ -104,12 +88,12 @@ class Proposal:
 class MemoryPlan:
     """Bytes of a training run on one device."""
 
-    fixed: dict[str, int]  # by what they are for; alive all the time
-    step: dict[str, StepBytes]  # of a micro-batch, for every mode that was asked for and that the model has
+    fixed: dict[str, int]  # by purpose; alive all the time
+    step: dict[str, StepBytes]  # by mode
     optimizer_step: int  # beside `fixed` while the optimizer updates
     checkpointing: str  # the mode of the configuration
     batch_tokens: int  # packed tokens of a whole batch
-    row_tokens: float  # of a user, its positive, and their virtual tokens
+    row_tokens: float  # a user, its positive, and their virtual tokens
     workload: Workload
 
     @cached_property
@@ -118,21 +102,19 @@ class MemoryPlan:
         return sum(self.fixed.values())
 
     def total(self, tokens: int, mode: str | None = None) -> int:
-        """Most bytes alive at any time with micro-batches of so many packed tokens; mode None = the configured one."""
+        """Most bytes alive at once with micro-batches of so many packed tokens; mode None = the configured one."""
         step = self.step[self.checkpointing if mode is None else mode]
         return self.fixed_bytes + max(step.peak(tokens), self.optimizer_step)
 
     def largest_micro_batch(self, budget_bytes: int, mode: str) -> int:
-        """Packed tokens that fit into so many bytes in this mode; 0 where not even one row does."""
+        """Packed tokens that fit into so many bytes; 0 if not even one row does."""
         step = self.step[mode]
         free = _USABLE * budget_bytes - self.fixed_bytes
         tokens = step.largest(free)
         return tokens if tokens >= self.row_tokens and free >= self.optimizer_step else 0
 
     def propose(self, budget_bytes: int) -> Proposal | None:
-        """The cheapest mode in which a whole batch or 2,048 tokens fit, else the one that takes most tokens; with the
-        largest micro-batch. None where nothing fits.
-        """
+        """The cheapest mode that fits a whole batch or 2,048 tokens, else the one that fits most; None if none fits."""
         fits = {mode: self.largest_micro_batch(budget_bytes, mode) for mode in self.step}
         wanted = min(self.batch_tokens, _ENOUGH_TOKENS)
         useful = [mode for mode in CHECKPOINTING if fits.get(mode, 0) >= wanted]
@@ -146,13 +128,11 @@ def estimate_memory(
 ) -> MemoryPlan:
     """Bytes that training by this configuration needs, from shapes alone: no weight is read and no GPU is touched.
 
-    Mixed precision is not counted: with it M-Former needs less than said. On a GPU the context is assumed to take
-    0.6 GB.
+    Mixed precision, with which M-Former needs less, is not counted. A CUDA context is assumed to take 0.6 GB.
 
     Args:
-        workload: None = `Workload.assumed`; `plan_table.workload_of` measures one.
-        on_gpu: for a GPU, or for a CPU.
-        modes: of `execution.checkpointing` to look at, those without meaning for the model are left out.
+        workload: None = `Workload.assumed`; `workload_of` measures one.
+        modes: values of `execution.checkpointing`; those that the model does not have are left out.
 
     Raises:
         FileNotFoundError, ValueError: no such language model.
@@ -164,7 +144,7 @@ def estimate_memory(
     one = _one_row(config, workload)
     whole = model_without_values(config, shape, dtype, one)
     virtual = whole.virtual_tokens(batch_without_values(one))
-    items = 1 + one.num_negatives if one.item_tokens else 0
+    items = 1 + one.num_negatives if one.workload.item_tokens else 0
     rows = _Rows(workload.user_tokens + virtual, items * (workload.item_tokens + virtual), items)
     others = _kept_by_others(config, shape, dtype, one, rows)
     step = {}
@@ -190,10 +170,10 @@ def estimate_memory(
 
 
 def optimizer_bytes_per_parameter(config: OptimizerConfig) -> float:
-    """Bytes of the optimizer's state for a trained parameter, beside the parameter and its gradient.
+    """Bytes of the optimizer's state for a trained parameter.
 
-    8 for two moments in float32, 2.03 for two in 8 bits with a float32 scale for 256 values (bitsandbytes). The
-    smallest tensors, whose moments stay in 32 bits, are not told apart: in M-Former they are biases and norms.
+    8 for two moments in float32, 2.03 for two in 8 bits with a float32 scale for 256 values (bitsandbytes). Biases and
+    norms, whose moments stay in 32 bits, are too small to count.
     """
     return 2 * (1 + 4 / 256) if config.eight_bit else 8.0
 
@@ -217,7 +197,7 @@ def _fixed(config: LaserConfig, model: LaserModel, on_gpu: bool) -> dict[str, in
 
 @dataclass(frozen=True)
 class _Rows:
-    """Packed tokens of one row, virtual ones included: of its user and of its `items` encoded items."""
+    """Packed tokens of one row, virtual ones included: its user and its `items` encoded items."""
 
     user: float
     item: float
@@ -231,7 +211,7 @@ class _Rows:
 def _kept_by_others(
     config: LaserConfig, shape: "PretrainedConfig", dtype: torch.dtype, one: StepShape, rows: _Rows
 ) -> Line:
-    """What forward leaves outside of the language model, M-Former above all."""
+    """What forward leaves outside the language model, mostly in M-Former."""
     shallow = with_layers(shape, min(_LAYERS[0], shape.get_text_config().num_hidden_layers))
     model = model_without_values(config, shallow, dtype, one)
     kept = []
@@ -247,7 +227,7 @@ def _kept_by_others(
 def _step_bytes(
     config: LaserConfig, shape: "PretrainedConfig", dtype: torch.dtype, rows: _Rows, others: Line
 ) -> StepBytes:
-    """The language model in one mode, linear in layers and in tokens, on top of what is kept elsewhere."""
+    """The language model in one mode, on top of what is kept elsewhere."""
     num_layers = shape.get_text_config().num_hidden_layers
     few = sorted({min(layers, num_layers) for layers in _LAYERS})
     found = []
@@ -263,12 +243,12 @@ def _step_bytes(
         return _line(ends, rows.user)
 
     kept, peak = line("kept"), line("peak")
+    if not rows.item:
+        return StepBytes(others + kept, (others + peak,))
     user, item = rows.user / rows.tokens, rows.item / rows.tokens
-    moments = [others + peak.of_share(user)]
-    if item:
-        moments.append(others + kept.of_share(user) + peak.of_share(item))
-        return StepBytes(others + kept.of_share(user) + kept.of_share(item), tuple(moments))
-    return StepBytes(others + kept, tuple(moments))
+    kept_by_users = others + kept.of_share(user)
+    moments = others + peak.of_share(user), kept_by_users + peak.of_share(item)
+    return StepBytes(kept_by_users + kept.of_share(item), moments)
 
 
 def _rehearse_pass(config: LaserConfig, lm: FrozenLM, tokens: float, sequences: int) -> Rehearsal:
@@ -277,13 +257,13 @@ def _rehearse_pass(config: LaserConfig, lm: FrozenLM, tokens: float, sequences: 
 
 
 def _line(values: list[float], tokens: float) -> Line:
-    """Through the bytes of `_ROWS` rows of so many tokens."""
+    """The line through the bytes of `_ROWS` rows of so many tokens."""
     per_row = (values[1] - values[0]) / (_ROWS[1] - _ROWS[0])
     return Line(values[0] - per_row * _ROWS[0], per_row / tokens)
 
 
 def with_layers(shape: "PretrainedConfig", num_layers: int) -> "PretrainedConfig":
-    """The same architecture with fewer layers; settings that are listed by layer are cut to length."""
+    """The same architecture with fewer layers; settings listed by layer are cut to length."""
     shape = copy.deepcopy(shape)
     text = shape.get_text_config()
     before = text.num_hidden_layers
@@ -296,15 +276,10 @@ def with_layers(shape: "PretrainedConfig", num_layers: int) -> "PretrainedConfig
 
 def _one_row(config: LaserConfig, workload: Workload) -> StepShape:
     objective = config.objective
-    live = objective.item_gradient == "positives" and not config.text.items_are_texts
+    encodes_items = objective.item_gradient == "positives" and not config.text.items_are_texts
     return StepShape(
-        rows=1,
-        user_tokens=workload.user_tokens,
-        item_tokens=workload.item_tokens if live else 0.0,
-        history=workload.history,
-        num_items=workload.num_items,
-        state_size=workload.state_size,
-        num_negatives=objective.num_negatives if live or objective.candidates == "sampled" else 0,
+        workload=workload if encodes_items else replace(workload, item_tokens=0.0),
+        num_negatives=objective.num_negatives if encodes_items or objective.candidates == "sampled" else 0,
         text_history=config.text.max_history if config.text.residual else 0,
     )
 

@@ -1,61 +1,17 @@
-"""A memory plan from a configuration's data, in words and tables."""
+"""Memory plans as words, as a table and as JSON."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
-import numpy as np
-
-from laser_fast.config import LaserConfig, resolve_path
-from laser_fast.data import SequenceDataset, make_split, training_rows
-from laser_fast.laser.build import training_counts
+from laser_fast.config import LaserConfig
 from laser_fast.lm.execution.execution import CHECKPOINTING
-from laser_fast.lm.loading.language_model import load_tokenizer
-from laser_fast.models.assembly import build_batches
-from laser_fast.planning.plan import GIB, MemoryPlan, Workload, estimate_memory
-from laser_fast.recommenders.recommender_files import load_recommender
+from laser_fast.planning.plan import GIB, MemoryPlan, estimate_memory
+from laser_fast.planning.workload import workload_of
 
-_SAMPLE_ROWS = 512
 _SHOWN_TOKENS = 4096
 
 
-def workload_of(config: LaserConfig) -> Workload:
-    """Mean lengths over up to 512 training rows of the configuration's data, in tokens of its tokenizer.
-
-    Where the data or the tokenizer are not there yet, they are the longest that the configuration allows.
-    """
-    without_tokenizer = config.lm.tokenizer is None and config.lm.path.startswith("random:")
-    if without_tokenizer or not Path(config.data).exists():
-        return Workload.assumed(config)
-    dataset = SequenceDataset.load(resolve_path(config.data, "data"))
-    split = make_split(dataset, **config.split.model_dump())
-    builder = build_batches(
-        config.prompt,
-        dataset.items,
-        load_tokenizer(config.lm),
-        known_items=training_counts(split, dataset.num_items) > 0,
-        max_history=config.mformer.max_history,
-    )
-    rows = training_rows(split.train, max(config.prompt.max_items, config.mformer.max_history))
-    chosen = np.random.default_rng(0).permutation(len(rows))[:_SAMPLE_ROWS]
-    batch = builder.training_batch(rows.select(np.sort(chosen)), with_positives=True)
-    assert batch.positives is not None
-    state_size = 64
-    if config.recommender is not None and Path(config.recommender).exists():
-        state_size = load_recommender(
-            resolve_path(config.recommender, "recommender"), expected_split_hash=split.hash
-        ).state_size
-    return Workload(
-        num_items=dataset.num_items,
-        user_tokens=float(batch.token_lengths.mean()),
-        item_tokens=float(batch.positives.token_lengths.mean()),
-        history=batch.items.shape[0] / len(batch),
-        state_size=state_size,
-        measured=True,
-    )
-
-
 def one_line(config: LaserConfig, *, on_gpu: bool) -> str:
-    """What the plan says of the mode that is configured, for the message of an error."""
+    """The plan in the configured mode, for the message of an error."""
     mode = config.execution.checkpointing
     try:
         plan = estimate_memory(config, workload_of(config), on_gpu=on_gpu, modes=[mode])
@@ -70,11 +26,7 @@ def one_line(config: LaserConfig, *, on_gpu: bool) -> str:
 
 
 def table(plan: MemoryPlan, cards: Sequence[str]) -> str:
-    """The plan for people: what is fixed, what a step takes in every mode, and what to set on each card.
-
-    Args:
-        cards: sizes such as "8GB"; see `card_bytes`.
-    """
+    """The plan for people: what is fixed, what a step takes in each mode, and what to set on cards such as "8GB"."""
     work = plan.workload
     source = "mean of the data" if work.measured else "assumed: the longest the configuration allows"
     lines = [
@@ -113,7 +65,7 @@ def table(plan: MemoryPlan, cards: Sequence[str]) -> str:
 
 
 def to_dict(plan: MemoryPlan, cards: Sequence[str]) -> dict[str, object]:
-    """The same for programs: bytes and tokens."""
+    """The plan for programs: bytes and tokens."""
     budgets = {card: card_bytes(card) for card in cards}
     proposals = {card: plan.propose(size) for card, size in budgets.items()}
     return {
@@ -134,11 +86,7 @@ def to_dict(plan: MemoryPlan, cards: Sequence[str]) -> dict[str, object]:
 
 
 def card_bytes(size: str) -> int:
-    """Bytes of a card as it is sold: "8GB" has 8 GiB.
-
-    Raises:
-        ValueError: another form.
-    """
+    """Bytes of a card as it is sold: "8GB" has 8 GiB."""
     number = size.upper().removesuffix("GIB").removesuffix("GB")
     try:
         value = float(number)

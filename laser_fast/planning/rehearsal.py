@@ -1,8 +1,4 @@
-"""A training step without values: the real model on the meta device, to count the bytes it would hold.
-
-Nothing about a model is written down here: what backward keeps, what is alive beside it and what a choice of
-`execution` saves is found by running the very code on tensors that have a shape and no memory.
-"""
+"""A training step without values: the real code runs on the meta device, and the bytes it would hold are counted."""
 
 import copy
 import weakref
@@ -21,26 +17,23 @@ from laser_fast.data.batches import PackedBatch
 from laser_fast.laser.model import LaserModel
 from laser_fast.lm.frozen_lm import FrozenLM
 from laser_fast.models.assembly import build_execution, laser_parts
+from laser_fast.planning.workload import Workload
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_BLOCK_SIZE = 64  # weights in 4 bits that share one scale of 8 bits, and 256 of those one of 32 (bitsandbytes)
-_NESTED_BLOCK_SIZE = 256
+_BLOCK_SIZE = 64  # 4-bit weights that share one 8-bit scale (bitsandbytes)
+_NESTED_BLOCK_SIZE = 256  # 8-bit scales that share one 32-bit scale
 
 
 @dataclass(frozen=True)
 class StepShape:
-    """One micro-batch: users and the items that are encoded with them; virtual tokens not counted."""
+    """One micro-batch: users and the items that are encoded with them."""
 
-    rows: int
-    user_tokens: float
-    item_tokens: float  # 0 = no item is encoded
-    history: float  # items of a user that M-Former reads
-    num_items: int
-    state_size: int  # of the recommender
-    num_negatives: int = 0  # of a user, beside its positive
-    text_history: int = 0  # items of a user, at most, whose text vectors are read
+    workload: Workload  # `item_tokens` 0: no item is encoded
+    num_negatives: int = 0  # drawn for each user
+    text_history: int = 0  # most items of a user whose text vectors are read
+    rows: int = 1
 
 
 @dataclass(frozen=True)
@@ -52,17 +45,17 @@ class Rehearsal:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts bytes of the tensors that are made while it is active, for as long as they live, but not those `known`."""
+    """Counts the bytes of living tensors that were made while it is active; `known` ones are left out."""
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.live = 0
         self.peak = 0
-        self._before = [tensor.untyped_storage() for tensor in known]  # held, so that no address is used again
+        self._before = [tensor.untyped_storage() for tensor in known]  # held, so that no address is reused
         self._seen = {storage._cdata for storage in self._before}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._unique2.default and args[0].is_meta:  # as if no value occurred twice: the most
+        if func is torch.ops.aten._unique2.default and args[0].is_meta:  # the most: no value occurs twice
             flat = torch.empty(args[0].numel(), dtype=args[0].dtype, device="meta")
             output: Any = flat, torch.empty(args[0].shape, dtype=torch.int64, device="meta"), torch.empty_like(flat)
         else:
@@ -90,15 +83,15 @@ def model_without_values(
     config: LaserConfig, shape: "PretrainedConfig", dtype: torch.dtype, step: StepShape
 ) -> LaserModel:
     """The model that this configuration trains, on the meta device, around a language model of `shape`."""
-    lm = language_model_without_values(config, shape, dtype)
+    lm, num_items = language_model_without_values(config, shape, dtype), step.workload.num_items
     with torch.device("meta"):
-        builder: Any = SimpleNamespace(num_items=step.num_items)
-        recommender: Any = _StatesWithoutValues(step.num_items, step.state_size)
-        ids = cast(Any, range(step.num_items))
+        builder: Any = SimpleNamespace(num_items=num_items)
+        recommender: Any = _StatesWithoutValues(num_items, step.workload.state_size)
+        ids = cast(Any, range(num_items))
         model = LaserModel(**laser_parts(config, lm, builder, ids, recommender))
-        model.item_matrix = torch.empty(step.num_items, lm.hidden_size)
+        model.item_matrix = torch.empty(num_items, lm.hidden_size)
         if model.text is not None:
-            model.text.set_vectors(torch.empty(step.num_items, lm.hidden_size))
+            model.text.set_vectors(torch.empty(num_items, lm.hidden_size))
     return model.to("meta")
 
 
@@ -124,18 +117,17 @@ def rehearse(model: LaserModel, step: StepShape) -> Rehearsal:
         loss = model(batch).loss
         kept = bytes_.live
         loss.backward()
-    for parameter in model.parameters():
-        parameter.grad = None
+    model.zero_grad()
     return Rehearsal(kept, bytes_.peak)
 
 
 def rehearse_language_model(lm: FrozenLM, tokens: int, sequences: int, *, last_only: bool) -> Rehearsal:
-    """One pass of the language model alone, forward and backward, on the meta device; see `FrozenLM.forward`."""
+    """Forward and backward of the language model alone on the meta device; see `FrozenLM.forward`."""
     with torch.device("meta"):
         embeds = torch.empty(tokens, lm.hidden_size, dtype=lm.dtype, requires_grad=True)
         cu_seqlens = torch.empty(sequences + 1, dtype=torch.int32)
     with LiveBytes([*lm.parameters(), *lm.buffers(), embeds, cu_seqlens]) as bytes_:
-        # a graph stands in front of the model in training as well: what it hands over is not a leaf
+        # as in training, the input of the model is not a leaf
         states = lm(embeds * 1.0, cu_seqlens, last_only=last_only)
         kept = bytes_.live
         states.backward(torch.empty_like(states))
@@ -143,7 +135,7 @@ def rehearse_language_model(lm: FrozenLM, tokens: int, sequences: int, *, last_o
 
 
 def stored_bytes(module: nn.Module) -> int:
-    """Bytes of its parameters and buffers, each storage once."""
+    """Bytes of parameters and buffers, each storage once."""
     storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in [*module.parameters(), *module.buffers()]}
     return sum(storage.nbytes() for storage in storages.values())
 
@@ -167,7 +159,7 @@ class _PackedWithoutValues(nn.Linear):
 
 
 class _StatesWithoutValues(nn.Module):
-    """A recommender of which only the shape of its states matters."""
+    """A recommender that gives states of the right shape."""
 
     def __init__(self, num_items: int, state_size: int) -> None:
         super().__init__()
@@ -178,42 +170,32 @@ class _StatesWithoutValues(nn.Module):
         """[N], [B+1] -> [N, D_id]."""
         return torch.empty(items.shape[0], self.state_size, device=items.device)
 
-    def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """[N], [B+1] -> [B, I]."""
-        return torch.empty(cu_seqlens.shape[0] - 1, self.num_items, device=items.device)
-
 
 def batch_without_values(step: StepShape) -> PackedBatch:
     """A training batch of this shape on the meta device."""
-    users = _sequences(step.rows, step.user_tokens, step.history)
-    more: dict[str, Any] = {}
-    with torch.device("meta"):
-        more["targets"] = torch.empty(step.rows, dtype=torch.int64)
-        if step.text_history:
-            read = round(step.rows * min(step.history, step.text_history))
-            more |= {"text_items": torch.empty(read, dtype=torch.int64), "text_cu_seqlens": users.cu_seqlens}
-        if step.num_negatives:
-            more["negatives"] = torch.empty(step.rows, step.num_negatives, dtype=torch.int64)
-        if step.item_tokens:
-            more["positive_targets"] = torch.empty(step.rows, dtype=torch.int64)
-            if step.num_negatives:
-                more["negative_places"] = more["negatives"]
-    if not step.item_tokens:
-        return replace(users, **more)
-    items = _sequences(step.rows * (1 + step.num_negatives), step.item_tokens, 1.0)
+    rows, work = step.rows, step.workload
+    users = _sequences(rows, work.user_tokens, work.history)
+    more: dict[str, Any] = {"targets": _whole(rows)}
     if step.text_history:
-        items = replace(items, text_items=items.items, text_cu_seqlens=items.cu_seqlens)
-    return replace(users, positives=items, **more)
+        read = round(rows * min(work.history, step.text_history))
+        more |= {"text_items": _whole(read), "text_cu_seqlens": users.cu_seqlens}
+    if step.num_negatives:
+        more["negatives"] = _whole(rows, step.num_negatives)
+    if work.item_tokens:
+        items = _sequences(rows * (1 + step.num_negatives), work.item_tokens, 1.0)
+        if step.text_history:
+            items = replace(items, text_items=items.items, text_cu_seqlens=items.cu_seqlens)
+        more |= {"positives": items, "positive_targets": _whole(rows), "negative_places": more.get("negatives")}
+    return replace(users, **more)
 
 
 def _sequences(rows: int, tokens: float, history: float) -> PackedBatch:
-    with torch.device("meta"):
-        return PackedBatch(
-            items=torch.empty(round(rows * history), dtype=torch.int64),
-            cu_seqlens=torch.empty(rows + 1, dtype=torch.int32),
-            input_ids=torch.empty(round(rows * tokens), dtype=torch.int64),
-            token_cu_seqlens=torch.empty(rows + 1, dtype=torch.int32),
-        )
+    bounds = [_whole(rows + 1).int() for _ in range(2)]
+    return PackedBatch(_whole(round(rows * history)), bounds[0], _whole(round(rows * tokens)), bounds[1])
+
+
+def _whole(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.int64, device="meta")
 
 
 def _tensors_of(batch: PackedBatch) -> list[Tensor]:

@@ -1,22 +1,26 @@
-"""The folder of a run: effective configuration, environment, metrics as they come, checkpoints whole or absent."""
+"""The folder of a run: effective configuration, environment, log, states and the best checkpoint, whole or absent."""
 
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from laser_fast.config import Settings, build_config, dump_config
 from laser_fast.config.yaml_text import read_yaml
+from laser_fast.files.claims import claim
 from laser_fast.files.disk import append_line, make_directory
 from laser_fast.files.folders import is_leftover, remove, remove_leftovers, replace_file, replace_json
+from laser_fast.runs.states import State, StateFolder
 from laser_fast.runs.tensorboard_log import TensorBoardLog
 
-_PACKAGES: tuple[str, ...] = (
+_PACKAGES = [
     "laser-fast",
     "torch",
     "transformers",
@@ -25,10 +29,10 @@ _PACKAGES: tuple[str, ...] = (
     "tokenizers",
     "numpy",
     "triton",
-)
-_PACKAGES += ("bitsandbytes",)
+    "bitsandbytes",
+]
 
-# settings under which a run may go on differently than it began: they change where and how often it is written
+# settings that may change when a run goes on: where and how often it is written
 _FREE_SETTINGS = ("output", "training.save_steps", "training.tensorboard")
 
 # what a run writes; a folder with no more than the traces, the first among them, holds nothing that could be lost
@@ -36,92 +40,86 @@ _TRACES = ("environment.json", "config.yaml", "metrics.jsonl", "tensorboard")
 _NAMES = (*_TRACES, "states", "checkpoint", "finished.json")
 
 
-class RunDirectory:
-    """Creates the folder and records what makes the run reproducible, or opens it again.
+@contextmanager
+def open_run(
+    path: str | Path, config: Settings, *, resume: bool = False, writes: bool = True
+) -> Iterator["RunDirectory"]:
+    """Claim the folder (`claim`) and check it (`RunDirectory`); delete states that a kill left in a finished run."""
+    with claim(Path(path).resolve()) if writes else nullcontext():
+        run = RunDirectory(path, config, resume=resume, writes=writes)
+        if run.finished:
+            run.states.clear()
+        yield run
 
-    For whoever has claimed the folder (`claim`). The folder itself may be a link; nothing that a run writes in it may.
+
+class RunDirectory:
+    """The folder of a run, which the process must have claimed (`open_run`); nothing is written before `begin`.
+
+    The folder itself may be a link; what a run writes in it may not.
 
     Args:
-        resume: go on with a run that this class began before.
-        writes: whether this process writes; else this is a view that changes nothing.
+        resume: go on with a run that was begun before.
+        writes: whether this process writes; without it this is a view that changes nothing.
 
     Attributes:
-        curves: shows the log in TensorBoard; None = nothing does.
+        states: from which the run goes on.
 
     Raises:
-        FileExistsError: something lies there, see `refuse_used`; or, where a run writes, a link.
+        FileExistsError: the folder holds something else; or, where a run writes, a link.
         FileNotFoundError: with `resume`, no run was begun there.
         ValueError: with `resume`, the run was begun under another configuration; lists the differences.
     """
 
     def __init__(self, path: str | Path, config: Settings, *, resume: bool = False, writes: bool = True) -> None:
         self.path = Path(path)
-        self.writes = writes
-        self.curves: TensorBoardLog | None = None
+        self.states = StateFolder(self.path, writes=writes)
+        self._config, self._writes = config, writes
+        self._curves: TensorBoardLog | None = None
         killed_at_once = self.path.is_dir() and _names_in(self.path) <= {_TRACES[0]}
-        if resume and not killed_at_once:
-            self._refuse_another(config)
+        self._is_new = not resume or killed_at_once
+        if not self._is_new:
+            self._refuse_another()
         elif writes:
-            self.refuse_used(self.path)
-            self._begin(config)
+            self._refuse_used()
 
-    @staticmethod
-    def refuse_used(path: str | Path) -> None:
-        """Refuse a folder that is not empty and holds more than a run left that ended before its first state.
+    def begin(self, *, tensorboard: bool = False) -> "RunDirectory":
+        """Make the folder of a new run and record what makes it reproducible; `tensorboard` shows the log there."""
+        if self._writes and self._is_new:
+            make_directory(self.path.resolve())  # a link may point to a folder that is still to be made
+            self._remove_leftovers()
+            for name in (*_TRACES[1:], "states"):
+                remove(self.path / name)
+            replace_json(self.path / _TRACES[0], describe_environment())
+            # the last: now there is a run to resume
+            replace_file(self.path / "config.yaml", dump_config(self._config).encode())
+        if self._writes and tensorboard:
+            self._curves = TensorBoardLog(self.path / "tensorboard")
+        return self
 
-        Raises:
-            FileExistsError: it does.
+    def go_on(
+        self, function: str, fingerprint: Mapping[str, Any], wait: Callable[[], None] = lambda: None
+    ) -> State | None:
+        """The newest whole state, with log and checkpoint put back to what they were then; None if there is none.
+
+        Args:
+            function: the first word of messages.
+            fingerprint: what the run is trained on, by its name in a message; must be that of the state.
+            wait: waits for the other processes, which read the same states.
         """
-        folder = Path(path)
-        what, remedy = "which holds something else", "choose another"
-        if not folder.exists():
-            return
-        if not folder.is_dir():
-            what = "which is a file"
-        else:
-            names, states = _names_in(folder), folder / "states"
-            if states.is_dir() and not states.is_symlink() and not any(states.glob("[0-9]*")):
-                names.discard("states")
-            if not names or (_TRACES[0] in names and names <= set(_TRACES) and not _links_in(folder)):
-                return
-        if (folder / "config.yaml").is_file():
-            what, remedy = "where a run was begun", "go on with it (--resume), or choose another"
-        raise FileExistsError(
-            f"RunDirectory: output must be a new or empty folder, got {str(path)!r}, {what}; {remedy}"
-        )
-
-    def _begin(self, config: Settings) -> None:
-        make_directory(self.path.resolve())  # a link may point to a folder that is still to be made
-        self.remove_leftovers()
-        for name in (*_TRACES[1:], "states"):
-            remove(self.path / name)
-        replace_json(self.path / _TRACES[0], describe_environment())
-        replace_file(self.path / "config.yaml", dump_config(config).encode())  # the last: now there is a run to resume
-
-    def _refuse_another(self, config: Settings) -> None:
-        file = self.path / "config.yaml"
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"RunDirectory: output must hold the run to resume, got {str(self.path)!r} without a config.yaml; "
-                "start it without --resume"
-            )
-        if links := _links_in(self.path):
-            raise FileExistsError(
-                f"RunDirectory: what a run writes must not lie behind a link, got the link {links[0]!r} in "
-                f"{str(self.path)!r}; put the file or folder itself there, or make the whole output a link"
-            )
-        began = dict(_settings(build_config(type(config), read_yaml(file), str(file)).model_dump()))
-        now = dict(_settings(config.model_dump()))
-        differences = [
-            f"{key} = {now.get(key)!r} instead of {began.get(key)!r}"
-            for key in sorted(began.keys() | now.keys())
-            if began.get(key) != now.get(key) and key not in _FREE_SETTINGS
-        ]
-        if differences:
-            raise ValueError(
-                "RunDirectory: a run must be resumed with the configuration it began with, got "
-                + ", ".join(differences)
-            )
+        with warnings.catch_warnings():
+            if not self._writes:  # the process that writes says it
+                warnings.simplefilter("ignore")
+            state = self.states.newest()
+            if state is None:
+                warnings.warn(f"{function}: {self.path} has no state yet; it begins anew", stacklevel=4)
+        if state is not None:
+            refuse_another_beginning(function, state.values["position"]["fingerprint"], fingerprint)
+        wait()
+        if self._writes:
+            self._remove_leftovers()
+        self.states.put_back_files()
+        wait()
+        return state
 
     @property
     def checkpoint(self) -> Path:
@@ -130,14 +128,14 @@ class RunDirectory:
 
     def log(self, **values: Any) -> None:
         """Append one line to metrics.jsonl."""
-        if not self.writes:
+        if not self._writes:
             return
         append_line(self.path / "metrics.jsonl", json.dumps(values).encode())
-        if self.curves is not None:
-            self.curves.follow(self.read_log())
+        if self._curves is not None:
+            self._curves.follow(self.read_log())
 
     def read_log(self) -> bytes:
-        """The lines of metrics.jsonl; one that a process was killed in is none yet."""
+        """The whole lines of metrics.jsonl; a process may have been killed in the last one."""
         file = self.path / "metrics.jsonl"
         content = file.read_bytes() if file.exists() else b""
         return content[: content.rfind(b"\n") + 1]
@@ -149,25 +147,77 @@ class RunDirectory:
 
     def finish(self) -> None:
         """Record that the run came to its end."""
-        if not self.writes:
+        if not self._writes:
             return
-        if self.curves is not None:
-            self.curves.close()
+        if self._curves is not None:
+            self._curves.close()
         replace_json(self.path / "finished.json", {"date": _now()})
 
-    def remove_leftovers(self) -> None:
-        """Delete what a process that was killed had begun to write; for a run that no process works on."""
+    def _remove_leftovers(self) -> None:
+        """Delete what a killed process had begun to write."""
         for name in _NAMES:
             remove_leftovers(self.path / name)
 
+    def _refuse_used(self) -> None:
+        """Refuse a folder that holds more than a run that ended before its first state left."""
+        what, remedy = "which holds something else", "choose another"
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            what = "which is a file"
+        else:
+            names, states = _names_in(self.path), self.path / "states"
+            if states.is_dir() and not states.is_symlink() and not any(states.glob("[0-9]*")):
+                names.discard("states")
+            if not names or (_TRACES[0] in names and names <= set(_TRACES) and not _links_in(self.path)):
+                return
+        if (self.path / "config.yaml").is_file():
+            what, remedy = "where a run was begun", "go on with it (--resume), or choose another"
+        raise FileExistsError(
+            f"RunDirectory: output must be a new or empty folder, got {str(self.path)!r}, {what}; {remedy}"
+        )
+
+    def _refuse_another(self) -> None:
+        file = self.path / "config.yaml"
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"RunDirectory: output must hold the run to resume, got {str(self.path)!r} without a config.yaml; "
+                "start it without --resume"
+            )
+        if links := _links_in(self.path):
+            raise FileExistsError(
+                f"RunDirectory: what a run writes must not lie behind a link, got the link {links[0]!r} in "
+                f"{str(self.path)!r}; put the file or folder itself there, or make the whole output a link"
+            )
+        began = dict(_settings(build_config(type(self._config), read_yaml(file), str(file)).model_dump()))
+        now = dict(_settings(self._config.model_dump()))
+        differences = [
+            f"{key} = {now.get(key)!r} instead of {began.get(key)!r}"
+            for key in sorted(began.keys() | now.keys())
+            if began.get(key) != now.get(key) and key not in _FREE_SETTINGS
+        ]
+        if differences:
+            raise ValueError(
+                "RunDirectory: a run must be resumed with the configuration it began with, got "
+                + ", ".join(differences)
+            )
+
+
+def refuse_another_beginning(function: str, began: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ValueError, in the words of `function`, where a run would go on with other things than it began with."""
+    if changed := [name for name, value in now.items() if began.get(name) != value]:
+        raise ValueError(
+            f"{function}: a run must be resumed with what it began with, got another " + " and ".join(changed)
+        )
+
 
 def _names_in(folder: Path) -> set[str]:
-    """What is in a folder beside what killed processes left there."""
+    """Entries of a folder, without what killed processes left there."""
     return {entry.name for entry in folder.iterdir() if not is_leftover(entry)}
 
 
 def _links_in(folder: Path) -> list[str]:
-    """Names of a run under which there is a link."""
+    """Those names that a run writes under which there is a link."""
     return [name for name in _NAMES if (folder / name).is_symlink()]
 
 

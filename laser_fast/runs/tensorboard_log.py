@@ -1,4 +1,4 @@
-"""The curves of a run for TensorBoard: what metrics.jsonl says, as scalars over the steps of each stage."""
+"""The log of a run for TensorBoard: scalars over the steps of each stage."""
 
 import importlib.util
 import json
@@ -17,8 +17,8 @@ _NOT_SCALARS = ("stage", "epoch", "step", "best")
 class TensorBoardLog:
     """Keeps a folder of TensorBoard's event files equal to a log of JSON lines.
 
-    The log is the truth: lines that came are appended, and when it is not the one that was written (the run goes on in
-    another process, or from a state before the last line) the folder is made anew from it, so nothing is there twice.
+    New lines are appended. When the log does not continue what was written (the run goes on in another process, or from
+    an earlier state) the folder is made anew, so that nothing is there twice.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -27,10 +27,13 @@ class TensorBoardLog:
         self._written = b""
 
     def follow(self, log: bytes) -> None:
-        """Bring the event files up to `log`, the whole content of metrics.jsonl, and flush them."""
+        """Bring the event files up to `log`, the whole content of metrics.jsonl."""
         if self._writer is None or not log.startswith(self._written):
-            self._begin()
-        assert self._writer is not None
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.close()
+            remove(self.folder)
+            self._writer = SummaryWriter(str(self.folder))
         for line in log[len(self._written) :].splitlines():
             values = json.loads(line)
             for tag, value in scalars(values):
@@ -44,13 +47,6 @@ class TensorBoardLog:
             self._writer.close()
             self._writer = None
         self._written = b""
-
-    def _begin(self) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.close()
-        remove(self.folder)
-        self._writer = SummaryWriter(str(self.folder))
 
 
 def scalars(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

@@ -1,8 +1,7 @@
 """A stage of the training: its epochs, the states kept on the way, and where a resumed run takes it up.
 
-A state holds everything that the rest of the run depends on, so a run that goes on from it is, on a CPU, bit by bit
-the run that never stopped. Several processes hold the same parameters, moments and sums and differ in their random
-generators alone; the first process keeps the state, with the generators of all.
+A state holds everything that the rest of the run depends on: a run that goes on from it is, on a CPU, bit by bit the
+run that never stopped. Processes differ in their random generators alone; the first one keeps the state for all.
 """
 
 import warnings
@@ -26,8 +25,8 @@ from laser_fast.models.objective import StepContext
 from laser_fast.models.token_budget import TokenBudget
 from laser_fast.planning.memory import Plan
 from laser_fast.processes import ALONE, Processes
-from laser_fast.runs.resume import State, StateFolder
 from laser_fast.runs.run_directory import RunDirectory
+from laser_fast.runs.states import State
 from laser_fast.training.interruption import Interrupted, Interruption
 from laser_fast.training.loop import EarlyStopping, EpochSums, LossFunction, StageTrainer
 from laser_fast.training.random_state import RandomState
@@ -36,27 +35,21 @@ from laser_fast.training.training_rows import RowSampler
 
 @dataclass(kw_only=True)
 class Session:
-    """What the stages of one training share.
-
-    Attributes:
-        resumed: the state to go on from, until the stage it belongs to has taken it up.
-        best: the metric of the checkpoint, which a later phase must beat.
-    """
+    """What the stages of one training share."""
 
     config: LaserConfig
     inputs: Inputs
     model: LaserModel
     rows: TrainingRows
-    directory: RunDirectory
+    run: RunDirectory
     accelerator: Accelerator
     processes: Processes
     interruption: Interruption
-    states: StateFolder
     fingerprint: dict[str, str]
     progress: bool
     plan: Plan
-    resumed: State | None = None
-    best: float = -1.0
+    resumed: State | None = None  # to go on from, until the stage it belongs to has taken it up
+    best: float = -1.0  # metric of the checkpoint, which a later phase must beat
 
     @property
     def step(self) -> StepContext:
@@ -65,39 +58,30 @@ class Session:
         return StepContext(self.processes, self.processes if together else ALONE)
 
     def stands_in(self, stage: str) -> bool:
-        """Whether the run goes on in the midst of this stage."""
+        """Whether the run goes on within this stage."""
         return self.resumed is not None and self.resumed.values["position"]["stage"] == stage
 
 
 @dataclass(kw_only=True)
 class Stage:
-    """One stage of the training; `train` runs it.
-
-    Attributes:
-        seed: of the order of the rows.
-        modules: what is trained.
-        conclude: judges an epoch by its number and what it logs; trains nothing.
-        heads: what a state holds of the stage beside the model.
-        budget, virtual_tokens: see `StageTrainer`.
-        judges_first: whether the model is judged before the first step, as epoch -1.
-    """
+    """One stage of the training; fields without a comment are those of `StageTrainer`."""
 
     session: Session
     name: str
-    title: str
+    title: str  # shown in the progress bar
     settings: StageConfig
     optimizer: OptimizerConfig
-    seed: int
+    seed: int  # decides the order of the rows
     modules: nn.Module
     loss_function: LossFunction
     stopping: EarlyStopping
-    conclude: Callable[[int, dict[str, Any]], None]
-    heads: nn.Module | None = None
+    conclude: Callable[[int, dict[str, Any]], None]  # judges an epoch by its number and what it logs
+    heads: nn.Module | None = None  # what is kept of the stage beside the model
     budget: TokenBudget | None = None
     virtual_tokens: VirtualTokens | None = None
     with_positives: bool = False
     negatives: NegativeSampler | None = None
-    judges_first: bool = False
+    judges_first: bool = False  # the model before its first step, as epoch -1
     sampler: RowSampler = field(init=False)
     trainer: StageTrainer = field(init=False)
 
@@ -118,7 +102,7 @@ class Stage:
         )
 
     def train(self) -> None:
-        """The epochs from where the run stands; each is judged by `conclude`."""
+        """Run the epochs from where the run stands; `conclude` judges each."""
         session = self.session
         if self.judges_first and not session.stands_in(self.name):
             with session.interruption.at_once():
@@ -134,7 +118,7 @@ class Stage:
                 with session.interruption.at_once():
                     self.conclude(epoch, values)
             except Interrupted:
-                session.states.save(before)
+                session.run.states.save(before)
                 session.processes.wait()  # a launcher ends the others as soon as one has left
                 raise
             sums = EpochSums()
@@ -177,11 +161,11 @@ class Stage:
 
     def _keep(self, epoch: int, sums: EpochSums) -> None:
         """Save the state; if a signal came, stop here."""
-        self.session.states.save(self._state(epoch, sums))
+        self.session.run.states.save(self._state(epoch, sums))
         self.session.interruption.check()
 
     def _state(self, epoch: int, sums: EpochSums) -> State:
-        """Everything the rest of the run depends on, as it is now; parameters are not copied."""
+        """Everything the rest of the run depends on; parameters are not copied."""
         session, model = self.session, self.session.model
         position = {
             "stage": self.name,
@@ -190,10 +174,10 @@ class Stage:
             "stopping": self.stopping.values(),
             "budget": model.budget.limit,
             "processes": session.processes.size,
-            "log_bytes": len(session.directory.read_log()),
+            "log_bytes": len(session.run.read_log()),
             "fingerprint": session.fingerprint,
         }
-        random: dict[str, Tensor] = {}  # the first process's by their names, those of another as `RANK.NAME`
+        random: dict[str, Tensor] = {}  # NAME for the first process, RANK.NAME for the others
         for name, tensor in RandomState.now(session.accelerator.device).tensors.items():
             for rank, part in enumerate(session.processes.gather_parts(tensor)):
                 random[f"{rank}.{name}" if rank else name] = part
@@ -208,7 +192,7 @@ class Stage:
         )
 
     def _take_up(self) -> tuple[int, EpochSums]:
-        """Epoch and sums to begin with: none, or those of the state the run goes on from."""
+        """Epoch and sums to begin with, those of the state where the run goes on from one."""
         run = self.session
         if (state := run.resumed) is None or not run.stands_in(self.name):
             return 0, EpochSums()
@@ -225,7 +209,7 @@ class Stage:
         return position["epoch"], EpochSums.from_state(state.part("sums"), device)
 
     def _put_back_random_state(self, states: dict[str, Tensor], known: int) -> None:
-        """Let this process's generators go on; a state of `known` processes has none for another one."""
+        """Let this process's generators go on, if it is among the `known` processes of the state."""
         size, rank = self.session.processes.size, self.session.processes.rank
         if known != size and rank == 0:
             warnings.warn(

@@ -1,6 +1,6 @@
-"""SIGTERM and Ctrl-C while training: the step that runs is finished first, a second signal acts as it always does.
+"""SIGTERM and Ctrl-C while training: the running step is finished first, a second signal acts as it always does.
 
-Where several processes train, a signal to any of them stops all: they ask each other at the same places.
+A signal to one of several processes stops all: they ask each other at the same places.
 """
 
 import signal
@@ -16,7 +16,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupted(BaseException):
-    """Training was asked to stop by `signal` and did. Like KeyboardInterrupt it is no error for `except Exception`."""
+    """Training stopped because of `signal`. Like KeyboardInterrupt, this is no error for `except Exception`."""
 
     def __init__(self, number: int) -> None:
         self.signal = signal.Signals(number)
@@ -24,14 +24,14 @@ class Interrupted(BaseException):
 
     @property
     def exit_status(self) -> int:
-        """What a shell expects of a process that a signal ended: 143 or 130."""
+        """What a shell expects when a signal ended a process: 143 or 130."""
         return 128 + self.signal
 
 
 class Interruption:
-    """While entered, the first SIGTERM or SIGINT is taken note of; the handlers of before are back after it.
+    """While entered, takes note of the first SIGTERM or SIGINT; after that the earlier handlers are back.
 
-    Outside the main thread Python allows no handlers, so there nothing is changed. Processes that stop together use
+    Outside the main thread, where Python allows no handlers, nothing is changed. Processes that stop together use
     `requested`, `check`, `poll` and `at_once` at the same places.
     """
 
@@ -51,7 +51,7 @@ class Interruption:
 
     @property
     def requested(self) -> int:
-        """The signal that came, to whichever process, the largest of several; 0 for none."""
+        """The signal that came to any process, the largest of several; 0 for none."""
         return self.processes.largest(self._number or 0)
 
     def check(self) -> None:
@@ -60,15 +60,15 @@ class Interruption:
             raise Interrupted(number)
 
     def poll(self) -> None:
-        """`check` for the midst of long work of several processes, within `at_once`; one process needs none."""
+        """`check` within the `at_once` of several processes; a single process needs none."""
         if self.processes.size > 1 and self._at_once:
             self.check()
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """For work that can be thrown away: a signal ends it wherever it is, by `Interrupted`.
+        """For work that can be thrown away: a signal ends it anywhere, by `Interrupted`.
 
-        Several processes end it at the next `poll`, as one that stops in the midst would leave the others waiting.
+        Several processes end it at the next `poll`, because one that stops elsewhere would leave the others waiting.
         """
         self._at_once = True
         try:

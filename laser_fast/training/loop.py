@@ -20,19 +20,19 @@ from laser_fast.models.device_batches import on_device
 from laser_fast.models.token_budget import TokenBudget, is_out_of_memory, release_memory
 from laser_fast.planning.memory import Plan, explain_optimizer_shortage
 from laser_fast.processes import ALONE, Processes
-from laser_fast.runs.resume import State
+from laser_fast.runs.states import State
 from laser_fast.training.optimizer import build_optimizer, load_optimizer_state, optimizer_state, warmup_cosine
 from laser_fast.training.random_state import RandomState
 
 _SHOW_EVERY = 10  # steps; reading the loss waits for the device
 
 LossFunction = Callable[[PackedBatch], dict[str, Tensor]]
-"""Gives at least "loss"; the other entries are averaged and logged."""
+"""Gives at least "loss"; all entries are averaged and logged."""
 
-_Check = tuple[str, Tensor, np.ndarray]  # what has to be finite, and the rows of the batch it is of
+_Check = tuple[str, Tensor, np.ndarray]  # name and value of what has to be finite, and its rows of the batch
 
 NameRows = Callable[[int, np.ndarray], str]
-"""Names rows of the batch of a step (counted within the epoch), for a message."""
+"""Names rows of the batch of a step (counted within the epoch) for a message."""
 
 
 @dataclass
@@ -45,12 +45,11 @@ class EarlyStopping:
     waited: int = field(default=0, init=False)
 
     def improved(self, value: float, epoch: int) -> bool:
-        """Record the value of an epoch; True when it is the best so far."""
-        if value > self.best:
-            self.best, self.best_epoch, self.waited = value, epoch, 0
-            return True
-        self.waited += 1
-        return False
+        """Record the value of an epoch; True if it is the best so far."""
+        if better := value > self.best:
+            self.best, self.best_epoch = value, epoch
+        self.waited = 0 if better else self.waited + 1
+        return better
 
     @property
     def stop(self) -> bool:
@@ -58,7 +57,7 @@ class EarlyStopping:
         return self.waited >= self.patience
 
     def values(self) -> dict[str, float | None]:
-        """What was recorded so far, as JSON has it (None: no value yet)."""
+        """What was recorded, as JSON; `best` is None before the first value."""
         best = None if self.best == -math.inf else self.best
         return {"best": best, "best_epoch": self.best_epoch, "waited": self.waited}
 
@@ -70,13 +69,13 @@ class EarlyStopping:
 
 @dataclass
 class EpochSums:
-    """What an epoch has added up so far; an epoch that is resumed goes on from here."""
+    """What an epoch has added up so far; a resumed epoch goes on from here."""
 
     steps: int = 0
-    tokens: int = 0  # of text
+    tokens: int = 0  # text tokens
     micro_batches: int = 0
     time_s: float = 0.0
-    totals: dict[str, Tensor] = field(default_factory=dict)  # of what the loss function reports
+    totals: dict[str, Tensor] = field(default_factory=dict)  # sums of what the loss function reports
 
     def add(self, values: dict[str, Tensor], tokens: int, micro_batches: int) -> None:
         """Count one step."""
@@ -87,13 +86,13 @@ class EpochSums:
         self.micro_batches += micro_batches
 
     def state(self) -> State:
-        """All of it, to be kept."""
+        """All sums, for `from_state`."""
         counts = {name: value for name, value in vars(self).items() if name != "totals"}
         return State(dict(self.totals), {"counts": counts, "order": list(self.totals)})
 
     @classmethod
     def from_state(cls, state: State, device: torch.device) -> "EpochSums":
-        """What `state` gave, its tensors on the device of the training."""
+        """The sums that `state` gave, on this device."""
         totals = {name: state.tensors[name].to(device) for name in state.values["order"]}
         return cls(**state.values["counts"], totals=totals)
 
@@ -105,24 +104,23 @@ def _positions(step: int, rows: np.ndarray) -> str:
 class StageTrainer:
     """Optimizer, schedule and step of one stage.
 
-    A batch of more packed tokens than the budget allows goes through in micro-batches of whole rows, whose gradients
-    add up before the one step of the optimizer. Each counts by its share of the rows, so a mean over rows has the
-    gradient it has without splitting. What relates the rows of a batch to each other is that of the micro-batch:
-    in-batch candidates, and the load within the balance loss. What is logged are means over rows.
+    A batch of more packed tokens than the budget allows goes through in micro-batches of whole rows. Each counts by its
+    share of the rows, so a mean over rows has the gradient it has without splitting. In-batch candidates and the load
+    within the balance loss are those of the micro-batch.
 
     When memory runs out and the budget may be halved, gradients are dropped, the random generators are put back, and
     the batch goes through again: the step is the one that the smaller budget would have given from the start. The
     optimizer's own step is never repeated.
 
-    Of several processes each takes a share of the rows, in micro-batches that go through together; the step is that of
+    Each of several processes takes a share of the rows, in micro-batches that go through together; the step is that of
     the whole batch (`processes`).
 
     Args:
-        modules: what is trained (parameters with `requires_grad`), held in train mode during an epoch.
+        modules: what is trained (parameters with `requires_grad`), in train mode during an epoch.
         num_steps: planned steps, over which the learning rate goes up linearly and down with a cosine.
         budget: packed tokens at once; None = no limit.
         virtual_tokens: tokens of a sequence beside its text; None = none.
-        plan: says what the memory plan expected, for the message when the optimizer finds no memory.
+        plan: what the memory plan expected, for the message when the optimizer finds no memory.
         processes: who trains together; all begin with the parameters of the first.
     """
 
@@ -169,12 +167,6 @@ class StageTrainer:
             batches: of the steps that are left, the same in all processes.
             num_batches: steps of the whole epoch.
             sums: where the epoch stands, kept up to date; None = at its start.
-            after_step: called after every step.
-            name_rows: names the rows of a batch whose loss is not finite.
-
-        Raises:
-            FloatingPointError: the loss or its gradient is not finite; names the step and the rows.
-            torch.OutOfMemoryError: memory ran out; names the settings to change.
         """
         self.modules.train()
         sums = EpochSums() if sums is None else sums
@@ -208,7 +200,7 @@ class StageTrainer:
         return values
 
     def state(self) -> State:
-        """Moments of the optimizer, learning rates, schedule, scaler of the loss: all but the parameters."""
+        """Everything but the parameters: moments, learning rates, schedule, scaler of the loss."""
         optimizer = optimizer_state(self.optimizer)
         values = {
             **optimizer.values,
@@ -219,7 +211,7 @@ class StageTrainer:
         return State(optimizer.tensors, values)
 
     def load_state(self, state: State) -> None:
-        """Go on from what `state` gave, with the parameters of that moment."""
+        """Go on from what `state` gave."""
         load_optimizer_state(self.optimizer, state)
         self.scheduler.load_state_dict(state.values["schedule"])
         if self.accelerator.scaler is not None:
@@ -229,7 +221,7 @@ class StageTrainer:
     def _train_step(
         self, batch: PackedBatch, loss_function: LossFunction, name_rows: Callable[[np.ndarray], str]
     ) -> tuple[dict[str, Tensor], int]:
-        """One step of the optimizer; means over the rows of the batch, and the number of micro-batches."""
+        """One step of the optimizer: means over the rows of the batch, and the number of micro-batches."""
         while (done := self._add_gradients(batch, loss_function)) is None:
             release_memory()  # the budget is smaller now, and the tensors of the attempt are gone
         values, checks = done
@@ -255,9 +247,9 @@ class StageTrainer:
     def _add_gradients(
         self, batch: PackedBatch, loss_function: LossFunction
     ) -> tuple[dict[str, Tensor], list[_Check]] | None:
-        """Gradients of this process's share of a batch: its part of the means over rows, the loss of each micro-batch.
+        """Add the gradients of this process's share of a batch; its part of the means, and the loss of each part.
 
-        None when memory ran out and all is as it was before.
+        None when memory ran out and everything is as it was before.
         """
         before = RandomState.now(self.accelerator.device) if self.budget.halve else None
         means: dict[str, Tensor] = {}
@@ -283,31 +275,30 @@ class StageTrainer:
     def _parts(self, batch: PackedBatch) -> list[tuple[np.ndarray, float]]:
         """Rows of the micro-batches of this process and their share of all rows of the batch.
 
-        There are as many in every process: one with fewer stands in with a row that counts nothing.
+        Every process has as many: one with fewer stands in with a row that counts nothing.
         """
         if self.processes.size == 1:
             return [(rows, len(rows) / len(batch)) for rows in self.budget.split(batch, self.virtual_tokens)]
         splits: list[list[np.ndarray]] = []
         for rank in range(self.processes.size):
-            rows, split = self.processes.share(len(batch), rank), [np.arange(0)]
-            if len(rows):
-                whole = [np.arange(len(rows))]
-                limited = self.budget.limit is not None
-                split = self.budget.split(batch.select(rows), self.virtual_tokens) if limited else whole
-            splits.append([rows[part] for part in split if len(part)])
+            rows = self.processes.share(len(batch), rank)
+            parts = [np.arange(len(rows))]
+            if len(rows) and self.budget.limit is not None:
+                parts = self.budget.split(batch.select(rows), self.virtual_tokens)
+            splits.append([rows[part] for part in parts if len(part)])
         own = splits[self.processes.rank]
         missing = max(map(len, splits)) - len(own)
         return [(rows, len(rows) / len(batch)) for rows in own] + [(np.zeros(1, dtype=np.int64), 0.0)] * missing
 
     def _backward(self, part: PackedBatch, share: float, loss_function: LossFunction) -> dict[str, Tensor]:
-        """Add the gradients of a micro-batch that has this share of the rows; its means over rows."""
+        """Add the gradients of a micro-batch, by its share of the rows; its means over rows."""
         with self.accelerator.autocast():
             values = loss_function(on_device(part, self.accelerator.device))
         self.accelerator.backward(values["loss"] * share)
         return {name: value.detach() for name, value in values.items()}
 
     def _check_finite(self, checks: list[_Check], name_rows: Callable[[np.ndarray], str]) -> None:
-        """Read all of them at once, the one time in a step that the host waits for the device."""
+        """Read all at once: the one time in a step that the host waits for the device."""
         finite = torch.stack([torch.isfinite(value) for _, value, _ in checks]).tolist()
         if not self.processes.any(not all(finite)):
             return
@@ -315,11 +306,10 @@ class StageTrainer:
         # the loss of one process makes the summed gradient infinite in all of them, so no other is to blame
         if self.processes.any(any(what == "loss" for what, _, _ in blamed)):
             blamed = [check for check in blamed if check[0] == "loss"]
-        error = None
-        if blamed:
-            what, value, rows = blamed[0]
-            error = FloatingPointError(
-                f"training: the {what} must be finite, got {value.item()} at step {self.step} in {name_rows(rows)}; "
-                "lower the learning rate, or train in float32 or bf16"
-            )
-        self.processes.raise_together(error)
+        with self.processes.together():
+            if blamed:
+                what, value, rows = blamed[0]
+                raise FloatingPointError(
+                    f"training: the {what} must be finite, got {value.item()} at step {self.step} in "
+                    f"{name_rows(rows)}; lower the learning rate, or train in float32 or bf16"
+                )

@@ -1,4 +1,4 @@
-"""AdamW over the trained parameters, its moments in 32 or in 8 bits, and the schedule of the learning rate."""
+"""AdamW with moments in 32 or 8 bits, and the schedule of the learning rate."""
 
 import importlib.util
 import math
@@ -9,19 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from laser_fast.config import OptimizerConfig
-from laser_fast.runs.resume import State
+from laser_fast.runs.states import State
 
 _SMALLEST_PACKED = 4096  # values of a parameter below which its moments stay in 32 bits (bitsandbytes' default)
 
 
 def build_optimizer(modules: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over what requires a gradient; weight decay pulls matrices of linear maps, not biases, norms or tokens.
+    """AdamW over what requires a gradient; only the matrices of linear maps decay.
 
-    With `eight_bit`, moments lie in 8 bits with one scale for 256 values (Dettmers et al. 2022, arXiv:2110.02861);
+    With `eight_bit`, moments have 8 bits and one scale for 256 values (Dettmers et al. 2022, arXiv:2110.02861);
     parameters of fewer than 4096 values keep theirs in 32 bits.
-
-    Raises:
-        RuntimeError: `eight_bit` without bitsandbytes, or on a device it has no 8-bit Adam for.
     """
     decayed = {id(module.weight) for module in modules.modules() if isinstance(module, nn.Linear)}
     trained = [parameter for parameter in modules.parameters() if parameter.requires_grad]
@@ -45,7 +42,7 @@ def build_optimizer(modules: nn.Module, config: OptimizerConfig) -> torch.optim.
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> State:
-    """Moments and learning rates: all that an optimizer goes on from but the parameters."""
+    """Moments and learning rates."""
     tensors: dict[str, Tensor] = {}
     plain: dict[str, Any] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -56,7 +53,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> State:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: State) -> None:
-    """Go on from what `optimizer_state` gave, with the parameters of that moment."""
+    """Go on from what `optimizer_state` gave."""
     entries: dict[int, dict[str, Any]] = {}
     for name, value in {**state.tensors, **state.values["optimizer"]}.items():
         index, _, key = name.partition(".")
@@ -70,7 +67,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: State) -> None
 def warmup_cosine(num_steps: int, warmup_fraction: float) -> Callable[[int], float]:
     """Factor of the learning rate at a step: linear up to 1, then a cosine down to 0.
 
-    The first step has a rate above 0, which that of transformers' schedule of this shape has not.
+    Unlike transformers' schedule of this shape, its first step has a rate above 0.
     """
     warmup = max(1, round(num_steps * warmup_fraction))
 
@@ -83,7 +80,7 @@ def warmup_cosine(num_steps: int, warmup_fraction: float) -> Callable[[int], flo
 
 
 def _check_device(optimizer: Any, device: torch.device) -> None:
-    """Take a step on zeros: which devices there are kernels for differs between versions of bitsandbytes."""
+    """Take a step on zeros: versions of bitsandbytes have kernels for different devices."""
     probe = nn.Parameter(torch.zeros(_SMALLEST_PACKED, device=device))
     probe.grad = torch.zeros_like(probe)
     try:

@@ -1,6 +1,7 @@
-"""The random generators a training step may draw from, all of them at once: read, put back, kept as tensors."""
+"""All random generators that a training step may draw from: read, put back, kept as tensors."""
 
 import random
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -9,14 +10,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RandomState:
-    """Where the generators of torch (host, and `device`) and of Python stand, by name; numpy's is never used."""
+    """State of the generators of torch (host and `device`) and of Python, by name; numpy's is never used."""
 
     device: torch.device
     tensors: dict[str, Tensor]
 
     @classmethod
     def now(cls, device: torch.device, *, python: bool = True) -> "RandomState":
-        """The state at this moment, as a copy; without `python`, `put_back` leaves Python's generator where it is."""
+        """A copy of the state; without `python`, `put_back` leaves Python's generator alone."""
         tensors = {"host": torch.get_rng_state()}
         if python:
             version, words, gauss = random.getstate()
@@ -35,3 +36,8 @@ class RandomState:
             version, *words = self.tensors["python"].tolist()
             gauss = self.tensors["python_gauss"].tolist()
             random.setstate((version, tuple(words), gauss[0] if gauss else None))
+
+
+def forked_generators(device: torch.device) -> AbstractContextManager[None]:
+    """Within, torch's generators (host and `device`) may be used; after it they are as they were."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])

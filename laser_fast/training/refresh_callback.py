@@ -10,14 +10,13 @@ from laser_fast.laser.model import LaserModel
 class RefreshItems(TrainerCallback):
     """Encodes the catalogue anew at the start of every epoch, as phase A does (Laser, section 3.4).
 
-    It does so as well before every evaluation, whose loss is then that of the weights it is of, and at the end, after
-    the best weights were loaded where that was asked for: the model then answers and can be saved.
+    It also does so before every evaluation, so that its loss is that of the current weights, and at the end, after the
+    Trainer may have loaded the best weights: the model then answers and can be saved.
 
         Trainer(model, arguments, train_dataset=NextItemDataset(rows), data_collator=NextItemCollator(model.builder),
                 callbacks=[RefreshItems(model)]).train()
 
     Args:
-        model: the one that is trained.
         batch_size: items encoded at once.
     """
 

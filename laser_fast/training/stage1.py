@@ -1,4 +1,4 @@
-"""Stage 1: M-Former alone learns to say in its queries what the text of the same history says."""
+"""Stage 1: M-Former alone learns to put into its queries what the text of the same history says."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from laser_fast.config import LaserConfig
-from laser_fast.data.batches import BatchBuilder, PackedBatch
+from laser_fast.data.batches import PackedBatch
 from laser_fast.laser.model import LaserModel
 from laser_fast.models.objective import StepContext
 from laser_fast.models.token_budget import TokenBudget
@@ -20,10 +20,7 @@ from laser_fast.training.loop import EarlyStopping, LossFunction
 
 
 def pretrain(session: Session) -> None:
-    """Train M-Former by the weighted terms between its queries and the text of the same history, and the balance loss.
-
-    The stage stops early by the weighted sum of the terms on the validation rows.
-    """
+    """Train M-Former; the weighted sum of the loss terms on the validation rows stops the stage early."""
     config, model, processes = session.config, session.model, session.processes
     if not config.training.pretrain.epochs:
         return
@@ -38,7 +35,7 @@ def pretrain(session: Session) -> None:
         with processes.apart():
             found = _validate(session, modules, loss)
         value = processes.of_first(found["validation_terms"])  # on which all decide alike
-        session.directory.log(stage="pretrain", epoch=epoch, **found, **values)
+        session.run.log(stage="pretrain", epoch=epoch, **found, **values)
         stopping.improved(-value, epoch)
 
     Stage(
@@ -58,41 +55,38 @@ def pretrain(session: Session) -> None:
 
 
 def build_heads(config: LaserConfig, model: LaserModel) -> PretrainingHeads:
-    """What stage 1 trains beside M-Former; begins with the layers of a BERT where the configuration names one.
-
-    Raises:
-        FileNotFoundError, ValueError: of that BERT; see `bert_weights`.
-    """
-    objective, builder = config.objective, model.builder
+    """What stage 1 trains beside M-Former; begins with the layers of a BERT where the configuration names one."""
+    objective = config.objective
     assert model.mformer is not None
     weights = TermWeights(objective.contrastive_weight, objective.matching_weight, objective.generation_weight)
-    layout = builder.user_layout
+    layout = model.builder.user_layout
     heads = PretrainingHeads(
         model.mformer,
         model.lm.hidden_size,
         max_tokens=len(layout.left) + layout.max_tokens + len(layout.right),
         weights=weights,
-        vocabulary=text_vocabulary(builder, model) if weights.generation else None,
+        vocabulary=text_vocabulary(model) if weights.generation else None,
     )
     if config.mformer.initialize_from is not None:
-        bert = load_bert(config.mformer.initialize_from, model.mformer.qformer)
-        initialize_text_branch(heads.text, bert)
+        initialize_text_branch(heads.text, load_bert(config.mformer.initialize_from, model.mformer.qformer))
     return heads
 
 
-def text_vocabulary(builder: BatchBuilder, model: LaserModel) -> Vocabulary:
-    """All tokens that can stand in a text of a history, and their frozen embeddings.
+def text_vocabulary(model: LaserModel) -> Vocabulary:
+    """All tokens that can occur in the text of a history, and their frozen embeddings.
 
-    No other token is ever to be foretold, and a catalogue's titles use few of the 32,000 to 260,000 of a large model.
+    A catalogue's titles use few of the 32,000 to 260,000 tokens of a large model, and no other is ever a target.
     """
-    layout = builder.user_layout
-    words = np.concatenate([builder.texts.input_ids, layout.left, layout.right, layout.separator]).astype(np.int64)
+    layout = model.builder.user_layout
+    words = np.concatenate([model.builder.texts.input_ids, layout.left, layout.right, layout.separator]).astype(
+        np.int64
+    )
     input_ids = torch.from_numpy(np.unique(words)).to(model.device)
     return Vocabulary(input_ids, model.lm.embed(input_ids))
 
 
 def pretraining_loss(model: LaserModel, heads: PretrainingHeads, step: StepContext | None = None) -> LossFunction:
-    """The loss of a batch of histories, each term that is on, the balance loss and the load."""
+    """The loss of a batch of histories, with its terms, the balance loss and the load."""
     mformer, recommender = model.mformer, model.recommender
     assert mformer is not None and recommender is not None  # the configuration demands them
     keep, step = heads.weights.generation > 0, step or StepContext()
@@ -113,7 +107,7 @@ def pretraining_loss(model: LaserModel, heads: PretrainingHeads, step: StepConte
 
 @torch.no_grad()
 def _validate(session: Session, modules: nn.Module, loss_function: LossFunction) -> dict[str, float]:
-    """Means over the validation rows of the terms and of their weighted sum; every process goes through all rows."""
+    """Means of the terms and their weighted sum over all validation rows."""
     modules.eval()
     valid, size = session.inputs.split.valid, session.config.training.batch_size
     totals: dict[str, float] = {}

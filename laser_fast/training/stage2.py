@@ -1,9 +1,9 @@
 """Stage 2: users against the item matrix V, in two phases; the model with the best validation metric is kept.
 
 phase A   V is encoded anew after each epoch; the untrained model is the first candidate
-phase B   V stays as it was at the best epoch of phase A; the user side alone goes on from there
+phase B   V stays that of the best epoch of phase A, from which the user side goes on alone
 
-Several processes each encode and rank a share of the rows; all get the results.
+Each of several processes encodes and ranks a share of the rows; all get the results.
 """
 
 from dataclasses import replace
@@ -27,7 +27,7 @@ _METRIC = "NDCG@10"
 
 
 def train_phase(session: Session, name: str) -> None:
-    """Train by "phase_a" or "phase_b"; the latter must beat the best model of the former to be kept."""
+    """Train "phase_a" or "phase_b"; a model of phase B is kept only if it beats the best of phase A."""
     config, model, objective = session.config, session.model, session.config.objective
     frozen_items = name == "phase_b"
     settings = config.training.phase_b if frozen_items else config.training.phase_a
@@ -40,7 +40,7 @@ def train_phase(session: Session, name: str) -> None:
         negatives = NegativeSampler(session.rows.train, model.num_items, objective.num_negatives, seed)
     if frozen_items and not session.stands_in(name):
         session.processes.wait()
-        find_run(session.directory.checkpoint).put_into(model)
+        find_run(session.run.checkpoint).put_into(model)
     stopping = EarlyStopping(settings.patience, session.best)
 
     def loss(batch: PackedBatch) -> dict[str, Tensor]:
@@ -55,13 +55,13 @@ def train_phase(session: Session, name: str) -> None:
             _refresh_items(session)
         value = session.processes.of_first(_validate(session))  # on which all decide alike
         improved = stopping.improved(value, epoch)
-        session.directory.log(stage=name, epoch=epoch, best=improved, **{f"validation_{_METRIC}": value}, **values)
+        session.run.log(stage=name, epoch=epoch, best=improved, **{f"validation_{_METRIC}": value}, **values)
         if session.progress:
             shown = "".join(f", {key} {values[key]:.3f}" for key in ("cross_entropy", "balance") if key in values)
             mark = " (best)" if improved else ""
             print(f"{name} epoch {epoch + 1}: validation {_METRIC} {value:.4f}{mark}{shown}", flush=True)
         if improved and session.processes.first:
-            folder = session.directory.checkpoint
+            folder = session.run.checkpoint
             save_laser(model, config, folder, stage=name, epoch=epoch, validation={_METRIC: value})
 
     Stage(
@@ -85,7 +85,7 @@ def train_phase(session: Session, name: str) -> None:
 
 
 def _validate(session: Session) -> float:
-    """The metric over the whole catalogue for all validation users, of the score that will be served."""
+    """The metric of the served score over the whole catalogue, for all validation users."""
     model, config, valid = session.model.eval(), session.config.evaluation, session.inputs.split.valid
     scorer, device = _SharedScorer(model, session), session.accelerator.device
     if not config.calibrate:
@@ -107,7 +107,7 @@ def _validate(session: Session) -> float:
 
 
 def _refresh_items(session: Session) -> None:
-    """Encode the catalogue with the current parameters: V of all processes, a share of it in each."""
+    """Encode the catalogue with the current parameters, a share of it in each process."""
     model, processes, size = session.model, session.processes, 2 * session.config.evaluation.batch_size
     if processes.size == 1:
         model.refresh_items(batch_size=size, progress=session.progress)
@@ -121,7 +121,7 @@ def _refresh_items(session: Session) -> None:
 
 
 class _SharedScorer:
-    """A `Scorer` of which every process scores a share of the histories; all get all scores."""
+    """A `Scorer` that scores a share of the histories in each process; all get all scores."""
 
     def __init__(self, scorer: Scorer, session: Session) -> None:
         self.scorer = scorer
@@ -132,10 +132,10 @@ class _SharedScorer:
         return self.scorer.num_items
 
     def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """See `Scorer.score`; all processes call it with the same histories."""
+        """Called in all processes with the same histories."""
         self.session.interruption.poll()
         rows = self.session.processes.share(len(cu_seqlens) - 1)
-        first, end = (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, 1)  # none: one, not given to anybody
+        first, end = (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, 1)  # no rows: score one and hand out none
         bounds = cu_seqlens[first : end + 1]
         own = self.scorer.score(items[int(bounds[0]) : int(bounds[-1])], bounds - bounds[0])
         return torch.cat(self.session.processes.gather_parts(own[: len(rows)]))

@@ -1,6 +1,6 @@
 """The text residual trained by itself, on cached text vectors and without the language model.
 
-`train_text` is the stage before all others; `fit_text_line` does the same for any split, as a line to beat.
+`train_text` is the first stage; `fit_text_line` does the same for any split, as a baseline.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from laser_fast.config import OptimizerConfig, StageConfig, resolve_path
-from laser_fast.data import EvaluationRows, Split, TrainingRows, training_rows
+from laser_fast.data import EvaluationRows, Split, training_rows
 from laser_fast.data.batches import PackedBatch
 from laser_fast.evaluation import evaluate
 from laser_fast.laser.laser_files import find_saved, item_map_hash, origin_of
@@ -21,20 +21,21 @@ from laser_fast.models.text_recommender import TextRecommender
 from laser_fast.nn.text_residual import TextResidual
 from laser_fast.training.epochs import Session, Stage
 from laser_fast.training.loop import EarlyStopping, LossFunction, StageTrainer
+from laser_fast.training.random_state import forked_generators
 from laser_fast.training.training_rows import RowSampler
 
-LINE_STAGE = StageConfig(epochs=10, rows_per_epoch=16384, batch_size=256)
-LINE_OPTIMIZER = OptimizerConfig(learning_rate=2e-3)
+_LINE_STAGE = StageConfig(epochs=10, rows_per_epoch=16384, batch_size=256)
+_LINE_OPTIMIZER = OptimizerConfig(learning_rate=2e-3)
 _LINE_HISTORY = 10
 _LINE_DROPOUT = 0.2
 _METRIC = "NDCG@10"
 
 
 def train_text(session: Session) -> None:
-    """Users against the whole catalogue, both from frozen vectors through one head; the best epoch's weights are kept.
+    """Train users against the whole catalogue, both from frozen vectors through one head; the best epoch is kept.
 
-    The stage stops early by NDCG@10 on the validation rows with the items of each history left out: what these are
-    worth is for the calibrated score to say, and they would stand in the first ranks of all epochs alike.
+    The stage stops early by NDCG@10 on the validation rows without the items of each history, which would take the
+    first ranks in every epoch alike; the calibrated score weighs them.
     """
     config, model, text = session.config, session.model, session.model.text
     if text is None or not config.training.text.epochs:
@@ -51,7 +52,7 @@ def train_text(session: Session) -> None:
         if improved := stopping.improved(value, epoch):
             best.keep()
         quality = {f"validation_{_METRIC}_without_history": value}
-        session.directory.log(stage="text", epoch=epoch, best=improved, **quality, **values)
+        session.run.log(stage="text", epoch=epoch, best=improved, **quality, **values)
         if session.progress:
             print(f"text epoch {epoch + 1}: validation {_METRIC} without the history {value:.4f}", flush=True)
 
@@ -73,15 +74,7 @@ def train_text(session: Session) -> None:
 
 
 def initialize_text(model: LaserModel, folder: str) -> None:
-    """Begin with the vectors and the trained residual of another model.
-
-    Args:
-        folder: what `text.initialize_from` names.
-
-    Raises:
-        FileNotFoundError: there is no saved Laser.
-        ValueError: it has another catalogue, language model, tokenizer or text settings; names what differs.
-    """
+    """Begin with the vectors and the trained residual of the saved model in `folder`, which must fit."""
     saved = find_saved(resolve_path(folder))
     if saved is None:
         raise FileNotFoundError(f"initialize_text: the folder must hold a saved Laser, got {folder!r}")
@@ -105,17 +98,17 @@ def fit_text_line(
     counts: Tensor,
     *,
     temperature: float = 0.05,
-    stage: StageConfig = LINE_STAGE,
+    stage: StageConfig = _LINE_STAGE,
     seed: int = 0,
 ) -> TextRecommender:
     """Train recency weights and one linear head on frozen text vectors, as Laser's text stage does.
 
-    Any recommender that runs a language model over histories has to beat this line. The weights of the epoch with the
+    A recommender that runs a language model over histories has to beat this baseline. The weights of the epoch with the
     best NDCG@10 on the validation rows, histories left out, are kept.
 
     Args:
         vectors: float32 [I, d], unit rows (`centred`), on the device to train on.
-        split: its training rows are learned from, its validation rows choose the epoch.
+        split: its training rows are learned, its validation rows choose the epoch.
         counts: int64 [I], events of each item in the training part.
         temperature: tau.
         stage: the schedule.
@@ -123,51 +116,36 @@ def fit_text_line(
 
     Returns:
         The recommender, without repeat or popularity terms, as `fit_calibration` wants it.
-
-    Raises:
-        FloatingPointError: the loss is not finite.
     """
     rows, device = training_rows(split.train, _LINE_HISTORY), vectors.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with forked_generators(device):
         torch.manual_seed(seed)
         text = TextResidual(vectors.shape[0], vectors.shape[1], max_history=_LINE_HISTORY, dropout=_LINE_DROPOUT)
         trained = _Trained(text, nn.Parameter(torch.zeros(()))).to(device)
+        weight = trained.popularity_weight
+        assert weight is not None
         text.set_vectors(vectors)
         if len(rows):
-            _fit_line(trained, split, rows, counts, (temperature, stage, seed))
+            popularity = weight, torch.log1p(counts.float()).to(device)
+            loss = _loss(text, temperature, lambda: popularity, mask_history=True)
+            sampler = RowSampler(len(rows), min(len(rows), stage.rows_per_epoch or len(rows)), seed)
+            batch_size = stage.batch_size or len(rows)
+            num_batches = sampler.num_batches(batch_size)
+            trainer = StageTrainer(Accelerator(), trained, _LINE_OPTIMIZER, stage.epochs * num_batches)
+            stopping, best = EarlyStopping(stage.patience), _BestWeights(trained)
+            for epoch in range(stage.epochs):
+                batches = (_batch(rows.select(chosen)) for chosen in sampler.batches(epoch, batch_size))
+                trainer.run_epoch(batches, num_batches, loss, title="cached text", progress=False)
+                if stopping.improved(_quality(text, temperature, split.valid), epoch):
+                    best.keep()
+                if stopping.stop:
+                    break
+            best.put_back()
     return TextRecommender(text.eval(), temperature)
 
 
-def _fit_line(
-    trained: "_Trained",
-    split: Split,
-    rows: TrainingRows,
-    counts: Tensor,
-    how: tuple[float, StageConfig, int],
-) -> None:
-    """Train in place and leave the weights of the best epoch."""
-    (temperature, stage, seed), text = how, trained.text
-    weight = trained.popularity_weight
-    assert weight is not None
-    popularity = weight, torch.log1p(counts.float()).to(weight.device)
-    loss = _loss(text, temperature, lambda: popularity, mask_history=True)
-    size = stage.batch_size or len(rows)
-    sampler = RowSampler(len(rows), min(len(rows), stage.rows_per_epoch or len(rows)), seed)
-    num_batches = sampler.num_batches(size)
-    trainer = StageTrainer(Accelerator(), trained, LINE_OPTIMIZER, stage.epochs * num_batches)
-    stopping, best = EarlyStopping(stage.patience), _BestWeights(trained)
-    for epoch in range(stage.epochs):
-        batches = (_batch(rows.select(chosen)) for chosen in sampler.batches(epoch, size))
-        trainer.run_epoch(batches, num_batches, loss, title="cached text", progress=False)
-        if stopping.improved(_quality(text, temperature, split.valid), epoch):
-            best.keep()
-        if stopping.stop:
-            break
-    best.put_back()
-
-
 def _batch(rows: EvaluationRows) -> PackedBatch:
-    """Histories and targets without a word of text."""
+    """Histories and targets without text."""
     items, bounds = torch.from_numpy(rows.histories.items), torch.from_numpy(rows.histories.cu_seqlens)
     nothing = torch.empty(0, dtype=torch.int64), torch.zeros(len(rows) + 1, dtype=torch.int32)
     targets = torch.from_numpy(rows.targets)
@@ -181,7 +159,7 @@ def _loss(
     *,
     mask_history: bool,
 ) -> LossFunction:
-    """Cross-entropy of a batch of users against the whole catalogue, as stage 2 has it, of the residual alone."""
+    """Cross-entropy of users against the whole catalogue, as in stage 2 but by the residual alone."""
 
     def loss(batch: PackedBatch) -> dict[str, Tensor]:
         assert batch.targets is not None and batch.text_items is not None and batch.text_cu_seqlens is not None
@@ -194,7 +172,7 @@ def _loss(
 
 
 class _Trained(nn.Module):
-    """What is trained: the residual, and the weight of popularity where there is one."""
+    """The residual, and the weight of popularity where there is one."""
 
     def __init__(self, text: TextResidual, popularity_weight: nn.Parameter | None) -> None:
         super().__init__()
@@ -203,7 +181,7 @@ class _Trained(nn.Module):
 
 
 class _BestWeights(nn.Module):
-    """The weights of the best epoch so far; a module, so that a state holds them and a resumed run has them too."""
+    """The weights of the best epoch so far; a module, so that a state holds them."""
 
     def __init__(self, trained: nn.Module) -> None:
         super().__init__()

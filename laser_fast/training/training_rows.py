@@ -19,11 +19,7 @@ def laser_rows(config: LaserConfig, inputs: Inputs, *, warn: bool = True) -> Tra
     Where the states of folds are read, a row has the fold of the recommender that has not seen its user.
 
     Args:
-        warn: tell, with the measured gap, when the prefix would be learned from a recommender that has seen the
-            targets.
-
-    Raises:
-        ValueError: `mformer.states` is "cross-fitted" and the recommender has no folds.
+        warn: warn, with the measured gap, if the prefix would be learned from a recommender that has seen the targets.
     """
     max_history = max(config.prompt.max_items, config.mformer.max_history, config.text.max_history)
     folds = _folds(config, inputs, warn) if config.bituning.reads_states else None
@@ -31,7 +27,7 @@ def laser_rows(config: LaserConfig, inputs: Inputs, *, warn: bool = True) -> Tra
 
 
 def _folds(config: LaserConfig, inputs: Inputs, warn: bool) -> np.ndarray | None:
-    """Fold of every training sequence: int64; None where all states are the full model's."""
+    """Fold of every training sequence, int64; None if all states are the full model's."""
     recommender, states = inputs.recommender, config.mformer.states
     folds = getattr(recommender, "cross_fitted", None)
     if states != "in-sample" and folds is not None:
@@ -46,9 +42,9 @@ def _folds(config: LaserConfig, inputs: Inputs, warn: bool) -> np.ndarray | None
         figures = ""
         if isinstance(recommender, PackedRecommender):
             figures = f" ({recommender.gap or measure_state_gap(recommender, inputs.split)})"
-        cure = 'set mformer.states to "auto"'
-        if folds is None:
-            cure = "train it with `laser-fast recommender train ... --folds 3`"
+        cure = "train it with `laser-fast recommender train ... --folds 3`"
+        if folds is not None:
+            cure = 'set mformer.states to "auto"'
         warnings.warn(
             "train_laser: the prefix should be written from states of a recommender that has not seen the targets of "
             f"the rows, got one that has{figures}; {cure}",
@@ -58,13 +54,7 @@ def _folds(config: LaserConfig, inputs: Inputs, warn: bool) -> np.ndarray | None
 
 
 class RowSampler:
-    """Draws the rows of each epoch and repeats none before all were drawn; the same seed gives the same rows.
-
-    Args:
-        num_rows: how many rows there are.
-        rows_per_epoch: None = all.
-        seed: of the shuffles.
-    """
+    """Draws the rows of each epoch and repeats none before all were drawn; `rows_per_epoch` None = all."""
 
     def __init__(self, num_rows: int, rows_per_epoch: int | None, seed: int) -> None:
         self.num_rows = num_rows
@@ -88,5 +78,5 @@ class RowSampler:
             yield rows[start : start + batch_size]
 
     def num_batches(self, batch_size: int) -> int:
-        """Batches of one epoch."""
+        """Number of batches of one epoch."""
         return math.ceil(self.rows_per_epoch / batch_size)

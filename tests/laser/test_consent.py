@@ -19,7 +19,7 @@ from laser_fast.laser.build import build_laser, load_inputs
 from laser_fast.laser.laser_files import origin_of
 from laser_fast.lm.loading.language_model import load_language_model
 from laser_fast.recommenders.recommender_files import load_recommender, save_recommender
-from laser_fast.runs.checkpoint import load_laser, save_laser
+from laser_fast.runs.checkpoint import Run, save_laser
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -69,7 +69,7 @@ def test_nothing_is_fetched_unasked(
     message = (
         f"hub:someone/tiny-bert, which the saved model names, .* to fetch it, pass {argument}='hub:someone/tiny-bert'"
     )
-    for load in (LaserModel.from_pretrained, load_laser):
+    for load in (LaserModel.from_pretrained, Run.load):
         with pytest.raises(ValueError, match=message):
             load(run)
     for command in (["recommend", "--history", "i1"], ["recommend"], ["evaluate"], ["compare"]):
@@ -85,13 +85,13 @@ def test_who_names_it_has_it_fetched_and_then_the_cache_serves(
     assert main(["recommend", str(run.parent), "--history", "i1", "--llm", "hub:someone/tiny-bert"]) == 0
     assert set(hub.fetched) == {"someone/tiny-bert"}
     hub.fetched.clear()
-    model, _, config = load_laser(run)
+    model, _, config = Run.load(run)
     assert config.lm.path == "hub:someone/tiny-bert"
     again = LaserModel.from_pretrained(run)
     assert again.recommend([["i1"]], 3) == model.recommend([["i1"]], 3)
     assert origin_of(again).lm.path == origin_of(model).lm.path == "hub:someone/tiny-bert"
     assert hub.fetched == []
-    assert load_laser(run, llm="hub:someone/tiny-bert")[2].lm.path == "hub:someone/tiny-bert"
+    assert Run.load(run, llm="hub:someone/tiny-bert").config.lm.path == "hub:someone/tiny-bert"
     assert set(hub.fetched) == {"someone/tiny-bert"}
 
 
@@ -106,7 +106,7 @@ def test_the_command_takes_where_the_language_model_is_now(
 
 def test_a_folder_that_is_gone_is_no_name_on_the_hub(tiny_settings: dict[str, Any], hub: Hub) -> None:
     run = write_run(tiny_settings, path="models/tiny-bert")
-    for load in (LaserModel.from_pretrained, load_laser):
+    for load in (LaserModel.from_pretrained, Run.load):
         with pytest.raises(FileNotFoundError, match="must exist, got 'models/tiny-bert'"):
             load(run)
     assert hub.fetched == []
@@ -134,15 +134,13 @@ def test_a_run_is_loaded_with_what_it_was_trained_on(tiny_settings: dict[str, An
     texts = {**dataset.items.fields, "title": ["red saw", *dataset.items.fields["title"][1:]]}
     arrays = (dataset.user_ids, dataset.offsets, dataset.item_index, dataset.timestamps, dataset.manifest)
     write_dataset(tmp_path / "set", SequenceDataset(ItemTable(dataset.items.ids, texts), *arrays))
-    with pytest.raises(ValueError, match="load_laser: the items must have the texts of the training, got other ones"):
-        load_laser(run, data=str(tmp_path / "set"))
+    with pytest.raises(ValueError, match="Run.load: the items must have the texts of the training, got other ones"):
+        Run.load(run, data=str(tmp_path / "set"))
     other = load_recommender(tiny_settings["recommender"])
     other.item_embedding.weight.data.mul_(1.5)
     save_recommender(other, tmp_path / "other")
-    with pytest.raises(
-        ValueError, match="load_laser: recommender must be the SASRec of the training, .*, got a SASRec"
-    ):
-        load_laser(run, recommender=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="Run.load: recommender must be the SASRec of the training, .*, got a SASRec"):
+        Run.load(run, recommender=str(tmp_path / "other"))
 
 
 def test_package_runs_nothing_of_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from laser_fast.laser import LaserModel
 from laser_fast.models.objective import LaserOutput
 from laser_fast.recommenders import SASRec
 from laser_fast.retrieval.calibration import CalibratedScorer, Calibration
-from laser_fast.runs.checkpoint import load_laser, save_laser
+from laser_fast.runs.checkpoint import Run, save_laser
 from laser_fast.training.train import train_laser
 
 HISTORIES = [["i3", "i4"], [], ["i9"]]
@@ -196,7 +196,7 @@ def test_a_run_that_kept_its_items_comes_back_whole(tiny_settings: dict[str, Any
     training = {**tiny_settings["training"], "pretrain": {"epochs": 0}, "phase_a": {"epochs": 1}}
     settings = {**tiny_settings, "training": training | {"phase_b": {"epochs": 2}}}
     trained, _ = train_laser(build_config(LaserConfig, settings), progress=False)
-    loaded, _, _ = load_laser(settings["output"])
+    loaded = Run.load(settings["output"]).model
     for model in (trained, loaded):
         assert not model.items_are_outdated and model.recommend(HISTORIES, 3) == trained.recommend(HISTORIES, 3)
 

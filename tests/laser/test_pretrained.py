@@ -24,7 +24,7 @@ from laser_fast.recommenders import GRU4Rec, ItemKNN, SASRec, SequentialRules
 from laser_fast.recommenders.recommender_files import load_recommender
 from laser_fast.retrieval.calibration import CalibratedScorer, Calibration
 from laser_fast.retrieval.requests import pack_histories
-from laser_fast.runs.checkpoint import load_laser
+from laser_fast.runs.checkpoint import Run
 from laser_fast.training.train import train_laser
 
 HISTORIES = [["i1", "i2"], [], ["i7", "i3", "i20"]]
@@ -167,8 +167,8 @@ def test_a_training_run_is_a_saved_model(tiny_settings: dict[str, Any]) -> None:
         assert same(loaded, model)
         assert loaded.recommend(HISTORIES, 4) == model.recommend(HISTORIES, 4)  # calibrated
     loaded.save_pretrained(Path(config.output).parent / "adapter")
-    with pytest.raises(ValueError, match="load_laser: adapter must come from a training run, got a model saved on its"):
-        load_laser(Path(config.output).parent / "adapter")
+    with pytest.raises(ValueError, match="Run.load: adapter must come from a training run, got a model saved on its"):
+        Run.load(Path(config.output).parent / "adapter")
 
 
 def test_it_can_be_built_from_loaded_parts(

@@ -19,8 +19,9 @@ from laser_fast.lm.frozen_lm import FrozenLM
 from laser_fast.lm.loading.language_model import load_model
 from laser_fast.models.assembly import build_execution, laser_parts
 from laser_fast.ops import cu_seqlens_from_lengths
-from laser_fast.planning.plan import GIB, Line, MemoryPlan, Proposal, StepBytes, Workload, estimate_memory
-from laser_fast.planning.plan_table import card_bytes, one_line, table, to_dict, workload_of
+from laser_fast.planning.plan import GIB, Line, MemoryPlan, Proposal, StepBytes, estimate_memory
+from laser_fast.planning.plan_table import card_bytes, one_line, table, to_dict
+from laser_fast.planning.workload import Workload, workload_of
 from laser_fast.recommenders import SASRec
 
 NUM_ITEMS = 500

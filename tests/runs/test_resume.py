@@ -21,8 +21,8 @@ from laser_fast.data import SequenceDataset, leave_one_out, training_rows
 from laser_fast.data.batches import PackedBatch
 from laser_fast.files.claims import lock_file
 from laser_fast.laser.model import LaserModel
-from laser_fast.runs.resume import StateFolder
 from laser_fast.runs.run_directory import RunDirectory
+from laser_fast.runs.states import StateFolder
 from laser_fast.training.interruption import Interrupted
 from laser_fast.training.loop import StageTrainer
 from laser_fast.training.train import train_laser
@@ -285,7 +285,7 @@ def test_damage_is_named_and_never_loaded(
         if content is not None:
             (folder / name).write_bytes(content)
     before = (run / "metrics.jsonl").read_bytes()
-    folder = StateFolder(RunDirectory(run, config_of(settings, run), resume=True))
+    folder = RunDirectory(run, config_of(settings, run), resume=True).states
     with pytest.raises(ValueError, match=rf"000006-phase_b-1-2 \({problem}.*\); 000005-.*, and there is no other"):
         folder.newest()
     assert (run / "metrics.jsonl").read_bytes() == before
@@ -326,25 +326,15 @@ def test_a_finished_run_stays_as_it_is(
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
 
-@pytest.mark.parametrize("by", ["command", "function"])
 def test_what_a_kill_left_after_the_end_goes(
-    settings: dict[str, Any],
-    assert_same_run: Same,
-    whole: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    by: str,
+    settings: dict[str, Any], assert_same_run: Same, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(StateFolder, "clear", CLEAR)
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     assert (run / "states").exists()
     lock_file(run).touch()
-    config = config_of(settings, run)
-    (tmp_path / "run.yaml").write_text(dump_config(config))
-    if by == "command":
-        assert main(["train", str(tmp_path / "run.yaml"), "--resume"]) == 0
-    else:
-        train_laser(config, resume=True, progress=False)
+    (tmp_path / "run.yaml").write_text(dump_config(config_of(settings, run)))
+    assert main(["train", str(tmp_path / "run.yaml"), "--resume"]) == 0
     assert not (run / "states").exists() and sorted(tmp_path.iterdir()) == [run, tmp_path / "run.yaml"]
     assert_same_run(run, whole)

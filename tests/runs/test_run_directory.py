@@ -14,8 +14,8 @@ import pytest
 from laser_fast.cli import main
 from laser_fast.config import LaserConfig, RecommenderConfig, build_config
 from laser_fast.data import EvaluationRows, PackedSequences, Split
-from laser_fast.runs.resume import State, StateFolder
 from laser_fast.runs.run_directory import RunDirectory
+from laser_fast.runs.states import State
 from laser_fast.training import train as laser
 from laser_fast.training.recommender.train_recommender import train_recommender
 from laser_fast.training.train import train_laser
@@ -81,13 +81,13 @@ def test_a_command_that_comes_late_says_so_in_one_line(
 
 def test_what_ended_before_its_first_state_is_no_obstacle(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    RunDirectory(run, _CONFIG).log(epoch=0)
+    RunDirectory(run, _CONFIG).begin().log(epoch=0)
     (run / "states").mkdir()
     (run / "states" / ".000001-a-0-0.0123456789ab.partial").mkdir()
     (run / ".config.yaml.0123456789ab.partial").write_text("half")
     (run / "tensorboard").mkdir()
     other = _CONFIG.model_copy(update={"epochs": 2})
-    RunDirectory(run, other)
+    RunDirectory(run, other).begin()
     assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "environment.json"]
     assert "epochs: 2" in (run / "config.yaml").read_text()
 
@@ -115,25 +115,25 @@ def test_what_could_be_lost_is_an_obstacle(tmp_path: Path, names: list[str], res
 
 
 def test_a_state_is_an_obstacle_until_it_is_resumed(tmp_path: Path) -> None:
-    StateFolder(RunDirectory(tmp_path / "run", _CONFIG)).save(_state())
+    RunDirectory(tmp_path / "run", _CONFIG).begin().states.save(_state())
     with pytest.raises(FileExistsError, match="output must be a new or empty folder, got '.*/run'"):
         RunDirectory(tmp_path / "run", _CONFIG)
-    assert StateFolder(RunDirectory(tmp_path / "run", _CONFIG, resume=True)).newest() is not None
+    assert RunDirectory(tmp_path / "run", _CONFIG, resume=True).states.newest() is not None
 
 
 @pytest.mark.parametrize("left", [[], ["environment.json"], [".environment.json.0123456789ab.partial"]])
 def test_a_run_killed_as_it_began_is_resumed_from_nothing(tmp_path: Path, left: list[str]) -> None:
     for name in left:
         (tmp_path / name).write_text("{}")
-    RunDirectory(tmp_path, _CONFIG, resume=True, writes=False)
+    RunDirectory(tmp_path, _CONFIG, resume=True, writes=False).begin()
     assert sorted(path.name for path in tmp_path.iterdir()) == left
-    RunDirectory(tmp_path, _CONFIG, resume=True)
+    RunDirectory(tmp_path, _CONFIG, resume=True).begin()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "environment.json"]
     assert json.loads((tmp_path / "environment.json").read_text())["python"]
 
 
 def test_a_half_line_is_none(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path, _CONFIG)
+    run = RunDirectory(tmp_path, _CONFIG).begin()
     run.log(epoch=0)
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(b'{"epo')
@@ -145,7 +145,7 @@ def test_a_half_line_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", _LINKS)
 def test_a_link_in_a_run_is_refused_by_name(tmp_path: Path, name: str) -> None:
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
-    RunDirectory(run, _CONFIG).log(epoch=0)
+    RunDirectory(run, _CONFIG).begin().log(epoch=0)
     if (run / name).exists():
         (run / name).rename(elsewhere)
     (run / name).symlink_to(elsewhere)
@@ -162,8 +162,8 @@ def test_a_link_that_comes_later_is_replaced(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "precious").write_text("precious")
-    directory = RunDirectory(tmp_path / "run", _CONFIG)
-    states = StateFolder(directory)
+    directory = RunDirectory(tmp_path / "run", _CONFIG).begin()
+    states = directory.states
     for name in ("states", "checkpoint", "metrics.jsonl", "finished.json"):
         (directory.path / name).symlink_to(elsewhere)
     states.put_back_files()
@@ -206,7 +206,7 @@ def test_what_lies_there_decides_what_is_advised(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text("precious")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "one.png").write_text("precious")
-    StateFolder(RunDirectory(tmp_path / "run", _CONFIG)).save(_state())
+    RunDirectory(tmp_path / "run", _CONFIG).begin().states.save(_state())
     advice = {
         "log.csv": "which is a file; choose another",
         "photos": "which holds something else; choose another",

@@ -83,6 +83,6 @@ def test_a_missing_package_is_refused_before_anything_is_read(
 
 
 def test_tensorboard_may_be_switched_on_when_a_run_goes_on(tiny_settings: dict[str, Any]) -> None:
-    RunDirectory(tiny_settings["output"], build_config(LaserConfig, tiny_settings))
+    RunDirectory(tiny_settings["output"], build_config(LaserConfig, tiny_settings)).begin()
     tiny_settings["training"]["tensorboard"] = True
     assert not RunDirectory(tiny_settings["output"], build_config(LaserConfig, tiny_settings), resume=True).finished

@@ -32,7 +32,7 @@ from laser_fast.models.objective import gather_candidates
 from laser_fast.nn.mformer import balance_across
 from laser_fast.ops import route_experts
 from laser_fast.processes import OtherProcessFailed, Processes
-from laser_fast.runs.resume import StateFolder
+from laser_fast.runs.states import StateFolder
 from laser_fast.training.loop import StageTrainer
 from laser_fast.training.train import train_laser  # noqa: F401  so that no fork imports it
 
@@ -205,7 +205,9 @@ def measure(file: Path) -> None:
         found["apart"] = processes.gather(torch.tensor([processes.rank]))
     found["gathered"] = processes.gather(torch.tensor([processes.rank] * (processes.rank + 1)))
     try:
-        processes.raise_together(ValueError("no such folder") if processes.rank else None)
+        with processes.together():
+            if processes.rank:
+                raise ValueError("no such folder")
     except (ValueError, OtherProcessFailed) as error:
         found["error"] = torch.tensor(list(f"{type(error).__name__}: {error}".encode()), dtype=torch.uint8)
     linear = torch.nn.Linear(2, 2)

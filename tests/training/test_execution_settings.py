@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from laser_fast.config import LaserConfig, build_config, load_config
-from laser_fast.planning.plan import GIB, Workload, estimate_memory
+from laser_fast.planning.plan import GIB, estimate_memory
+from laser_fast.planning.workload import Workload
 from laser_fast.training.train import train_laser
 
 PRESETS = Path(__file__).resolve().parents[2] / "laser_fast" / "presets"

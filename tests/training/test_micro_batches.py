@@ -19,7 +19,7 @@ from laser_fast.data.micro_batches import row_tokens
 from laser_fast.laser import LaserModel
 from laser_fast.laser.build import build_laser, load_inputs, load_language_model
 from laser_fast.models.token_budget import TokenBudget
-from laser_fast.runs import Run
+from laser_fast.runs.checkpoint import Run
 from laser_fast.training.loop import StageTrainer
 from laser_fast.training.train import train_laser
 

@@ -16,7 +16,7 @@ from laser_fast.data import SequenceDataset, leave_one_out, training_rows
 from laser_fast.data.loading import NextItemCollator, NextItemDataset
 from laser_fast.data.negatives import NegativeSampler
 from laser_fast.laser.recbole import RecBoleLaser
-from laser_fast.training import RefreshItems
+from laser_fast.training.refresh_callback import RefreshItems
 
 STEPS = 20
 BATCH = 8

@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from laser_fast.config import LaserConfig, build_config
 from laser_fast.processes import ALONE
-from laser_fast.runs.run_directory import RunDirectory
 from laser_fast.training.loop import StageTrainer
 from laser_fast.training.train import train_laser
 
@@ -172,15 +170,3 @@ def test_halving_is_refused_in_several_processes(
     values = {**settings, "output": str(tmp_path / "run"), "training": {**settings["training"], "halve_on_oom": True}}
     with pytest.raises(ValueError, match="halve_on_oom must be false in several processes .*, got true"):
         train_laser(build_config(LaserConfig, values), progress=False)
-
-
-def test_two_runs_do_not_share_a_folder(
-    settings: dict[str, Any], claimed_elsewhere: Callable[[Path], AbstractContextManager[None]], tmp_path: Path
-) -> None:
-    config = build_config(LaserConfig, {**settings, "output": str(tmp_path / "run")})
-    for resume in (False, True):
-        with claimed_elsewhere(tmp_path / "run"):
-            with pytest.raises(ValueError, match="one process at a time, got '.*/run', at which another process is at"):
-                train_laser(config, resume=resume, progress=False)
-            assert not (tmp_path / "run" / "metrics.jsonl").exists()
-        RunDirectory(config.output, config)

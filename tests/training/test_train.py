@@ -15,10 +15,11 @@ from laser_fast.data import PackedSequences
 from laser_fast.files.sealed import seal
 from laser_fast.laser.build import Inputs
 from laser_fast.laser.model import LaserModel
-from laser_fast.runs import Run
-from laser_fast.training import stage2, train_laser
+from laser_fast.runs.checkpoint import Run
+from laser_fast.training import stage2
 from laser_fast.training.loop import EarlyStopping
 from laser_fast.training.optimizer import warmup_cosine
+from laser_fast.training.train import train_laser
 from laser_fast.training.training_rows import RowSampler
 
 LEARNING = {"pretrain": {"epochs": 0}, "optimizer": {"learning_rate": 0.03}}  # enough to learn the walk in seconds

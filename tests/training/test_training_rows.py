@@ -20,10 +20,9 @@ from laser_fast.laser.build import load_inputs
 from laser_fast.recommenders.packed_recommender import CrossFitted
 from laser_fast.recommenders.protocol import FrozenRecommender
 from laser_fast.recommenders.recommender_files import load_recommender
-from laser_fast.runs.checkpoint import fingerprint
 from laser_fast.training.loop import StageTrainer
 from laser_fast.training.recommender.train_recommender import train_recommender
-from laser_fast.training.train import train_laser
+from laser_fast.training.train import fingerprint, train_laser
 from laser_fast.training.training_rows import laser_rows
 
 Same = Callable[[Path, Path], None]

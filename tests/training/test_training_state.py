@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from laser_fast.config import OptimizerConfig
-from laser_fast.runs.resume import State, StateFolder
 from laser_fast.runs.run_directory import RunDirectory
+from laser_fast.runs.states import State, StateFolder
 from laser_fast.training.loop import StageTrainer
 from laser_fast.training.random_state import RandomState
 
@@ -38,7 +38,7 @@ def test_moments_and_schedule_go_on(eight_bit: bool, tmp_path: Path) -> None:
     for index in range(3):
         step(one, index)
     position = State(values={"stage": "phase_a", "epoch": 0, "step": 3, "log_bytes": 0})
-    folder = StateFolder(RunDirectory(tmp_path / "run", config))
+    folder = StateFolder(tmp_path)
     folder.save(State.join(position=position, trainer=one.state()))
     kept = folder.newest()
     assert kept is not None
@@ -67,18 +67,18 @@ def test_generators_go_on() -> None:
 
 
 def test_a_damaged_state_is_refused_or_equal(tmp_path: Path, damage_files: Callable[..., int]) -> None:
-    directory = RunDirectory(tmp_path / "run", OptimizerConfig())
+    directory = RunDirectory(tmp_path / "run", OptimizerConfig()).begin()
     directory.checkpoint.mkdir()
     (directory.checkpoint / "adapter.safetensors").write_bytes(b"the best model")
     directory.log(loss=1.0)
     position = {"stage": "phase_a", "epoch": 0, "step": 3, "log_bytes": len(directory.read_log())}
     state = State({"weight": torch.arange(6.0)}, {"position": position, "best": 0.25})
-    StateFolder(directory).save(state)
+    directory.states.save(state)
 
     def newest() -> State | None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            return StateFolder(directory).newest()
+            return directory.states.newest()
 
     def same(found: State) -> bool:
         return found.values == state.values and torch.equal(found.tensors["weight"], state.tensors["weight"])
@@ -93,4 +93,4 @@ def test_a_damaged_state_is_refused_or_equal(tmp_path: Path, damage_files: Calla
         "values.json",
     ]
     assert damage_files(folder, newest, same, 120) > 100
-    assert same(StateFolder(directory).newest() or State())
+    assert same(directory.states.newest() or State())

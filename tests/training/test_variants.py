@@ -88,7 +88,7 @@ def test_without_mformer_the_rest_trains(tiny_settings: dict[str, Any], prefix: 
 
 def test_generation_chooses_among_the_tokens_of_the_texts(tiny_settings: dict[str, Any]) -> None:
     _, model, rows = build(tiny_settings)
-    vocabulary = text_vocabulary(model.builder, model)
+    vocabulary = text_vocabulary(model)
     assert (vocabulary.input_ids.diff() > 0).all()
     batch = model.builder.histories(rows.histories)
     assert bool(torch.isin(batch.input_ids, vocabulary.input_ids).all())

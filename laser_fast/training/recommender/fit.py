@@ -1,4 +1,4 @@
-"""Fitting an ID-based recommender: windows of the training sequences, epochs, a running mean of the weights."""
+"""Fitting an ID-based recommender: windows of the training sequences, epochs, running mean of the weights."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from laser_fast.ops import catalog_cross_entropy
 from laser_fast.recommenders.gru4rec import GRU4Rec
 from laser_fast.recommenders.packed_recommender import PackedRecommender
 from laser_fast.recommenders.sasrec import SASRec
-from laser_fast.runs.resume import State
+from laser_fast.runs.states import State
 from laser_fast.training.optimizer import load_optimizer_state, optimizer_state
 
 _WARMUP_STEPS = 50
 _MAX_GRAD_NORM = 5.0
-_AVERAGE_DECAY = 0.98  # of the running mean of the weights, per step
+_AVERAGE_DECAY = 0.98  # per step, in the running mean of the weights
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Pieces of the training sequences; inputs are all events of a piece but the last, targets all but the first."""
+    """Pieces of the training sequences: inputs are all events of a piece but the last, targets all but the first."""
 
     starts: np.ndarray  # int64 [W], first event of each piece in `items`
     lengths: np.ndarray  # int64 [W], events of each piece, 2..max_length+1
@@ -35,7 +35,7 @@ class Windows:
 
     @classmethod
     def cut(cls, train: PackedSequences, max_length: int) -> Windows:
-        """Cut from the newest end: the oldest piece is the short one. Each event but a first is a target once."""
+        """Cut from the newest end, so the oldest piece is the short one; each event but a first is a target once."""
         starts, lengths = [], []
         for first, end in zip(train.cu_seqlens[:-1].tolist(), train.cu_seqlens[1:].tolist(), strict=True):
             while end - first > 1:
@@ -58,7 +58,7 @@ class Windows:
 
 
 def build_recommender(num_items: int, config: RecommenderConfig) -> PackedRecommender:
-    """A new model of the kind and sizes of `config`."""
+    """A new model, with weights from torch's global generator."""
     names = ("width", "num_layers", "max_length", "dropout", "state_dropout")
     sizes = {name: getattr(config, name) for name in names}
     if config.kind == "gru4rec":
@@ -67,10 +67,9 @@ def build_recommender(num_items: int, config: RecommenderConfig) -> PackedRecomm
 
 
 class Fitting:
-    """A model that is being fitted to windows, and `averaged`, the running mean of its weights, which is to be kept.
+    """A model that is being fitted to windows, and `averaged`, the running mean of its weights.
 
-    Parameters that require no gradient stay as they are. Dropout and the order of the windows are drawn from torch's
-    global generator.
+    Dropout and the order of the windows are drawn from torch's global generator.
     """
 
     def __init__(self, model: PackedRecommender, windows: Windows, config: RecommenderConfig) -> None:
@@ -89,7 +88,7 @@ class Fitting:
         return int(self.warmup.last_epoch)
 
     def state(self) -> State:
-        """All that the rest of the fitting depends on, but the random generators."""
+        """All that the rest of the fitting depends on but the random generators."""
         return State.join(
             model=State(dict(self.model.state_dict())),
             mean=State(dict(self.mean.state_dict())),
@@ -105,11 +104,7 @@ class Fitting:
         self.warmup.load_state_dict(state.part("warmup").values)
 
     def epoch(self) -> float:
-        """One pass in random order, the mean following the weights; the mean loss over all targets.
-
-        Raises:
-            FloatingPointError: the loss is not finite; names the step.
-        """
+        """One pass in random order; the mean loss over all targets, which must be finite."""
         model = self.model.train()
         total, count = 0.0, 0
         order = torch.randperm(len(self.windows.starts)).numpy()

@@ -1,9 +1,9 @@
-"""Training SASRec or GRU4Rec on the training part of a split, and after it the models of its folds."""
+"""Training SASRec or GRU4Rec on the training part of a split, and then the models of its folds."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +16,11 @@ from laser_fast.evaluation import evaluate
 from laser_fast.evaluation.state_gap import measure_state_gap
 from laser_fast.recommenders.packed_recommender import CrossFitted, PackedRecommender, assign_folds
 from laser_fast.recommenders.recommender_files import load_recommender
-from laser_fast.runs.resume import State
+from laser_fast.runs.states import State
 from laser_fast.training.loop import EarlyStopping
+from laser_fast.training.random_state import forked_generators
 from laser_fast.training.recommender.fit import Fitting, Windows, build_recommender
-from laser_fast.training.recommender.run import RecommenderRun, open_run
+from laser_fast.training.recommender.run import RecommenderRun, open_recommender_run
 
 _FULL = "full"  # part of a state of a fold: the finished full model and the epochs it took
 
@@ -38,23 +39,20 @@ def train_recommender(
 ) -> PackedRecommender:
     """Minimise the mean cross-entropy of the next item over the whole catalogue, at every position of `split.train`.
 
-    What is ranked and kept is a running mean of the weights, which is steadier than the weights of any one step. After
-    each epoch all validation rows are ranked; the mean with the best NDCG@10 is kept, and training stops after
-    `config.patience` epochs without a better one. With `config.folds` the models of the folds are fitted after it, see
-    `train_folds`, which change nothing of it. The same seed gives the same weights on a CPU with as many threads, and
-    the global random state is left as it was.
+    A running mean of the weights is ranked and kept, as it is steadier than the weights of a single step. All
+    validation rows are ranked after each epoch; the mean with the best NDCG@10 is kept, and training stops after
+    `config.patience` epochs without a better one. With `config.folds` the models of the folds are fitted after it
+    (`train_folds`), which changes nothing of it. The same seed gives the same weights on a CPU with as many threads.
+    The global random state is left as it was.
 
     Args:
         split: its training part is learned, its validation rows decide when to stop; its test rows are not touched.
         num_items: I, size of the catalogue.
-        config: kind, sizes and schedule, and how many folds.
         seed: of the initial weights, the order of the batches and dropout.
         item_map_hash: hash of the item table, recorded in the checkpoint.
         run_dir: a new folder for configuration, environment, `metrics.jsonl`, a state after every epoch and, at the
-            end, the checkpoint.
+            end, the checkpoint; None = nothing is written.
         resume: go on with the run in `run_dir` from its last whole state; a finished one is only loaded.
-        progress: show a bar that counts epochs.
-        device: where to train.
 
     Returns:
         The model with its best weights, in eval mode, `split_hash`, `gap` and, with folds, `cross_fitted` set.
@@ -62,8 +60,8 @@ def train_recommender(
     Raises:
         ValueError: no training sequence has two events, or a fold leaves none; another process writes `run_dir`; the
             run to resume is damaged or began with other settings, data or seed.
-        FloatingPointError: the loss is not finite; names the step.
-        FileExistsError: `run_dir` holds something, or what is to be resumed lies behind a link.
+        FloatingPointError: the loss is not finite.
+        FileExistsError: `run_dir` holds something, or a link in the run to resume.
         FileNotFoundError: the run to resume is missing.
         Interrupted: SIGTERM or SIGINT came while there is a `run_dir`; the epoch is taken again on `resume`.
     """
@@ -73,15 +71,15 @@ def train_recommender(
     if config.folds:
         _folds_of_users(split, config.folds, seed)  # before anything is written, or trained for long
     fingerprint = {"split": split.hash, "item map": item_map_hash, "number of items": num_items, "seed": seed}
-    with open_run(run_dir, config, fingerprint, resume=resume) as run:
+    with open_recommender_run(run_dir, config, fingerprint, resume=resume) as run:
         if run.checkpoint is not None:
             model = load_recommender(run.checkpoint, expected_split_hash=split.hash).to(device)
         else:
-            with torch.random.fork_rng(devices=_cuda(torch.device(device))):
+            with forked_generators(torch.device(device)):
                 torch.manual_seed(seed)
                 model = build_recommender(num_items, config).to(device)
                 model.split_hash, model.item_map_hash = split.hash, item_map_hash
-                epochs = _fit(model, Fitting(model, windows, config), split, config, run, progress)
+                epochs = _fit(Fitting(model, windows, config), split, config, run, progress)
             model.eval()
             if config.folds:
                 model.cross_fitted = train_folds(
@@ -104,56 +102,56 @@ def train_folds(
 ) -> CrossFitted:
     """The models of `config.folds` folds beside a finished `model`.
 
-    User u is in fold permutation(u) mod K, by the seed. A fold begins with the weights that `model` began with and
-    learns all of them. Its states are rotated onto those of `model`, and scaled to their length, on the sequences both
-    have learned from. It is fitted for a given number of epochs: neither its own users nor their validation rows have a
-    say in its weights.
+    User u is in fold permutation(u) mod K. A fold begins with the weights that `model` began with and learns from the
+    sequences of the other folds for a given number of epochs, so that neither its own users nor their validation rows
+    have a say in its weights. Its states are rotated onto those of `model`, and scaled to their length, on the
+    sequences both have learned from.
 
     Args:
         model: fitted on all of `split.train`.
         epochs: passes over the sequences of the other folds; those of `model` up to its best.
         seed: of the folds, and the one `model` was trained with.
         run: where the loss of every epoch is logged, with the fold, and from which the folds go on; None = nowhere.
-
-    Raises:
-        ValueError: a fold leaves no sequence of two events to learn from.
-        FloatingPointError: the loss is not finite; names the step.
     """
     user_folds = _folds_of_users(split, config.folds, seed)
     run = RecommenderRun() if run is None else run
     models, bases, done = [], [], {_FULL: State(dict(model.state_dict()), {"epochs": epochs})}
-    with torch.random.fork_rng(devices=_cuda(model.item_embedding.weight.device)):
+    with forked_generators(model.item_embedding.weight.device):
         for fold in range(config.folds):
             windows = Windows.cut(split.train.select(user_folds[split.train_users] != fold), config.max_length)
-            twin, name = _start_fold(model, seed, fold), f"fold{fold}"
+            torch.manual_seed(seed)
+            twin, name = model.twin().to(model.item_embedding.weight.device), f"fold{fold}"
+            torch.manual_seed(int(np.random.SeedSequence([seed, 1 + fold]).generate_state(1)[0]))
             if run.resumed is not None and name in run.resumed.values:
                 twin.load_state_dict(run.resumed.part(name).tensors)
             else:
-                title = f"{type(twin).__name__} without fold {fold + 1} of {config.folds}"
                 fitting = Fitting(twin, windows, config)
-                with tqdm(total=epochs, desc=title, unit="epoch", disable=not progress) as bar:
-                    _fit_fold(fitting, fold, epochs, run, done, bar)
+                state = run.take_up(name, fitting)
+                first = 0 if state is None else state.values["position"]["epoch"]
+                title = f"{type(twin).__name__} without fold {fold + 1} of {config.folds}"
+                with tqdm(total=epochs, initial=first, desc=title, unit="epoch", disable=not progress) as bar:
+                    for epoch in range(first, epochs):
+                        with run.interruption.at_once():
+                            loss = fitting.epoch()
+                        run.log(fold=fold, epoch=epoch, loss=loss)
+                        run.keep(name, epoch + 1, fitting, **done)  # with what the later folds need
+                        bar.update()
+                twin.load_state_dict(fitting.averaged.state_dict())
             models.append(twin.eval())
             done[name] = State(dict(twin.state_dict()))
             bases.append(_rotation(model, twin, windows, config.batch_size))
     return CrossFitted(models, user_folds, split.hash, torch.stack(bases))
 
 
-def _fit(
-    model: PackedRecommender,
-    fitting: Fitting,
-    split: Split,
-    config: RecommenderConfig,
-    run: RecommenderRun,
-    progress: bool,
-) -> int:
-    """Train `model` in place and leave it with its best weights; how many epochs those took."""
+def _fit(fitting: Fitting, split: Split, config: RecommenderConfig, run: RecommenderRun, progress: bool) -> int:
+    """Leave the model with its best weights; the number of epochs those took."""
+    model, valid = fitting.model, split.valid
     if run.resumed is not None and _FULL in run.resumed.values:  # it stands in a fold
         full = run.resumed.part(_FULL)
         model.load_state_dict(full.tensors)
         return int(full.values["epochs"])
     stopping = EarlyStopping(config.patience)
-    first, best_weights = 0, _copy(model)
+    first, best_weights = 0, copy.deepcopy(model.state_dict())
     if (state := run.take_up("model", fitting)) is not None:
         first, best_weights = state.values["position"]["epoch"], state.part("best").tensors
         stopping.put_back(state.part("best").values)
@@ -164,12 +162,11 @@ def _fit(
                 break
             with run.interruption.at_once():
                 loss = fitting.epoch()
-                rows = split.valid
-                metrics = evaluate(fitting.averaged, rows, device=fitting.device) if len(rows) else None
+                metrics = evaluate(fitting.averaged, valid, device=fitting.device) if len(valid) else None
             quality = metrics["NDCG@10"].mean if metrics is not None else -loss
             run.log(epoch=epoch, loss=loss, **({"valid": metrics.to_dict()["metrics"]} if metrics else {}))
             if stopping.improved(quality, epoch):
-                best_weights = _copy(fitting.averaged)
+                best_weights = copy.deepcopy(fitting.averaged.state_dict())
             run.keep("model", epoch + 1, fitting, best=State(best_weights, stopping.values()))
             bar.set_postfix_str(f"loss {loss:.3f}, best NDCG@10 {stopping.best:.4f} in epoch {stopping.best_epoch}")
             bar.update()
@@ -177,25 +174,8 @@ def _fit(
     return stopping.best_epoch + 1
 
 
-def _fit_fold(
-    fitting: Fitting, fold: int, epochs: int, run: RecommenderRun, done: dict[str, State], bar: tqdm[Any]
-) -> None:
-    """Fit the model of one fold in place, from where the run stands; `done` is what later folds will need of before."""
-    name = f"fold{fold}"
-    state = run.take_up(name, fitting)
-    first = 0 if state is None else state.values["position"]["epoch"]
-    bar.update(first)
-    for epoch in range(first, epochs):
-        with run.interruption.at_once():
-            loss = fitting.epoch()
-        run.log(fold=fold, epoch=epoch, loss=loss)
-        run.keep(name, epoch + 1, fitting, **done)
-        bar.update()
-    fitting.model.load_state_dict(fitting.averaged.state_dict())
-
-
 def _folds_of_users(split: Split, num_folds: int, seed: int) -> np.ndarray:
-    """The fold of every user of a split, by the index of the user: int8 [U]; each leaves something to learn from."""
+    """The fold of every user, int8 [U]; refuses folds that leave nothing to learn from."""
     everyone = [split.train_users, split.valid.users, split.test.users]
     folds = assign_folds(1 + max(int(users.max(initial=-1)) for users in everyone), num_folds, seed)
     learned = folds[split.train_users[np.diff(split.train.cu_seqlens) >= 2]]
@@ -208,19 +188,10 @@ def _folds_of_users(split: Split, num_folds: int, seed: int) -> np.ndarray:
     return folds
 
 
-def _start_fold(model: PackedRecommender, seed: int, fold: int) -> PackedRecommender:
-    """The model of a fold before its first step; torch's generator stands where the fitting is to begin."""
-    torch.manual_seed(seed)
-    twin = model.twin().to(model.item_embedding.weight.device)
-    torch.manual_seed(int(np.random.SeedSequence([seed, 1 + fold]).generate_state(1)[0]))
-    return twin
-
-
 def _rotation(model: PackedRecommender, twin: PackedRecommender, windows: Windows, batch_size: int) -> Tensor:
-    """The rotation that brings the states of `twin` closest to those of `model` over all windows, times the ratio of
-    their mean lengths: float32 [D, D].
+    """The rotation of the states of `twin` onto those of `model`, times the ratio of their mean lengths: [D, D].
 
-    Source: orthogonal Procrustes, Schoenemann 1966; summed in float64.
+    Orthogonal Procrustes over all windows (Schoenemann 1966), summed in float64.
     """
     device = model.item_embedding.weight.device
     cross = torch.zeros(model.state_size, model.state_size, dtype=torch.float64, device=device)
@@ -234,12 +205,3 @@ def _rotation(model: PackedRecommender, twin: PackedRecommender, windows: Window
         other += float(full.norm(dim=1).sum())
     left, _, right = torch.linalg.svd(cross)
     return (left @ right * (other / length)).float()
-
-
-def _copy(model: PackedRecommender) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def _cuda(device: torch.device) -> list[torch.device]:
-    """The device whose generator is to be left as it was, beside that of the host."""
-    return [device] if device.type == "cuda" else []

@@ -16,7 +16,7 @@ from laser_fast.nn.evaluation_mode import draws_dropout
 from laser_fast.recommenders import GRU4Rec, SASRec
 from laser_fast.recommenders.packed_recommender import PackedRecommender
 from laser_fast.recommenders.recommender_files import load_recommender, save_recommender
-from laser_fast.training import train_recommender
+from laser_fast.training.recommender.train_recommender import train_recommender
 
 _NUM_ITEMS = 30
 _CONFIG = RecommenderConfig(

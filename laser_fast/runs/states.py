@@ -1,9 +1,9 @@
-"""The states of a run, from which it goes on: safetensors and JSON, whole or refused, the last two kept.
+"""The states from which a run goes on: safetensors and JSON, whole or refused, the last two kept.
 
 states/000012-phase_a-1-40      the state after step 40 of the second epoch of phase A
     tensors.safetensors         parameters, moments of the optimizer, random generators, item matrix, sums of the epoch
     values.json                 everything else: position, schedule, early stopping, budget
-    metrics.jsonl, best/        the log and the best checkpoint as they were (hard links: the best takes no room)
+    metrics.jsonl, best/        the log and the best checkpoint as they were (hard links take no room)
     state.json                  the format of all these
     seal.json                   SHA-256 of every file beside it, written last
 """
@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,6 @@ from laser_fast.files.descriptions import Description, parse_description
 from laser_fast.files.folders import remove, replace_directory, replace_file, whole_directory, write_json
 from laser_fast.files.sealed import SealedFolder, seal
 from laser_fast.files.tensors import read_tensors
-from laser_fast.runs.run_directory import RunDirectory
 
 _FORMAT = 2
 _STATE = re.compile("[0-9]+-")  # how a name begins
@@ -54,35 +52,37 @@ class State:
 
 
 class StateFolder:
-    """The folder `states` of a run: writes states beside and renames them, reads the newest that is whole."""
+    """The folder `states` of a run; without `writes`, nothing changes it."""
 
-    def __init__(self, directory: RunDirectory) -> None:
-        self.directory = directory
-        self.path = directory.path / "states"
+    def __init__(self, run: Path, *, writes: bool = True) -> None:
+        self.path = run / "states"
+        self._log = run / "metrics.jsonl"
+        self._checkpoint = run / "checkpoint"
+        self._writes = writes
         self._kept: list[Path] = []  # known to be whole, the newest last
         self._count = max((_number(folder) for folder in self._folders()), default=0)
 
     def save(self, state: State) -> None:
-        """Keep a state, with the best checkpoint of now; all but the one before it are deleted then.
+        """Keep a state and the best checkpoint so far, then delete all states but this one and the one before it.
 
-        Args:
-            state: its part `position` says at which `stage`, `epoch` and `step` it is, and how many `log_bytes` of the
-                log belong to it.
+        Its part `position` has the `stage`, `epoch` and `step`, and how many `log_bytes` of the log belong to it.
         """
-        if not self.directory.writes:
+        if not self._writes:
             return
         self._count += 1
         position = state.values["position"]
-        log = self.directory.read_log()[: position["log_bytes"]]
         target = self.path / f"{self._count:06d}-{position['stage']}-{position['epoch']}-{position['step']}"
         if self.path.is_symlink():
             remove(self.path)
         with replace_directory(target) as fresh:
-            save_file(_for_file(state.tensors), fresh / "tensors.safetensors")
+            # copies: no two may share storage, as the tables of 8-bit Adam do
+            tensors = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.tensors.items()}
+            save_file(tensors, fresh / "tensors.safetensors")
             write_json(fresh / "values.json", state.values)
+            log = self._log.read_bytes()[: position["log_bytes"]] if self._log.exists() else b""
             (fresh / "metrics.jsonl").write_bytes(log)
             with suppress(FileNotFoundError):  # there is none before the end of stage 1
-                _link_files(whole_directory(self.directory.checkpoint), fresh / "best")
+                _link_files(whole_directory(self._checkpoint), fresh / "best")
             write_json(fresh / "state.json", {"format": _FORMAT})
             seal(fresh)
         self._kept = [*self._kept, target][-_KEPT:]
@@ -91,11 +91,7 @@ class StateFolder:
                 remove(entry)
 
     def newest(self) -> State | None:
-        """The newest whole state, None where none was completed; damaged ones are passed over with a warning.
-
-        Raises:
-            ValueError: all states are damaged.
-        """
+        """The newest whole state, None where none was completed; a warning names damaged ones after it."""
         damaged: list[str] = []
         for folder in reversed(self._folders()):
             try:
@@ -119,26 +115,22 @@ class StateFolder:
         return None
 
     def put_back_files(self) -> None:
-        """Make the log and the best checkpoint what they were at the state that `newest` gave; without one, nothing."""
-        if not self.directory.writes:
+        """Make log and best checkpoint what they were at the state of `newest`, or remove them if there is none."""
+        if not self._writes:
             return
         folder = self._kept[-1] if self._kept else None
-        self.directory.remove_leftovers()
-        log = (folder / "metrics.jsonl").read_bytes() if folder else b""
-        replace_file(self.directory.path / "metrics.jsonl", log)
-        best = folder / "best" if folder else None
-        if best is not None and best.is_dir():
-            with replace_directory(self.directory.checkpoint) as fresh:
-                _link_files(best, fresh)
+        replace_file(self._log, (folder / "metrics.jsonl").read_bytes() if folder else b"")
+        if folder and (folder / "best").is_dir():
+            with replace_directory(self._checkpoint) as fresh:
+                _link_files(folder / "best", fresh)
         else:
-            remove(self.directory.checkpoint)
+            remove(self._checkpoint)
 
     def clear(self) -> None:
-        """Delete all states: the run is finished."""
-        if not self.directory.writes:
-            return
-        remove(self.path)
-        self._kept = []
+        """Delete all states."""
+        if self._writes:
+            remove(self.path)
+            self._kept = []
 
     def _folders(self) -> list[Path]:
         """Completed states, the oldest first."""
@@ -147,24 +139,12 @@ class StateFolder:
         return sorted((entry for entry in self.path.iterdir() if _STATE.match(entry.name)), key=_number)
 
 
-def refuse_another_beginning(function: str, began: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse, in the words of `function`, a run that would go on with other things than it began with.
-
-    Raises:
-        ValueError: names what differs.
-    """
-    if changed := [name for name, value in now.items() if began.get(name) != value]:
-        raise ValueError(
-            f"{function}: a run must be resumed with what it began with, got another " + " and ".join(changed)
-        )
-
-
 def _number(folder: Path) -> int:
     return int(folder.name.partition("-")[0])
 
 
 class _StateDescription(Description):
-    format: int  # of state.json
+    format: int
 
 
 def _read(folder: Path) -> State:
@@ -184,15 +164,3 @@ def _link_files(source: Path, target: Path) -> None:
             os.link(path, target / path.name)
         except OSError:
             shutil.copyfile(path, target / path.name)
-
-
-def _for_file(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """On the host, contiguous, no two of one storage (which safetensors refuses; 8-bit Adam shares its table)."""
-    known: set[int] = set()
-    prepared = {}
-    for name, tensor in tensors.items():
-        value = tensor.detach().cpu().contiguous()
-        storage = value.untyped_storage().data_ptr()
-        prepared[name] = value.clone() if storage in known else value
-        known.add(storage)
-    return prepared
