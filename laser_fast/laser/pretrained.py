@@ -20,9 +20,9 @@ from laser_fast.laser.catalogue_texts import read_texts
 from laser_fast.laser.laser_files import LASER_FILES, Origin, SavedLaser, find_saved, write_laser
 from laser_fast.laser.model_card import model_card
 from laser_fast.lm.frozen_lm import FrozenLM
-from laser_fast.lm.loading.base_model import LoadedBase, describe_base, lm_of_saved, load_base
+from laser_fast.lm.loading.base_model import describe_base
 from laser_fast.lm.loading.hub import find_folder
-from laser_fast.lm.loading.language_model import RANDOM_SCHEME
+from laser_fast.lm.loading.language_model import RANDOM_SCHEME, LoadedBase, lm_of_saved, load_base
 from laser_fast.models.assembly import build_execution, build_model_batches, check_tokens, laser_parts
 from laser_fast.recommenders.item_to_item import ItemToItem
 from laser_fast.recommenders.protocol import Scorer, SequentialRecommender

@@ -13,7 +13,7 @@ from laser_fast.laser.laser_files import SavedLaser, find_saved, item_map_hash, 
 from laser_fast.laser.model import LaserModel
 from laser_fast.laser.model_card import model_card
 from laser_fast.laser.pretrained import restore_calibration
-from laser_fast.lm.loading.base_model import lm_of_saved
+from laser_fast.lm.loading.language_model import lm_of_saved
 from laser_fast.models.token_budget import TokenBudget
 
 

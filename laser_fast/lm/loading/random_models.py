@@ -1,7 +1,6 @@
-"""Language models of any size with random weights: for tests, benchmarks and memory plans that have no checkpoint.
+"""Language models of any size with random weights, for tests, benchmarks and memory plans without a checkpoint.
 
-In 4 bits the packed weights themselves are drawn, layer by layer on the device that will run the model, so that an 8B
-shape never holds a weight in 16 bits.
+In 4 bits the packed weights themselves are drawn, so that an 8B model never holds a weight in 16 bits.
 """
 
 import json
@@ -25,19 +24,18 @@ _NESTED_BLOCK_SIZE = 256
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a random model comes to lie and in which form."""
+    """Where a random model lies and in which form."""
 
     dtype: torch.dtype  # of embeddings and norms, and of what the linear layers compute in
-    device: torch.device  # of the layers; weights are drawn there
+    device: torch.device  # of the layers, where weights are drawn
     embedding_device: torch.device  # of the table of token embeddings
     packed: bool = False  # linear weights in NF4 with double quantisation, as bitsandbytes holds them
-    # False = one row of them, on `device`, for a model that is given embeddings: they are a quarter of the bytes of an
-    # 8B model in 4 bits
+    # False = one row on `device`, for a model that is given embeddings: they are a quarter of an 8B model in 4 bits
     token_embeddings: bool = True
 
 
 class OneRowEmbedding(nn.Module):
-    """A table of token embeddings in which all tokens have the same row, the only one that takes memory."""
+    """A table of token embeddings in which all tokens share one row."""
 
     def __init__(self, table: nn.Module, num_tokens: int) -> None:
         super().__init__()
@@ -46,7 +44,7 @@ class OneRowEmbedding(nn.Module):
 
     @property
     def weight(self) -> Any:
-        """[num_tokens, D_llm] over the memory of one row: not to be written."""
+        """[num_tokens, D_llm], a read-only view of one row."""
         row: Any = self.table.weight
         return row.detach().expand(self.num_tokens, -1)
 
@@ -65,7 +63,7 @@ def random_config(shape: str) -> "PretrainedConfig":
     """The transformers configuration of a shape: one of `known_shapes`, or a folder with a config.json.
 
     Raises:
-        ValueError: neither of the two, or an architecture that transformers itself does not have.
+        ValueError: neither of the two, or an architecture that transformers does not have.
     """
     from transformers import AutoConfig
 
@@ -83,9 +81,9 @@ def random_config(shape: str) -> "PretrainedConfig":
 def random_model(config: "PretrainedConfig", placement: Placement, *, seed: int = 0) -> "PreTrainedModel":
     """Build a model without a head and draw its weights: the same for the same seed, device and dtype.
 
-    Weights are normal with the configuration's `initializer_range`; norms, biases and buffers are as the class
-    initialises them. With `placement.packed` the 4-bit codes are drawn uniformly and the scales of the blocks are
-    those of normal weights, up to a factor that gives the unpacked weights `initializer_range` as standard deviation.
+    Weights are initialised as the class does it. With `placement.packed` the 4-bit codes of linear layers are drawn
+    uniformly and the scales of blocks are those of normal weights, up to a factor that gives the unpacked weights the
+    configuration's `initializer_range` as standard deviation.
 
     Raises:
         ValueError: packed weights are asked for and the model has no linear layer.
@@ -132,12 +130,15 @@ def _keep_one_row(model: "PreTrainedModel") -> None:
 
 
 def _materialise(model: "PreTrainedModel", placement: Placement) -> None:
-    """Give every parameter and buffer memory and its initial value, but for the linear weights that will be packed."""
+    """Give memory and an initial value to all but the linear weights that will be packed."""
     table = model.get_input_embeddings()
     of_table = set(table.modules())
     # a GPU draws the table of an 8B model at once, one core of the host in ten seconds
     first = placement.device if placement.device.type == "cuda" else placement.embedding_device
-    for module, name in _children_first(model).items():
+    names = {module: name for name, module in model.named_modules()}
+    children_first: list[nn.Module] = []  # a parent may overwrite what its children drew
+    model.apply(children_first.append)
+    for module in dict.fromkeys(children_first):
         device = first if module in of_table else placement.device
         later = {"weight"} if placement.packed and type(module) is nn.Linear else set()
         for key, parameter in module._parameters.items():
@@ -150,22 +151,10 @@ def _materialise(model: "PreTrainedModel", placement: Placement) -> None:
         for key, value in [*module._parameters.items(), *module._buffers.items()]:
             if value is not None and key not in later and _is_unwritten(value):
                 raise RuntimeError(
-                    f"random_model: {type(model).__name__} must initialise {name}.{key}, got a class that does not"
+                    f"random_model: {type(model).__name__} must initialise {names[module]}.{key}, "
+                    "got a class that does not"
                 )
     table.to(placement.embedding_device)
-
-
-def _children_first(module: nn.Module) -> dict[nn.Module, str]:
-    """Every module with its name after all that it holds: a parent may overwrite what its children drew."""
-    found: dict[nn.Module, str] = {}
-
-    def visit(current: nn.Module, path: str) -> None:
-        for key, child in current.named_children():
-            visit(child, f"{path}.{key}" if path else key)
-        found.setdefault(current, path)
-
-    visit(module, "")
-    return found
 
 
 def _unwritten(like: Tensor, device: torch.device) -> Tensor:
@@ -193,7 +182,7 @@ def _pack(model: nn.Module, placement: Placement, deviation: float, generator: t
 
 
 def _random_linear(linear: nn.Linear, dtype: torch.dtype, deviation: float, generator: torch.Generator) -> nn.Module:
-    """A `Linear4bit` of this shape with the bias of `linear`; on a GPU the host waits for nothing that is drawn."""
+    """A `Linear4bit` of this shape with the bias of `linear`; the host does not wait for a GPU."""
     from bitsandbytes.functional import QuantState, get_4bit_type, quantize_blockwise
     from bitsandbytes.nn import Linear4bit, Params4bit
 
@@ -218,7 +207,7 @@ def _random_linear(linear: nn.Linear, dtype: torch.dtype, deviation: float, gene
 
 
 def _random_scales(num_blocks: int, generator: torch.Generator) -> Tensor:
-    """Largest magnitude of `_BLOCK_SIZE` standard normal numbers, so many times: float32 [num_blocks]."""
+    """For every block the largest magnitude of `_BLOCK_SIZE` standard normal numbers: float32 [num_blocks]."""
     uniform = torch.rand(num_blocks, generator=generator, device=generator.device, dtype=torch.float32)
     # a number's magnitude is below x with probability erf(x / sqrt 2), all of a block's with the power of it
     power = uniform.clamp(1e-6, 1 - 1e-6).pow(1 / _BLOCK_SIZE)
@@ -226,6 +215,6 @@ def _random_scales(num_blocks: int, generator: torch.Generator) -> Tensor:
 
 
 def _random_bytes(count: int, generator: torch.Generator) -> Tensor:
-    """Uniform bytes: uint8 [count]; eight at a time, which is three times as fast as one by one."""
+    """Uniform bytes: uint8 [count], drawn eight at a time, which is three times as fast."""
     words = torch.empty(math.ceil(count / 8), dtype=torch.int64, device=generator.device)
     return words.random_(-(2**63), None, generator=generator).view(torch.uint8)[:count]
