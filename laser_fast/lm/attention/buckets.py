@@ -1,7 +1,7 @@
 """The portable backend of packed attention: sequences of similar length as padded blocks, on any device.
 
-Each block goes through `torch.nn.functional.scaled_dot_product_attention`, or through plain arithmetic where the scores
-are soft-capped or have sinks, which that function does not know.
+A block goes through `torch.nn.functional.scaled_dot_product_attention`, or through plain arithmetic where scores are
+soft-capped or have sinks.
 """
 
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from laser_fast.lm.attention.flash import AttentionKind
 
-_LENGTH_STEP = 16  # lengths are rounded up to this: few buckets, and at most 15 slots of padding per sequence
+_LENGTH_STEP = 16  # lengths are rounded up to it: few buckets, and at most 15 slots of padding per sequence
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Bucket:
     key_start: int
     key_length: int
     mask: Tensor | None  # bool [sequences, 1, query_length, key_length], True = attend; None = attend everywhere
-    keyless: Tensor | None  # bool [sequences, 1, query_length, 1], True where a real query sees no key: its output is 0
+    keyless: Tensor | None  # bool [sequences, 1, query_length, 1], True where a query sees no key and its output is 0
     _additive: dict[torch.dtype, Tensor] = field(default_factory=dict, compare=False)
 
     def additive_mask(self, dtype: torch.dtype) -> Tensor | None:
-        """The mask as what is added to scores, made once for all layers (from a bool one every layer keeps its own)."""
+        """What is added to scores, made once for all layers: with a bool mask every layer would keep its own."""
         if self.mask is None:
             return None
         if dtype not in self._additive:
@@ -53,7 +53,7 @@ class BucketLayout:
     def build(
         lengths_q: list[int], lengths_k: list[int], device: torch.device, causal: bool, sliding_window: int | None
     ) -> "BucketLayout":
-        """Lay out sequences of these lengths: on the host, then copied to the device without waiting for it."""
+        """Lay out sequences of these lengths on the host, and copy to the device without waiting."""
         groups: dict[tuple[int, int], list[int]] = {}
         for sequence, (length_q, length_k) in enumerate(zip(lengths_q, lengths_k, strict=True)):
             if length_q:
@@ -72,7 +72,7 @@ class BucketLayout:
             buckets.append(Bucket(len(members), query_start, query_length, key_start, key_length, mask, keyless))
             query_start += len(members) * query_length
             key_start += len(members) * key_length
-        # keys of a sequence without queries have no block; they go to one spare slot that nobody reads
+        # keys of a sequence without queries belong to no block and go to spare slots
         for sequence, (length_q, length_k) in enumerate(zip(lengths_q, lengths_k, strict=True)):
             if not length_q and length_k:
                 first_key_slot[sequence] = key_start
@@ -87,18 +87,13 @@ def attend_in_buckets(
     """Arguments as in `varlen_attention`: [Tq, H, d], [Tk, H_kv, d] twice -> [Tq, H, d]."""
     if not layout.buckets:
         return query * 0.0
-    rows = [
-        _lay_out(query, layout.query_slots, layout.num_query_slots),
-        _lay_out(key, layout.key_slots, layout.num_key_slots),
-        _lay_out(value, layout.key_slots, layout.num_key_slots),
-    ]
+    queries: Tensor = _LayOut.apply(query, layout.query_slots, layout.num_query_slots)
+    keys, values = (_LayOut.apply(each, layout.key_slots, layout.num_key_slots) for each in (key, value))
     outputs = []
     for bucket in layout.buckets:
-        keys = (bucket.key_start, bucket.key_length)
-        places = ((bucket.query_start, bucket.query_length), keys, keys)
-        block_q, block_k, block_v = (
-            tensor[start : start + bucket.sequences * length].unflatten(0, (bucket.sequences, -1)).transpose(1, 2)
-            for tensor, (start, length) in zip(rows, places, strict=True)
+        block_q = _block(queries, bucket.sequences, bucket.query_start, bucket.query_length)
+        block_k, block_v = (
+            _block(each, bucket.sequences, bucket.key_start, bucket.key_length) for each in (keys, values)
         )
         if kind.softcap is None and sinks is None:
             attended = F.scaled_dot_product_attention(
@@ -118,10 +113,15 @@ def attend_in_buckets(
     return torch.cat(outputs).index_select(0, layout.query_slots)
 
 
+def _block(slots: Tensor, sequences: int, start: int, length: int) -> Tensor:
+    """[slots, H, d] -> [sequences, H, length, d]."""
+    return slots[start : start + sequences * length].unflatten(0, (sequences, -1)).transpose(1, 2)
+
+
 def _plain_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kind: AttentionKind, sinks: Tensor | None
 ) -> Tensor:
-    """[n, H, Lq, d], [n, H_kv, Lk, d] twice -> [n, H, Lq, d]; the scores of a block are materialised."""
+    """[n, H, Lq, d], [n, H_kv, Lk, d] twice -> [n, H, Lq, d]."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = (query @ key.transpose(2, 3) * kind.scale).to(torch.promote_types(query.dtype, torch.float32))
@@ -142,7 +142,7 @@ def _round_up(length: int) -> int:
 
 
 def _slots(first_slot: list[int], lengths: list[int], device: torch.device) -> Tensor:
-    """First slot of the sequence plus position in it, for every packed token: int64 [T]."""
+    """The slot of every packed token: int64 [T]."""
     counts = torch.tensor(lengths, dtype=torch.int64)
     starts = counts.cumsum(0) - counts
     shift = torch.tensor(first_slot, dtype=torch.int64) - starts
@@ -150,13 +150,8 @@ def _slots(first_slot: list[int], lengths: list[int], device: torch.device) -> T
     return (torch.arange(total) + shift.repeat_interleave(counts, output_size=total)).to(device, non_blocking=True)
 
 
-def _lay_out(tokens: Tensor, slots: Tensor, num_slots: int) -> Tensor:
-    blocks: Tensor = _LayOut.apply(tokens, slots, num_slots)
-    return blocks
-
-
 class _LayOut(torch.autograd.Function):
-    """Rows to their slots, zeros elsewhere; unlike `index_copy` it keeps no rows for backward, which gathers them."""
+    """Rows to their slots, zeros elsewhere; unlike `index_copy` it keeps no rows for backward."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, slots: Tensor, num_slots: int) -> Tensor:
@@ -194,7 +189,7 @@ def _bucket_mask(
     if not causal and sliding_window is None and bool((counts_k == key_length).all()):
         return None, None  # padded queries may attend anywhere: their outputs are dropped
     mask = visible_keys(counts_q, counts_k, query_length, key_length, causal, sliding_window)
-    # also padded queries; a softmax over nothing is NaN, so let them attend
+    # a softmax over nothing is NaN, so a query that sees no key, padded or real, attends everywhere
     sees_none = ~mask.any(dim=-1, keepdim=True)
     real = (torch.arange(query_length)[:, None] < counts_q[:, None, None]) & sees_none
     mask = (mask | sees_none)[:, None]

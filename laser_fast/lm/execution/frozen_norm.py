@@ -1,16 +1,15 @@
 """RMSNorm with a frozen weight: `y = x / sqrt(mean(x^2) + eps) * (offset + w)` (Zhang & Sennrich 2019, 1910.07467).
 
-Backward keeps x in its own dtype and one float32 per row; Hugging Face's modules keep x in float32 twice. On a GPU the
-arithmetic is one pass each way (`laser_fast.ops.rms_norm`).
+Backward keeps x in its own dtype and one float32 per row; Hugging Face's modules keep x in float32 twice.
 """
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from laser_fast.lm.execution.recognition import random_copy
 from laser_fast.ops.rms_norm import NormKind, rms_norm_backward, rms_norm_forward, rms_norm_reference
 
 _PROBE_ROWS = 3
@@ -18,10 +17,10 @@ _PROBE_ROWS = 3
 
 @dataclass(frozen=True)
 class NormRecipe:
-    """From what a normalised tensor can be made again: the row it came from and the reciprocal of its scale."""
+    """From what a normalised tensor can be made again."""
 
     x: Tensor
-    reciprocal: Tensor  # float32 [..., 1]
+    reciprocal: Tensor  # of the scales of the rows, float32 [..., 1]
     weight: Tensor
     kind: NormKind
 
@@ -32,14 +31,14 @@ class NormRecipe:
 
 
 def epsilon_of(module: nn.Module) -> Any:
-    """The constant that a norm adds below its root, under either of its names; None where there is none."""
+    """The constant that a norm adds below its root; None where there is none."""
     return getattr(module, "variance_epsilon", getattr(module, "eps", None))
 
 
 def recognise_norm(module: nn.Module) -> NormKind | None:
     """How this module computes an RMSNorm; None where it computes something else.
 
-    Found by trying a copy of it with random weights on random rows, in float32 and (for where it rounds) in bfloat16.
+    A copy with random weights is tried in float32 and in bfloat16, which shows where it rounds.
     """
     weight, eps = getattr(module, "weight", None), epsilon_of(module)
     if type(module) is nn.LayerNorm or not isinstance(weight, Tensor) or weight.dim() != 1:
@@ -52,12 +51,10 @@ def recognise_norm(module: nn.Module) -> NormKind | None:
 
 
 def _computes(module: nn.Module, kind: NormKind, dtype: torch.dtype) -> bool:
-    twin: Any = copy.deepcopy(module).to_empty(device="cpu").to(dtype)
-    generator = torch.Generator().manual_seed(0)
-    width = twin.weight.shape[0]
+    twin = random_copy(module).to(dtype)
+    rows = torch.randn(_PROBE_ROWS, twin.weight.shape[0], generator=torch.Generator().manual_seed(1))
+    x = (rows * 3.0).to(dtype)
     with torch.no_grad():
-        twin.weight.copy_(torch.randn(width, generator=generator))
-        x = (torch.randn(_PROBE_ROWS, width, generator=generator) * 3.0).to(dtype)
         try:
             expected = twin(x)
         except (RuntimeError, TypeError):  # wants something else than rows
@@ -70,7 +67,7 @@ def _computes(module: nn.Module, kind: NormKind, dtype: torch.dtype) -> bool:
 def frozen_rms_norm(module: Any, kind: NormKind, x: Tensor) -> Tensor:
     """RMSNorm over the last dimension: [..., D] -> [..., D] in the dtype of x; gradients reach x alone.
 
-    The result carries its recipe (`recipe_of`) where there may be a backward, so that what follows need not keep it.
+    Where there may be a backward the result carries its recipe (`recipe_of`), so that what follows need not keep it.
     """
     y, reciprocal = _FrozenRMSNorm.apply(x, module.weight, kind)
     if torch.is_grad_enabled() and not y.is_inference():
@@ -79,7 +76,7 @@ def frozen_rms_norm(module: Any, kind: NormKind, x: Tensor) -> Tensor:
 
 
 def recipe_of(tensor: Tensor) -> NormRecipe | None:
-    """How `frozen_rms_norm` made this very tensor; None where it did not, or where it was written to since."""
+    """How `frozen_rms_norm` made this tensor; None where it did not, or where the tensor was written to since."""
     recipe, version = getattr(tensor, "laser_recipe", (None, None))
     return recipe if recipe is not None and tensor._version == version else None
 
