@@ -24,7 +24,6 @@ from transformers import (
 
 from laser_fast.lm.exchanged_attention import ATTENTION_NAME
 from laser_fast.lm.frozen_lm import FrozenLM
-from laser_fast.lm.packed_layout import PackedLayout
 
 from .families import FAMILIES, LENGTHS, random_model
 from .packed import assert_close, packed_inputs
@@ -118,9 +117,8 @@ def test_an_option_nobody_has_is_refused_by_name() -> None:
     lm = FrozenLM(random_model("llama"))
     attention = AttentionInterface()[ATTENTION_NAME]
     tokens = torch.zeros(1, 2, 3, 8)
-    layout = PackedLayout(torch.tensor([0, 3], dtype=torch.int32), {}, None)
     with pytest.raises(ValueError, match="must not use a head mask, got head_mask=1"):
-        attention(lm.model, tokens, tokens, tokens, None, laser_layout=layout, head_mask=1)
+        attention(lm.model, tokens, tokens, tokens, None, head_mask=1)
 
 
 def test_calling_the_model_past_the_wrapper_is_refused() -> None:

@@ -18,12 +18,10 @@ _LENGTH_STEP = 16  # lengths are rounded up to it: few buckets, and at most 15 s
 
 @dataclass(frozen=True)
 class Bucket:
-    """Sequences as one padded block: slots `[query_start, query_start + sequences * query_length)`."""
+    """Sequences as one padded block of `sequences * query_length` slots of queries, and of keys likewise."""
 
     sequences: int
-    query_start: int
     query_length: int
-    key_start: int
     key_length: int
     mask: Tensor | None  # bool [sequences, 1, query_length, key_length], True = attend; None = attend everywhere
     keyless: Tensor | None  # bool [sequences, 1, query_length, 1], True where a query sees no key and its output is 0
@@ -41,13 +39,12 @@ class Bucket:
 
 @dataclass(frozen=True)
 class BucketLayout:
-    """Where each packed token goes in the padded blocks, for one batch of lengths and one kind of mask."""
+    """Where each packed token goes in the padded blocks, which lie one behind the other."""
 
     query_slots: Tensor  # int64 [Tq]
     key_slots: Tensor  # int64 [Tk]
-    num_query_slots: int
-    num_key_slots: int
     buckets: tuple[Bucket, ...]
+    num_spare_keys: int = 0  # slots behind the blocks, for keys of sequences without queries
 
     @staticmethod
     def build(
@@ -64,21 +61,19 @@ class BucketLayout:
             counts_q = torch.tensor([lengths_q[i] for i in members])
             counts_k = torch.tensor([lengths_k[i] for i in members])
             query_length, key_length = max(lengths_q[i] for i in members), max(1, *(lengths_k[i] for i in members))
-            for row, sequence in enumerate(members):
-                first_query_slot[sequence] = query_start + row * query_length
-                first_key_slot[sequence] = key_start + row * key_length
+            for sequence in members:
+                first_query_slot[sequence], first_key_slot[sequence] = query_start, key_start
+                query_start, key_start = query_start + query_length, key_start + key_length
             masks = _bucket_mask(counts_q, counts_k, query_length, key_length, causal, sliding_window)
             mask, keyless = (None if one is None else one.to(device, non_blocking=True) for one in masks)
-            buckets.append(Bucket(len(members), query_start, query_length, key_start, key_length, mask, keyless))
-            query_start += len(members) * query_length
-            key_start += len(members) * key_length
-        # keys of a sequence without queries belong to no block and go to spare slots
+            buckets.append(Bucket(len(members), query_length, key_length, mask, keyless))
+        num_spare_keys = 0
         for sequence, (length_q, length_k) in enumerate(zip(lengths_q, lengths_k, strict=True)):
-            if not length_q and length_k:
-                first_key_slot[sequence] = key_start
-                key_start += length_k
+            if not length_q:
+                first_key_slot[sequence] = key_start + num_spare_keys
+                num_spare_keys += length_k
         query_slots, key_slots = _slots(first_query_slot, lengths_q, device), _slots(first_key_slot, lengths_k, device)
-        return BucketLayout(query_slots, key_slots, query_start, key_start, tuple(buckets))
+        return BucketLayout(query_slots, key_slots, tuple(buckets), num_spare_keys)
 
 
 def attend_in_buckets(
@@ -87,14 +82,13 @@ def attend_in_buckets(
     """Arguments as in `varlen_attention`: [Tq, H, d], [Tk, H_kv, d] twice -> [Tq, H, d]."""
     if not layout.buckets:
         return query * 0.0
-    queries: Tensor = _LayOut.apply(query, layout.query_slots, layout.num_query_slots)
-    keys, values = (_LayOut.apply(each, layout.key_slots, layout.num_key_slots) for each in (key, value))
+    query_sizes = [bucket.sequences * bucket.query_length for bucket in layout.buckets]
+    key_sizes = [*(bucket.sequences * bucket.key_length for bucket in layout.buckets), layout.num_spare_keys]
+    queries = _LayOut.apply(query, layout.query_slots, sum(query_sizes)).split(query_sizes)
+    keys, values = (_LayOut.apply(one, layout.key_slots, sum(key_sizes)).split(key_sizes)[:-1] for one in (key, value))
     outputs = []
-    for bucket in layout.buckets:
-        block_q = _block(queries, bucket.sequences, bucket.query_start, bucket.query_length)
-        block_k, block_v = (
-            _block(each, bucket.sequences, bucket.key_start, bucket.key_length) for each in (keys, values)
-        )
+    for bucket, *slots in zip(layout.buckets, queries, keys, values, strict=True):
+        block_q, block_k, block_v = (one.unflatten(0, (bucket.sequences, -1)).transpose(1, 2) for one in slots)
         if kind.softcap is None and sinks is None:
             attended = F.scaled_dot_product_attention(
                 block_q,
@@ -111,11 +105,6 @@ def attend_in_buckets(
             attended = attended.masked_fill(bucket.keyless, 0.0)
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, layout.query_slots)
-
-
-def _block(slots: Tensor, sequences: int, start: int, length: int) -> Tensor:
-    """[slots, H, d] -> [sequences, H, length, d]."""
-    return slots[start : start + sequences * length].unflatten(0, (sequences, -1)).transpose(1, 2)
 
 
 def _plain_attention(

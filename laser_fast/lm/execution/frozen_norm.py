@@ -30,38 +30,31 @@ class NormRecipe:
             return rms_norm_forward(self.x, self.weight, self.kind, self.reciprocal)[0]
 
 
-def epsilon_of(module: nn.Module) -> Any:
-    """The constant that a norm adds below its root; None where there is none."""
-    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
-
-
 def recognise_norm(module: nn.Module) -> NormKind | None:
     """How this module computes an RMSNorm; None where it computes something else.
 
     A copy with random weights is tried in float32 and in bfloat16, which shows where it rounds.
     """
-    weight, eps = getattr(module, "weight", None), epsilon_of(module)
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if type(module) is nn.LayerNorm or not isinstance(weight, Tensor) or weight.dim() != 1:
         return None
     if len(list(module.parameters())) != 1 or not isinstance(eps, float) or list(module.buffers()):
         return None
-    kinds = (NormKind(0.0, True, eps), NormKind(0.0, False, eps), NormKind(1.0, False, eps))
-    dtypes = (torch.float32, torch.bfloat16)
-    return next((kind for kind in kinds if all(_computes(module, kind, dtype) for dtype in dtypes)), None)
-
-
-def _computes(module: nn.Module, kind: NormKind, dtype: torch.dtype) -> bool:
-    twin = random_copy(module).to(dtype)
-    rows = torch.randn(_PROBE_ROWS, twin.weight.shape[0], generator=torch.Generator().manual_seed(1))
-    x = (rows * 3.0).to(dtype)
-    with torch.no_grad():
+    kinds = [NormKind(0.0, True, eps), NormKind(0.0, False, eps), NormKind(1.0, False, eps)]
+    rows = 3.0 * torch.randn(_PROBE_ROWS, len(weight), generator=torch.Generator().manual_seed(1), device="cpu")
+    for dtype in (torch.float32, torch.bfloat16):
+        twin, x = random_copy(module).to(dtype), rows.to(dtype)
         try:
-            expected = twin(x)
+            with torch.no_grad():
+                expected = twin(x)
         except (RuntimeError, TypeError):  # wants something else than rows
-            return False
-        actual = rms_norm_reference(x, twin.weight, kind)
-    same_form = isinstance(expected, Tensor) and expected.dtype == dtype and expected.shape == actual.shape
-    return same_form and torch.allclose(actual, expected, rtol=1e-5, atol=1e-6)
+            return None
+        if not isinstance(expected, Tensor) or expected.dtype != dtype or expected.shape != x.shape:
+            return None
+        outputs = [(kind, rms_norm_reference(x, twin.weight.detach(), kind)) for kind in kinds]
+        kinds = [kind for kind, output in outputs if torch.allclose(output, expected, rtol=1e-5, atol=1e-6)]
+    return kinds[0] if kinds else None
 
 
 def frozen_rms_norm(module: Any, kind: NormKind, x: Tensor) -> Tensor:

@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 class HostEmbedding(nn.Module):
     """Looks rows up on the host and copies them to the device of the ids; `to` and `cuda` leave the table alone.
 
-    The table, which may scale or normalise what it looks up, takes hundreds of megabytes to gigabytes, and a step reads
-    a few thousand rows of it.
+    A table takes hundreds of megabytes to gigabytes, and a step reads a few thousand rows of it.
     """
 
     def __init__(self, table: nn.Module) -> None:
@@ -24,23 +23,23 @@ class HostEmbedding(nn.Module):
 
     @property
     def weight(self) -> Any:
-        """The table itself: [vocabulary, D_llm]."""
+        """[vocabulary, D_llm]."""
         return self.table.weight
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """int64 [...] on any device -> [..., D_llm] on the same device; waits for it where the host knows no ids."""
+        """int64 [...] -> [..., D_llm] on the same device, for which the host waits unless it knows the ids."""
         rows: Tensor = self.table(on_host(input_ids))
-        if input_ids.device.type == "cuda":  # so the copy runs beside what the device is at
+        if input_ids.device.type == "cuda":  # lets the copy run beside the work of the device
             rows = rows.pin_memory()
         return rows.to(input_ids.device, non_blocking=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "HostEmbedding":
-        # every move and cast of a module that holds this one ends here
+        # every move and cast of the model ends here
         return self
 
 
 def keep_embeddings_on_host(model: "PreTrainedModel") -> None:
-    """Move the table of token embeddings of `model` to host memory for good; repeating it changes nothing."""
+    """Move the table of token embeddings of `model` to host memory for good."""
     table = model.get_input_embeddings()
     if not isinstance(table, HostEmbedding):
         model.set_input_embeddings(HostEmbedding(table))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laser_fast.lm.exchanged_attention import running_layout
 from laser_fast.lm.execution.recognition import TWIN_WIDTH, frozen_projections, small_twin
 from laser_fast.ops.rotary import rotary_embedding
 
@@ -84,7 +85,7 @@ def rotary_attention(module: Any, form: AttentionForm, hidden_states: Tensor, *a
     tried = not args and not module.training and kwargs.get("past_key_values") is None and hidden_states.shape[0] == 1
     if attend is None or not tried or not _fit(tables, form, hidden_states.shape[1]):
         return type(module).forward(module, hidden_states, *args, **kwargs)
-    layout = kwargs.get("laser_layout")
+    layout = running_layout()
     query, key, value = _project(module, form, hidden_states[0], with_queries=layout is None or not layout.keys_only)
     query, key = rotary_embedding(query, key, *(table[0] for table in tables))
     heads_first = [tensor.transpose(0, 1)[None] for tensor in (query, key, value)]

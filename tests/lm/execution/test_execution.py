@@ -66,7 +66,6 @@ def test_what_is_recognised_is_recognised_by_what_it_computes() -> None:
     assert (found["bert"].norms, found["bert"].mlps) == (0, 0)
     assert (found["phi3"].norms, found["phi3"].mlps) == (5, 2)  # gate and up are one matrix
     assert found["gpt_oss"].norms == 5
-    assert all(replaced.last_layer for replaced in found.values())
 
 
 class Cosine(torch.nn.Module):
