@@ -3,6 +3,7 @@
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from functools import cache
 from itertools import chain
 from operator import attrgetter
 from typing import Any, TypeVar
@@ -11,13 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
-from torch.utils.hooks import RemovableHandle
 
 Self = TypeVar("Self", bound="VersionedModule")
 _Seen = tuple[tuple[int, ...], ...]
 _WATCHED = "laser_watched"
-_counting = threading.Lock()
-_hooks: list[RemovableHandle] = []  # at most one
 
 
 class WeightsVersion:
@@ -142,10 +140,9 @@ def _version(tensor: Tensor) -> int:
         return 0
 
 
+@cache
 def _count_steps() -> None:
-    with _counting:
-        if not _hooks:
-            _hooks.append(register_optimizer_step_post_hook(_after_step))
+    register_optimizer_step_post_hook(_after_step)
 
 
 def _after_step(optimizer: Optimizer, *_: Any) -> None:

@@ -79,7 +79,7 @@ def apply_execution(model: "PreTrainedModel", execution: Execution) -> Replaced:
     unpacked = UnpackedWeights()
     packed = [module for module in model.modules() if is_packed(module)]
     for module in packed:
-        _replace(module, packed_linear, module, unpacked)
+        module.forward = Replacement(packed_linear, module, unpacked)
     norms = mlps = attentions = 0
     if execution.fused:
         recognise_attention = partial(recognise_rotary_attention, widths=rotary_widths(model))
@@ -102,9 +102,9 @@ def apply_execution(model: "PreTrainedModel", execution: Execution) -> Replaced:
         store = HostStore() if execution.checkpointing == "offload" else None
         shared = unpacked if execution.share_dequantization and packed else None
         for layer in layers[:-1]:  # the backward of the last layer follows at once, so keeping less there saves nothing
-            _replace(layer, _checkpointed, layer.forward, shared, store)
+            layer.forward = Replacement(_checkpointed, layer.forward, shared, store)
     if layers and execution.last_layer == "readout":
-        _replace(layers[-1], only_last_positions, layers[-1].forward)
+        layers[-1].forward = Replacement(only_last_positions, layers[-1].forward)
     return Replaced(norms, mlps, attentions)
 
 
@@ -119,10 +119,6 @@ class Replacement(partial[Any]):
     """A forward of ours, which can be told from one of another library."""
 
 
-def _replace(module: nn.Module, forward: Callable[..., Any], *arguments: Any) -> None:
-    module.forward = Replacement(forward, *arguments)
-
-
 def _replace_known(
     model: nn.Module, recognise: Callable[[nn.Module], Any], forward: Callable[..., Any], *arguments: Any
 ) -> int:
@@ -131,7 +127,7 @@ def _replace_known(
     for module in model.modules():
         form = recognise(module)
         if form is not None:
-            _replace(module, forward, module, form, *arguments)
+            module.forward = Replacement(forward, module, form, *arguments)
             count += 1
     return count
 
@@ -148,7 +144,6 @@ def _checkpointed(
     """A layer of which backward keeps the input alone, on the device or on the host."""
     if not torch.is_grad_enabled():
         return forward(hidden_states, *args, **kwargs)
-
     layout = running_layout()
 
     def run(hidden_states: Tensor) -> Any:
@@ -159,13 +154,8 @@ def _checkpointed(
         return nullcontext(), nullcontext() if shared is None else shared.kept()
 
     with nullcontext() if store is None else saved_tensors_hooks(store.put, store.get):
-        return checkpoint(
-            run,
-            hidden_states,
-            use_reentrant=False,
-            preserve_rng_state=False,  # a frozen model draws nothing
-            context_fn=contexts,
-        )
+        # a frozen model draws no random numbers
+        return checkpoint(run, hidden_states, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
 @uncompiled

@@ -95,10 +95,8 @@ def rotary_attention(module: Any, form: AttentionForm, hidden_states: Tensor, *a
 
 
 def _fit(tables: Any, form: AttentionForm, num_tokens: int) -> bool:
-    if not isinstance(tables, tuple) or len(tables) != 2:
-        return False
-    shapes = {tuple(table.shape) if isinstance(table, Tensor) else () for table in tables}
-    return shapes <= {(1, num_tokens, width) for width in form.widths}
+    known = {(1, num_tokens, width) for width in form.widths}
+    return isinstance(tables, tuple) and len(tables) == 2 and {getattr(table, "shape", ()) for table in tables} <= known
 
 
 def _project(module: Any, form: AttentionForm, hidden_states: Tensor, *, with_queries: bool) -> tuple[Tensor, ...]:
@@ -148,7 +146,7 @@ def _tried(twin: Any, form: AttentionForm) -> AttentionForm | None:
         inputs = _probe_inputs(seed, *form.widths)
         try:
             theirs = _called(partial(type(twin).forward, twin), inputs)
-            own = {name: value for name, value in theirs[4].items() if name not in inputs}
+            own = {name: value for name, value in theirs.options.items() if name not in inputs}
             if not all(value is None or isinstance(value, bool | int | float) for value in own.values()):
                 return None
             found = replace(form, options=own) if found is None else found
@@ -174,27 +172,30 @@ def _probe_inputs(seed: int, width: int) -> dict[str, Any]:
     }
 
 
-def _called(forward: Callable[..., Any], inputs: dict[str, Any]) -> tuple[Any, ...]:
-    """What the attention was given (query, key, value, mask, options), and what the module returned."""
+@dataclass(frozen=True)
+class _Call:
+    """What a module gave the attention and what it returned."""
+
+    tensors: list[Tensor]  # query, key, value and output
+    others: list[Any]  # mask and attention weights
+    options: dict[str, Any]
+
+
+def _called(forward: Callable[..., Any], inputs: dict[str, Any]) -> _Call:
     calls: list[tuple[Any, ...]] = []
     with torch.no_grad():
         output, weights = forward(**inputs, **{_PROBE_NAME: calls})
-    (call,) = calls
-    return *call, output, weights
+    ((*tensors, mask, options),) = calls
+    return _Call([*tensors, output], [mask, weights], options)
 
 
-def _same_call(ours: tuple[Any, ...], theirs: tuple[Any, ...], inputs: dict[str, Any]) -> bool:
-    *our_tensors, our_mask, our_options, our_output, our_weights = ours
-    *their_tensors, their_mask, their_options, their_output, their_weights = theirs
-    pairs = zip([*our_tensors, our_output], [*their_tensors, their_output], strict=True)
-    beyond = our_options.keys() - their_options.keys()  # what the module was told and does not hand on
+def _same_call(ours: _Call, theirs: _Call, inputs: dict[str, Any]) -> bool:
+    handed = {name: given for name, given in inputs.items() if name in ours.options}  # which a module may keep
     return (
-        all(_same_rows(one, other) for one, other in pairs)
-        and our_mask is their_mask
-        and our_weights is their_weights
-        and beyond <= inputs.keys()
-        and our_options.keys() - beyond == their_options.keys()
-        and all(our_options[name] is value or our_options[name] == value for name, value in their_options.items())
+        all(_same_rows(*pair) for pair in zip(ours.tensors, theirs.tensors, strict=True))
+        and all(our is their for our, their in zip(ours.others, theirs.others, strict=True))
+        and ours.options.keys() == (handed | theirs.options).keys()
+        and all(ours.options[name] is value or ours.options[name] == value for name, value in theirs.options.items())
     )
 
 
