@@ -119,11 +119,7 @@ class FrozenLM(FrozenModule):
 
     @property
     def first_position(self) -> int:
-        """The number from which the model counts positions, found with the first call.
-
-        Raises:
-            RuntimeError: the model cannot run packed, see `laser_fast.lm.packing_check`.
-        """
+        """The number from which the model counts positions, found with the first call."""
 
         def run_packed(embeds: Tensor, cu_seqlens: Tensor, start: int) -> tuple[Tensor, int]:
             layout = PackedLayout(cu_seqlens, self.layer_of, None)

@@ -34,10 +34,6 @@ def first_position(model: "PreTrainedModel", run_packed: RunPacked, embeds: Tens
         run_packed: embeddings [T, D], cu_seqlens int32 [3] and a first position -> hidden states [T, D] and the number
             of attention calls.
         embeds: [PROBE_TOKENS, D], of the scale of token embeddings.
-
-    Raises:
-        RuntimeError: packed states differ from those of the sequences alone wherever positions start, a layer calls its
-            attention twice, or the model raises an error of its own.
     """
     try:
         with torch.inference_mode(False):

@@ -53,9 +53,6 @@ class AttentionPlan:
             cu_seqlens_k: the same for the keys; None = as the queries.
             causal: a query sees the keys up to its own position, aligned at the last query and the last key.
             sliding_window: a query sees only so many keys, up to its own position or on either side of it.
-
-        Raises:
-            ValueError: different numbers of sequences.
         """
         self.causal = causal
         self.sliding_window = sliding_window
@@ -121,10 +118,6 @@ def varlen_attention(
 
     Returns:
         [Tq, H, d]; 0 for a query that sees no key.
-
-    Raises:
-        TypeError: different dtypes, outside of autocast.
-        ValueError: shapes that do not fit together.
     """
     _check(query, key, value)
     if plan is None:

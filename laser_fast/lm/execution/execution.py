@@ -67,12 +67,7 @@ class Replaced:
 
 
 def apply_execution(model: "PreTrainedModel", execution: Execution) -> Replaced:
-    """Give the modules of this model instance the forwards that `execution` asks for, and no others of ours.
-
-    Raises:
-        ValueError: "mlp" for a model without gated MLPs, or "full" and "offload" for one without layers that can be
-            computed again.
-    """
+    """Give the modules of this model instance the forwards that `execution` asks for, and no others of ours."""
     for module in model.modules():
         if isinstance(vars(module).get("forward"), Replacement):
             del module.forward

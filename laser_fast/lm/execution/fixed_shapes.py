@@ -193,11 +193,7 @@ class FixedShapes:
     def __call__(
         self, inputs_embeds: Tensor, cu_seqlens: Tensor, prefix: KeyValuePrefix | None, *, last_only: bool
     ) -> Tensor | None:
-        """`FrozenLM.forward` without gradient; None for a batch that is too large or empty.
-
-        Raises:
-            ValueError: a sequence longer than the model allows, or offsets or slots that point outside.
-        """
+        """`FrozenLM.forward` without gradient; None for a batch that is too large or empty."""
         num_tokens, num_sequences = inputs_embeds.shape[0], cu_seqlens.shape[0] - 1
         if not 0 < num_tokens <= self.max_tokens or inputs_embeds.is_meta:
             return None
@@ -218,9 +214,6 @@ class FixedShapes:
         Args:
             batches: (sequences, tokens of each without its prefix).
             call: calls the model at least once.
-
-        Raises:
-            ValueError: more shapes than are kept.
         """
         with self._lock:
             self._forms.clear()

@@ -43,9 +43,6 @@ def fetched_before(location: str, revision: str | None, argument: str) -> Path:
 
     Args:
         argument: where a user passes the repository to have it fetched, for the error.
-
-    Raises:
-        ValueError: the cache does not have it.
     """
     try:
         return fetch(location, revision=revision, local_files_only=True)
@@ -61,9 +58,6 @@ def locate(location: str, what: str, *, local_files_only: bool = False) -> Path:
 
     Args:
         what: the setting that names it, for errors.
-
-    Raises:
-        FileNotFoundError: there is none.
     """
     if location.startswith(HUB_SCHEME):
         return fetch(location, local_files_only=local_files_only)

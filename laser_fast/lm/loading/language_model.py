@@ -76,10 +76,6 @@ def lm_of_saved(
     Args:
         revision: commit of the language model it was trained with.
         llm, tokenizer: what the caller names instead; None = nothing.
-
-    Raises:
-        FileNotFoundError: there is no such folder or package.
-        ValueError: the cache does not have a repository that they name.
     """
     found = {"path": str(llm)} if isinstance(llm, str | Path) else {}
     if llm is None and not settings.path.startswith(RANDOM_SCHEME):
@@ -92,12 +88,7 @@ def lm_of_saved(
 
 
 def load_language_model(config: LanguageModelConfig) -> "tuple[PreTrainedModel, Any]":
-    """Read model and tokenizer; only what `hub:` names is downloaded, and no code of a folder is run.
-
-    Raises:
-        FileNotFoundError, RuntimeError, ValueError: as `load_tokenizer` and `load_model`.
-        ValueError: the tokenizer has more tokens than the model.
-    """
+    """Read model and tokenizer; only what `hub:` names is downloaded, and no code of a folder is run."""
     tokenizer = load_tokenizer(config)
     model = load_model(config)
     rows = model.get_input_embeddings().weight.shape[0]
@@ -110,12 +101,7 @@ def load_language_model(config: LanguageModelConfig) -> "tuple[PreTrainedModel, 
 
 
 def load_tokenizer(config: LanguageModelConfig, *, local_files_only: bool = False) -> Any:
-    """Read the tokenizer alone.
-
-    Raises:
-        FileNotFoundError: no such folder, package or repository.
-        ValueError: a random model without a tokenizer.
-    """
+    """Read the tokenizer alone."""
     from transformers import AutoTokenizer
 
     if config.tokenizer is None and config.path.startswith(RANDOM_SCHEME):
@@ -134,11 +120,6 @@ def load_model(config: LanguageModelConfig) -> "PreTrainedModel":
     With `quantization` "nf4" every linear layer is quantised as it is read, on the device that will run the model (the
     GPU if there is one). Memory then holds the packed model, its embeddings and one unpacked layer. A random model is
     drawn on that device; a model that is read unpacked starts on the host.
-
-    Raises:
-        FileNotFoundError: no such folder, package or repository.
-        RuntimeError: 4-bit weights are asked for and bitsandbytes is not installed.
-        ValueError: a random model of an unknown shape, or damaged weights.
     """
     # few CPUs multiply bfloat16 natively; on the others it is ten times slower than float32
     default = torch.bfloat16 if torch.cuda.is_available() else torch.float32

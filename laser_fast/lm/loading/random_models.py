@@ -61,11 +61,7 @@ def known_shapes() -> list[str]:
 
 
 def random_config(shape: str) -> "PretrainedConfig":
-    """The transformers configuration of a shape: one of `known_shapes`, or a folder with a config.json.
-
-    Raises:
-        ValueError: neither of the two, or an architecture that transformers does not have.
-    """
+    """The transformers configuration of a shape: one of `known_shapes`, or a folder with a config.json."""
     from transformers import AutoConfig
 
     file = _SHAPES / f"{shape}.json" if shape in known_shapes() else Path()
@@ -94,10 +90,6 @@ def random_model(config: "PretrainedConfig", placement: Placement, *, seed: int 
     Weights are initialised as the class does it. With `placement.packed` the 4-bit codes of linear layers are drawn
     uniformly and the scales of blocks are those of normal weights, up to a factor that gives the unpacked weights the
     configuration's `initializer_range` as standard deviation.
-
-    Raises:
-        ValueError: packed weights are asked for and the model has no linear layer.
-        RuntimeError: the class leaves a parameter or buffer unwritten.
     """
     from transformers import AutoModel
 
