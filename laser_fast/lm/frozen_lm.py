@@ -211,7 +211,7 @@ class FrozenLM(FrozenModule):
         inputs_embeds = inputs_embeds.to(self.dtype)
         if inputs_embeds.shape[0] == 0:
             return layout.wanted(inputs_embeds)
-        if self.max_length is not None and not layout.cu_seqlens_k.is_meta:
+        if self.max_length is not None:
             self.check_length(max(lengths_on_host(layout.cu_seqlens_k), default=0))
         return self.run_layers(inputs_embeds, layout)
 

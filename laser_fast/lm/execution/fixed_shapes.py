@@ -18,7 +18,7 @@ from torch import Tensor
 from laser_fast.lm.attention.buckets import Bucket, BucketLayout, visible_keys
 from laser_fast.lm.attention.flash import PackedLengths
 from laser_fast.lm.attention.packed_attention import AttentionPlan
-from laser_fast.lm.execution.cuda_graphs import CudaGraphs, Recorder, Run
+from laser_fast.lm.execution.cuda_graphs import CudaGraphs, Recorder
 from laser_fast.lm.frozen_lm import FrozenLM
 from laser_fast.lm.key_value_prefix import KeyValuePrefix, length_of
 from laser_fast.lm.packed_layout import PackedLayout
@@ -99,13 +99,15 @@ def _slots(cu_seqlens: Tensor, num_tokens: int, width: int) -> Tensor:
 class _Recording:
     """A run of the model on tensors of its own, which `load` fills."""
 
-    def __init__(self, lm: FrozenLM, shape: FixedShape, prefix: KeyValuePrefix | None, last_only: bool) -> None:
+    def __init__(
+        self, lm: FrozenLM, recorder: Recorder, shape: FixedShape, prefix: KeyValuePrefix | None, last_only: bool
+    ) -> None:
         self._lm, self._shape, self._last_only = lm, shape, last_only
         self._inputs_embeds = torch.zeros(shape.tokens, lm.hidden_size, dtype=lm.dtype, device=lm.device)
         ends = torch.arange(shape.sequences + 1, device=lm.device) * shape.tokens // shape.sequences
         self._cu_seqlens = ends.int()
         self._prefix = None if prefix is None else _fixed_prefix(prefix, shape.sequences)
-        self.replay: Run = self._run
+        self.replay = recorder.record(self._run)
 
     def _run(self) -> Tensor:
         last_only, plan = self._last_only, self._new_plan
@@ -262,9 +264,7 @@ class FixedShapes:
         if found is None:
             if len(self._recordings) >= self.capacity:
                 self._drop(1)
-            found = _Recording(self._lm, shape, prefix, last_only)
-            found.replay = self._recorder.record(found.replay)
-            self._recordings[key] = found
+            found = self._recordings[key] = _Recording(self._lm, self._recorder, shape, prefix, last_only)
             self.num_captures += 1
         self._recordings.move_to_end(key)
         return found

@@ -19,7 +19,6 @@ from laser_fast.ops.gated_product import ACTIVATIONS, gated_product_backward, ga
 
 _PROBE_ROWS = 2
 _FORMS = (("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj"))  # the second: Phi-3, GLM
-Activation = Callable[[Tensor], Tensor]
 
 
 def recognise_gated_mlp(module: nn.Module) -> str | None:
@@ -27,8 +26,8 @@ def recognise_gated_mlp(module: nn.Module) -> str | None:
 
     It is "silu", "gelu_tanh", "gelu", or "other", which autograd differentiates.
     """
-    act = activation_of(module)
-    names = () if act is None else frozen_projections(module, _FORMS)
+    act = _activation_of(module)
+    names = frozen_projections(module, _FORMS)
     if act is None or not names:
         return None
     twin = small_twin(module, names)
@@ -44,35 +43,29 @@ def recognise_gated_mlp(module: nn.Module) -> str | None:
     return _name_of(act) if same else None
 
 
-def activation_of(module: nn.Module) -> Activation | None:
-    """The activation function that an MLP holds."""
-    act: Activation | None = getattr(module, "act_fn", getattr(module, "activation_fn", None))
-    return act
-
-
 def gated_mlp(module: Any, activation: str, unpacked: UnpackedWeights, recompute: bool, x: Tensor) -> Tensor:
     """The MLP, whose activation `recognise_gated_mlp` found: [..., D] -> [..., D]; gradients reach x alone."""
     # the down projection keeps nothing and stands outside, so that a recomputation of the layer stops before it
     if recompute:
         return module.down_proj(_RecomputedProduct.apply(x, module, activation, unpacked, recipe_of(x)))
-    return module.down_proj(_GatedProduct.apply(activation, activation_of(module), *_projected(module, x)))
+    return module.down_proj(_GatedProduct.apply(activation, module, *_projected(module, x)))
 
 
 class _GatedProduct(torch.autograd.Function):
     """`act(gate) * up`: keeps gate and up."""
 
     @staticmethod
-    def forward(ctx: Any, activation: str, function: Activation, *projected: Tensor) -> Tensor:
-        ctx.activation, ctx.function = activation, function
+    def forward(ctx: Any, activation: str, module: Any, *projected: Tensor) -> Tensor:
+        ctx.activation, ctx.module = activation, module
         ctx.save_for_backward(*projected)
-        return _product(activation, function, projected)
+        return _product(activation, module, projected)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         projected = ctx.saved_tensors
         grads = tuple(tensor.new_empty(tensor.shape) for tensor in projected)
-        _product_backward(ctx.activation, ctx.function, grad, projected, grads)
+        _product_backward(ctx.activation, ctx.module, grad, projected, grads)
         return None, None, *grads
 
 
@@ -84,10 +77,9 @@ class _RecomputedProduct(torch.autograd.Function):
         ctx: Any, x: Tensor, module: Any, activation: str, unpacked: UnpackedWeights, recipe: NormRecipe | None
     ) -> Tensor:
         ctx.module, ctx.activation, ctx.unpacked = module, activation, unpacked
-        ctx.function = activation_of(module)
         ctx.recipe = None if recipe is None else (recipe.weight, recipe.kind)
         ctx.save_for_backward(*([x] if recipe is None else [recipe.x, recipe.reciprocal]))
-        return _product(activation, ctx.function, _projected(module, x))
+        return _product(activation, module, _projected(module, x))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -101,7 +93,7 @@ class _RecomputedProduct(torch.autograd.Function):
             projected = _projected(module, x)
         del x
         # nobody else has gate and up, so their gradients may take their place
-        _product_backward(ctx.activation, ctx.function, grad, projected, projected)
+        _product_backward(ctx.activation, module, grad, projected, projected)
         if hasattr(module, "gate_up_proj"):
             grad_x = linear_input_gradient(module.gate_up_proj, projected[0], unpacked)
         else:
@@ -123,15 +115,20 @@ def _halves(projected: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     return gate, up
 
 
-def _product(activation: str, function: Activation, projected: tuple[Tensor, ...]) -> Tensor:
+def _activation_of(module: nn.Module) -> Any:
+    return getattr(module, "act_fn", getattr(module, "activation_fn", None))
+
+
+def _product(activation: str, module: Any, projected: tuple[Tensor, ...]) -> Tensor:
     gate, up = _halves(projected)
     if activation in ACTIVATIONS:
         return gated_product_forward(gate, up, activation)
-    return function(gate) * up
+    product: Tensor = _activation_of(module)(gate) * up
+    return product
 
 
 def _product_backward(
-    activation: str, function: Activation, grad: Tensor, projected: tuple[Tensor, ...], grads: tuple[Tensor, ...]
+    activation: str, module: Any, grad: Tensor, projected: tuple[Tensor, ...], grads: tuple[Tensor, ...]
 ) -> None:
     """Write the gradients of `projected` to `grads`, which may be the same tensors."""
     (gate, up), (grad_gate, grad_up) = _halves(projected), _halves(grads)
@@ -140,13 +137,13 @@ def _product_backward(
         return
     with torch.enable_grad():
         leaf = gate.detach().requires_grad_()
-        activated = function(leaf)
+        activated = _activation_of(module)(leaf)
         (found,) = torch.autograd.grad(activated, leaf, grad * up)
     torch.mul(activated.detach(), grad, out=grad_up)
     grad_gate.copy_(found)
 
 
-def _name_of(function: Activation) -> str:
+def _name_of(function: Callable[[Tensor], Tensor]) -> str:
     """The name of the function that gives these values."""
     grid = torch.linspace(-6.0, 6.0, 257)
     gelu_tanh = partial(F.gelu, approximate="tanh")

@@ -1,5 +1,6 @@
 """Where a language model lies: a folder, a package, or a repository of the Hugging Face Hub, kept in its cache."""
 
+import re
 from pathlib import Path
 
 from laser_fast.config import resolve_path
@@ -8,7 +9,6 @@ HUB_SCHEME = "hub:"
 
 # nothing that needs unpickling, and no code
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-_COMMIT_LENGTH = 40
 
 
 def fetch(location: str, *, revision: str | None = None, local_files_only: bool = False) -> Path:
@@ -77,6 +77,5 @@ def find_folder(location: str, revision: str | None, local_files_only: bool) -> 
 
 def commit_of(folder: Path) -> str | None:
     """The commit whose files a folder of the cache holds; None for any other folder."""
-    name = folder.name
-    is_commit = len(name) == _COMMIT_LENGTH and set(name) <= set("0123456789abcdef")
-    return name if is_commit and folder.parent.name == "snapshots" else None
+    in_cache = folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name)
+    return folder.name if in_cache else None

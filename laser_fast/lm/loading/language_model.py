@@ -10,7 +10,7 @@ from torch import nn
 
 from laser_fast.config import LanguageModelConfig, resolve_path
 from laser_fast.data.tokens import Tokenizer
-from laser_fast.lm.execution.host_embedding import keep_embeddings_on_host
+from laser_fast.lm.loading.embedding_tables import HostEmbedding
 from laser_fast.lm.loading.hub import HUB_SCHEME, commit_of, fetched_before, find_folder, locate
 from laser_fast.lm.loading.lazy_tensors import lazy_tensors, refuse_damaged_weights
 from laser_fast.lm.loading.random_models import Placement, random_config, random_model
@@ -137,7 +137,7 @@ def load_model(config: LanguageModelConfig) -> "PreTrainedModel":
     else:
         model = _read(locate(config.path, "lm.path"), dtype, pack=pack)
     if config.embedding_device == "cpu":
-        keep_embeddings_on_host(model)
+        model.set_input_embeddings(HostEmbedding(model.get_input_embeddings()))
     return model
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from laser_fast.config import resolve_path
+from laser_fast.lm.loading.embedding_tables import OneRowEmbedding
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -33,26 +34,6 @@ class Placement:
     packed: bool = False  # linear weights in NF4 with double quantisation, as bitsandbytes holds them
     # False = one row on `device`, for a model that is given embeddings: they are a quarter of an 8B model in 4 bits
     token_embeddings: bool = True
-
-
-class OneRowEmbedding(nn.Module):
-    """A table of token embeddings in which all tokens share one row."""
-
-    def __init__(self, table: nn.Module, num_tokens: int) -> None:
-        super().__init__()
-        self.table = table
-        self.num_tokens = num_tokens
-
-    @property
-    def weight(self) -> Any:
-        """[num_tokens, D_llm], a read-only view of one row."""
-        row: Any = self.table.weight
-        return row.detach().expand(self.num_tokens, -1)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """int64 [...] -> [..., D_llm]."""
-        rows: Tensor = self.table(torch.zeros_like(input_ids))
-        return rows
 
 
 def known_shapes() -> list[str]:
@@ -96,7 +77,7 @@ def random_model(config: "PretrainedConfig", placement: Placement, *, seed: int 
     with torch.device("meta"):
         model = AutoModel.from_config(config, dtype=placement.dtype)
     if not placement.token_embeddings:
-        _keep_one_row(model)
+        model.set_input_embeddings(OneRowEmbedding(model.get_input_embeddings()))
         placement = replace(placement, embedding_device=placement.device)
     devices = {device for device in (placement.device, placement.embedding_device) if device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(devices, key=str)), torch.no_grad():
@@ -106,14 +87,6 @@ def random_model(config: "PretrainedConfig", placement: Placement, *, seed: int 
             deviation = getattr(config.get_text_config(), "initializer_range", None) or 0.02
             _pack(model, placement, deviation, torch.Generator(placement.device).manual_seed(seed))
     return model.requires_grad_(False).eval()
-
-
-def _keep_one_row(model: "PreTrainedModel") -> None:
-    table = model.get_input_embeddings()
-    num_tokens = table.weight.shape[0]
-    table.weight = nn.Parameter(table.weight[:1], requires_grad=False)
-    table.num_embeddings, table.padding_idx = 1, None  # the row of padding would be zero
-    model.set_input_embeddings(OneRowEmbedding(table, num_tokens))
 
 
 def _materialise(model: "PreTrainedModel", placement: Placement) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from laser_fast.config import LanguageModelConfig, build_config
-from laser_fast.lm.execution.host_embedding import HostEmbedding
+from laser_fast.lm.loading.embedding_tables import HostEmbedding
 from laser_fast.lm.loading.language_model import load_language_model, load_model
 from laser_fast.lm.loading.lazy_tensors import lazy_tensors
 

@@ -1,14 +1,12 @@
-"""Token embeddings that stay in host memory while the layers of their model lie on a GPU."""
+"""Tables of token embeddings that take no memory of a GPU: in host memory, or of one row for all tokens."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from laser_fast.ops.host_copies import on_host
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class HostEmbedding(nn.Module):
@@ -38,8 +36,23 @@ class HostEmbedding(nn.Module):
         return self
 
 
-def keep_embeddings_on_host(model: "PreTrainedModel") -> None:
-    """Move the table of token embeddings of `model` to host memory for good."""
-    table = model.get_input_embeddings()
-    if not isinstance(table, HostEmbedding):
-        model.set_input_embeddings(HostEmbedding(table))
+class OneRowEmbedding(nn.Module):
+    """A table of token embeddings in which all tokens share one row."""
+
+    def __init__(self, table: Any) -> None:
+        super().__init__()
+        self.num_tokens = table.weight.shape[0]
+        table.weight = nn.Parameter(table.weight[:1], requires_grad=False)
+        table.num_embeddings, table.padding_idx = 1, None  # the row of padding would be zero
+        self.table = table
+
+    @property
+    def weight(self) -> Any:
+        """[num_tokens, D_llm], a read-only view of one row."""
+        row: Any = self.table.weight
+        return row.detach().expand(self.num_tokens, -1)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """int64 [...] -> [..., D_llm]."""
+        rows: Tensor = self.table(torch.zeros_like(input_ids))
+        return rows
