@@ -62,7 +62,6 @@ class FrozenLM(FrozenModule):
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
         self.fixed_shapes: Callable[..., Tensor | None] | None = None
         self.layer_of: dict[nn.Module, int] = {}
-        self._layers: list[LayerShape] | None = None
         self._first_position: int | None = None
         self.freeze()
         self.execution = execution or Execution()
@@ -106,16 +105,14 @@ class FrozenLM(FrozenModule):
         device: torch.device = next((p.device for p in self.model.parameters() if p is not table), table.device)
         return device
 
-    @property
+    @cached_property
     def layers(self) -> list[LayerShape]:
-        """Keys and values of every attention layer, found once with a few random embeddings."""
-        if self._layers is None:
-            found = self.key_values(self._random_embeds(_MEASURED_TOKENS)[None])
-            self._layers = [
-                LayerShape(key.shape[2], key.shape[3], _root_mean_square(key), _root_mean_square(value))
-                for key, value in zip(found.keys, found.values, strict=True)
-            ]
-        return self._layers
+        """Keys and values of every attention layer, found with a few random embeddings."""
+        found = self.key_values(self._random_embeds(_MEASURED_TOKENS)[None])
+        return [
+            LayerShape(key.shape[2], key.shape[3], _root_mean_square(key), _root_mean_square(value))
+            for key, value in zip(found.keys, found.values, strict=True)
+        ]
 
     @property
     def first_position(self) -> int:

@@ -164,9 +164,9 @@ def only_last_positions(forward: Callable[..., Any], hidden_states: Tensor, *arg
     if layout is None or layout.rows is None:
         return forward(hidden_states, *args, **kwargs)
     rows, num_tokens = layout.rows, hidden_states.shape[1]
-    of_rows = [_rows_of(value, rows, num_tokens) for value in (hidden_states, *args)]
-    named = {name: _rows_of(value, rows, num_tokens) for name, value in kwargs.items()}
     with layout.rows_only(lambda: forward(hidden_states, *args, **kwargs)):
+        of_rows = [_rows_of(value, rows, num_tokens) for value in (hidden_states, *args)]
+        named = {name: _rows_of(value, rows, num_tokens) for name, value in kwargs.items()}
         output = forward(*of_rows, **named)
     states = output[0] if isinstance(output, tuple) else output
     # models may norm, reshape or check the states of all positions; those of the others are zeros
