@@ -13,9 +13,8 @@ from laser_fast.config.yaml_text import read_yaml
 from laser_fast.data.items import ItemTable
 from laser_fast.data.tokens import Tokenizer
 from laser_fast.laser.laser_files import Origin, SavedLaser, find_saved
-from laser_fast.lm.loading.base_model import LoadedBase, lm_of_saved, load_base
 from laser_fast.lm.loading.hub import find_folder
-from laser_fast.lm.loading.language_model import RANDOM_SCHEME
+from laser_fast.lm.loading.language_model import RANDOM_SCHEME, LoadedBase, lm_of_saved, load_base
 from laser_fast.recommenders.protocol import SequentialRecommender
 from laser_fast.recommenders.recommender_files import load_recommender
 

@@ -1,7 +1,6 @@
 """The attention "laser_varlen", which transformers calls in place of a model's own.
 
-transformers offers two interfaces for it (`AttentionInterface`, `AttentionMaskInterface`). All sequences of a batch run
-as one row [1, T], and the layout of the batch says where each of them starts.
+All sequences of a batch run as one row [1, T]. The layout of the batch that this thread runs says where each starts.
 """
 
 import threading
@@ -15,30 +14,35 @@ from torch import Tensor
 from laser_fast.lm.packed_layout import PackedLayout
 
 ATTENTION_NAME = "laser_varlen"
-# options of an attention that change its result and that the packed attention does not have (transformers' names)
+# options of transformers that change the result and that the packed attention does not have
 _REFUSED_OPTIONS = {"position_bias": "a position bias", "head_mask": "a head mask"}
 _running = threading.local()
 
 
 def register_attention() -> None:
-    """Make "laser_varlen" known to transformers; repeating it changes nothing."""
+    """Make "laser_varlen" known to transformers."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
     AttentionInterface.register(ATTENTION_NAME, _laser_varlen)
-    # the layout says who sees whom, so no [T, T] mask is ever made
+    # the layout says who sees whom, so no [T, T] mask is made
     AttentionMaskInterface.register(ATTENTION_NAME, lambda *_, **__: None)
 
 
 @contextmanager
-def running(layout: PackedLayout) -> Iterator[None]:
-    """While this is open, the attentions of this thread belong to this batch."""
-    before = getattr(_running, "layout", None)
+def running(layout: PackedLayout | None) -> Iterator[None]:
+    """While this is open, the layers of this thread run this batch."""
+    before = running_layout()
     _running.layout = layout
     try:
         yield
     finally:
         _running.layout = before
+
+
+def running_layout() -> PackedLayout | None:
+    """The batch that this thread runs; None outside of `FrozenLM`."""
+    return getattr(_running, "layout", None)
 
 
 def _laser_varlen(
@@ -48,7 +52,6 @@ def _laser_varlen(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    laser_layout: PackedLayout | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -58,10 +61,6 @@ def _laser_varlen(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """The signature transformers calls: query [1, H, T, d], key and value [1, H_kv, T, d] -> [1, T, H, d]."""
-    if laser_layout is None:  # some models do not hand on what their forward was given
-        laser_layout = getattr(_running, "layout", None)
-    if laser_layout is None:
-        raise RuntimeError('attention "laser_varlen": the model must be called through FrozenLM, got a direct call')
     for name, meaning in _REFUSED_OPTIONS.items():
         if options.get(name) is not None:
             raise ValueError(f"FrozenLM: {type(module).__name__} must not use {meaning}, got {name}={options[name]!r}")
@@ -72,7 +71,10 @@ def _laser_varlen(
     # the layout must not become part of a graph; with a gradient the graph ends here
     if torch.compiler.is_compiling() and not torch.is_grad_enabled():
         return _packed_attention(*heads, s_aux, **kind)[None], None
-    return laser_layout.attend(module, *heads, sinks=s_aux, **kind)[None], None
+    layout = running_layout()
+    if layout is None:
+        raise RuntimeError('attention "laser_varlen": the model must be called through FrozenLM, got a direct call')
+    return layout.attend(module, *heads, sinks=s_aux, **kind)[None], None
 
 
 @torch.library.custom_op("laser_fast::packed_attention", mutates_args=())
@@ -88,7 +90,7 @@ def _packed_attention(
     dropout: float,
     softcap: float | None,
 ) -> Tensor:
-    """`PackedLayout.attend` of the running batch, for compiled layers: it finds the lengths by itself."""
+    """`PackedLayout.attend` as one opaque operation, for compiled layers."""
     layout: PackedLayout = _running.layout
     options: dict[str, Any] = {"scale": scale, "dropout": dropout, "softcap": softcap, "sinks": sinks}
     attended = layout.attend(None, query, key, value, causal=causal, sliding_window=sliding_window, **options)

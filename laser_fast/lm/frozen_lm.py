@@ -1,6 +1,6 @@
 """The frozen language model on packed sequences: any Hugging Face encoder or decoder, its attention replaced by ours.
 
-embeddings [T, D_llm] -> the model's layers, whose attention reads the layout of the batch -> last hidden states
+Embeddings [T, D_llm] go through the layers, whose attention reads the layout of the batch, to last hidden states.
 """
 
 import threading
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _FINDING = threading.Lock()
-_MEASURED_TOKENS = 16  # from whose keys and values the scale of either is read
+_MEASURED_TOKENS = 16  # whose keys and values tell their scale
 
 
 class FrozenLM(FrozenModule):
     """A frozen Hugging Face model that maps packed input embeddings to packed last hidden states.
 
     Args:
-        model: loaded; it is frozen, and some of its modules get another `forward`. Of one with a head
-            (`AutoModelForCausalLM` and its like) the base is taken, and the head is not held.
+        model: loaded; it is frozen, and some of its modules get another `forward`. Only the base of a model with a head
+            (`AutoModelForCausalLM` and its like) is held.
         execution: how it runs a step; None = the defaults.
 
     Attributes:
@@ -42,8 +42,7 @@ class FrozenLM(FrozenModule):
         max_length: longest sequence its position embeddings allow; None = no limit stated.
         layer_of: index of every attention module in the order of its first call.
         execution, replaced: how it runs a step, and how many of its modules run so.
-        fixed_shapes: takes the arguments of `forward` in calls without gradient and gives its result, or None to leave
-            the call to the model (see `FixedShapes`); None = no such thing.
+        fixed_shapes: answers calls without gradient in place of the model, see `FixedShapes`; None = not used.
 
     Raises:
         TypeError: no model of transformers, or one that another library has wrapped.
@@ -63,7 +62,6 @@ class FrozenLM(FrozenModule):
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
         self.fixed_shapes: Callable[..., Tensor | None] | None = None
         self.layer_of: dict[nn.Module, int] = {}
-        self._layers: list[LayerShape] | None = None
         self._first_position: int | None = None
         self.freeze()
         self.execution = execution or Execution()
@@ -73,7 +71,7 @@ class FrozenLM(FrozenModule):
         """Run every step this way from now on.
 
         Raises:
-            ValueError: the model has no layers or parts of the kind that is asked for; it runs as before then.
+            ValueError: the model has no modules of the kind that is asked for; it then keeps its execution.
             RuntimeError: its layers are compiled.
         """
         if is_compiled(self.model):
@@ -96,47 +94,42 @@ class FrozenLM(FrozenModule):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of its token embeddings, which inputs are cast to; linear weights may be packed in 4 bits."""
+        """The dtype of its token embeddings, to which inputs are cast."""
         dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
         return dtype
 
     @property
     def device(self) -> torch.device:
-        """Where its layers are; the table of token embeddings may lie in host memory."""
+        """The device of its layers; the table of token embeddings may lie in host memory."""
         table = self.model.get_input_embeddings().weight
         device: torch.device = next((p.device for p in self.model.parameters() if p is not table), table.device)
         return device
 
-    @property
+    @cached_property
     def layers(self) -> list[LayerShape]:
-        """Keys and values of every attention layer, from one forward of a few random embeddings (once)."""
-        if self._layers is None:
-            found = self.key_values(self._random_embeds(_MEASURED_TOKENS)[None])
-            self._layers = [
-                LayerShape(key.shape[2], key.shape[3], _root_mean_square(key), _root_mean_square(value))
-                for key, value in zip(found.keys, found.values, strict=True)
-            ]
-        return self._layers
+        """Keys and values of every attention layer, found with a few random embeddings."""
+        found = self.key_values(self._random_embeds(_MEASURED_TOKENS)[None])
+        return [
+            LayerShape(key.shape[2], key.shape[3], _root_mean_square(key), _root_mean_square(value))
+            for key, value in zip(found.keys, found.values, strict=True)
+        ]
 
     @property
     def first_position(self) -> int:
-        """From where the model counts positions; found with the first call, together with whether it can run packed.
+        """The number from which the model counts positions, found with the first call."""
 
-        Raises:
-            RuntimeError: it cannot: see `laser_fast.lm.packing_check`.
-        """
-        if self._first_position is None:
-            with _FINDING:  # meanwhile the model has another attention: other threads wait here
-                if self._first_position is None:
-                    self._first_position = 0 if self.device.type == "meta" else self._find_first_position()
-        return self._first_position
-
-    def _find_first_position(self) -> int:
         def run_packed(embeds: Tensor, cu_seqlens: Tensor, start: int) -> tuple[Tensor, int]:
-            layout = PackedLayout(cu_seqlens, self.layer_of, None, first_position=start)
-            return self._run(embeds, layout), layout.num_attention_calls
+            layout = PackedLayout(cu_seqlens, self.layer_of, None)
+            return self.run_layers(embeds, layout, start), layout.num_attention_calls
 
-        return first_position(self.model, run_packed, self._random_embeds(PROBE_TOKENS))
+        if self._first_position is None:
+            with _FINDING:  # meanwhile the model has another attention, so other threads wait
+                if self.device.type == "meta":
+                    self._first_position = 0
+                if self._first_position is None:
+                    embeds = self._random_embeds(PROBE_TOKENS)
+                    self._first_position = first_position(self.model, run_packed, embeds)
+        return self._first_position
 
     def _random_embeds(self, num_tokens: int) -> Tensor:
         with torch.inference_mode(False):
@@ -164,10 +157,9 @@ class FrozenLM(FrozenModule):
         Args:
             inputs_embeds: [T, D_llm].
             cu_seqlens: int32 [B+1].
-            prefix: keys and values in front of every sequence. Positions count from its length P (0 without one) in
-                every sequence.
-            last_only: give the state of the last position of every sequence alone, and spare the last layer most of
-                its work where `Execution.last_layer` allows it. No sequence may be empty then.
+            prefix: keys and values in front of every sequence, whose positions then count from its length P.
+            last_only: give the state of the last position of every sequence alone. No sequence may then be empty, and
+                the last layer is spared most of its work where `Execution.last_layer` allows it.
 
         Returns:
             [T, D_llm], or [B, D_llm] with `last_only`, in the dtype of the model.
@@ -185,16 +177,14 @@ class FrozenLM(FrozenModule):
             served = shapes(inputs_embeds, cu_seqlens, prefix, last_only=last_only)
             if served is not None:
                 return served
-        spared = last_only and self.replaced.last_layer
-        hidden = self._run(inputs_embeds, PackedLayout(cu_seqlens, self.layer_of, prefix, last_only=spared))
-        return hidden.index_select(0, cu_seqlens[1:].long() - 1) if last_only else hidden
+        return self._run(inputs_embeds, PackedLayout(cu_seqlens, self.layer_of, prefix, last_only=last_only))
 
     @uncompiled
     def key_values(self, inputs_embeds: Tensor, prefix: KeyValuePrefix | None = None) -> KeyValuePrefix:
         """Keys and values of B sequences of one length, to be injected in front of what follows them.
 
-        In a causal model what follows is then computed as if the sequences stood there; a bidirectional one would have
-        let them see it, so there the two differ. Gradients reach `inputs_embeds` (use `torch.no_grad` for constants).
+        A causal model then computes what follows as if the sequences stood there. In a bidirectional one the sequences
+        would see what follows, so the results differ. Gradients reach `inputs_embeds`.
 
         Args:
             inputs_embeds: [B, P, D_llm].
@@ -217,13 +207,13 @@ class FrozenLM(FrozenModule):
             )
         inputs_embeds = inputs_embeds.to(self.dtype)
         if inputs_embeds.shape[0] == 0:
-            return inputs_embeds
-        if self.max_length is not None and not layout.cu_seqlens_k.is_meta and layout.first_position is None:
+            return layout.wanted(inputs_embeds)
+        if self.max_length is not None:
             self.check_length(max(lengths_on_host(layout.cu_seqlens_k), default=0))
         return self.run_layers(inputs_embeds, layout)
 
     def check_length(self, longest: int) -> None:
-        """Raise a ValueError where the model allows fewer than `longest` tokens in a sequence, its prefix counted."""
+        """Raise a ValueError where the model allows no sequence of `longest` tokens, its prefix counted."""
         allowed = longest if self.max_length is None else self.max_length - self.first_position
         if longest > allowed:
             raise ValueError(
@@ -231,22 +221,21 @@ class FrozenLM(FrozenModule):
                 f"got {longest}; lower prompt.max_tokens or prompt.max_items"
             )
 
-    def run_layers(self, inputs_embeds: Tensor, layout: PackedLayout) -> Tensor:
-        """The model on inputs that were checked: [T, D_llm] in its own dtype -> [T, D_llm].
+    def run_layers(self, inputs_embeds: Tensor, layout: PackedLayout, first: int | None = None) -> Tensor:
+        """Checked embeddings [T, D_llm] in the dtype of the model -> the states that the layout wants.
 
-        Raises:
-            RuntimeError: as `forward`.
+        Args:
+            first: the first position; None = `first_position`.
         """
-        first = self.first_position if layout.first_position is None else layout.first_position
+        first = self.first_position if first is None else first
         options: dict[str, Any] = {"use_cache": False} if self.causal else {}
-        # without a mask transformers reads the positions on the host; one of four dimensions it takes as it is. Nobody
-        # masks by it, and to whoever multiplies by it all the same, a one is no mask
+        # without a mask transformers reads the positions on the host; one of four dimensions it takes as it is. A model
+        # that multiplies by it multiplies by one
         options["attention_mask"] = inputs_embeds.new_ones(1, 1, 1, 1)
         with running(layout):
             output = self.model(
                 inputs_embeds=inputs_embeds[None],
                 position_ids=layout.positions(inputs_embeds.shape[0])[None] + first,
-                laser_layout=layout,
                 **options,
             )
         if layout.num_attention_calls == 0:
@@ -254,8 +243,7 @@ class FrozenLM(FrozenModule):
                 f"FrozenLM: {type(self.model).__name__} must call transformers' AttentionInterface, got no call; "
                 "this architecture cannot run on packed sequences"
             )
-        hidden: Tensor = output.last_hidden_state[0]
-        return hidden
+        return layout.wanted(output.last_hidden_state[0])
 
 
 def _without_head(model: "PreTrainedModel") -> "PreTrainedModel":

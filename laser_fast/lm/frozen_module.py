@@ -9,11 +9,7 @@ Self = TypeVar("Self", bound="FrozenModule")
 
 
 class FrozenModule(nn.Module):
-    """A module whose parameters are not trained, stay in evaluation mode, and are left out of `state_dict`.
-
-    The state of a model that contains one is its trainable part alone, so an adapter's file never carries the base
-    weights.
-    """
+    """A module that is not trained, stays in evaluation mode, and leaves its weights out of every `state_dict`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,16 +17,16 @@ class FrozenModule(nn.Module):
         self.register_load_state_dict_post_hook(_forget_missing_keys)
 
     def freeze(self: Self) -> Self:
-        """Stop gradients into every parameter held now and switch off dropout."""
+        """Stop gradients into every parameter and switch off dropout."""
         self.requires_grad_(False)
         return self.eval()
 
     def train(self: Self, mode: bool = True) -> Self:
-        """Stays in evaluation mode: dropout in a frozen model would be noise in the features."""
+        """Stay in evaluation mode: dropout in a frozen model would be noise in the features."""
         return super().train(False)
 
     def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
-        """Nothing: whoever holds a frozen module saves only what is trained."""
+        """Add nothing."""
         return {} if destination is None else destination
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:

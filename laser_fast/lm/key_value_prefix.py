@@ -1,8 +1,7 @@
-"""Keys and values that stand in front of every packed sequence, in every attention layer of the language model.
+"""Keys and values in front of every packed sequence, in every attention layer of the language model.
 
-Two things become such a prefix: text that is the same for everybody (its keys and values are computed once and
-injected, instead of running the text through the model with every sequence), and a deep prefix, whose keys and values
-are written straight by M-Former or learned (Li and Liang, arXiv:2101.00190; Liu et al., arXiv:2110.07602).
+They stand for a text that all sequences share, which the model then reads once, or they are a deep prefix, which
+M-Former writes or training finds (Li and Liang, arXiv:2101.00190; Liu et al., arXiv:2110.07602).
 """
 
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from laser_fast.ops.prefix_kv import inject_prefix_kv
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Keys and values of one attention layer: heads H_kv, head size d, and the root mean square of either."""
+    """Keys and values of one attention layer: heads H_kv, head size d, and the root mean square of both."""
 
     num_heads: int
     head_size: int
@@ -30,14 +29,11 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class KeyValuePrefix:
-    """P keys and values per sequence and layer, rotated as the model rotates keys where it does.
+    """P keys and values per sequence and layer; where the model rotates keys, these are rotated already."""
 
-    Keys and values are per layer [B, P, H_kv, d] (one per sequence) or [1, P, H_kv, d] (shared); with `slots` a pool.
-    """
-
-    keys: tuple[Tensor, ...]
+    keys: tuple[Tensor, ...]  # of every layer [B, P, H_kv, d], [1, P, H_kv, d] (shared), or a pool of such rows
     values: tuple[Tensor, ...]
-    slots: Tensor | None = None  # int32 [B], the row of the pool that belongs to each sequence; None = no pool
+    slots: Tensor | None = None  # int32 [B], the row of the pool for each sequence; None = no pool
 
     def __post_init__(self) -> None:
         if not self.keys or len(self.keys) != len(self.values):
@@ -53,30 +49,30 @@ class KeyValuePrefix:
 
     @property
     def batch_size(self) -> int:
-        """B, or 1 where all sequences share it."""
+        """B, or 1 where all sequences share the prefix."""
         return self.keys[0].shape[0] if self.slots is None else self.slots.shape[0]
 
-    def of_layer(self, layer: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values [B or 1, P, H_kv, d] of one layer."""
-        key, value = self.keys[layer].to(dtype), self.values[layer].to(dtype)
-        return (key, value) if self.slots is None else (key[self.slots], value[self.slots])
-
     def inject(self, layer: int, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [T, H_kv, d] of one layer with this prefix in front of every sequence; a pool stays whole."""
-        index = self.slots
-        if index is not None:
-            index = index.expand(cu_seqlens.shape[0] - 1)  # one slot serves all sequences
+        """Keys and values [T, H_kv, d] of one layer with this prefix in front of every sequence."""
+        # one slot may serve all sequences
+        index = None if self.slots is None else self.slots.expand(cu_seqlens.shape[0] - 1)
         prefix_key, prefix_value = self.keys[layer].to(key.dtype), self.values[layer].to(value.dtype)
         return inject_prefix_kv(key, value, prefix_key, prefix_value, cu_seqlens, prefix_index=index)[:2]
 
     def then(self, following: "KeyValuePrefix") -> "KeyValuePrefix":
-        """This prefix with another behind it; of two batch sizes the one that is not 1. Not for pools."""
+        """This prefix with another behind it, of which one may be shared; no pools."""
+        size = max(self.batch_size, following.batch_size)
+        keys = zip(self.keys, following.keys, strict=True)
+        values = zip(self.values, following.values, strict=True)
         return KeyValuePrefix(
-            tuple(_behind(one, other) for one, other in zip(self.keys, following.keys, strict=True)),
-            tuple(_behind(one, other) for one, other in zip(self.values, following.values, strict=True)),
+            tuple(_joined(size, *pair) for pair in keys), tuple(_joined(size, *pair) for pair in values)
         )
 
 
-def _behind(one: Tensor, other: Tensor) -> Tensor:
-    size = max(one.shape[0], other.shape[0])
-    return torch.cat([one.expand(size, *one.shape[1:]), other.expand(size, *other.shape[1:])], dim=1)
+def length_of(prefix: KeyValuePrefix | None) -> int:
+    """P, 0 without a prefix."""
+    return 0 if prefix is None else prefix.length
+
+
+def _joined(size: int, *parts: Tensor) -> Tensor:
+    return torch.cat([part.expand(size, *part.shape[1:]) for part in parts], dim=1)

@@ -1,4 +1,4 @@
-"""One packed batch as the attention of every layer sees it: bounds of its sequences, prefixes, plans."""
+"""One packed batch as the attention of every layer sees it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from laser_fast.lm.attention.packed_attention import AttentionPlan, varlen_attention
-from laser_fast.lm.key_value_prefix import KeyValuePrefix
+from laser_fast.lm.key_value_prefix import KeyValuePrefix, length_of
 from laser_fast.lm.uncompiled import uncompiled
 from laser_fast.ops.segments import even_cu_seqlens, lengthened_cu_seqlens, segment_positions
 
@@ -18,9 +18,8 @@ class PackedLayout:
     Attributes:
         cu_seqlens: int32 [B+1] over the queries; cu_seqlens_k over the keys, the prefix counted.
         layer_of: index of every attention module in the order of its first call, kept from batch to batch.
-        keep: whether `read` gets the keys and values [T, H_kv, d] of every layer as the model made them.
-        rows: int64 [B], the last position of every sequence where only its state is wanted; else None.
-        first_position: from where the model counts positions; None = from where it was found to.
+        read: with `keep`, keys and values [T, H_kv, d] of every layer as the model made them.
+        rows: with `last_only` int64 [B], the last position of every sequence, whose states alone are wanted.
         keys_only: whether the attention ends once it has its keys and values, so that no query is read.
     """
 
@@ -32,7 +31,6 @@ class PackedLayout:
         *,
         keep: bool = False,
         last_only: bool = False,
-        first_position: int | None = None,
         new_plan: Callable[..., AttentionPlan] = AttentionPlan,
     ) -> None:
         self.cu_seqlens = cu_seqlens
@@ -42,7 +40,6 @@ class PackedLayout:
         self.keep = keep
         self.read: dict[int, tuple[Tensor, Tensor]] = {}
         self.rows = cu_seqlens[1:].long() - 1 if last_only else None
-        self.first_position = first_position
         self.keys_only = False
         self.num_attention_calls = 0
         self._new_plan = new_plan
@@ -51,7 +48,11 @@ class PackedLayout:
 
     def positions(self, num_tokens: int) -> Tensor:
         """Position of every token in its sequence, the prefix counted: int64 [T]."""
-        return segment_positions(self.cu_seqlens, num_tokens) + (0 if self.prefix is None else self.prefix.length)
+        return segment_positions(self.cu_seqlens, num_tokens) + length_of(self.prefix)
+
+    def wanted(self, states: Tensor) -> Tensor:
+        """The states of `rows`, or all of them: [T, D] -> [B, D] or [T, D]."""
+        return states if self.rows is None else states.index_select(0, self.rows)
 
     @uncompiled
     def attend(
@@ -67,11 +68,11 @@ class PackedLayout:
     ) -> Tensor:
         """The attention of one layer, options as in `varlen_attention`: [T, H, d], [T, H_kv, d] twice -> [T, H, d].
 
-        Without its module the layer is taken to be the next: all of them attend in turn.
+        Without its `module` the layer is the next one: all of them attend in turn.
         """
+        layer = self.num_attention_calls
         self.num_attention_calls += 1
         if self._collected is None:
-            layer = self.num_attention_calls - 1
             if module is not None:
                 layer = self.layer_of.setdefault(module, len(self.layer_of))
             if self.keep:
@@ -88,20 +89,17 @@ class PackedLayout:
             query, key, value, self.cu_seqlens, self.cu_seqlens_k, causal=causal, plan=plan, **options
         )
 
-    def collect_keys(self, run: Callable[[], object]) -> None:
-        """Run a layer until its attention has the keys and values of all positions, which `rows_only` uses."""
+    @contextmanager
+    def rows_only(self, run: Callable[[], object]) -> Iterator[None]:
+        """While this is open, the queries are those of `rows`, the keys and values those of a `run` of the layer."""
         self.keys_only = True
         try:
             run()
+            raise RuntimeError("Execution: the last layer must call the packed attention, got no call")
         except _KeysKnown:
-            return
+            pass
         finally:
             self.keys_only = False
-        raise RuntimeError("Execution: the last layer must call the packed attention, got no call")
-
-    @contextmanager
-    def rows_only(self) -> Iterator[None]:
-        """While this is open, queries are those of `rows` and the keys and values are the collected ones."""
         try:
             yield
         finally:
@@ -120,4 +118,4 @@ class PackedLayout:
 
 
 class _KeysKnown(Exception):
-    """Raised by the attention of a layer that is run for its keys and values alone."""
+    """Ends a layer that is run for its keys and values alone."""

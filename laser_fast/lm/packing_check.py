@@ -1,7 +1,7 @@
-"""Whether a model computes a sequence in a packed batch as it computes the sequence alone, asked once per model.
+"""Whether a model computes a sequence in a packed batch as it computes the sequence alone, tried once per model.
 
-Two things can be wrong without an error. Layers that look across positions without attention (convolutions,
-recurrences) mix neighbours in the batch, and positions may not count from where they are said to.
+Layers that look across positions without attention (convolutions, recurrences) would mix neighbours in the batch, and
+models count positions from different numbers.
 """
 
 import math
@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 _LENGTHS = (5, 9)
 PROBE_TOKENS = sum(_LENGTHS)
 _TOLERANCE = 1e-3
-# In half precision, and with 4-bit weights computed in it, an eager attention rounds elsewhere, and layer after layer
-# adds to it: random Llamas in bfloat16 of 2, 8, 32 and 64 layers differ by 0.011, 0.023, 0.049 and 0.074. Neighbours
-# that are mixed change states by about 1.
+# In half precision eager attention rounds elsewhere, and differences grow with the layers: random Llamas in bfloat16 of
+# 2, 8, 32 and 64 layers differ by 0.011, 0.023, 0.049 and 0.074. Mixed neighbours change states by about 1.
 _LEAST_HALF_TOLERANCE, _HALF_TOLERANCE = 0.05, 0.03  # the second times the root of the number of layers
 
 RunPacked = Callable[[Tensor, Tensor, int], tuple[Tensor, int]]
@@ -35,10 +34,6 @@ def first_position(model: "PreTrainedModel", run_packed: RunPacked, embeds: Tens
         run_packed: embeddings [T, D], cu_seqlens int32 [3] and a first position -> hidden states [T, D] and the number
             of attention calls.
         embeds: [PROBE_TOKENS, D], of the scale of token embeddings.
-
-    Raises:
-        RuntimeError: packed states differ from those of the sequences alone, from whatever position they count; a
-            layer calls its attention twice; or the model refuses to run so for reasons of its own.
     """
     try:
         with torch.inference_mode(False):
@@ -62,7 +57,7 @@ def _first_position(model: "PreTrainedModel", run_packed: RunPacked, embeds: Ten
     if embeds.dtype not in (torch.float32, torch.float64):
         tolerance = max(_LEAST_HALF_TOLERANCE, _HALF_TOLERANCE * float(num_layers or 1) ** 0.5)
     differences = {}
-    # in the precision of the weights: autocast rounds both ways differently, and a service may be first asked under it
+    # autocast rounds both ways differently, and the first call may be under it
     with torch.no_grad(), autocast_off(embeds.device):
         expected = _alone(model, embeds)
         for start in _candidates(model):
@@ -70,7 +65,7 @@ def _first_position(model: "PreTrainedModel", run_packed: RunPacked, embeds: Ten
                 packed, num_calls = run_packed(embeds, cu_seqlens, start)
             except IndexError:  # fewer positions than that
                 continue
-            # a prefix belongs to a layer, and the last layer may be cut short: no layer may ask its attention twice
+            # a prefix belongs to a layer, and the last layer may be cut short
             if num_layers is not None and num_calls > num_layers:
                 raise RuntimeError(
                     f"FrozenLM: {type(model).__name__} must call its attention once in every layer, "
@@ -80,7 +75,7 @@ def _first_position(model: "PreTrainedModel", run_packed: RunPacked, embeds: Ten
             difference = float((packed.double() - expected.double()).norm() / scale)
             differences[start] = math.inf if math.isnan(difference) else difference
     least = min(differences.values())
-    if least <= tolerance:  # the first that is as good as the best: to rotated positions a shift is rounding
+    if least <= tolerance:  # a shift of rotated positions is only rounding, so take the first that is good
         return next(start for start, difference in differences.items() if difference <= max(2 * least, _TOLERANCE))
     raise RuntimeError(
         f"FrozenLM: {type(model).__name__} must give a sequence the same states packed with others as alone, got a "
@@ -89,7 +84,7 @@ def _first_position(model: "PreTrainedModel", run_packed: RunPacked, embeds: Ten
 
 
 def _alone(model: "PreTrainedModel", embeds: Tensor) -> Tensor:
-    """Every sequence by itself through the model's own attention, with its own positions: [T, D]."""
+    """Every sequence by itself through the model's own attention: [T, D]."""
     model.set_attn_implementation("eager")
     try:
         states = [model(inputs_embeds=part[None]).last_hidden_state[0] for part in embeds.split(list(_LENGTHS))]
@@ -99,11 +94,9 @@ def _alone(model: "PreTrainedModel", embeds: Tensor) -> Tensor:
 
 
 def _candidates(model: "PreTrainedModel") -> list[int]:
-    """0, and behind the padding index where a table of positions has one (RoBERTa and its kin).
-
-    A padding index of tokens may lie beyond the last position, which on a GPU would end the process.
-    """
+    """0, and behind the padding index where a table of positions has one (RoBERTa and its kin)."""
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     behind: set[Any] = {table.padding_idx + 1 for table in tables if table.padding_idx is not None}
+    # the padding index of tokens may lie beyond the last position, which would end the process on a GPU
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     return [0, *sorted(start for start in behind - {0} if start + max(_LENGTHS) <= most)]

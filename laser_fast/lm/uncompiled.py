@@ -1,7 +1,7 @@
-"""Functions that `torch.compile` leaves as they are, called from inside of what it compiles.
+"""Functions that `torch.compile` leaves as they are, called inside of what it compiles.
 
-A packed batch is planned on the host, by the lengths of its sequences. Traced, every length would become a guard, and
-every batch would be compiled for itself.
+A packed batch is planned on the host by the lengths of its sequences. Traced, every length would become a guard, and
+every batch would be compiled anew.
 """
 
 import functools
@@ -16,10 +16,7 @@ Result = TypeVar("Result")
 
 
 def uncompiled(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Decorator: as `torch.compiler.disable`, which would import the compiler for everybody who imports us.
-
-    The gradient is that of the function run as it stands; what is compiled around it is cut in two here.
-    """
+    """Decorator, as `torch.compiler.disable`, which would import the compiler for everybody who imports this."""
     disabled: Callable[Arguments, Result] | None = None
 
     @functools.wraps(function)

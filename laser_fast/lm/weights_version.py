@@ -1,8 +1,9 @@
-"""Which weights something was made of: a number that whoever keeps what is derived from weights remembers with it."""
+"""The version of weights: a number to keep beside whatever is derived from them."""
 
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from functools import cache
 from itertools import chain
 from operator import attrgetter
 from typing import Any, TypeVar
@@ -11,24 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
-from torch.utils.hooks import RemovableHandle
 
 Self = TypeVar("Self", bound="VersionedModule")
 _Seen = tuple[tuple[int, ...], ...]
 _WATCHED = "laser_watched"
-_counting = threading.Lock()
-_hooks: list[RemovableHandle] = []  # one, from the first version on
 
 
 class WeightsVersion:
-    """Counts the changes of the parameters of a module and of all modules in it.
+    """Counts the changes of the parameters of a module and of all modules in it, with `buffers` of their buffers too.
 
-    It reads no values, so it is cheap enough for every request. It goes by what torch counts (`load_state_dict`, every
-    write in place), by the steps of optimizers, by where a tensor lies, and by which modules and parameters there are.
-    A write that torch does not count (through `.data`, or by another library, into the same memory; a moving average
-    put in place so) is not seen; who writes so tells torch: `torch.autograd.graph.increment_version(parameter)`.
-
-    With `buffers` the buffers of the module count as weights.
+    It reads no values, so every request may ask. It sees the writes that torch counts (`load_state_dict`, every write
+    in place), steps of optimizers, and tensors and modules that are exchanged. It does not see a write through `.data`
+    or by another library into the same memory, such as a moving average; call
+    `torch.autograd.graph.increment_version(parameter)` after one.
     """
 
     def __init__(self, module: nn.Module, *, buffers: bool = False) -> None:
@@ -46,17 +42,17 @@ class WeightsVersion:
         self._lock = threading.Lock()
 
     def now(self) -> int:
-        """The version: another number after every change."""
+        """Another number after every change."""
         with self._lock:
             seen = self._look()
-            # where memory was given up since, what lies there now may be another tensor with the same id and version
+            # in memory that was freed meanwhile may lie another tensor with the same id and version
             if seen != self._seen or any(storage() is None for storage in self._storages):
                 self._count += self._seen is not None  # the first look has nothing to compare with
                 self._see(seen)
             return self._count
 
     def adopt(self) -> None:
-        """Say that what changed since the last look is where the weights lie, not what they are."""
+        """Count nothing that changed since the last look: the weights moved and are the same."""
         with self._lock:
             self._see(self._look())
 
@@ -70,7 +66,7 @@ class WeightsVersion:
         if any(table != known for table, known in self._children):
             self._scan()
         seen = _state(self._tensors())
-        if self._seen is None or seen[0] != self._seen[0]:  # other tensors: where they are there may be more
+        if self._seen is None or seen[0] != self._seen[0]:  # other tensors may have come with more
             self._scan()
             seen = _state(self._tensors())
         return seen
@@ -86,7 +82,7 @@ class WeightsVersion:
         return [tensor for tensor in values if tensor is not None]
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a copy, which counts on from here; its owner calls `adopt` once the copied module is whole."""
+        """A copy counts on from here; its owner calls `adopt` once the copied module is whole."""
         self.now()
         return {name: getattr(self, name) for name in ("_module", "_buffers", "_count")}
 
@@ -97,39 +93,39 @@ class WeightsVersion:
 
 
 class VersionedModule(nn.Module):
-    """A module that knows the version of its weights; to move or to copy it is no change."""
+    """A module that knows the version of its weights; a move or a copy is no change."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.weights = WeightsVersion(self)  # the version of all its weights
+        self.weights = WeightsVersion(self)
 
     def _all_versions(self) -> tuple[WeightsVersion, ...]:
         return (self.weights,)
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """To a device or a dtype: the weights stay what they are, and so does what was made of them."""
+        """Move to a device or a dtype."""
         for version in self._all_versions():
-            version.now()  # what changed before did change
+            version.now()  # counts earlier changes
         super()._apply(fn, recurse)
         for version in self._all_versions():
             version.adopt()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a copy, from the versions of now on."""
+        """Count earlier changes before a copy is made."""
         for version in self._all_versions():
             version.now()
         return dict(vars(self))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Copies have the same weights elsewhere."""
+        """A copy has the same weights elsewhere."""
         super().__setstate__(state)
         for version in self._all_versions():
             version.adopt()
 
 
 def _state(tensors: list[Tensor]) -> _Seen:
-    """Which tensors, where they lie, and how often torch counted a write."""
+    """The tensors, where they lie, and how often torch counted a write."""
     try:
         counts = tuple(map(attrgetter("_version"), tensors))
     except RuntimeError:  # one of them was made in inference mode
@@ -144,14 +140,13 @@ def _version(tensor: Tensor) -> int:
         return 0
 
 
+@cache
 def _count_steps() -> None:
-    with _counting:
-        if not _hooks:
-            _hooks.append(register_optimizer_step_post_hook(_after_step))
+    register_optimizer_step_post_hook(_after_step)
 
 
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
-    """Count the step as a write: torch's fused optimizers and those that write through `.data` do not."""
+    """Count the step as a write, which fused optimizers and writes through `.data` do not."""
     for group in optimizer.param_groups:
         written = [parameter for parameter in group["params"] if parameter.grad is not None]
         increment_version([parameter for parameter in written if getattr(parameter, _WATCHED, False)])

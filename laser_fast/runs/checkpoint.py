@@ -11,7 +11,7 @@ from laser_fast.laser.build import Inputs, build_laser, load_inputs, load_langua
 from laser_fast.laser.laser_files import SavedLaser, find_saved, write_laser
 from laser_fast.laser.model import LaserModel
 from laser_fast.laser.model_card import model_card
-from laser_fast.lm.loading.base_model import lm_of_saved
+from laser_fast.lm.loading.language_model import lm_of_saved
 from laser_fast.models.token_budget import TokenBudget
 
 

@@ -60,7 +60,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "smollm3": _GROUPED,
     "starcoder2": _GROUPED,
     "cohere": _GROUPED,
-    "stablelm": _GROUPED,  # these two hand nothing on to their attention
+    "stablelm": _GROUPED,
     "nemotron": _GROUPED,
     "granite": _GROUPED,
     "deepseek_v3": _BASE

@@ -21,6 +21,12 @@ from ..queued_device import QueuedDevice
 LAYERS = 2
 
 
+def of_layer(prefix: KeyValuePrefix, layer: int) -> list[torch.Tensor]:
+    """Keys and values of one layer, a row for each name."""
+    both = prefix.keys[layer].float(), prefix.values[layer].float()
+    return [rows if prefix.slots is None else rows[prefix.slots] for rows in both]
+
+
 class Writer:
     """Writes a prefix that says which name and which version it was made for, and remembers what was asked."""
 
@@ -38,11 +44,11 @@ class Writer:
         versions: Hashable = ("weights", self.version)
         with store.fetch(names, versions, write) as got:
             for layer in range(LAYERS):
-                key, value = got.of_layer(layer, torch.float32)
+                key, value = of_layer(got, layer)
                 assert key.shape == value.shape == (len(names), 3, 2, 4)
                 torch.testing.assert_close(key + 0.5, value)
             assert got.batch_size == len(names) and got.length == 3
-            return [float(mark) for mark in got.of_layer(0, torch.float32)[0][:, 0, 0, 0]]
+            return [float(mark) for mark in of_layer(got, 0)[0][:, 0, 0, 0]]
 
 
 def marks(names: str, version: int = 0) -> list[float]:
@@ -116,9 +122,9 @@ def test_a_pool_is_injected_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> No
     text, cu_seqlens = torch.zeros(3, 2, 4), torch.tensor([0, 1, 3], dtype=torch.int32)
     key, value = got.inject(1, text, text, cu_seqlens)
     assert seen == [got.keys[1].data_ptr(), got.values[1].data_ptr()]  # no copy of the prefixes of the batch
-    of_layer = got.of_layer(1, torch.float32)
-    assert all(torch.equal(out[:3], prefix[0]) for out, prefix in zip((key, value), of_layer, strict=True))
-    assert all(torch.equal(out[4:7], prefix[1]) for out, prefix in zip((key, value), of_layer, strict=True))
+    rows = of_layer(got, 1)
+    assert all(torch.equal(out[:3], prefix[0]) for out, prefix in zip((key, value), rows, strict=True))
+    assert all(torch.equal(out[4:7], prefix[1]) for out, prefix in zip((key, value), rows, strict=True))
     one = replace(got, slots=got.slots[:1])
     assert torch.equal(one.inject(0, text, text, cu_seqlens)[0][4:7], got.keys[0][int(got.slots[0])])
 
@@ -189,7 +195,7 @@ def prefix_of(names: str, positions: list[int], dtype: torch.dtype = torch.float
 
 
 def first_keys(prefix: KeyValuePrefix) -> list[float]:
-    return [float(mark) for mark in prefix.of_layer(0, torch.float32)[0][:, 0, 0, 0]]
+    return [float(mark) for mark in of_layer(prefix, 0)[0][:, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("ordered", [True, False], ids=["in turn", "without events"])
@@ -204,7 +210,7 @@ def test_streams_read_what_was_written_for_them(monkeypatch: pytest.MonkeyPatch,
         for step, names in enumerate(["a", "bc", "c", "da", "a", "bd", "c"]):
             write = partial(prefix_of, names)
             with device.on(streams[step % 3]), device.queueing(), store.fetch(list(names), 0, write) as got:
-                read.append((names, got.of_layer(0, torch.float32)[0]))
+                read.append((names, of_layer(got, 0)[0]))
         device.run()
         wrong += any([float(mark) for mark in keys[:, 0, 0, 0]] != marks(names) for names, keys in read)
     assert (wrong == 0) == ordered

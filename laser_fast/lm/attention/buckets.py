@@ -1,7 +1,7 @@
 """The portable backend of packed attention: sequences of similar length as padded blocks, on any device.
 
-Each block goes through `torch.nn.functional.scaled_dot_product_attention`, or through plain arithmetic where the scores
-are soft-capped or have sinks, which that function does not know.
+A block goes through `torch.nn.functional.scaled_dot_product_attention`, or through plain arithmetic where scores are
+soft-capped or have sinks.
 """
 
 from dataclasses import dataclass, field
@@ -13,24 +13,22 @@ from torch import Tensor
 
 from laser_fast.lm.attention.flash import AttentionKind
 
-_LENGTH_STEP = 16  # lengths are rounded up to this: few buckets, and at most 15 slots of padding per sequence
+_LENGTH_STEP = 16  # lengths are rounded up to it: few buckets, and at most 15 slots of padding per sequence
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Sequences as one padded block: slots `[query_start, query_start + sequences * query_length)`."""
+    """Sequences as one padded block of `sequences * query_length` slots of queries, and of keys likewise."""
 
     sequences: int
-    query_start: int
     query_length: int
-    key_start: int
     key_length: int
     mask: Tensor | None  # bool [sequences, 1, query_length, key_length], True = attend; None = attend everywhere
-    keyless: Tensor | None  # bool [sequences, 1, query_length, 1], True where a real query sees no key: its output is 0
+    keyless: Tensor | None  # bool [sequences, 1, query_length, 1], True where a query sees no key and its output is 0
     _additive: dict[torch.dtype, Tensor] = field(default_factory=dict, compare=False)
 
     def additive_mask(self, dtype: torch.dtype) -> Tensor | None:
-        """The mask as what is added to scores, made once for all layers (from a bool one every layer keeps its own)."""
+        """What is added to scores, made once for all layers: with a bool mask every layer would keep its own."""
         if self.mask is None:
             return None
         if dtype not in self._additive:
@@ -41,19 +39,18 @@ class Bucket:
 
 @dataclass(frozen=True)
 class BucketLayout:
-    """Where each packed token goes in the padded blocks, for one batch of lengths and one kind of mask."""
+    """Where each packed token goes in the padded blocks, which lie one behind the other."""
 
     query_slots: Tensor  # int64 [Tq]
     key_slots: Tensor  # int64 [Tk]
-    num_query_slots: int
-    num_key_slots: int
     buckets: tuple[Bucket, ...]
+    num_spare_keys: int = 0  # slots behind the blocks, for keys of sequences without queries
 
     @staticmethod
     def build(
         lengths_q: list[int], lengths_k: list[int], device: torch.device, causal: bool, sliding_window: int | None
     ) -> "BucketLayout":
-        """Lay out sequences of these lengths: on the host, then copied to the device without waiting for it."""
+        """Lay out sequences of these lengths on the host, and copy to the device without waiting."""
         groups: dict[tuple[int, int], list[int]] = {}
         for sequence, (length_q, length_k) in enumerate(zip(lengths_q, lengths_k, strict=True)):
             if length_q:
@@ -64,21 +61,19 @@ class BucketLayout:
             counts_q = torch.tensor([lengths_q[i] for i in members])
             counts_k = torch.tensor([lengths_k[i] for i in members])
             query_length, key_length = max(lengths_q[i] for i in members), max(1, *(lengths_k[i] for i in members))
-            for row, sequence in enumerate(members):
-                first_query_slot[sequence] = query_start + row * query_length
-                first_key_slot[sequence] = key_start + row * key_length
+            for sequence in members:
+                first_query_slot[sequence], first_key_slot[sequence] = query_start, key_start
+                query_start, key_start = query_start + query_length, key_start + key_length
             masks = _bucket_mask(counts_q, counts_k, query_length, key_length, causal, sliding_window)
             mask, keyless = (None if one is None else one.to(device, non_blocking=True) for one in masks)
-            buckets.append(Bucket(len(members), query_start, query_length, key_start, key_length, mask, keyless))
-            query_start += len(members) * query_length
-            key_start += len(members) * key_length
-        # keys of a sequence without queries have no block; they go to one spare slot that nobody reads
+            buckets.append(Bucket(len(members), query_length, key_length, mask, keyless))
+        num_spare_keys = 0
         for sequence, (length_q, length_k) in enumerate(zip(lengths_q, lengths_k, strict=True)):
-            if not length_q and length_k:
-                first_key_slot[sequence] = key_start
-                key_start += length_k
+            if not length_q:
+                first_key_slot[sequence] = key_start + num_spare_keys
+                num_spare_keys += length_k
         query_slots, key_slots = _slots(first_query_slot, lengths_q, device), _slots(first_key_slot, lengths_k, device)
-        return BucketLayout(query_slots, key_slots, query_start, key_start, tuple(buckets))
+        return BucketLayout(query_slots, key_slots, tuple(buckets), num_spare_keys)
 
 
 def attend_in_buckets(
@@ -87,19 +82,13 @@ def attend_in_buckets(
     """Arguments as in `varlen_attention`: [Tq, H, d], [Tk, H_kv, d] twice -> [Tq, H, d]."""
     if not layout.buckets:
         return query * 0.0
-    rows = [
-        _lay_out(query, layout.query_slots, layout.num_query_slots),
-        _lay_out(key, layout.key_slots, layout.num_key_slots),
-        _lay_out(value, layout.key_slots, layout.num_key_slots),
-    ]
+    query_sizes = [bucket.sequences * bucket.query_length for bucket in layout.buckets]
+    key_sizes = [*(bucket.sequences * bucket.key_length for bucket in layout.buckets), layout.num_spare_keys]
+    queries = _LayOut.apply(query, layout.query_slots, sum(query_sizes)).split(query_sizes)
+    keys, values = (_LayOut.apply(one, layout.key_slots, sum(key_sizes)).split(key_sizes)[:-1] for one in (key, value))
     outputs = []
-    for bucket in layout.buckets:
-        keys = (bucket.key_start, bucket.key_length)
-        places = ((bucket.query_start, bucket.query_length), keys, keys)
-        block_q, block_k, block_v = (
-            tensor[start : start + bucket.sequences * length].unflatten(0, (bucket.sequences, -1)).transpose(1, 2)
-            for tensor, (start, length) in zip(rows, places, strict=True)
-        )
+    for bucket, *slots in zip(layout.buckets, queries, keys, values, strict=True):
+        block_q, block_k, block_v = (one.unflatten(0, (bucket.sequences, -1)).transpose(1, 2) for one in slots)
         if kind.softcap is None and sinks is None:
             attended = F.scaled_dot_product_attention(
                 block_q,
@@ -121,7 +110,7 @@ def attend_in_buckets(
 def _plain_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kind: AttentionKind, sinks: Tensor | None
 ) -> Tensor:
-    """[n, H, Lq, d], [n, H_kv, Lk, d] twice -> [n, H, Lq, d]; the scores of a block are materialised."""
+    """[n, H, Lq, d], [n, H_kv, Lk, d] twice -> [n, H, Lq, d]."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = (query @ key.transpose(2, 3) * kind.scale).to(torch.promote_types(query.dtype, torch.float32))
@@ -142,7 +131,7 @@ def _round_up(length: int) -> int:
 
 
 def _slots(first_slot: list[int], lengths: list[int], device: torch.device) -> Tensor:
-    """First slot of the sequence plus position in it, for every packed token: int64 [T]."""
+    """The slot of every packed token: int64 [T]."""
     counts = torch.tensor(lengths, dtype=torch.int64)
     starts = counts.cumsum(0) - counts
     shift = torch.tensor(first_slot, dtype=torch.int64) - starts
@@ -150,13 +139,8 @@ def _slots(first_slot: list[int], lengths: list[int], device: torch.device) -> T
     return (torch.arange(total) + shift.repeat_interleave(counts, output_size=total)).to(device, non_blocking=True)
 
 
-def _lay_out(tokens: Tensor, slots: Tensor, num_slots: int) -> Tensor:
-    blocks: Tensor = _LayOut.apply(tokens, slots, num_slots)
-    return blocks
-
-
 class _LayOut(torch.autograd.Function):
-    """Rows to their slots, zeros elsewhere; unlike `index_copy` it keeps no rows for backward, which gathers them."""
+    """Rows to their slots, zeros elsewhere; unlike `index_copy` it keeps no rows for backward."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, slots: Tensor, num_slots: int) -> Tensor:
@@ -194,7 +178,7 @@ def _bucket_mask(
     if not causal and sliding_window is None and bool((counts_k == key_length).all()):
         return None, None  # padded queries may attend anywhere: their outputs are dropped
     mask = visible_keys(counts_q, counts_k, query_length, key_length, causal, sliding_window)
-    # also padded queries; a softmax over nothing is NaN, so let them attend
+    # a softmax over nothing is NaN, so a query that sees no key, padded or real, attends everywhere
     sees_none = ~mask.any(dim=-1, keepdim=True)
     real = (torch.arange(query_length)[:, None] < counts_q[:, None, None]) & sees_none
     mask = (mask | sees_none)[:, None]

@@ -1,9 +1,9 @@
 """The fast backends of packed attention on a GPU: the package flash-attn, or the FlashAttention inside torch.
 
-Both take packed sequences as they are and align a causal mask at the last query and the last key, which lets every
-token see the whole of an injected prefix. Torch's kernels are called as `aten::_flash_attention_forward`, the operation
-below `torch.nn.attention.varlen`: that function had other arguments in every release (2.10, 2.11, 2.12) and leaves out
-dropout, while the operation has a derivative, dropout, windows and grouped queries in all of them.
+Both align a causal mask at the last query and the last key, so every token sees the whole of an injected prefix.
+Torch's kernels are called as `aten::_flash_attention_forward`, the operation below `torch.nn.attention.varlen`. That
+function has other arguments in every release (2.10, 2.11, 2.12) and no dropout; the operation has a derivative,
+dropout, windows and grouped queries in all of them.
 """
 
 import importlib
@@ -11,7 +11,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 _OLDEST = (8, 0)
 _LARGEST_HEAD = 256
 _HALF = (torch.float16, torch.bfloat16)
-# what we pass, in the order of torch 2.11 to 2.13; anything behind them has a default
+# what we pass, in the order of torch 2.11 to 2.13
 _ATEN_ARGUMENTS = (
     *("query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal"),
     *("return_debug_mask", "scale", "window_size_left", "window_size_right"),
@@ -31,9 +31,8 @@ TORCH_FLASH = "torch flash"
 TORCH_FLASH_EXPANDED = "torch flash, keys expanded"
 
 
-@dataclass(frozen=True)
-class PackedLengths:
-    """Where sequences start, and the tokens of the longest."""
+class PackedLengths(NamedTuple):
+    """Where sequences start, and how many tokens the longest has, in the order in which kernels take them."""
 
     cu_seqlens_q: Tensor  # int32 [B+1]
     cu_seqlens_k: Tensor
@@ -43,7 +42,7 @@ class PackedLengths:
 
 @dataclass(frozen=True)
 class AttentionKind:
-    """What an attention computes besides its inputs; see `varlen_attention`."""
+    """What an attention computes, see `varlen_attention`."""
 
     causal: bool
     scale: float
@@ -53,7 +52,7 @@ class AttentionKind:
 
     @property
     def window(self) -> tuple[int, int]:
-        """Keys to the left and right of its own that a query sees, -1 = all: a window of w counts the own key."""
+        """Keys to the left and right of its own that a query sees; -1 = all."""
         side = -1 if self.sliding_window is None else self.sliding_window - 1
         return side, 0 if self.causal else side
 
@@ -63,7 +62,7 @@ Backend = Callable[[Tensor, Tensor, Tensor, PackedLengths, AttentionKind], Tenso
 
 @cache
 def flash_attn_function() -> Callable[..., Any] | None:
-    """`flash_attn_varlen_func` of the package flash-attn, None where it is not installed or does not load."""
+    """`flash_attn_varlen_func` of the package flash-attn; None where it is not installed or does not load."""
     if importlib.util.find_spec("flash_attn") is None:
         return None
     try:
@@ -75,20 +74,20 @@ def flash_attn_function() -> Callable[..., Any] | None:
 
 @cache
 def torch_flash_function() -> Callable[..., Any] | None:
-    """`aten::_flash_attention_forward`, None where this torch has none or another one than we know."""
+    """`aten::_flash_attention_forward`; None where this torch has none or takes other arguments."""
     operation = getattr(torch.ops.aten, "_flash_attention_forward", None)
     return operation if operation is not None and takes_our_arguments(operation.default._schema) else None
 
 
 def takes_our_arguments(schema: Any) -> bool:
-    """Whether an operation of this schema can be called as we do."""
+    """Whether an operation of this schema takes what we pass, and all its other arguments have defaults."""
     own = len(_ATEN_ARGUMENTS)
     names = tuple(argument.name for argument in schema.arguments)
     return names[:own] == _ATEN_ARGUMENTS and all(rest.has_default_value() for rest in schema.arguments[own:])
 
 
 def choose_backend(query: Tensor, key: Tensor, kind: AttentionKind, *, has_sinks: bool) -> tuple[str, Backend | None]:
-    """Name and function of the backend for these tensors; "buckets" and None where no fast one can serve them."""
+    """Name and function of the backend for these tensors; `BUCKETS` and None where no fast one serves them."""
     fits = query.is_cuda and query.dtype in _HALF and query.shape[2] <= _LARGEST_HEAD and query.shape[2] % 8 == 0
     if not fits or has_sinks or torch.cuda.get_device_capability(query.device) < _OLDEST:
         return BUCKETS, None
@@ -96,7 +95,7 @@ def choose_backend(query: Tensor, key: Tensor, kind: AttentionKind, *, has_sinks
 
 
 def choose_fast(kind: AttentionKind, device: torch.device, *, grouped: bool) -> tuple[str, Backend | None]:
-    """The fast backend that computes this kind of attention on a device, whatever the tensors."""
+    """The same for any tensors that a fast backend takes."""
     if flash_attn_function() is not None:
         return FLASH_ATTN, _run_flash_attn
     if torch_flash_function() is None or kind.softcap is not None:
@@ -110,8 +109,7 @@ def choose_fast(kind: AttentionKind, device: torch.device, *, grouped: bool) -> 
 def takes_grouped_queries(device: torch.device) -> bool:
     """Whether torch's kernels take fewer heads of keys than of queries: tried once per device, forward and backward.
 
-    The trial has a sequence of one query and more keys than queries, and is held against the same with the keys and
-    values expanded.
+    The trial has a sequence of one query, and one of more keys than queries.
     """
     lengths_q, lengths_k, heads, groups, head_size = [1, 6], [9, 6], 4, 2, 64
     generator = torch.Generator().manual_seed(0)
@@ -124,7 +122,7 @@ def takes_grouped_queries(device: torch.device) -> bool:
         output = backend(q, k, v, lengths, kind)
         return [output, *torch.autograd.grad(output, (q, k, v), probe)]
 
-    # everything is made in here: what is made in inference mode cannot be kept for backward
+    # tensors made in inference mode cannot be kept for backward
     with torch.inference_mode(False), torch.enable_grad():
         query, probe = draw(sum(lengths_q), heads), draw(sum(lengths_q), heads)
         key, value = draw(sum(lengths_k), heads // groups), draw(sum(lengths_k), heads // groups)
@@ -134,7 +132,7 @@ def takes_grouped_queries(device: torch.device) -> bool:
         expected = run(_run_expanded)
         try:
             found = run(_run_torch_flash)
-        except (RuntimeError, ValueError):  # refused by name; a kernel that fails on the device fails later as well
+        except (RuntimeError, ValueError):  # refused; a kernel that fails on the device fails later
             return False
     return all(torch.allclose(one, other, rtol=1e-2, atol=1e-2) for one, other in zip(found, expected, strict=True))
 
@@ -142,22 +140,20 @@ def takes_grouped_queries(device: torch.device) -> bool:
 def _run_flash_attn(query: Tensor, key: Tensor, value: Tensor, lengths: PackedLengths, kind: AttentionKind) -> Tensor:
     function = flash_attn_function()
     assert function is not None
-    bounds = (lengths.cu_seqlens_q, lengths.cu_seqlens_k, lengths.longest_q, lengths.longest_k)
     window = kind.window if kind.sliding_window is not None else (-1, -1)
     options = {"dropout_p": kind.dropout, "softmax_scale": kind.scale, "softcap": kind.softcap or 0.0}
-    output: Tensor = function(query, key, value, *bounds, causal=kind.causal, window_size=window, **options)
+    output: Tensor = function(query, key, value, *lengths, causal=kind.causal, window_size=window, **options)
     return output
 
 
 def _run_torch_flash(query: Tensor, key: Tensor, value: Tensor, lengths: PackedLengths, kind: AttentionKind) -> Tensor:
     function = torch_flash_function()
     assert function is not None
-    bounds = (lengths.cu_seqlens_q, lengths.cu_seqlens_k, lengths.longest_q, lengths.longest_k)
     left, right = kind.window
-    # the kernel's own causal flag takes no window beside it; a window without keys to the right is the same mask
+    # the causal flag takes no window beside it; a window without keys to the right is the same mask
     causal = kind.causal and kind.sliding_window is None
     window = {"window_size_left": left, "window_size_right": right}
-    output: Tensor = function(query, key, value, *bounds, kind.dropout, causal, False, scale=kind.scale, **window)[0]
+    output: Tensor = function(query, key, value, *lengths, kind.dropout, causal, False, scale=kind.scale, **window)[0]
     return output
 
 

@@ -1,7 +1,7 @@
-"""Packed attention on the meta device: what FlashAttention keeps and allocates, without values.
+"""Packed attention on the meta device: what FlashAttention keeps and allocates, for rehearsals that count memory.
 
-For rehearsals that count memory: forward keeps query, key, value, output and a float32 per query and head; backward
-sums the gradient of the queries in float32 (Dao 2023, arXiv:2307.08691, section 3.1).
+Forward keeps query, key, value, output and a float32 per query and head. Backward sums the gradient of the queries in
+float32 (Dao 2023, arXiv:2307.08691, section 3.1).
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def attend_without_values(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """[Tq, H, d], [Tk, H_kv, d] twice -> [Tq, H, d], or the same with other leading dimensions; on the meta device."""
+    """[..., Tq, H, d], [..., Tk, H_kv, d] twice -> [..., Tq, H, d]."""
     output: Tensor = _Attention.apply(query, key, value)
     return output
 

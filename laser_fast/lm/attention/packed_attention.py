@@ -1,9 +1,8 @@
 """Attention over packed sequences: `softmax(scale * Q K^T) V` within each sequence of a batch without padding.
 
-The layout is that of FlashAttention's variable-length kernels: all tokens of a batch in one tensor, `cu_seqlens`
-marking where each sequence starts. On a GPU in half precision those kernels run (`flash`). Everything else goes through
-padded blocks of similar length (`buckets`). On the meta device only memory is modelled (`meta`). What depends on the
-lengths alone is planned once a batch (`AttentionPlan`) and shared by all layers.
+All tokens of a batch lie in one tensor, and `cu_seqlens` says where each sequence starts. On a GPU in half precision
+FlashAttention's kernels run (`flash`), elsewhere padded blocks of similar length (`buckets`); on the meta device only
+memory is modelled (`meta`). What depends on the lengths alone is planned once a batch (`AttentionPlan`).
 """
 
 import math
@@ -26,24 +25,17 @@ _recorders: list[Counter[str]] = []
 
 @contextmanager
 def record_backends() -> Iterator[Counter[str]]:
-    """Count the attentions that are computed while this is open, in whatever thread, by backend and dtype.
-
-    A figure of a GPU names what ran: "torch flash, bfloat16", "buckets, float32", ...
-    """
+    """Count the attentions of all threads while this is open, by backend and dtype: "torch flash, bfloat16", ..."""
     counts: Counter[str] = Counter()
     _recorders.append(counts)
     try:
         yield counts
     finally:
-        _recorders[:] = [other for other in _recorders if other is not counts]  # equal ones may be open as well
+        _recorders[:] = [other for other in _recorders if other is not counts]  # `remove` would take an equal one
 
 
 class AttentionPlan:
-    """Lengths of one batch and one kind of mask, and what the backends make of them (nothing on the meta device).
-
-    Attributes:
-        lengths_q, lengths_k: tokens of every sequence, on the host; num_queries, num_keys: their sums Tq and Tk.
-    """
+    """What the backends make of the lengths of one batch under one kind of mask."""
 
     @uncompiled
     def __init__(
@@ -54,17 +46,13 @@ class AttentionPlan:
         causal: bool,
         sliding_window: int | None = None,
     ) -> None:
-        """Take the lengths as the host knows them; where it does not, wait for the device (`ops.host_copies`).
+        """Read the lengths; waits for the device where the host does not know them (`ops.host_copies`).
 
         Args:
             cu_seqlens_q: int32 [B+1], where the queries of each sequence start.
             cu_seqlens_k: the same for the keys; None = as the queries.
             causal: a query sees the keys up to its own position, aligned at the last query and the last key.
-            sliding_window: a query sees only so many of the last keys up to its own position (two-sided when not
-                causal).
-
-        Raises:
-            ValueError: different numbers of sequences.
+            sliding_window: a query sees only so many keys, up to its own position or on either side of it.
         """
         self.causal = causal
         self.sliding_window = sliding_window
@@ -87,7 +75,7 @@ class AttentionPlan:
 
     @cached_property
     def buckets(self) -> BucketLayout:
-        """For the portable backend; built where it is needed."""
+        """For the portable backend."""
         device = self._cu_seqlens_q.device
         return BucketLayout.build(self.lengths_q, self.lengths_k, device, self.causal, self.sliding_window)
 
@@ -121,22 +109,15 @@ def varlen_attention(
     Args:
         query: [Tq, H, d], floating point.
         key, value: [Tk, H_kv, d], H a multiple of H_kv (grouped-query attention).
-        cu_seqlens_q, cu_seqlens_k: int32 [B+1]; keys as the queries when `cu_seqlens_k` is None. Empty sequences are
-            allowed.
-        causal: aligned bottom-right: the last query of a sequence sees its last key.
+        cu_seqlens_q, cu_seqlens_k, causal, sliding_window: see `AttentionPlan`; sequences may be empty.
         scale: of the scores; None = 1/sqrt(d).
-        sliding_window: see `AttentionPlan`.
-        dropout: on the attention probabilities; 0 outside training.
+        dropout: of the attention probabilities; 0 outside training.
         softcap: scores become `softcap * tanh(score / softcap)` (Gemma 2).
         sinks: [H], a score per head that takes part in every softmax and has no value (gpt-oss).
-        plan: for these very lengths, `causal` and `sliding_window`; None = planned here.
+        plan: for these lengths, `causal` and `sliding_window`; None = planned here.
 
     Returns:
         [Tq, H, d]; 0 for a query that sees no key.
-
-    Raises:
-        TypeError: different dtypes, outside of autocast.
-        ValueError: shapes that do not fit together.
     """
     _check(query, key, value)
     if plan is None:

@@ -1,4 +1,4 @@
-"""Recordings of runs on fixed tensors, and the order in which a device may do them: CUDA graphs of one memory pool."""
+"""Recordings of runs on fixed tensors, and the order in which a device replays them: CUDA graphs of one memory pool."""
 
 import weakref
 from collections.abc import Callable, Iterator
@@ -14,26 +14,26 @@ _WARMUP_RUNS = 2  # before a capture: compilation, tuning and the workspaces of 
 
 
 class Recorder:
-    """Records nothing and runs again: for a device that has done its work when a call returns."""
+    """Runs again instead of recording, for a device that has done its work when a call returns."""
 
     def record(self, run: Run) -> Run:
-        """Turn a run on fixed tensors into one that does the same again, into the same output."""
+        """Turn a run on fixed tensors into one that repeats it, into the same output."""
         return run
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
-        """What is called in here is done by the device after all that was called in here before, by any thread."""
+        """While this is open, what is called starts on the device after all earlier turns of all threads."""
         yield
 
     def finish(self) -> None:
-        """Wait until the device has done all that was called `in_turn`; after it recordings may be dropped."""
+        """Wait until the device has done all turns, so that recordings may be dropped."""
 
 
 class CudaGraphs(Recorder):
     """Records CUDA graphs whose intermediate results share one pool of memory.
 
-    Two of them at the same time would overwrite each other's results, and a caller on another stream the inputs of the
-    one before it: so there is one event, after the latest replay and what was read of it, that every turn waits for.
+    Two at the same time would overwrite each other's results, and a caller on another stream the inputs of the one
+    before it. So every turn waits for an event behind the latest replay and the reads of its output.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -43,13 +43,13 @@ class CudaGraphs(Recorder):
         self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
 
     def record(self, run: Run) -> Run:
-        """Run it a few times and capture it; gives what replays it.
+        """Run a few times, capture, and give what replays.
 
-        Meanwhile other threads may use the device, but not draw random numbers there: some versions of torch refuse.
+        Meanwhile other threads may use the device, but in some versions of torch not draw random numbers there.
         """
         if self._streams is None:
-            # cuBLAS keeps a workspace a stream, which newer versions of torch free with any graph captured there.
-            # Warmed up on the stream of the capture it would lie outside of the pool, free for others' tensors.
+            # newer versions of torch free the cuBLAS workspace of a stream with any graph captured there; warmed up on
+            # the stream of the capture, the workspace would lie outside of the pool, free for other tensors
             self._streams = torch.cuda.Stream(self._device), torch.cuda.Stream(self._device)
         warmup, capture = self._streams
         current = torch.cuda.current_stream(self._device)
@@ -59,7 +59,7 @@ class CudaGraphs(Recorder):
                 run()
         current.wait_stream(warmup)
         graph = torch.cuda.CUDAGraph()
-        # the outer context: a capture that fails does not leave its stream
+        # the outer context restores the stream after a capture that fails
         with (
             torch.cuda.stream(capture),
             torch.cuda.graph(graph, pool=self._pool(), stream=capture, capture_error_mode="thread_local"),
@@ -74,7 +74,7 @@ class CudaGraphs(Recorder):
         return replay
 
     def _pool(self) -> Any:
-        """That of the graphs there are; torch gives up a pool with its last graph and refuses its name afterwards."""
+        """The pool of the graphs there are; torch refuses a pool whose last graph is gone."""
         for graph in self._graphs:
             return graph.pool()
         return torch.cuda.graph_pool_handle()

@@ -1,7 +1,7 @@
 """How a frozen Hugging Face model runs a step: what backward keeps, what it computes again, what it need not compute.
 
-Nothing of transformers is changed: single module instances get another `forward`, found by what they compute
-(`recognise_norm`, `recognise_gated_mlp`, `recognise_rotary_attention`) and not by the name of the model.
+Single module instances get another `forward`. They are found by what they compute (`recognise_norm`,
+`recognise_gated_mlp`, `recognise_rotary_attention`) and not by the name of the model.
 """
 
 from collections.abc import Callable
@@ -15,17 +15,16 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from laser_fast.lm.exchanged_attention import running, running_layout
 from laser_fast.lm.execution.frozen_linear import UnpackedWeights, is_packed, packed_linear
-from laser_fast.lm.execution.frozen_mlp import activation_of, gated_mlp, recognise_gated_mlp
-from laser_fast.lm.execution.frozen_norm import epsilon_of, frozen_rms_norm, recognise_norm
+from laser_fast.lm.execution.frozen_mlp import gated_mlp, recognise_gated_mlp
+from laser_fast.lm.execution.frozen_norm import frozen_rms_norm, recognise_norm
 from laser_fast.lm.execution.host_store import HostStore
 from laser_fast.lm.execution.rotary_attention import recognise_rotary_attention, rotary_attention, rotary_widths
 from laser_fast.lm.uncompiled import uncompiled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from laser_fast.lm.packed_layout import PackedLayout
 
 CHECKPOINTING = ("none", "mlp", "full", "offload")  # each keeps less than the one before it and takes longer
 
@@ -36,12 +35,12 @@ class Execution:
 
     Attributes:
         checkpointing: what backward computes again: "none"; "mlp": the inner activations of gated MLPs; "full": every
-            layer from its input; "offload": as "full", with those inputs in host memory meanwhile.
-        fused: RMSNorm and gated MLPs that keep only what backward needs; queries and keys rotated in one launch.
-        share_dequantization: with "full" and "offload", unpack a 4-bit weight once for recomputation and backward; the
-            unpacked weights of one layer then exist together.
-        last_layer: "readout": where only the last position of every sequence is read, the last layer computes all
-            keys and values and nothing else for the other positions; "all": everything.
+            layer from its input; "offload": as "full", with these inputs in host memory meanwhile.
+        fused: RMSNorms and gated MLPs keep only what backward needs; queries and keys are rotated in one launch.
+        share_dequantization: with "full" and "offload", a 4-bit weight is unpacked once for recomputation and backward;
+            the unpacked weights of one layer then exist together.
+        last_layer: "readout": where only the last position of every sequence is read, the last layer computes keys and
+            values alone for the others; "all": it computes everything.
     """
 
     checkpointing: str = "none"
@@ -60,36 +59,29 @@ class Execution:
 
 @dataclass(frozen=True)
 class Replaced:
-    """What `apply_execution` found: how many modules of each kind it gave another forward."""
+    """How many modules of each kind `apply_execution` recognised."""
 
     norms: int
     mlps: int
     attentions: int
-    packed_linears: int
-    last_layer: bool  # whether the last layer can run for the last position of every sequence alone
 
 
 def apply_execution(model: "PreTrainedModel", execution: Execution) -> Replaced:
-    """Give the modules of this model instance the forwards that `execution` asks for.
-
-    Raises:
-        ValueError: "mlp" for a model without gated MLPs, or "full" and "offload" for one without layers that can be
-            computed again.
-    """
-    for module in model.modules():  # what an earlier call put there goes
+    """Give the modules of this model instance the forwards that `execution` asks for, and no others of ours."""
+    for module in model.modules():
         if isinstance(vars(module).get("forward"), Replacement):
             del module.forward
     unpacked = UnpackedWeights()
     packed = [module for module in model.modules() if is_packed(module)]
     for module in packed:
-        _replace(module, packed_linear, module, unpacked)
+        module.forward = Replacement(packed_linear, module, unpacked)
     norms = mlps = attentions = 0
-    if execution.fused:  # every attention is tried, since their windows and scales may differ
+    if execution.fused:
         recognise_attention = partial(recognise_rotary_attention, widths=rotary_widths(model))
         attentions = _replace_known(model, recognise_attention, rotary_attention)
-        norms = _replace_known(model, _one_of_a_kind(recognise_norm), frozen_rms_norm)
+        norms = _replace_known(model, recognise_norm, frozen_rms_norm)
         recompute = execution.checkpointing == "mlp"
-        mlps = _replace_known(model, _one_of_a_kind(recognise_gated_mlp), gated_mlp, unpacked, recompute)
+        mlps = _replace_known(model, recognise_gated_mlp, gated_mlp, unpacked, recompute)
     if execution.checkpointing == "mlp" and not mlps:
         raise ValueError(
             f'Execution: checkpointing "mlp" needs gated MLPs, and {type(model).__name__} has none that is known; '
@@ -104,54 +96,35 @@ def apply_execution(model: "PreTrainedModel", execution: Execution) -> Replaced:
             )
         store = HostStore() if execution.checkpointing == "offload" else None
         shared = unpacked if execution.share_dequantization and packed else None
-        for layer in layers[:-1]:  # the backward of the last follows at once, so what it keeps is there in any case
-            _replace(layer, _checkpointed, layer.forward, shared, store)
-    spared = bool(layers) and execution.last_layer == "readout"
-    if spared:
-        _replace(layers[-1], only_last_positions, layers[-1].forward)
-    return Replaced(norms, mlps, attentions, len(packed), spared)
+        for layer in layers[:-1]:  # the backward of the last layer follows at once, so keeping less there saves nothing
+            layer.forward = Replacement(_checkpointed, layer.forward, shared, store)
+    if layers and execution.last_layer == "readout":
+        layers[-1].forward = Replacement(only_last_positions, layers[-1].forward)
+    return Replaced(norms, mlps, attentions)
 
 
 def frozen_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of a model that transformers marks as such, in their order."""
+    """The layers of a model in their order, as transformers marks them."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 class Replacement(partial[Any]):
-    """A forward of ours, so that it can be told from one that another library put there."""
-
-
-def _replace(module: nn.Module, forward: Callable[..., Any], *arguments: Any) -> None:
-    module.forward = Replacement(forward, *arguments)
+    """A forward of ours, which can be told from one of another library."""
 
 
 def _replace_known(
     model: nn.Module, recognise: Callable[[nn.Module], Any], forward: Callable[..., Any], *arguments: Any
 ) -> int:
-    """Give every module that is recognised another forward, which is told what was recognised; their number."""
+    """Give every recognised module another forward, which is told what was recognised; their number."""
     count = 0
     for module in model.modules():
         form = recognise(module)
         if form is not None:
-            _replace(module, forward, module, form, *arguments)
+            module.forward = Replacement(forward, module, form, *arguments)
             count += 1
     return count
-
-
-def _one_of_a_kind(recognise: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]:
-    """The same answer for all modules of one class, epsilon and activation, of which the first is tried."""
-    found: dict[tuple[Any, ...], Any] = {}
-
-    def answer(module: nn.Module) -> Any:
-        act = activation_of(module)
-        kind = type(module), epsilon_of(module), type(act) if isinstance(act, nn.Module) else act
-        if kind not in found:
-            found[kind] = recognise(module)
-        return found[kind]
-
-    return answer
 
 
 @uncompiled
@@ -163,47 +136,46 @@ def _checkpointed(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """A layer of which backward keeps the input only, on the device or on the host."""
+    """A layer of which backward keeps the input alone, on the device or on the host."""
     if not torch.is_grad_enabled():
         return forward(hidden_states, *args, **kwargs)
+    layout = running_layout()
+
+    def run(hidden_states: Tensor) -> Any:
+        with running(layout):  # also in backward
+            return forward(hidden_states, *args, **kwargs)
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), nullcontext() if shared is None else shared.kept()
 
     with nullcontext() if store is None else saved_tensors_hooks(store.put, store.get):
-        return checkpoint(
-            lambda hidden_states: forward(hidden_states, *args, **kwargs),
-            hidden_states,
-            use_reentrant=False,
-            preserve_rng_state=False,  # a frozen model draws nothing
-            context_fn=contexts,
-        )
+        # a frozen model draws no random numbers
+        return checkpoint(run, hidden_states, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
 @uncompiled
 def only_last_positions(forward: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The last layer, past its keys and values, for the last position of every sequence alone where that is asked for.
+    """The last layer, for `layout.rows` alone where only their states are wanted.
 
-    The keys and values of all positions come from a first call, which ends when the attention has them; the second
-    call sees the chosen rows only, and the attention puts the full keys and values in the place of theirs.
+    A first call ends when the attention has the keys and values of all positions. A second call has the chosen rows
+    alone, for which the attention reads those keys and values.
     """
-    layout: PackedLayout | None = kwargs.get("laser_layout")
+    layout = running_layout()
     if layout is None or layout.rows is None:
         return forward(hidden_states, *args, **kwargs)
-    layout.collect_keys(lambda: forward(hidden_states, *args, **kwargs))
     rows, num_tokens = layout.rows, hidden_states.shape[1]
-    of_rows = [_rows_of(value, rows, num_tokens) for value in args]
-    named = {name: _rows_of(value, rows, num_tokens) for name, value in kwargs.items()}
-    with layout.rows_only():
-        output = forward(hidden_states.index_select(1, rows), *of_rows, **named)
+    with layout.rows_only(lambda: forward(hidden_states, *args, **kwargs)):
+        of_rows = [_rows_of(value, rows, num_tokens) for value in (hidden_states, *args)]
+        named = {name: _rows_of(value, rows, num_tokens) for name, value in kwargs.items()}
+        output = forward(*of_rows, **named)
     states = output[0] if isinstance(output, tuple) else output
-    # back among zeros: models may norm, reshape or check what comes out of the layers
+    # models may norm, reshape or check the states of all positions; those of the others are zeros
     full = torch.zeros_like(hidden_states).index_copy(1, rows, states)
     return (full, *output[1:]) if isinstance(output, tuple) else full
 
 
 def _rows_of(value: Any, rows: Tensor, num_tokens: int) -> Any:
-    """The chosen rows of what has one row per token: tensors [1, T, ...] and tuples of such."""
+    """The chosen rows of tensors [1, T, ...], also in tuples; anything else as it is."""
     if isinstance(value, tuple):
         return tuple(_rows_of(part, rows, num_tokens) for part in value)
     if isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == num_tokens:

@@ -1,7 +1,7 @@
 """The frozen model in a bounded number of shapes, each recorded once and replayed: CUDA graphs for serving.
 
-A batch is filled up with sequences of zeros behind its own, to one of few numbers of tokens and of sequences. Where the
-real sequences start is read on the device, so that one recording serves all batches that fill up to its shape.
+A batch is filled up with sequences of zeros to one of few numbers of tokens and of sequences. Where its sequences start
+is read on the device, so one recording serves all batches that fill up to its shape.
 """
 
 import math
@@ -18,9 +18,9 @@ from torch import Tensor
 from laser_fast.lm.attention.buckets import Bucket, BucketLayout, visible_keys
 from laser_fast.lm.attention.flash import PackedLengths
 from laser_fast.lm.attention.packed_attention import AttentionPlan
-from laser_fast.lm.execution.cuda_graphs import CudaGraphs, Recorder, Run
+from laser_fast.lm.execution.cuda_graphs import CudaGraphs, Recorder
 from laser_fast.lm.frozen_lm import FrozenLM
-from laser_fast.lm.key_value_prefix import KeyValuePrefix
+from laser_fast.lm.key_value_prefix import KeyValuePrefix, length_of
 from laser_fast.lm.packed_layout import PackedLayout
 from laser_fast.lm.weights_version import WeightsVersion
 from laser_fast.ops.checks import validate_indices
@@ -28,12 +28,12 @@ from laser_fast.ops.precision import autocast_dtype
 from laser_fast.ops.segments import lengths_on_host, segment_ids, segment_positions, validate_cu_seqlens
 
 _LEAST_TOKENS = 64
-_STEPS_PER_DOUBLING = 4  # numbers of tokens 64, 80, 96, 112, 128, 160, ...: 8 % more than needed on average, at most 25
+_STEPS_PER_DOUBLING = 4  # 64, 80, 96, 112, 128, 160, ... tokens: 8 % more than needed on average, at most 25 %
 
 
 @dataclass(frozen=True)
 class FixedShape:
-    """Packed tokens T, sequences B, and a bound of the longest sequence, its prefix not counted."""
+    """Packed tokens T, sequences B, and a bound of the longest sequence without its prefix."""
 
     tokens: int
     sequences: int
@@ -41,11 +41,7 @@ class FixedShape:
 
 
 def fixed_shape(num_tokens: int, num_sequences: int, longest: int, limit: int | None = None) -> FixedShape:
-    """The shape that a batch is filled up to, with at least one sequence behind its own and none empty among those.
-
-    Args:
-        limit: no sequence may have more tokens, `longest` or above; None = no limit.
-    """
+    """The shape that a batch is filled up to by at least one sequence, none of them empty or longer than `limit`."""
     bound = max(_LEAST_TOKENS, 1 << (longest - 1).bit_length())
     if limit is not None:
         bound = min(bound, limit)
@@ -66,7 +62,7 @@ def _next_step(num_tokens: int) -> int:
 
 
 def filled_offsets(cu_seqlens: Tensor, num_tokens: int, shape: FixedShape) -> Tensor:
-    """`cu_seqlens` [B+1] with the bounds of the sequences behind, even in length: int32 [shape.sequences + 1]."""
+    """`cu_seqlens` [B+1] and the bounds of the added sequences, even in length: int32 [shape.sequences + 1]."""
     added = shape.sequences + 1 - cu_seqlens.shape[0]
     steps = torch.arange(1, added + 1, device=cu_seqlens.device)
     behind = num_tokens + steps * (shape.tokens - num_tokens) // added
@@ -77,59 +73,53 @@ class FixedPlan(AttentionPlan):
     """An attention plan from a shape alone: the host reads no length."""
 
     def __init__(
-        self, queries: PackedLengths, num_queries: int, num_keys: int, causal: bool, sliding_window: int | None
+        self, packed: PackedLengths, num_queries: int, num_keys: int, causal: bool, sliding_window: int | None
     ) -> None:
-        self.causal = causal
-        self.sliding_window = sliding_window
-        self.num_queries = num_queries
-        self.num_keys = num_keys
-        self.packed = queries
-        self.keyless = None  # the keys of a sequence are its queries and more
+        self.packed = packed
+        self.num_queries, self.num_keys = num_queries, num_keys
+        self.causal, self.sliding_window = causal, sliding_window
+        self.keyless = None  # every query has its own key
 
     @cached_property
     def buckets(self) -> BucketLayout:
         """One block of all sequences, as wide as the longest may be."""
-        bounds_q, bounds_k = self.packed.cu_seqlens_q, self.packed.cu_seqlens_k
-        longest_q, longest_k = self.packed.longest_q, self.packed.longest_k
-        sequences = bounds_q.shape[0] - 1
+        bounds_q, bounds_k, longest_q, longest_k = self.packed
         mask = visible_keys(bounds_q.diff(), bounds_k.diff(), longest_q, longest_k, self.causal, self.sliding_window)
         mask = (mask | ~mask.any(dim=-1, keepdim=True))[:, None]  # slots beyond a sequence attend somewhere
-        bucket = Bucket(sequences, 0, longest_q, 0, longest_k, mask, None)
-        query_slots = _slots(bounds_q, self.num_queries, longest_q)
-        key_slots = _slots(bounds_k, self.num_keys, longest_k)
-        sizes = sequences * longest_q, sequences * longest_k
-        return BucketLayout(query_slots, key_slots, *sizes, (bucket,))
+        bucket = Bucket(bounds_q.shape[0] - 1, longest_q, longest_k, mask, None)
+        slots = _slots(bounds_q, self.num_queries, longest_q), _slots(bounds_k, self.num_keys, longest_k)
+        return BucketLayout(*slots, (bucket,))
 
 
 def _slots(cu_seqlens: Tensor, num_tokens: int, width: int) -> Tensor:
-    """The slot of every packed token in blocks of `width` for each sequence: int64 [T]."""
+    """The slot of every packed token where each sequence has `width` of them: int64 [T]."""
     return segment_ids(cu_seqlens, num_tokens) * width + segment_positions(cu_seqlens, num_tokens)
 
 
 class _Recording:
-    """A run on tensors of its own, which `load` fills."""
+    """A run of the model on tensors of its own, which `load` fills."""
 
-    def __init__(self, lm: FrozenLM, shape: FixedShape, prefix: KeyValuePrefix | None, last_only: bool) -> None:
+    def __init__(
+        self, lm: FrozenLM, recorder: Recorder, shape: FixedShape, prefix: KeyValuePrefix | None, last_only: bool
+    ) -> None:
         self._lm, self._shape, self._last_only = lm, shape, last_only
         self._inputs_embeds = torch.zeros(shape.tokens, lm.hidden_size, dtype=lm.dtype, device=lm.device)
         ends = torch.arange(shape.sequences + 1, device=lm.device) * shape.tokens // shape.sequences
         self._cu_seqlens = ends.int()
         self._prefix = None if prefix is None else _fixed_prefix(prefix, shape.sequences)
-        self.replay: Run = self._run
+        self.replay = recorder.record(self._run)
 
     def _run(self) -> Tensor:
-        spared = self._last_only and self._lm.replaced.last_layer
-        layer_of, plan = self._lm.layer_of, self._new_plan
-        layout = PackedLayout(self._cu_seqlens, layer_of, self._prefix, last_only=spared, new_plan=plan)
-        hidden = self._lm.run_layers(self._inputs_embeds, layout)
-        return hidden.index_select(0, self._cu_seqlens[1:].long() - 1) if self._last_only else hidden
+        last_only, plan = self._last_only, self._new_plan
+        layout = PackedLayout(self._cu_seqlens, self._lm.layer_of, self._prefix, last_only=last_only, new_plan=plan)
+        return self._lm.run_layers(self._inputs_embeds, layout)
 
     def _new_plan(self, queries: Tensor, keys: Tensor, *, causal: bool, sliding_window: int | None) -> AttentionPlan:
-        """For the whole sequences, or for one query of each, wherever they start."""
-        shape, prefix_length, whole = self._shape, _length_of(self._prefix), queries is self._cu_seqlens
-        lengths = PackedLengths(queries, keys, shape.longest if whole else 1, shape.longest + prefix_length)
-        num_keys = shape.tokens + shape.sequences * prefix_length
-        return FixedPlan(lengths, shape.tokens if whole else shape.sequences, num_keys, causal, sliding_window)
+        """For whole sequences, or for one query of each."""
+        shape, added = self._shape, length_of(self._prefix)
+        longest, num_queries = (shape.longest, shape.tokens) if queries is self._cu_seqlens else (1, shape.sequences)
+        packed = PackedLengths(queries, keys, longest, shape.longest + added)
+        return FixedPlan(packed, num_queries, shape.tokens + shape.sequences * added, causal, sliding_window)
 
     def load(self, inputs_embeds: Tensor, cu_seqlens: Tensor, prefix: KeyValuePrefix | None) -> None:
         num_tokens = inputs_embeds.shape[0]
@@ -149,45 +139,36 @@ class _Recording:
 
 
 def _fixed_prefix(prefix: KeyValuePrefix, num_sequences: int) -> KeyValuePrefix:
-    """Room for prefixes of this form; of a pool, which stays where it is, only the slots."""
+    """Room for prefixes of this form, or for the slots alone of a pool, which stays where it is."""
     size = 1 if prefix.batch_size == 1 else num_sequences
     if prefix.slots is not None:
         return KeyValuePrefix(prefix.keys, prefix.values, prefix.slots.new_zeros(size))
-    return KeyValuePrefix(
-        tuple(key.new_zeros(size, *key.shape[1:]) for key in prefix.keys),
-        tuple(value.new_zeros(size, *value.shape[1:]) for value in prefix.values),
-    )
+    keys, values = (tuple(one.new_zeros(size, *one.shape[1:]) for one in each) for each in (prefix.keys, prefix.values))
+    return KeyValuePrefix(keys, values)
 
 
 def _form_of(prefix: KeyValuePrefix | None) -> tuple[object, ...]:
-    """What of a prefix a recording depends on."""
+    """What a recording depends on of a prefix."""
     if prefix is None:
         return ()
     pool = None if prefix.slots is None else tuple(key.data_ptr() for key in prefix.keys)
     return prefix.length, prefix.batch_size == 1, prefix.keys[0].dtype, pool
 
 
-def _length_of(prefix: KeyValuePrefix | None) -> int:
-    return 0 if prefix is None else prefix.length
-
-
 class FixedShapes:
     """Recordings of a frozen model, one for each shape and form of call; the one unused for longest is dropped.
 
-    Any change of a weight drops all of them. Threads may call it on streams of their own: their calls run one after
+    Any change of a weight drops all of them. Threads may call it on streams of their own; their calls run one after
     another, on the device as well.
 
     Args:
         lm: what is recorded.
-        recorder: how; the default makes CUDA graphs.
+        recorder: None = one that makes CUDA graphs.
         capacity: recordings kept.
-        max_tokens: larger batches are not taken; their launches hide behind their arithmetic.
+        max_tokens: of a batch; the launches of larger ones hide behind their arithmetic.
 
     Attributes:
         num_captures: recordings made since the start.
-
-    Raises:
-        ValueError: a capacity or a limit below 1.
     """
 
     def __init__(
@@ -214,17 +195,13 @@ class FixedShapes:
     def __call__(
         self, inputs_embeds: Tensor, cu_seqlens: Tensor, prefix: KeyValuePrefix | None, *, last_only: bool
     ) -> Tensor | None:
-        """`FrozenLM.forward` without gradient; None for a batch that is too large or has nothing in it.
-
-        Raises:
-            ValueError: a sequence longer than the model allows, or offsets or slots that point outside.
-        """
+        """`FrozenLM.forward` without gradient; None for a batch that is too large or empty."""
         num_tokens, num_sequences = inputs_embeds.shape[0], cu_seqlens.shape[0] - 1
         if not 0 < num_tokens <= self.max_tokens or inputs_embeds.is_meta:
             return None
         validate_cu_seqlens("FrozenLM", cu_seqlens, num_tokens)
         longest = max(lengths_on_host(cu_seqlens))
-        self._lm.check_length(longest + _length_of(prefix))
+        self._lm.check_length(longest + length_of(prefix))
         shape = self._shape(num_tokens, num_sequences, longest, prefix)
         if shape.tokens > self.max_tokens:
             return None
@@ -234,14 +211,11 @@ class FixedShapes:
             return recording.replay()[: num_sequences if last_only else num_tokens].clone()
 
     def prepare(self, batches: Sequence[tuple[int, int]], call: Callable[[], object]) -> None:
-        """Record the shapes of some batches in every form in which `call` calls the model; too large ones are left out.
+        """Record the shapes of some batches, except for those too large, in every form in which `call` calls the model.
 
         Args:
-            batches: (sequences, tokens of each, its prefix not counted).
+            batches: (sequences, tokens of each without its prefix).
             call: calls the model at least once.
-
-        Raises:
-            ValueError: more shapes than are kept.
         """
         with self._lock:
             self._forms.clear()
@@ -253,7 +227,7 @@ class FixedShapes:
             (self._shape(sequences * tokens, sequences, tokens, prefix), form): None
             for form, (prefix, _) in forms.items()
             for sequences, tokens in batches
-            if tokens + _length_of(prefix) <= most
+            if tokens + length_of(prefix) <= most
         }
         fitting = [(shape, form) for shape, form in wanted if shape.tokens <= self.max_tokens]
         if len(fitting) > self.capacity:
@@ -263,7 +237,7 @@ class FixedShapes:
                 self._recording(shape, *forms[form])
 
     def clear(self) -> None:
-        """Drop all recordings, once the device has done with them."""
+        """Drop all recordings once the device has done with them."""
         with self._lock:
             self._drop(len(self._recordings))
 
@@ -275,31 +249,28 @@ class FixedShapes:
             yield
 
     def _shape(self, num_tokens: int, num_sequences: int, longest: int, prefix: KeyValuePrefix | None) -> FixedShape:
-        limit = None if self._lm.max_length is None else self._lm.max_length - _length_of(prefix)
+        limit = None if self._lm.max_length is None else self._lm.max_length - length_of(prefix)
         return fixed_shape(num_tokens, num_sequences, longest, limit)
 
     def _recording(self, shape: FixedShape, prefix: KeyValuePrefix | None, last_only: bool) -> _Recording:
-        version = self._weights.now()
-        if version != self._version:
+        if (version := self._weights.now()) != self._version:
             self._version = version
             self._drop(len(self._recordings))
         form = autocast_dtype(self._lm.device), last_only, *_form_of(prefix)
-        key = shape, *form
-        found = self._recordings.get(key)
         if form not in self._forms:
             self._forms[form] = None if prefix is None else _fixed_prefix(prefix, 2), last_only
+        key = shape, *form
+        found = self._recordings.get(key)
         if found is None:
             if len(self._recordings) >= self.capacity:
                 self._drop(1)
-            found = _Recording(self._lm, shape, prefix, last_only)
-            found.replay = self._recorder.record(found.replay)
-            self._recordings[key] = found
+            found = self._recordings[key] = _Recording(self._lm, self._recorder, shape, prefix, last_only)
             self.num_captures += 1
         self._recordings.move_to_end(key)
         return found
 
     def _drop(self, count: int) -> None:
-        """Forget the recordings of the oldest use, once the device has done with them."""
+        """Drop the recordings of the oldest use once the device has done with them."""
         self._recorder.finish()
         for _ in range(count):
             self._recordings.popitem(last=False)

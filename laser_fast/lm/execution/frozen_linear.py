@@ -1,10 +1,10 @@
-"""Linear maps with frozen weights: `y = x W^T + b`, and `grad_x = grad_y W` as the whole of backward.
+"""Linear maps with frozen weights: `y = x W^T + b`; backward is `grad_x = grad_y W`.
 
-For weights packed in 4 bits (bitsandbytes) backward keeps the packed weight alone and unpacks it again; where a layer
-is computed again before its backward, one unpacked copy serves both (`UnpackedWeights`).
+Backward unpacks a weight in 4 bits (bitsandbytes) again. Where a layer is computed again before its backward, one
+unpacked copy serves both (`UnpackedWeights`).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,23 +14,16 @@ from torch import Tensor, nn
 
 
 class UnpackedWeights:
-    """Weights in 16 or 32 bits of layers that are being computed again, from there until their backward took them.
-
-    Attributes:
-        keeping: whether a recomputation is under way.
-    """
+    """Unpacked weights of layers that are computed again, kept until their backward takes them."""
 
     def __init__(self) -> None:
-        self.keeping = False
+        self.keeping = False  # whether a layer is being computed again
         self._kept: dict[nn.Module, Tensor] = {}
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """While this is open, every weight that is unpacked stays until `take` fetches it.
-
-        What an earlier recomputation left behind (its backward stopped half-way) is dropped first.
-        """
-        self._kept.clear()
+        """While this is open, every weight that is unpacked stays until `take` fetches it."""
+        self._kept.clear()  # a backward that stopped half-way leaves weights behind
         self.keeping = True
         try:
             yield
@@ -45,42 +38,30 @@ class UnpackedWeights:
         return weight
 
     def take(self, module: nn.Module) -> Tensor:
-        """The weight for a backward: the one kept, or unpacked now."""
+        """The weight for a backward, as `unpack` kept it or unpacked now."""
         weight = self._kept.pop(module, None)
         return _unpack(module) if weight is None else weight
 
 
 def is_packed(module: nn.Module) -> bool:
     """Whether this is a linear layer of bitsandbytes in 4 bits."""
-    # by the weight, without importing bitsandbytes: only its 4-bit weights carry a quant_state
+    # only 4-bit weights of bitsandbytes, which need not be imported for this, carry a quant_state
     return isinstance(module, nn.Linear) and getattr(module.weight, "quant_state", None) is not None
 
 
 def is_frozen_linear(module: nn.Module | None) -> bool:
-    """Whether this is a linear layer, plain or in 4 bits, of which nothing is trained and whose call is its product.
-
-    Subclasses other than bitsandbytes' (an adapter, a scaled linear) and modules with hooks are not.
-    """
+    """Whether this is a linear layer, plain or in 4 bits, untrained, without hooks and of no subclass (an adapter)."""
     if module is None or not (type(module) is nn.Linear or is_packed(module)):
         return False
     hooked = any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
     return not hooked and not any(parameter.requires_grad for parameter in module.parameters())
 
 
-def frozen_projections(module: nn.Module, forms: Iterable[tuple[str, ...]], *others: nn.Module) -> tuple[str, ...]:
-    """The names of the first form whose first name the module has; none where they are not all frozen linear layers, or
-    where the module has parameters outside of them and of the `others`."""
-    names: tuple[str, ...] = next((form for form in forms if hasattr(module, form[0])), ())
-    parts = [part for name in names if is_frozen_linear(part := getattr(module, name, None)) and part is not None]
-    own = sum(len(list(part.parameters())) for part in (*parts, *others))
-    return names if len(parts) == len(names) and len(list(module.parameters())) == own else ()
-
-
 def packed_linear(module: nn.Module, unpacked: UnpackedWeights, x: Tensor) -> Tensor:
     """`x W^T + b` of a layer in 4 bits: [..., in] -> [..., out] in the dtype of x; gradients reach x alone.
 
-    Stands in for the forward of bitsandbytes' own module, which on some CPUs repacks the weights at the first call
-    without gradient into a form that has no gradient any more.
+    On some CPUs the forward of bitsandbytes repacks the weights at the first call without gradient, into a form that
+    has no gradient.
     """
     output: Tensor = _PackedLinear.apply(x, module, unpacked)
     return output
@@ -102,7 +83,7 @@ class _PackedLinear(torch.autograd.Function):
         if unpacked.keeping or x.device.type != "cuda":
             with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
                 return F.linear(inputs, unpacked.unpack(module).to(inputs.dtype), bias).to(x.dtype)
-        from bitsandbytes import matmul_4bit  # knows from how many rows on unpacking first is the faster way
+        from bitsandbytes import matmul_4bit  # knows from how many rows on unpacking first is faster
 
         return matmul_4bit(inputs, module.weight.data, quant_state=module.weight.quant_state, bias=bias).to(x.dtype)
 

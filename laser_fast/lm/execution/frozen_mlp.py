@@ -1,11 +1,9 @@
 """Gated MLP with frozen weights: `y = (act(x W_gate^T) * x W_up^T) W_down^T` (Shazeer 2020, arXiv:2002.05202).
 
-Backward to x keeps gate and up alone (the product is made again), or with `recompute` nothing but x: and where x came
-from a frozen RMSNorm, not even that, since the norm keeps its own input. Their gradients are two new tensors, or with
-`recompute` lie where gate and up lay. On a GPU either direction is one pass (`laser_fast.ops.gated_product`).
+Backward keeps gate and up, and makes their product again. With `recompute` it keeps x alone, or where a frozen RMSNorm
+made x, only what the norm keeps in any case.
 """
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,86 +12,74 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from laser_fast.lm.execution.frozen_linear import UnpackedWeights, frozen_projections, is_packed, linear_input_gradient
+from laser_fast.lm.execution.frozen_linear import UnpackedWeights, linear_input_gradient
 from laser_fast.lm.execution.frozen_norm import NormRecipe, recipe_of
+from laser_fast.lm.execution.recognition import TWIN_WIDTH, frozen_projections, small_twin
 from laser_fast.ops.gated_product import ACTIVATIONS, gated_product_backward, gated_product_forward
 
 _PROBE_ROWS = 2
-_TWIN_WIDTH, _TWIN_INNER = 16, 24
-Activation = Callable[[Tensor], Tensor]
-_FORMS = (("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj"))  # the second: both in one matrix
+_FORMS = (("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj"))  # the second: Phi-3, GLM
 
 
 def recognise_gated_mlp(module: nn.Module) -> str | None:
-    """The activation of a module that computes a gated MLP, found by trying it on random rows; None for any other.
+    """The activation of a module that computes a gated MLP, found by trying a small twin of it; None for any other.
 
-    "silu", "gelu_tanh", "gelu", or "other" (differentiated by autograd). Gate and up may be two linear layers or one
-    (Phi-3, GLM). Of an MLP on the meta device a small one with random weights is tried on the CPU.
+    It is "silu", "gelu_tanh", "gelu", or "other", which autograd differentiates.
     """
-    act = activation_of(module)
-    names = () if act is None else frozen_projections(module, _FORMS)
+    act = _activation_of(module)
+    names = frozen_projections(module, _FORMS)
     if act is None or not names:
         return None
-    tried: Any = _tryable(module, names)
-    first = getattr(tried, names[0])
-    x = torch.randn(_PROBE_ROWS, first.in_features, generator=torch.Generator().manual_seed(0))
-    x = x.to(first.weight.device, torch.float32 if is_packed(first) else first.weight.dtype)
+    twin = small_twin(module, names)
+    x = torch.randn(_PROBE_ROWS, TWIN_WIDTH, generator=torch.Generator().manual_seed(1), device="cpu")
     with torch.no_grad():
-        expected = tried(x)
-        gate, up = _halves(_projected(tried, x))
-        actual = tried.down_proj(act(gate) * up)
-    same = torch.allclose(actual, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
+        try:
+            expected = twin(x)
+        except (RuntimeError, TypeError):  # wants something else than rows
+            return None
+        gate, up = _halves(_projected(twin, x))
+        actual = twin.down_proj(act(gate) * up)
+    same = torch.allclose(actual, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
     return _name_of(act) if same else None
 
 
-def activation_of(module: nn.Module) -> Activation | None:
-    """The activation function that an MLP holds."""
-    act: Activation | None = getattr(module, "act_fn", getattr(module, "activation_fn", None))
-    return act
-
-
 def gated_mlp(module: Any, activation: str, unpacked: UnpackedWeights, recompute: bool, x: Tensor) -> Tensor:
-    """The MLP, whose activation `recognise_gated_mlp` found: [..., D] -> [..., D]; gradients reach x alone.
-
-    Args:
-        recompute: keep neither gate nor up for backward.
-    """
+    """The MLP, whose activation `recognise_gated_mlp` found: [..., D] -> [..., D]; gradients reach x alone."""
     # the down projection keeps nothing and stands outside, so that a recomputation of the layer stops before it
     if recompute:
         return module.down_proj(_RecomputedProduct.apply(x, module, activation, unpacked, recipe_of(x)))
-    return module.down_proj(_GatedProduct.apply(activation, activation_of(module), *_projected(module, x)))
+    return module.down_proj(_GatedProduct.apply(activation, module, *_projected(module, x)))
 
 
 class _GatedProduct(torch.autograd.Function):
     """`act(gate) * up`: keeps gate and up."""
 
     @staticmethod
-    def forward(ctx: Any, activation: str, function: Activation, *projected: Tensor) -> Tensor:
-        ctx.activation, ctx.function = activation, function
+    def forward(ctx: Any, activation: str, module: Any, *projected: Tensor) -> Tensor:
+        ctx.activation, ctx.module = activation, module
         ctx.save_for_backward(*projected)
-        return _product(activation, function, projected)
+        return _product(activation, module, projected)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         projected = ctx.saved_tensors
         grads = tuple(tensor.new_empty(tensor.shape) for tensor in projected)
-        _product_backward(ctx.activation, ctx.function, grad, projected, grads)
+        _product_backward(ctx.activation, ctx.module, grad, projected, grads)
         return None, None, *grads
 
 
 class _RecomputedProduct(torch.autograd.Function):
-    """`act(x W_gate^T) * x W_up^T`: keeps x, or what the norm in front of it kept."""
+    """`act(x W_gate^T) * x W_up^T`: keeps x, or what the norm before it keeps."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, module: Any, activation: str, unpacked: UnpackedWeights, recipe: NormRecipe | None
     ) -> Tensor:
         ctx.module, ctx.activation, ctx.unpacked = module, activation, unpacked
-        ctx.function = activation_of(module)
         ctx.recipe = None if recipe is None else (recipe.weight, recipe.kind)
         ctx.save_for_backward(*([x] if recipe is None else [recipe.x, recipe.reciprocal]))
-        return _product(activation, ctx.function, _projected(module, x))
+        return _product(activation, module, _projected(module, x))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -106,8 +92,8 @@ class _RecomputedProduct(torch.autograd.Function):
         with unpacked.kept():
             projected = _projected(module, x)
         del x
-        # nobody else has what was made here, so the gradients may take its place
-        _product_backward(ctx.activation, ctx.function, grad, projected, projected)
+        # nobody else has gate and up, so their gradients may take their place
+        _product_backward(ctx.activation, module, grad, projected, projected)
         if hasattr(module, "gate_up_proj"):
             grad_x = linear_input_gradient(module.gate_up_proj, projected[0], unpacked)
         else:
@@ -117,7 +103,7 @@ class _RecomputedProduct(torch.autograd.Function):
 
 
 def _projected(module: Any, x: Tensor) -> tuple[Tensor, ...]:
-    """Gate and up, [..., F] each; one [..., 2 F] where one matrix gives both."""
+    """Gate and up, [..., F] each, or one [..., 2 F] where one matrix gives both."""
     if hasattr(module, "gate_up_proj"):
         return (module.gate_up_proj(x),)
     return module.gate_proj(x), module.up_proj(x)
@@ -129,30 +115,35 @@ def _halves(projected: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     return gate, up
 
 
-def _product(activation: str, function: Activation, projected: tuple[Tensor, ...]) -> Tensor:
+def _activation_of(module: nn.Module) -> Any:
+    return getattr(module, "act_fn", getattr(module, "activation_fn", None))
+
+
+def _product(activation: str, module: Any, projected: tuple[Tensor, ...]) -> Tensor:
     gate, up = _halves(projected)
     if activation in ACTIVATIONS:
         return gated_product_forward(gate, up, activation)
-    return function(gate) * up
+    product: Tensor = _activation_of(module)(gate) * up
+    return product
 
 
 def _product_backward(
-    activation: str, function: Activation, grad: Tensor, projected: tuple[Tensor, ...], grads: tuple[Tensor, ...]
+    activation: str, module: Any, grad: Tensor, projected: tuple[Tensor, ...], grads: tuple[Tensor, ...]
 ) -> None:
-    """Write the gradients of `projected` into `grads`, which may be the same tensors."""
+    """Write the gradients of `projected` to `grads`, which may be the same tensors."""
     (gate, up), (grad_gate, grad_up) = _halves(projected), _halves(grads)
     if activation in ACTIVATIONS:
         gated_product_backward(grad, gate, up, activation, grad_gate, grad_up)
         return
     with torch.enable_grad():
         leaf = gate.detach().requires_grad_()
-        activated = function(leaf)
+        activated = _activation_of(module)(leaf)
         (found,) = torch.autograd.grad(activated, leaf, grad * up)
     torch.mul(activated.detach(), grad, out=grad_up)
     grad_gate.copy_(found)
 
 
-def _name_of(function: Activation) -> str:
+def _name_of(function: Callable[[Tensor], Tensor]) -> str:
     """The name of the function that gives these values."""
     grid = torch.linspace(-6.0, 6.0, 257)
     gelu_tanh = partial(F.gelu, approximate="tanh")
@@ -160,17 +151,3 @@ def _name_of(function: Activation) -> str:
         if torch.allclose(function(grid), known(grid), rtol=1e-6, atol=1e-7):
             return name
     return "other"
-
-
-def _tryable(module: nn.Module, names: tuple[str, ...]) -> nn.Module:
-    """The module itself, or a small one of its kind on the CPU where it is on the meta device."""
-    if not any(parameter.is_meta for parameter in module.parameters()):
-        return module
-    twin = copy.copy(module)
-    twin._modules = dict(module._modules)
-    with torch.random.fork_rng(devices=[]):
-        for name in names:
-            inner = 2 * _TWIN_INNER if name == "gate_up_proj" else _TWIN_INNER
-            sizes = (_TWIN_INNER, _TWIN_WIDTH) if name == "down_proj" else (_TWIN_WIDTH, inner)
-            twin._modules[name] = nn.Linear(*sizes, bias=False, device="cpu")
-    return twin

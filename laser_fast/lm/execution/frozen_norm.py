@@ -1,16 +1,15 @@
 """RMSNorm with a frozen weight: `y = x / sqrt(mean(x^2) + eps) * (offset + w)` (Zhang & Sennrich 2019, 1910.07467).
 
-Backward keeps x in its own dtype and one float32 per row; Hugging Face's modules keep x in float32 twice. On a GPU the
-arithmetic is one pass each way (`laser_fast.ops.rms_norm`).
+Backward keeps x in its own dtype and one float32 per row; Hugging Face's modules keep x in float32 twice.
 """
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from laser_fast.lm.execution.recognition import random_copy
 from laser_fast.ops.rms_norm import NormKind, rms_norm_backward, rms_norm_forward, rms_norm_reference
 
 _PROBE_ROWS = 3
@@ -18,10 +17,10 @@ _PROBE_ROWS = 3
 
 @dataclass(frozen=True)
 class NormRecipe:
-    """From what a normalised tensor can be made again: the row it came from and the reciprocal of its scale."""
+    """From what a normalised tensor can be made again."""
 
     x: Tensor
-    reciprocal: Tensor  # float32 [..., 1]
+    reciprocal: Tensor  # of the scales of the rows, float32 [..., 1]
     weight: Tensor
     kind: NormKind
 
@@ -31,46 +30,37 @@ class NormRecipe:
             return rms_norm_forward(self.x, self.weight, self.kind, self.reciprocal)[0]
 
 
-def epsilon_of(module: nn.Module) -> Any:
-    """The constant that a norm adds below its root, under either of its names; None where there is none."""
-    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
-
-
 def recognise_norm(module: nn.Module) -> NormKind | None:
     """How this module computes an RMSNorm; None where it computes something else.
 
-    Found by trying a copy of it with random weights on random rows, in float32 and (for where it rounds) in bfloat16.
+    A copy with random weights is tried in float32 and in bfloat16, which shows where it rounds.
     """
-    weight, eps = getattr(module, "weight", None), epsilon_of(module)
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if type(module) is nn.LayerNorm or not isinstance(weight, Tensor) or weight.dim() != 1:
         return None
     if len(list(module.parameters())) != 1 or not isinstance(eps, float) or list(module.buffers()):
         return None
-    kinds = (NormKind(0.0, True, eps), NormKind(0.0, False, eps), NormKind(1.0, False, eps))
-    dtypes = (torch.float32, torch.bfloat16)
-    return next((kind for kind in kinds if all(_computes(module, kind, dtype) for dtype in dtypes)), None)
-
-
-def _computes(module: nn.Module, kind: NormKind, dtype: torch.dtype) -> bool:
-    twin: Any = copy.deepcopy(module).to_empty(device="cpu").to(dtype)
-    generator = torch.Generator().manual_seed(0)
-    width = twin.weight.shape[0]
-    with torch.no_grad():
-        twin.weight.copy_(torch.randn(width, generator=generator))
-        x = (torch.randn(_PROBE_ROWS, width, generator=generator) * 3.0).to(dtype)
+    kinds = [NormKind(0.0, True, eps), NormKind(0.0, False, eps), NormKind(1.0, False, eps)]
+    rows = 3.0 * torch.randn(_PROBE_ROWS, len(weight), generator=torch.Generator().manual_seed(1), device="cpu")
+    for dtype in (torch.float32, torch.bfloat16):
+        twin, x = random_copy(module).to(dtype), rows.to(dtype)
         try:
-            expected = twin(x)
+            with torch.no_grad():
+                expected = twin(x)
         except (RuntimeError, TypeError):  # wants something else than rows
-            return False
-        actual = rms_norm_reference(x, twin.weight, kind)
-    same_form = isinstance(expected, Tensor) and expected.dtype == dtype and expected.shape == actual.shape
-    return same_form and torch.allclose(actual, expected, rtol=1e-5, atol=1e-6)
+            return None
+        if not isinstance(expected, Tensor) or expected.dtype != dtype or expected.shape != x.shape:
+            return None
+        outputs = [(kind, rms_norm_reference(x, twin.weight.detach(), kind)) for kind in kinds]
+        kinds = [kind for kind, output in outputs if torch.allclose(output, expected, rtol=1e-5, atol=1e-6)]
+    return kinds[0] if kinds else None
 
 
 def frozen_rms_norm(module: Any, kind: NormKind, x: Tensor) -> Tensor:
     """RMSNorm over the last dimension: [..., D] -> [..., D] in the dtype of x; gradients reach x alone.
 
-    The result carries its recipe (`recipe_of`) where there may be a backward, so that what follows need not keep it.
+    Where there may be a backward the result carries its recipe (`recipe_of`), so that what follows need not keep it.
     """
     y, reciprocal = _FrozenRMSNorm.apply(x, module.weight, kind)
     if torch.is_grad_enabled() and not y.is_inference():
@@ -79,7 +69,7 @@ def frozen_rms_norm(module: Any, kind: NormKind, x: Tensor) -> Tensor:
 
 
 def recipe_of(tensor: Tensor) -> NormRecipe | None:
-    """How `frozen_rms_norm` made this very tensor; None where it did not, or where it was written to since."""
+    """How `frozen_rms_norm` made this tensor; None where it did not, or where the tensor was written to since."""
     recipe, version = getattr(tensor, "laser_recipe", (None, None))
     return recipe if recipe is not None and tensor._version == version else None
 

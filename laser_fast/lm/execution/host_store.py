@@ -1,4 +1,4 @@
-"""Tensors that wait for their backward in host memory, copied there and back beside the computation."""
+"""Tensors that wait for backward in host memory, copied there and back beside the computation."""
 
 import weakref
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ from torch import Tensor
 
 @dataclass(eq=False)
 class _Stored:
-    """One tensor away from its device, and the one that was put before it if backward still wants it."""
+    """One tensor away from its device, and the one that was put before it while backward wants it."""
 
-    host: Tensor | None  # None: of a tensor without values
+    host: Tensor | None  # None for a tensor on the meta device
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
@@ -23,13 +23,12 @@ class HostStore:
     """The two hooks of `saved_tensors_hooks`: `put` copies to pinned host memory, `get` brings back.
 
     Copies run on a stream of their own, one at a time. Backward asks in the opposite order of forward, so `get` also
-    starts the copy of the tensor that was put before. A tensor that is in host memory already stays as it is; one on
-    the meta device goes as if that were a GPU.
+    starts the copy of the tensor that was put before. Tensors in host memory stay; the meta device counts as a GPU.
 
-    The computation waits for a copy before the next one starts (a layer later, when it should be done), and what was
-    copied is held until then. So the device holds two of the tensors at most, however far the host runs ahead of it;
-    `record_stream` would keep memory until the host sees that the copy is done, which on a slow step is that of all
-    layers. The graph alone holds what is away: a step that is given up leaves nothing behind but the running copy.
+    The computation waits for a copy before the next one starts, a layer later, and what was copied is held until then.
+    So the device holds at most two of the tensors, however far the host runs ahead. `record_stream` would keep memory
+    until the host sees that a copy is done, in a slow step the memory of all layers. The graph alone holds what is
+    away, so a step that is given up leaves nothing behind but the running copy.
     """
 
     def __init__(self) -> None:
@@ -41,8 +40,8 @@ class HostStore:
         """Start the copy to the host; the tensor itself may be freed at once."""
         if not self._leaves(tensor):
             return tensor
-        tensor = tensor.detach()  # held with its graph it would hold what is away
-        # torch keeps pinned memory for later steps, and gives none out again before copies of it are done
+        tensor = tensor.detach()  # its graph would hold what is away
+        # torch reuses pinned memory, and not before copies of it are done
         host = None if tensor.is_meta else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         self._copy(host, tensor, on_device=tensor)
         stored = _Stored(host, tensor.shape, tensor.dtype, tensor.device, self._last)
@@ -53,7 +52,7 @@ class HostStore:
         """The tensor on its device again."""
         if isinstance(stored, Tensor):
             return stored
-        self._last = None  # the next forward starts a chain of its own
+        self._last = None  # the next forward starts another chain
         tensor = self._fetch(stored)
         self._wait()
         stored.fetched = None
@@ -64,13 +63,13 @@ class HostStore:
 
     def _fetch(self, stored: _Stored) -> Tensor:
         if stored.fetched is None:
-            # memory of the computation's stream, which the copy waits for
+            # allocated on the computation's stream, for which the copy waits
             stored.fetched = torch.empty(stored.shape, dtype=stored.dtype, device=stored.device)
             self._copy(stored.fetched, stored.host, on_device=stored.fetched)
         return stored.fetched
 
     def _copy(self, target: Tensor | None, source: Tensor | None, *, on_device: Tensor) -> None:
-        """Start a copy, which begins after all that the computation was given so far."""
+        """Start a copy behind all that the computation was given so far."""
         self._wait()
         done = None
         if target is not None and source is not None:
@@ -84,7 +83,7 @@ class HostStore:
         self._running = (on_device, done)
 
     def _wait(self) -> None:
-        """From here on the computation may read, write and free what the running copy does."""
+        """Let the computation wait for the running copy, so that it may write and free what is copied."""
         if self._running is not None:
             tensor, done = self._running
             if done is not None:

@@ -1,10 +1,9 @@
 """Attention whose queries and keys are rotated in one launch: projections, norms of heads, rotation, packed attention.
 
-Transformers' attention modules call their rotation as a global function, which is not ours to replace. Where a module
-computes nothing but what stands above, around the exchangeable attention, this computes the same in its place.
+The attention modules of transformers call their rotation as a global function, which is not ours to replace. This runs
+in place of a module that computes exactly these steps.
 """
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laser_fast.lm.execution.frozen_linear import frozen_projections
+from laser_fast.lm.exchanged_attention import running_layout
+from laser_fast.lm.execution.recognition import TWIN_WIDTH, frozen_projections, small_twin
 from laser_fast.ops.rotary import rotary_embedding
 
 _PROBE_NAME = "laser_probe"
-_PROBE_SCALES = (1.0, 30.0, 1e4)  # rows: a module that clips its projections shows it at the largest
-_PROBE_POSITIONS = (0, 7, 10_000_000)  # and one that scales by the position at the last
-_PROBE_SEEDS = (0, 1)  # options that depend on the input differ
-_TWIN_WIDTH = 8
-_FORMS = (("q_proj", "k_proj", "v_proj", "o_proj"), ("qkv_proj", "o_proj"))  # the second: all in one matrix (Phi-3)
+_PROBE_SCALES = (1.0, 30.0, 1e4)  # of the rows; the largest shows whether a module clips its projections
+_PROBE_POSITIONS = (0, 7, 10_000_000)  # the last shows whether it scales by the position
+_PROBE_SEEDS = (0, 1)  # show options that depend on the input
+_FORMS = (("q_proj", "k_proj", "v_proj", "o_proj"), ("qkv_proj", "o_proj"))  # the second: Phi-3
 _NORMS = ("q_norm", "k_norm")
-_OWN_ARGUMENTS = ("position_embeddings", "past_key_values", "attention_mask")  # of a module; others are handed on
+_OWN_ARGUMENTS = ("position_embeddings", "past_key_values", "attention_mask")  # the others go to the attention
 
 
 @dataclass(frozen=True)
@@ -32,13 +31,13 @@ class AttentionForm:
 
     head_size: int
     splits: tuple[int, int, int] | None  # H d, H_kv d, H_kv d where one projection gives queries, keys and values
-    normed: bool  # whether queries and keys are normalised head by head before they are rotated (Qwen3, Gemma 3)
-    widths: frozenset[int]  # of the tables cos and sin that were tried; others are left to the module
-    options: Mapping[str, Any]  # what it tells the attention by itself: scaling, sliding window, soft cap
+    normed: bool  # whether heads of queries and keys are normalised before the rotation (Qwen3, Gemma 3)
+    widths: frozenset[int]  # of the tables cos and sin that were tried
+    options: Mapping[str, Any]  # what it tells the attention itself: scaling, sliding window, soft cap
 
 
 def rotary_widths(model: nn.Module) -> set[int]:
-    """Widths that the tables of this model may have: two for every frequency in a vector of such."""
+    """Widths that the tables of this model may have: twice the length of a vector of frequencies."""
     vectors = (buffer for buffer in model.buffers() if buffer.dim() == 1 and buffer.is_floating_point())
     return {2 * buffer.shape[0] for buffer in vectors}
 
@@ -46,25 +45,24 @@ def rotary_widths(model: nn.Module) -> set[int]:
 def recognise_rotary_attention(module: nn.Module, widths: Iterable[int]) -> AttentionForm | None:
     """How this module computes attention with rotated queries and keys; None where it computes something else.
 
-    Found by trying it on the CPU, with small random projections in the place of its own and random tables: what it
-    gives the attention (query, key, value, mask and options) and what it makes of the answer must be the same.
+    A small twin is tried with random tables. What it gives the attention and what it makes of the answer must be what
+    `rotary_attention` gives and makes.
 
     Args:
-        widths: of tables to be tried beside those as wide as a head.
+        widths: of tables to try beside those as wide as a head.
     """
-    norms = [norm for name in _NORMS if isinstance(norm := getattr(module, name, None), nn.Module)]
+    norms = [name for name in _NORMS if isinstance(getattr(module, name, None), nn.Module)]
     head_size = getattr(module, "head_dim", None)
-    names = frozen_projections(module, _FORMS, *norms)
-    if not names or "forward" in vars(module):
-        return None
-    if len(norms) == 1 or not isinstance(head_size, int) or not hasattr(module, "config"):
+    names = frozen_projections(module, _FORMS, *(getattr(module, name) for name in norms))
+    if not names or len(norms) == 1 or not isinstance(head_size, int) or not hasattr(module, "config"):
         return None
     splits = None
     if len(names) == 2:
         joint, out = (getattr(module, name) for name in names)
         keys = (joint.out_features - out.in_features) // 2
         splits = out.in_features, keys, keys
-    twin = _small_twin(module, names)
+    twin = small_twin(module, names, norms)
+    twin.config = _ProbedConfig(module.config)
     found: AttentionForm | None = None
     for width in sorted({head_size, *widths}):
         if width > head_size or width % 2:
@@ -76,19 +74,18 @@ def recognise_rotary_attention(module: nn.Module, widths: Iterable[int]) -> Atte
 
 
 def rotary_attention(module: Any, form: AttentionForm, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """In the place of the module's forward: [1, T, D] -> [1, T, D] and whatever else the attention returns.
+    """In place of the module's forward: [1, T, D] -> [1, T, D], and what else the attention returns.
 
-    A call that was not tried (another attention than an exchanged one, a cache, several rows) goes to the module's own
-    forward. Backward keeps the tables and what the attention keeps.
+    A call of a form that was not tried (eager attention, a cache, several rows) goes to the module's own forward.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    attend = ALL_ATTENTION_FUNCTIONS.get(module.config._attn_implementation)  # stands in for the module's own
+    attend = ALL_ATTENTION_FUNCTIONS.get(module.config._attn_implementation)
     tables = kwargs.get("position_embeddings", ())
     tried = not args and not module.training and kwargs.get("past_key_values") is None and hidden_states.shape[0] == 1
     if attend is None or not tried or not _fit(tables, form, hidden_states.shape[1]):
         return type(module).forward(module, hidden_states, *args, **kwargs)
-    layout = kwargs.get("laser_layout")
+    layout = running_layout()
     query, key, value = _project(module, form, hidden_states[0], with_queries=layout is None or not layout.keys_only)
     query, key = rotary_embedding(query, key, *(table[0] for table in tables))
     heads_first = [tensor.transpose(0, 1)[None] for tensor in (query, key, value)]
@@ -98,18 +95,16 @@ def rotary_attention(module: Any, form: AttentionForm, hidden_states: Tensor, *a
 
 
 def _fit(tables: Any, form: AttentionForm, num_tokens: int) -> bool:
-    if not isinstance(tables, tuple) or len(tables) != 2:
-        return False
-    shapes = {tuple(table.shape) if isinstance(table, Tensor) else () for table in tables}
-    return shapes <= {(1, num_tokens, width) for width in form.widths}
+    known = {(1, num_tokens, width) for width in form.widths}
+    return isinstance(tables, tuple) and len(tables) == 2 and {getattr(table, "shape", ()) for table in tables} <= known
 
 
 def _project(module: Any, form: AttentionForm, hidden_states: Tensor, *, with_queries: bool) -> tuple[Tensor, ...]:
-    """[T, D] -> queries [T, H, d], keys and values [T, H_kv, d]; queries that nobody reads have no heads."""
+    """[T, D] -> queries [T, H, d] (without `with_queries` [T, 0, d]), keys and values [T, H_kv, d]."""
     query: Any = None
     if form.splits is not None:
         query, key, value = module.qkv_proj(hidden_states).split(form.splits, dim=-1)
-        value = value.contiguous()  # kept for backward as a view it would keep the raw queries and keys as well
+        value = value.contiguous()  # a view kept for backward would keep the raw queries and keys as well
     else:
         key, value = module.k_proj(hidden_states), module.v_proj(hidden_states)
         if with_queries:
@@ -123,14 +118,14 @@ def _project(module: Any, form: AttentionForm, hidden_states: Tensor, *, with_qu
 
 
 def _record(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> tuple[Tensor, None]:
-    """An attention that writes down what it is given and answers with the queries."""
+    """An attention that notes what it is given and answers with the queries."""
     calls: list[tuple[Any, ...]] = options.pop(_PROBE_NAME)
     calls.append((query, key, value, mask, options))
     return query.transpose(1, 2), None
 
 
 class _ProbedConfig:
-    """The configuration of a module, but for the name of its attention."""
+    """The configuration of a module with another attention."""
 
     _attn_implementation = _PROBE_NAME
 
@@ -141,28 +136,8 @@ class _ProbedConfig:
         return getattr(self._config, name)
 
 
-def _small_twin(module: nn.Module, names: tuple[str, ...]) -> Any:
-    """The module with random float32 projections from and to a few numbers, and random norms, on the CPU."""
-    generator = torch.Generator().manual_seed(0)
-    twin: Any = copy.copy(module)
-    twin._modules = dict(module._modules)
-    twin.config = _ProbedConfig(module.config)
-    twin.training = False
-    for name in names:
-        layer: Any = module._modules[name]
-        sizes = (layer.in_features, _TWIN_WIDTH) if name == "o_proj" else (_TWIN_WIDTH, layer.out_features)
-        twin._modules[name] = nn.utils.skip_init(nn.Linear, *sizes, bias=layer.bias is not None, device="cpu")
-    for name in set(_NORMS) & module._modules.keys():
-        norm: Any = copy.deepcopy(module._modules[name])
-        twin._modules[name] = norm.to_empty(device="cpu").float()
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu"))
-    return twin
-
-
 def _tried(twin: Any, form: AttentionForm) -> AttentionForm | None:
-    """The form with the options that the module itself gives, where both compute the same."""
+    """The form with the options that the module gives the attention, where both compute the same."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(_PROBE_NAME, _record)
@@ -171,12 +146,12 @@ def _tried(twin: Any, form: AttentionForm) -> AttentionForm | None:
         inputs = _probe_inputs(seed, *form.widths)
         try:
             theirs = _called(partial(type(twin).forward, twin), inputs)
-            own = {name: value for name, value in theirs[4].items() if name not in inputs}
+            own = {name: value for name, value in theirs.options.items() if name not in inputs}
             if not all(value is None or isinstance(value, bool | int | float) for value in own.values()):
                 return None
             found = replace(form, options=own) if found is None else found
             ours = _called(partial(rotary_attention, twin, found), inputs)
-        except Exception:  # whatever it asks for that it was not given: it is another module
+        except Exception:  # a module of another kind asks for what it is not given
             return None
         if found.options != own or not _same_call(ours, theirs, inputs):
             return None
@@ -186,8 +161,8 @@ def _tried(twin: Any, form: AttentionForm) -> AttentionForm | None:
 def _probe_inputs(seed: int, width: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     scales = torch.tensor(_PROBE_SCALES, device="cpu")[:, None]
-    rows = scales * torch.randn(len(scales), _TWIN_WIDTH, generator=generator, device="cpu")
-    # tables of no rotation: the halves differ, and no pair has length one
+    rows = scales * torch.randn(len(scales), TWIN_WIDTH, generator=generator, device="cpu")
+    # not the tables of a rotation: their halves differ, and no pair has length one
     cos, sin = torch.randn(2, 1, len(scales), width, generator=generator, device="cpu")
     return {
         "hidden_states": rows[None],
@@ -197,27 +172,30 @@ def _probe_inputs(seed: int, width: int) -> dict[str, Any]:
     }
 
 
-def _called(forward: Callable[..., Any], inputs: dict[str, Any]) -> tuple[Any, ...]:
-    """What the attention was given (query, key, value, mask, options), and what the module returned."""
+@dataclass(frozen=True)
+class _Call:
+    """What a module gave the attention and what it returned."""
+
+    tensors: list[Tensor]  # query, key, value and output
+    others: list[Any]  # mask and attention weights
+    options: dict[str, Any]
+
+
+def _called(forward: Callable[..., Any], inputs: dict[str, Any]) -> _Call:
     calls: list[tuple[Any, ...]] = []
     with torch.no_grad():
         output, weights = forward(**inputs, **{_PROBE_NAME: calls})
-    (call,) = calls
-    return *call, output, weights
+    ((*tensors, mask, options),) = calls
+    return _Call([*tensors, output], [mask, weights], options)
 
 
-def _same_call(ours: tuple[Any, ...], theirs: tuple[Any, ...], inputs: dict[str, Any]) -> bool:
-    *our_tensors, our_mask, our_options, our_output, our_weights = ours
-    *their_tensors, their_mask, their_options, their_output, their_weights = theirs
-    pairs = zip([*our_tensors, our_output], [*their_tensors, their_output], strict=True)
-    beyond = our_options.keys() - their_options.keys()  # what it was told and does not hand on
+def _same_call(ours: _Call, theirs: _Call, inputs: dict[str, Any]) -> bool:
+    handed = {name: given for name, given in inputs.items() if name in ours.options}  # which a module may keep
     return (
-        all(_same_rows(one, other) for one, other in pairs)
-        and our_mask is their_mask
-        and our_weights is their_weights
-        and beyond <= inputs.keys()
-        and our_options.keys() - beyond == their_options.keys()
-        and all(our_options[name] is value or our_options[name] == value for name, value in their_options.items())
+        all(_same_rows(*pair) for pair in zip(ours.tensors, theirs.tensors, strict=True))
+        and all(our is their for our, their in zip(ours.others, theirs.others, strict=True))
+        and ours.options.keys() == (handed | theirs.options).keys()
+        and all(ours.options[name] is value or ours.options[name] == value for name, value in theirs.options.items())
     )
 
 

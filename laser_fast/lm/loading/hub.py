@@ -1,5 +1,6 @@
-"""Folders of the Hugging Face Hub: `hub:OWNER/NAME`, downloaded at the first use and kept in its cache."""
+"""Where a language model lies: a folder, a package, or a repository of the Hugging Face Hub, kept in its cache."""
 
+import re
 from pathlib import Path
 
 from laser_fast.config import resolve_path
@@ -8,17 +9,16 @@ HUB_SCHEME = "hub:"
 
 # nothing that needs unpickling, and no code
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-_COMMIT_LENGTH = 40
 
 
 def fetch(location: str, *, revision: str | None = None, local_files_only: bool = False) -> Path:
-    """Local folder of a repository `OWNER/NAME[@REVISION]`, with or without `hub:` in front of its name.
+    """Local folder of a repository `OWNER/NAME[@REVISION]`, with or without `hub:` in front.
 
-    `HF_HUB_OFFLINE`, `HF_TOKEN` and `HF_HOME` mean what they mean everywhere.
+    `HF_HUB_OFFLINE`, `HF_TOKEN` and `HF_HOME` apply.
 
     Args:
-        revision: branch, tag or commit, which goes before one in the location; None = the main branch.
-        local_files_only: take what the cache has and ask nobody.
+        revision: branch, tag or commit, which overrides one in the location; None = the main branch.
+        local_files_only: read the cache only.
 
     Raises:
         FileNotFoundError: the repository or the revision does not exist, is private, or is not in the cache.
@@ -39,11 +39,10 @@ def fetch(location: str, *, revision: str | None = None, local_files_only: bool 
 
 
 def fetched_before(location: str, revision: str | None, argument: str) -> Path:
-    """Local folder of `hub:OWNER/NAME[@REVISION]` that a file names, out of the cache: no file may send this process to
-    the net, only who loads it, by passing the repository as `argument`.
+    """Folder in the cache of a repository that a saved file names: no file may send this process to the net.
 
-    Raises:
-        ValueError: the cache does not have it; says what to pass.
+    Args:
+        argument: where a user passes the repository to have it fetched, for the error.
     """
     try:
         return fetch(location, revision=revision, local_files_only=True)
@@ -54,24 +53,19 @@ def fetched_before(location: str, revision: str | None, argument: str) -> Path:
         ) from error
 
 
-def locate(location: str, what: str) -> Path:
+def locate(location: str, what: str, *, local_files_only: bool = False) -> Path:
     """Local folder of a path, of `package:NAME/INNER` or of `hub:OWNER/NAME[@REVISION]`; only the last may download.
 
     Args:
         what: the setting that names it, for errors.
-
-    Raises:
-        FileNotFoundError: there is none.
     """
-    return fetch(location) if location.startswith(HUB_SCHEME) else resolve_path(location, what)
+    if location.startswith(HUB_SCHEME):
+        return fetch(location, local_files_only=local_files_only)
+    return resolve_path(location, what)
 
 
 def find_folder(location: str, revision: str | None, local_files_only: bool) -> Path:
-    """As `locate` and `fetch`; a name OWNER/NAME that is no folder is looked for on the hub.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+    """As `locate`; a name OWNER/NAME that is no folder is looked for on the hub as well."""
     if not location.startswith(HUB_SCHEME):
         try:
             return resolve_path(location)
@@ -83,6 +77,5 @@ def find_folder(location: str, revision: str | None, local_files_only: bool) -> 
 
 def commit_of(folder: Path) -> str | None:
     """The commit whose files a folder of the cache holds; None for any other folder."""
-    name = folder.name
-    is_commit = len(name) == _COMMIT_LENGTH and set(name) <= set("0123456789abcdef")
-    return name if is_commit and folder.parent.name == "snapshots" else None
+    in_cache = folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name)
+    return folder.name if in_cache else None

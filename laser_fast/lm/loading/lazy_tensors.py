@@ -1,7 +1,7 @@
-"""Tensors of safetensors files that are read when they are asked for, one at a time.
+"""Tensors of safetensors files, read one at a time when they are asked for.
 
-transformers maps all files of a checkpoint for as long as it loads, so every page it has touched stays in the resident
-memory of the process: in the end the whole unpacked checkpoint, beside the packed model.
+transformers maps all files of a checkpoint until it has loaded, so every page it touched stays in resident memory: in
+the end the whole unpacked checkpoint beside the packed model.
 """
 
 import ctypes
@@ -22,46 +22,40 @@ _SINGLE = "model.safetensors"
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """One tensor of a file, in the form in which transformers takes it: indexing reads it.
-
-    With a dtype that is `wanted` on the CPU it is read into memory of its own, in that dtype if this adds precision;
-    None: it goes to another device, which copies it out of the mapped file.
-    """
+    """One tensor of a file in the form that transformers takes: indexing reads it."""
 
     file: Path
     name: str
     stored: str  # its dtype, in the names of safetensors ("BF16")
     shape: list[int]
+    # read into memory of its own, in this dtype if that adds precision; None: another device copies it out of the file
     wanted: torch.dtype | None
 
     def __getitem__(self, index: Any) -> Tensor:
-        """Read this part of it; the file stays mapped no longer than what was read is needed."""
+        """Read this part; the file stays mapped only while what was read is needed."""
         with safe_open(self.file, framework="pt") as opened:
             part: Tensor = opened.get_slice(self.name)[index]
         if self.wanted is None:
             return part
         wider = part.is_floating_point() and self.wanted.itemsize > part.dtype.itemsize
-        _give_back_freed()  # by the tensor before this one
+        _give_back_freed()  # by the previous tensor
         return part.to(self.wanted if wider else part.dtype, copy=True)
 
     def get_dtype(self) -> str:
-        """As `stored`."""
+        """Its dtype as the file names it."""
         return self.stored
 
     def get_shape(self) -> list[int]:
-        """As `shape`."""
+        """Its sizes."""
         return self.shape
 
 
 def lazy_tensors(folder: Path, wanted: torch.dtype | None, skip: tuple[str, ...]) -> dict[str, LazyTensor] | None:
-    """Every tensor of the checkpoint in `folder` by name, none of them read; None if it is not in safetensors.
+    """The tensors of the checkpoint in `folder` by name, none read yet; None if it is not in safetensors.
 
     Args:
         wanted: as in `LazyTensor`.
-        skip: beginnings of the names that are left out.
-
-    Raises:
-        FileNotFoundError: the index names a file that is not there.
+        skip: names that begin so are left out.
     """
     files = [folder / _SINGLE]
     if (folder / _INDEX).is_file():
@@ -81,11 +75,7 @@ def lazy_tensors(folder: Path, wanted: torch.dtype | None, skip: tuple[str, ...]
 
 
 def refuse_damaged_weights(folder: Path) -> None:
-    """Make sure that the files of a checkpoint in safetensors are whole, as far as their headers tell.
-
-    Raises:
-        ValueError: one is not; names it.
-    """
+    """Raise a ValueError that names a safetensors file which is not whole, as far as headers tell."""
     for file in [folder / _SINGLE, *(_indexed(folder) if (folder / _INDEX).is_file() else [])]:
         if file.is_file():
             with open_tensors(file, "load_language_model"):
@@ -102,10 +92,10 @@ def _indexed(folder: Path) -> list[Path]:
 
 
 def _give_back_freed() -> None:
-    """Hand memory that was freed back to the system, where the C library is glibc.
+    """Hand freed memory back to the system, where the C library is glibc.
 
-    Its heap keeps what was freed between the packed weights, and quantising a layer on a CPU takes several times the
-    layer: without this those add up to the unpacked model again.
+    Its heap keeps what was freed between the packed weights. Quantising a layer on a CPU takes several times the layer,
+    which would add up to the unpacked model again.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -116,7 +116,7 @@ def test_a_layer_with_a_forward_of_another_library_is_left_alone() -> None:
 
 def test_layers_in_four_bits_compile_once_and_are_not_packed_again() -> None:
     lm = FrozenLM(pack_linears(random_model("llama")))
-    assert len(lm.layers) == lm.replaced.packed_linears / 7 == 2
+    assert len(lm.layers) == 2
     packed = [parameter for parameter in lm.parameters() if parameter.dtype == torch.uint8]
     before = [weight.data.clone() for weight in packed]
     counter = CompileCounterWithBackend("eager")

@@ -52,7 +52,7 @@ def test_computing_again_gives_the_same_bits(name: str, checkpointing: str, last
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(actual, expected, strict=True))
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "mistral", "gpt_oss"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "mistral", "gpt_oss", "stablelm"])  # the last hands nothing on
 def test_layers_are_computed_again_whatever_is_in_them(name: str) -> None:
     expected = hidden_and_gradients(name, Execution())
     assert_all_close(hidden_and_gradients(name, Execution(checkpointing="full")), expected, 1e-6)
@@ -66,7 +66,6 @@ def test_what_is_recognised_is_recognised_by_what_it_computes() -> None:
     assert (found["bert"].norms, found["bert"].mlps) == (0, 0)
     assert (found["phi3"].norms, found["phi3"].mlps) == (5, 2)  # gate and up are one matrix
     assert found["gpt_oss"].norms == 5
-    assert all(replaced.last_layer for replaced in found.values())
 
 
 class Cosine(torch.nn.Module):

@@ -81,8 +81,6 @@ def test_no_number_changes(name: str, last_only: bool, with_prefix: bool, rotati
     heads = [(4, layer.num_heads) for layer in lm.layers]
     rotations.clear()
     actual = states_and_gradients(lm, last_only=last_only, with_prefix=with_prefix)
-    if last_only and name in ("stablelm", "nemotron"):  # whose layers hand nothing on: queries for nobody as well
-        heads.append(heads[-1])
     assert [both for both in rotations if both[0]] == heads
     rotations.clear()
     expected = states_and_gradients(without_rotation(lm), last_only=last_only, with_prefix=with_prefix)
@@ -247,7 +245,7 @@ def test_a_model_without_values_is_recognised() -> None:
 
 def test_projections_in_four_bits(rotations: list[tuple[int, int]]) -> None:
     lm = FrozenLM(pack_linears(small_model()))
-    assert lm.replaced.attentions == 2 and lm.replaced.packed_linears == 14
+    assert lm.replaced.attentions == 2
     rotations.clear()
     actual = states_and_gradients(lm, last_only=True)
     assert rotations
