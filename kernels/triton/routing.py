@@ -20,9 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from laser_fast.kernels.device import multiprocessors
 from laser_fast.kernels.rows import as_rows
-from laser_fast.kernels.tiles import padded_experts, precision_of, tile
+from laser_fast.kernels.tiles import multiprocessors, padded_experts, precision_of, tile
 
 _PROGRAMS = 8  # per multiprocessor: 2 E partial sums each, 66 KiB to add up at E = 8 on an H100
 SMALL_BATCH = 16384  # items; fewer would leave multiprocessors idle at 32 rows a program
@@ -248,12 +247,7 @@ def _new_result(states: Tensor, num_users: int, num_experts: int, top_k: int) ->
 
 
 def route_forward(
-    states: Tensor,
-    router: Tensor,
-    bias: Tensor,
-    cu_seqlens: Tensor,
-    top_k: int,
-    weighting: str,
+    states: Tensor, router: Tensor, bias: Tensor, cu_seqlens: Tensor, top_k: int, weighting: str
 ) -> RoutingResult:
     """Launch on states [N, D], router [E, D], bias [E] and cu_seqlens int32 [B + 1], checked by the operation.
 

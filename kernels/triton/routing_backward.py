@@ -12,10 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from laser_fast.kernels.device import multiprocessors
 from laser_fast.kernels.routing import RoutingResult, dot, item_options, rows_per_program
 from laser_fast.kernels.rows import as_rows
-from laser_fast.kernels.tiles import tile
+from laser_fast.kernels.tiles import multiprocessors, tile
 
 _PARTIAL_BYTES = 8 << 20  # bound on the partial sums of the router's gradient, which stay in the L2 cache
 _RANGES = 2  # of items, per multiprocessor; times the column blocks, 24 programs at width 768

@@ -20,21 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from laser_fast.ops.backends import triton_serves
-from laser_fast.ops.checks import (
-    check_count,
-    check_dimensions,
-    check_floating,
-    check_one_device,
-    remember_indices,
-)
+from laser_fast.ops.checks import check_count, check_dimensions, check_floating, check_one_device, remember_indices
 from laser_fast.ops.operation import operation
 from laser_fast.ops.precision import autocast_off, wide_dtype
-from laser_fast.ops.segments import (
-    check_cu_seqlens,
-    segment_ids,
-    segment_mean,
-    validate_cu_seqlens,
-)
+from laser_fast.ops.segments import check_cu_seqlens, segment_ids, segment_mean, validate_cu_seqlens
 
 WEIGHTINGS = ("softmax", "renormalize")
 
@@ -115,12 +104,7 @@ def route_experts_reference(
 
 @operation("laser_fast::route_experts")
 def _route_experts(
-    states: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    cu_seqlens: Tensor,
-    top_k: int,
-    weighting: str,
+    states: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor, top_k: int, weighting: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Differentiable results first; the last, probabilities [N, E], is kept for backward: 4 E bytes an item."""
     validate_cu_seqlens("route_experts", cu_seqlens, states.shape[0])
@@ -221,13 +205,7 @@ _route_experts.register_autograd(_backward, setup_context=_setup_context)
 
 
 def route_experts(
-    states: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    cu_seqlens: Tensor,
-    top_k: int,
-    *,
-    weighting: str = "softmax",
+    states: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor, top_k: int, *, weighting: str = "softmax"
 ) -> Routing:
     """Choose and weigh `top_k` experts per user from the packed item states (formula at the head of this file).
 

@@ -142,11 +142,7 @@ def bars(axes: "Axes", labels: Names, values: Values, y_label: str) -> None:
 
 @_as_svg
 def paired_bars(
-    axes: "Axes",
-    labels: Names,
-    series: Sequence[tuple[str, Values]],
-    x_label: str,
-    level: tuple[float, str],
+    axes: "Axes", labels: Names, series: Sequence[tuple[str, Values]], x_label: str, level: tuple[float, str]
 ) -> None:
     """Horizontal bars, one of each series for every label, with a line to compare with; values are shares."""
     _resize(axes, max(_HEIGHT, 1.4 + 0.55 * len(labels)))
