@@ -1,8 +1,8 @@
 """Gradients of the routing, in three launches (formulas: laser_fast.ops.routing).
 
-Reads the states X [N, D] once and writes dX once: per user the gradient of the logits [N, E], then dX and, for a range
-of items at a time, the router's gradient, and last the sum of those. At D = 768, E = 8 and half precision X and dX are
-97 % of the bytes. Float32 sums in a fixed order, no atomics: bit-equal from run to run. Source: our own.
+The first gives the gradient of the logits [N, E] per user, the second dX and, for each range of items, the router's
+gradient, the third the sum of these. Memory-bound: X [N, D] is read and dX written once, 97 % of the bytes at D = 768,
+E = 8 and half precision. Float32 sums in a fixed order, no atomics: bit-equal from run to run. The kernels are our own.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def _sum_partials_kernel(
 def _grad_logits(
     grads: tuple[Tensor, Tensor, Tensor], cu_seqlens: Tensor, result: RoutingResult, weighting: str
 ) -> Tensor:
-    """Gradient of the logits, float32 [N, E], one program per user."""
+    """Float32 [N, E]; one program per user."""
     (num_items, num_experts), (num_users, top_k) = result.probability.shape, result.expert.shape
     grad_logits = torch.empty_like(result.probability)
     block_experts = triton.next_power_of_2(num_experts)
@@ -202,7 +202,7 @@ def _grad_logits(
 
 
 def _sum_partials(partial: Tensor, grad_router: Tensor, grad_bias: Tensor, first_column: int) -> None:
-    """Adds up `partial` [programs, pitch] into the gradients, from the first column that is needed."""
+    """Add up `partial` [programs, pitch] into the gradients, from the first column that is needed."""
     router_size = grad_router.numel() or first_column
     num_columns = router_size + grad_bias.numel()
     options = tile("sum_partials").options("BLOCK_ROWS", "BLOCK_COLUMNS")
@@ -231,8 +231,8 @@ def route_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of states (their dtype), router and bias (float32), from those of weight, pooled and balance loss.
 
-    `needs` is of states and router; what is not needed is empty. `result` is that of `route_forward`; only its weight,
-    pooled, expert, load and probability are read. Nothing is read back.
+    `needs` is of states and router; what is not needed is empty. `result` is that of `route_forward`, of which
+    `balance_loss` is not read. Nothing is read back from the device.
     """
     needs_states, needs_router = needs
     (num_items, width), num_experts = states.shape, router.shape[0]

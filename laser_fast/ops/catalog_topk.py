@@ -1,10 +1,10 @@
-"""The k best items of the catalogue for every user, without holding the scores of the whole catalogue.
+"""The k best items of the catalogue for every user; the scores of all items are never held at once.
 
     score_bi = cos(u_b, v_i) / temperature   (or u_b . v_i / temperature);   among equals the lower item index wins
 
-Walks over chunks of items and merges their best. An exact order needs unique keys, because `torch.topk` promises none
-among equals: a float32 score, as an integer that orders alike, sits in the upper half of an int64, the reversed item
-index in the lower half. Memory-bound for few users (reads the items once); memory O(B k + chunk). Source: our own.
+Walks over chunks of items and merges their best. `torch.topk` promises no order among equals, so it sorts unique keys:
+the float32 score, as an integer that orders alike, in the upper half of an int64, the reversed item index in the lower.
+Memory-bound for few users, as it reads the items once; memory O(B k + chunk). Source: our own.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ItemLists(NamedTuple):
 
 
 def _ordered_bits(bits: Tensor) -> Tensor:
-    """Map float32 bits, read as int32, to integers that order as the floats do, and back: it is its own inverse."""
+    """Integers that order as floats do, from the bits of the floats, int32; its own inverse."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
@@ -58,7 +58,7 @@ def _exclude(scores: Tensor, start: int, row: Tensor, item: Tensor) -> None:
     num_columns = scores.shape[1]
     column = item - start
     inside = (column >= 0) & (column < num_columns)
-    # selecting the pairs inside would read their number back; instead the others take the minimum with +inf
+    # selecting the pairs inside would read their number back, so the others take the minimum with +inf
     place = row * num_columns + column.clamp(0, num_columns - 1)
     bound = torch.where(inside, -torch.inf, torch.inf).to(scores.dtype)
     scores.view(-1).scatter_reduce_(0, place, bound, "amin")
@@ -147,8 +147,8 @@ def catalog_topk(
 ) -> tuple[Tensor, Tensor]:
     """The k items with the highest scores for every user (formula at the head of this file); no gradient.
 
-    Scores are accumulated in float32 whatever autocast says (float64 stays float64) and ranked by their float32
-    value. A NaN or -inf score counts as no item. A list shorter than k is padded with score -inf and item -1.
+    Scores are accumulated in float32 whatever autocast says (float64 stays float64) and ranked by their float32 value;
+    a NaN or -inf score counts as no item. A list shorter than k is padded with score -inf and item -1.
 
     Args:
         users: [B, d], floating point, any strides.
@@ -162,11 +162,6 @@ def catalog_topk(
 
     Returns:
         Scores float32 [B, k], descending, and item indices int64 [B, k].
-
-    Raises:
-        TypeError: A dtype does not fit, or `temperature` is no number.
-        ValueError: A shape, device, `k`, `temperature` or the offsets of `exclude` do not fit; offsets on a GPU that
-            the host does not know are checked there (`checks`).
     """
     name = "catalog_topk"
     check_catalog(name, users, items, temperature)

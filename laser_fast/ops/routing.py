@@ -7,8 +7,8 @@
     L   = E * sum_e p_e f_e                  p_e mean probability, f_e share of items with e among their own k best
 
 Source: Laser (Zhang et al., arXiv:2409.01605) for the routing; Switch Transformer (Fedus et al., arXiv:2101.03961,
-eq. 4-6) for the loss. Pooling by the true length and counting only real items is our own choice: neither depends on
-the padding or the composition of a batch.
+eq. 4-6) for the loss. Pooling by the true length and counting only real items is our own choice, so that neither
+depends on the padding or the composition of a batch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WEIGHTINGS = ("softmax", "renormalize")
 
 
 class Routing(NamedTuple):
-    """Decision and statistics of one batch. float32, or float64 where an input is float64.
+    """Decision and statistics of one batch, in float32, or float64 where an input is float64.
 
     Attributes:
         expert: int32 [B, k], chosen experts, best first. No gradient.
@@ -48,11 +48,8 @@ class Routing(NamedTuple):
 
 
 def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Indices [R, k] of the k largest entries per row of [R, E], best first, and the bool mask [R, E] of them.
-
-    k rounds of `max`, which promises the first index among equals (`topk` promises no order) and beats a stable sort
-    for the few experts there are.
-    """
+    """Indices [R, k] of the k largest entries per row of [R, E], best first, and the bool mask [R, E] of them."""
+    # `max` promises the first index among equals, `topk` no order, and a stable sort is slower for so few experts
     remaining = values.clone()
     chosen = []
     for _ in range(k):
@@ -95,9 +92,9 @@ def route_experts_reference(
     weighting: str = "softmax",
     expert: Tensor | None = None,
 ) -> Routing:
-    """`route_experts` in plain differentiable PyTorch, on any device; arguments are trusted.
+    """`route_experts` in plain differentiable PyTorch; arguments are trusted.
 
-    A decision `expert` int32 [B, k] that was taken elsewhere is kept, so that two precisions compare.
+    A decision `expert`, int32 [B, k], that was taken elsewhere is kept, so that two precisions compare.
     """
     return _route(_probabilities(states, weight, bias), cu_seqlens, top_k, weighting, expert)
 
@@ -106,7 +103,7 @@ def route_experts_reference(
 def _route_experts(
     states: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor, top_k: int, weighting: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Differentiable results first; the last, probabilities [N, E], is kept for backward: 4 E bytes an item."""
+    """Differentiable results first; the last, the probabilities [N, E], is kept for backward."""
     validate_cu_seqlens("route_experts", cu_seqlens, states.shape[0])
     if triton_serves("route_experts", states, weight, bias, num_experts=weight.shape[0]):
         from laser_fast.kernels.routing import route_forward  # triton is needed only on a GPU
@@ -144,7 +141,7 @@ def _route_experts_backward(
     needs_states: bool,
     needs_router: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of states, router and bias, in the accumulation dtype but for states; what is not needed is empty."""
+    """In the accumulation dtype but for states; what is not needed is empty."""
     # probabilities are float64 where any input of the forward pass was
     if triton_serves("route_experts", states, router, probabilities, num_experts=router.shape[0]):
         from laser_fast.kernels.routing import RoutingResult
@@ -209,10 +206,10 @@ def route_experts(
 ) -> Routing:
     """Choose and weigh `top_k` experts per user from the packed item states (formula at the head of this file).
 
-    Logits, softmax, means and sums are float32 whatever autocast says (float64 stays float64). Every user is pooled
-    in item order, independently of the others; results are bit-equal from run to run, the sums over the batch (`load`,
-    `balance_loss`, gradients) on devices with equally many multiprocessors. Backward keeps the states and the item
-    probabilities, 4 E bytes an item. Gradients reach `weight`, `pooled` and `balance_loss`; the choice has none.
+    All arithmetic is float32 whatever autocast says (float64 stays float64). Users are pooled in item order,
+    independently of each other. Results are bit-equal from run to run; sums over the batch (`load`, `balance_loss`,
+    gradients) only on devices with equally many multiprocessors. Backward keeps the states and the item probabilities,
+    4 E bytes an item. Gradients pass through `weight`, `pooled` and `balance_loss`.
 
     Args:
         states: [N, D], floating point, any strides: items of all users, packed.
@@ -221,14 +218,6 @@ def route_experts(
         cu_seqlens: int32 [B + 1], on the device of `states`; empty histories are allowed.
         top_k: experts per user, 1 to E.
         weighting: "softmax" over the chosen pooled probabilities, or "renormalize".
-
-    Returns:
-        A `Routing`.
-
-    Raises:
-        TypeError: A dtype does not fit.
-        ValueError: A shape, device, `top_k`, `weighting` or the content of `cu_seqlens` does not fit; on a GPU
-            offsets that the host does not know are checked there (`checks`).
     """
     name = "route_experts"
     check_floating(name, states=states, weight=weight, bias=bias)
