@@ -147,16 +147,10 @@ def dispatch_backward(grad: Tensor, expert: Tensor, num_experts: int) -> Tensor:
     if num_columns:
         block_experts = padded_experts(num_experts)
         options = tile("dispatch_backward", block_experts, precision_of(grad)).options("BLOCK_R", "BLOCK_C")
+        options |= {"NUM_EXPERTS": num_experts, "BLOCK_E": block_experts}
         with torch.cuda.device_of(grad):
             _dispatch_backward_kernel[(triton.cdiv(num_columns, options["BLOCK_C"]),)](
-                grad,
-                expert.contiguous(),
-                out,
-                num_slabs,
-                num_columns,
-                NUM_EXPERTS=num_experts,
-                BLOCK_E=block_experts,
-                **options,
+                grad, expert.contiguous(), out, num_slabs, num_columns, **options
             )
     return out
 
@@ -183,17 +177,9 @@ def combine_backward(
     grad_outputs = outputs.new_empty(outputs.shape if needs_outputs else (0,))
     grad_weight = weight.new_empty(weight.shape if needs_weight else (0,))
     if num_slabs and (needs_outputs or needs_weight):
+        tensors = grad.contiguous(), outputs.contiguous(), weight.contiguous(), grad_outputs, grad_weight
+        options = tile("combine_backward", precision=precision_of(outputs)).options(columns="BLOCK")
+        needs = {"NEEDS_OUTPUTS": needs_outputs, "NEEDS_WEIGHT": needs_weight}
         with torch.cuda.device_of(outputs):
-            _combine_backward_kernel[(num_slabs,)](
-                grad.contiguous(),
-                outputs.contiguous(),
-                weight.contiguous(),
-                grad_outputs,
-                grad_weight,
-                num_columns,
-                TOP_K=weight.shape[1],
-                NEEDS_OUTPUTS=needs_outputs,
-                NEEDS_WEIGHT=needs_weight,
-                **tile("combine_backward", precision=precision_of(outputs)).options(columns="BLOCK"),
-            )
+            _combine_backward_kernel[(num_slabs,)](*tensors, num_columns, TOP_K=weight.shape[1], **needs, **options)
     return grad_outputs, grad_weight

@@ -124,20 +124,9 @@ def gated_product_backward(
         num_columns = gate.shape[-1]
         (grad, stride_grad), (gate, stride_gate), (up, stride_up) = as_rows(grad), as_rows(gate), as_rows(up)
         grid = (num_elements // num_columns * -(-num_columns // _BLOCK),)
+        tensors = grad, gate, up, grad_gate, grad_up
+        strides = stride_grad, stride_gate, stride_up, row_stride(grad_gate), row_stride(grad_up)
         with torch.cuda.device_of(gate):
             _gated_product_backward_kernel[grid](
-                grad,
-                gate,
-                up,
-                grad_gate,
-                grad_up,
-                stride_grad,
-                stride_gate,
-                stride_up,
-                row_stride(grad_gate),
-                row_stride(grad_up),
-                num_columns,
-                ACTIVATION=activation,
-                BLOCK=_BLOCK,
-                num_warps=4,
+                *tensors, *strides, num_columns, ACTIVATION=activation, BLOCK=_BLOCK, num_warps=4
             )

@@ -119,21 +119,11 @@ def rms_norm_forward(
     if num_rows := reciprocal.numel():
         num_columns = x.shape[-1]
         x, stride_x = as_rows(x)
-        tile = _tile(num_columns)
+        tensors, tile = (x, weight.contiguous(), y, reciprocal.contiguous()), _tile(num_columns)
+        kind = {"EPS": eps, "OFFSET": offset, "LATE_WEIGHT": late_weight, "NEEDS_RECIPROCAL": needs_reciprocal}
         with torch.cuda.device_of(x):
             _rms_norm_forward_kernel[(-(-num_rows // tile["BLOCK_R"]),)](
-                x,
-                weight.contiguous(),
-                y,
-                reciprocal.contiguous(),
-                stride_x,
-                num_rows,
-                num_columns,
-                EPS=eps,
-                OFFSET=offset,
-                LATE_WEIGHT=late_weight,
-                NEEDS_RECIPROCAL=needs_reciprocal,
-                **tile,
+                *tensors, stride_x, num_rows, num_columns, **kind, **tile
             )
     return y, reciprocal
 
@@ -144,19 +134,9 @@ def rms_norm_backward(grad: Tensor, x: Tensor, reciprocal: Tensor, weight: Tenso
     if num_rows := reciprocal.numel():
         num_columns = x.shape[-1]
         (grad, stride_grad), (x, stride_x) = as_rows(grad), as_rows(x)
-        tile = _tile(num_columns)
+        tensors, tile = (grad, x, weight.contiguous(), reciprocal.contiguous(), grad_x), _tile(num_columns)
         with torch.cuda.device_of(x):
             _rms_norm_backward_kernel[(-(-num_rows // tile["BLOCK_R"]),)](
-                grad,
-                x,
-                weight.contiguous(),
-                reciprocal.contiguous(),
-                grad_x,
-                stride_grad,
-                stride_x,
-                num_rows,
-                num_columns,
-                OFFSET=offset,
-                **tile,
+                *tensors, stride_grad, stride_x, num_rows, num_columns, OFFSET=offset, **tile
             )
     return grad_x

@@ -100,15 +100,8 @@ def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, transposed: 
     if num_tokens and blocks and head_size:
         with torch.cuda.device_of(query):
             _rotary_kernel[(num_tokens * blocks,)](
-                query,
-                key,
-                cos,
-                sin,
-                *outputs,
-                *query.stride()[:2],
-                *key.stride()[:2],
-                cos.stride(0),
-                sin.stride(0),
+                *(query, key, cos, sin, *outputs),
+                *(*query.stride()[:2], *key.stride()[:2], cos.stride(0), sin.stride(0)),
                 NUM_QUERY_HEADS=num_query_heads,
                 NUM_KEY_HEADS=num_key_heads,
                 HEAD_SIZE=head_size,

@@ -257,24 +257,12 @@ def route_forward(
     partial_sums = new((num_programs, 2, num_experts))
     with torch.cuda.device_of(states):
         if num_items:
+            tensors = states, router.contiguous(), bias.contiguous(), result.probability, partial_sums
             _route_items_kernel[(num_programs,)](
-                states,
-                router.contiguous(),
-                bias.contiguous(),
-                result.probability,
-                partial_sums,
-                num_items,
-                width,
-                stride_states,
-                rows,
-                NUM_EXPERTS=num_experts,
-                TOP_K=top_k,
-                **options,
+                *tensors, num_items, width, stride_states, rows, NUM_EXPERTS=num_experts, TOP_K=top_k, **options
             )
         _route_users_kernel[(num_users + 1,)](
-            partial_sums,
-            cu_seqlens.contiguous(),
-            *result,
+            *(partial_sums, cu_seqlens.contiguous(), *result),
             num_items,
             num_programs,
             NUM_EXPERTS=num_experts,

@@ -184,12 +184,7 @@ def _grad_logits(
     _grad_logits_kernel[(num_users,)](
         *(grad.contiguous() for grad in grads),
         cu_seqlens.contiguous(),
-        result.expert,
-        result.weight,
-        result.pooled,
-        result.load,
-        result.probability,
-        grad_logits,
+        *(result.expert, result.weight, result.pooled, result.load, result.probability, grad_logits),
         num_items,
         NUM_EXPERTS=num_experts,
         TOP_K=top_k,
@@ -206,16 +201,9 @@ def _sum_partials(partial: Tensor, grad_router: Tensor, grad_bias: Tensor, first
     router_size = grad_router.numel() or first_column
     num_columns = router_size + grad_bias.numel()
     options = tile("sum_partials").options("BLOCK_ROWS", "BLOCK_COLUMNS")
+    columns, (num_programs, pitch) = (first_column, router_size, num_columns), partial.shape
     _sum_partials_kernel[(triton.cdiv(num_columns - first_column, options["BLOCK_COLUMNS"]),)](
-        partial,
-        grad_router,
-        grad_bias,
-        first_column,
-        router_size,
-        num_columns,
-        partial.stride(0),
-        partial.shape[0],
-        **options,
+        partial, grad_router, grad_bias, *columns, pitch, num_programs, **options
     )
 
 
@@ -248,8 +236,7 @@ def route_backward(
     if options["BLOCK_E"] > _MOST_ON_TENSOR_CORES:
         options["PRODUCT"] = "ieee"
     router_size = num_experts * width
-    max_programs = max(_PARTIAL_BYTES // (4 * router_size), 16)
-    max_programs = min(max_programs, _RANGES * multiprocessors(states.device))
+    max_programs = min(max(_PARTIAL_BYTES // (4 * router_size), 16), _RANGES * multiprocessors(states.device))
     rows = rows_per_program(num_items, options["BLOCK_N"], max_programs)
     num_programs = triton.cdiv(num_items, rows)
     pitch = triton.cdiv(router_size + num_experts, 16) * 16  # rows start where 16-byte loads may
@@ -258,16 +245,8 @@ def route_backward(
     with torch.cuda.device_of(states):
         grad_logits = _grad_logits(grads, cu_seqlens, result, weighting)
         _grad_items_kernel[(column_blocks, num_programs)](
-            grad_logits,
-            states,
-            router,
-            grad_states,
-            partial,
-            num_items,
-            width,
-            stride_states,
-            rows,
-            pitch,
+            *(grad_logits, states, router, grad_states, partial),
+            *(num_items, width, stride_states, rows, pitch),
             NUM_EXPERTS=num_experts,
             NEEDS_STATES=needs_states,
             NEEDS_ROUTER=needs_router,

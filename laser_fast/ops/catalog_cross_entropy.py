@@ -17,7 +17,7 @@ from torch import Tensor
 
 from laser_fast.ops.catalog import check_catalog, inverse_norms, item_chunks, scaled_users, unit_rows
 from laser_fast.ops.checks import check_dimensions, check_dtype, check_one_device, validate_indices
-from laser_fast.ops.operation import operation
+from laser_fast.ops.operation import operation, wanted
 from laser_fast.ops.precision import autocast_off, wide_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -185,12 +185,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> Any:
-    needs_users, needs_items = ctx.needs_input_grad[:2]
+    needs = ctx.needs_input_grad[:2]
     *saved, rows, ignored = ctx.saved_tensors
-    grad_users, grad_items = _catalog_cross_entropy_backward(
-        grad, *saved, ctx.temperature, ctx.normalize, needs_users, needs_items, rows, ignored
-    )
-    return grad_users if needs_users else None, grad_items if needs_items else None, *(None,) * 5
+    grads = _catalog_cross_entropy_backward(grad, *saved, ctx.temperature, ctx.normalize, *needs, rows, ignored)
+    return *wanted(grads, needs), *(None,) * 5
 
 
 _catalog_cross_entropy.register_autograd(_backward, setup_context=_setup_context)

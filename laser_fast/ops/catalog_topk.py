@@ -47,12 +47,6 @@ def _keys(scores: Tensor, start: int) -> Tensor:
     return keys.bitwise_left_shift_(32).bitwise_or_(reversed_index)
 
 
-def _decode(keys: Tensor) -> tuple[Tensor, Tensor]:
-    scores = _ordered_bits((keys >> 32).to(torch.int32)).view(torch.float32)
-    items = _LOW_HALF - (keys & _LOW_HALF)
-    return scores, items.masked_fill_(scores == -torch.inf, -1)
-
-
 def _exclude(scores: Tensor, start: int, row: Tensor, item: Tensor) -> None:
     """Set `scores[row, item - start]` to -inf for the pairs that lie in the chunk, in place."""
     num_columns = scores.shape[1]
@@ -95,7 +89,9 @@ def _catalog_topk(
                 _exclude(scores, start, row, exclude_items)
             chunk_best = _keys(scores, start).topk(min(k, stop - start), dim=1).values
             best = torch.cat([best, chunk_best], dim=1).topk(k, dim=1).values
-    return _decode(best)
+    best_scores = _ordered_bits((best >> 32).to(torch.int32)).view(torch.float32)
+    best_items = _LOW_HALF - (best & _LOW_HALF)
+    return best_scores, best_items.masked_fill_(best_scores == -torch.inf, -1)
 
 
 @_catalog_topk.register_fake

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from laser_fast.ops.backends import triton_serves
 from laser_fast.ops.checks import check_dimensions, check_dtype, check_floating, check_one_device, validate_indices
-from laser_fast.ops.operation import operation
+from laser_fast.ops.operation import operation, wanted
 from laser_fast.ops.precision import autocast_off, wide_dtype
 
 
@@ -157,10 +157,9 @@ def _save_inputs(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> Non
     ctx.save_for_backward(*inputs)
 
 
-def _backward_combine(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    needs_outputs, needs_weight = ctx.needs_input_grad
-    grad_outputs, grad_weight = _combine_queries_backward(grad, *ctx.saved_tensors, needs_outputs, needs_weight)
-    return grad_outputs if needs_outputs else None, grad_weight if needs_weight else None
+def _backward_combine(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _combine_queries_backward(grad, *ctx.saved_tensors, *ctx.needs_input_grad)
+    return tuple(wanted(grads, ctx.needs_input_grad))
 
 
 _combine_queries.register_autograd(_backward_combine, setup_context=_save_inputs)

@@ -7,7 +7,7 @@ which a GPU, whose kernel takes microseconds, would wait.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -76,6 +76,11 @@ class Operation:
             return self.body(*arguments)
         # the registered form says in backward that there is no gradient
         return self._function.apply(*arguments) if self._function else self.registered(*arguments)
+
+
+def wanted(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """None in place of the gradients that are not needed."""
+    return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
 
 
 def operation(name: str) -> Callable[[Function], Operation]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from laser_fast.ops import backends
 from laser_fast.ops.checks import INT32_MAX, check_dimensions, check_dtype, check_one_device, validate_indices
-from laser_fast.ops.operation import operation
+from laser_fast.ops.operation import operation, wanted
 from laser_fast.ops.precision import wide_dtype
 from laser_fast.ops.segments import (
     check_cu_seqlens,
@@ -140,7 +140,7 @@ def _inject_prefix_kv_backward(
     compiled = backends.compiled_operation("inject_prefix_kv_backward", cu_seqlens.device)
     if compiled is not None:
         gradients = _empty_gradients(*grads, *layout, needs)
-        compiled(*map(_plain, (*grads, cu_seqlens, prefix_index)), *prefix_size, *_wanted(gradients, needs))
+        compiled(*map(_plain, (*grads, cu_seqlens, prefix_index)), *prefix_size, *wanted(gradients, needs))
         return gradients
     key, value, prefix_key, prefix_value = _empty_gradients(*grads, *layout, [False] * 4)
     if grad_key is not None:
@@ -161,24 +161,17 @@ def _empty_gradients(
     prefix_size: Sequence[int],
     needs: Sequence[bool],
 ) -> Gradients:
-    like, text, prefix = _shapes((grad_key, grad_value), cu_seqlens, prefix_size)
-
-    def empty(shape: list[int], need: bool) -> Tensor:
-        return like.new_empty(shape if need else [0, *shape[1:]])
-
-    return empty(text, needs[0]), empty(text, needs[1]), empty(prefix, needs[2]), empty(prefix, needs[3])
-
-
-def _shapes(grads: Halves, cu_seqlens: Tensor, prefix_size: Sequence[int]) -> tuple[Tensor, list[int], list[int]]:
-    """A gradient that is there, and the shapes of text and of prefix."""
-    like = next(grad for grad in grads if grad is not None)
+    like = grad_key if grad_key is not None else grad_value
+    assert like is not None, "one of them is there"
     rows, *heads = like.shape
-    return like, [rows - (cu_seqlens.shape[0] - 1) * prefix_size[1], *heads], [*prefix_size, *heads]
+    num_text_rows = rows - (cu_seqlens.shape[0] - 1) * prefix_size[1]
 
+    def empty(need: bool, *shape: int) -> Tensor:
+        return like.new_empty((shape[0] if need else 0, *shape[1:], *heads))
 
-def _wanted(gradients: Gradients, needs: Sequence[bool]) -> list[Tensor | None]:
-    """None in place of what is not needed."""
-    return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+    key, value = (empty(need, num_text_rows) for need in needs[:2])
+    prefix_key, prefix_value = (empty(need, *prefix_size) for need in needs[2:])
+    return key, value, prefix_key, prefix_value
 
 
 def _save_layout(ctx: Any, inputs: tuple[Any, ...], output: Injected) -> None:
@@ -194,31 +187,10 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     if not any(needs):
         return (None,) * 6
     gradients = _inject_prefix_kv_backward(*grads[:2], *ctx.saved_tensors, ctx.prefix_size, needs)
-    return (*_wanted(gradients, needs), None, None)
-
-
-def _save_gradient_layout(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
-    grad_key, grad_value, cu_seqlens, prefix_index, prefix_size, ctx.needs = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(cu_seqlens, prefix_index)
-    _, *ctx.shapes = _shapes((grad_key, grad_value), cu_seqlens, prefix_size)
-
-
-def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The transpose of a gather is the injection itself; zeros stand for what is missing or has no rows."""
-    like = next((grad for grad in grads if grad is not None), None)
-    if like is None:
-        return (None,) * 6
-    whole = [
-        grad if need and grad is not None else like.new_zeros(ctx.shapes[index // 2])
-        for index, (grad, need) in enumerate(zip(grads, ctx.needs, strict=True))
-    ]
-    key, value, _ = _inject_prefix_kv(*whole, *ctx.saved_tensors)
-    return (key if ctx.needs_input_grad[0] else None, value if ctx.needs_input_grad[1] else None, *(None,) * 4)
+    return (*wanted(gradients, needs), None, None)
 
 
 _inject_prefix_kv.register_autograd(_backward, setup_context=_save_layout)
-_inject_prefix_kv_backward.register_autograd(_double_backward, setup_context=_save_gradient_layout)
 
 
 def _check_shapes(name: str, tensors: dict[str, Tensor], num_sequences: int, prefix_index: Tensor | None) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from laser_fast.ops.backends import triton_serves
 from laser_fast.ops.checks import check_count, check_dimensions, check_floating, check_one_device, remember_indices
-from laser_fast.ops.operation import operation
+from laser_fast.ops.operation import operation, wanted
 from laser_fast.ops.precision import autocast_off, wide_dtype
 from laser_fast.ops.segments import check_cu_seqlens, segment_ids, segment_mean, validate_cu_seqlens
 
@@ -59,16 +59,20 @@ def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return torch.cat(chosen, dim=1), remaining == -torch.inf
 
 
-def _probabilities(states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    wide = wide_dtype(states, weight, bias)
-    with autocast_off(states.device):
-        logits = F.linear(states.to(wide), weight.to(wide), bias.to(wide))
-        return logits.softmax(dim=1)
-
-
 def _route(
-    probabilities: Tensor, cu_seqlens: Tensor, top_k: int, weighting: str, expert: Tensor | None = None
-) -> Routing:
+    states: Tensor,
+    router: Tensor,
+    bias: Tensor,
+    cu_seqlens: Tensor,
+    top_k: int,
+    *,
+    weighting: str,
+    expert: Tensor | None = None,
+) -> tuple[Routing, Tensor]:
+    """The routing, and the probabilities [N, E] of the items."""
+    wide = wide_dtype(states, router, bias)
+    with autocast_off(states.device):
+        probabilities = F.linear(states.to(wide), router.to(wide), bias.to(wide)).softmax(dim=1)
     num_items, num_experts = probabilities.shape
     empty = (cu_seqlens.diff() == 0).unsqueeze(1)
     pooled = segment_mean(probabilities, cu_seqlens).masked_fill(empty, 1.0 / num_experts)
@@ -79,7 +83,7 @@ def _route(
     votes = _largest(probabilities.detach(), top_k)[1].sum(dim=0)
     load = votes.to(probabilities.dtype) / max(num_items, 1)
     balance_loss = num_experts / max(num_items, 1) * torch.dot(probabilities.sum(dim=0), load)
-    return Routing(expert, weight, pooled, balance_loss, load)
+    return Routing(expert, weight, pooled, balance_loss, load), probabilities
 
 
 def route_experts_reference(
@@ -96,7 +100,7 @@ def route_experts_reference(
 
     A decision `expert`, int32 [B, k], that was taken elsewhere is kept, so that two precisions compare.
     """
-    return _route(_probabilities(states, weight, bias), cu_seqlens, top_k, weighting, expert)
+    return _route(states, weight, bias, cu_seqlens, top_k, weighting=weighting, expert=expert)[0]
 
 
 @operation("laser_fast::route_experts")
@@ -109,8 +113,7 @@ def _route_experts(
         from laser_fast.kernels.routing import route_forward  # triton is needed only on a GPU
 
         return route_forward(states, weight, bias, cu_seqlens, top_k, weighting)
-    probabilities = _probabilities(states, weight, bias)
-    routing = _route(probabilities, cu_seqlens, top_k, weighting)
+    routing, probabilities = _route(states, weight, bias, cu_seqlens, top_k, weighting=weighting)
     return routing.weight, routing.pooled, routing.balance_loss, routing.expert, routing.load, probabilities
 
 
@@ -183,19 +186,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     weight, pooled, _, expert, load, probabilities = output
     ctx.mark_non_differentiable(expert, load, probabilities)
     ctx.save_for_backward(states, router, cu_seqlens, expert, weight, pooled, load, probabilities)
-    ctx.weighting, ctx.router_dtype, ctx.bias_dtype = weighting, router.dtype, bias.dtype
+    ctx.weighting, ctx.dtypes = weighting, (states.dtype, router.dtype, bias.dtype)
 
 
 def _backward(ctx: Any, grad_weight: Tensor, grad_pooled: Tensor, grad_balance: Tensor, *_: Tensor) -> Any:
-    needs_states, needs_router, needs_bias = ctx.needs_input_grad[:3]
-    grads, flags = (grad_weight, grad_pooled, grad_balance), (needs_states, needs_router)
-    grad_states, grad_router, grad_bias = _route_experts_backward(*grads, *ctx.saved_tensors, ctx.weighting, *flags)
-    return (
-        grad_states if needs_states else None,
-        grad_router.to(ctx.router_dtype) if needs_router else None,
-        grad_bias.to(ctx.bias_dtype) if needs_bias else None,
-        *(None,) * 3,
+    needs = ctx.needs_input_grad[:3]
+    grads = _route_experts_backward(
+        grad_weight, grad_pooled, grad_balance, *ctx.saved_tensors, ctx.weighting, *needs[:2]
     )
+    grads = [gradient.to(dtype) for gradient, dtype in zip(grads, ctx.dtypes, strict=True)]
+    return *wanted(grads, needs), *(None,) * 3
 
 
 _route_experts.register_autograd(_backward, setup_context=_setup_context)
