@@ -43,6 +43,23 @@ def item_chunks(users: Tensor, items: Tensor) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, num_items)
 
 
+def chunk_scores(scaled: Tensor, items: Tensor, normalize: bool) -> Iterator[tuple[int, Tensor]]:
+    """The first item and the scores [B, chunk] of every chunk, for users of `scaled_users`."""
+    for start, stop in item_chunks(scaled, items):
+        chunk = items[start:stop]
+        scores = scaled @ chunk.to(scaled.dtype).T
+        if normalize:
+            scores *= inverse_norms(chunk, scaled.dtype).T
+        yield start, scores
+
+
+def locate(items: Tensor, start: int, num_columns: int) -> tuple[Tensor, Tensor]:
+    """Column of each item in a chunk, and whether it lies there; the others get a column of the chunk as well, so that
+    no shape depends on them and a GPU is not waited for."""
+    column = items - start
+    return column.clamp(0, num_columns - 1), (column >= 0) & (column < num_columns)
+
+
 def inverse_norms(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """`1 / |row|`, 0 for a zero row: [R, 1] in `dtype`, without a copy of the rows."""
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=dtype)

@@ -15,7 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from laser_fast.ops.catalog import check_catalog, inverse_norms, item_chunks, scaled_users, unit_rows
+from laser_fast.ops.catalog import (
+    check_catalog,
+    chunk_scores,
+    inverse_norms,
+    item_chunks,
+    locate,
+    scaled_users,
+    unit_rows,
+)
 from laser_fast.ops.checks import check_dimensions, check_dtype, check_one_device, validate_indices
 from laser_fast.ops.operation import operation, wanted
 from laser_fast.ops.precision import autocast_off, wide_dtype
@@ -56,20 +64,11 @@ def catalog_cross_entropy_reference(
         return _reduce(F.cross_entropy(scores, target, reduction="none"), reduction)
 
 
-def _locate(target: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Column [B, 1] of each target in the chunk, and whether it lies there, bool [B, 1]."""
-    column = (target - start).unsqueeze(1)
-    inside = (column >= 0) & (column < stop - start)
-    return column.clamp(0, stop - start - 1), inside
-
-
 def _leave_out(scores: Tensor, rows: Tensor, ignored: Tensor, start: int) -> None:
     """Put the scores [B, chunk] of ignored items far below all others, in place."""
-    # no shape depends on which lie in the chunk, so a GPU is not waited for
-    column = ignored - start
-    inside = (column >= 0) & (column < scores.shape[1])
+    column, inside = locate(ignored, start, scores.shape[1])
     lowered = torch.zeros_like(column, dtype=scores.dtype).masked_fill_(inside, _IGNORED)
-    scores.index_put_((rows, column.clamp(0, scores.shape[1] - 1)), lowered, accumulate=True)
+    scores.index_put_((rows, column), lowered, accumulate=True)
 
 
 @operation("laser_fast::catalog_cross_entropy")
@@ -85,19 +84,14 @@ def _catalog_cross_entropy(
     """Loss, largest score and sum of exp(score - largest) of every user, each [B]."""
     # the two are not folded into one log-sum-exp: at 20, a usual size, its rounding alone would cost exp() 16 eps
     validate_indices("catalog_cross_entropy", "target", target, items.shape[0])
-    wide = wide_dtype(users, items)
-    scaled = scaled_users(users, wide, temperature, normalize)
+    scaled = scaled_users(users, wide_dtype(users, items), temperature, normalize)
     peak = scaled.new_full((users.shape[0], 1), -torch.inf)
     total, target_score = torch.zeros_like(peak), torch.zeros_like(peak)
     with autocast_off(users.device):
-        for start, stop in item_chunks(users, items):
-            chunk = items[start:stop]
-            scores = scaled @ chunk.to(wide).T
-            if normalize:
-                scores *= inverse_norms(chunk, wide).T
+        for start, scores in chunk_scores(scaled, items, normalize):
             if rows is not None and ignored is not None:
                 _leave_out(scores, rows, ignored, start)
-            column, inside = _locate(target, start, stop)
+            column, inside = locate(target.unsqueeze(1), start, scores.shape[1])
             target_score += scores.gather(1, column).masked_fill(~inside, 0.0)
             before, peak = peak, torch.maximum(peak, scores.amax(dim=1, keepdim=True))
             total *= (before - peak).exp()
@@ -150,7 +144,7 @@ def _catalog_cross_entropy_backward(
             if rows is not None and ignored is not None:
                 _leave_out(scores, rows, ignored, start)
             grad_scores = scores.sub_(peak).exp_()
-            column, inside = _locate(target, start, stop)
+            column, inside = locate(target.unsqueeze(1), start, stop - start)
             grad_scores.scatter_(1, column, grad_scores.gather(1, column) - total.masked_fill(~inside, 0.0))
             if normalize:
                 grad_scores *= inverse.T

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from laser_fast.ops.catalog import check_catalog, inverse_norms, item_chunks, scaled_users, unit_rows
+from laser_fast.ops.catalog import check_catalog, chunk_scores, locate, scaled_users, unit_rows
 from laser_fast.ops.checks import check_count, check_dimensions, check_dtype, check_one_device
 from laser_fast.ops.operation import operation
 from laser_fast.ops.precision import autocast_off, wide_dtype
@@ -49,13 +49,9 @@ def _keys(scores: Tensor, start: int) -> Tensor:
 
 def _exclude(scores: Tensor, start: int, row: Tensor, item: Tensor) -> None:
     """Set `scores[row, item - start]` to -inf for the pairs that lie in the chunk, in place."""
-    num_columns = scores.shape[1]
-    column = item - start
-    inside = (column >= 0) & (column < num_columns)
-    # selecting the pairs inside would read their number back, so the others take the minimum with +inf
-    place = row * num_columns + column.clamp(0, num_columns - 1)
-    bound = torch.where(inside, -torch.inf, torch.inf).to(scores.dtype)
-    scores.view(-1).scatter_reduce_(0, place, bound, "amin")
+    column, inside = locate(item, start, scores.shape[1])
+    bound = torch.where(inside, -torch.inf, torch.inf).to(scores.dtype)  # the others take the minimum with +inf
+    scores.view(-1).scatter_reduce_(0, row * scores.shape[1] + column, bound, "amin")
 
 
 @operation("laser_fast::catalog_topk")
@@ -69,25 +65,22 @@ def _catalog_topk(
     temperature: float,
     normalize: bool,
 ) -> tuple[Tensor, Tensor]:
-    wide, row = wide_dtype(users, items), None
+    row = None
     if exclude_items is not None and exclude_cu_seqlens is not None:
         validate_cu_seqlens("catalog_topk: exclude", exclude_cu_seqlens, exclude_items.shape[0])
         row = segment_ids(exclude_cu_seqlens, exclude_items.shape[0])
-    scaled = scaled_users(users, wide, temperature, normalize)
+    scaled = scaled_users(users, wide_dtype(users, items), temperature, normalize)
     best = _keys(scaled.new_full((users.shape[0], 1), -torch.inf, dtype=torch.float32), 0).repeat(1, k)
     with autocast_off(users.device):
-        for start, stop in item_chunks(users, items):
-            chunk = items[start:stop]
-            scores = scaled @ chunk.to(wide).T
-            if normalize:
-                scores *= inverse_norms(chunk, wide).T
+        for start, scores in chunk_scores(scaled, items, normalize):
             # adding 0 turns -0 into +0, so that they tie; NaN never wins a place
             scores = scores.float().nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).add_(0.0)
+            num_columns = scores.shape[1]
             if allow is not None:
-                scores.masked_fill_(~allow[start:stop], -torch.inf)
+                scores.masked_fill_(~allow[start : start + num_columns], -torch.inf)
             if exclude_items is not None and row is not None:
                 _exclude(scores, start, row, exclude_items)
-            chunk_best = _keys(scores, start).topk(min(k, stop - start), dim=1).values
+            chunk_best = _keys(scores, start).topk(min(k, num_columns), dim=1).values
             best = torch.cat([best, chunk_best], dim=1).topk(k, dim=1).values
     best_scores = _ordered_bits((best >> 32).to(torch.int32)).view(torch.float32)
     best_items = _LOW_HALF - (best & _LOW_HALF)
