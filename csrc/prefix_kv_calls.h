@@ -76,7 +76,7 @@ struct ArgumentCheck {
     holds(tensor.data_ptr() != nullptr || tensor.numel() == 0, name, " must have memory, got a null pointer");
   }
 
-  // Sizes that are to be multiplied: small enough that no product of two wraps.
+  // Sizes to be multiplied: no product of two of them wraps.
   void sizes(const char* name, std::initializer_list<int64_t> sizes) const {
     for (const int64_t size : sizes) {
       holds(size >= 0, name, " must be at least 0, got ", size);

@@ -44,10 +44,8 @@ class NativeLibrary:
 
     def function(self, name: str) -> Callable[..., Any] | None:
         """The exported function of that name, or None."""
-        if self.module is None or not self.module.implements_function(name):
-            return None
-        found: Callable[..., Any] = self.module.get_function(name)
-        return found
+        known = self.module is not None and self.module.implements_function(name)
+        return self.module.get_function(name) if known else None
 
 
 def load_native_from(folder: Path) -> NativeLibrary:

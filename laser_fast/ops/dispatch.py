@@ -147,10 +147,8 @@ def _combine_queries_backward(
 
 @_combine_queries_backward.register_fake
 def _(grad: Tensor, outputs: Tensor, weight: Tensor, needs_outputs: bool, needs_weight: bool) -> tuple[Tensor, Tensor]:
-    return (
-        outputs.new_empty(outputs.shape if needs_outputs else (0,)),
-        weight.new_empty(weight.shape if needs_weight else (0,)),
-    )
+    grad_outputs = outputs.new_empty(outputs.shape if needs_outputs else (0,))
+    return grad_outputs, weight.new_empty(weight.shape if needs_weight else (0,))
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

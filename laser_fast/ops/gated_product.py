@@ -14,6 +14,7 @@ from laser_fast.ops.backends import triton_serves
 from laser_fast.ops.checks import check_one_device
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+_APPROXIMATE = {"gelu_tanh": "tanh", "gelu": "none"}  # as torch names the two
 _aten = torch.ops.aten
 
 
@@ -86,7 +87,7 @@ def _backward_in_torch(
         _aten.silu.out(gate, out=grad_up).mul_(grad)
         _aten.silu_backward.grad_input(scaled, gate, grad_input=grad_gate)
     else:
-        approximate = _approximate(activation)
+        approximate = _APPROXIMATE[activation]
         # not gelu.out: oneDNN, which serves it, leaves an output that is not contiguous unwritten (torch 2.13)
         torch.mul(F.gelu(gate, approximate=approximate), grad, out=grad_up)
         _aten.gelu_backward.grad_input(scaled, gate, approximate=approximate, grad_input=grad_gate)
@@ -103,11 +104,7 @@ def _refuse_shared(name: str, output: Tensor, read: dict[str, Tensor]) -> None:
 
 
 def _activated(gate: Tensor, activation: str) -> Tensor:
-    return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate=_approximate(activation))
-
-
-def _approximate(activation: str) -> str:
-    return "tanh" if activation == "gelu_tanh" else "none"
+    return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate=_APPROXIMATE[activation])
 
 
 def _check(name: str, activation: str, gate: Tensor, up: Tensor, *others: Tensor) -> None:
