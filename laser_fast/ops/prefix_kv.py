@@ -161,17 +161,19 @@ def _empty_gradients(
     prefix_size: Sequence[int],
     needs: Sequence[bool],
 ) -> Gradients:
-    like = grad_key if grad_key is not None else grad_value
-    assert like is not None, "one of them is there"
+    like, text, prefix = _shapes((grad_key, grad_value), cu_seqlens, prefix_size)
+
+    def empty(shape: list[int], need: bool) -> Tensor:
+        return like.new_empty(shape if need else [0, *shape[1:]])
+
+    return empty(text, needs[0]), empty(text, needs[1]), empty(prefix, needs[2]), empty(prefix, needs[3])
+
+
+def _shapes(grads: Halves, cu_seqlens: Tensor, prefix_size: Sequence[int]) -> tuple[Tensor, list[int], list[int]]:
+    """A gradient that is there, and the shapes of text and of prefix."""
+    like = next(grad for grad in grads if grad is not None)
     rows, *heads = like.shape
-    num_text_rows = rows - (cu_seqlens.shape[0] - 1) * prefix_size[1]
-
-    def empty(need: bool, *shape: int) -> Tensor:
-        return like.new_empty((shape[0] if need else 0, *shape[1:], *heads))
-
-    key, value = (empty(need, num_text_rows) for need in needs[:2])
-    prefix_key, prefix_value = (empty(need, *prefix_size) for need in needs[2:])
-    return key, value, prefix_key, prefix_value
+    return like, [rows - (cu_seqlens.shape[0] - 1) * prefix_size[1], *heads], [*prefix_size, *heads]
 
 
 def _save_layout(ctx: Any, inputs: tuple[Any, ...], output: Injected) -> None:
@@ -190,7 +192,28 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return (*wanted(gradients, needs), None, None)
 
 
+def _save_gradient_layout(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
+    grad_key, grad_value, cu_seqlens, prefix_index, prefix_size, ctx.needs = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(cu_seqlens, prefix_index)
+    _, *ctx.shapes = _shapes((grad_key, grad_value), cu_seqlens, prefix_size)
+
+
+def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The transpose of a gather is the injection itself; zeros stand for what is missing or has no rows."""
+    like = next((grad for grad in grads if grad is not None), None)
+    if like is None:
+        return (None,) * 6
+    whole = [
+        grad if need and grad is not None else like.new_zeros(ctx.shapes[index // 2])
+        for index, (grad, need) in enumerate(zip(grads, ctx.needs, strict=True))
+    ]
+    injected = _inject_prefix_kv(*whole, *ctx.saved_tensors)[:2]
+    return (*wanted(injected, ctx.needs_input_grad[:2]), *(None,) * 4)
+
+
 _inject_prefix_kv.register_autograd(_backward, setup_context=_save_layout)
+_inject_prefix_kv_backward.register_autograd(_double_backward, setup_context=_save_gradient_layout)
 
 
 def _check_shapes(name: str, tensors: dict[str, Tensor], num_sequences: int, prefix_index: Tensor | None) -> None:

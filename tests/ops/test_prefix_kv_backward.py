@@ -146,6 +146,7 @@ def test_gradcheck_and_autograd_of_the_reference(backend: str, lengths: list[int
         torch.testing.assert_close(one, other)  # a sum over sequences adds in another order than the reference
     if lengths:
         assert torch.autograd.gradcheck(ours, leaves)
+        assert torch.autograd.gradgradcheck(ours, leaves)
 
 
 def test_gradients_that_nobody_needs_stay_none(backend: str) -> None:
