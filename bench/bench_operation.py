@@ -12,8 +12,9 @@ from forms import one_pass
 from timing import Run, interleaved_medians, wall_clock
 from torch import Tensor
 
-from laser_fast.ops import segment_sum, validate_cu_seqlens
+from laser_fast.ops import segment_sum
 from laser_fast.ops.operation import operation
+from laser_fast.ops.segments import validate_cu_seqlens
 
 _CALLS = 100  # a round; one call is too short for the clock
 

@@ -1,16 +1,17 @@
 // Prefix injection on CUDA. Memory-bound: reads every input once and writes every output once, without atomics.
 //
-// Forward, one warp copies one output row of keys and of values. Backward, one warp copies a row of the text, or of a
-// prefix that belongs to one sequence, back; a prefix of several sequences is summed by one block for every 32 words of
-// a row, in one order. cu_seqlens and prefix_index are not read back to the host, so they are not checked: malformed
-// ones give wrong rows, or rows of zeros where they point outside, but never a stray access.
+// Forward, one warp copies one output row of keys and of values; backward, it copies a row of the text, or of a prefix
+// of one sequence, back. A prefix of several sequences is summed by one block for every 32 words of a row, in one
+// order. cu_seqlens and prefix_index are not read back to the host: malformed ones give wrong rows, or rows of zeros
+// where they point outside, but never a stray access.
 //
-// No header of tvm_ffi in what nvcc compiles for a device: it reads a file once for every architecture.
+// No header of tvm_ffi here: nvcc reads this file once for every architecture.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <algorithm>
 #include <initializer_list>
+#include <type_traits>
 
 #include "prefix_kv_launch.h"
 
@@ -21,8 +22,8 @@ constexpr int kWarpSize = 32;
 constexpr int kWarpsPerBlock = 8;
 constexpr int kThreadsPerBlock = kWarpSize * kWarpsPerBlock;
 
-// Copies a row between tensors whose rows are equally long; zeros where from_row is negative. Four words a lane are
-// read before the first is written, so that one warp has 2 KiB in flight.
+// Copies a row, or zeros where from_row is negative. Four words a lane are read before the first is written, so that
+// one warp has 2 KiB in flight.
 template <typename Word>
 __device__ __forceinline__ void copy_row(const char* from_base, int64_t from_row, char* to_base, int64_t to_row,
                                          int64_t row_bytes) {
@@ -80,17 +81,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock) gather_prefix_kv_kernel(Pref
   if (to_value != nullptr) copy_row<Word>(value.output, row, to_value, source.row, arguments.row_bytes);
 }
 
-// The type that elements are added up in, and N of them in one access of up to 16 bytes.
-template <typename T>
-struct WideOf {
-  using Type = float;
-};
-
-template <>
-struct WideOf<double> {
-  using Type = double;
-};
-
+// Elements of one access of up to 16 bytes.
 template <typename T, int kCount>
 struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Pack {
   T values[kCount];
@@ -99,7 +90,7 @@ struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Pack {
 // Warp w adds the sequences b with b % kSumParts == w; the first warps then add the parts in order.
 template <typename T, int kCount>
 __global__ void __launch_bounds__(kWarpSize* kSumParts) sum_prefix_kv_kernel(PrefixArguments arguments) {
-  using Wide = typename WideOf<T>::Type;
+  using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
   __shared__ Wide parts[kSumParts][kCount][kWarpSize];
   const PrefixLayout& layout = arguments.layout;
   const char* const from = blockIdx.z == 0 ? arguments.key.output : arguments.value.output;

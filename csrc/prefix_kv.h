@@ -1,11 +1,9 @@
 // Index arithmetic of prefix injection, shared by the CPU and the CUDA implementation. No framework, no allocation.
 //
-// Text of B sequences lies packed in T rows; sequence b owns rows [offsets[b], offsets[b+1]). The output has P prefix
-// rows in front of every sequence, so sequence b begins at offsets[b] + b * P there. S prefixes of P rows each: row p
-// of prefix s has number s * P + p. Sequence b takes prefix slots[b], or without slots b itself, or the only one there
-// is.
-#ifndef LASER_FAST_PREFIX_KV_H_
-#define LASER_FAST_PREFIX_KV_H_
+// Sequence b owns rows [offsets[b], offsets[b+1]) of the packed text. The output has P prefix rows in front of every
+// sequence, which begins at offsets[b] + b * P there. Row p of prefix s has number s * P + p. Sequence b takes prefix
+// slots[b], or without slots prefix b, or the only one there is.
+#pragma once
 
 #include <cstdint>
 
@@ -36,7 +34,7 @@ struct PrefixLayout {
 enum class Element { kHalf, kBfloat16, kFloat, kDouble };
 
 // Keys or values. Forward reads text and prefix and writes the output; backward reads the output's gradient and writes
-// the others, of which those that nobody wants are null.
+// the other two, null where not wanted.
 struct PrefixTensor {
   char* text;    // [T, Hkv, d]
   char* prefix;  // [S, P, Hkv, d]
@@ -79,7 +77,7 @@ LASER_FAST_HOST_DEVICE int64_t output_row_of_prefix(const PrefixLayout& layout, 
   return row >= 0 && row < layout.num_output_rows() ? row : -1;
 }
 
-// The sequence that owns an output row: the last one that begins at or before it (so an empty one is passed over).
+// The sequence that owns an output row: the last that begins at or before it, which passes over empty ones.
 LASER_FAST_HOST_DEVICE int64_t sequence_of_output_row(const PrefixLayout& layout, int64_t output_row) {
   int64_t low = 0, high = layout.num_sequences - 1;
   while (low < high) {
@@ -111,5 +109,3 @@ LASER_FAST_HOST_DEVICE PrefixSource source_of_output_row(const PrefixLayout& lay
 }
 
 }  // namespace laser_fast
-
-#endif  // LASER_FAST_PREFIX_KV_H_

@@ -1,7 +1,6 @@
-// What the library exports for either device: checks of the tensors, which name the culprit where one does not fit, and
-// then raw pointers and a PrefixLayout for a backend. Only shapes, dtypes and devices are read here, never data.
-#ifndef LASER_FAST_PREFIX_KV_CALLS_H_
-#define LASER_FAST_PREFIX_KV_CALLS_H_
+// What the library exports for either device: checks of the tensors, which name the culprit, and then raw pointers and
+// a PrefixLayout for a backend. Only shapes, dtypes and devices are read here, never data.
+#pragma once
 
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/error.h>
@@ -77,7 +76,7 @@ struct ArgumentCheck {
     holds(tensor.data_ptr() != nullptr || tensor.numel() == 0, name, " must have memory, got a null pointer");
   }
 
-  // Sizes that are to be multiplied: small enough that no product of two wraps.
+  // Sizes to be multiplied: no product of two of them wraps.
   void sizes(const char* name, std::initializer_list<int64_t> sizes) const {
     for (const int64_t size : sizes) {
       holds(size >= 0, name, " must be at least 0, got ", size);
@@ -114,6 +113,12 @@ inline PrefixLayout check_layout(const ArgumentCheck& check, const TensorView& o
   return {data_of<const int32_t>(offsets), slots_data, num_sequences, 0, prefix_length, num_prefixes};
 }
 
+// A tensor of a call that may be missing.
+struct Argument {
+  OptionalTensor tensor;
+  const char* name;
+};
+
 // The floating-point tensors of a call: one dtype, rows of Hkv heads of width d.
 struct RowCheck {
   const ArgumentCheck& check;
@@ -127,17 +132,18 @@ struct RowCheck {
     return heads * size * element_bytes(element);
   }
 
-  // Pointers to what has the right shape; null where nothing is given.
-  char* rows(const OptionalTensor& tensor, const char* name, int64_t num_rows) const {
-    if (!tensor.has_value()) return nullptr;
-    check.tensor(tensor.value(), name, dtype, {num_rows, heads, size});
-    return data_of<char>(tensor.value());
+  // Keys or values of the right shapes; null where nothing is given.
+  PrefixTensor half(const PrefixLayout& layout, const Argument& text, const Argument& prefix,
+                    const Argument& output) const {
+    return {data(text, {layout.num_text_rows, heads, size}),
+            data(prefix, {layout.num_prefixes, layout.prefix_length, heads, size}),
+            data(output, {layout.num_output_rows(), heads, size})};
   }
 
-  char* prefixes(const OptionalTensor& tensor, const char* name, int64_t num_prefixes, int64_t length) const {
-    if (!tensor.has_value()) return nullptr;
-    check.tensor(tensor.value(), name, dtype, {num_prefixes, length, heads, size});
-    return data_of<char>(tensor.value());
+  char* data(const Argument& argument, std::initializer_list<int64_t> shape) const {
+    if (!argument.tensor.has_value()) return nullptr;
+    check.tensor(argument.tensor.value(), argument.name, dtype, shape);
+    return data_of<char>(argument.tensor.value());
   }
 };
 
@@ -146,34 +152,26 @@ template <typename Backend, typename... Threads>
 void inject_prefix_kv(TensorView key, TensorView value, TensorView prefix_key, TensorView prefix_value,
                       TensorView cu_seqlens, OptionalTensor prefix_index, TensorView output_key,
                       TensorView output_value, TensorView output_cu_seqlens, Threads... threads) {
-  const char* function = "inject_prefix_kv";
-  const ArgumentCheck check = check_of(function, key, "key", Backend::kDevice);
+  const ArgumentCheck check = check_of("inject_prefix_kv", key, "key", Backend::kDevice);
   const Element element = check.element_of(key, "key");
   check.dimensions(key, "key", 3);
   check.dimensions(prefix_key, "prefix_key", 4);
   const RowCheck of = {check, key.dtype(), key.size(1), key.size(2)};
-  const int64_t text_rows = key.size(0), prefixes = prefix_key.size(0), length = prefix_key.size(1);
-  check.sizes("sizes of key and prefix_key", {text_rows, of.heads, of.size, prefixes, length});
-  PrefixArguments arguments = {};
-  arguments.key.text = of.rows(key, "key", text_rows);
-  arguments.value.text = of.rows(value, "value", text_rows);
-  arguments.key.prefix = of.prefixes(prefix_key, "prefix_key", prefixes, length);
-  arguments.value.prefix = of.prefixes(prefix_value, "prefix_value", prefixes, length);
-  PrefixLayout& layout = arguments.layout;
-  layout = check_layout(check, cu_seqlens, prefix_index, prefixes, length);
-  layout.num_text_rows = text_rows;
+  PrefixLayout layout = check_layout(check, cu_seqlens, prefix_index, prefix_key.size(0), prefix_key.size(1));
+  layout.num_text_rows = key.size(0);
+  check.sizes("rows of key", {layout.num_text_rows});
   check.sizes("rows of the output", {layout.num_output_rows()});
-  arguments.row_bytes = of.row_bytes(element);
-  arguments.element = element;
-  arguments.key.output = of.rows(output_key, "output_key", layout.num_output_rows());
-  arguments.value.output = of.rows(output_value, "output_value", layout.num_output_rows());
+  const int64_t row_bytes = of.row_bytes(element);
+  const PrefixTensor of_key = of.half(layout, {key, "key"}, {prefix_key, "prefix_key"}, {output_key, "output_key"});
+  const PrefixTensor of_value =
+      of.half(layout, {value, "value"}, {prefix_value, "prefix_value"}, {output_value, "output_value"});
   check.tensor(output_cu_seqlens, "output_cu_seqlens", kInt32, {layout.num_sequences + 1});
-  arguments.output_offsets = data_of<int32_t>(output_cu_seqlens);
-  Backend::inject(check, arguments, threads...);
+  int32_t* const offsets = data_of<int32_t>(output_cu_seqlens);
+  Backend::inject(check, PrefixArguments{layout, of_key, of_value, offsets, row_bytes, element}, threads...);
 }
 
-// Of the gradients that come in, a missing one says that nothing of that half is wanted; of those that go out, a
-// missing one that nobody wants it.
+// A missing gradient that comes in says that nothing of its half is wanted, a missing one that goes out that it is not
+// wanted itself.
 template <typename Backend, typename... Threads>
 void inject_prefix_kv_backward(OptionalTensor grad_key, OptionalTensor grad_value, TensorView cu_seqlens,
                                OptionalTensor prefix_index, int64_t num_prefixes, int64_t prefix_length,
@@ -192,23 +190,18 @@ void inject_prefix_kv_backward(OptionalTensor grad_key, OptionalTensor grad_valu
   const RowCheck of = {check, output.dtype(), output.size(1), output.size(2)};
   PrefixLayout layout = check_layout(check, cu_seqlens, prefix_index, num_prefixes, prefix_length);
   const int64_t rows = output.size(0);
+  check.sizes(name, {rows});
   layout.num_text_rows = rows - layout.num_sequences * prefix_length;
-  check.sizes(name, {rows, of.heads, of.size});
-  const int64_t row_bytes = of.row_bytes(element);
   check.holds(layout.num_text_rows >= 0, name, " must have at least B P rows, got ", rows);
-  const auto half = [&](const OptionalTensor& from, const char* from_name, const OptionalTensor& text,
-                        const char* text_name, const OptionalTensor& prefix, const char* prefix_name) -> PrefixTensor {
-    const bool wanted = text.has_value() || prefix.has_value();
-    check.holds(from.has_value() || !wanted, from_name, " must be given, got none");
-    char* const output_data = of.rows(from, from_name, rows);
-    char* const text_data = of.rows(text, text_name, layout.num_text_rows);
-    return {text_data, of.prefixes(prefix, prefix_name, num_prefixes, prefix_length), output_data};
-  };
-  const PrefixTensor of_key = half(grad_key, "grad_key", key, "key", prefix_key, "prefix_key");
-  const PrefixTensor of_value = half(grad_value, "grad_value", value, "value", prefix_value, "prefix_value");
+  const int64_t row_bytes = of.row_bytes(element);
+  const bool key_wanted = key.has_value() || prefix_key.has_value();
+  const bool value_wanted = value.has_value() || prefix_value.has_value();
+  check.holds(key_given || !key_wanted, "grad_key must be given, got none");
+  check.holds(grad_value.has_value() || !value_wanted, "grad_value must be given, got none");
+  const PrefixTensor of_key = of.half(layout, {key, "key"}, {prefix_key, "prefix_key"}, {grad_key, "grad_key"});
+  const PrefixTensor of_value =
+      of.half(layout, {value, "value"}, {prefix_value, "prefix_value"}, {grad_value, "grad_value"});
   Backend::gather(check, PrefixArguments{layout, of_key, of_value, nullptr, row_bytes, element}, threads...);
 }
 
 }  // namespace laser_fast
-
-#endif  // LASER_FAST_PREFIX_KV_CALLS_H_

@@ -1,6 +1,5 @@
 // Element types on the CPU: how they are stored and the type they are computed in. No framework.
-#ifndef LASER_FAST_PREFIX_KV_ELEMENTS_H_
-#define LASER_FAST_PREFIX_KV_ELEMENTS_H_
+#pragma once
 
 #include <cstdint>
 #include <cstring>
@@ -67,5 +66,3 @@ struct Half {
 };
 
 }  // namespace laser_fast
-
-#endif  // LASER_FAST_PREFIX_KV_ELEMENTS_H_

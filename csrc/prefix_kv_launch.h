@@ -1,6 +1,5 @@
 // The launchers of the .cu files; they return CUDA's error code and never throw.
-#ifndef LASER_FAST_PREFIX_KV_LAUNCH_H_
-#define LASER_FAST_PREFIX_KV_LAUNCH_H_
+#pragma once
 
 #include <cuda_runtime.h>
 
@@ -15,5 +14,3 @@ cudaError_t launch_sum(const PrefixArguments& arguments, cudaStream_t stream);
 cudaError_t launch_probe();
 
 }  // namespace laser_fast
-
-#endif  // LASER_FAST_PREFIX_KV_LAUNCH_H_

@@ -1,7 +1,5 @@
-// The copying and summing loops of prefix injection on the CPU, and the checks that must come before them. No
-// framework.
-#ifndef LASER_FAST_PREFIX_KV_ROWS_H_
-#define LASER_FAST_PREFIX_KV_ROWS_H_
+// The loops of prefix injection on the CPU, and the check of values that must come before them. No framework.
+#pragma once
 
 #include <algorithm>
 #include <string>
@@ -14,14 +12,14 @@
 
 namespace laser_fast {
 
-// Bytes of keys read and written that are worth a thread of their own. On two busy cores a second thread breaks even at
-// twice this size and takes 40% off at eight times. The sanitizer test lowers it.
+// Bytes read and written that are worth a thread. On two busy cores a second one breaks even at twice this size and
+// takes 40% off at eight times. The sanitizer test lowers it.
 #ifndef LASER_FAST_BYTES_PER_THREAD
 #define LASER_FAST_BYTES_PER_THREAD (int64_t{1} << 22)
 #endif
 constexpr int64_t kBytesPerThread = LASER_FAST_BYTES_PER_THREAD;
 
-// What is wrong with offsets and slots, empty where nothing is. They are read whole before the first byte is written.
+// What is wrong with offsets and slots, empty where nothing is; all are read before the first byte is written.
 inline std::string layout_error(const PrefixLayout& layout) {
   const auto text = [](int64_t number) { return std::to_string(number); };
   const int32_t* offsets = layout.offsets;
@@ -62,34 +60,30 @@ void in_parallel(int64_t count, int64_t bytes, int64_t num_threads, const Part& 
   for (std::thread& thread : threads) thread.join();
 }
 
-// Calls run(source, output_row, num_rows) for every stretch of output rows [begin, end) with consecutive sources.
-template <typename Run>
-void for_each_run(const PrefixLayout& layout, int64_t begin, int64_t end, const Run& run) {
-  if (begin >= end) return;
-  int64_t sequence = sequence_of_output_row(layout, begin);
-  for (int64_t row = begin; row < end;) {
-    const int64_t text_begin = output_begin(layout, sequence) + layout.prefix_length;
-    const int64_t sequence_end = output_begin(layout, sequence + 1);
-    const int64_t run_end = std::min(row < text_begin ? text_begin : sequence_end, end);
-    if (run_end > row) run(source_in_sequence(layout, sequence, row), row, run_end - row);
-    row = run_end;
-    if (row == sequence_end) ++sequence;
-  }
-}
-
 inline void copy_rows(char* to, int64_t to_row, const char* from, int64_t from_row, int64_t num_rows,
                       int64_t row_bytes) {
   // an empty tensor may have a null pointer, which memcpy must not see
   if (num_rows * row_bytes > 0) std::memcpy(to + to_row * row_bytes, from + from_row * row_bytes, num_rows * row_bytes);
 }
 
-// Calls run(source, output_row, num_rows) for all stretches of output rows, on up to num_threads threads.
+// Calls run(source, output_row, num_rows) for all stretches of output rows with consecutive sources, on up to
+// num_threads threads.
 template <typename Run>
 void for_all_runs(const PrefixArguments& arguments, int64_t num_threads, const Run& run) {
-  const int64_t rows = arguments.layout.num_output_rows();
-  if (arguments.row_bytes == 0) return;  // rows without numbers may be many
-  in_parallel(rows, 2 * rows * arguments.row_bytes, num_threads,
-              [&](int64_t begin, int64_t end) { for_each_run(arguments.layout, begin, end, run); });
+  const PrefixLayout& layout = arguments.layout;
+  const int64_t rows = layout.num_output_rows();
+  if (rows * arguments.row_bytes == 0) return;  // rows without numbers may be many
+  in_parallel(rows, 2 * rows * arguments.row_bytes, num_threads, [&](int64_t begin, int64_t end) {
+    int64_t sequence = sequence_of_output_row(layout, begin);
+    for (int64_t row = begin; row < end;) {
+      const int64_t text_begin = output_begin(layout, sequence) + layout.prefix_length;
+      const int64_t sequence_end = output_begin(layout, sequence + 1);
+      const int64_t run_end = std::min(row < text_begin ? text_begin : sequence_end, end);
+      if (run_end > row) run(source_in_sequence(layout, sequence, row), row, run_end - row);
+      row = run_end;
+      if (row == sequence_end) ++sequence;
+    }
+  });
 }
 
 inline void inject_rows(const PrefixArguments& arguments, int64_t num_threads) {
@@ -105,7 +99,7 @@ inline void inject_rows(const PrefixArguments& arguments, int64_t num_threads) {
   }
 }
 
-// Gradients of text, and of prefixes that belong to one sequence each: every output row has one place to go to.
+// Gradients of text, and of prefixes of one sequence each: every output row has one place to go to.
 inline void gather_rows(const PrefixArguments& arguments, int64_t num_threads) {
   for_all_runs(arguments, num_threads, [&](PrefixSource source, int64_t row, int64_t num_rows) {
     if (source.from_prefix && !arguments.layout.one_prefix_each()) return;
@@ -171,5 +165,3 @@ inline void sum_prefixes(const PrefixArguments& arguments, int64_t num_threads) 
 }
 
 }  // namespace laser_fast
-
-#endif  // LASER_FAST_PREFIX_KV_ROWS_H_

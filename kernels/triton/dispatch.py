@@ -2,13 +2,12 @@
 
 Memory-bound. A slab is the [Q, D] of one expert or one output, taken as one row of C = Q D numbers:
 
-    dispatch            reads E slabs (they stay in the cache), writes B k
-    dispatch, backward  reads B k, writes E: a product with the one-hot choice, so that one pass serves all experts
-    combine             reads B k, writes B
-    combine, backward   reads B k + B, writes B k; a user's gradient is read k times, from memory once
+    dispatch            reads E slabs, which stay in the cache, and writes B k
+    dispatch, backward  reads B k and writes E, as a product with the one-hot choice: one pass serves all experts
+    combine             reads B k and writes B
+    combine, backward   reads B k + B and writes B k; a user's gradient is read k times, from memory once
 
-Sums are float32 in a fixed order, no atomics: bit-equal from run to run.
-Source: Laser (Zhang et al., arXiv:2409.01605), M-Former; the kernels are our own.
+Sums are float32 in a fixed order, no atomics: bit-equal from run to run. The kernels are our own.
 """
 
 from __future__ import annotations
@@ -63,8 +62,8 @@ def _dispatch_backward_kernel(
             other=0.0,
         )
         chosen = tl.load(expert_ptr + slabs, mask=is_slab, other=-1)
-        # 0 and 1 are exact in every dtype, and products are added up in float32. A float32 gradient is multiplied
-        # exactly too: a sum of few slabs has no rounding behind which one to TF32 parts could hide
+        # 0 and 1 are exact in every dtype. "ieee" keeps a float32 gradient exact too: a sum of few slabs has no
+        # rounding behind which one to TF32 parts could hide
         one_hot = (experts[:, None] == chosen[None, :]).to(grad.dtype)
         total = tl.dot(one_hot, grad, total, input_precision="ieee")
     tl.store(
@@ -142,25 +141,16 @@ def dispatch_forward(queries: Tensor, expert: Tensor) -> Tensor:
 
 
 def dispatch_backward(grad: Tensor, expert: Tensor, num_experts: int) -> Tensor:
-    """Launch on grad [B k, Q, D] and expert int32 [B, k] -> [E, Q, D], dtype of grad.
-
-    At most 256 experts: one tile holds a column block of all of them.
-    """
+    """Launch on grad [B k, Q, D] and expert int32 [B, k], of at most 256 experts -> [E, Q, D], dtype of grad."""
     grad, num_slabs, num_columns = grad.contiguous(), grad.shape[0], grad.shape[1] * grad.shape[2]
     out = grad.new_empty(num_experts, *grad.shape[1:])
     if num_columns:
         block_experts = padded_experts(num_experts)
         options = tile("dispatch_backward", block_experts, precision_of(grad)).options("BLOCK_R", "BLOCK_C")
+        options |= {"NUM_EXPERTS": num_experts, "BLOCK_E": block_experts}
         with torch.cuda.device_of(grad):
             _dispatch_backward_kernel[(triton.cdiv(num_columns, options["BLOCK_C"]),)](
-                grad,
-                expert.contiguous(),
-                out,
-                num_slabs,
-                num_columns,
-                NUM_EXPERTS=num_experts,
-                BLOCK_E=block_experts,
-                **options,
+                grad, expert.contiguous(), out, num_slabs, num_columns, **options
             )
     return out
 
@@ -187,17 +177,9 @@ def combine_backward(
     grad_outputs = outputs.new_empty(outputs.shape if needs_outputs else (0,))
     grad_weight = weight.new_empty(weight.shape if needs_weight else (0,))
     if num_slabs and (needs_outputs or needs_weight):
+        tensors = grad.contiguous(), outputs.contiguous(), weight.contiguous(), grad_outputs, grad_weight
+        options = tile("combine_backward", precision=precision_of(outputs)).options(columns="BLOCK")
+        needs = {"NEEDS_OUTPUTS": needs_outputs, "NEEDS_WEIGHT": needs_weight}
         with torch.cuda.device_of(outputs):
-            _combine_backward_kernel[(num_slabs,)](
-                grad.contiguous(),
-                outputs.contiguous(),
-                weight.contiguous(),
-                grad_outputs,
-                grad_weight,
-                num_columns,
-                TOP_K=weight.shape[1],
-                NEEDS_OUTPUTS=needs_outputs,
-                NEEDS_WEIGHT=needs_weight,
-                **tile("combine_backward", precision=precision_of(outputs)).options(columns="BLOCK"),
-            )
+            _combine_backward_kernel[(num_slabs,)](*tensors, num_columns, TOP_K=weight.shape[1], **needs, **options)
     return grad_outputs, grad_weight

@@ -1,8 +1,7 @@
 """The product in a gated MLP, out = act(gate) * up, and its gradients (Shazeer 2020, arXiv:2002.05202).
 
-Memory-bound, one pass: forward reads gate and up and writes out, backward reads grad, gate and up and writes two
-gradients. A row of F numbers of b bytes moves 3 F b forward and 5 F b backward: 86,016 and 143,360 bytes of an 8B
-Llama's 14,336 numbers in half precision. Hugging Face's forward writes act(gate) and reads it back: 5 F b.
+Memory-bound, one pass. A row of F numbers of b bytes moves 3 F b bytes forward and 5 F b backward: 86,016 and 143,360
+for an 8B Llama's 14,336 numbers in half precision. Hugging Face's forward writes act(gate) and reads it back: 5 F b.
 
 All three activations are x times a share in [0, 1], written so that nothing overflows before it is multiplied:
 
@@ -10,8 +9,8 @@ All three activations are x times a share in [0, 1], written so that nothing ove
     gelu_tanh  share = (1 + tanh u) / 2 = sigmoid(2 u),  u = sqrt(2 / pi) (x + 0.044715 x^3)
     gelu       share = (1 + erf(x / sqrt(2))) / 2
 
-The arithmetic is float32 and rounds once, at the store. Every result depends on one element of each input, so launches
-are bit-equal from run to run and gradients may take the place of gate and up. The kernels are our own.
+The arithmetic is float32 and rounds once, at the store. A result depends on one element of each input, so launches are
+bit-equal from run to run and gradients may take the place of gate and up. The kernels are our own.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _BLOCK = 1024  # numbers a program moves of each tensor: 16 bytes a lane in half
 
 @triton.jit
 def _share_and_slope(x, ACTIVATION: tl.constexpr):
-    """`act(x) / x`, and the derivative of that; forward leaves the second out, and so does the compiler."""
+    """`act(x) / x` and its derivative, which the compiler drops from the forward pass."""
     if ACTIVATION == "gelu":
         share = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
         slope = 0.3989422804014327 * tl.exp(-0.5 * x * x)
@@ -120,28 +119,14 @@ def gated_product_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 def gated_product_backward(
     grad: Tensor, gate: Tensor, up: Tensor, activation: str, grad_gate: Tensor, grad_up: Tensor
 ) -> None:
-    """Launch on tensors [..., F] of one shape, checked by the operation; fills grad_gate and grad_up.
-
-    These have dense rows and may be halves of one tensor, or gate and up themselves.
-    """
+    """Launch on tensors [..., F] of one shape, checked by the operation; fills grad_gate and grad_up."""
     if num_elements := gate.numel():
         num_columns = gate.shape[-1]
         (grad, stride_grad), (gate, stride_gate), (up, stride_up) = as_rows(grad), as_rows(gate), as_rows(up)
         grid = (num_elements // num_columns * -(-num_columns // _BLOCK),)
+        tensors = grad, gate, up, grad_gate, grad_up
+        strides = stride_grad, stride_gate, stride_up, row_stride(grad_gate), row_stride(grad_up)
         with torch.cuda.device_of(gate):
             _gated_product_backward_kernel[grid](
-                grad,
-                gate,
-                up,
-                grad_gate,
-                grad_up,
-                stride_grad,
-                stride_gate,
-                stride_up,
-                row_stride(grad_gate),
-                row_stride(grad_up),
-                num_columns,
-                ACTIVATION=activation,
-                BLOCK=_BLOCK,
-                num_warps=4,
+                *tensors, *strides, num_columns, ACTIVATION=activation, BLOCK=_BLOCK, num_warps=4
             )

@@ -2,13 +2,9 @@
 
     grad_x = r (m - x r mean(m x r)),  m = grad (offset + w)
 
-Memory-bound, one pass: a program holds whole rows in registers. A row of D numbers of b bytes moves 2 D b + 4 forward
-(x in, y and r out), as much where y is made again from r, and 3 D b + 4 backward: 16,388 and 24,580 bytes of an 8B
-Llama's 4,096 numbers in half precision. The weight stays in the cache. Hugging Face's forward writes and
-reads a row of float32 between its operations.
-
-With every other elementwise product of a layer fused alike, an 8B Llama's forward moves 188 KB a token and layer
-instead of 590 KB; of them 33 KB are two norms and 86 KB the product of the gated MLP.
+Memory-bound, one pass: a program holds whole rows in registers. A row of D numbers of b bytes moves 2 D b + 4 bytes
+forward, also where y is made again from r, and 3 D b + 4 backward: 16,388 and 24,580 for an 8B Llama's 4,096 numbers
+in half precision. The weight stays in the cache. Hugging Face's forward writes and reads a row of float32 in between.
 
 The arithmetic is float32 and the sums have one order, so launches are bit-equal from run to run.
 Source: Zhang & Sennrich 2019, arXiv:1910.07467; the kernels are our own.
@@ -99,9 +95,9 @@ def _rms_norm_backward_kernel(
     tl.store(grad_x_ptr + rows[:, None] * num_columns + columns[None, :], grad_x, mask=mask)
 
 
-@cache  # of a few widths a model: triton's own arithmetic costs microseconds of a call
+@cache  # a model has a few widths, and triton's own arithmetic costs microseconds of a call
 def _tile(num_columns: int) -> dict[str, int]:
-    """Whole rows of a program, and its warps: 16 numbers a lane; 32 where 32 warps are not enough."""
+    """Whole rows of a program, and warps for 16 numbers a lane, or 32 where 32 warps are not enough."""
     columns = triton.next_power_of_2(num_columns)
     rows = max(1, _TILE // columns)
     return {"BLOCK_R": rows, "BLOCK_D": columns, "num_warps": min(max(rows * columns // 512, 1), 32)}
@@ -110,15 +106,11 @@ def _tile(num_columns: int) -> dict[str, int]:
 def rms_norm_forward(
     x: Tensor, weight: Tensor, eps: float, offset: float, late_weight: bool, reciprocal: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Launch on x [..., D] and weight [D], checked by the operation.
+    """Launch on x [..., D] and weight [D], checked by the operation -> y [..., D], dense, and r, float32 [..., 1].
 
-    Args:
-        offset: added to the weight; 0 with `late_weight`.
-        late_weight: round the normalised row to the dtype of x before the weight multiplies it.
-        reciprocal: what an earlier launch on x returned, which gives its y again, bit for bit; None: computed.
-
-    Returns:
-        y [..., D], dense, in the dtype of x (`late_weight`: of x and weight together), and r, float32 [..., 1].
+    `late_weight`, which goes with an offset of 0, rounds the normalised row to the dtype of x before the weight
+    multiplies it; y then has the dtype of both together. A `reciprocal` that an earlier launch on x returned gives its
+    y again, bit for bit.
     """
     y = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype) if late_weight else x.dtype)
     needs_reciprocal = reciprocal is None
@@ -127,21 +119,11 @@ def rms_norm_forward(
     if num_rows := reciprocal.numel():
         num_columns = x.shape[-1]
         x, stride_x = as_rows(x)
-        tile = _tile(num_columns)
+        tensors, tile = (x, weight.contiguous(), y, reciprocal.contiguous()), _tile(num_columns)
+        kind = {"EPS": eps, "OFFSET": offset, "LATE_WEIGHT": late_weight, "NEEDS_RECIPROCAL": needs_reciprocal}
         with torch.cuda.device_of(x):
             _rms_norm_forward_kernel[(-(-num_rows // tile["BLOCK_R"]),)](
-                x,
-                weight.contiguous(),
-                y,
-                reciprocal.contiguous(),
-                stride_x,
-                num_rows,
-                num_columns,
-                EPS=eps,
-                OFFSET=offset,
-                LATE_WEIGHT=late_weight,
-                NEEDS_RECIPROCAL=needs_reciprocal,
-                **tile,
+                *tensors, stride_x, num_rows, num_columns, **kind, **tile
             )
     return y, reciprocal
 
@@ -152,19 +134,9 @@ def rms_norm_backward(grad: Tensor, x: Tensor, reciprocal: Tensor, weight: Tenso
     if num_rows := reciprocal.numel():
         num_columns = x.shape[-1]
         (grad, stride_grad), (x, stride_x) = as_rows(grad), as_rows(x)
-        tile = _tile(num_columns)
+        tensors, tile = (grad, x, weight.contiguous(), reciprocal.contiguous(), grad_x), _tile(num_columns)
         with torch.cuda.device_of(x):
             _rms_norm_backward_kernel[(-(-num_rows // tile["BLOCK_R"]),)](
-                grad,
-                x,
-                weight.contiguous(),
-                reciprocal.contiguous(),
-                grad_x,
-                stride_grad,
-                stride_x,
-                num_rows,
-                num_columns,
-                OFFSET=offset,
-                **tile,
+                *tensors, stride_grad, stride_x, num_rows, num_columns, OFFSET=offset, **tile
             )
     return grad_x

@@ -2,9 +2,9 @@
 
     [y1; y2] = [x1 cos1 - x2 sin1; x2 cos2 + x1 sin2]    transposed: [x1 cos1 + x2 sin2; x2 cos2 - x1 sin1]
 
-x1 and x2 are the halves of the first R numbers of a head; the others pass. Memory-bound: reads and writes every query
-and key once, 20 KB each way for a token with 32 + 8 heads of 128 in half precision, and the tables from the cache.
-Float32 inside, rounded once. The use of transposition for backward and of one launch for both are our own.
+x1 and x2 are the halves of the first R numbers of a head; the others pass. Memory-bound: every query and key is read
+and written once, 10 KB each way for a token with 32 + 8 heads of 128 in half precision; the tables come from the cache.
+Float32 inside, rounded once. The kernel is our own.
 """
 
 from __future__ import annotations
@@ -63,8 +63,7 @@ def _rotary_kernel(
     mask = is_head & (columns < HALF)[None, :]
     first = tl.load(from_heads + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     second = tl.load(from_heads + HALF + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    # tables spread over the heads have the layout of the tile: loads of 16 bytes from the cache, nothing through shared
-    # memory
+    # tables spread over the heads have the layout of the tile: loads of 16 bytes, nothing through shared memory
     cos_row = tl.broadcast_to(cos_ptr + token * stride_cos_token + columns[None, :], (BLOCK_H, BLOCK_HALF))
     sin_row = tl.broadcast_to(sin_ptr + token * stride_sin_token + columns[None, :], (BLOCK_H, BLOCK_HALF))
     cos_first = tl.load(cos_row, mask=mask, other=0.0).to(tl.float32)
@@ -89,7 +88,7 @@ def _rotary_kernel(
 def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, transposed: bool) -> tuple[Tensor, Tensor]:
     """Launch on query [T, H, d], key [T, H_kv, d] and tables [T, R], checked by the operation -> both, contiguous.
 
-    Either may have no heads. Nothing is copied where the last dimension is contiguous.
+    Either may have no heads. Only what is not contiguous in the last dimension is copied.
     """
     query, key, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, cos, sin))
     (num_tokens, num_query_heads, head_size), num_key_heads = query.shape, key.shape[1]
@@ -101,15 +100,8 @@ def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, transposed: 
     if num_tokens and blocks and head_size:
         with torch.cuda.device_of(query):
             _rotary_kernel[(num_tokens * blocks,)](
-                query,
-                key,
-                cos,
-                sin,
-                *outputs,
-                *query.stride()[:2],
-                *key.stride()[:2],
-                cos.stride(0),
-                sin.stride(0),
+                *(query, key, cos, sin, *outputs),
+                *(*query.stride()[:2], *key.stride()[:2], cos.stride(0), sin.stride(0)),
                 NUM_QUERY_HEADS=num_query_heads,
                 NUM_KEY_HEADS=num_key_heads,
                 HEAD_SIZE=head_size,

@@ -1,13 +1,11 @@
 """Routing of users to query experts, forward, in two launches (formulas: laser_fast.ops.routing).
 
-Memory-bound in the item states X [N, D]. Forward reads X once; everything else is E numbers an item: it writes the
-probabilities s [N, E], reads them back per user, and writes B (E + 2 k) numbers. At D = 768, E = 8 and half precision
-X is 98 % of the bytes.
+Memory-bound: the item states X [N, D] are read once, 98 % of the bytes at D = 768, E = 8 and half precision. All else
+is E numbers an item: the probabilities [N, E] are written and read back per user, and B (E + 2 k) numbers written.
 
-Sums are float32 and in a fixed order: within a tile, then over the tiles of a program, then over the programs, whose
-number depends on shapes and on how many multiprocessors the device has. No atomics, so results are bit-equal from run
-to run on one kind of device, and a user's results do not depend on who else is in the batch. Source: our own; Laser
-(Zhang et al., arXiv:2409.01605) for the mathematics.
+Sums are float32 in a fixed order: within a tile, over the tiles of a program, then over the programs, whose number
+depends on shapes and on how many multiprocessors the device has. There are no atomics: results are bit-equal from run
+to run on one kind of device, and a user's do not depend on the rest of the batch. The kernels are our own.
 """
 
 from __future__ import annotations
@@ -20,9 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from laser_fast.kernels.device import multiprocessors
 from laser_fast.kernels.rows import as_rows
-from laser_fast.kernels.tiles import padded_experts, precision_of, tile
+from laser_fast.kernels.tiles import multiprocessors, padded_experts, precision_of, tile
 
 _PROGRAMS = 8  # per multiprocessor: 2 E partial sums each, 66 KiB to add up at E = 8 on an H100
 SMALL_BATCH = 16384  # items; fewer would leave multiprocessors idle at 32 rows a program
@@ -71,8 +68,8 @@ def dot(left, values, total, PRODUCT: tl.constexpr):
 
 @triton.jit
 def _best(values):
-    """Index of the largest value per row of [R, E], the lower index among equals. NaN counts as largest, as in torch,
-    so that the index is always one of a real expert."""
+    """Index of the largest value per row of [R, E], the lower among equals. NaN counts as largest, as in torch, so that
+    the index is always that of a real expert."""
     return tl.argmax(tl.where(values != values, float("inf"), values), axis=1)
 
 
@@ -153,7 +150,7 @@ def _balance(
     is_expert = experts < NUM_EXPERTS
     total = tl.zeros((BLOCK_E,), dtype=tl.float32)
     votes = tl.zeros((BLOCK_E,), dtype=tl.float32)
-    # tall tiles: a step waits for memory once, and all users may be through before these few steps are
+    # tall tiles: every step waits for memory, and all users may be through before these few steps are
     for start in range(0, num_programs, BLOCK_PARTIALS):
         programs = start + tl.arange(0, BLOCK_PARTIALS)
         mask = (programs < num_programs)[:, None] & is_expert[None, :]
@@ -168,14 +165,14 @@ def _balance(
 
 @triton.jit(do_not_specialize=["num_items", "num_programs"])
 def _route_users_kernel(
-    probability_ptr,  # [N, E] float32
     partial_ptr,  # [programs, 2, E] float32
     cu_seqlens_ptr,  # [B + 1] int32
-    expert_ptr,  # [B, k] int32, out
     weight_ptr,  # [B, k] float32, out
     pooled_ptr,  # [B, E] float32, out
-    load_ptr,  # [E] float32, out
     balance_ptr,  # [] float32, out
+    expert_ptr,  # [B, k] int32, out
+    load_ptr,  # [E] float32, out
+    probability_ptr,  # [N, E] float32
     num_items,
     num_programs,
     NUM_EXPERTS: tl.constexpr,
@@ -225,7 +222,7 @@ def _route_users_kernel(
 
 
 class RoutingResult(NamedTuple):
-    """Shapes and dtypes of `laser_fast.ops.Routing`, and probability [N, E] float32 for backward."""
+    """As `laser_fast.ops.Routing`, and probability [N, E] float32 for backward."""
 
     weight: Tensor
     pooled: Tensor
@@ -235,30 +232,12 @@ class RoutingResult(NamedTuple):
     probability: Tensor
 
 
-def _new_result(states: Tensor, num_users: int, num_experts: int, top_k: int) -> RoutingResult:
-    new = partial(states.new_empty, dtype=torch.float32)
-    return RoutingResult(
-        weight=new((num_users, top_k)),
-        pooled=new((num_users, num_experts)),
-        balance_loss=new(()),
-        expert=states.new_empty((num_users, top_k), dtype=torch.int32),
-        load=new((num_experts,)),
-        probability=new((states.shape[0], num_experts)),
-    )
-
-
 def route_forward(
-    states: Tensor,
-    router: Tensor,
-    bias: Tensor,
-    cu_seqlens: Tensor,
-    top_k: int,
-    weighting: str,
+    states: Tensor, router: Tensor, bias: Tensor, cu_seqlens: Tensor, top_k: int, weighting: str
 ) -> RoutingResult:
     """Launch on states [N, D], router [E, D], bias [E] and cu_seqlens int32 [B + 1], checked by the operation.
 
-    No float64, at most 256 experts (one tile holds all of an item). States are copied only where their rows are not
-    contiguous; nothing is read back from the device.
+    No float64, at most 256 experts (one tile holds all of an item). Nothing is read back from the device.
     """
     (num_items, width), num_experts, num_users = states.shape, router.shape[0], cu_seqlens.shape[0] - 1
     states, stride_states = as_rows(states)
@@ -266,33 +245,24 @@ def route_forward(
     options = item_options("route_items", states, num_experts, "few" if num_items < SMALL_BATCH else "many")
     rows = rows_per_program(num_items, options["BLOCK_N"], _PROGRAMS * multiprocessors(states.device))
     num_programs = triton.cdiv(num_items, rows) if num_items else 0
-    result = _new_result(states, num_users, num_experts, top_k)
-    partial_sums = result.load.new_empty(num_programs, 2, num_experts)
+    new = partial(states.new_empty, dtype=torch.float32)
+    result = RoutingResult(
+        weight=new((num_users, top_k)),
+        pooled=new((num_users, num_experts)),
+        balance_loss=new(()),
+        expert=states.new_empty((num_users, top_k), dtype=torch.int32),
+        load=new((num_experts,)),
+        probability=new((num_items, num_experts)),
+    )
+    partial_sums = new((num_programs, 2, num_experts))
     with torch.cuda.device_of(states):
         if num_items:
+            tensors = states, router.contiguous(), bias.contiguous(), result.probability, partial_sums
             _route_items_kernel[(num_programs,)](
-                states,
-                router.contiguous(),
-                bias.contiguous(),
-                result.probability,
-                partial_sums,
-                num_items,
-                width,
-                stride_states,
-                rows,
-                NUM_EXPERTS=num_experts,
-                TOP_K=top_k,
-                **options,
+                *tensors, num_items, width, stride_states, rows, NUM_EXPERTS=num_experts, TOP_K=top_k, **options
             )
         _route_users_kernel[(num_users + 1,)](
-            result.probability,
-            partial_sums,
-            cu_seqlens.contiguous(),
-            result.expert,
-            result.weight,
-            result.pooled,
-            result.load,
-            result.balance_loss,
+            *(partial_sums, cu_seqlens.contiguous(), *result),
             num_items,
             num_programs,
             NUM_EXPERTS=num_experts,

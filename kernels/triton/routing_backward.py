@@ -1,8 +1,8 @@
 """Gradients of the routing, in three launches (formulas: laser_fast.ops.routing).
 
-Reads the states X [N, D] once and writes dX once: per user the gradient of the logits [N, E], then dX and, for a range
-of items at a time, the router's gradient, and last the sum of those. At D = 768, E = 8 and half precision X and dX are
-97 % of the bytes. Float32 sums in a fixed order, no atomics: bit-equal from run to run. Source: our own.
+The first gives the gradient of the logits [N, E] per user, the second dX and, for each range of items, the router's
+gradient, the third the sum of these. Memory-bound: X [N, D] is read and dX written once, 97 % of the bytes at D = 768,
+E = 8 and half precision. Float32 sums in a fixed order, no atomics: bit-equal from run to run. The kernels are our own.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from laser_fast.kernels.device import multiprocessors
 from laser_fast.kernels.routing import RoutingResult, dot, item_options, rows_per_program
 from laser_fast.kernels.rows import as_rows
-from laser_fast.kernels.tiles import tile
+from laser_fast.kernels.tiles import multiprocessors, tile
 
 _PARTIAL_BYTES = 8 << 20  # bound on the partial sums of the router's gradient, which stay in the L2 cache
 _RANGES = 2  # of items, per multiprocessor; times the column blocks, 24 programs at width 768
@@ -178,19 +177,14 @@ def _sum_partials_kernel(
 def _grad_logits(
     grads: tuple[Tensor, Tensor, Tensor], cu_seqlens: Tensor, result: RoutingResult, weighting: str
 ) -> Tensor:
-    """Gradient of the logits, float32 [N, E], one program per user."""
+    """Float32 [N, E]; one program per user."""
     (num_items, num_experts), (num_users, top_k) = result.probability.shape, result.expert.shape
     grad_logits = torch.empty_like(result.probability)
     block_experts = triton.next_power_of_2(num_experts)
     _grad_logits_kernel[(num_users,)](
         *(grad.contiguous() for grad in grads),
         cu_seqlens.contiguous(),
-        result.expert,
-        result.weight,
-        result.pooled,
-        result.load,
-        result.probability,
-        grad_logits,
+        *(result.expert, result.weight, result.pooled, result.load, result.probability, grad_logits),
         num_items,
         NUM_EXPERTS=num_experts,
         TOP_K=top_k,
@@ -203,20 +197,13 @@ def _grad_logits(
 
 
 def _sum_partials(partial: Tensor, grad_router: Tensor, grad_bias: Tensor, first_column: int) -> None:
-    """Adds up `partial` [programs, pitch] into the gradients, from the first column that is needed."""
+    """Add up `partial` [programs, pitch] into the gradients, from the first column that is needed."""
     router_size = grad_router.numel() or first_column
     num_columns = router_size + grad_bias.numel()
     options = tile("sum_partials").options("BLOCK_ROWS", "BLOCK_COLUMNS")
+    columns, (num_programs, pitch) = (first_column, router_size, num_columns), partial.shape
     _sum_partials_kernel[(triton.cdiv(num_columns - first_column, options["BLOCK_COLUMNS"]),)](
-        partial,
-        grad_router,
-        grad_bias,
-        first_column,
-        router_size,
-        num_columns,
-        partial.stride(0),
-        partial.shape[0],
-        **options,
+        partial, grad_router, grad_bias, *columns, pitch, num_programs, **options
     )
 
 
@@ -232,8 +219,8 @@ def route_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of states (their dtype), router and bias (float32), from those of weight, pooled and balance loss.
 
-    `needs` is of states and router; what is not needed is empty. `result` is that of `route_forward`; only its weight,
-    pooled, expert, load and probability are read. Nothing is read back.
+    `needs` is of states and router; what is not needed is empty. `result` is that of `route_forward`, of which
+    `balance_loss` is not read. Nothing is read back from the device.
     """
     needs_states, needs_router = needs
     (num_items, width), num_experts = states.shape, router.shape[0]
@@ -249,8 +236,7 @@ def route_backward(
     if options["BLOCK_E"] > _MOST_ON_TENSOR_CORES:
         options["PRODUCT"] = "ieee"
     router_size = num_experts * width
-    max_programs = max(_PARTIAL_BYTES // (4 * router_size), 16)
-    max_programs = min(max_programs, _RANGES * multiprocessors(states.device))
+    max_programs = min(max(_PARTIAL_BYTES // (4 * router_size), 16), _RANGES * multiprocessors(states.device))
     rows = rows_per_program(num_items, options["BLOCK_N"], max_programs)
     num_programs = triton.cdiv(num_items, rows)
     pitch = triton.cdiv(router_size + num_experts, 16) * 16  # rows start where 16-byte loads may
@@ -259,16 +245,8 @@ def route_backward(
     with torch.cuda.device_of(states):
         grad_logits = _grad_logits(grads, cu_seqlens, result, weighting)
         _grad_items_kernel[(column_blocks, num_programs)](
-            grad_logits,
-            states,
-            router,
-            grad_states,
-            partial,
-            num_items,
-            width,
-            stride_states,
-            rows,
-            pitch,
+            *(grad_logits, states, router, grad_states, partial),
+            *(num_items, width, stride_states, rows, pitch),
             NUM_EXPERTS=num_experts,
             NEEDS_STATES=needs_states,
             NEEDS_ROUTER=needs_router,

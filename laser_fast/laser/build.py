@@ -11,7 +11,7 @@ from laser_fast.data import SequenceDataset, Split, make_split
 from laser_fast.laser.laser_files import Origin
 from laser_fast.laser.model import LaserModel
 from laser_fast.laser.pretrained import Foundation, only_model
-from laser_fast.lm.loading.base_model import LoadedBase
+from laser_fast.lm.loading.language_model import LoadedBase
 from laser_fast.lm.loading.language_model import load_language_model as load_language_model
 from laser_fast.recommenders.item_to_item import ItemKNN, ItemToItem, SequentialRules
 from laser_fast.recommenders.protocol import SequentialRecommender

@@ -1,6 +1,6 @@
-"""What serves an operation on a device: the compiled library of csrc/, a Triton kernel or the torch reference; and why.
+"""What serves an operation on a device, and why: the compiled library of csrc/, a Triton kernel or the torch reference.
 
-Both are looked for at the first call that wants them, never at import.
+Library and kernels are looked for at the first call that wants them, never at import.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _OLDEST = (8, 0)  # bfloat16 and TF32 products
 
 @dataclass(frozen=True)
 class NativeLibrary:
-    """What `load_native` found.
+    """The compiled library, or why there is none.
 
     Attributes:
-        level: what the library was built for, "cuda" or "cpu"; "none" where it could not be loaded.
-        reason: why not more than that; empty for "cuda".
+        level: what it was built for, "cuda" or "cpu"; "none" where it could not be loaded.
+        reason: why not for more; empty for "cuda".
         module: the loaded tvm_ffi module, None for level "none".
     """
 
@@ -43,15 +43,13 @@ class NativeLibrary:
     module: Any
 
     def function(self, name: str) -> Callable[..., Any] | None:
-        """The exported function, or None where this library has none of that name."""
-        if self.module is None or not self.module.implements_function(name):
-            return None
-        found: Callable[..., Any] = self.module.get_function(name)
-        return found
+        """The exported function of that name, or None."""
+        known = self.module is not None and self.module.implements_function(name)
+        return self.module.get_function(name) if known else None
 
 
 def load_native_from(folder: Path) -> NativeLibrary:
-    """Load the library in `folder`; one that is there but cannot be loaded costs one warning, never an exception."""
+    """Load the library in `folder`; warns of one that cannot be loaded, and never raises."""
     facts: dict[str, str] = {}
     if (folder / "build.json").is_file():
         facts = json.loads((folder / "build.json").read_text(encoding="utf-8"))
@@ -96,7 +94,7 @@ def cuda_absence(device_index: int) -> str:
 
 
 def compiled_operation(operation: str, device: torch.device) -> Callable[..., Any] | None:
-    """The compiled code of an operation on a device, or None where its torch reference must run (on a GPU: warned)."""
+    """The compiled code of an operation on a device, or None where its reference runs; on a GPU with a warning."""
     if device.type not in ("cpu", "cuda"):
         return None
     if device.type == "cpu":
@@ -112,22 +110,19 @@ def compiled_operation(operation: str, device: torch.device) -> Callable[..., An
 
 @cache
 def warn_fallback(operation: str, reason: str, remedy: str = NATIVE_REMEDY) -> None:
-    """Say once per process that an operation runs as its torch reference on a GPU, why, and what to do."""
+    """Warn once per process that an operation runs as its torch reference on a GPU, why, and what to do."""
     message = f"{operation}: the torch reference runs in place of the compiled kernel: {reason}"
     warnings.warn(f"{message}; {remedy}; `laser-fast doctor` lists what runs", RuntimeWarning, stacklevel=4)
-
-
-def _triton_installed() -> bool:
-    try:
-        return importlib.util.find_spec("triton") is not None
-    except ValueError:  # sys.modules holds something that is no module
-        return False
 
 
 @cache
 def triton_absence(device_index: int) -> str:
     """Empty where Triton kernels run on that CUDA device, else the reason; looked up once per device and process."""
-    if not _triton_installed():
+    try:
+        found = importlib.util.find_spec("triton")
+    except ValueError:  # sys.modules holds something that is no module
+        found = None
+    if found is None:
         return "triton is not installed"
     capability = torch.cuda.get_device_capability(device_index)
     if capability < _OLDEST:
@@ -136,9 +131,9 @@ def triton_absence(device_index: int) -> str:
 
 
 def triton_serves(operation: str, *tensors: Tensor, num_experts: int = 1) -> bool:
-    """Whether the fused kernel takes these tensors; warns once where a CUDA device has none at all.
+    """Whether the Triton kernel takes these tensors; warns once where it cannot run on their CUDA device.
 
-    float64, which only tests of gradients use, and more than MAX_EXPERTS experts stay with the torch reference.
+    The torch reference keeps float64, which only tests of gradients use, and more than MAX_EXPERTS experts.
     """
     if tensors[0].device.type != "cuda":
         return False

@@ -1,4 +1,4 @@
-"""What the two catalogue operations share: checks, chunks of items whose scores fit in memory, and row norms."""
+"""What both catalogue operations do: check users and items, walk over chunks of items, scale rows to length 1."""
 
 from __future__ import annotations
 
@@ -20,12 +20,7 @@ SMALLEST_NORM = 1e-12
 
 
 def check_catalog(function: str, users: Tensor, items: Tensor, temperature: float) -> None:
-    """Users [B, d], items [I, d] and the number that divides their scores.
-
-    Raises:
-        TypeError: A tensor is not floating point, or `temperature` is no number.
-        ValueError: A shape, a device or the value of `temperature` does not fit.
-    """
+    """Check users [B, d], items [I, d] and the number that divides their scores."""
     check_floating(function, users=users, items=items)
     check_dimensions(function, 2, users=users, items=items)
     check_one_device(function, users=users, items=items)
@@ -36,23 +31,37 @@ def check_catalog(function: str, users: Tensor, items: Tensor, temperature: floa
 
 
 def scaled_users(users: Tensor, wide: torch.dtype, temperature: float, normalize: bool) -> Tensor:
-    """Users [B, d] in the accumulation dtype, whose products with items (of length 1 if `normalize`) are the scores."""
+    """Users [B, d] whose products with items, of length 1 if `normalize`, are the scores."""
     return users.to(wide) * (inverse_norms(users, wide) / temperature if normalize else 1.0 / temperature)
 
 
 def item_chunks(users: Tensor, items: Tensor) -> Iterator[tuple[int, int]]:
-    """Bounds `(start, stop)` of consecutive chunks of items, for users [B, d] and items [I, d].
-
-    `(stop - start) * max(B, d)` stays bounded, but a chunk has at least one item.
-    """
+    """Bounds `(start, stop)` of consecutive chunks of one item or more, so that chunk x max(B, d) stays bounded."""
     elements = _CHUNK_ELEMENTS.get(users.device.type, _CHUNK_ELEMENTS_GPU)
     num_items, step = items.shape[0], max(1, elements // max(*users.shape, 1))
     for start in range(0, num_items, step):
         yield start, min(start + step, num_items)
 
 
+def chunk_scores(scaled: Tensor, items: Tensor, normalize: bool) -> Iterator[tuple[int, Tensor]]:
+    """The first item and the scores [B, chunk] of every chunk, for users of `scaled_users`."""
+    for start, stop in item_chunks(scaled, items):
+        chunk = items[start:stop]
+        scores = scaled @ chunk.to(scaled.dtype).T
+        if normalize:
+            scores *= inverse_norms(chunk, scaled.dtype).T
+        yield start, scores
+
+
+def locate(items: Tensor, start: int, num_columns: int) -> tuple[Tensor, Tensor]:
+    """Column of each item in a chunk, and whether it lies there; the others get a column of the chunk as well, so that
+    no shape depends on them and a GPU is not waited for."""
+    column = items - start
+    return column.clamp(0, num_columns - 1), (column >= 0) & (column < num_columns)
+
+
 def inverse_norms(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """`1 / |row|`, 0 for a zero row, as [R, 1] in `dtype`; makes no copy of the rows."""
+    """`1 / |row|`, 0 for a zero row: [R, 1] in `dtype`, without a copy of the rows."""
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=dtype)
     return torch.where(norms > SMALLEST_NORM, norms.reciprocal(), 0.0)
 

@@ -1,11 +1,10 @@
-"""Cross-entropy over the whole catalogue without ever holding the scores of the whole catalogue.
+"""Cross-entropy over the whole catalogue, whose scores are never held at once.
 
     loss_b = log sum_i exp(s_bi) - s_b,target(b),     s_bi = cos(u_b, v_i) / temperature   (or u_b . v_i / temperature)
 
 Forward walks over chunks of items with a running maximum and sum; backward computes each chunk's scores again.
 Compute-bound: 2 B I d FLOPs forward, 4 to 6 B I d backward. Memory O(B d + chunk), and O(I d) for the items' gradient.
-Items that a user is not asked about, of its history say, are left out of its sum (`ignored`), its target never.
-Source: the chunked form of Cut Cross-Entropy (Wijmans et al., arXiv:2411.09009), with nothing filtered: exact.
+Source: the chunked form of Cut Cross-Entropy (Wijmans et al., arXiv:2411.09009), exact, as nothing is filtered.
 """
 
 from __future__ import annotations
@@ -16,13 +15,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from laser_fast.ops.catalog import check_catalog, inverse_norms, item_chunks, scaled_users, unit_rows
+from laser_fast.ops.catalog import (
+    check_catalog,
+    chunk_scores,
+    inverse_norms,
+    item_chunks,
+    locate,
+    scaled_users,
+    unit_rows,
+)
 from laser_fast.ops.checks import check_dimensions, check_dtype, check_one_device, validate_indices
-from laser_fast.ops.operation import operation
+from laser_fast.ops.operation import operation, wanted
 from laser_fast.ops.precision import autocast_off, wide_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
-# far below every score, yet finite: of a chunk in which all is ignored nothing is left once a score was seen
+# far below every score, yet finite: a chunk in which all is ignored adds nothing once another score was seen
 _IGNORED = -1e30
 
 
@@ -57,22 +64,11 @@ def catalog_cross_entropy_reference(
         return _reduce(F.cross_entropy(scores, target, reduction="none"), reduction)
 
 
-def _locate(target: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Column [B, 1] of each target in the chunk, and whether [B, 1] it lies there at all."""
-    column = (target - start).unsqueeze(1)
-    inside = (column >= 0) & (column < stop - start)
-    return column.clamp(0, stop - start - 1), inside
-
-
 def _leave_out(scores: Tensor, rows: Tensor, ignored: Tensor, start: int) -> None:
-    """Put the scores [B, chunk] of the ignored items in the chunk far below all others, in place.
-
-    No shape depends on which lie in the chunk, so a GPU is not waited for.
-    """
-    column = ignored - start
-    inside = (column >= 0) & (column < scores.shape[1])
+    """Put the scores [B, chunk] of ignored items far below all others, in place."""
+    column, inside = locate(ignored, start, scores.shape[1])
     lowered = torch.zeros_like(column, dtype=scores.dtype).masked_fill_(inside, _IGNORED)
-    scores.index_put_((rows, column.clamp(0, scores.shape[1] - 1)), lowered, accumulate=True)
+    scores.index_put_((rows, column), lowered, accumulate=True)
 
 
 @operation("laser_fast::catalog_cross_entropy")
@@ -85,24 +81,17 @@ def _catalog_cross_entropy(
     rows: Tensor | None = None,
     ignored: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, largest score and sum of exp(score - largest) of every user, each [B].
-
-    The two are not folded into one log-sum-exp: at 20, a usual size, its rounding alone would cost exp() 16 eps.
-    """
+    """Loss, largest score and sum of exp(score - largest) of every user, each [B]."""
+    # the two are not folded into one log-sum-exp: at 20, a usual size, its rounding alone would cost exp() 16 eps
     validate_indices("catalog_cross_entropy", "target", target, items.shape[0])
-    wide = wide_dtype(users, items)
-    scaled = scaled_users(users, wide, temperature, normalize)
+    scaled = scaled_users(users, wide_dtype(users, items), temperature, normalize)
     peak = scaled.new_full((users.shape[0], 1), -torch.inf)
     total, target_score = torch.zeros_like(peak), torch.zeros_like(peak)
     with autocast_off(users.device):
-        for start, stop in item_chunks(users, items):
-            chunk = items[start:stop]
-            scores = scaled @ chunk.to(wide).T
-            if normalize:
-                scores *= inverse_norms(chunk, wide).T
+        for start, scores in chunk_scores(scaled, items, normalize):
             if rows is not None and ignored is not None:
                 _leave_out(scores, rows, ignored, start)
-            column, inside = _locate(target, start, stop)
+            column, inside = locate(target.unsqueeze(1), start, scores.shape[1])
             target_score += scores.gather(1, column).masked_fill(~inside, 0.0)
             before, peak = peak, torch.maximum(peak, scores.amax(dim=1, keepdim=True))
             total *= (before - peak).exp()
@@ -137,7 +126,6 @@ def _catalog_cross_entropy_backward(
     rows: Tensor | None = None,
     ignored: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of users and items for `grad` [B]; what is not needed is empty."""
     wide = peak.dtype
     scaled = scaled_users(users, wide, temperature, normalize)
     peak, total = peak.unsqueeze(1), total.unsqueeze(1)
@@ -156,7 +144,7 @@ def _catalog_cross_entropy_backward(
             if rows is not None and ignored is not None:
                 _leave_out(scores, rows, ignored, start)
             grad_scores = scores.sub_(peak).exp_()
-            column, inside = _locate(target, start, stop)
+            column, inside = locate(target.unsqueeze(1), start, stop - start)
             grad_scores.scatter_(1, column, grad_scores.gather(1, column) - total.masked_fill(~inside, 0.0))
             if normalize:
                 grad_scores *= inverse.T
@@ -191,12 +179,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> Any:
-    needs_users, needs_items = ctx.needs_input_grad[:2]
+    needs = ctx.needs_input_grad[:2]
     *saved, rows, ignored = ctx.saved_tensors
-    grad_users, grad_items = _catalog_cross_entropy_backward(
-        grad, *saved, ctx.temperature, ctx.normalize, needs_users, needs_items, rows, ignored
-    )
-    return grad_users if needs_users else None, grad_items if needs_items else None, *(None,) * 5
+    grads = _catalog_cross_entropy_backward(grad, *saved, ctx.temperature, ctx.normalize, *needs, rows, ignored)
+    return *wanted(grads, needs), *(None,) * 5
 
 
 _catalog_cross_entropy.register_autograd(_backward, setup_context=_setup_context)
@@ -205,7 +191,7 @@ _catalog_cross_entropy.register_autograd(_backward, setup_context=_setup_context
 def _checked_ignored(
     ignored: tuple[Tensor, Tensor], users: Tensor, items: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The pairs to be left out, those of a user and its target moved to a place where they do nothing."""
+    """The pairs to be left out; that of a user and its target is moved to where it does nothing."""
     name = "catalog_cross_entropy"
     rows, left_out = ignored
     check_dtype(name, torch.int64, ignored_rows=rows, ignored_items=left_out)
@@ -230,11 +216,9 @@ def catalog_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of each user's target among all items (formula at the head of this file).
 
-    Scores, log-sum-exp and gradients are accumulated in float32 whatever autocast says (float64 stays float64) and
-    gradients rounded once, to their input's dtype; deterministic. Backward keeps the inputs and two numbers per user.
-    The items' gradient is computed only if they require one.
-
-    A learned temperature: divide the unit-length users by it outside and pass `temperature=1.0, normalize=False`.
+    Accumulated in float32 whatever autocast says (float64 stays float64); gradients are rounded once. Deterministic.
+    Backward keeps the inputs and two numbers per user. For a learned temperature, divide the unit-length users by it
+    outside and pass `temperature=1.0, normalize=False`.
 
     Args:
         users: [B, d], floating point, any strides.
@@ -248,11 +232,6 @@ def catalog_cross_entropy(
 
     Returns:
         Scalar, or [B] for "none"; float32, or float64 where an input is float64.
-
-    Raises:
-        TypeError: A dtype does not fit, or `temperature` is no number.
-        ValueError: A shape, device, `temperature`, `reduction` or value of `target` or `ignored` does not fit; on a
-            GPU values that the host does not know are checked there (`checks`).
     """
     name = "catalog_cross_entropy"
     check_catalog(name, users, items, temperature)

@@ -1,10 +1,10 @@
-"""The k best items of the catalogue for every user, without holding the scores of the whole catalogue.
+"""The k best items of the catalogue for every user; the scores of all items are never held at once.
 
     score_bi = cos(u_b, v_i) / temperature   (or u_b . v_i / temperature);   among equals the lower item index wins
 
-Walks over chunks of items and merges their best. An exact order needs unique keys, because `torch.topk` promises none
-among equals: a float32 score, as an integer that orders alike, sits in the upper half of an int64, the reversed item
-index in the lower half. Memory-bound for few users (reads the items once); memory O(B k + chunk). Source: our own.
+Walks over chunks of items and merges their best. `torch.topk` promises no order among equals, so it sorts unique keys:
+the float32 score, as an integer that orders alike, in the upper half of an int64, the reversed item index in the lower.
+Memory-bound for few users, as it reads the items once; memory O(B k + chunk). Source: our own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from laser_fast.ops.catalog import check_catalog, inverse_norms, item_chunks, scaled_users, unit_rows
+from laser_fast.ops.catalog import check_catalog, chunk_scores, locate, scaled_users, unit_rows
 from laser_fast.ops.checks import check_count, check_dimensions, check_dtype, check_one_device
 from laser_fast.ops.operation import operation
 from laser_fast.ops.precision import autocast_off, wide_dtype
@@ -36,7 +36,7 @@ class ItemLists(NamedTuple):
 
 
 def _ordered_bits(bits: Tensor) -> Tensor:
-    """Map float32 bits, read as int32, to integers that order as the floats do, and back: it is its own inverse."""
+    """Integers that order as floats do, from the bits of the floats, int32; its own inverse."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
@@ -47,21 +47,11 @@ def _keys(scores: Tensor, start: int) -> Tensor:
     return keys.bitwise_left_shift_(32).bitwise_or_(reversed_index)
 
 
-def _decode(keys: Tensor) -> tuple[Tensor, Tensor]:
-    scores = _ordered_bits((keys >> 32).to(torch.int32)).view(torch.float32)
-    items = _LOW_HALF - (keys & _LOW_HALF)
-    return scores, items.masked_fill_(scores == -torch.inf, -1)
-
-
 def _exclude(scores: Tensor, start: int, row: Tensor, item: Tensor) -> None:
     """Set `scores[row, item - start]` to -inf for the pairs that lie in the chunk, in place."""
-    num_columns = scores.shape[1]
-    column = item - start
-    inside = (column >= 0) & (column < num_columns)
-    # selecting the pairs inside would read their number back; instead the others take the minimum with +inf
-    place = row * num_columns + column.clamp(0, num_columns - 1)
-    bound = torch.where(inside, -torch.inf, torch.inf).to(scores.dtype)
-    scores.view(-1).scatter_reduce_(0, place, bound, "amin")
+    column, inside = locate(item, start, scores.shape[1])
+    bound = torch.where(inside, -torch.inf, torch.inf).to(scores.dtype)  # the others take the minimum with +inf
+    scores.view(-1).scatter_reduce_(0, row * scores.shape[1] + column, bound, "amin")
 
 
 @operation("laser_fast::catalog_topk")
@@ -75,27 +65,26 @@ def _catalog_topk(
     temperature: float,
     normalize: bool,
 ) -> tuple[Tensor, Tensor]:
-    wide, row = wide_dtype(users, items), None
+    row = None
     if exclude_items is not None and exclude_cu_seqlens is not None:
         validate_cu_seqlens("catalog_topk: exclude", exclude_cu_seqlens, exclude_items.shape[0])
         row = segment_ids(exclude_cu_seqlens, exclude_items.shape[0])
-    scaled = scaled_users(users, wide, temperature, normalize)
+    scaled = scaled_users(users, wide_dtype(users, items), temperature, normalize)
     best = _keys(scaled.new_full((users.shape[0], 1), -torch.inf, dtype=torch.float32), 0).repeat(1, k)
     with autocast_off(users.device):
-        for start, stop in item_chunks(users, items):
-            chunk = items[start:stop]
-            scores = scaled @ chunk.to(wide).T
-            if normalize:
-                scores *= inverse_norms(chunk, wide).T
+        for start, scores in chunk_scores(scaled, items, normalize):
             # adding 0 turns -0 into +0, so that they tie; NaN never wins a place
             scores = scores.float().nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).add_(0.0)
+            num_columns = scores.shape[1]
             if allow is not None:
-                scores.masked_fill_(~allow[start:stop], -torch.inf)
+                scores.masked_fill_(~allow[start : start + num_columns], -torch.inf)
             if exclude_items is not None and row is not None:
                 _exclude(scores, start, row, exclude_items)
-            chunk_best = _keys(scores, start).topk(min(k, stop - start), dim=1).values
+            chunk_best = _keys(scores, start).topk(min(k, num_columns), dim=1).values
             best = torch.cat([best, chunk_best], dim=1).topk(k, dim=1).values
-    return _decode(best)
+    best_scores = _ordered_bits((best >> 32).to(torch.int32)).view(torch.float32)
+    best_items = _LOW_HALF - (best & _LOW_HALF)
+    return best_scores, best_items.masked_fill_(best_scores == -torch.inf, -1)
 
 
 @_catalog_topk.register_fake
@@ -147,8 +136,8 @@ def catalog_topk(
 ) -> tuple[Tensor, Tensor]:
     """The k items with the highest scores for every user (formula at the head of this file); no gradient.
 
-    Scores are accumulated in float32 whatever autocast says (float64 stays float64) and ranked by their float32
-    value. A NaN or -inf score counts as no item. A list shorter than k is padded with score -inf and item -1.
+    Scores are accumulated in float32 whatever autocast says (float64 stays float64) and ranked by their float32 value;
+    a NaN or -inf score counts as no item. A list shorter than k is padded with score -inf and item -1.
 
     Args:
         users: [B, d], floating point, any strides.
@@ -162,11 +151,6 @@ def catalog_topk(
 
     Returns:
         Scores float32 [B, k], descending, and item indices int64 [B, k].
-
-    Raises:
-        TypeError: A dtype does not fit, or `temperature` is no number.
-        ValueError: A shape, device, `k`, `temperature` or the offsets of `exclude` do not fit; offsets on a GPU that
-            the host does not know are checked there (`checks`).
     """
     name = "catalog_topk"
     check_catalog(name, users, items, temperature)

@@ -2,8 +2,8 @@
 
 Shape, dtype and device are checked at every call, also under compile. What a tensor holds is checked where the numbers
 are: the host reads those it has (on the CPU, or `host_copies`) at every call, in microseconds
-(`pytest bench/bench_operation.py -k offsets`). Elsewhere the device checks them and nobody waits: what does not hold
-ends its work with the message, at the latest where the host waits next. So do compiled graphs, on any device.
+(`pytest bench/bench_operation.py -k offsets`). All others, and those of a compiled graph, are checked on the device
+without waiting: a rule that does not hold ends its work with the message, at the latest where the host waits next.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def check_positive(function: str, **numbers: float) -> None:
 
 
 def host_numbers(tensor: Tensor) -> np.ndarray | None:
-    """What the tensor holds, where the host can read it without waiting; None while a compiler traces."""
+    """What the tensor holds, where the host can read it without waiting and no compiler traces; else None."""
     if torch.compiler.is_compiling():
         return None
     host = known_on_host(tensor)
@@ -87,8 +87,8 @@ def host_numbers(tensor: Tensor) -> np.ndarray | None:
 def hold_on_device(tensor: Tensor, rule: Hashable, condition: Callable[[], Tensor], message: str) -> None:
     """Let the device check that `condition()`, bool [], holds of the tensor: once, until the tensor is written to.
 
-    `rule` tells this check from others of the same tensor. `message` is that of the RuntimeError; a GPU prints it, and
-    the error says "device-side assert".
+    `rule` tells this check from others of the same tensor. `message` is that of the RuntimeError on the CPU; a GPU
+    prints it, and its error says "device-side assert".
     """
     if tensor.is_meta:
         return
@@ -112,7 +112,7 @@ def _state(tensor: Tensor, rule: Hashable) -> tuple[int, int, Hashable] | None:
 
 
 def validate_indices(function: str, name: str, indices: Tensor, size: int) -> None:
-    """Every index lies in 0 to `size` - 1, else a ValueError where the host has the numbers; without waiting."""
+    """Check that every index lies in 0 to `size` - 1."""
     numbers = host_numbers(indices)
     if numbers is None:
         message = f"{function}: {name} must lie within its bounds"

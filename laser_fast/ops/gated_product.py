@@ -1,8 +1,7 @@
 """The product in a gated MLP, `act(gate) * up`, forward and backward, for autograd functions (formulas: the kernel).
 
-They are plain functions, not custom ops: a step calls them once a layer and direction, and a compiled frozen layer runs
-the forward of its own class. Backward writes where it is told to, so that a caller who owns gate and up needs no memory
-for it.
+Both are plain functions without a custom op's cost: a step calls them in every layer, and a compiled frozen layer runs
+the forward of its own class. Backward writes where it is told to; a caller who owns gate and up needs no memory.
 """
 
 from __future__ import annotations
@@ -15,28 +14,25 @@ from laser_fast.ops.backends import triton_serves
 from laser_fast.ops.checks import check_one_device
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+_APPROXIMATE = {"gelu_tanh": "tanh", "gelu": "none"}  # as torch names the two
 _aten = torch.ops.aten
 
 
 def gated_product_reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """`act(gate) * up` in plain differentiable PyTorch, on any device; arguments are trusted."""
+    """`act(gate) * up` in plain differentiable PyTorch; arguments are trusted."""
     return _activated(gate, activation) * up
 
 
 def gated_product_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """`act(gate) * up`: [..., F], without gradient.
+    """`act(gate) * up`: [..., F] in the dtype of gate, without gradient.
 
-    On a GPU one pass in float32 that rounds once; elsewhere as PyTorch has it.
+    On a GPU one pass in float32 that rounds once and gives a dense result; elsewhere as PyTorch has it.
 
     Args:
         gate, up: [..., F], floating point, one dtype; dense rows (a half of [..., 2 F] has them) are not copied.
         activation: "silu", "gelu_tanh" or "gelu".
 
-    Returns:
-        [..., F] in the dtype of gate; dense on a GPU.
-
     Raises:
-        TypeError, ValueError: A dtype, shape, device or `activation` does not fit.
         RuntimeError: gate or up needs a gradient, which no graph would see.
     """
     name = "gated_product_forward"
@@ -58,13 +54,10 @@ def gated_product_backward(
     """Gradients of gate and up, written into `grad_gate` and `grad_up`; nothing is allocated on a GPU.
 
     Args:
-        grad: [..., F], floating point, of the product.
+        grad: [..., F], of the product.
         gate, up, activation: as in `gated_product_forward`.
         grad_gate, grad_up: [..., F] in the dtype of gate, with dense rows, overwritten: new tensors, halves of one, or
             gate and up, in this order.
-
-    Raises:
-        TypeError, ValueError: A dtype, shape, stride, device or `activation` does not fit.
     """
     name = "gated_product_backward"
     _check(name, activation, gate, up, grad, grad_gate, grad_up)
@@ -87,21 +80,21 @@ def gated_product_backward(
 def _backward_in_torch(
     grad: Tensor, gate: Tensor, up: Tensor, activation: str, grad_gate: Tensor, grad_up: Tensor
 ) -> None:
-    """Three passes; of new memory only what must not be written over gate yet, and a gelu."""
+    """Three passes that allocate only what must not be written over gate yet, and a gelu."""
     scaled = torch.empty_like(gate) if grad_gate.data_ptr() == gate.data_ptr() else grad_gate
     torch.mul(grad, up, out=scaled)  # the last that needs up
     if activation == "silu":
         _aten.silu.out(gate, out=grad_up).mul_(grad)
         _aten.silu_backward.grad_input(scaled, gate, grad_input=grad_gate)
     else:
-        approximate = _approximate(activation)
+        approximate = _APPROXIMATE[activation]
         # not gelu.out: oneDNN, which serves it, leaves an output that is not contiguous unwritten (torch 2.13)
         torch.mul(F.gelu(gate, approximate=approximate), grad, out=grad_up)
         _aten.gelu_backward.grad_input(scaled, gate, approximate=approximate, grad_input=grad_gate)
 
 
 def _refuse_shared(name: str, output: Tensor, read: dict[str, Tensor]) -> None:
-    """What is read behind the first write must begin elsewhere than what is written."""
+    """What is read after the first write must begin elsewhere."""
     begin = output.data_ptr()  # 0 where there is no memory
     for other_name, other in read.items():
         if begin and begin == other.data_ptr():
@@ -111,11 +104,7 @@ def _refuse_shared(name: str, output: Tensor, read: dict[str, Tensor]) -> None:
 
 
 def _activated(gate: Tensor, activation: str) -> Tensor:
-    return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate=_approximate(activation))
-
-
-def _approximate(activation: str) -> str:
-    return "tanh" if activation == "gelu_tanh" else "none"
+    return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate=_APPROXIMATE[activation])
 
 
 def _check(name: str, activation: str, gate: Tensor, up: Tensor, *others: Tensor) -> None:

@@ -1,13 +1,13 @@
 """A custom op that eager code calls as a plain autograd function, past the dispatcher.
 
-`torch.library.custom_op` gives an operation what compilation and export need: a schema, a fake and an autograd
-formula. A call through it costs several times as much Python as the same formula in a `torch.autograd.Function`
-(`pytest bench/bench_operation.py`), and on a GPU, where a kernel takes microseconds, that Python is what is waited for.
+`torch.library.custom_op` gives an operation the schema, fake and gradient that compilation and export need. A call
+through it costs several times as much Python as a `torch.autograd.Function` (`pytest bench/bench_operation.py`), for
+which a GPU, whose kernel takes microseconds, would wait.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,11 +21,9 @@ _PLAIN = (Tensor, torch.nn.Parameter)  # anything else, a fake tensor among them
 
 
 class Operation:
-    """A function of tensors that has a fake and a gradient; made by `operation`.
+    """A function of tensors that has a fake and a gradient; made by `operation`, registered as a custom op is.
 
-    Registration is that of `torch.library.custom_op`, by the methods of the same names; both ways of a call run the
-    same functions. Where the gradient is an operation without a gradient of its own, differentiating it raises, either
-    way.
+    Both ways of a call run the same functions, and both refuse to differentiate what has no gradient.
 
     Attributes:
         body: what runs, on any device; it asks `backends` for a kernel itself.
@@ -38,7 +36,7 @@ class Operation:
         self._function: type[torch.autograd.Function] | None = None
 
     def register_fake(self, fake: Function) -> Function:
-        """Decorator of what gives shape, dtype and strides of the results."""
+        """Decorator of what gives empty results of the right shape, dtype and strides."""
         return self.registered.register_fake(fake)
 
     def register_autograd(self, backward: Function, *, setup_context: Function) -> None:
@@ -62,8 +60,8 @@ class Operation:
             raise NotImplementedError(f"{name}: tensors must have no forward-mode tangent, got one; use backward")
 
     def __call__(self, *arguments: Any) -> Any:
-        # compilers and dispatch modes have to see the call; where there are neither, only tensors without memory of
-        # their own do (on the meta device, or under `torch.vmap` and its like)
+        # the dispatcher has to see calls under a compiler or a dispatch mode, and tensors without memory of their own
+        # (on the meta device, under `torch.vmap` and its like)
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             return self.registered(*arguments)
         if forward_ad._current_level >= 0:
@@ -76,13 +74,15 @@ class Operation:
                 wants_grad = wants_grad or argument.requires_grad
         if not (wants_grad and torch.is_grad_enabled()):
             return self.body(*arguments)
-        # without a gradient of its own the registered form runs, which says so in backward
+        # the registered form says in backward that there is no gradient
         return self._function.apply(*arguments) if self._function else self.registered(*arguments)
 
 
-def operation(name: str) -> Callable[[Function], Operation]:
-    """Decorator that makes a function an `Operation`, as `torch.library.custom_op` makes it a custom op of that name.
+def wanted(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """None in place of the gradients that are not needed."""
+    return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
 
-    The function mutates none of its arguments, and is annotated, so that torch can read a schema off it.
-    """
+
+def operation(name: str) -> Callable[[Function], Operation]:
+    """Decorator that makes an annotated function, which mutates none of its arguments, an `Operation` of that name."""
     return lambda body: Operation(name, body)

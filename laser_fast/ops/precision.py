@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:
-    """Dtype to accumulate in: float32 for half precision and float32, float64 where any tensor is float64."""
+    """Dtype to accumulate in: float32, or float64 where any tensor is float64."""
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -24,7 +24,7 @@ def autocast_off(device: torch.device) -> AbstractContextManager[object]:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast rounds the operands of products to now; None outside. What is kept of a call depends on it."""
+    """What autocast rounds the operands of products to now; None outside."""
     kind = device.type
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if on else None

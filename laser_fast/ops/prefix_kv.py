@@ -1,9 +1,7 @@
 """Prefix injection: P keys and values in front of every packed sequence, `out[b] = [prefix[slot of b]; text[b]]`.
 
-Memory-bound: reads text and prefix once and writes T + B P rows of Hkv d numbers, for keys and for values. The copy is
-exact in every dtype. Source: deep prompt tuning (Li and Liang, arXiv:2101.00190); packed layout: our own.
-
 Shapes of one half (keys or values): text [T, Hkv, d], prefix [S, P, Hkv, d], injected [T + B P, Hkv, d].
+Source: deep prompt tuning (Li and Liang, arXiv:2101.00190); packed layout: our own.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from laser_fast.ops import backends
 from laser_fast.ops.checks import INT32_MAX, check_dimensions, check_dtype, check_one_device, validate_indices
-from laser_fast.ops.operation import operation
+from laser_fast.ops.operation import operation, wanted
 from laser_fast.ops.precision import wide_dtype
 from laser_fast.ops.segments import (
     check_cu_seqlens,
@@ -33,7 +31,7 @@ Halves = tuple[Tensor | None, Tensor | None]  # gradients of injected keys and v
 
 
 def _text_rows(cu_seqlens: Tensor, num_text_rows: int, prefix_length: int) -> Tensor:
-    """Output row of every text token, int64 [T]: behind its own prefix and those of the sequences before."""
+    """Output row of every text token, int64 [T]."""
     sequence = segment_ids(cu_seqlens, num_text_rows)
     return torch.arange(num_text_rows, device=cu_seqlens.device) + (sequence + 1) * prefix_length
 
@@ -66,7 +64,7 @@ def inject_prefix_kv_reference(
     *,
     prefix_index: Tensor | None = None,
 ) -> Injected:
-    """`inject_prefix_kv` in plain differentiable PyTorch, on any device; arguments are trusted."""
+    """`inject_prefix_kv` in plain differentiable PyTorch; arguments are trusted."""
     return (
         _inject_half(key, prefix_key, cu_seqlens, prefix_index),
         _inject_half(value, prefix_value, cu_seqlens, prefix_index),
@@ -113,7 +111,7 @@ def _gather_text(grad: Tensor, cu_seqlens: Tensor, _: Tensor | None, prefix_size
 
 
 def _gather_prefix(grad: Tensor, cu_seqlens: Tensor, prefix_index: Tensor | None, prefix_size: Sequence[int]) -> Tensor:
-    """A prefix of several sequences gets their sum: deterministic, at least in float32, rounded once."""
+    """A prefix of several sequences gets their sum, in float32 at least and rounded once."""
     (num_prefixes, prefix_length), num_sequences = prefix_size, cu_seqlens.shape[0] - 1
     rows = grad.index_select(0, _prefix_rows(cu_seqlens, prefix_length))
     prefix = rows.view(num_sequences, prefix_length, *grad.shape[1:])
@@ -137,12 +135,12 @@ def _inject_prefix_kv_backward(
     prefix_size: Sequence[int],
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of key, value, prefix_key and prefix_value; what nobody needs has no rows."""
+    """Gradients of key, value, prefix_key and prefix_value; what is not needed has no rows."""
     grads, layout = (grad_key, grad_value), (cu_seqlens, prefix_index, prefix_size)
     compiled = backends.compiled_operation("inject_prefix_kv_backward", cu_seqlens.device)
     if compiled is not None:
         gradients = _empty_gradients(*grads, *layout, needs)
-        compiled(*map(_plain, (*grads, cu_seqlens, prefix_index)), *prefix_size, *_wanted(gradients, needs))
+        compiled(*map(_plain, (*grads, cu_seqlens, prefix_index)), *prefix_size, *wanted(gradients, needs))
         return gradients
     key, value, prefix_key, prefix_value = _empty_gradients(*grads, *layout, [False] * 4)
     if grad_key is not None:
@@ -178,11 +176,6 @@ def _shapes(grads: Halves, cu_seqlens: Tensor, prefix_size: Sequence[int]) -> tu
     return like, [rows - (cu_seqlens.shape[0] - 1) * prefix_size[1], *heads], [*prefix_size, *heads]
 
 
-def _wanted(gradients: Gradients, needs: Sequence[bool]) -> list[Tensor | None]:
-    """None in place of what nobody needs."""
-    return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
-
-
 def _save_layout(ctx: Any, inputs: tuple[Any, ...], output: Injected) -> None:
     _, _, prefix_key, _, cu_seqlens, prefix_index = inputs
     ctx.set_materialize_grads(False)
@@ -196,7 +189,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     if not any(needs):
         return (None,) * 6
     gradients = _inject_prefix_kv_backward(*grads[:2], *ctx.saved_tensors, ctx.prefix_size, needs)
-    return (*_wanted(gradients, needs), None, None)
+    return (*wanted(gradients, needs), None, None)
 
 
 def _save_gradient_layout(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
@@ -215,8 +208,8 @@ def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
         grad if need and grad is not None else like.new_zeros(ctx.shapes[index // 2])
         for index, (grad, need) in enumerate(zip(grads, ctx.needs, strict=True))
     ]
-    key, value, _ = _inject_prefix_kv(*whole, *ctx.saved_tensors)
-    return (key if ctx.needs_input_grad[0] else None, value if ctx.needs_input_grad[1] else None, *(None,) * 4)
+    injected = _inject_prefix_kv(*whole, *ctx.saved_tensors)[:2]
+    return (*wanted(injected, ctx.needs_input_grad[:2]), *(None,) * 4)
 
 
 _inject_prefix_kv.register_autograd(_backward, setup_context=_save_layout)
@@ -259,12 +252,12 @@ def inject_prefix_kv(
     *,
     prefix_index: Tensor | None = None,
 ) -> Injected:
-    """Put P keys and values in front of every packed sequence.
+    """Put P keys and values in front of every packed sequence: an exact copy in every dtype.
 
-    Deterministic, forward and backward; the gradient of a prefix that several sequences take is their sum, in float32
-    (float64 for float64) and rounded once. Backward keeps only `cu_seqlens` and `prefix_index`. Malformed values of
-    these two are refused before anything is written; on a GPU those that the host does not know are checked there
-    (`checks`), and no kernel accesses what they point to outside its tensors.
+    Deterministic; the gradient of a prefix that several sequences take is their sum, in float32 (float64 for float64)
+    and rounded once. Backward keeps only `cu_seqlens` and `prefix_index`. Malformed values of these two are refused
+    before anything is written; those that only a GPU knows are checked there (`checks`), and no kernel follows them
+    outside its tensors.
 
     Args:
         key: [T, Hkv, d], fp16/bf16/fp32/fp64, any strides.
@@ -277,10 +270,6 @@ def inject_prefix_kv(
 
     Returns:
         key and value [T + B P, Hkv, d], and their cu_seqlens int32 [B + 1].
-
-    Raises:
-        TypeError: A dtype does not fit.
-        ValueError: A shape or device does not fit, or the values of `cu_seqlens` or `prefix_index`.
     """
     name = "inject_prefix_kv"
     tensors = {"key": key, "value": value, "prefix_key": prefix_key, "prefix_value": prefix_value}

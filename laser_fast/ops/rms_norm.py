@@ -1,7 +1,7 @@
 """RMSNorm with a frozen weight, forward and backward, for autograd functions (formulas: the kernel).
 
-They are plain functions, not custom ops: a step calls them twice a layer and direction, and a compiled frozen layer
-runs the forward of its own class.
+Both are plain functions without a custom op's cost: a step calls them twice a layer, and a compiled frozen layer runs
+the forward of its own class.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class NormKind:
     Attributes:
         offset: 1.0 where the stored weight is the deviation from one (Gemma), else 0.0.
         late_weight: the normalised row is rounded to the model's dtype before the weight multiplies it (Llama).
-        eps: under the root.
+        eps: added under the root.
     """
 
     offset: float
@@ -34,7 +34,7 @@ class NormKind:
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, kind: NormKind) -> Tensor:
-    """The norm in plain differentiable PyTorch, on any device; arguments are trusted."""
+    """The norm in plain differentiable PyTorch; arguments are trusted."""
     return _scale(x, _reciprocal(x, kind), weight, kind)
 
 
@@ -54,7 +54,6 @@ def rms_norm_forward(
         y [..., D] in the dtype of x (late weight: of x and weight together), and the reciprocal [..., 1].
 
     Raises:
-        TypeError, ValueError: A dtype, shape or device does not fit.
         RuntimeError: x or weight needs a gradient, which no graph would see.
     """
     name = "rms_norm_forward"
@@ -77,16 +76,7 @@ def rms_norm_forward(
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, reciprocal: Tensor, weight: Tensor, kind: NormKind) -> Tensor:
-    """Gradient of x: [..., D] in its dtype. Nothing is rounded in between, whatever `kind` says.
-
-    Args:
-        grad: [..., D], floating point, of y.
-        x, weight, kind: as in `rms_norm_forward`.
-        reciprocal: [..., 1], as it returned it.
-
-    Raises:
-        TypeError, ValueError: A dtype, shape or device does not fit.
-    """
+    """Gradient of x, [..., D] in its dtype, from that of y, [..., D]; rounded once, whatever `kind` says."""
     name = "rms_norm_backward"
     _check(name, x, weight)
     check_floating(name, grad=grad)
@@ -122,7 +112,6 @@ def _kernel_serves(x: Tensor, weight: Tensor) -> bool:
 
 
 def _check_reciprocal(name: str, reciprocal: Tensor, x: Tensor) -> None:
-    """Read row by row by a kernel that is told nothing of its size."""
     check_dtype(name, wide_dtype(x), reciprocal=reciprocal)
     if reciprocal.shape != (*x.shape[:-1], 1):
         found = tuple(reciprocal.shape)

@@ -1,7 +1,7 @@
 """Rotary embedding of queries and keys: `x * cos + rotate_half(x) * sin` on the first R numbers of every head.
 
-Memory-bound: one launch reads and writes each of them once. The transpose, which backward needs, is the same operation
-with other signs, exact also where the halves of cos and sin differ.
+Backward is the transpose of this map, the same operation with other signs, exact also where the halves of cos and sin
+differ.
 Source: Su et al., arXiv:2104.09864, in the "rotate half" form of transformers.
 """
 
@@ -23,10 +23,7 @@ Rotated = tuple[Tensor, Tensor]
 def rotary_embedding_reference(
     query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, transposed: bool = False
 ) -> Rotated:
-    """`rotary_embedding` in plain differentiable PyTorch, on any device; arguments are trusted.
-
-    With `transposed`, the transpose of that linear map.
-    """
+    """`rotary_embedding`, or its transpose, in plain differentiable PyTorch; arguments are trusted."""
     return _rotate(query, cos, sin, transposed), _rotate(key, cos, sin, transposed)
 
 
@@ -68,7 +65,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     if like is None or not any(there):
         return None, None, None, None, None
     given = [
-        # what nobody needs has no heads
+        # what is not needed has no heads
         grad if needed and grad is not None else like.new_empty(shape[0], 0, shape[2])
         for grad, needed, shape in zip(grads, there, ctx.shapes, strict=True)
     ]
@@ -82,8 +79,7 @@ _rotary_embedding.register_autograd(_backward, setup_context=_save_tables)
 def rotary_embedding(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> Rotated:
     """Rotate queries and keys: `x * cos + rotate_half(x) * sin`, `rotate_half([x1; x2]) = [-x2; x1]`.
 
-    Computed at least in float32 and rounded once. Deterministic. Gradients reach `query` and `key` alone; backward
-    keeps `cos` and `sin`.
+    Computed at least in float32 and rounded once. Gradients reach `query` and `key` alone; backward keeps the tables.
 
     Args:
         query: [T, H, d], floating point, any strides; H may be 0.
@@ -93,10 +89,6 @@ def rotary_embedding(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> Ro
 
     Returns:
         query and key, rotated, contiguous.
-
-    Raises:
-        TypeError: A dtype does not fit.
-        ValueError: A shape or device does not fit.
     """
     name = "rotary_embedding"
     check_floating(name, query=query, cos=cos, sin=sin)

@@ -7,8 +7,8 @@
     L   = E * sum_e p_e f_e                  p_e mean probability, f_e share of items with e among their own k best
 
 Source: Laser (Zhang et al., arXiv:2409.01605) for the routing; Switch Transformer (Fedus et al., arXiv:2101.03961,
-eq. 4-6) for the loss. Pooling by the true length and counting only real items is our own choice: neither depends on
-the padding or the composition of a batch.
+eq. 4-6) for the loss. Pooling by the true length and counting only real items is our own choice, so that neither
+depends on the padding or the composition of a batch.
 """
 
 from __future__ import annotations
@@ -20,27 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from laser_fast.ops.backends import triton_serves
-from laser_fast.ops.checks import (
-    check_count,
-    check_dimensions,
-    check_floating,
-    check_one_device,
-    remember_indices,
-)
-from laser_fast.ops.operation import operation
+from laser_fast.ops.checks import check_count, check_dimensions, check_floating, check_one_device, remember_indices
+from laser_fast.ops.operation import operation, wanted
 from laser_fast.ops.precision import autocast_off, wide_dtype
-from laser_fast.ops.segments import (
-    check_cu_seqlens,
-    segment_ids,
-    segment_mean,
-    validate_cu_seqlens,
-)
+from laser_fast.ops.segments import check_cu_seqlens, segment_ids, segment_mean, validate_cu_seqlens
 
 WEIGHTINGS = ("softmax", "renormalize")
 
 
 class Routing(NamedTuple):
-    """Decision and statistics of one batch. float32, or float64 where an input is float64.
+    """Decision and statistics of one batch, in float32, or float64 where an input is float64.
 
     Attributes:
         expert: int32 [B, k], chosen experts, best first. No gradient.
@@ -59,11 +48,8 @@ class Routing(NamedTuple):
 
 
 def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Indices [R, k] of the k largest entries per row of [R, E], best first, and the bool mask [R, E] of them.
-
-    k rounds of `max`, which promises the first index among equals (`topk` promises no order) and beats a stable sort
-    for the few experts there are.
-    """
+    """Indices [R, k] of the k largest entries per row of [R, E], best first, and the bool mask [R, E] of them."""
+    # `max` promises the first index among equals, `topk` no order, and a stable sort is slower for so few experts
     remaining = values.clone()
     chosen = []
     for _ in range(k):
@@ -73,16 +59,20 @@ def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return torch.cat(chosen, dim=1), remaining == -torch.inf
 
 
-def _probabilities(states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    wide = wide_dtype(states, weight, bias)
-    with autocast_off(states.device):
-        logits = F.linear(states.to(wide), weight.to(wide), bias.to(wide))
-        return logits.softmax(dim=1)
-
-
 def _route(
-    probabilities: Tensor, cu_seqlens: Tensor, top_k: int, weighting: str, expert: Tensor | None = None
-) -> Routing:
+    states: Tensor,
+    router: Tensor,
+    bias: Tensor,
+    cu_seqlens: Tensor,
+    top_k: int,
+    *,
+    weighting: str,
+    expert: Tensor | None = None,
+) -> tuple[Routing, Tensor]:
+    """The routing, and the probabilities [N, E] of the items."""
+    wide = wide_dtype(states, router, bias)
+    with autocast_off(states.device):
+        probabilities = F.linear(states.to(wide), router.to(wide), bias.to(wide)).softmax(dim=1)
     num_items, num_experts = probabilities.shape
     empty = (cu_seqlens.diff() == 0).unsqueeze(1)
     pooled = segment_mean(probabilities, cu_seqlens).masked_fill(empty, 1.0 / num_experts)
@@ -93,7 +83,7 @@ def _route(
     votes = _largest(probabilities.detach(), top_k)[1].sum(dim=0)
     load = votes.to(probabilities.dtype) / max(num_items, 1)
     balance_loss = num_experts / max(num_items, 1) * torch.dot(probabilities.sum(dim=0), load)
-    return Routing(expert, weight, pooled, balance_loss, load)
+    return Routing(expert, weight, pooled, balance_loss, load), probabilities
 
 
 def route_experts_reference(
@@ -106,30 +96,24 @@ def route_experts_reference(
     weighting: str = "softmax",
     expert: Tensor | None = None,
 ) -> Routing:
-    """`route_experts` in plain differentiable PyTorch, on any device; arguments are trusted.
+    """`route_experts` in plain differentiable PyTorch; arguments are trusted.
 
-    A decision `expert` int32 [B, k] that was taken elsewhere is kept, so that two precisions compare.
+    A decision `expert`, int32 [B, k], that was taken elsewhere is kept, so that two precisions compare.
     """
-    return _route(_probabilities(states, weight, bias), cu_seqlens, top_k, weighting, expert)
+    return _route(states, weight, bias, cu_seqlens, top_k, weighting=weighting, expert=expert)[0]
 
 
 @operation("laser_fast::route_experts")
 def _route_experts(
-    states: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    cu_seqlens: Tensor,
-    top_k: int,
-    weighting: str,
+    states: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor, top_k: int, weighting: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Differentiable results first; the last, probabilities [N, E], is kept for backward: 4 E bytes an item."""
+    """Differentiable results first; the last, the probabilities [N, E], is kept for backward."""
     validate_cu_seqlens("route_experts", cu_seqlens, states.shape[0])
     if triton_serves("route_experts", states, weight, bias, num_experts=weight.shape[0]):
         from laser_fast.kernels.routing import route_forward  # triton is needed only on a GPU
 
         return route_forward(states, weight, bias, cu_seqlens, top_k, weighting)
-    probabilities = _probabilities(states, weight, bias)
-    routing = _route(probabilities, cu_seqlens, top_k, weighting)
+    routing, probabilities = _route(states, weight, bias, cu_seqlens, top_k, weighting=weighting)
     return routing.weight, routing.pooled, routing.balance_loss, routing.expert, routing.load, probabilities
 
 
@@ -160,7 +144,7 @@ def _route_experts_backward(
     needs_states: bool,
     needs_router: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of states, router and bias, in the accumulation dtype but for states; what is not needed is empty."""
+    """In the accumulation dtype but for states; what is not needed is empty."""
     # probabilities are float64 where any input of the forward pass was
     if triton_serves("route_experts", states, router, probabilities, num_experts=router.shape[0]):
         from laser_fast.kernels.routing import RoutingResult
@@ -202,39 +186,30 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     weight, pooled, _, expert, load, probabilities = output
     ctx.mark_non_differentiable(expert, load, probabilities)
     ctx.save_for_backward(states, router, cu_seqlens, expert, weight, pooled, load, probabilities)
-    ctx.weighting, ctx.router_dtype, ctx.bias_dtype = weighting, router.dtype, bias.dtype
+    ctx.weighting, ctx.dtypes = weighting, (states.dtype, router.dtype, bias.dtype)
 
 
 def _backward(ctx: Any, grad_weight: Tensor, grad_pooled: Tensor, grad_balance: Tensor, *_: Tensor) -> Any:
-    needs_states, needs_router, needs_bias = ctx.needs_input_grad[:3]
-    grads, flags = (grad_weight, grad_pooled, grad_balance), (needs_states, needs_router)
-    grad_states, grad_router, grad_bias = _route_experts_backward(*grads, *ctx.saved_tensors, ctx.weighting, *flags)
-    return (
-        grad_states if needs_states else None,
-        grad_router.to(ctx.router_dtype) if needs_router else None,
-        grad_bias.to(ctx.bias_dtype) if needs_bias else None,
-        *(None,) * 3,
+    needs = ctx.needs_input_grad[:3]
+    grads = _route_experts_backward(
+        grad_weight, grad_pooled, grad_balance, *ctx.saved_tensors, ctx.weighting, *needs[:2]
     )
+    grads = [gradient.to(dtype) for gradient, dtype in zip(grads, ctx.dtypes, strict=True)]
+    return *wanted(grads, needs), *(None,) * 3
 
 
 _route_experts.register_autograd(_backward, setup_context=_setup_context)
 
 
 def route_experts(
-    states: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    cu_seqlens: Tensor,
-    top_k: int,
-    *,
-    weighting: str = "softmax",
+    states: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor, top_k: int, *, weighting: str = "softmax"
 ) -> Routing:
     """Choose and weigh `top_k` experts per user from the packed item states (formula at the head of this file).
 
-    Logits, softmax, means and sums are float32 whatever autocast says (float64 stays float64). Every user is pooled
-    in item order, independently of the others; results are bit-equal from run to run, the sums over the batch (`load`,
-    `balance_loss`, gradients) on devices with equally many multiprocessors. Backward keeps the states and the item
-    probabilities, 4 E bytes an item. Gradients reach `weight`, `pooled` and `balance_loss`; the choice has none.
+    All arithmetic is float32 whatever autocast says (float64 stays float64). Users are pooled in item order,
+    independently of each other. Results are bit-equal from run to run; sums over the batch (`load`, `balance_loss`,
+    gradients) only on devices with equally many multiprocessors. Backward keeps the states and the item probabilities,
+    4 E bytes an item. Gradients pass through `weight`, `pooled` and `balance_loss`.
 
     Args:
         states: [N, D], floating point, any strides: items of all users, packed.
@@ -243,14 +218,6 @@ def route_experts(
         cu_seqlens: int32 [B + 1], on the device of `states`; empty histories are allowed.
         top_k: experts per user, 1 to E.
         weighting: "softmax" over the chosen pooled probabilities, or "renormalize".
-
-    Returns:
-        A `Routing`.
-
-    Raises:
-        TypeError: A dtype does not fit.
-        ValueError: A shape, device, `top_k`, `weighting` or the content of `cu_seqlens` does not fit; on a GPU
-            offsets that the host does not know are checked there (`checks`).
     """
     name = "route_experts"
     check_floating(name, states=states, weight=weight, bias=bias)

@@ -1,14 +1,10 @@
-"""Sums and means over the sequences of a packed batch, `x[cu_seqlens[b]:cu_seqlens[b + 1]]` for every b.
+"""Offsets, sums and means of the sequences of a packed batch: sequence b is `x[cu_seqlens[b]:cu_seqlens[b + 1]]`.
 
-All functions run without host synchronisation (but those that say so), are deterministic on every
-device, treat a sequence independently of the others in the batch, and give 0 for an empty sequence.
-
-None reads or writes outside its tensors: offsets are checked first, form and content (`checks`).
+All functions are deterministic, treat a sequence independently of the others, and do not wait for the device unless
+they say so. Offsets are checked first, form and content (`checks`), so nothing is read or written outside a tensor.
 """
 
 from __future__ import annotations
-
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -19,12 +15,7 @@ from laser_fast.ops.host_copies import known_on_host, on_host, remember_on_host
 
 
 def check_cu_seqlens(function: str, cu_seqlens: Tensor, device: torch.device) -> None:
-    """Check form, not content: int32, one dimension, at least one entry, on `device`.
-
-    Raises:
-        TypeError: Another dtype.
-        ValueError: Another shape or device.
-    """
+    """Check form, not content: int32, one dimension, at least one entry, on `device`."""
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"{function}: cu_seqlens must be torch.int32, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
@@ -34,12 +25,7 @@ def check_cu_seqlens(function: str, cu_seqlens: Tensor, device: torch.device) ->
 
 
 def validate_cu_seqlens(function: str, cu_seqlens: Tensor, num_rows: int) -> None:
-    """Check form and content: starts at 0, never decreases, ends at `num_rows`; without waiting (`checks`).
-
-    Raises:
-        TypeError: Not int32.
-        ValueError: Another shape, or one of the rules is broken where the host has the numbers.
-    """
+    """Check form and content: offsets start at 0, never decrease and end at `num_rows`."""
     check_cu_seqlens(function, cu_seqlens, cu_seqlens.device)
     numbers = host_numbers(cu_seqlens)
     if numbers is not None:
@@ -68,17 +54,10 @@ def _refuse_order(function: str, cu_seqlens: np.ndarray) -> None:
 
 
 def cu_seqlens_from_lengths(lengths: Tensor) -> Tensor:
-    """`cu_seqlens[b] = sum of lengths[:b]`.
+    """`cu_seqlens[b] = sum of lengths[:b]`, int32 [B + 1] on the device of `lengths`.
 
     Args:
         lengths: [B], integers, none negative, at most 2^31 - 1 in all.
-
-    Returns:
-        int32 [B + 1] on the device of `lengths`.
-
-    Raises:
-        TypeError: Not integers.
-        ValueError: Not one dimension, or (where the host has the numbers) one is negative or the sum is too large.
     """
     if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
         raise TypeError(f"cu_seqlens_from_lengths: lengths must be integers, got {lengths.dtype}")
@@ -96,11 +75,7 @@ def cu_seqlens_from_lengths(lengths: Tensor) -> Tensor:
 
 
 def even_cu_seqlens(num_sequences: int, length: int, device: torch.device) -> Tensor:
-    """Offsets of sequences of one length, which the host knows: int32 [B + 1].
-
-    Raises:
-        ValueError: `length` is negative, or the offsets do not fit in int32.
-    """
+    """Offsets of sequences of one length, which the host knows: int32 [B + 1]."""
     _refuse_rows("even_cu_seqlens", "length", length, num_sequences * length)
     host = torch.arange(num_sequences + 1, dtype=torch.int32) * length
     if device.type == "cpu":
@@ -109,11 +84,7 @@ def even_cu_seqlens(num_sequences: int, length: int, device: torch.device) -> Te
 
 
 def lengthened_cu_seqlens(cu_seqlens: Tensor, rows: int) -> Tensor:
-    """Offsets where every sequence has so many rows more; the host knows them if it knew the others: int32 [B + 1].
-
-    Raises:
-        ValueError: `rows` is negative, or the offsets do not fit in int32 (on a GPU found where the host knows them).
-    """
+    """Offsets where every sequence has so many rows more; the host knows them if it knew the others: int32 [B + 1]."""
     numbers = host_numbers(cu_seqlens)
     last = 0 if numbers is None else int(numbers[-1])
     _refuse_rows("lengthened_cu_seqlens", "rows", rows, last + (cu_seqlens.shape[0] - 1) * rows)
@@ -130,41 +101,25 @@ def _refuse_rows(function: str, name: str, rows: int, total: int) -> None:
 
 
 def lengths_on_host(cu_seqlens: Tensor) -> list[int]:
-    """Rows of every sequence; waits for the device where the host does not know them. On the meta device all are 0.
-
-    Raises:
-        TypeError: Not int32.
-        ValueError: Another shape, or the offsets do not start at 0 or decrease.
-    """
+    """Rows of every sequence; waits for the device where the host does not know them. On the meta device all are 0."""
     check_cu_seqlens("lengths_on_host", cu_seqlens, cu_seqlens.device)
     if cu_seqlens.is_meta:
         return [0] * (cu_seqlens.shape[0] - 1)
-    bounds: list[int] = on_host(cu_seqlens).tolist()
-    found = [last - first for first, last in pairwise(bounds)]
-    if bounds[0] != 0 or min(found, default=0) < 0:
-        _refuse_order("lengths_on_host", np.array(bounds))
-    return found
+    bounds = np.array(on_host(cu_seqlens).tolist())
+    _refuse_order("lengths_on_host", bounds)
+    lengths: list[int] = np.diff(bounds).tolist()
+    return lengths
 
 
 def segment_ids(cu_seqlens: Tensor, num_rows: int) -> Tensor:
-    """Sequence of every packed row, int64 [num_rows].
-
-    A search per row: its size comes from `num_rows`, so nothing has to be read back from the device.
-
-    Raises:
-        TypeError, ValueError: As `validate_cu_seqlens`.
-    """
+    """Sequence of every packed row, int64 [num_rows]: a search per row, so nothing is read back from the device."""
     validate_cu_seqlens("segment_ids", cu_seqlens, num_rows)
     rows = torch.arange(num_rows, device=cu_seqlens.device, dtype=torch.int32)
     return torch.bucketize(rows, cu_seqlens[1:], right=True)
 
 
 def segment_positions(cu_seqlens: Tensor, num_rows: int) -> Tensor:
-    """Place of every packed row in its own sequence, from 0: int64 [num_rows].
-
-    Raises:
-        TypeError, ValueError: As `validate_cu_seqlens`.
-    """
+    """Place of every packed row in its own sequence, from 0: int64 [num_rows]."""
     validate_cu_seqlens("segment_positions", cu_seqlens, num_rows)
     starts = cu_seqlens[:-1].long().repeat_interleave(cu_seqlens.diff(), output_size=num_rows)
     return torch.arange(num_rows, device=cu_seqlens.device) - starts
@@ -179,30 +134,26 @@ def _check_packed(function: str, values: Tensor, cu_seqlens: Tensor) -> None:
 
 
 def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Sum of the rows of every sequence, in row order.
+    """Sum of the rows of every sequence, in row order and in their own dtype; 0 for an empty one. Differentiable.
 
     Args:
-        values: [N, ...], floating point; summed in its own dtype.
-        cu_seqlens: int32 [B + 1].
+        values: [N, ...], floating point.
+        cu_seqlens: int32 [B + 1], from 0 to N.
 
     Returns:
-        [B, ...], dtype of `values`; differentiable.
-
-    Raises:
-        TypeError: `values` is not floating point or `cu_seqlens` not int32.
-        ValueError: A shape or device does not fit, or the offsets do not run from 0 to N (`validate_cu_seqlens`).
+        [B, ...], dtype of `values`.
     """
     _check_packed("segment_sum", values, cu_seqlens)
     return _sum(values, cu_seqlens)
 
 
 def _sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    # it reads whatever offsets say, with unsafe=False too: only behind `_check_packed`
+    # only behind `_check_packed`: it reads wherever offsets point, with unsafe=False too
     return torch.segment_reduce(values, "sum", offsets=cu_seqlens, axis=0, unsafe=True, initial=0.0)
 
 
 def segment_mean(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Mean of the rows of every sequence; 0 for an empty one. Arguments, result and errors as in `segment_sum`."""
+    """Mean of the rows of every sequence; 0 for an empty one. Arguments and result as in `segment_sum`."""
     _check_packed("segment_mean", values, cu_seqlens)
     lengths = cu_seqlens.diff().clamp_min(1).to(values.dtype)
     return _sum(values, cu_seqlens) / lengths.view(-1, *[1] * (values.dim() - 1))

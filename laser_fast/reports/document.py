@@ -1,6 +1,6 @@
-"""A report as blocks of plain text, tables and pictures, and as the page that Jinja2 writes of them.
+"""A report as blocks of plain text, tables and pictures, and as the page that Jinja2 makes of them.
 
-Text comes from anywhere. No template escapes it by itself: every value that one shows goes through `_page`.
+Text may come from anywhere. `_page` escapes every value that a template shows.
 """
 
 import base64
@@ -15,7 +15,7 @@ from laser_fast.printable import escape_markdown, printable
 
 @dataclass(frozen=True)
 class Paragraph:
-    """Running text; a "lead" is the sentence to read first, a "note" says what is missing or how to read it."""
+    """Running text; a "lead" is to be read first, a "note" says what is missing or how to read the rest."""
 
     text: str
     kind: Literal["plain", "lead", "note"] = "plain"
@@ -37,12 +37,7 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text; every row is as long as the header.
-
-    Attributes:
-        wide: columns of words, aligned to the left; the others are aligned to the right.
-        strong: rows to emphasise.
-    """
+    """Cells as text; `wide` columns hold words and are aligned to the left, `strong` rows are emphasised."""
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -53,7 +48,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A plot: its file's name without suffix, the file, what it shows (for who cannot see it), what to see in it."""
+    """A plot: its file's name without suffix, the file, what it shows to who cannot see it, and what to see in it."""
 
     name: str
     svg: bytes
@@ -81,7 +76,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
-    """The whole report; only the date differs between two reports of one run."""
+    """The whole report."""
 
     title: str
     date: str
@@ -93,14 +88,14 @@ class Document:
 
 
 def to_html(document: Document) -> str:
-    """One file with style and pictures inside, without a script or anything to fetch; fit for a phone and for paper."""
+    """One file with style and pictures inside, and without scripts or anything to fetch."""
     from markupsafe import escape
 
     return _page("page.html.jinja", document, lambda text: escape(printable(text)), escape)
 
 
 def to_markdown(document: Document) -> str:
-    """Markdown with tables as GitHub reads them; pictures are the files `NAME.svg` beside it."""
+    """Markdown with GitHub's tables; pictures are the files `NAME.svg` beside it."""
     return _page("page.md.jinja", document, escape_markdown, str.rstrip)
 
 
@@ -109,8 +104,8 @@ def _page(template: str, document: Document, escaped: Callable[[str], str], list
     import jinja2
     from markupsafe import Markup
 
-    def fence(text: str) -> Markup:
-        return Markup("`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0)))  # longer than any within
+    def fence(text: str) -> Markup:  # longer than any run of backticks within
+        return Markup("`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0)))
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

@@ -1,9 +1,8 @@
 """Which users go to which query expert, and what tells the users of one expert from the others.
 
-A feature of a user is an item of the history (there or not) or a kind of items (its share of the history); kinds are
-fields of the item table such as genres, brands, decades. Everything is held against the same users dealt to the experts
-at random, in groups of the same sizes: with so many features some always look typical, and a group of few users always
-looks peculiar.
+A feature of a user is an item of the history (there or not) or a kind of items (its share of the history), such as a
+genre, a brand or a decade. Everything is held against the same users dealt to the experts at random in groups of the
+same sizes: of many features some always look typical, and few users always look peculiar.
 """
 
 import re
@@ -17,8 +16,8 @@ import torch
 from laser_fast.data import ItemTable, PackedSequences
 from laser_fast.laser.model import LaserModel
 
-LEAST_USERS = 20  # of an expert that is described
-_LEAST_USERS_WITH_IT = 5  # of a feature that an expert's users are said to have more of
+LEAST_USERS = 20  # an expert is described from so many users on
+_LEAST_USERS_WITH_IT = 5  # so many of an expert's users have what they are said to have more of
 _SHUFFLES = 200
 _MOST_KINDS = 100
 _LEAST_ITEMS_PER_KIND = 5
@@ -30,12 +29,7 @@ _SEPARATOR = re.compile(r"[|;,]")
 
 @dataclass(frozen=True)
 class Categories:
-    """The kinds of items that one field gives.
-
-    Attributes:
-        names: the kinds, most items first.
-        of_item: indices into `names` for each item, distinct.
-    """
+    """The kinds of items in one field, most items first; `of_item` holds the distinct kinds of each item by index."""
 
     field: str
     names: tuple[str, ...]
@@ -48,11 +42,11 @@ class Categories:
 
 
 def find_categories(items: ItemTable) -> list[Categories]:
-    """The fields that read as kinds, in the order of the table: parts between | ; or commas where a tenth of the values
-    has such, whole values, else words; years are put into decades.
+    """The fields that read as kinds: parts between | ; or commas where a tenth of the values has such, whole values,
+    else words; years are put into decades.
 
-    A field counts when at least half of the items have it and it gives 2 to 100 kinds of 5 items each on average. The
-    field that names the items never does.
+    At least half of the items must have the field, and its 2 to 100 kinds 5 items each on average. The field that names
+    the items never counts.
     """
     found = []
     for field, texts in items.fields.items():
@@ -88,12 +82,12 @@ def _ways_to_split(filled: Sequence[str]) -> list[Callable[[str], list[str]]]:
 
 
 def _title_field(items: ItemTable) -> str | None:
-    """The field that names an item: "title" or "name", else the first; None where there are no fields."""
+    """The field that names an item: "title", "name", else the first."""
     return next((name for name in ("title", "name") if name in items.fields), next(iter(items.fields), None))
 
 
 def item_titles(items: ItemTable) -> list[str]:
-    """A name for every item, of at most 80 characters; its id where it has none."""
+    """A name of at most 80 characters for every item, its id where it has none."""
     field = _title_field(items)
     texts: Sequence[str] = items.ids if field is None else items.fields[field]
     names = [text or f"item {external}" for text, external in zip(texts, items.ids, strict=True)]
@@ -102,14 +96,7 @@ def item_titles(items: ItemTable) -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class UserRouting:
-    """The router's answer for B users.
-
-    Attributes:
-        expert: int64 [B, k], best first.
-        weight: float64 [B, k].
-        num_experts: E.
-        histories: what the router read.
-    """
+    """The router's answer for B users, best expert first: int64 and float64 [B, k]; `histories` are what it read."""
 
     expert: np.ndarray
     weight: np.ndarray
@@ -123,24 +110,24 @@ class UserRouting:
 
     @property
     def group_sizes(self) -> np.ndarray:
-        """Users whose first choice an expert is, int64 [E]."""
+        """Users of whom an expert is the first choice, int64 [E]."""
         return np.bincount(self.first, minlength=self.num_experts)
 
     @property
     def first_share(self) -> np.ndarray:
-        """The same as a share of all users, [E]."""
+        """`group_sizes` as a share of all users, [E]."""
         return np.asarray(self.group_sizes / max(1, len(self.expert)))
 
     @property
     def weight_share(self) -> np.ndarray:
-        """Mean weight of an expert over the users, [E]; sums to 1."""
+        """Mean weight of each expert over the users, [E]; sums to 1."""
         totals = np.bincount(self.expert.ravel(), weights=self.weight.ravel(), minlength=self.num_experts)
         return np.asarray(totals / max(1, len(self.expert)))
 
 
 @torch.no_grad()
 def route_users(model: LaserModel, histories: PackedSequences, *, batch_size: int) -> UserRouting:
-    """Ask the router of a model with M-Former about packed histories of item indices."""
+    """Ask the router of a model with M-Former about histories of item indices."""
     mformer, recommender = model.mformer, model.recommender
     if mformer is None or recommender is None:
         raise ValueError("route_users: the model must have an M-Former, got none")
@@ -171,31 +158,25 @@ class Features:
 def item_features(histories: PackedSequences, titles: Sequence[str], least_users: int = 10) -> Features:
     """1 where an item is in a user's history, for the items that at least `least_users` users have."""
     user = np.repeat(np.arange(len(histories)), histories.lengths)
-    pairs = np.unique(np.stack([user, histories.items]), axis=1)
-    counts = np.bincount(pairs[1], minlength=len(titles))
-    kept = np.flatnonzero(counts >= least_users)
-    place = np.full(len(titles), -1)
-    place[kept] = np.arange(len(kept))
-    pairs = pairs[:, place[pairs[1]] >= 0]
-    names = tuple(titles[item] for item in kept.tolist())
-    return Features(names, pairs[0], place[pairs[1]], np.ones(pairs.shape[1]), len(histories))
+    user, item = np.unique(np.stack([user, histories.items]), axis=1)
+    kept = np.bincount(item, minlength=len(titles)) >= least_users
+    user, item = user[kept[item]], item[kept[item]]
+    names = tuple(titles[index] for index in np.flatnonzero(kept).tolist())
+    return Features(names, user, (kept.cumsum() - 1)[item], np.ones(len(item)), len(histories))
 
 
 def category_features(histories: PackedSequences, categories: Categories) -> Features:
     """Share of a user's history that is of each kind; an item may be of several kinds or none."""
-    size, lengths = len(categories.names), histories.lengths
-    user = np.repeat(np.arange(len(histories)), lengths)
-    kinds = [categories.of_item[item] for item in histories.items]
-    event = np.repeat(np.arange(len(kinds)), [len(of_one) for of_one in kinds])
-    flat = np.array([kind for of_one in kinds for kind in of_one], dtype=np.int64)
-    places, counts = np.unique(user[event] * size + flat, return_counts=True)
-    users = places // size
-    return Features(categories.names, users, places % size, counts / lengths[users], len(histories))
+    user = np.repeat(np.arange(len(histories)), histories.lengths)
+    events = zip(user.tolist(), histories.items.tolist(), strict=True)
+    pairs = np.array([(one, kind) for one, item in events for kind in categories.of_item[item]], dtype=np.int64)
+    (user, kind), counts = np.unique(pairs.reshape(-1, 2).T, axis=1, return_counts=True)
+    return Features(categories.names, user, kind, counts / histories.lengths[user], len(histories))
 
 
 @dataclass(frozen=True, eq=False)
 class Typical:
-    """A feature of one expert's users: how many have it, its mean there / over all users, deviation from chance."""
+    """A feature of one expert's users: how many have it, its mean there over that of all, deviation from chance."""
 
     name: str
     users: int
@@ -210,8 +191,7 @@ class Contrast:
     Attributes:
         names: of the F features.
         lift: [E, F], mean of the expert's users / mean of all; NaN for an expert without users.
-        z: [E, F], deviation from what groups dealt at random have, in standard deviations; 0 for experts with fewer
-            than 20 users.
+        z: [E, F], deviation from groups dealt at random, in standard deviations; 0 for experts with less than 20 users.
         users: int64 [E, F], users of the expert with the feature.
         overall: [F], mean over all users.
         threshold: |z| that only 1 in 20 random deals exceeds anywhere.
@@ -232,21 +212,18 @@ class Contrast:
 
     def typical(self, expert: int, most: int = 5, *, more: bool = True) -> list[Typical]:
         """What the expert's users have more (or less) of than chance allows, the clearest first."""
-        sign = 1.0 if more else -1.0
-        order = np.argsort(-sign * self.z[expert], kind="stable")
-        found: list[Typical] = []
-        for feature in order:
-            z, users = float(self.z[expert, feature]), int(self.users[expert, feature])
-            if sign * z < self.threshold or len(found) == most:
-                break
-            if users >= _LEAST_USERS_WITH_IT or not more:
-                found.append(Typical(self.names[feature], users, float(self.lift[expert, feature]), z))
-        return found
+        users, lift, z = self.users[expert], self.lift[expert], self.z[expert]
+        clear = z >= self.threshold if more else -z >= self.threshold
+        if more:
+            clear &= users >= _LEAST_USERS_WITH_IT
+        order = np.argsort(-z if more else z, kind="stable")
+        found = order[clear[order]][:most]
+        return [Typical(self.names[one], int(users[one]), float(lift[one]), float(z[one])) for one in found]
 
 
 def contrast(features: Features, first: np.ndarray, num_experts: int) -> Contrast | None:
-    """Hold the users of each expert (`first`, int64 [B]) against all users, and the experts against random deals of a
-    fixed seed; None where there is nothing to compare: no feature, or fewer than two experts with 20 users.
+    """Hold the users of each expert (`first`, int64 [B]) against all users and against random deals of a fixed seed;
+    None where there is no feature, or fewer than two experts with 20 users.
     """
     group_sizes = np.bincount(first, minlength=num_experts).astype(np.float64)
     size, total = len(features.names), features.num_users

@@ -1,4 +1,4 @@
-"""What the experts do, in words: their load, their users, what these have more of than chance would give them."""
+"""What the experts do, in words: their load, their users, and what these have more of than chance gives."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ _MOST_KINDS = 20
 
 
 def expert_blocks(record: RunRecord, subject: Subject | None, routing: UserRouting | None) -> Iterator[Block]:
-    """Who goes to which expert, and what sets these users apart; `routing` None = no M-Former, or no model yet."""
+    """Who goes to which expert, and what sets these users apart."""
     if record.prefix != "mformer":
         text = f"This run has no M-Former (bituning.prefix is {record.prefix}), so there are no experts."
         yield Paragraph(text, "note")
@@ -63,14 +63,14 @@ def expert_blocks(record: RunRecord, subject: Subject | None, routing: UserRouti
 
 @dataclass(frozen=True)
 class Contrasts:
-    """What was held against chance: items, and every field of kinds."""
+    """What was held against chance: single items, and each field of kinds."""
 
     items: Contrast | None
     kinds: list[tuple[Categories, Contrast]]
 
     @property
     def named(self) -> list[tuple[str, Contrast]]:
-        """With the word for what differs."""
+        """All of them, with the word for what differs; fields first."""
         kinds = [(categories.word, result) for categories, result in self.kinds]
         return kinds if self.items is None else [*kinds, ("single items", self.items)]
 
@@ -87,7 +87,7 @@ def _contrasts(subject: Subject, routing: UserRouting) -> Contrasts:
 
 
 def conclusion(found: Contrasts, routing: UserRouting) -> str:
-    """Whether the experts serve different users, as a sentence with its figures."""
+    """Whether the experts serve different users."""
     if not found.named:
         largest = int(np.argmax(routing.first_share))
         share = routing.first_share[largest]
@@ -110,18 +110,13 @@ def conclusion(found: Contrasts, routing: UserRouting) -> str:
     hardly = max(result.explained - result.by_chance for _, result in clear) < _HARDLY
     start = "The experts differ in whom they serve, but hardly" if hardly else "The experts serve different users"
     figures = f"Of the differences between users, knowing a user's first expert explains {', '.join(told)}."
-    return f"{start}. {figures}{_gist(found)}"
-
-
-def _gist(found: Contrasts) -> str:
-    """What each described expert's users have clearly more of, two kinds at most."""
     leanings = []
-    for expert in range(len(found.named[0][1].z)):
+    for expert in range(routing.num_experts):
         kinds = [one for _, result in found.kinds for one in result.typical(expert, 2)]
-        clearest = sorted(kinds, key=lambda one: -one.z)[:2]
-        if clearest:
+        if clearest := sorted(kinds, key=lambda one: -one.z)[:2]:
             leanings.append(f"those of expert {expert + 1} lean to {' and '.join(one.name for one in clearest)}")
-    return f" In short, histories: {', '.join(leanings)}." if leanings else ""
+    gist = f" In short, histories: {', '.join(leanings)}." if leanings else ""
+    return f"{start}. {figures}{gist}"
 
 
 def _load(record: RunRecord, num_experts: int) -> Paragraph | Picture:
@@ -168,14 +163,11 @@ def _sentence(expert: int, routing: UserRouting, found: Contrasts, subject: Subj
     parts = []
     for categories, result in found.kinds:
         signs = (("more", result.typical(expert, 3)), ("less", result.typical(expert, 2, more=False)))
-        words = [f"{sign} {_list(some)}" for sign, some in signs if some]
-        if words:
+        if words := [f"{sign} {_list(some)}" for sign, some in signs if some]:
             parts.append(f"by {categories.word} {', '.join(words)}")
-    liked = [] if found.items is None else found.items.typical(expert, 3)
-    if liked:
+    if found.items is not None and (liked := found.items.typical(expert, 3)):
         parts.append(f"typical items are {', '.join(one.name for one in liked)}")
-    if not parts:
-        parts.append("nothing in their histories stands out from chance")
+    parts = parts or ["nothing in their histories stands out from chance"]
     return f"{start}. Beside the average user: {'; '.join([*parts, *_fame(users, routing, subject)])}."
 
 
@@ -202,7 +194,7 @@ def _fame(users: np.ndarray, routing: UserRouting, subject: Subject) -> list[str
 def _kinds(categories: Categories, result: Contrast, routing: UserRouting) -> Iterator[Block]:
     yield Heading(f"Kinds of items, by {categories.word}")
     columns = np.arange(min(len(result.names), _MOST_KINDS))
-    columns = columns[result.overall[columns] > 0.005]  # of what hardly occurs a ratio says nothing
+    columns = columns[result.overall[columns] > 0.005]  # the ratio of what hardly occurs says nothing
     if not len(columns):
         yield Paragraph("No kind makes up more than half a percent of the histories.", "note")
         return
@@ -225,14 +217,14 @@ def _kinds(categories: Categories, result: Contrast, routing: UserRouting) -> It
 
 def _items(result: Contrast, routing: UserRouting) -> Iterator[Block]:
     yield Heading("Items most typical of each expert's users")
-    lines = [
+    lines = tuple(
         (str(expert + 1), one.name, f"{one.users} ({one.users / size:.0%})", f"{one.lift:.1f}")
         for expert, size in enumerate(routing.group_sizes.tolist())
         for one in result.typical(expert)
-    ]
+    )
     if lines:
         header = ("expert", "item", "users with it (share of the expert's)", "times the average")
-        yield Table(header, tuple(lines), wide=frozenset({0, 1}))
+        yield Table(header, lines, wide=frozenset({0, 1}))
     else:
         yield Paragraph("No item stands out beyond chance for any expert.", "note")
 

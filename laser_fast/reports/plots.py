@@ -1,12 +1,13 @@
-"""The plots of a report as SVG: large type, colours that the colour-blind tell apart, labels at the lines they name.
+"""The plots of a report as SVG: large type, colours for the colour-blind, names at the lines they name.
 
-Text becomes outlines, so a picture looks the same everywhere, and the bytes depend on the data alone.
+Text becomes outlines, so that a picture looks the same everywhere; its bytes depend on the data alone.
 """
 
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
+from itertools import cycle
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 import numpy as np
@@ -43,7 +44,7 @@ _STYLE: Any = {
 
 @dataclass(frozen=True)
 class Line:
-    """A curve: its name stands at its end, in its colour; with `validation` it has a second, dashed part."""
+    """A curve with its name at its end, and the same on validation as a dashed one."""
 
     name: str
     x: Values
@@ -52,7 +53,7 @@ class Line:
 
 
 def _as_svg(draw: Callable[Concatenate["Axes", P], None]) -> Callable[P, bytes]:
-    """Give `draw` the axes of a new figure, and give back the figure."""
+    """Let `draw` take the axes of a new figure and return the figure."""
 
     @wraps(draw)
     def drawn(*arguments: P.args, **options: P.kwargs) -> bytes:
@@ -74,11 +75,10 @@ def _as_svg(draw: Callable[Concatenate["Axes", P], None]) -> Callable[P, bytes]:
 @_as_svg
 def curves(axes: "Axes", lines: Sequence[Line], x_label: str, y_label: str) -> None:
     """Lines over training steps."""
-    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+    from matplotlib.ticker import MaxNLocator
 
     ends = []
-    for position, line in enumerate(lines):
-        color = _color(position)
+    for color, line in zip(cycle(_COLORS), lines, strict=False):
         axes.plot(line.x, line.y, color=color, marker="o", markersize=5, linewidth=2)
         if line.validation is not None:
             axes.plot(line.x, line.validation, color=color, marker="s", markersize=4, linewidth=1.5, linestyle="--")
@@ -86,7 +86,7 @@ def curves(axes: "Axes", lines: Sequence[Line], x_label: str, y_label: str) -> N
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlim(0, max((max(line.x) for line in lines), default=1) * 1.03)
     _label_ends(axes, ends)
 
@@ -101,22 +101,21 @@ def over_epochs(
     level: tuple[float, str] | None = None,
     marked: int | None = None,
 ) -> None:
-    """Values per epoch, epochs named on the axis; of more lines than colours only the highest and lowest are told.
+    """Values per epoch; of more lines than colours only the highest and lowest are named.
 
     Args:
         labels: short names of the epochs.
-        lines: name ("" = none is written) and value of each epoch.
+        lines: name ("": none is written) and value of each epoch.
         level: a dashed line to compare with, and its name.
         marked: epoch whose value is ringed as the kept one.
     """
     last = [values[-1] for _, values in lines]
-    told = {int(np.argmax(last)), int(np.argmin(last))} if len(lines) > len(_COLORS) else set(range(len(lines)))
+    named = {int(np.argmax(last)), int(np.argmin(last))} if len(lines) > len(_COLORS) else set(range(len(lines)))
     ends = []
     for position, (name, values) in enumerate(lines):
-        color, strength = (_color(position), 1.0) if position in told else (_GREY, 0.35)
-        x = np.arange(len(labels))
-        axes.plot(x, values, color=color, marker="o", markersize=5, linewidth=2, alpha=strength)
-        if name and position in told:
+        color, alpha = (_COLORS[position % len(_COLORS)], 1.0) if position in named else (_GREY, 0.35)
+        axes.plot(np.arange(len(labels)), values, color=color, marker="o", markersize=5, linewidth=2, alpha=alpha)
+        if name and position in named:
             ends.append((name, values[-1], color))
     if level is not None:
         axes.axhline(level[0], **_LEVEL)
@@ -131,24 +130,18 @@ def over_epochs(
 @_as_svg
 def bars(axes: "Axes", labels: Names, values: Values, y_label: str) -> None:
     """One bar per epoch."""
-    from matplotlib.ticker import StrMethodFormatter
-
     axes.bar(np.arange(len(labels)), values, color=_COLORS[0], width=0.6)
     axes.grid(visible=False, axis="x")
     _epoch_axis(axes, labels)
     axes.set_ylabel(y_label)
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
 
 
 @_as_svg
 def paired_bars(
-    axes: "Axes",
-    labels: Names,
-    series: Sequence[tuple[str, Values]],
-    x_label: str,
-    level: tuple[float, str],
+    axes: "Axes", labels: Names, series: Sequence[tuple[str, Values]], x_label: str, level: tuple[float, str]
 ) -> None:
-    """Horizontal bars, one of each series for every label, with a line to compare with; values are shares."""
+    """Horizontal bars of shares, one of each series for every label, and a named line to compare with."""
     _resize(axes, max(_HEIGHT, 1.4 + 0.55 * len(labels)))
     y, height = np.arange(len(labels), dtype=float), 0.8 / len(series)
     box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
@@ -169,7 +162,7 @@ def paired_bars(
 
 @_as_svg
 def dots(axes: "Axes", labels: Names, series: Sequence[tuple[str, Values, Values]], x_label: str) -> None:
-    """Means with intervals: (name, mean, half width) of each series for every label, one below the other."""
+    """Means with intervals, one below the other: name, means and half widths of each series."""
     _resize(axes, 1.5 + 0.52 * len(labels))
     y = np.arange(len(labels), dtype=float)
     lowest = 0.0
@@ -188,12 +181,7 @@ def dots(axes: "Axes", labels: Names, series: Sequence[tuple[str, Values, Values
 
 @_as_svg
 def ratios(axes: "Axes", rows: Names, columns: Names, values: np.ndarray, clear: np.ndarray, x_label: str) -> None:
-    """A table of ratios to the average as colours: blue below 1, orange above, what is chance alone left white.
-
-    Args:
-        values: [rows, columns].
-        clear: bool [rows, columns], beyond chance.
-    """
+    """A table [rows, columns] of ratios to the average: blue below 1, orange above, white where not `clear` (bool)."""
     _resize(axes, 0.8 + 0.3 * len(rows), max(_WIDTH, 2.2 + 0.5 * len(columns)))
     from matplotlib.colors import LinearSegmentedColormap
 
@@ -215,7 +203,7 @@ def ratios(axes: "Axes", rows: Names, columns: Names, values: np.ndarray, clear:
 
 
 def _names(labels: Names) -> list[str]:
-    """Words of data as labels: a picture that holds a control character anywhere is no XML and is not shown."""
+    """Labels from data: a picture that holds a control character is no XML and is not shown."""
     return [printable(label, lines=True) for label in labels]
 
 
@@ -224,14 +212,9 @@ def _resize(axes: "Axes", height: float, width: float = _WIDTH) -> None:
     figure.set_size_inches(width, height)
 
 
-def _color(position: int) -> str:
-    return _COLORS[position % len(_COLORS)]
-
-
 def _epoch_axis(axes: "Axes", labels: Names) -> None:
     every = -(-len(labels) // 12)
-    places = np.arange(0, len(labels), every)
-    axes.set_xticks(places, _names([labels[place] for place in places.tolist()]))
+    axes.set_xticks(range(0, len(labels), every), _names(labels[::every]))
     axes.set_xlim(-0.4, len(labels) - 0.6)
     axes.set_xlabel("epoch")
 
@@ -241,16 +224,14 @@ def _ring(axes: "Axes", x: int, y: float) -> None:
     axes.plot([x], [y], marker="o", markersize=14, markerfacecolor="none", markeredgecolor=color, markeredgewidth=2)
     axes.margins(y=0.25)
     side, shift = ("right", -12) if x > axes.get_xlim()[1] / 2 else ("left", 12)
-    style: Any = {"textcoords": "offset points", "ha": side, "color": color, "weight": "bold"}
-    axes.annotate("kept", (x, y), (shift, 10), **style)
+    axes.annotate("kept", (x, y), (shift, 10), textcoords="offset points", ha=side, color=color, weight="bold")
 
 
 def _legend_above(axes: "Axes") -> None:
     handles, names = axes.get_legend_handles_labels()
-    order = sorted(range(len(names)), key=lambda index: "balanced" in names[index])  # matplotlib puts lines first
+    entries = sorted(zip(handles, names, strict=True), key=lambda entry: "balanced" in entry[1])  # lines come first
     style: Any = {"loc": "outside upper left", "ncols": 3, "frameon": False, "fontsize": 10}
-    handles, names = [handles[index] for index in order], [names[index] for index in order]
-    axes.figure.legend(handles, names, handlelength=1.2, columnspacing=1.0, **style)
+    axes.figure.legend(*zip(*entries, strict=True), handlelength=1.2, columnspacing=1.0, **style)
 
 
 def spread(heights: Values, gap: float) -> list[float]:
@@ -259,14 +240,14 @@ def spread(heights: Values, gap: float) -> list[float]:
     for height in heights:
         places.append(max(height, places[-1] + gap) if places else height)
     ceiling = 1.0
-    for position in range(len(places) - 1, -1, -1):
+    for position in reversed(range(len(places))):
         places[position] = min(places[position], ceiling)
         ceiling = places[position] - gap
     return places
 
 
 def _label_ends(axes: "Axes", ends: Sequence[tuple[str, float, str]]) -> None:
-    """Write names, given with height and colour of their lines, right of the plot; they never touch."""
+    """Write names right of the plot, apart from each other: (name, height, colour) of their lines."""
     finite = sorted((end for end in ends if np.isfinite(end[1])), key=lambda end: end[1])
     if not finite:
         return

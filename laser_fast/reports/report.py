@@ -1,4 +1,4 @@
-"""The report of a run: measure, put into words, write one HTML file and one of Markdown with its plots beside it."""
+"""The report of a run: measured, put into words, written as one HTML file and as Markdown with its plots beside it."""
 
 import importlib.util
 from datetime import datetime, timezone
@@ -20,21 +20,20 @@ _PACKAGES = ("matplotlib", "jinja2")
 
 
 def write_report(record: RunRecord, subject: Subject | None, folder: str | Path, *, date: str | None = None) -> Path:
-    """Write `report.html` (everything in one file), `report.md` and its plots into a folder, whole or not at all.
+    """Write `report.html`, which holds everything, and `report.md` with its plots into a folder, whole or not at all.
 
     Args:
         record: the run's own files.
         subject: the model that was kept, with its data; None where the run has none yet.
         folder: new or empty, or holding an earlier report, which is replaced.
-        date: in the report; None = now. Nothing else differs between two reports of one run.
+        date: in the report; None: now. Nothing else differs between two reports of one run.
 
     Returns:
         The HTML file.
 
     Raises:
-        FileExistsError: the folder holds something else, or is a link.
+        FileExistsError, ImportError: As `check_report_folder`.
         ValueError: another process writes it.
-        ImportError: matplotlib or Jinja2 is missing.
     """
     target = Path(folder)
     with claim(target):
@@ -52,7 +51,7 @@ def check_report_folder(folder: Path) -> None:
     """Refuse what cannot be written, before minutes of measuring.
 
     Raises:
-        FileExistsError: the folder holds something that is no report, or is a link to one elsewhere.
+        FileExistsError: the folder holds something that is no report, or is a link.
         ImportError: matplotlib or Jinja2 is missing.
     """
     for package in _PACKAGES:
@@ -75,19 +74,14 @@ def check_report_folder(folder: Path) -> None:
 
 
 def _measure(record: RunRecord, subject: Subject | None, date: str) -> Document:
-    """Measure the model on the test users and put everything into words and pictures."""
     comparison = routing = None
     if subject is not None and len(subject.split.test):
+        model, split, batch_size = subject.model, subject.split, subject.batch_size
         comparison = compare(
-            subject.model,
-            subject.split,
-            subject.counts,
-            subject.recommender,
-            tables=subject.tables,
-            batch_size=subject.batch_size,
+            model, split, subject.counts, subject.recommender, tables=subject.tables, batch_size=batch_size
         )
-        if subject.model.mformer is not None:
-            routing = route_users(subject.model, subject.split.test.histories, batch_size=subject.batch_size)
+        if model.mformer is not None:
+            routing = route_users(model, split.test.histories, batch_size=batch_size)
     sections = {
         "In short": summary_blocks(record, subject, comparison),
         "Training": training_blocks(record),

@@ -1,4 +1,4 @@
-"""How good the model is: in short beside other systems, for groups of users, and what it recommends to some of them."""
+"""How good the model is: beside other systems, for groups of users, and what it recommends to some of them."""
 
 from collections.abc import Iterator, Sequence
 
@@ -23,7 +23,7 @@ _SAMPLE_USERS = 5
 
 
 def summary_blocks(record: RunRecord, subject: Subject | None, comparison: Comparison | None) -> Iterator[Block]:
-    """What was trained on what, and how good it is, in plain words and one table."""
+    """What was trained, on what, and how good it is: in words and one table."""
     if subject is None or comparison is None:
         yield Paragraph(what_was_trained(record, None))
         text = "No model is there to be measured: the run stopped before its first checkpoint. Only its log is shown."
@@ -54,7 +54,7 @@ def summary_blocks(record: RunRecord, subject: Subject | None, comparison: Compa
 
 
 def what_was_trained(record: RunRecord, subject: Subject | None) -> str:
-    """The sentence that says what a run trained, for every writer of a prefix."""
+    """What a run trained, as a sentence."""
     base = str(record.config["lm"]["path"]).rstrip("/").split(":")[-1]
     name = next((part for part in base.split("/") if part != "model"), base)
     mformer = record.config.get("mformer", {})
@@ -92,20 +92,18 @@ def _kept(record: RunRecord) -> str:
 
 
 def _how_good(subject: Subject, comparison: Comparison) -> str:
-    laser, other = comparison.metrics[LASER], _rival(subject, comparison)
+    laser, rival = comparison.metrics[LASER], _rival(subject, comparison)
     hits = laser["HR@10"]
-    best = max(
-        (name for name in comparison.metrics if not name.startswith(LASER)),
-        key=lambda name: comparison.metrics[name][_METRIC].mean,
-    )
+    others = {name: metrics[_METRIC].mean for name, metrics in comparison.metrics.items() if not name.startswith(LASER)}
+    best = max(others, key=others.__getitem__)
     parts = [
         f"For {hits.mean:.1%} ± {hits.ci95:.1%} of the {len(laser):,} test users the item that came next is among the "
         f"first ten of {subject.dataset.num_items:,} (HR@10); {_METRIC}, which rewards early places, is "
         f"{_written(laser[_METRIC])}."
     ]
     zero = f"{ZERO_SHOT}, calibrated" if subject.model.calibration is not None else ZERO_SHOT
-    said = {best: f"the best other line ({best})", zero: f"the untrained language model ({zero})", other: other}
-    for name in dict.fromkeys((other, zero, best)):
+    said = {best: f"the best other line ({best})", zero: f"the untrained language model ({zero})", rival: rival}
+    for name in dict.fromkeys((rival, zero, best)):
         if name in comparison.metrics:
             difference = paired_difference(laser.ranks, comparison.metrics[name].ranks, _METRIC)
             parts.append(f"Against {said[name]} it is {_verdict(difference)}.")
@@ -117,11 +115,11 @@ def group_blocks(subject: Subject | None, comparison: Comparison | None) -> Iter
     if subject is None or comparison is None:
         yield Paragraph("There is no model to measure yet.", "note")
         return
-    test, counts = subject.split.test, subject.counts.numpy()
+    rival, test, counts = _rival(subject, comparison), subject.split.test, subject.counts.numpy()
     warm, cold = popularity_groups(test, counts), seen_and_cold(test, counts)[1]
     lengths = quantile_groups(test.histories.lengths, "items")
     yield Paragraph(
-        f"Test users in groups of about equal size, Laser beside {_rival(subject, comparison)}. Dots are means, lines "
+        f"Test users in groups of about equal size, Laser beside {rival}. Dots are means, lines "
         f"95% intervals over users (normal approximation: do not trust them under {_FEW} users, nor where nobody is "
         "served: of n users without a hit a share of up to 3 / n may be hits elsewhere)."
     )
@@ -129,22 +127,20 @@ def group_blocks(subject: Subject | None, comparison: Comparison | None) -> Iter
         text = "This run has no ID-based recommender to stand beside; ItemKNN takes its place."
         yield Paragraph(text, "note")
     title = "By how often the item that came next was seen in training"
-    yield from _grouped(title, "popularity", warm, subject, comparison)
-    yield from _cold(cold, subject, comparison)
-    yield from _grouped("By length of the history", "length", lengths, subject, comparison)
+    yield from _grouped(title, "popularity", warm, rival, comparison)
+    yield from _cold(cold, rival, comparison)
+    yield from _grouped("By length of the history", "length", lengths, rival, comparison)
 
 
-def _grouped(title: str, name: str, groups: list[Group], subject: Subject, comparison: Comparison) -> Iterator[Block]:
+def _grouped(title: str, name: str, groups: list[Group], rival: str, comparison: Comparison) -> Iterator[Block]:
     yield Heading(title)
     if not groups:
         yield Paragraph("No test user is in any of these groups.", "note")
         return
-    pair = {system: comparison.metrics[system] for system in (LASER, _rival(subject, comparison))}
-    cells = [[group_metric(metrics, group, _METRIC) for metrics in pair.values()] for group in groups]
-    series = [
-        (system, [row[place].mean for row in cells], [row[place].ci95 for row in cells])
-        for place, system in enumerate(pair)
-    ]
+    series = []
+    for system in (LASER, rival):
+        values = [group_metric(comparison.metrics[system], group, _METRIC) for group in groups]
+        series.append((system, [value.mean for value in values], [value.ci95 for value in values]))
     means = series[0][1]
     best, worst = (groups[pick(range(len(groups)), key=means.__getitem__)].label for pick in (max, min))
     caption = f"{title}: Laser does best at {best}, worst at {worst}."
@@ -152,46 +148,43 @@ def _grouped(title: str, name: str, groups: list[Group], subject: Subject, compa
         caption = f"{title}: all users fall into one group."
     svg = dots([f"{group.label}\n({len(group):,} users)" for group in groups], series, f"{_METRIC}, test users")
     yield Picture(f"by-{name}", svg, f"{_METRIC} {title[0].lower()}{title[1:]}", caption)
-    yield _group_table(groups, subject, comparison)
+    yield _group_table(groups, rival, comparison)
 
 
-def _group_table(groups: list[Group], subject: Subject, comparison: Comparison) -> Table:
-    other = _rival(subject, comparison)
-    systems = list(dict.fromkeys([LASER, other, other.partition(",")[0]]))  # with the plain score of the rival
+def _group_table(groups: list[Group], rival: str, comparison: Comparison) -> Table:
+    systems = list(dict.fromkeys([LASER, rival, rival.partition(",")[0]]))  # with the plain score of the rival
     rows = []
     for group in groups:
-        values = [_written(group_metric(comparison.metrics[system], group, _METRIC)) for system in systems]
-        hits = _written(group_metric(comparison.metrics[LASER], group, "HR@10"))
-        rows.append((group.label, f"{len(group):,}", *values, _written(_lead(group, other, comparison)), hits))
-    header = ("group", "users", *(f"{_METRIC}, {system}" for system in systems), f"Laser minus {other}", "HR@10, Laser")
+        values = [group_metric(comparison.metrics[system], group, _METRIC) for system in systems]
+        values += [_lead(group, rival, comparison), group_metric(comparison.metrics[LASER], group, "HR@10")]
+        rows.append((group.label, f"{len(group):,}", *map(_written, values)))
+    header = ("group", "users", *(f"{_METRIC}, {system}" for system in systems), f"Laser minus {rival}", "HR@10, Laser")
     return Table(header, tuple(rows))
 
 
-def _cold(cold: Group, subject: Subject, comparison: Comparison) -> Iterator[Block]:
+def _cold(cold: Group, rival: str, comparison: Comparison) -> Iterator[Block]:
     yield Heading("Cold items: never seen in training")
     if not len(cold):
         text = "Every test user's next item was seen in training, so nothing can be said about cold items."
         yield Paragraph(text, "note")
         return
-    other = _rival(subject, comparison)
     few = f" With {len(cold)} users this says little." if len(cold) < _FEW else ""
     yield Paragraph(
         f"For {len(cold):,} test users the next item occurs in nobody's training part; an ID-based recommender knows "
-        f"nothing of it, a language model has its text. Against {other} Laser is here "
-        f"{_verdict(_lead(cold, other, comparison))}.{few}"
+        f"nothing of it, a language model has its text. Against {rival} Laser is here "
+        f"{_verdict(_lead(cold, rival, comparison))}.{few}"
     )
-    yield _group_table([cold], subject, comparison)
+    yield _group_table([cold], rival, comparison)
 
 
-def _lead(group: Group, other: str, comparison: Comparison) -> MetricValue:
-    """Laser minus another system, over the users of a group."""
-    laser, rival = (comparison.metrics[system].ranks[group.rows] for system in (LASER, other))
-    return paired_difference(laser, rival, _METRIC)
+def _lead(group: Group, rival: str, comparison: Comparison) -> MetricValue:
+    """Laser minus its rival, over the users of a group."""
+    laser, other = (comparison.metrics[system].ranks[group.rows] for system in (LASER, rival))
+    return paired_difference(laser, other, _METRIC)
 
 
 def _rival(subject: Subject, comparison: Comparison) -> str:
-    """The system that stands beside Laser: the recommender, with the terms of the calibrated score where Laser has
-    them; without a recommender, ItemKNN."""
+    """What stands beside Laser: the recommender, calibrated where Laser is; without a recommender, ItemKNN."""
     if subject.recommender is None:
         return "ItemKNN"
     name = type(subject.recommender).__name__
@@ -200,14 +193,13 @@ def _rival(subject: Subject, comparison: Comparison) -> str:
 
 
 def _written(value: MetricValue) -> str:
-    """`0.0904 ± 0.0144`; a dash where there is no row, no interval where there is one."""
+    """`0.0904 ± 0.0144`, without an interval for a single row; a dash for no row."""
     if value.mean != value.mean:
         return "-"
     return f"{value.mean:.4f}" if value.ci95 != value.ci95 else f"{value.mean:.4f} ± {value.ci95:.4f}"
 
 
 def _verdict(difference: MetricValue) -> str:
-    """A paired difference in words."""
     amount = f"{difference.mean:+.4f} ± {difference.ci95:.4f}"
     if difference.mean == 0.0 == difference.ci95:
         return "the same"
@@ -241,14 +233,13 @@ def sample_blocks(subject: Subject | None, routing: UserRouting | None) -> Itera
         where = "a hit" if rank <= _SHOWN else f"place {rank:,} of {scores.shape[1]:,}"
         routed = "" if routing is None else f" {_routed(routing, int(chosen[place]))}"
         yield Paragraph(f"What came next: {titles[target]} ({where}).{routed}")
-        lines, hit = [], set()
-        shown = zip(best.values[place, :_SHOWN].tolist(), best.indices[place, :_SHOWN].tolist(), strict=True)
-        for number, (value, item) in enumerate(shown):
+        values, shown = (found[place, :_SHOWN].tolist() for found in (best.values, best.indices))
+        lines = []
+        for number, (value, item) in enumerate(zip(values, shown, strict=True), start=1):
             mark = "✓ came next" if item == target else "in the history" if item in history else ""
-            lines.append((str(number + 1), titles[item], f"{value:.2f}", mark))
-            hit |= {number} if item == target else set()
-        header = ("place", "recommended", "score", "")
-        yield Table(header, tuple(lines), wide=frozenset({0, 1, 3}), strong=frozenset(hit))
+            lines.append((str(number), titles[item], f"{value:.2f}", mark))
+        hit = frozenset({shown.index(target)} if target in shown else ())
+        yield Table(("place", "recommended", "score", ""), tuple(lines), wide=frozenset({0, 1, 3}), strong=hit)
 
 
 def _history(history: Sequence[int], titles: Sequence[str]) -> str:

@@ -27,7 +27,7 @@ _STATES = {
 
 
 def setup_blocks(record: RunRecord, subject: Subject | None) -> Iterator[Block]:
-    """Facts and settings of the run, as they were recorded."""
+    """What was recorded of the run."""
     yield Heading("Data")
     if subject is None:
         yield Paragraph("The data set was not read, as there is no model to measure on it.", "note")
@@ -68,7 +68,7 @@ def _facts(facts: Iterable[tuple[str, Any]]) -> Table:
 
 
 def score_blocks(subject: Subject) -> Iterator[Block]:
-    """The terms that the calibrated score adds up, with their scalars; nothing where the score is the cosine alone."""
+    """The terms of the calibrated score with their scalars; nothing where the score is the cosine alone."""
     if subject.model.calibration is None:
         return
     fitted = subject.model.calibration.calibration
@@ -83,8 +83,7 @@ def score_blocks(subject: Subject) -> Iterator[Block]:
 
 
 def state_blocks(record: RunRecord, subject: Subject) -> Iterator[Block]:
-    """NDCG@10 and the spread of the recommender's states, in-sample, cross-fitted and as served; nothing where no state
-    is read."""
+    """Quality and spread of the recommender's states in training and as served; nothing where no state is read."""
     if subject.model.recommender is None:
         return
     yield Heading("States that the prefix is written from")
@@ -105,22 +104,19 @@ def state_blocks(record: RunRecord, subject: Subject) -> Iterator[Block]:
         text = "How good they are on training rows was not measured: the recommender's folder does not tell."
         yield Paragraph(text, "note")
         return
-    qualities = {name: getattr(gap, name) for name in _STATES}
-    rows = tuple(
-        (said, "-" if qualities[name] is None else f"{qualities[name]:.4f}", *_spread(gap, name))
-        for name, said in _STATES.items()
-        if qualities[name] is not None or name in gap.states
-    )
+    rows = []
+    for name, said in _STATES.items():
+        quality, spread = getattr(gap, name), gap.states.get(name)
+        if quality is None and spread is None:
+            continue
+        cells = ("-", "-", "-")
+        if spread is not None:
+            length = f"{spread.norm:.2f} ± {spread.norm_deviation:.2f}"
+            cells = (length, f"{spread.alike:.3f}", f"{spread.to_full:.3f}")
+        rows.append((said, "-" if quality is None else f"{quality:.4f}", *cells))
     caption = (
         f"A sample of {gap.rows:,} training rows and all {len(subject.split.valid):,} validation rows; the whole "
         "catalogue is ranked. “alike”: mean cosine between the states of two rows; “to full”: mean cosine between a "
         "row's state and the full model's state of the same history."
     )
-    yield Table(("states of", "NDCG@10", "length of a state", "alike", "to full"), rows, caption)
-
-
-def _spread(gap: StateGap, name: str) -> tuple[str, str, str]:
-    spread = gap.states.get(name)
-    if spread is None:
-        return "-", "-", "-"
-    return f"{spread.norm:.2f} ± {spread.norm_deviation:.2f}", f"{spread.alike:.3f}", f"{spread.to_full:.3f}"
+    yield Table(("states of", "NDCG@10", "length of a state", "alike", "to full"), tuple(rows), caption)

@@ -30,8 +30,8 @@ class Subject:
     Attributes:
         model: in evaluation mode, with its item matrix and, where the run has one, its calibration.
         counts: int64 [I], events of each item in the training part.
-        recommender: the ID-based recommender; None where the run has none.
-        tables: what was counted in the training part and Laser's calibrated score could add, see `compare`.
+        recommender: the ID-based recommender, if any.
+        tables: what was counted in the training part, see `compare`.
         batch_size: rows scored at a time.
     """
 
@@ -51,7 +51,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One line of the log: `number` counts from 1, 0 is the model before its first step."""
+    """One line of the log; `number` 0 is the model before its first step."""
 
     stage: str
     number: int
@@ -59,7 +59,7 @@ class Epoch:
 
     @property
     def short(self) -> str:
-        """For an axis: T1, P1, A0, A1, B1."""
+        """As an axis shows it: T1, P1, A0, A1, B1."""
         return f"{_STAGES.get(self.stage, (self.stage, ''))[0]}{self.number}"
 
 
@@ -68,13 +68,12 @@ class RunRecord:
     """A run directory, read without its model.
 
     Attributes:
-        name: of the folder.
         config_text: config.yaml as it is.
         environment: environment.json; empty where it is missing.
         epochs: lines of the log that belong to an epoch, in order.
         shortages: times that memory ran out.
         finished: date of the end; None for a run that did not come to it.
-        kept: facts recorded in the checkpoint: stage, epoch, validation; None where there is no checkpoint yet.
+        kept: stage, epoch and validation of the checkpoint; None before the first.
     """
 
     name: str
@@ -92,7 +91,7 @@ class RunRecord:
 
     @property
     def prefix(self) -> str:
-        """What writes the prefix."""
+        """What writes the prefix (`bituning.prefix`)."""
         return str(self.config.get("bituning", {}).get("prefix", "mformer"))
 
     @property
@@ -147,14 +146,13 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    # split: JSON may hold the separators of Unicode; the last part is empty, or what a killed process had begun
+    # not splitlines: JSON may hold Unicode's separators; the last part is empty, or what a killed process had begun
     try:
         read = [json.loads(line) for line in text.split("\n")[:-1]]
     except (ValueError, RecursionError) as error:
         raise ValueError(f"read_run: {path.name} must hold a JSON object a line, got {error}") from error
     for number, line in enumerate(read, start=1):
-        is_entry = isinstance(line, dict) and isinstance(line.get("stage"), str) and type(line.get("epoch", 0)) is int
-        if not is_entry:
+        if not (isinstance(line, dict) and isinstance(line.get("stage"), str) and type(line.get("epoch", 0)) is int):
             raise ValueError(
                 f"read_run: {path.name} must hold a stage, and the number of an epoch if any, in every line, "
                 f"got line {number} without"

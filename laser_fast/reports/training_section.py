@@ -24,7 +24,7 @@ _EXPLAINED = {
 
 
 def training_blocks(record: RunRecord) -> Iterator[Block]:
-    """A curve for every stage; a sentence instead where the log has no line of it."""
+    """A curve for every stage, or a sentence where the log has no line of it."""
     if any("step" in epoch.values for epoch in record.epochs):
         yield Paragraph(
             "Each point is the mean over one epoch, drawn at its last step; lower is better. Losses are in nats."
@@ -47,16 +47,16 @@ def training_blocks(record: RunRecord) -> Iterator[Block]:
 
 
 def loss_terms(epochs: Sequence[Epoch]) -> list[str]:
-    """Names of the losses of training steps in the log, "loss" first, in the order in which they appear; not the
-    balance, which has another scale, nor what is no loss."""
+    """Names of the losses of training steps in the log, "loss" first, then as they appear; without the balance, which
+    has another scale."""
     names = [
         name
         for epoch in epochs
         for name, value in epoch.values.items()
         if isinstance(value, float | int) and not isinstance(value, bool) and name not in _NO_LOSSES
+        if not name.startswith("validation_") and "accuracy" not in name
     ]
-    shown = [name for name in dict.fromkeys(names) if not name.startswith("validation_") and "accuracy" not in name]
-    return sorted(shown, key=lambda name: name != "loss")
+    return sorted(dict.fromkeys(names), key=lambda name: name != "loss")
 
 
 def _losses(stage: str, title: str, epochs: list[Epoch], items_are_texts: bool) -> Picture:
@@ -65,22 +65,16 @@ def _losses(stage: str, title: str, epochs: list[Epoch], items_are_texts: bool) 
         at = [epoch for epoch in epochs if name in epoch.values]
         judged = "validation_terms" if name == "loss" else f"validation_{name}"
         validation = [epoch.values[judged] for epoch in at if judged in epoch.values]
-        lines.append(
-            Line(
-                _MEANINGS.get(name, name.replace("_", " ")),
-                [epoch.values["step"] for epoch in at],
-                [epoch.values[name] for epoch in at],
-                validation if len(validation) == len(at) else None,
-            )
-        )
+        steps, values = ([epoch.values[key] for epoch in at] for key in ("step", name))
+        meaning = _MEANINGS.get(name, name.replace("_", " "))
+        lines.append(Line(meaning, steps, values, validation if len(validation) == len(at) else None))
     first, last = epochs[0].values["loss"], epochs[-1].values["loss"]
     course = f"from {first:.3f} to {last:.3f}" if len(epochs) > 1 else f"{first:.3f}; a single epoch, so a single point"
     dashed = " Dashed: on the validation users." if any(line.validation is not None for line in lines) else ""
     explained = _EXPLAINED["phase_a, items from texts" if items_are_texts and stage == "phase_a" else stage]
     caption = f"{title}: {explained} Loss {course}.{dashed}"
-    name = "loss-" + stage.replace("_", "-")
     svg = curves(lines, f"training steps of {stage_name(stage)}", "loss (nats)")
-    return Picture(name, svg, f"{title}: loss over training steps", caption)
+    return Picture(f"loss-{stage.replace('_', '-')}", svg, f"{title}: loss over training steps", caption)
 
 
 def _validation(record: RunRecord, epochs: list[Epoch]) -> Picture:
@@ -110,12 +104,12 @@ def _table(record: RunRecord) -> Table:
         ("seconds", "time_s", ",.1f"),
         ("text tokens/s", "text_tokens_per_s", ",.0f"),
     )
-    rows = []
-    for epoch in record.epochs:
+    rows, kept = [], set()
+    for place, epoch in enumerate(record.epochs):
         values = [(epoch.values.get(name), form) for _, name, form in columns]
-        cells = ["-" if value is None else format(value, form) for value, form in values]
-        rows.append((epoch.short + (" (kept)" if record.is_kept(epoch) else ""), *cells))
-    kept = frozenset(place for place, epoch in enumerate(record.epochs) if record.is_kept(epoch))
+        kept |= {place} if record.is_kept(epoch) else set()
+        label = f"{epoch.short} (kept)" if place in kept else epoch.short
+        rows.append((label, *("-" if value is None else format(value, form) for value, form in values)))
     text = "T: the text stage, " if record.of_stage("text") else ""
     caption = f"{text}P: stage 1, A and B: the phases of stage 2. Seconds are those of the training steps alone."
-    return Table(("epoch", *(title for title, _, _ in columns)), tuple(rows), caption, strong=kept)
+    return Table(("epoch", *(title for title, _, _ in columns)), tuple(rows), caption, strong=frozenset(kept))

@@ -13,13 +13,12 @@ from torch import Tensor
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
 from laser_fast.kernels import dispatch, routing
-from laser_fast.kernels.device import multiprocessors
 from laser_fast.kernels.gated_product import gated_product_backward, gated_product_forward
 from laser_fast.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from laser_fast.kernels.rotary import rotary
 from laser_fast.kernels.routing import route_forward
 from laser_fast.kernels.routing_backward import route_backward
-from laser_fast.kernels.tiles import TILES, Key, Tile, precision_of, running, tile
+from laser_fast.kernels.tiles import TILES, Key, Tile, multiprocessors, precision_of, running, tile
 
 Make = Callable[..., Any]
 

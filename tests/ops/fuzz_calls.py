@@ -13,7 +13,6 @@ from torch import Tensor
 from laser_fast.lm.attention.packed_attention import varlen_attention
 from laser_fast.ops import (
     ItemLists,
-    NormKind,
     catalog_cross_entropy,
     catalog_cross_entropy_reference,
     catalog_topk,
@@ -23,14 +22,8 @@ from laser_fast.ops import (
     cu_seqlens_from_lengths,
     dispatch_queries,
     dispatch_queries_reference,
-    gated_product_backward,
-    gated_product_forward,
-    gated_product_reference,
     inject_prefix_kv,
     inject_prefix_kv_reference,
-    rms_norm_backward,
-    rms_norm_forward,
-    rms_norm_reference,
     rotary_embedding,
     rotary_embedding_reference,
     route_experts,
@@ -40,6 +33,8 @@ from laser_fast.ops import (
     segment_positions,
     segment_sum,
 )
+from laser_fast.ops.gated_product import gated_product_backward, gated_product_forward, gated_product_reference
+from laser_fast.ops.rms_norm import NormKind, rms_norm_backward, rms_norm_forward, rms_norm_reference
 
 TEMPERATURES = (0.0, -1.0, float("nan"), float("inf"), "1", None)
 

@@ -6,14 +6,13 @@ import pytest
 import torch
 
 from laser_fast.ops import (
-    check_cu_seqlens,
     cu_seqlens_from_lengths,
     segment_ids,
     segment_mean,
     segment_positions,
     segment_sum,
-    validate_cu_seqlens,
 )
+from laser_fast.ops.segments import check_cu_seqlens, validate_cu_seqlens
 
 LENGTHS = [
     pytest.param([3], id="one"),

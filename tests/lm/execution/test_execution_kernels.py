@@ -37,7 +37,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def serve(name: str) -> Callable[..., bool]:
         return lambda *_: names.append(name) is None
 
-    monkeypatch.setattr(gated_product, "_kernel_serves", serve("product"))
+    monkeypatch.setattr(gated_product, "triton_serves", serve("product"))
     monkeypatch.setattr(rms_norm, "_kernel_serves", serve("norm"))
     return names
 
