@@ -1,4 +1,4 @@
-"""The text residual as a recommender of its own: cached text vectors, learned recency weights, one linear head."""
+"""The text residual as a recommender: cached text vectors, learned recency weights, one linear head."""
 
 import torch
 import torch.nn.functional as F
@@ -11,17 +11,15 @@ from laser_fast.recommenders.protocol import check_histories, newest_items, repe
 
 
 class TextRecommender:
-    """score = cos(R(history), R(item)) / tau: the line of cached vectors, which reads no text. A `Scorer`.
-
-    An empty history scores 0 everywhere.
+    """score = cos(R(history), R(item)) / tau, which reads no text; 0 everywhere for an empty history. A `Scorer`.
 
     Args:
-        text: the residual, with its vectors or their source.
+        text: R, with its vectors or their source.
         temperature: tau.
-        without_history: give the items of the history the lowest score of all; a target among them is lost.
+        without_history: give the items of the history the lowest score of all.
     """
 
-    def __init__(self, text: TextResidual, temperature: float = 0.05, *, without_history: bool = False) -> None:
+    def __init__(self, text: TextResidual, temperature: float, *, without_history: bool = False) -> None:
         if temperature <= 0:
             raise ValueError(f"TextRecommender: temperature must be positive, got {temperature}")
         self.text = text

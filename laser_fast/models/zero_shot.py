@@ -1,4 +1,4 @@
-"""Text vectors of the catalogue from a frozen language model, and recommending by them without any training."""
+"""Text vectors of the catalogue from a frozen language model, and recommendations from them without training."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from laser_fast.recommenders.protocol import check_histories
 
 @torch.inference_mode()
 def text_vectors(lm: FrozenLM, builder: BatchBuilder, *, batch_size: int = 256) -> Tensor:
-    """Mean of the last hidden states over each item's prompt: unit vectors, float32 [I, D_llm]."""
+    """Mean of the last hidden states over each item's prompt, as unit vectors: float32 [I, D_llm]."""
     rows = []
     for batch in builder.item_batches(batch_size):
         hidden = lm(lm.embed(batch.input_ids), batch.token_cu_seqlens)
@@ -27,24 +27,24 @@ def text_vectors(lm: FrozenLM, builder: BatchBuilder, *, batch_size: int = 256) 
 
 @dataclass(frozen=True, eq=False)
 class CatalogueTexts:
-    """The texts of all items, tokenized, with one builder for each of their wordings."""
+    """The tokenized texts of all items, one builder for each wording."""
 
     builders: Sequence[BatchBuilder]
 
     def vectors(self, lm: FrozenLM, *, batch_size: int = 64) -> Tensor:
-        """Mean of the unit vectors of all wordings, centred: float32 [I, D], unit rows, on the device of `lm`."""
+        """Mean of the vectors of all wordings, centred: float32 [I, D], unit rows, on the device of `lm`."""
         with torch.inference_mode():
             wordings = [text_vectors(lm, builder, batch_size=batch_size) for builder in self.builders]
             vectors = centred(F.normalize(torch.stack(wordings).sum(dim=0), dim=-1))
-        return vectors.clone()  # they enter training steps
+        return vectors.clone()  # no inference tensor: they enter training steps
 
 
 class TextSimilarity:
-    """score = cos(user, item), user = sum over the history, newest first, of decay^k * item vector. A `Scorer`.
+    """score = cos(sum_k decay^k x_{h_k}, x_item), h_0 the newest item; 0 everywhere for an empty history. A `Scorer`.
 
     Args:
-        item_vectors: float32 [I, d], unit rows.
-        decay: 0 < decay <= 1; 0 stands for the last item alone. An empty history scores 0 everywhere.
+        item_vectors: x, float32 [I, d], unit rows.
+        decay: from 0 (the last item alone) to 1.
     """
 
     def __init__(self, item_vectors: Tensor, decay: float = 0.0) -> None:
