@@ -1,8 +1,9 @@
 """From settings to modules: the arguments of a `LaserModel` around a frozen language model."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from laser_fast.data.text import ItemText
 from laser_fast.data.tokens import Tokenizer, prompt_layout, tokenize_texts
 from laser_fast.lm.execution.execution import Execution
 from laser_fast.lm.frozen_lm import FrozenLM
+from laser_fast.lm.loading.base_model import LoadedBase
 from laser_fast.models.zero_shot import CatalogueTexts
 from laser_fast.nn.bituning import BiTuning
 from laser_fast.nn.mformer import MFormer
@@ -21,8 +23,17 @@ from laser_fast.nn.prefixes import DeepPrefix, LinearPrefix
 from laser_fast.nn.text_residual import TextResidual
 from laser_fast.recommenders.protocol import SequentialRecommender
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+
+@dataclass(frozen=True, eq=False)
+class Foundation:
+    """What a model is built on."""
+
+    config: ModelConfig
+    base: LoadedBase
+    items: ItemTable
+    recommender: SequentialRecommender | None
+    counts: np.ndarray  # int64 [I], training events of each item; 0 if unknown
+    known_items: np.ndarray  # bool [I], the items whose states of the recommender are read
 
 
 def build_execution(config: ExecutionConfig) -> Execution:
@@ -30,31 +41,19 @@ def build_execution(config: ExecutionConfig) -> Execution:
     return Execution(**config.model_dump(exclude={"checkpoint_mformer"}))
 
 
-def build_parts(
-    config: ModelConfig,
-    model: "PreTrainedModel",
-    tokenizer: Tokenizer,
-    items: ItemTable,
-    recommender: SequentialRecommender | None,
-    *,
-    counts: np.ndarray,
-    known_items: np.ndarray,
-) -> dict[str, Any]:
+def build_parts(foundation: Foundation) -> dict[str, Any]:
     """`laser_parts` around a loaded language model and a catalogue with texts.
-
-    Args:
-        counts: int64 [I], training events of each item.
-        known_items: bool [I], the items whose states of the recommender are read.
 
     Raises:
         ValueError: tokens of another vocabulary, a template with an unknown field, or a missing recommender.
     """
-    lm = FrozenLM(model, build_execution(config.execution))
+    config, items, tokenizer = foundation.config, foundation.items, foundation.base.tokenizer
+    lm = FrozenLM(foundation.base.model, build_execution(config.execution))
     text_history = config.text.max_history if config.text.residual else 0
     limits = {"max_history": config.mformer.max_history, "text_history": text_history}
-    builder = build_batches(config.prompt, items, tokenizer, known_items=known_items, **limits)
+    builder = build_batches(config.prompt, items, tokenizer, known_items=foundation.known_items, **limits)
     _check_tokens(builder, lm)
-    parts = laser_parts(config, lm, builder, items.ids, recommender, counts)
+    parts = laser_parts(config, lm, builder, items.ids, foundation.recommender, foundation.counts)
     if config.text.residual:  # it reads the texts when it first needs them
         parts["text"].source = partial(_catalogue_texts(config, items, tokenizer).vectors, lm)
     return parts

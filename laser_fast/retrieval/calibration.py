@@ -3,8 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping
 from copy import copy
-from dataclasses import InitVar, asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import InitVar, dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -33,10 +32,6 @@ class Calibration:
         scalars = {**biases, **self.weights}
         if wrong := {name: value for name, value in scalars.items() if not math.isfinite(value)}:
             raise ValueError(f"Calibration: weights and biases must be finite, got {wrong}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and names, ready for JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -9,7 +9,7 @@ import torch
 from laser_fast.config import LaserConfig
 from laser_fast.files.folders import whole_directory
 from laser_fast.laser.build import Inputs, build_laser, load_inputs, load_language_model, training_counts
-from laser_fast.laser.laser_files import SavedLaser, find_saved, item_map_hash, weights_hash, write_laser
+from laser_fast.laser.laser_files import SavedLaser, find_saved, weights_hash, write_laser
 from laser_fast.laser.model import LaserModel
 from laser_fast.laser.model_card import model_card
 from laser_fast.lm.loading.base_model import lm_of_saved
@@ -66,7 +66,7 @@ class Run:
         saved.refuse_other_sizes()
         model = build_laser(config, inputs, *load_language_model(lm)).eval()
         saved.refuse_another_base(model)
-        model.encode_within(TokenBudget(config.training.micro_batch_tokens))
+        model.budget = TokenBudget(config.training.micro_batch_tokens)
         return cls(restore(model, inputs, saved), inputs, config)
 
 
@@ -104,7 +104,7 @@ def restore(model: LaserModel, inputs: Inputs, saved: SavedLaser) -> LaserModel:
 
 def fingerprint(inputs: Inputs) -> dict[str, str]:
     """SHA-256 of what a run is trained on, by its name in a message."""
-    items = item_map_hash(inputs.dataset.items.ids)
+    items = inputs.dataset.items.hash()
     folds = getattr(inputs.recommender, "cross_fitted", None)
     recommenders = [inputs.recommender, *(() if folds is None else folds.models)]
     hashes = " ".join(str(weights_hash(recommender)) for recommender in recommenders)

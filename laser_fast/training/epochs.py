@@ -215,7 +215,7 @@ class Stage:
         run.resumed = None
         device, position = run.accelerator.device, state.values["position"]
         run.model.load_state_dict(state.part("model").tensors)
-        run.model.keep_items(state.part("items").tensors["matrix"].to(device))
+        run.model.item_matrix = state.part("items").tensors["matrix"].to(device)
         run.model.budget.limit = position["budget"]
         if self.heads is not None:
             self.heads.load_state_dict(state.part("heads").tensors)

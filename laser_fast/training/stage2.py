@@ -117,7 +117,7 @@ def _refresh_items(session: Session) -> None:
     for start in tqdm(starts, desc="encode items", unit="batch", disable=not session.progress, leave=False):
         session.interruption.poll()
         rows.append(model.encode_items(own[start : start + size].tolist(), batch_size=size))
-    model.keep_items(torch.cat(processes.gather_parts(torch.cat(rows))))
+    model.item_matrix = torch.cat(processes.gather_parts(torch.cat(rows)))
 
 
 class _SharedScorer:

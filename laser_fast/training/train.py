@@ -181,7 +181,7 @@ def _train(session: Session, resume: bool) -> None:
     if processes.rank:  # dropout of its share is independent of that of the others
         seeds = np.random.SeedSequence([session.config.training.seed, processes.rank])
         torch.manual_seed(int(seeds.generate_state(1)[0]))
-    session.model.encode_within(_token_budget(session))
+    session.model.budget = _token_budget(session)
     if resume:
         _resume(session)
     names = list(_STAGES)
