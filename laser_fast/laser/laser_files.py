@@ -216,11 +216,9 @@ class SavedLaser:
         model.item_matrix = items["item_matrix"].to(model.device, torch.float32)
 
     def put_text_into(self, model: LaserEncoder) -> None:
-        """Put in the text residual and its vectors alone, and the weight of popularity where both have one."""
-        vectors = read_tensors(self.sealed, _ITEM_TENSORS, ["text_vectors"]).get("text_vectors")
-        if model.text is None or vectors is None:
-            where = self.sealed.path.name
-            raise ValueError(f"put_text_into: {where} and the model must have a text residual, got none")
+        """Put the text residual alone into a model of the same text settings, and the weight of popularity."""
+        assert model.text is not None
+        vectors = read_tensors(self.sealed, _ITEM_TENSORS, ["text_vectors"])["text_vectors"]
         state = read_tensors(self.sealed, _ADAPTER)
         own = {name.removeprefix("text."): value for name, value in state.items() if name.startswith("text.")}
         load_weights_of_file(model.text, own, f"put_text_into: {_ADAPTER}")

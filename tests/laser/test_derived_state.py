@@ -25,21 +25,6 @@ OUTDATED = (
 )
 
 
-@pytest.fixture
-def build(make_laser: Callable[..., Any]) -> Callable[..., LaserModel]:
-    def make(**sections: Any) -> LaserModel:
-        model = make_laser(**sections)[0].eval()
-        model.refresh_items()
-        return model
-
-    return make
-
-
-@pytest.fixture
-def model(build: Callable[..., LaserModel]) -> LaserModel:
-    return build()
-
-
 def step(model: LaserModel, optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW, **kind: Any) -> None:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.encode(model.builder.histories(PackedSequences.from_lists([[1, 2]])))[0].square().sum().backward()
@@ -201,8 +186,8 @@ def test_a_run_that_kept_its_items_comes_back_whole(tiny_settings: dict[str, Any
         assert not model.items_are_outdated and model.recommend(HISTORIES, 3) == trained.recommend(HISTORIES, 3)
 
 
-def test_text_vectors_follow_the_language_model_and_outdate_the_matrix(build: Callable[..., LaserModel]) -> None:
-    model = build(text={"residual": True})
+def test_text_vectors_follow_the_language_model_and_outdate_the_matrix(ready_laser: Callable[..., LaserModel]) -> None:
+    model = ready_laser(text={"residual": True})
     assert model.text is not None
     before = model.text.vectors
     model.text.set_vectors(before.clone())
@@ -214,7 +199,7 @@ def test_text_vectors_follow_the_language_model_and_outdate_the_matrix(build: Ca
     write_to_the_language_model(model)
     model.refresh_items()
     assert torch.equal(model.text.vectors, before)  # they were set, so they are whoever's who set them
-    other = build(text={"residual": True})
+    other = ready_laser(text={"residual": True})
     assert other.text is not None
     read = other.text.vectors
     other.refresh_items()
