@@ -34,7 +34,7 @@ class _ItemMatrix(nn.Module):
         super().__init__()
         self.register_buffer("values", values, persistent=False)
         self.made_at = made_at
-        self.contents = WeightsVersion(self, buffers=True)  # counts writes in place
+        self.version = WeightsVersion(self, buffers=True)  # of writes in place
 
 
 class LaserEncoder(LaserNetwork):
@@ -80,12 +80,6 @@ class LaserEncoder(LaserNetwork):
     @item_matrix.setter
     def item_matrix(self, values: Tensor) -> None:
         self._items = _ItemMatrix(values, self.weights.now())
-
-    @property
-    def items_version(self) -> tuple[object, int]:
-        """Identifies the item matrix: another value after every change, also in place."""
-        items = self._items
-        return items, items.contents.now()
 
     @property
     def items_are_outdated(self) -> bool:

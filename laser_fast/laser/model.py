@@ -247,7 +247,7 @@ class LaserModel(LaserEncoder, ModelHubMixin):
             RuntimeError: no item matrix (`refresh_items`), or it or the calibration is of older weights.
             ValueError: the calibrated score has a part that is no inner product.
         """
-        kept = self._calibration
+        kept, items = self._calibration, self._items
         scorer = self._join(kept) or self
         if (stranger := stranger_in(scorer)) is not None:
             raise ValueError(
@@ -258,7 +258,7 @@ class LaserModel(LaserEncoder, ModelHubMixin):
         if isinstance(scorer, CalibratedScorer):
             scorer.refuse_outdated()
             versions = scorer.versions()
-        made_of = (self.device, *self.items_version, kept, versions)
+        made_of = (self.device, items, items.version.now(), kept, versions)
         return self._index.made_of(made_of, lambda: make_index(scorer, self.device))
 
     def recommend(

@@ -16,7 +16,7 @@ from laser_fast.data.tokens import Tokenizer, prompt_layout, tokenize_texts
 from laser_fast.lm.execution.execution import Execution
 from laser_fast.lm.frozen_lm import FrozenLM
 from laser_fast.lm.loading.base_model import LoadedBase
-from laser_fast.models.zero_shot import CatalogueTexts
+from laser_fast.models.text_scorers import CatalogueTexts
 from laser_fast.nn.bituning import BiTuning
 from laser_fast.nn.mformer import MFormer
 from laser_fast.nn.prefixes import DeepPrefix, LinearPrefix

@@ -77,12 +77,7 @@ class Objective:
             raise ValueError(f'Objective: candidates must be "catalog" or "sampled", got {self.candidates!r}')
 
     def __call__(
-        self,
-        batch: PackedBatch,
-        users: Tensor,
-        live: Tensor | None,
-        routing: Routing | None,
-        step: StepContext,
+        self, batch: PackedBatch, users: Tensor, live: Tensor | None, routing: Routing | None, step: StepContext
     ) -> LaserOutput:
         """Loss of a batch with targets, from its users [B, d] and its live candidates [P, d]."""
         assert batch.targets is not None

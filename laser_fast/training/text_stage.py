@@ -17,7 +17,7 @@ from laser_fast.evaluation import evaluate
 from laser_fast.laser.laser_files import find_saved, origin_of
 from laser_fast.laser.model import LaserModel
 from laser_fast.models.objective import history_pairs, whole_catalog_loss
-from laser_fast.models.text_recommender import TextRecommender
+from laser_fast.models.text_scorers import TextRecommender
 from laser_fast.nn.text_residual import TextResidual
 from laser_fast.training.epochs import Session, Stage
 from laser_fast.training.loop import EarlyStopping, LossFunction, StageTrainer

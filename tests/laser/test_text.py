@@ -16,7 +16,7 @@ from laser_fast.config import LaserConfig, build_config
 from laser_fast.data import EvaluationRows, PackedSequences, training_rows
 from laser_fast.laser.build import build_laser, load_inputs, load_language_model
 from laser_fast.models.objective import StepContext
-from laser_fast.models.text_recommender import TextRecommender
+from laser_fast.models.text_scorers import TextRecommender
 from laser_fast.reports import read_run
 from laser_fast.training.train import train_laser
 

@@ -1,4 +1,4 @@
-"""Text vectors of the catalogue from a frozen language model, and recommendations from them without training."""
+"""Text vectors of the catalogue from a frozen language model, and two scorers that read nothing else."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +9,11 @@ from torch import Tensor
 
 from laser_fast.data.batches import BatchBuilder
 from laser_fast.lm.frozen_lm import FrozenLM
-from laser_fast.nn.text_residual import centred
+from laser_fast.nn.evaluation_mode import evaluating
+from laser_fast.nn.text_residual import TextResidual, centred
 from laser_fast.ops.precision import autocast_off
 from laser_fast.ops.segments import segment_mean, segment_sum
-from laser_fast.recommenders.protocol import check_histories
+from laser_fast.recommenders.protocol import check_histories, newest_items, repeat_positions
 
 
 @torch.inference_mode()
@@ -64,3 +65,35 @@ class TextSimilarity:
         users = segment_sum(weight[:, None] * self.item_vectors[items], cu_seqlens)
         with autocast_off(users.device):
             return F.normalize(users, dim=-1) @ self.item_vectors.T
+
+
+class TextRecommender:
+    """score = cos(R(history), R(item)) / tau, which reads no text; 0 everywhere for an empty history. A `Scorer`.
+
+    Args:
+        text: R, with its vectors or their source.
+        temperature: tau.
+        without_history: give the items of the history the lowest score of all.
+    """
+
+    def __init__(self, text: TextResidual, temperature: float, *, without_history: bool = False) -> None:
+        if temperature <= 0:
+            raise ValueError(f"TextRecommender: temperature must be positive, got {temperature}")
+        self.text = text
+        self.temperature = temperature
+        self.without_history = without_history
+        self.num_items = text.num_items
+
+    @torch.no_grad()
+    def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """See `Scorer.score`: float32 [B, I], on the device of `items`."""
+        check_histories("TextRecommender.score", items, cu_seqlens, self.num_items)
+        device = self.text.head.weight.device
+        read, bounds = newest_items(items, cu_seqlens, self.text.max_history)
+        with evaluating(), autocast_off(device):
+            users = self.text.users(read.to(device), bounds.to(device))
+            scores = F.normalize(users, dim=-1) @ F.normalize(self.text.embeddings(), dim=-1).T / self.temperature
+        scores = scores.to(items.device).masked_fill_((cu_seqlens.diff() == 0)[:, None], 0.0)
+        if self.without_history:
+            scores.view(-1)[repeat_positions(items, cu_seqlens, self.num_items)[0]] = -2.0 / self.temperature
+        return scores
