@@ -130,7 +130,7 @@ def run_variant(config: LaserConfig, variant: Variant, seed: int, work: Path) ->
     systems: dict[str, dict[str, Scorer]] = {"": {"laser": model}}
     if variant.name == CACHED:
         assert model.text is not None
-        systems = {"": {"laser": TextRecommender(model.text, model.temperature)}}
+        systems = {"": {"laser": TextRecommender(model.text, model.objective.temperature)}}
     systems[""] = {"laser": Remembered(systems[""]["laser"], inputs.split, folder / "scores.safetensors")}
     if inputs.recommender is not None:
         systems["with ID score"] = systems[""] | {"recommender": Remembered(inputs.recommender, inputs.split)}

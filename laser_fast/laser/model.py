@@ -227,13 +227,13 @@ class LaserModel(LaserEncoder, ModelHubMixin):
         matrix = self.current_items()
         users = self.encode_users(PackedSequences(items.cpu().numpy(), cu_seqlens.cpu().numpy()))
         with autocast_off(users.device):
-            return F.normalize(users, dim=-1) @ F.normalize(matrix, dim=-1).T / self.temperature
+            return F.normalize(users, dim=-1) @ F.normalize(matrix, dim=-1).T / self.objective.temperature
 
     def score_block(self) -> ScoreBlock:
         """`score` as inner products of unit items with unit users over the temperature."""
 
         def unit_users(histories: PackedSequences) -> Tensor:
-            return F.normalize(self.encode_users(histories).float(), dim=-1) / self.temperature
+            return F.normalize(self.encode_users(histories).float(), dim=-1) / self.objective.temperature
 
         return ScoreBlock(F.normalize(self.current_items().float(), dim=-1), unit_users)
 

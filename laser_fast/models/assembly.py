@@ -16,6 +16,7 @@ from laser_fast.data.tokens import Tokenizer, prompt_layout, tokenize_texts
 from laser_fast.lm.execution.execution import Execution
 from laser_fast.lm.frozen_lm import FrozenLM
 from laser_fast.lm.loading.base_model import LoadedBase
+from laser_fast.models.objective import Objective
 from laser_fast.models.text_scorers import CatalogueTexts
 from laser_fast.nn.bituning import BiTuning
 from laser_fast.nn.mformer import MFormer
@@ -72,7 +73,8 @@ def laser_parts(
     Args:
         counts: int64 [I], training events of each item; None = all 0.
     """
-    settings, objective, width = config.bituning, config.objective, lm.hidden_size
+    settings, width = config.bituning, lm.hidden_size
+    objective = config.objective.model_dump(include={"temperature", "balance_weight", "candidates", "mask_history"})
     parts: dict[str, Any] = {"lm": lm, "builder": builder, "item_ids": item_ids}
     parts["bituning"] = BiTuning(
         width,
@@ -88,14 +90,14 @@ def laser_parts(
     if config.text.residual:
         text = TextResidual(len(item_ids), width, max_history=config.text.max_history, dropout=config.text.dropout)
         parts |= {"text": text, "item_side": "text" if config.text.items_are_texts else "lm"}
-    if objective.popularity:
+    if config.objective.popularity:
         known = np.zeros(len(item_ids), dtype=np.int64) if counts is None else counts
         parts["item_counts"] = torch.from_numpy(known)
     return parts | {
         "reuse_instruction": config.prompt.order == "prompt-first" and config.prompt.reuse_instruction,
         "head": settings.head,
         "dropout": settings.dropout,
-        **objective.model_dump(include={"temperature", "balance_weight", "candidates", "mask_history"}),
+        "objective": Objective(**objective),
     }
 
 

@@ -42,7 +42,6 @@ class LaserNetwork(VersionedModule):
         reuse_instruction: compute keys and values of an instruction before the prefix once and inject them; needs a
             causal language model.
         head: "linear" (trained, starts as the identity, shared by both sides) or "none".
-        temperature, balance_weight, candidates, mask_history: see `Objective`.
         dropout: on the read-out.
         text: the text residual; None = the embeddings are the read-out alone, as in the paper.
         item_side: with `text`, whether the language model reads items too ("lm") or not ("text").
@@ -66,13 +65,10 @@ class LaserNetwork(VersionedModule):
         deep_prefix: DeepPrefix | None = None,
         reuse_instruction: bool = False,
         head: str = "linear",
-        temperature: float = 0.05,
-        balance_weight: float = 0.01,
-        candidates: str = "catalog",
+        objective: Objective | None = None,
         dropout: float = 0.0,
         text: TextResidual | None = None,
         item_side: str = "lm",
-        mask_history: bool = False,
         item_counts: Tensor | None = None,
     ) -> None:
         super().__init__()
@@ -86,7 +82,6 @@ class LaserNetwork(VersionedModule):
             )
         if head not in ("linear", "none"):
             raise ValueError(f'LaserNetwork: head must be "linear" or "none", got {head!r}')
-        Objective(temperature, balance_weight, candidates)  # refuses what it does not know
         self.lm = lm
         self.bituning = bituning
         self.num_items = num_items
@@ -96,13 +91,10 @@ class LaserNetwork(VersionedModule):
         self.reuse_instruction = reuse_instruction
         self.recommender = None if recommender is None else FrozenRecommender(recommender)
         self.head = _identity(lm.hidden_size) if head == "linear" else None
-        self.temperature = temperature
-        self.balance_weight = balance_weight
-        self.candidates = candidates
+        self.objective = objective or Objective()
         self.dropout = dropout
         self.text = text
         self.item_side = item_side
-        self.mask_history = mask_history
         self.popularity_weight: nn.Parameter | None = None
         if item_counts is not None:
             self.popularity_weight = nn.Parameter(torch.zeros(()))
@@ -227,12 +219,10 @@ class LaserNetwork(VersionedModule):
         if batch.positives is not None:
             texts_only = self.item_side == "text"
             live = self.encode_texts(batch.positives) if texts_only else self.encode(batch.positives)[0]
+        step = replace(step, popularity=self.popularity())
         if self.item_side == "text" and self.text is not None and step.items_train:
             step = replace(step, item_matrix=self.text.items)
-        objective = Objective(
-            self.temperature, self.balance_weight, self.candidates, self.mask_history, self.popularity()
-        )
-        return objective(batch, users, live, routing, step)
+        return self.objective(batch, users, live, routing, step)
 
     def activation_checkpointing_enable(
         self,

@@ -29,19 +29,21 @@ class LaserOutput(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class StepContext:
-    """What a training step knows beside its batch and its network.
+    """What a loss depends on beside its batch; whoever knows more on the way down adds it.
 
     Attributes:
         processes: those whose live candidates compete.
         balance_processes: those whose load is balanced together.
         items_train: compute items that the text residual alone makes in the step, with gradient, instead of using V.
         item_matrix: gives V [I, d]; called only where V takes part.
+        popularity: p [] and log(1 + count) [I], of the network; adds p log(1 + count_i) to the scores over V.
     """
 
     processes: Processes = ALONE
     balance_processes: Processes = ALONE
     items_train: bool = True
     item_matrix: Callable[[], Tensor] | None = None
+    popularity: tuple[Tensor, Tensor] | None = None
 
     def matrix(self) -> Tensor:
         """V; a RuntimeError where the step has none."""
@@ -66,11 +68,10 @@ class Objective:
     items fell below 4 within 32 steps, to the log of the batch's 60 positives, while validation hardly moved.
     """
 
-    temperature: float  # tau
-    balance_weight: float  # alpha
+    temperature: float = 0.05  # tau
+    balance_weight: float = 0.01  # alpha
     candidates: str = "catalog"  # or "sampled"
     mask_history: bool = False  # leave the other items of a user's history out of V
-    popularity: tuple[Tensor, Tensor] | None = None  # p [] and log(1 + count) [I]: adds p log(1 + count_i) over V
 
     def __post_init__(self) -> None:
         if self.candidates not in ("catalog", "sampled"):
@@ -79,14 +80,14 @@ class Objective:
     def __call__(
         self, batch: PackedBatch, users: Tensor, live: Tensor | None, routing: Routing | None, step: StepContext
     ) -> LaserOutput:
-        """Loss of a batch with targets, from its users [B, d] and its live candidates [P, d]."""
+        """Loss of a batch with targets, from its users [B, d] and its live candidates [P, d], if any."""
         assert batch.targets is not None
         if self.candidates == "sampled":
             loss = cross_entropy = self._among_own(batch, users, live, step)
         else:
             ignored = history_pairs(batch) if self.mask_history else None
             loss = cross_entropy = whole_catalog_loss(
-                users, step.matrix(), batch.targets, self.temperature, ignored=ignored, popularity=self.popularity
+                users, step.matrix(), batch.targets, self.temperature, ignored=ignored, popularity=step.popularity
             )
             if live is not None:
                 items, places = gather_candidates(live, batch, step.processes)

@@ -63,7 +63,9 @@ def train_text(session: Session) -> None:
         optimizer=config.training.text_optimizer,
         seed=config.training.seed + 3,
         modules=trained,
-        loss_function=_loss(text, model.temperature, model.popularity, mask_history=model.mask_history),
+        loss_function=_loss(
+            text, model.objective.temperature, model.popularity, mask_history=model.objective.mask_history
+        ),
         stopping=stopping,
         conclude=conclude,
         heads=best,
