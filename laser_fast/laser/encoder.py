@@ -40,8 +40,8 @@ class _ItemMatrix(nn.Module):
 class LaserEncoder(LaserNetwork):
     """A network with its catalogue.
 
-    The item matrix belongs to one version of the weights. One of older weights is an error where it is read, because
-    no request should encode the catalogue unasked.
+    The item matrix belongs to one version of the weights. Reading one of older weights is an error: no request encodes
+    the catalogue on its own.
 
     Args:
         builder: texts, prompts and catalogue; turns histories into packed batches.
@@ -93,7 +93,7 @@ class LaserEncoder(LaserNetwork):
             if items is not self._items:  # another thread has just refreshed them
                 return self.current_items()
             raise RuntimeError(
-                "LaserModel: the item matrix must belong to the weights of now, got one of older weights; call "
+                "LaserModel: the item matrix must belong to the present weights, got one of older weights; call "
                 "refresh_items() first, or keep_items() where only users were trained since"
             )
         return items.values

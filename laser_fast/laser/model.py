@@ -279,7 +279,7 @@ class LaserModel(LaserEncoder, ModelHubMixin):
         Args:
             histories: B lists (or a column of lists) of external ids; the number 7 names the item "7".
             exclude_seen: leave out the items of the history.
-            exclude, allow: ids nobody gets, and the only ids anybody gets; None = all.
+            exclude, allow: ids to leave out, and the only ids to recommend; None = all.
 
         Returns:
             B lists of at most k, best first, ties by item index.

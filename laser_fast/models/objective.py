@@ -29,7 +29,7 @@ class LaserOutput(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class StepContext:
-    """What a loss depends on beside its batch; whoever knows more on the way down adds it.
+    """What a loss depends on beside its batch.
 
     Attributes:
         processes: those whose live candidates compete.

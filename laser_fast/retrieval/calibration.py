@@ -83,7 +83,7 @@ class CalibratedScorer:
         for name, version in self.versions().items():
             if version != self._made_at.get(name):
                 raise RuntimeError(
-                    f"CalibratedScorer: the calibration must belong to the weights of now, got one of older weights of "
+                    "CalibratedScorer: the calibration must belong to the present weights, got one of older weights of "
                     f"{name!r}; fit it again (laser_fast.evaluation.fit_calibration), or set model.calibration = None"
                 )
 

@@ -112,7 +112,7 @@ class InnerProductIndex:
             histories: B histories of item indices, oldest first.
             k: length of the lists, at least 1; may exceed I.
             exclude_seen: leave out the items of the history.
-            blocked: bool [I], items that nobody gets.
+            blocked: bool [I], items to leave out.
 
         Returns:
             Scores float32 [B, k], descending, ties by item index, and item indices int64 [B, k]; -inf and -1 where

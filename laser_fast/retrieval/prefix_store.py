@@ -21,6 +21,7 @@ from laser_fast.data.sequences import PackedSequences
 from laser_fast.lm.execution.cuda_graphs import CudaGraphs, Recorder
 from laser_fast.lm.key_value_prefix import KeyValuePrefix
 from laser_fast.ops.precision import autocast_dtype
+from laser_fast.retrieval.inner_product import packed_tensors
 
 
 class PrefixStore:
@@ -109,8 +110,7 @@ def fetch_prefixes(
     read = PackedSequences(items, np.asarray(bounds, dtype=np.int32))
 
     def write_some(positions: list[int]) -> KeyValuePrefix:
-        wanted = read.select(np.asarray(positions))
-        rows, offsets = (torch.from_numpy(part).to(batch.items.device) for part in (wanted.items, wanted.cu_seqlens))
+        rows, offsets = packed_tensors(read.select(np.asarray(positions)), batch.items.device)
         return write(replace(batch, items=rows, cu_seqlens=offsets))
 
     return store.fetch(names, version, write_some)

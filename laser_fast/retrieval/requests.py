@@ -50,7 +50,7 @@ def pack_histories(histories: Iterable[Iterable[ItemId]], index_of_item: Mapping
 def blocked_items(
     exclude: Iterable[ItemId], allow: Iterable[ItemId] | None, index_of_item: Mapping[str, int]
 ) -> Tensor:
-    """Items that nobody may get, bool [I]: those of `exclude`, and all that a given `allow` does not name."""
+    """Items to leave out, bool [I]: those of `exclude`, and all that a given `allow` does not name."""
     blocked = torch.zeros(len(index_of_item), dtype=torch.bool)
     blocked[_indices("exclude", exclude, index_of_item)] = True
     if allow is not None:

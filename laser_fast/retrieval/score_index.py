@@ -116,7 +116,7 @@ def _block_of(part: Scorer, device: torch.device) -> ScoreBlock:
     def queries_of_now(histories: PackedSequences) -> Tensor:
         if part.weights.now() != made_at:
             raise RuntimeError(
-                "InnerProductIndex: the index must belong to the weights of now, got one of older weights; call "
+                "InnerProductIndex: the index must belong to the present weights, got one of older weights; call "
                 "model.index() again"
             )
         return queries(histories)

@@ -21,7 +21,7 @@ from laser_fast.training.train import train_laser
 HISTORIES = [["i3", "i4"], [], ["i9"]]
 PACKED = torch.tensor([3, 4, 9]), torch.tensor([0, 2, 2, 3], dtype=torch.int32)
 OUTDATED = (
-    r"LaserModel: the item matrix must belong to the weights of now, got one of older weights; call refresh_items"
+    r"LaserModel: the item matrix must belong to the present weights, got one of older weights; call refresh_items"
 )
 
 
@@ -78,7 +78,7 @@ def test_no_reader_takes_an_older_item_matrix(
         with pytest.raises(RuntimeError, match=OUTDATED):
             reader()
     assert not list(tmp_path.glob("saved*")) and not list(tmp_path.glob("run*"))
-    with pytest.raises(RuntimeError, match="the index must belong to the weights of now"):
+    with pytest.raises(RuntimeError, match="the index must belong to the present weights"):
         index.search(users, 3)
     model(batch).loss.backward()  # a step of training may
     model.refresh_items()
@@ -133,7 +133,7 @@ def test_moves_and_copies_are_no_change(model: LaserModel) -> None:
     step(model)
     for twin in (copy.copy(model), copy.deepcopy(model), moved(model)):
         assert twin.items_are_outdated
-        with pytest.raises(RuntimeError, match="the calibration must belong to the weights of now"):
+        with pytest.raises(RuntimeError, match="the calibration must belong to the present weights"):
             twin.recommend(HISTORIES, 3)
 
 
@@ -150,7 +150,7 @@ def test_a_calibration_of_older_weights_is_refused(model: LaserModel, tmp_path: 
     ):
         with pytest.raises(
             RuntimeError,
-            match=r"CalibratedScorer: the calibration must belong to the weights of now, got one of older weights of "
+            match=r"CalibratedScorer: the calibration must belong to the present weights, got one of older weights of "
             r"'laser'; fit it again \(laser_fast\.evaluation\.fit_calibration\), or set model\.calibration = None",
         ):
             reader()
@@ -170,10 +170,10 @@ def test_a_recommender_beside_the_model_is_of_one_version_too(model: LaserModel)
     assert copy.deepcopy(model).recommend(HISTORIES, 3) == model.recommend(HISTORIES, 3) == expected
     assert model.index() is index
     torch.nn.init.normal_(other.item_embedding.weight)
-    refused = "the calibration must belong to the weights of now, got one of older weights of 'recommender'"
+    refused = "the calibration must belong to the present weights, got one of older weights of 'recommender'"
     with pytest.raises(RuntimeError, match=refused):
         model.recommend(HISTORIES, 3)
-    with pytest.raises(RuntimeError, match="the index must belong to the weights of now, got one of older weights"):
+    with pytest.raises(RuntimeError, match="the index must belong to the present weights, got one of older weights"):
         index.search(users, 3)
 
 
