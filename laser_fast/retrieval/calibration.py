@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping
 from copy import copy
-from dataclasses import InitVar, dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,34 +34,31 @@ class Calibration:
             raise ValueError(f"Calibration: weights and biases must be finite, got {wrong}")
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class CalibratedScorer:
     """score = sum_c w_c f_c + b_hist [i in history] + b_last [i is last] + p log(1 + count_i). A `Scorer`.
 
     f_c is a component's score, z-scored over the catalogue for each history where `standardize` names it (0 where all
     its scores are equal). An empty history has neither repeat term.
+
+    Args:
+        counts: [I], training events of each item.
     """
 
-    components: Mapping[str, Scorer]
-    calibration: Calibration
-    counts: InitVar[Tensor]  # [I], training events of each item
-    log_counts: Tensor = field(init=False)
-    _made_at: Mapping[str, int] = field(init=False)  # versions of the weights that the scalars were fitted to
-
-    def __post_init__(self, counts: Tensor) -> None:
-        if not self.components or set(self.components) != set(self.calibration.weights):
+    def __init__(self, components: Mapping[str, Scorer], calibration: Calibration, counts: Tensor) -> None:
+        if not components or set(components) != set(calibration.weights):
             raise ValueError(
                 "CalibratedScorer: components must be those with a weight, "
-                f"got {sorted(self.components)} and {sorted(self.calibration.weights)}"
+                f"got {sorted(components)} and {sorted(calibration.weights)}"
             )
-        sizes = {name: scorer.num_items for name, scorer in self.components.items()}
+        sizes = {name: scorer.num_items for name, scorer in components.items()}
         if set(sizes.values()) != {counts.numel()}:
             raise ValueError(
                 f"CalibratedScorer: components and counts must share a catalogue, got {sizes} and {counts.numel()}"
             )
-        object.__setattr__(self, "components", dict(self.components))
-        object.__setattr__(self, "log_counts", torch.log1p(counts.float()))
-        object.__setattr__(self, "_made_at", self.versions())
+        self.components = dict(components)
+        self.calibration = calibration
+        self.log_counts = torch.log1p(counts.float())
+        self._made_at = self.versions()  # of the weights that the scalars were fitted to
 
     @property
     def num_items(self) -> int:
@@ -92,13 +89,13 @@ class CalibratedScorer:
         unused = {name for name in names if not self.calibration.weights.get(name)}
         twin = self.with_components({name: part for name, part in self.components.items() if name not in unused})
         weights = {name: self.calibration.weights[name] for name in twin.components}
-        object.__setattr__(twin, "calibration", replace(self.calibration, weights=weights))
+        twin.calibration = replace(self.calibration, weights=weights)
         return twin
 
     def with_components(self, components: Mapping[str, Scorer]) -> "CalibratedScorer":
         """The same scalars over other components, unchecked."""
         twin = copy(self)
-        object.__setattr__(twin, "components", components)
+        twin.components = dict(components)
         return twin
 
     def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
