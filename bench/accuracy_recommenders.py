@@ -11,6 +11,7 @@ per model. With `OMP_NUM_THREADS=1` the figures are those of one thread.
 
 import statistics
 import time
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def main() -> None:
         run, shown[f"{name}, seed {seed}"] = figures(model, split)
         calibrated, _ = fit_calibration({config.kind: model}, split.valid, counts)
         run["calibrated"], shown[f"calibrated, seed {seed}"] = figures(calibrated, split)
-        run |= {"seed": seed, "training_time_s": training_time_s, "calibration": calibrated.calibration.to_dict()}
+        run |= {"seed": seed, "training_time_s": training_time_s, "calibration": asdict(calibrated.calibration)}
         runs.append(run)
     facts = {
         "data": {"users": dataset.num_users, "items": dataset.num_items, "events": len(dataset.item_index)},

@@ -132,7 +132,7 @@ def test_authors_form(dataset: str, row: str, device: torch.device, compare_step
 
     def against_matrix() -> Tensor:
         cross_entropy, balance_loss = authors.loss_against_matrix(work.padded_users, matrix, targets)
-        return cross_entropy + model.balance_weight * balance_loss
+        return cross_entropy + model.objective.balance_weight * balance_loss
 
     def same_sequences() -> object:
         return gradients(work.whole_loss(model), parameters)

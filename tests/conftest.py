@@ -208,6 +208,20 @@ def make_laser(tiny_settings: dict[str, Any]) -> Callable[..., tuple[Any, Any]]:
     return make
 
 
+@pytest.fixture(scope="session")
+def tokens_seen() -> Callable[[Any], list[int]]:
+    """`tokens_seen(model)`: a list that gets the number of packed tokens of every call of its language model."""
+
+    def watch(model: Any) -> list[int]:
+        seen: list[int] = []
+        model.lm.model.register_forward_pre_hook(
+            lambda module, given, named: seen.append(named["inputs_embeds"].shape[1]), with_kwargs=True
+        )
+        return seen
+
+    return watch
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_memory() -> Iterator[None]:
     """Fill every `torch.empty` with NaN (integers: the largest), so that a result nobody wrote cannot look right."""

@@ -82,14 +82,16 @@ class AuthorsWorkload:
         users, routing = model.encode(self.users)
         items, of_items = model.encode(self.items)
         assert routing is not None and of_items is not None
-        scores = F.cosine_similarity(users.unsqueeze(1), items.view(*self.shape, -1), dim=-1) / model.temperature
+        scores = (
+            F.cosine_similarity(users.unsqueeze(1), items.view(*self.shape, -1), dim=-1) / model.objective.temperature
+        )
         cross_entropy = F.cross_entropy(scores, torch.zeros(len(users), dtype=torch.int64, device=users.device))
         return cross_entropy, routing.balance_loss + of_items.balance_loss
 
     def whole_loss(self, model: LaserModel) -> Tensor:
         """The same with the balance losses in it."""
         cross_entropy, balance_loss = self.same_loss(model)
-        return cross_entropy + model.balance_weight * balance_loss
+        return cross_entropy + model.objective.balance_weight * balance_loss
 
 
 class AuthorsStep:
@@ -105,8 +107,8 @@ class AuthorsStep:
         self.mformer = model.mformer
         self.suffix = model.bituning.suffix_tokens
         self.language_model = language_model
-        self.temperature = model.temperature
-        self.balance_weight = model.balance_weight
+        self.temperature = model.objective.temperature
+        self.balance_weight = model.objective.balance_weight
         # they keep one parameter an expert
         self.experts = nn.ParameterList(
             [nn.Parameter(slab.detach().clone()) for slab in self.mformer.query_experts.split(1)]

@@ -73,10 +73,10 @@ class PaddedStep:
         """Gradients of the step."""
         users, routing = self.encode()
         assert self.batch.targets is not None
-        matrix, temperature = self.model.item_matrix, self.model.temperature
+        matrix, temperature = self.model.item_matrix, self.model.objective.temperature
         loss = catalog_cross_entropy(users, matrix, self.batch.targets, temperature=temperature)
         if routing is not None:
-            loss = loss + self.model.balance_weight * routing.balance_loss
+            loss = loss + self.model.objective.balance_weight * routing.balance_loss
         return gradients(loss, self.parameters)
 
 

@@ -21,8 +21,7 @@ from laser_fast.files.folders import replace_json
 from laser_fast.laser import LaserModel
 from laser_fast.laser.build import build_laser, load_inputs, load_language_model, training_counts
 from laser_fast.lm.frozen_lm import FrozenLM
-from laser_fast.models.text_recommender import TextRecommender
-from laser_fast.models.zero_shot import CatalogueTexts, TextSimilarity, text_vectors
+from laser_fast.models.text_scorers import CatalogueTexts, TextRecommender, TextSimilarity, text_vectors
 from laser_fast.recommenders import ItemKNN, Markov1, Popularity, Scorer
 from laser_fast.training.train import train_laser
 from studying.variants import CACHED, VARIANTS, Variant
@@ -131,7 +130,7 @@ def run_variant(config: LaserConfig, variant: Variant, seed: int, work: Path) ->
     systems: dict[str, dict[str, Scorer]] = {"": {"laser": model}}
     if variant.name == CACHED:
         assert model.text is not None
-        systems = {"": {"laser": TextRecommender(model.text, model.temperature)}}
+        systems = {"": {"laser": TextRecommender(model.text, model.objective.temperature)}}
     systems[""] = {"laser": Remembered(systems[""]["laser"], inputs.split, folder / "scores.safetensors")}
     if inputs.recommender is not None:
         systems["with ID score"] = systems[""] | {"recommender": Remembered(inputs.recommender, inputs.split)}

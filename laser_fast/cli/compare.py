@@ -17,7 +17,7 @@ def run(parsed: argparse.Namespace) -> None:
 
     from laser_fast.evaluation.comparison import compare
     from laser_fast.laser.build import training_counts
-    from laser_fast.models.zero_shot import text_vectors
+    from laser_fast.models.text_scorers import text_vectors
     from laser_fast.nn.text_residual import centred
     from laser_fast.training.text_stage import fit_text_line
 

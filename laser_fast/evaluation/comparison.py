@@ -11,7 +11,7 @@ from laser_fast.evaluation.calibration_fit import fit_calibration
 from laser_fast.evaluation.evaluate import evaluate
 from laser_fast.evaluation.metrics import RankingMetrics, paired_difference, table
 from laser_fast.laser.model import LaserModel
-from laser_fast.models.zero_shot import TextSimilarity, text_vectors
+from laser_fast.models.text_scorers import TextSimilarity, text_vectors
 from laser_fast.recommenders.baselines import Markov1, Popularity
 from laser_fast.recommenders.item_to_item import ItemKNN, SequentialRules
 from laser_fast.recommenders.protocol import Scorer

@@ -1,4 +1,4 @@
-"""`laser.json`: what a saved Laser is, which language model it belongs to, and how large its tensors must be."""
+"""`laser.json`: what a saved Laser is, its language model, and the sizes of its tensors."""
 
 from typing import Annotated, Any, Literal
 
@@ -13,7 +13,7 @@ Size = Annotated[int, Field(ge=1)]
 
 
 class BaseRecord(Description):
-    """What `describe_base` says of the language model and the tokenizer."""
+    """The language model and the tokenizer, see `describe_base`."""
 
     type: str
     hidden_size: Size
@@ -30,19 +30,19 @@ class RecommenderRecord(Description):
     """The recommender that is read."""
 
     kind: str  # its class
-    saved: bool  # whether it lies in the folder
+    saved: bool  # in the folder
     sha256: str | None  # of its weights
 
 
 class TableRecord(Description):
-    """Settings of rules or neighbours, see `ItemToItem`."""
+    """Settings of an `ItemToItem`."""
 
     decay: Annotated[float, Field(ge=0, le=1)]
     max_history: Size
 
 
 class CalibrationRecord(Description):
-    """`Calibration`: all of its scalars, and finite."""
+    """A `Calibration`."""
 
     weights: dict[str, float]
     standardize: tuple[str, ...]
@@ -52,7 +52,7 @@ class CalibrationRecord(Description):
 
 
 class LaserDescription(Description):
-    """What `laser.json` holds."""
+    """The content of `laser.json`."""
 
     format: int
     model: ModelConfig
@@ -64,17 +64,17 @@ class LaserDescription(Description):
     recommender: RecommenderRecord | None
     calibration: CalibrationRecord | None
     tables: dict[Literal["rules", "neighbors"], TableRecord]
-    config: LaserConfig | None  # of the run that wrote it; None for a model that was saved on its own
-    facts: dict[str, Any]  # stage, epoch, metrics: the model does not depend on them
+    config: LaserConfig | None  # of the run that wrote it, if any
+    facts: dict[str, Any]  # stage, epoch, metrics
 
     def item_shapes(self, rows: int) -> dict[str, Shape]:
-        """Of the tensors in items.safetensors; `rows` of the item matrix are 0 where it was saved before it had one."""
+        """Shapes of the tensors in items.safetensors; an item matrix that was never made has 0 rows."""
         items, width = self.num_items, self.base.hidden_size
         shapes: dict[str, Shape] = {"item_matrix": (rows, width), "counts": (items,)}
         return shapes | ({"text_vectors": (items, width)} if self.model.text.residual else {})
 
     def adapter_shapes(self) -> dict[str, Shape]:
-        """Of those tensors in adapter.safetensors that show every size of the settings by which others grow."""
+        """Shapes of those tensors in adapter.safetensors that reveal every size in the settings."""
         model, width = self.model, self.base.hidden_size
         mformer, bituning, tokens = model.mformer, model.bituning, model.mformer.num_queries
         shapes: dict[str, Shape] = {"bituning.suffix_tokens": (bituning.num_suffix_tokens, width)}

@@ -1,4 +1,4 @@
-"""Embeddings of users and of the catalogue, without gradient: the item matrix, kept prefixes, parts within a budget."""
+"""Embeddings of users and catalogue without gradient: the item matrix, kept prefixes, parts within a budget."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -26,7 +26,7 @@ Self = TypeVar("Self", bound="LaserEncoder")
 
 
 class _ItemMatrix(nn.Module):
-    """The item matrix V and the version of the weights it belongs to; another one takes its place as a whole."""
+    """The item matrix V and the version of the weights it belongs to; always replaced as a whole."""
 
     values: Tensor
 
@@ -34,14 +34,14 @@ class _ItemMatrix(nn.Module):
         super().__init__()
         self.register_buffer("values", values, persistent=False)
         self.made_at = made_at
-        self.contents = WeightsVersion(self, buffers=True)  # counts writes in place
+        self.version = WeightsVersion(self, buffers=True)  # of writes in place
 
 
 class LaserEncoder(LaserNetwork):
     """A network with its catalogue.
 
-    The item matrix belongs to one version of the weights. Whoever reads one of older weights gets an error: to encode
-    the catalogue anew takes long, and no request does that unasked.
+    The item matrix belongs to one version of the weights. Reading one of older weights is an error: no request encodes
+    the catalogue on its own.
 
     Args:
         builder: texts, prompts and catalogue; turns histories into packed batches.
@@ -49,9 +49,9 @@ class LaserEncoder(LaserNetwork):
         lm, bituning, parts: the arguments of `LaserNetwork`.
 
     Attributes:
-        serving: compiles the language model or captures it in CUDA graphs for requests, where it is told to.
-        budget: packed tokens that go through the language model at once.
-        kept_prefixes: see `keep_prefixes`; None = nothing is kept.
+        serving: may compile the language model, or capture it in CUDA graphs, for requests.
+        budget: limits the packed tokens that go through the language model at once.
+        kept_prefixes: see `keep_prefixes`.
     """
 
     _items: _ItemMatrix
@@ -74,7 +74,7 @@ class LaserEncoder(LaserNetwork):
 
     @property
     def item_matrix(self) -> Tensor:
-        """V, float32 [I, d]; [0, d] until `refresh_items`. To assign one says that it belongs to the weights of now."""
+        """V, float32 [I, d]; [0, d] until `refresh_items`. An assigned matrix belongs to the present weights."""
         return self._items.values
 
     @item_matrix.setter
@@ -82,24 +82,18 @@ class LaserEncoder(LaserNetwork):
         self._items = _ItemMatrix(values, self.weights.now())
 
     @property
-    def items_version(self) -> tuple[object, int]:
-        """Which item matrix this is: another value after every change, also in place."""
-        items = self._items
-        return items, items.contents.now()
-
-    @property
     def items_are_outdated(self) -> bool:
-        """Whether the item matrix belongs to older weights, see `WeightsVersion`; one that is not there does not."""
+        """Whether there is an item matrix of older weights, see `WeightsVersion`."""
         return len(self.item_matrix) > 0 and self._items.made_at != self.weights.now()
 
     def current_items(self) -> Tensor:
-        """The item matrix V, float32 [I, d]; a RuntimeError where there is none, or one of older weights."""
+        """The item matrix V, float32 [I, d]; a RuntimeError if it is missing or of older weights."""
         items = self._any_items()
         if items.made_at != self.weights.now():
-            if items is not self._items:  # another thread has refreshed them in between
+            if items is not self._items:  # another thread has just refreshed them
                 return self.current_items()
             raise RuntimeError(
-                "LaserModel: the item matrix must belong to the weights of now, got one of older weights; call "
+                "LaserModel: the item matrix must belong to the present weights, got one of older weights; call "
                 "refresh_items() first, or keep_items() where only users were trained since"
             )
         return items.values
@@ -114,42 +108,43 @@ class LaserEncoder(LaserNetwork):
         return items
 
     def keep_items(self, item_matrix: Tensor | None = None) -> None:
-        """Say that an item matrix belongs to the weights of now.
+        """Say that an item matrix belongs to the present weights.
 
         Args:
-            item_matrix: float32 [I, d], made elsewhere; None = the one there is, because only users were trained since
-                (a RuntimeError where there is none).
+            item_matrix: float32 [I, d], made elsewhere; None = the one there is: only users were trained since.
         """
         self.item_matrix = self._any_items().values if item_matrix is None else item_matrix
 
-    def refresh_items(self, *, batch_size: int = 256, progress: bool = False) -> Tensor:
-        """Encode the catalogue with the current parameters and keep it as the item matrix V: float32 [I, d].
+    def encode_within(self, budget: TokenBudget) -> None:
+        """Put no more packed tokens through the language model at once than the budget allows."""
+        self.budget = budget
 
-        Whoever answers meanwhile does it with the matrix of before, where that belongs to the weights of now.
+    def refresh_items(self, *, batch_size: int = 256, progress: bool = False) -> Tensor:
+        """Encode the catalogue with the present parameters and keep it as the item matrix V: float32 [I, d].
+
+        Requests use the matrix before it meanwhile, if that is current.
         """
         if self.text is not None:
             self.text.refresh_vectors()
-        version = self.weights.now()  # weights that change meanwhile leave it outdated
+        version = self.weights.now()  # weights that change meanwhile outdate the matrix
         matrix = self.encode_items(batch_size=batch_size, progress=progress).clone()  # leave inference mode
         self._items = _ItemMatrix(matrix, version)
         return matrix
 
     def forward(self, batch: PackedBatch, return_loss: bool = True, step: StepContext | None = None) -> LaserOutput:
-        """`LaserNetwork.forward` with the item matrix of this model, unless the step brings another.
+        """`LaserNetwork.forward` with the item matrix of this model, unless the step has another."""
 
-        The matrix is a constant of the epoch: with gradient, and with it alone, it may be of older weights.
-        """
+        def constant_of_the_epoch() -> Tensor:  # which a training step may use with newer weights
+            return self._any_items().values if torch.is_grad_enabled() else self.current_items()
+
         step = step or StepContext()
         if step.item_matrix is None:
-            step = replace(step, item_matrix=self._items_to_train_against)
+            step = replace(step, item_matrix=constant_of_the_epoch)
         return super().forward(batch, return_loss, step)
-
-    def _items_to_train_against(self) -> Tensor:
-        return self._any_items().values if torch.is_grad_enabled() else self.current_items()
 
     @torch.inference_mode()
     def encode_users(self, histories: PackedSequences, *, batch_size: int = 128) -> Tensor:
-        """Embeddings of users from their histories: float32 [B, d], on the model's device, without gradient."""
+        """Embeddings of users from histories of item indices: float32 [B, d], on the model's device."""
         starts = range(0, len(histories), batch_size)
         parts = (histories.select(np.arange(at, min(at + batch_size, len(histories)))) for at in starts)
         return self._encode_now(map(self.builder.histories, parts), self.kept_prefixes)
@@ -158,7 +153,7 @@ class LaserEncoder(LaserNetwork):
     def encode_items(
         self, indices: Sequence[int] | None = None, *, batch_size: int = 256, progress: bool = False
     ) -> Tensor:
-        """Embeddings of items, the whole catalogue by default: float32 [n, d], without gradient."""
+        """Embeddings of items, by default of the whole catalogue: float32 [n, d], on the model's device."""
         wanted = np.arange(self.num_items) if indices is None else np.asarray(indices, dtype=np.int64)
         if self.item_side == "text" and self.text is not None:
             return self.text.embeddings()[torch.from_numpy(wanted).to(self.device)].float()
@@ -167,7 +162,7 @@ class LaserEncoder(LaserNetwork):
         return self._encode_now(self.builder.items(wanted[at : at + batch_size]) for at in shown)
 
     def _encode_now(self, batches: Iterable[PackedBatch], kept: PrefixStore | None = None) -> Tensor:
-        """Encode as in evaluation mode, within the budget; the mode stays as it is."""
+        """Encode within the budget and as in evaluation mode, without switching the mode."""
         if self.lm.model.training:
             raise RuntimeError(
                 "LaserModel: the language model must be in evaluation mode to answer, got training; "
@@ -185,21 +180,11 @@ class LaserEncoder(LaserNetwork):
             rows = [self.budget.encode(batch, self.virtual_tokens, encode_part) for batch in batches]
         return torch.cat(rows) if rows else torch.empty(0, self.lm.hidden_size, device=self.device)
 
-    def encode_within(self, budget: TokenBudget) -> None:
-        """Encode from now on in parts that this budget allows."""
-        self.budget = budget
-
     def keep_prefixes(self, capacity: int) -> None:
-        """Serve users who come back unchanged without M-Former and the model's pass over their prefix.
+        """Keep the prefixes of this many users, so that unchanged histories skip M-Former; 0 stops it.
 
-        Any change of a weight (an optimizer step, a loaded state) empties the store. A bidirectional language model
-        lets a prefix of input embeddings see the text, so that it is not the user's alone.
-
-        Args:
-            capacity: users kept; 0 stops it.
-
-        Raises:
-            ValueError: a negative capacity, no prefix at all, or such a language model.
+        Any change of a weight empties the store. In a bidirectional language model a prefix of input embeddings sees
+        the text and cannot be kept.
         """
         if capacity < 0:
             raise ValueError(f"keep_prefixes: capacity must not be negative, got {capacity}")
@@ -213,6 +198,6 @@ class LaserEncoder(LaserNetwork):
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        if self.kept_prefixes is not None:  # made anew where the weights have gone
+        if self.kept_prefixes is not None:  # allocated on the old device
             self.kept_prefixes.clear()
         return self

@@ -1,19 +1,18 @@
 """A trained Laser in a folder: safetensors and JSON, whole or absent; nothing of the frozen language model.
 
-laser.json               settings, which language model it belongs to, hashes, calibration
-adapter.safetensors      what was trained (`LaserModel.state_dict`)
-items.safetensors        the item matrix V that belongs to it, how often each item was seen in training, and the text
-                         vectors of the residual, where there is one
+laser.json               settings, the language model it belongs to, hashes, calibration
+adapter.safetensors      the trained parameters (`LaserModel.state_dict`)
+items.safetensors        the item matrix V, training events of each item, text vectors of a residual
 items.json               the catalogue: external ids and text fields in index order
-recommender.*            the frozen recommender that M-Former reads, where it reads one
-rules.safetensors        the sequential rules of the calibrated score, where it has some
-neighbors.safetensors    its item neighbours, where it has some
-seal.json                size and SHA-256 of every file above, without which none is read
+recommender.*            the frozen recommender, if one is read
+rules.safetensors        sequential rules of the calibrated score, if any
+neighbors.safetensors    its item neighbours, if any
+seal.json                size and SHA-256 of every file above; none is read without it
 README.md                a model card, which may be edited
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -69,18 +68,18 @@ class Origin:
     lm: LanguageModelConfig  # where the language model was loaded from, and how
     base: dict[str, Any]  # what it is, see `describe_base`
     items: ItemTable
-    counts: np.ndarray  # int64 [I], events of each item in the training part; zeros where nobody counted
-    split_hash: str | None = None  # of the split it was trained on; None if unknown
+    counts: np.ndarray  # int64 [I], training events of each item; 0 if unknown
+    split_hash: str | None = None  # of the training split; None if unknown
 
 
 class Built(Protocol):
-    """A model that may know what it was built from."""
+    """A model that may know its origin."""
 
     origin: Origin | None
 
 
 def origin_of(model: Built) -> Origin:
-    """What a model was built from; a RuntimeError where it does not know."""
+    """The origin of a model; a RuntimeError if it has none."""
     if model.origin is None:
         raise RuntimeError(
             "save_pretrained: the model must know what it was built from, got none; "
@@ -91,7 +90,7 @@ def origin_of(model: Built) -> Origin:
 
 @dataclass(frozen=True, eq=False)
 class LaserContents:
-    """What is saved of a model; item matrix and calibration belong to its weights."""
+    """The savable parts of a model, of one version of its weights."""
 
     encoder: LaserEncoder
     origin: Origin
@@ -99,31 +98,29 @@ class LaserContents:
 
     @property
     def recommender(self) -> object:
-        """The one whose states it reads, or whose scores its calibration adds; None."""
+        """The one that the model reads, else the one in its calibration, if any."""
         if self.encoder.recommender is not None:
             return self.encoder.recommender.recommender
         return None if self.calibration is None else self.calibration.components.get("recommender")
 
     @property
     def tables(self) -> dict[str, ItemToItem]:
-        """The rules and neighbours whose scores its calibration adds."""
+        """The rules and neighbours in the calibration."""
         components = {} if self.calibration is None else self.calibration.components
         parts = {name: components.get(name) for name in _TABLES}
         return {name: part for name, part in parts.items() if isinstance(part, _TABLES[name])}
 
 
 class _Items(Description):
-    """What items.json holds."""
-
     ids: list[str]
     fields: dict[str, list[str]]
 
 
 @dataclass(frozen=True, eq=False)
 class SavedLaser:
-    """A folder written by `write_laser`; files are read, and compared with the seal, when they are asked for.
+    """A folder written by `write_laser`, whose files are compared with the seal when they are read.
 
-    What is asked raises ValueError where a file is damaged or does not belong to what it is asked for.
+    Methods raise ValueError for a damaged file, or for one that belongs to something else.
     """
 
     sealed: SealedFolder
@@ -141,38 +138,37 @@ class SavedLaser:
         return table
 
     def counts(self) -> np.ndarray:
-        """Events of each item in the training part: int64 [I]."""
+        """Training events of each item: int64 [I]."""
         counts: np.ndarray = read_tensors(self.sealed, _ITEM_TENSORS, ["counts"])["counts"].numpy()
         if counts.dtype != np.int64 or (counts < 0).any():
             raise ValueError(f"checkpoint: counts of {_ITEM_TENSORS} must be int64 and not negative, got {counts}")
         return counts
 
     def recommender(self) -> PackedRecommender | None:
-        """The recommender that was saved with the model; None where there is none in the folder."""
+        """The recommender in the folder, if any."""
         record = self.description.recommender
         return read_recommender(self.sealed) if record is not None and record.saved else None
 
     def tables(self) -> dict[str, ItemToItem]:
-        """The rules and neighbours that the calibrated score adds, by their name in it."""
+        """The rules and neighbours of the calibration, by name."""
         found: dict[str, ItemToItem] = {}
         for name, settings in self.description.tables.items():
             values = read_tensors(self.sealed, f"{name}.safetensors")
             refuse_other_table(values, self.description.num_items, f"{name}.safetensors")
-            parts = (values[part] for part in _TABLE_PARTS)
-            found[name] = _TABLES[name](*parts, decay=settings.decay, max_history=settings.max_history)
+            found[name] = _TABLES[name](*(values[part] for part in _TABLE_PARTS), **settings.model_dump())
         return found
 
     def refuse_other_sizes(self) -> None:
-        """Make sure that the tensors are as large as the description says, before anything of these sizes is built."""
+        """Refuse tensors of other sizes than the description says, before anything of these sizes is built."""
         found = tensor_shapes(self.sealed, _ITEM_TENSORS)
-        empty = found.get("item_matrix", (1,))[0] == 0  # it was saved before `refresh_items`
+        empty = found.get("item_matrix", (1,))[0] == 0  # saved before `refresh_items`
         wanted = self.description.item_shapes(0 if empty else self.description.num_items)
         refuse_other_shapes(found, wanted, f"checkpoint: {_ITEM_TENSORS}")
         found, wanted = tensor_shapes(self.sealed, _ADAPTER), self.description.adapter_shapes()
         refuse_other_shapes(found, wanted, f"checkpoint: {_ADAPTER}")
 
     def refuse_another_base(self, model: Built) -> None:
-        """Make sure that a model stands on the language model and the tokenizer this one was trained with."""
+        """Refuse a model around another language model or tokenizer than that of the training."""
         expected = self.description.base
         if found := differences(expected.model_dump(), origin_of(model).base):
             raise ValueError(
@@ -181,7 +177,7 @@ class SavedLaser:
             )
 
     def refuse_another_recommender(self, recommender: object, function: str) -> None:
-        """Make sure that a recommender has the weights of the one in training, where there was one."""
+        """Refuse another recommender than that of the training, if there was one."""
         expected = self.description.recommender
         if expected is not None and expected.sha256 != (found := weights_hash(recommender)):
             raise ValueError(
@@ -190,7 +186,7 @@ class SavedLaser:
             )
 
     def calibrated(self, laser: Scorer, recommender: Scorer | None, counts: torch.Tensor) -> CalibratedScorer | None:
-        """The calibrated score that was saved with the model, if one was; counts: int64 [I], as `Origin.counts`."""
+        """The saved calibrated score, if any; counts: int64 [I], as `Origin.counts`."""
         if self.description.calibration is None:
             return None
         settings = Calibration(**self.description.calibration.model_dump())
@@ -199,9 +195,9 @@ class SavedLaser:
         return CalibratedScorer(components, settings, counts)
 
     def put_into(self, model: LaserEncoder) -> None:
-        """Trained parameters and item matrix into a model of the same catalogue and shape."""
+        """Put trained parameters and item matrix into a model of the same catalogue and shape."""
         name = self.sealed.path.name
-        if self.description.item_map_hash != item_map_hash(model.item_ids):
+        if self.description.item_map_hash != ItemTable(model.item_ids).hash():
             raise ValueError(
                 f"load_weights: {name} must belong to this catalogue of {model.num_items} items, "
                 f"got another item map, of {self.description.num_items} items"
@@ -216,15 +212,13 @@ class SavedLaser:
             raise ValueError(f"load_weights: {name} must fit the configuration, got {error}") from error
         if model.text is not None and "text_vectors" in items:
             model.text.set_vectors(items["text_vectors"])
-        # last: it belongs to all that stands before it
+        # last, because it belongs to all before it
         model.item_matrix = items["item_matrix"].to(model.device, torch.float32)
 
     def put_text_into(self, model: LaserEncoder) -> None:
-        """The trained text residual and its vectors alone, and the weight of popularity where both have one."""
-        vectors = read_tensors(self.sealed, _ITEM_TENSORS, ["text_vectors"]).get("text_vectors")
-        if model.text is None or vectors is None:
-            where = self.sealed.path.name
-            raise ValueError(f"put_text_into: {where} and the model must have a text residual, got none")
+        """Put the text residual alone into a model of the same text settings, and the weight of popularity."""
+        assert model.text is not None
+        vectors = read_tensors(self.sealed, _ITEM_TENSORS, ["text_vectors"])["text_vectors"]
         state = read_tensors(self.sealed, _ADAPTER)
         own = {name.removeprefix("text."): value for name, value in state.items() if name.startswith("text.")}
         load_weights_of_file(model.text, own, f"put_text_into: {_ADAPTER}")
@@ -235,7 +229,7 @@ class SavedLaser:
 
 
 def find_saved(folder: Path) -> SavedLaser | None:
-    """What `write_laser` wrote there, or into the checkpoint of the run there; None if it wrote nothing.
+    """The saved Laser in a folder or in the checkpoint of a run; None if there is none.
 
     Raises:
         ValueError: laser.json is damaged or of another format, or a file of the folder is missing or of another size.
@@ -250,18 +244,18 @@ def find_saved(folder: Path) -> SavedLaser | None:
     where, remedy = f"find_saved: {folder / _DESCRIPTION}", "save the model with this version of laser_fast"
     content, version = (folder / _DESCRIPTION).read_bytes(), ("format", _FORMAT)
     description = parse_description(LaserDescription, content, where, version=version, remedy=remedy)
-    sealed = SealedFolder(folder)
-    sealed.file(_DESCRIPTION)  # read before the seal, because older versions have a format and no seal
+    sealed = SealedFolder(folder)  # after the description, because older formats have no seal
+    sealed.file(_DESCRIPTION)
     return SavedLaser(sealed, description)
 
 
 def write_laser(
     contents: LaserContents, directory: Path, card: ModelCard, *, config: LaserConfig | None = None, **facts: Any
 ) -> None:
-    """Write the folder; an older one at the same place is replaced when the new one is complete.
+    """Write the folder; an older one at its place is replaced when the new one is complete.
 
     Args:
-        card: README.md of the folder.
+        card: README.md.
         config: of the run that writes it.
         facts: anything worth keeping with it (stage, epoch, metrics), as JSON.
 
@@ -270,9 +264,9 @@ def write_laser(
     """
     model, origin = contents.encoder, contents.origin
     description = _describe(contents, config, facts)
-    counts = torch.from_numpy(np.asarray(origin.counts, dtype=np.int64))
     with replace_directory(directory) as fresh:
         write_tensors(model.state_dict(), fresh / _ADAPTER)
+        counts = torch.from_numpy(np.asarray(origin.counts, dtype=np.int64))
         items = {"item_matrix": model.item_matrix, "counts": counts}
         if model.text is not None:
             items["text_vectors"] = model.text.fetch_vectors()
@@ -288,7 +282,6 @@ def write_laser(
 
 
 def _describe(contents: LaserContents, config: LaserConfig | None, facts: dict[str, Any]) -> LaserDescription:
-    """`laser.json`."""
     origin, recommender, calibration = contents.origin, contents.recommender, contents.calibration
     record = None
     if recommender is not None:
@@ -301,10 +294,10 @@ def _describe(contents: LaserContents, config: LaserConfig | None, facts: dict[s
         "lm": origin.lm,
         "base": origin.base,
         "num_items": contents.encoder.num_items,
-        "item_map_hash": item_map_hash(contents.encoder.item_ids),
+        "item_map_hash": ItemTable(contents.encoder.item_ids).hash(),
         "split_hash": origin.split_hash,
         "recommender": record,
-        "calibration": None if calibration is None else calibration.calibration.to_dict(),
+        "calibration": None if calibration is None else asdict(calibration.calibration),
         "tables": {name: {"decay": table.decay, "max_history": table.max_history} for name, table in tables},
         "config": config,
         "facts": facts,
@@ -313,7 +306,7 @@ def _describe(contents: LaserContents, config: LaserConfig | None, facts: dict[s
 
 
 def weights_hash(recommender: object) -> str | None:
-    """SHA-256 of the parameters of a recommender; None for one that is no module."""
+    """SHA-256 of the parameters of a recommender; None if it is no module."""
     if not isinstance(recommender, nn.Module):
         return None
     digest = hashlib.sha256()
@@ -321,8 +314,3 @@ def weights_hash(recommender: object) -> str | None:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def item_map_hash(item_ids: list[str]) -> str:
-    """SHA-256 over the external ids in index order."""
-    return ItemTable(item_ids).hash()

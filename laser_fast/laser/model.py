@@ -1,7 +1,6 @@
-"""Laser: a frozen language model as a sequential recommender, with its catalogue, its answers, and its files."""
+"""Laser: a frozen language model as a sequential recommender, with its answers and its files."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +19,10 @@ from laser_fast.files.folders import refuse_others
 from laser_fast.laser.encoder import LaserEncoder
 from laser_fast.laser.laser_files import LASER_FILES, LaserContents, Origin, origin_of, write_laser
 from laser_fast.laser.model_card import model_card
-from laser_fast.laser.pretrained import Foundation, Items, Recommender, Sources, refuse_given
+from laser_fast.laser.pretrained import Items, Recommender, Sources, refuse_given
 from laser_fast.lm.frozen_lm import FrozenLM
 from laser_fast.lm.loading.base_model import describe_base
-from laser_fast.models.assembly import build_parts
+from laser_fast.models.assembly import Foundation, build_parts
 from laser_fast.nn.bituning import BiTuning
 from laser_fast.ops.precision import autocast_off
 from laser_fast.recommenders.protocol import Scorer, check_histories
@@ -47,16 +46,15 @@ _Kept = tuple[CalibratedScorer, dict[str, Scorer | None]]
 
 
 class LaserModel(LaserEncoder, ModelHubMixin):
-    """The recommender of the paper; its arguments are those of `LaserEncoder`.
+    """The recommender of the paper, a `Scorer`; its arguments are those of `LaserEncoder`.
 
-    It is a `Scorer`: `score` is the cosine of user and item over the temperature. A calibration belongs to one version
-    of the weights, as the item matrix does, and one of older weights is refused.
+    A calibration belongs to one version of the weights, as the item matrix does; one of older weights is refused.
 
     Attributes:
-        origin: what the model was built from; None for one that was put together by hand.
+        origin: what the model was built from; None if it was put together by hand.
     """
 
-    # not None: the mixin would record the constructor's arguments otherwise
+    # not None, else the mixin records the constructor's arguments
     _hub_mixin_config: dict[str, Any] | None = {}  # noqa: RUF012
 
     def __init__(
@@ -68,20 +66,17 @@ class LaserModel(LaserEncoder, ModelHubMixin):
         self._index = KeptIndex()
 
     @classmethod
-    def build(cls, foundation: Foundation) -> "Self":
-        """A model with new trained parameters, from torch's global generator, and no item matrix."""
-        origin, base = foundation.origin, foundation.base
-        parts = build_parts(
-            origin.config,
-            base.model,
-            base.tokenizer,
-            origin.items,
-            foundation.recommender,
-            counts=origin.counts,
-            known_items=foundation.known_items,
+    def build(cls, foundation: Foundation, split_hash: str | None) -> "Self":
+        """A model without an item matrix, initialised from torch's global generator; `split_hash` is recorded."""
+        model, base = cls(**build_parts(foundation)), foundation.base
+        model.origin = Origin(
+            config=foundation.config,
+            lm=base.settings,
+            base=describe_base(model.lm, base.tokenizer),
+            items=foundation.items,
+            counts=foundation.counts,
+            split_hash=split_hash,
         )
-        model = cls(**parts)
-        model.origin = replace(origin, base=describe_base(model.lm, base.tokenizer))
         return model
 
     @classmethod
@@ -106,55 +101,58 @@ class LaserModel(LaserEncoder, ModelHubMixin):
             model.save_pretrained("my-laser")
             model = LaserModel.from_pretrained("my-laser")
 
-        A folder that was written by `save_pretrained`, or that holds a training run, gives the model in it: in
-        evaluation mode, with its item matrix and calibration. Anything else is a language model, around which a new
-        Laser is built (initialised from torch's global generator, without an item matrix until `refresh_items`).
+        A folder of `save_pretrained` or of a training run gives the model in it: in evaluation mode, with its item
+        matrix and calibration. Anything else is a language model, around which a new Laser is built, initialised from
+        torch's global generator; its item matrix comes with `refresh_items`.
 
         Args:
             pretrained: folder, `package:NAME/FOLDER`, `hub:OWNER/NAME` (or OWNER/NAME where there is no such folder),
                 `random:SHAPE`, or a loaded Hugging Face model, with a head or without.
             items: the catalogue of a new Laser: id -> text (the field "title") or text fields, or an `ItemTable`.
-            recommender: whose states M-Former reads: a `SequentialRecommender` or a folder with a trained one. A
-                saved Laser brings one of ours along.
+            recommender: a `SequentialRecommender` for M-Former to read, or a folder with a trained one; a saved Laser
+                has its own, unless that is of another library.
             config: settings of a new Laser: `ModelConfig`, a mapping, or a YAML file.
-            llm: where the language model of a saved Laser is now; None = where it was. What a saved Laser itself names
-                on the hub is taken out of the cache and never fetched: pass llm="hub:OWNER/NAME" to have it fetched.
-            tokenizer: of a loaded language model, or a folder, or `hub:OWNER/NAME`.
+            llm: where the language model of a saved Laser is now; None = where it was. A name on the hub that only the
+                saved Laser gives is read from the cache; pass llm="hub:OWNER/NAME" to fetch it.
+            tokenizer: one for a loaded language model, or a folder, or `hub:OWNER/NAME`.
             item_counts: [I], training events of every item of a new Laser; the recommender's states of items with
                 none are not read. None = all are known.
-            dtype, quantization: of the frozen weights, see `LanguageModelConfig`; None = those a saved Laser was
-                trained with, else "auto" and "none". Not for a loaded model.
-            revision: of a hub repository: branch, tag or commit.
-            local_files_only: ask the hub for nothing, whatever is named here.
+            dtype, quantization: of the frozen weights, see `LanguageModelConfig`; None = those of the saved Laser,
+                else "auto" and "none". A loaded model stays as it is.
+            revision: branch, tag or commit of a hub repository.
+            local_files_only: never ask the hub.
 
         Raises:
             FileNotFoundError: a folder, package or repository does not exist.
             TypeError: items that are no mapping.
-            ValueError: no catalogue, another one than the recommender's, or settings that do not fit; of a saved
-                Laser a damaged file, another recommender, another language model (lists the differences), or one that
-                it names on the hub and the cache does not have.
+            ValueError: arguments or settings that do not fit, or a saved Laser that is damaged or belongs to another
+                recommender or language model.
         """
         precision = {"dtype": dtype, "quantization": quantization}
-        given = {name: value for name, value in precision.items() if value is not None}
-        sources = Sources(pretrained, llm, tokenizer, recommender, given, revision, local_files_only)
+        sources = Sources(
+            pretrained=pretrained,
+            llm=llm,
+            tokenizer=tokenizer,
+            recommender=recommender,
+            precision={name: value for name, value in precision.items() if value is not None},
+            revision=revision,
+            local_files_only=local_files_only,
+        )
         saved = sources.find_saved()
         if saved is None:
-            return cls.build(sources.of_new(items, config, item_counts))
+            foundation = sources.of_new(items, config, item_counts)
+            return cls.build(foundation, getattr(foundation.recommender, "split_hash", None))
         refuse_given("a saved Laser", items=items, config=config, item_counts=item_counts)
         foundation = sources.of_saved(saved)
         with torch.random.fork_rng(devices=[]):  # the random parameters are overwritten at once
-            model = cls.build(foundation)
+            model = cls.build(foundation, saved.description.split_hash)
         saved.refuse_another_base(model)
         saved.put_into(model)
-        model.calibration = saved.calibrated(model, foundation.recommender, torch.from_numpy(foundation.origin.counts))
+        model.calibration = saved.calibrated(model, foundation.recommender, torch.from_numpy(foundation.counts))
         return model.eval()
 
     def contents(self) -> LaserContents:
-        """What is saved of the model.
-
-        Raises:
-            RuntimeError: it has no `origin`, or an item matrix or a calibration of older weights.
-        """
+        """The savable parts; a RuntimeError without `origin`, or for an item matrix or calibration of older weights."""
         if len(self.item_matrix):
             self.current_items()
         if self.calibration is not None:
@@ -171,14 +169,14 @@ class LaserModel(LaserEncoder, ModelHubMixin):
         model_card_kwargs: dict[str, Any] | None = None,
         **push_arguments: Any,
     ) -> str | None:
-        """Write what was trained, and nothing of the language model; whole or not at all.
+        """Write the trained parts, and nothing of the language model; whole or not at all.
 
         Args:
-            save_directory: a new or empty folder, or one with a saved Laser alone, which is replaced.
-            repo_id: its name on the hub; with `push_to_hub` the name of the folder if None.
-            push_to_hub: upload it as well, with `push_arguments`; the URL of the commit is returned.
-            config: not used; the settings are the model's.
-            model_card_kwargs: `figures`: metrics to print in the model card, by name.
+            save_directory: a new or empty folder, or one with nothing but a saved Laser, which is replaced.
+            repo_id: its name on the hub; None = that of the folder.
+            push_to_hub: upload it too, with `push_arguments`, and return the URL of the commit.
+            config: not used.
+            model_card_kwargs: `figures`, metrics by name to print in the model card.
 
         Raises:
             FileExistsError: the folder holds something else.
@@ -204,7 +202,7 @@ class LaserModel(LaserEncoder, ModelHubMixin):
     def calibration(self) -> CalibratedScorer | None:
         """The score that `recommend` ranks by; None = cosine over temperature.
 
-        The model keeps the scalars and the other components, and puts itself in when it is asked.
+        The model keeps it without itself, so that a copy of the model has a calibration of its own.
         """
         return self._join(self._calibration)
 
@@ -214,7 +212,7 @@ class LaserModel(LaserEncoder, ModelHubMixin):
         if scorer is not None:
             parts = {name: None if part is self else part for name, part in scorer.components.items()}
             kept = scorer.with_components({}), parts
-        self._calibration = kept  # as a whole: others may be reading
+        self._calibration = kept  # at once: other threads may be reading
 
     def _join(self, kept: _Kept | None) -> CalibratedScorer | None:
         if kept is None:
@@ -224,32 +222,32 @@ class LaserModel(LaserEncoder, ModelHubMixin):
 
     @torch.no_grad()
     def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """See `Scorer.score`: cosine of each user with each item over the temperature, on the model's device."""
+        """See `Scorer.score`: cosine of user and item over the temperature, on the model's device."""
         check_histories("LaserModel.score", items, cu_seqlens, self.num_items)
         matrix = self.current_items()
         users = self.encode_users(PackedSequences(items.cpu().numpy(), cu_seqlens.cpu().numpy()))
         with autocast_off(users.device):
-            return F.normalize(users, dim=-1) @ F.normalize(matrix, dim=-1).T / self.temperature
+            return F.normalize(users, dim=-1) @ F.normalize(matrix, dim=-1).T / self.objective.temperature
 
     def score_block(self) -> ScoreBlock:
         """`score` as inner products of unit items with unit users over the temperature."""
 
         def unit_users(histories: PackedSequences) -> Tensor:
-            return F.normalize(self.encode_users(histories).float(), dim=-1) / self.temperature
+            return F.normalize(self.encode_users(histories).float(), dim=-1) / self.objective.temperature
 
         return ScoreBlock(F.normalize(self.current_items().float(), dim=-1), unit_users)
 
     def index(self) -> InnerProductIndex:
         """The score that `recommend` ranks by as inner products of item vectors with user vectors.
 
-        Kept until the item matrix, the calibration, the weights or the device changes; an older one refuses to search.
-        It takes as much memory as the item matrix and the output layer of the recommender in float32.
+        It is kept until the item matrix, the calibration, the weights or the device changes, and takes as much memory
+        as the item matrix and the output layer of the recommender in float32.
 
         Raises:
-            RuntimeError: no item matrix yet (`refresh_items`), or it or the calibration is of older weights.
+            RuntimeError: no item matrix (`refresh_items`), or it or the calibration is of older weights.
             ValueError: the calibrated score has a part that is no inner product.
         """
-        kept = self._calibration
+        kept, items = self._calibration, self._items
         scorer = self._join(kept) or self
         if (stranger := stranger_in(scorer)) is not None:
             raise ValueError(
@@ -260,7 +258,7 @@ class LaserModel(LaserEncoder, ModelHubMixin):
         if isinstance(scorer, CalibratedScorer):
             scorer.refuse_outdated()
             versions = scorer.versions()
-        made_of = (self.device, *self.items_version, kept, versions)
+        made_of = (self.device, items, items.version.now(), kept, versions)
         return self._index.made_of(made_of, lambda: make_index(scorer, self.device))
 
     def recommend(
@@ -272,16 +270,16 @@ class LaserModel(LaserEncoder, ModelHubMixin):
         exclude: Iterable[ItemId] = (),
         allow: Iterable[ItemId] | None = None,
     ) -> list[list[Recommendation]]:
-        """The k best items for each history of external item ids, oldest first; nobody needs to be a known user.
+        """The k best items for each history of external item ids, oldest first.
 
-        Scores are those of `calibration`, else cosine over temperature. Ids that are not in the catalogue are dropped
-        with one warning; an empty history is served from the prompt alone. All scores, [B, I], are held only where the
+        Scores are those of `calibration`, else cosine over temperature. Ids outside the catalogue are dropped with one
+        warning; an empty history is answered from the prompt alone. All scores, [B, I], are held only where the
         calibration has a part that is no inner product (see `index`), or k is an eighth of the catalogue or more.
 
         Args:
             histories: B lists (or a column of lists) of external ids; the number 7 names the item "7".
             exclude_seen: leave out the items of the history.
-            exclude, allow: ids nobody gets, and the only ids anybody gets; None = all.
+            exclude, allow: ids to leave out, and the only ids to recommend; None = all.
 
         Returns:
             B lists of at most k, best first, ties by item index.
@@ -289,7 +287,7 @@ class LaserModel(LaserEncoder, ModelHubMixin):
         Raises:
             TypeError: a history, `exclude` or `allow` that is no list of ids; k that is no whole number.
             ValueError: k below 1, or an id of `exclude` or `allow` that is not in the catalogue.
-            RuntimeError: no item matrix yet, or one of older weights (`refresh_items`), or such a calibration.
+            RuntimeError: see `index`.
         """
         k = wanted_items(k)
         packed = pack_histories(histories, self.index_of_item)

@@ -1,4 +1,4 @@
-"""What a `LaserModel` is built on: language model, catalogue, recommender and settings, from what the caller names."""
+"""From the arguments of `LaserModel.from_pretrained` to the parts that a model is built on."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,9 +12,10 @@ from laser_fast.config import LanguageModelConfig, LaserConfig, ModelConfig, bui
 from laser_fast.config.yaml_text import read_yaml
 from laser_fast.data.items import ItemTable
 from laser_fast.data.tokens import Tokenizer
-from laser_fast.laser.laser_files import Origin, SavedLaser, find_saved
+from laser_fast.laser.laser_files import SavedLaser, find_saved
 from laser_fast.lm.loading.hub import find_folder
-from laser_fast.lm.loading.language_model import RANDOM_SCHEME, LoadedBase, lm_of_saved, load_base
+from laser_fast.lm.loading.language_model import RANDOM_SCHEME, lm_of_saved, load_base
+from laser_fast.models.assembly import Foundation
 from laser_fast.recommenders.protocol import SequentialRecommender
 from laser_fast.recommenders.recommender_files import load_recommender
 
@@ -22,19 +23,9 @@ Items = ItemTable | Mapping[str, str] | Mapping[str, Mapping[str, str]]
 Recommender = SequentialRecommender | str | Path
 
 
-@dataclass(frozen=True, eq=False)
-class Foundation:
-    """All that a model is built on."""
-
-    origin: Origin  # `origin.base` is still empty
-    base: LoadedBase
-    recommender: SequentialRecommender | None
-    known_items: np.ndarray  # bool [I], the items whose states of the recommender are read
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Sources:
-    """The arguments of `LaserModel.from_pretrained` that name models; see there."""
+    """The arguments of `LaserModel.from_pretrained` that name models."""
 
     pretrained: str | Path | nn.Module
     llm: str | Path | nn.Module | None
@@ -45,7 +36,7 @@ class Sources:
     local_files_only: bool
 
     def find_saved(self) -> SavedLaser | None:
-        """The saved Laser that `pretrained` names; None = it is a language model."""
+        """The saved Laser that `pretrained` names; None if it is a language model."""
         if isinstance(self.pretrained, nn.Module) or isinstance(self.llm, nn.Module):
             refuse_given("a loaded language model, which stays as it is", **self.precision)
         if isinstance(self.pretrained, nn.Module) or str(self.pretrained).startswith(RANDOM_SCHEME):
@@ -70,10 +61,7 @@ class Sources:
         table = items if isinstance(items, ItemTable) else _item_table(items)
         counts = _counts(item_counts, len(table))
         known = np.ones(len(table), dtype=bool) if item_counts is None else counts > 0
-        model_config = _model_config(config)
-        recommender = self._recommender(table)
-        split_hash = None if recommender is None else recommender.split_hash
-        return Foundation(Origin(model_config, base.settings, {}, table, counts, split_hash), base, recommender, known)
+        return Foundation(_model_config(config), base, table, self._recommender(table), counts, known)
 
     def of_saved(self, saved: SavedLaser) -> Foundation:
         """The foundation of a saved Laser."""
@@ -88,7 +76,7 @@ class Sources:
         named = lm_of_saved(settings, description.base.revision, self.llm, self.tokenizer)
         source = named.path if self.llm is None else self.llm
         base = load_base(source, self.tokenizer or named.tokenizer, settings, None, self.local_files_only)
-        kept = self.tokenizer or settings.tokenizer  # as it was named, not where the cache has it
+        kept = self.tokenizer or settings.tokenizer  # recorded by name, not by the place in the cache
         where = {"tokenizer": kept} if isinstance(kept, str) else {}
         where |= {"path": settings.path} if self.llm is None else {}
         base = replace(base, settings=base.settings.model_copy(update=where))
@@ -103,8 +91,7 @@ class Sources:
             saved.refuse_another_recommender(recommender, "from_pretrained")
         counts = saved.counts()
         known = counts > 0 if counts.any() else np.ones(len(items), dtype=bool)
-        origin = Origin(description.model, base.settings, {}, items, counts, description.split_hash)
-        return Foundation(origin, base, recommender, known)
+        return Foundation(description.model, base, items, recommender, counts, known)
 
     def _recommender(self, items: ItemTable) -> SequentialRecommender | None:
         recommender = self.recommender
@@ -120,12 +107,12 @@ class Sources:
 
 
 def only_model(config: ModelConfig) -> ModelConfig:
-    """Of the settings of a run those of the model."""
+    """The settings of the model among those of a run."""
     return ModelConfig(**{name: getattr(config, name) for name in ModelConfig.model_fields})
 
 
 def refuse_given(what: str, **arguments: Any) -> None:
-    """Refuse arguments of `from_pretrained` that are not None and have no meaning for `what`."""
+    """Refuse arguments of `from_pretrained` that `what` has no use for, unless they are None."""
     for name, value in arguments.items():
         if value is not None:
             raise ValueError(f"from_pretrained: {name} must be left out for {what}, got {_name_of(value)}")
@@ -135,8 +122,7 @@ def _model_config(config: ModelConfig | Mapping[str, Any] | str | Path | None) -
     where = "configuration"
     if isinstance(config, str | Path):
         where, config = str(config), read_yaml(resolve_path(config))
-        # the file of a training run says more than what the model is
-        others = LaserConfig.model_fields.keys() - ModelConfig.model_fields.keys()
+        others = LaserConfig.model_fields.keys() - ModelConfig.model_fields.keys()  # of a training run
         config = {name: value for name, value in config.items() if name not in others}
     return only_model(config) if isinstance(config, ModelConfig) else build_config(ModelConfig, config or {}, where)
 

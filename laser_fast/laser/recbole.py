@@ -1,7 +1,4 @@
-"""Laser behind the interface of RecBole's sequential recommenders, so that its data and trainers can drive it.
-
-RecBole itself is not imported: its interactions are read as mappings from field names to tensors.
-"""
+"""Laser behind the interface of RecBole's sequential recommenders, for its data and trainers; imports no RecBole."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from laser_fast.data.batches import BatchBuilder
 from laser_fast.data.sequences import EvaluationRows, PackedSequences, cu_seqlens_of
 from laser_fast.laser.model import LaserModel
 from laser_fast.recommenders.protocol import Scorer
@@ -20,18 +16,14 @@ from laser_fast.retrieval.inner_product import packed_tensors
 class RecBoleLaser(nn.Module):
     """`calculate_loss`, `predict` and `full_sort_predict` of RecBole (1.2) over a `LaserModel`.
 
-    RecBole counts items from 1 and pads with 0; its indices are mapped to the model's by the external ids.
+    RecBole counts items from 1 and pads with 0; external ids map its indices to the model's. An interaction is a
+    mapping from field names to tensors. Evaluation and saving refresh an outdated item matrix.
 
     Args:
-        model: for training by cross-entropy over the catalogue with an item matrix: call `model.refresh_items()` at the
-            start of every epoch. RecBole evaluates and saves unannounced; there an item matrix of older weights is made
-            anew.
-        item_tokens: external id of every index of RecBole, as `dataset.field2id_token["item_id"]` gives them; the
-            first one is the padding.
+        model: to train by cross-entropy over the catalogue, call its `refresh_items()` at the start of every epoch.
+        item_tokens: external id of every index of RecBole (`dataset.field2id_token["item_id"]`); the first one is the
+            padding.
         with_positives: see `BatchBuilder.training_batch`.
-
-    Raises:
-        ValueError: an item that the model does not know.
     """
 
     def __init__(self, model: LaserModel, item_tokens: Sequence[str], *, with_positives: bool = True) -> None:
@@ -48,10 +40,9 @@ class RecBoleLaser(nn.Module):
 
     def calculate_loss(self, interaction: Mapping[str, Tensor]) -> Tensor:
         """Training loss of a batch: float32 []."""
-        builder: BatchBuilder = self.model.builder
         targets = self._indices(interaction[self.POS_ITEM_ID])
         rows = EvaluationRows(np.zeros(len(targets), dtype=np.int64), self._histories(interaction), targets)
-        loss: Tensor = self.model(builder.training_batch(rows, with_positives=self.with_positives)).loss
+        loss: Tensor = self.model(self.model.builder.training_batch(rows, with_positives=self.with_positives)).loss
         return loss
 
     def full_sort_predict(self, interaction: Mapping[str, Tensor]) -> Tensor:
@@ -73,12 +64,12 @@ class RecBoleLaser(nn.Module):
         return self.calculate_loss(interaction)
 
     def other_parameter(self) -> dict[str, Any]:
-        """What RecBole keeps beside `state_dict`: the item matrix."""
+        """The item matrix, which RecBole keeps beside `state_dict`."""
         self._refresh_outdated()
         return {"item_matrix": self.model.item_matrix}
 
     def load_other_parameter(self, parameters: Mapping[str, Any] | None) -> None:
-        """Put back what `other_parameter` gave."""
+        """Take back the result of `other_parameter`."""
         if parameters:
             self.model.item_matrix = parameters["item_matrix"].to(self.model.device)
 
@@ -87,7 +78,7 @@ class RecBoleLaser(nn.Module):
             self.model.refresh_items()
 
     def _indices(self, items: Tensor) -> np.ndarray:
-        """RecBole's indices as the model's."""
+        """The model's indices of RecBole's."""
         values = items.cpu().numpy().astype(np.int64)
         if values.size and (values.min() < 1 or values.max() >= self.n_items):
             worst = values.min() if values.min() < 1 else values.max()

@@ -1,6 +1,7 @@
-"""How a model runs its language model for users: as it stands, compiled, or as CUDA graphs."""
+"""How the language model runs for requests: plain, compiled, or as CUDA graphs."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -16,8 +17,8 @@ class Serving:
     """The choice for calls without gradient: `recommend`, `score`, `encode_users`, `encode_items`.
 
     Attributes:
-        mode: "none"; "compile": layers compiled once for all batches; "graphs": CUDA graphs, one for each of few shapes
-            that batches are filled up to.
+        mode: "none"; "compile": layers compiled once for all batches; "graphs": one CUDA graph for each of the few
+            shapes that batches are padded to.
     """
 
     def __init__(self, lm: FrozenLM, encode_users: Callable[[PackedSequences], Tensor]) -> None:
@@ -26,11 +27,11 @@ class Serving:
         self._encode_users = encode_users
 
     def use(self, mode: str, *, backend: Backend = "inductor", capacity: int = 64, max_tokens: int = 2048) -> None:
-        """Choose; nothing is compiled or captured before `warmup` or the first call.
+        """Choose the mode; nothing is compiled or captured before `warmup` or the first call.
 
         Args:
             backend: of torch.compile, with "compile".
-            capacity: graphs kept, with "graphs"; the one unused for longest is dropped.
+            capacity: graphs kept with "graphs"; the least recently used one is dropped.
             max_tokens: packed tokens of the largest batch that gets a graph; larger ones run as with "none".
 
         Raises:
@@ -48,7 +49,7 @@ class Serving:
         lm.fixed_shapes = None
         self.mode = "none"
         if mode != "none":
-            assert lm.layers  # a plain call brings the attention modules into their order
+            assert lm.layers  # this property runs a plain call, which finds the order of the attention modules
         if mode == "compile" and not compile_layers(lm.model, backend):
             raise ValueError(
                 f'Serving: mode "compile" needs layers that can be compiled, got none in {type(lm.model).__name__}'
@@ -58,11 +59,11 @@ class Serving:
         self.mode = mode
 
     def warmup(self, shapes: Sequence[tuple[int, int]] | None = None) -> None:
-        """Compile or capture now what requests would wait for.
+        """Compile or capture what requests would wait for.
 
         Args:
-            shapes: (users, tokens of each in the language model) to capture, with "graphs"; None = a single user with
-                any number of tokens. Batches that fill up to the same shape are served as well.
+            shapes: (users, tokens of each in the language model) to capture with "graphs"; None = a single user with
+                any number of tokens. Batches that are padded to the same shape are served as well.
 
         Raises:
             ValueError: numbers below 1, or more shapes than are kept.
@@ -71,19 +72,12 @@ class Serving:
         if any(users < 1 or tokens < 1 for users, tokens in wanted):
             raise ValueError(f"Serving.warmup: shapes must be pairs of at least 1, got {wanted}")
         graphs = self._lm.fixed_shapes
-        if not isinstance(graphs, FixedShapes):
-            for users in (1, 2):
-                self._encode(users)
-            return
-        if shapes is None:
+        if isinstance(graphs, FixedShapes) and shapes is None:
             wanted = [(1, tokens) for tokens in range(1, graphs.max_tokens + 1)]
-        # one user and several differ in form where each has a prefix
-        single, several = [pair for pair in wanted if pair[0] == 1], [pair for pair in wanted if pair[0] > 1]
-        if single:
-            graphs.prepare(single, lambda: self._encode(1))
-        if several:
-            graphs.prepare(several, lambda: self._encode(2))
-
-    def _encode(self, users: int) -> Tensor:
-        """Users with a history of one item."""
-        return self._encode_users(PackedSequences.from_lists([[0]] * users))
+        for users in (1, 2):  # one user and several differ in form where each has a prefix
+            encode = partial(self._encode_users, PackedSequences.from_lists([[0]] * users))
+            alike = [pair for pair in wanted if min(pair[0], 2) == users]
+            if not isinstance(graphs, FixedShapes):
+                encode()
+            elif alike:
+                graphs.prepare(alike, encode)

@@ -1,8 +1,9 @@
-"""From settings to modules: the parts of a `LaserModel` around a frozen language model."""
+"""From settings to modules: the arguments of a `LaserModel` around a frozen language model."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,49 +15,47 @@ from laser_fast.data.text import ItemText
 from laser_fast.data.tokens import Tokenizer, prompt_layout, tokenize_texts
 from laser_fast.lm.execution.execution import Execution
 from laser_fast.lm.frozen_lm import FrozenLM
-from laser_fast.models.zero_shot import CatalogueTexts
+from laser_fast.lm.loading.language_model import LoadedBase
+from laser_fast.models.objective import Objective
+from laser_fast.models.text_scorers import CatalogueTexts
 from laser_fast.nn.bituning import BiTuning
 from laser_fast.nn.mformer import MFormer
 from laser_fast.nn.prefixes import DeepPrefix, LinearPrefix
 from laser_fast.nn.text_residual import TextResidual
 from laser_fast.recommenders.protocol import SequentialRecommender
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+
+@dataclass(frozen=True, eq=False)
+class Foundation:
+    """What a model is built on."""
+
+    config: ModelConfig
+    base: LoadedBase
+    items: ItemTable
+    recommender: SequentialRecommender | None
+    counts: np.ndarray  # int64 [I], training events of each item; 0 if unknown
+    known_items: np.ndarray  # bool [I], the items whose states of the recommender are read
 
 
 def build_execution(config: ExecutionConfig) -> Execution:
-    """How the language model is to run its steps."""
+    """The settings of `FrozenLM`."""
     return Execution(**config.model_dump(exclude={"checkpoint_mformer"}))
 
 
-def build_parts(
-    config: ModelConfig,
-    model: "PreTrainedModel",
-    tokenizer: Tokenizer,
-    items: ItemTable,
-    recommender: SequentialRecommender | None,
-    *,
-    counts: np.ndarray,
-    known_items: np.ndarray,
-) -> dict[str, Any]:
-    """`laser_parts` around a loaded language model; a text residual reads the texts when it first needs them.
-
-    Args:
-        counts: int64 [I], training events of each item.
-        known_items: bool [I], the items whose states of the recommender are read.
+def build_parts(foundation: Foundation) -> dict[str, Any]:
+    """`laser_parts` around a loaded language model and a catalogue with texts.
 
     Raises:
-        ValueError: tokens of another vocabulary, a template with a field that the items do not have, or no recommender
-            for a prefix that is written from states.
+        ValueError: tokens of another vocabulary, a template with an unknown field, or a missing recommender.
     """
-    lm = FrozenLM(model, build_execution(config.execution))
+    config, items, tokenizer = foundation.config, foundation.items, foundation.base.tokenizer
+    lm = FrozenLM(foundation.base.model, build_execution(config.execution))
     text_history = config.text.max_history if config.text.residual else 0
     limits = {"max_history": config.mformer.max_history, "text_history": text_history}
-    builder = build_batches(config.prompt, items, tokenizer, known_items=known_items, **limits)
+    builder = build_batches(config.prompt, items, tokenizer, known_items=foundation.known_items, **limits)
     _check_tokens(builder, lm)
-    parts = laser_parts(config, lm, builder, items.ids, recommender, counts)
-    if parts["text"] is not None:
+    parts = laser_parts(config, lm, builder, items.ids, foundation.recommender, foundation.counts)
+    if config.text.residual:  # it reads the texts when it first needs them
         parts["text"].source = partial(_catalogue_texts(config, items, tokenizer).vectors, lm)
     return parts
 
@@ -69,47 +68,41 @@ def laser_parts(
     recommender: SequentialRecommender | None,
     counts: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Arguments of `LaserModel`; what is trained is initialised from torch's global generator.
+    """Arguments of `LaserModel`; trained parameters are initialised from torch's global generator.
 
     Args:
-        counts: int64 [I], training events of each item; None = nobody counted.
+        counts: int64 [I], training events of each item; None = all 0.
     """
-    settings, objective, width = config.bituning, config.objective, lm.hidden_size
-    bituning = BiTuning(
+    settings, width = config.bituning, lm.hidden_size
+    objective = config.objective.model_dump(include={"temperature", "balance_weight", "candidates", "mask_history"})
+    parts: dict[str, Any] = {"lm": lm, "builder": builder, "item_ids": item_ids}
+    parts["bituning"] = BiTuning(
         width,
         num_suffix_tokens=settings.num_suffix_tokens,
         num_shared_prefix_tokens=config.mformer.num_queries if settings.prefix == "shared" else 0,
         readout=read_out_of(settings, lm),
         embedding_rms=lm.embedding_rms,
     )
-    writer = _prefix_writer(config, lm, recommender)
-    deep_prefix = text = item_counts = None
+    parts |= _prefix_writer(config, lm, recommender)
     if settings.prefix_mode == "kv":
-        inner, rms = (config.mformer.width, 1.0) if "mformer" in writer else (width, lm.embedding_rms)
-        deep_prefix = DeepPrefix(inner, lm.layers, token_rms=rms)
+        inner, rms = (config.mformer.width, 1.0) if "mformer" in parts else (width, lm.embedding_rms)
+        parts["deep_prefix"] = DeepPrefix(inner, lm.layers, token_rms=rms)
     if config.text.residual:
         text = TextResidual(len(item_ids), width, max_history=config.text.max_history, dropout=config.text.dropout)
-    if objective.popularity:
-        item_counts = torch.from_numpy(np.zeros(len(item_ids), dtype=np.int64) if counts is None else counts)
-    return {
-        "lm": lm,
-        "builder": builder,
-        "item_ids": item_ids,
-        "bituning": bituning,
-        **writer,
-        "deep_prefix": deep_prefix,
+        parts |= {"text": text, "item_side": "text" if config.text.items_are_texts else "lm"}
+    if config.objective.popularity:
+        known = np.zeros(len(item_ids), dtype=np.int64) if counts is None else counts
+        parts["item_counts"] = torch.from_numpy(known)
+    return parts | {
         "reuse_instruction": config.prompt.order == "prompt-first" and config.prompt.reuse_instruction,
         "head": settings.head,
         "dropout": settings.dropout,
-        **objective.model_dump(include={"temperature", "balance_weight", "candidates", "mask_history"}),
-        "text": text,
-        "item_side": "text" if config.text.items_are_texts else "lm",
-        "item_counts": item_counts,
+        "objective": Objective(**objective),
     }
 
 
 def _prefix_writer(config: ModelConfig, lm: FrozenLM, recommender: SequentialRecommender | None) -> dict[str, Any]:
-    """What writes the prefix from a recommender's states, and the recommender; nothing where it is not written so."""
+    """The module that writes the prefix from a recommender's states, and the recommender, where there are such."""
     if not config.bituning.reads_states:
         return {}
     if recommender is None:
@@ -131,21 +124,20 @@ def _prefix_writer(config: ModelConfig, lm: FrozenLM, recommender: SequentialRec
 
 
 def read_out_of(config: BiTuningConfig, lm: FrozenLM) -> str:
-    """How the embedding is read out of this language model: "suffix" or "mean"."""
+    """How the embedding is read out of a language model: "suffix" or "mean"."""
     if config.readout != "auto":
         return config.readout
     return "suffix" if lm.causal else "mean"
 
 
 def _catalogue_texts(config: ModelConfig, items: ItemTable, tokenizer: Tokenizer) -> CatalogueTexts:
-    """The wordings that `config.text` asks for."""
-    text, known = config.text, np.ones(len(items), dtype=bool)
-    limits = {"max_item_tokens": text.max_tokens, "max_tokens": text.max_tokens}
-    prompts = [
-        config.prompt.model_copy(update={"item_template": template, "order": "prefix-first", **limits})
-        for template in text.templates or [config.prompt.item_template]
-    ]
-    builders = [build_batches(prompt, items, tokenizer, known_items=known, max_history=1) for prompt in prompts]
+    """The wordings of `config.text`."""
+    known, length = np.ones(len(items), dtype=bool), config.text.max_tokens
+    settings = {"order": "prefix-first", "max_item_tokens": length, "max_tokens": length}
+    builders = []
+    for template in config.text.templates or [config.prompt.item_template]:
+        prompt = config.prompt.model_copy(update={"item_template": template, **settings})
+        builders.append(build_batches(prompt, items, tokenizer, known_items=known, max_history=1))
     return CatalogueTexts(builders)
 
 
@@ -170,7 +162,7 @@ def build_batches(
     max_history: int,
     text_history: int = 0,
 ) -> BatchBuilder:
-    """What turns histories into packed batches of this tokenizer's tokens; the last arguments are `BatchBuilder`'s."""
+    """Turns histories into packed batches of this tokenizer's tokens; the last three arguments are `BatchBuilder`'s."""
     limits = prompt.model_dump(include={"separator", "newest_first", "max_items", "max_tokens"})
     return BatchBuilder(
         tokenize_texts(ItemText(prompt.item_template).render(items), tokenizer, prompt.max_item_tokens),

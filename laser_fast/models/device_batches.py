@@ -1,4 +1,4 @@
-"""Batches on the device of a model, with what the host knows of them: lengths and ids are never read back."""
+"""Batches on the device of a model, whose lengths and ids stay known to the host."""
 
 from dataclasses import replace
 from typing import Any
@@ -11,7 +11,7 @@ from laser_fast.ops.host_copies import to_device
 
 
 def on_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
-    """The batch on a device; one from host memory is copied without waiting, and its values stay known there."""
+    """The batch on a device, copied from host memory without waiting; its values are never read back."""
     if batch.items.device.type != "cpu" or device.type == "cpu":
         return batch.to(device)
     moved: dict[str, Any] = {}

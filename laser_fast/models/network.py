@@ -1,8 +1,4 @@
-"""The network of Laser: a frozen language model reads [instruction; prefix; text; suffix] and one state is read out.
-
-Users and items go through the same language model. The prefix is written by M-Former or a linear map from the states
-of a frozen recommender, or learned, or absent.
-"""
+"""The network of Laser: a frozen language model reads [instruction; prefix; text; suffix] into one embedding."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -33,30 +29,26 @@ Self = TypeVar("Self", bound="LaserNetwork")
 
 
 class LaserNetwork(VersionedModule):
-    """Embeddings of users and items, and the loss of a batch.
+    """Embeddings of users and items by one language model, and the loss of a batch.
 
-    `state_dict` holds what is trained and nothing of the frozen models.
+    `state_dict` holds the trained parameters and nothing of the frozen models.
 
     Args:
         bituning: suffix, shared prefix and read-out.
-        mformer, linear_prefix: which of them writes the prefix; None = the shared prefix of `bituning`, or none.
-        recommender: whose states `mformer` or `linear_prefix` reads.
+        mformer, linear_prefix: one of them may write the prefix; else it is the shared one of `bituning`, if any.
+        recommender: gives the states that `mformer` or `linear_prefix` reads.
         deep_prefix: makes keys and values of every layer from the prefix (`prefix_mode="kv"`); None = the prefix enters
             as input embeddings.
         reuse_instruction: compute keys and values of an instruction before the prefix once and inject them; needs a
             causal language model.
-        head: "linear" (trained, starts as the identity, one for both sides) or "none".
-        temperature, balance_weight, candidates, mask_history: see `Objective`.
+        head: "linear" (trained, starts as the identity, shared by both sides) or "none".
         dropout: on the read-out.
-        text: the text residual; None = the paper, whose embeddings are the language model's read-out alone.
-        item_side: with `text`, whether items are read by the language model too ("lm") or not ("text").
+        text: the text residual; None = the embeddings are the read-out alone, as in the paper.
+        item_side: with `text`, whether the language model reads items too ("lm") or not ("text").
         item_counts: int64 [I], training events of each item; adds a trained popularity weight to the scores.
 
     Attributes:
         lm_weights: the version of the weights of the language model alone.
-
-    Raises:
-        ValueError: parts that do not fit together.
     """
 
     log_counts: Tensor
@@ -73,13 +65,10 @@ class LaserNetwork(VersionedModule):
         deep_prefix: DeepPrefix | None = None,
         reuse_instruction: bool = False,
         head: str = "linear",
-        temperature: float = 0.05,
-        balance_weight: float = 0.01,
-        candidates: str = "catalog",
+        objective: Objective | None = None,
         dropout: float = 0.0,
         text: TextResidual | None = None,
         item_side: str = "lm",
-        mask_history: bool = False,
         item_counts: Tensor | None = None,
     ) -> None:
         super().__init__()
@@ -93,7 +82,6 @@ class LaserNetwork(VersionedModule):
             )
         if head not in ("linear", "none"):
             raise ValueError(f'LaserNetwork: head must be "linear" or "none", got {head!r}')
-        Objective(temperature, balance_weight, candidates)  # refuses what it does not know
         self.lm = lm
         self.bituning = bituning
         self.num_items = num_items
@@ -103,13 +91,10 @@ class LaserNetwork(VersionedModule):
         self.reuse_instruction = reuse_instruction
         self.recommender = None if recommender is None else FrozenRecommender(recommender)
         self.head = _identity(lm.hidden_size) if head == "linear" else None
-        self.temperature = temperature
-        self.balance_weight = balance_weight
-        self.candidates = candidates
+        self.objective = objective or Objective()
         self.dropout = dropout
         self.text = text
         self.item_side = item_side
-        self.mask_history = mask_history
         self.popularity_weight: nn.Parameter | None = None
         if item_counts is not None:
             self.popularity_weight = nn.Parameter(torch.zeros(()))
@@ -121,11 +106,11 @@ class LaserNetwork(VersionedModule):
 
     @property
     def device(self) -> torch.device:
-        """Where the trained parameters live."""
+        """The device of the trained parameters."""
         return self.bituning.suffix_tokens.device
 
     def encode(self, batch: PackedBatch) -> tuple[Tensor, Routing | None]:
-        """Embeddings of the sequences of a batch, users or items, with gradient: float32 [B, d], and the routing."""
+        """Embeddings of the users or items of a batch, with gradient: float32 [B, d], and the routing."""
         tokens, injected, routing = self.write_prefix(batch)
         return self._encode_behind(batch, tokens, injected), routing
 
@@ -138,29 +123,31 @@ class LaserNetwork(VersionedModule):
         if self.text is not None:
             state = F.normalize(state, dim=-1)  # beside a unit vector
         embedding = F.dropout(state, self.dropout, draws_dropout(self))
-        embedding = embedding if self.head is None else self.head(embedding)
-        embedding = embedding if self.text is None else embedding + self.encode_texts(batch)
-        return embedding.float()  # under autocast the head gives less
+        if self.head is not None:
+            embedding = self.head(embedding)
+        if self.text is not None:
+            embedding = embedding + self.encode_texts(batch)
+        return embedding.float()  # under autocast the head gives half precision
 
     def encode_texts(self, batch: PackedBatch) -> Tensor:
-        """The text residual of the sequences of a batch, with gradient into it: float32 [B, d]."""
+        """The text residual of the users or items of a batch, with gradient: float32 [B, d]."""
         if self.text is None or batch.text_items is None or batch.text_cu_seqlens is None:
             raise ValueError("LaserNetwork: encode_texts needs a text residual and a batch made for it, got none")
         return self.text.users(batch.text_items, batch.text_cu_seqlens)
 
     def virtual_tokens(self, batch: PackedBatch) -> int:
-        """Tokens that stand beside the text of every sequence of a batch in the language model."""
-        tokens = self.bituning.suffix_tokens.shape[0]
-        if self.deep_prefix is None and self.mformer is not None:
-            tokens += self.mformer.query_experts.shape[1]
-        elif self.deep_prefix is None and self.linear_prefix is not None:
-            tokens += self.linear_prefix.num_tokens
-        elif self.deep_prefix is None and self.bituning.prefix_tokens is not None:
-            tokens += self.bituning.prefix_tokens.shape[0]
-        return tokens if self.reuse_instruction else tokens + len(batch.instruction or ())
+        """Tokens of the language model beside the text of each sequence of a batch."""
+        tokens = len(self.bituning.suffix_tokens) + (0 if self.reuse_instruction else len(batch.instruction or ()))
+        if self.deep_prefix is not None:
+            return tokens
+        if self.mformer is not None:
+            return tokens + self.mformer.query_experts.shape[1]
+        if self.linear_prefix is not None:
+            return tokens + self.linear_prefix.num_tokens
+        return tokens if self.bituning.prefix_tokens is None else tokens + len(self.bituning.prefix_tokens)
 
     def write_prefix(self, batch: PackedBatch) -> tuple[Tensor | None, KeyValuePrefix | None, Routing | None]:
-        """What stands in front of the text: input embeddings [B, Q, D_llm], keys and values, and the routing."""
+        """What precedes the text: input embeddings [B, Q, D_llm], keys and values, and the routing."""
         tokens, routing = self.bituning.shared_prefix(1 if self.deep_prefix is not None else len(batch)), None
         if self.mformer is not None:
             written = self.mformer(self._states(batch), batch.cu_seqlens)
@@ -185,7 +172,7 @@ class LaserNetwork(VersionedModule):
         return words if tokens is None else torch.cat([words, tokens.to(words.dtype)], dim=1), None, routing
 
     def write_keys_and_values(self, batch: PackedBatch) -> KeyValuePrefix:
-        """Instruction and prefix of a batch as keys and values of every layer; there must be a prefix."""
+        """Instruction and prefix of a batch as keys and values of every layer; the model must have a prefix."""
         tokens, injected, _ = self.write_prefix(batch)
         if tokens is not None:
             run = self.lm.key_values(tokens, injected)
@@ -199,28 +186,28 @@ class LaserNetwork(VersionedModule):
 
     @torch.no_grad()
     def _instruction(self, input_ids: tuple[int, ...]) -> KeyValuePrefix:
-        """Keys and values of the instruction, computed once: nothing in front of it is trained."""
+        """Keys and values of the instruction, computed once: nothing before it is trained."""
         version, name = self.lm_weights.now(), (input_ids, autocast_dtype(self.device))
         made_at, known = self._instructions.get(name, (None, None))
         if known is None or made_at != version:
-            with torch.inference_mode(False):  # the result outlives this call and may enter a training step
+            with torch.inference_mode(False):  # the result may enter a training step
                 known = self.lm.key_values(self._embed_words(input_ids))
-            self._instructions[name] = version, known  # threads that come together make the same
+            self._instructions[name] = version, known  # concurrent threads make the same
         return known
 
     def _embed_words(self, input_ids: tuple[int, ...]) -> Tensor:
         return self.lm.embed(to_device(torch.tensor(input_ids), self.device))[None]
 
     def forward(self, batch: PackedBatch, return_loss: bool = True, step: StepContext | None = None) -> LaserOutput:
-        """Loss of a batch of users among their candidates (see `Objective`), plus the balance of the router.
+        """Loss of a batch of users, see `Objective`.
 
         Args:
-            batch: of users with targets, on any device.
-            return_loss: always; transformers' Trainer reads here that there is a loss to evaluate.
-            step: what the training step brings beside its batch; None = `StepContext()`.
+            batch: users with targets, on any device.
+            return_loss: not read; its presence tells transformers' Trainer that there is a loss to evaluate.
+            step: None = `StepContext()`.
 
         Raises:
-            ValueError: a batch without targets, or without the negatives that "sampled" needs.
+            ValueError: no targets, or no negatives for "sampled".
             RuntimeError: no item matrix where V takes part.
         """
         if batch.targets is None:
@@ -232,12 +219,10 @@ class LaserNetwork(VersionedModule):
         if batch.positives is not None:
             texts_only = self.item_side == "text"
             live = self.encode_texts(batch.positives) if texts_only else self.encode(batch.positives)[0]
+        step = replace(step, popularity=self.popularity())
         if self.item_side == "text" and self.text is not None and step.items_train:
             step = replace(step, item_matrix=self.text.items)
-        objective = Objective(
-            self.temperature, self.balance_weight, self.candidates, self.mask_history, self.popularity()
-        )
-        return objective(batch, users, live, routing, step)
+        return self.objective(batch, users, live, routing, step)
 
     def activation_checkpointing_enable(
         self,
@@ -251,13 +236,13 @@ class LaserNetwork(VersionedModule):
         `gradient_checkpointing_enable`.
 
         Args:
-            activation_checkpointing_kwargs: `use_reentrant` alone, which changes neither loss nor gradient.
-            every_n_layers: 1.
-            offload: keep the inputs of the layers in host memory meanwhile: "offload".
+            activation_checkpointing_kwargs: may hold `use_reentrant`, which changes neither loss nor gradient.
+            every_n_layers: must be 1.
+            offload: keep the inputs of the layers in host memory meanwhile ("offload").
 
         Raises:
-            ValueError: another option, or a model whose layers transformers does not mark as such.
-            RuntimeError: its layers are compiled.
+            ValueError: another option, or layers that transformers does not mark as such.
+            RuntimeError: the layers are compiled.
         """
         others = dict(activation_checkpointing_kwargs or {})
         others.pop("use_reentrant", None)
@@ -275,26 +260,26 @@ class LaserNetwork(VersionedModule):
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep what backward needs: `execution.checkpointing` "none"."""
+        """Keep all activations for backward: `execution.checkpointing` "none"."""
         self._checkpoint("none")
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """Whether backward computes layers of the language model, or parts of them, again."""
+        """Whether backward computes parts of the language model again."""
         return self.lm.execution.checkpointing != "none"
 
     def _checkpoint(self, how: str) -> None:
         self.lm.run_as(replace(self.lm.execution, checkpointing=how))
 
     def popularity(self) -> tuple[Tensor, Tensor] | None:
-        """The trained weight [] and log(1 + count) [I], where popularity is part of what is minimised."""
+        """The trained weight [] and log(1 + count) [I], where popularity is part of the loss."""
         return None if self.popularity_weight is None else (self.popularity_weight, self.log_counts)
 
     def _all_versions(self) -> tuple[WeightsVersion, ...]:
         return self.weights, self.lm_weights
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """To another device, but not to another dtype: what is trained is float32, what is frozen as it was loaded."""
+        """To another device, but not to another dtype: trained parameters stay float32, frozen ones as loaded."""
         refuse_dtypes(
             self,
             fn,

@@ -1,10 +1,9 @@
-"""How many packed tokens go through the language model at once, and what happens when memory runs out."""
+"""The limit on packed tokens that go through the language model at once, and what happens when memory runs out."""
 
 import gc
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
 
 import numpy as np
 import torch
@@ -14,8 +13,8 @@ from laser_fast.data.batches import PackedBatch
 from laser_fast.data.micro_batches import VirtualTokens, row_tokens
 from laser_fast.nn.own_lock import OwnLock
 
-# torch has a type for what its caching allocator cannot give; these come from elsewhere, as plain RuntimeErrors:
-# the allocator of the CPU, the driver (pinned host memory, other libraries), cuBLAS, Triton
+# plain RuntimeErrors, unlike that of torch's caching allocator: from the CPU's allocator, the driver (pinned host
+# memory, other libraries), cuBLAS and Triton
 _OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
@@ -34,17 +33,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class Shortage:
-    """What did not fit."""
+    """A batch that did not fit."""
 
-    tokens: int  # packed, that were going through the language model at once
-    rows: int  # sequences they belong to (a user and its positive are one)
-    longest: int  # tokens of the longest of these rows
+    tokens: int  # packed
+    rows: int  # a user and its positive are one
+    longest: int  # tokens of the longest row
     reason: str  # first line of the error
-    encoding: bool  # whether nothing was to be kept for a backward
+    encoding: bool  # without a backward
 
     @property
     def halved(self) -> int:
-        """The limit to try next: half the tokens, but room for the longest row."""
+        """The next limit: half the tokens, with room for the longest row."""
         return max(self.tokens // 2, self.longest)
 
     def __str__(self) -> str:
@@ -58,16 +57,14 @@ Explain = Callable[[Shortage], str]
 
 
 class TokenBudget:
-    """Splits batches by packed tokens, and halves the limit when memory runs out, where that is allowed.
-
-    Threads may use it at the same time.
+    """Splits batches by packed tokens, and may halve the limit when memory runs out. Threads may share it.
 
     Args:
-        limit: packed tokens, virtual ones included, of one part of a batch; None = never split. As attribute the limit
-            of now.
-        halve: whether running out of memory halves the limit instead of stopping.
+        limit: packed tokens of one part of a batch, virtual ones included; None = never split. The attribute of this
+            name is the present limit.
+        halve: halve the limit when memory runs out, instead of stopping.
         explain: writes the message of the error that stops.
-        on_halving: told what did not fit, after the limit was lowered.
+        on_halving: called after the limit was lowered.
     """
 
     def __init__(
@@ -88,7 +85,7 @@ class TokenBudget:
         self._lock = OwnLock()
 
     def split(self, batch: PackedBatch, virtual_tokens: VirtualTokens) -> list[np.ndarray]:
-        """Rows of the parts of `batch`, each within the limit; a row above it goes alone, with one warning."""
+        """Rows of the parts of `batch`, each within the limit; a longer row goes alone, with one warning."""
         everything, limit = [np.arange(len(batch))], self.limit
         if limit is None or not len(batch):
             return everything
@@ -99,64 +96,51 @@ class TokenBudget:
         if tokens.rows[longest] > limit:
             with self._lock:
                 first, self._warned = not self._warned, True
-            if not first:
-                return tokens.split(limit)
-            warnings.warn(
-                f"TokenBudget: a row should have at most micro_batch_tokens = {limit} packed tokens, got "
-                f"{tokens.rows[longest]} in row {longest} of {len(batch)}; such rows go through alone",
-                stacklevel=2,
-            )
+            if first:
+                warnings.warn(
+                    f"TokenBudget: a row should have at most micro_batch_tokens = {limit} packed tokens, got "
+                    f"{tokens.rows[longest]} in row {longest} of {len(batch)}; such rows go through alone",
+                    stacklevel=2,
+                )
         return tokens.split(limit)
 
     def encode(
         self, batch: PackedBatch, virtual_tokens: VirtualTokens, encode: Callable[[PackedBatch], Tensor]
     ) -> Tensor:
-        """`encode` of the batch, part by part, in the order of its rows: [B, d].
-
-        Raises:
-            torch.OutOfMemoryError: memory ran out and the limit may not or cannot be lowered.
-        """
+        """`encode` of the batch, part by part, in the order of its rows: [B, d]; errors as of `shrink`."""
         while True:
-            parts, results = self.split(batch, virtual_tokens), []
+            parts, results = self.split(batch, virtual_tokens), list[Tensor]()
             for rows in parts:
                 part = batch if len(parts) == 1 else batch.select(rows)
-                done = self._attempt(part, virtual_tokens, encode)
-                if done is None:
+                try:
+                    results.append(encode(part))
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    self.shrink(part, virtual_tokens, error, encoding=True)
                     break
-                results.append(done)
             else:
                 if len(parts) == 1:
                     return results[0]
                 encoded = torch.cat(results)
                 back = torch.from_numpy(np.argsort(np.concatenate(parts))).to(encoded.device)
                 return encoded.index_select(0, back)
-
-    def _attempt(
-        self, part: PackedBatch, virtual_tokens: VirtualTokens, encode: Callable[[PackedBatch], Tensor]
-    ) -> Tensor | None:
-        try:
-            return encode(part)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            self.shrink(part, virtual_tokens, error, encoding=True)
-        release_memory()
-        return None
+            release_memory()
 
     def shrink(
         self, part: PackedBatch, virtual_tokens: VirtualTokens, error: RuntimeError, *, encoding: bool = False
     ) -> None:
-        """Lower the limit to half of what did not fit, with a warning; call `release_memory` after it.
+        """Lower the limit to half of what did not fit, with a warning; call `release_memory` when the error is gone.
 
         Raises:
-            torch.OutOfMemoryError: halving is off, or the part is one row already.
+            torch.OutOfMemoryError: halving is off, or the part is a single row.
         """
         tokens = row_tokens(part, virtual_tokens)
         reason = str(error).partition("\n")[0]
         shortage = Shortage(tokens.total, len(part), int(tokens.rows.max(initial=0)), reason, encoding)
         if not self.halve or len(part) < 2:
-            self.refuse(shortage, error)
-        with self._lock:  # a limit that another thread has lowered further stays
+            raise torch.OutOfMemoryError(self._explain(shortage)) from error
+        with self._lock:  # another thread may have lowered it further
             self.limit = limit = min(shortage.halved, self.limit or shortage.halved)
         warnings.warn(
             f"training: {shortage}; micro_batch_tokens is {limit} from here on, the batch is taken again",
@@ -165,13 +149,9 @@ class TokenBudget:
         if self._on_halving is not None:
             self._on_halving(shortage)
 
-    def refuse(self, shortage: Shortage, error: RuntimeError) -> NoReturn:
-        """Raise torch.OutOfMemoryError with the explanation of this shortage."""
-        raise torch.OutOfMemoryError(self._explain(shortage)) from error
-
 
 def release_memory() -> None:
-    """Give what an abandoned forward held back to the device; call it when the error itself is gone."""
+    """Give back to the device what an abandoned forward held; the error, which holds its frames, must be gone."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -1,10 +1,9 @@
-"""Several scorers fused into one, with terms for repeats and popularity: a few scalars on top of frozen scores."""
+"""Several scorers fused into one by a few scalars, with terms for repeats and popularity."""
 
 import math
 from collections.abc import Iterable, Mapping
 from copy import copy
-from dataclasses import InitVar, asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,12 +14,12 @@ from laser_fast.recommenders.protocol import Scorer, check_histories, repeat_pos
 
 @dataclass(frozen=True)
 class Calibration:
-    """The scalars of a `CalibratedScorer`; what is saved with a model."""
+    """The scalars of a `CalibratedScorer`, which are saved with a model."""
 
-    weights: Mapping[str, float]  # component name -> factor of its score
+    weights: Mapping[str, float]  # factor of each component's score
     standardize: tuple[str, ...] = ()  # components that are z-scored per history before they are weighted
-    history_bias: float = 0.0  # added to every item of the history (once, however often it occurs there)
-    last_bias: float = 0.0  # added to the last item of the history, on top of `history_bias`
+    history_bias: float = 0.0  # added once to every item of the history
+    last_bias: float = 0.0  # added to the last item on top of `history_bias`
     popularity_weight: float = 0.0  # factor of log(1 + count)
 
     def __post_init__(self) -> None:
@@ -29,44 +28,37 @@ class Calibration:
             raise ValueError(
                 f"Calibration: standardize must name components, got {unknown}; known: {list(self.weights)}"
             )
-        scalars = {"history_bias": self.history_bias, "last_bias": self.last_bias}
-        scalars |= {"popularity_weight": self.popularity_weight, **self.weights}
+        biases = {name: getattr(self, name) for name in ("history_bias", "last_bias", "popularity_weight")}
+        scalars = {**biases, **self.weights}
         if wrong := {name: value for name, value in scalars.items() if not math.isfinite(value)}:
             raise ValueError(f"Calibration: weights and biases must be finite, got {wrong}")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and names, ready for JSON."""
-        return asdict(self)
 
-
-@dataclass(frozen=True, eq=False, repr=False)
 class CalibratedScorer:
     """score = sum_c w_c f_c + b_hist [i in history] + b_last [i is last] + p log(1 + count_i). A `Scorer`.
 
     f_c is a component's score, z-scored over the catalogue for each history where `standardize` names it (0 where all
     its scores are equal). An empty history has neither repeat term.
+
+    Args:
+        counts: [I], training events of each item.
     """
 
-    components: Mapping[str, Scorer]  # all over one catalogue
-    calibration: Calibration  # its weights name exactly these components
-    counts: InitVar[Tensor]  # [I], events of each item in the training part
-    log_counts: Tensor = field(init=False)
-    _made_at: Mapping[str, int] = field(init=False)  # versions of the weights that the scalars were fitted to
-
-    def __post_init__(self, counts: Tensor) -> None:
-        if not self.components or set(self.components) != set(self.calibration.weights):
+    def __init__(self, components: Mapping[str, Scorer], calibration: Calibration, counts: Tensor) -> None:
+        if not components or set(components) != set(calibration.weights):
             raise ValueError(
                 "CalibratedScorer: components must be those with a weight, "
-                f"got {sorted(self.components)} and {sorted(self.calibration.weights)}"
+                f"got {sorted(components)} and {sorted(calibration.weights)}"
             )
-        sizes = {name: scorer.num_items for name, scorer in self.components.items()}
+        sizes = {name: scorer.num_items for name, scorer in components.items()}
         if set(sizes.values()) != {counts.numel()}:
             raise ValueError(
                 f"CalibratedScorer: components and counts must share a catalogue, got {sizes} and {counts.numel()}"
             )
-        object.__setattr__(self, "components", dict(self.components))
-        object.__setattr__(self, "log_counts", torch.log1p(counts.float()))
-        object.__setattr__(self, "_made_at", self.versions())
+        self.components = dict(components)
+        self.calibration = calibration
+        self.log_counts = torch.log1p(counts.float())
+        self._made_at = self.versions()  # of the weights that the scalars were fitted to
 
     @property
     def num_items(self) -> int:
@@ -75,39 +67,39 @@ class CalibratedScorer:
 
     @property
     def weighted(self) -> dict[str, Scorer]:
-        """The components whose weight is not 0."""
+        """The components with a weight other than 0."""
         return {name: scorer for name, scorer in self.components.items() if self.calibration.weights[name]}
 
     def versions(self) -> dict[str, int]:
-        """The versions of the weights that weighted components have now, see `WeightsVersion`."""
+        """The present `WeightsVersion` of every weighted component that has one."""
         known = {name: getattr(scorer, "weights", None) for name, scorer in self.weighted.items()}
         return {name: version.now() for name, version in known.items() if isinstance(version, WeightsVersion)}
 
     def refuse_outdated(self) -> None:
-        """Make sure that the scalars belong to the models of now: they weigh the scores of these against each other."""
+        """Raise a RuntimeError if a weighted component has changed since the scalars were fitted."""
         for name, version in self.versions().items():
             if version != self._made_at.get(name):
                 raise RuntimeError(
-                    f"CalibratedScorer: the calibration must belong to the weights of now, got one of older weights of "
+                    "CalibratedScorer: the calibration must belong to the present weights, got one of older weights of "
                     f"{name!r}; fit it again (laser_fast.evaluation.fit_calibration), or set model.calibration = None"
                 )
 
     def without_unused(self, names: Iterable[str]) -> "CalibratedScorer":
-        """The same score without those of these components that have no weight, which need not be saved then."""
+        """The same score without those of the named components that have no weight."""
         unused = {name for name in names if not self.calibration.weights.get(name)}
         twin = self.with_components({name: part for name, part in self.components.items() if name not in unused})
         weights = {name: self.calibration.weights[name] for name in twin.components}
-        object.__setattr__(twin, "calibration", replace(self.calibration, weights=weights))
+        twin.calibration = replace(self.calibration, weights=weights)
         return twin
 
     def with_components(self, components: Mapping[str, Scorer]) -> "CalibratedScorer":
         """The same scalars over other components, unchecked."""
         twin = copy(self)
-        object.__setattr__(twin, "components", components)
+        twin.components = dict(components)
         return twin
 
     def score(self, items: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """See `Scorer.score`; the result is on the device of `items`. A RuntimeError: see `refuse_outdated`."""
+        """See `Scorer.score`; the result is on the device of `items`. Errors as of `refuse_outdated`."""
         self.refuse_outdated()
         check_histories("CalibratedScorer.score", items, cu_seqlens, self.num_items)
         settings = self.calibration
@@ -134,5 +126,5 @@ def standard_scores(scores: Tensor) -> Tensor:
 def calibration_components(
     laser: Scorer, recommender: Scorer | None, tables: Mapping[str, Scorer]
 ) -> dict[str, Scorer]:
-    """The scores that Laser's calibration adds up, by name."""
+    """The components of Laser's calibration."""
     return {"laser": laser} | ({} if recommender is None else {"recommender": recommender}) | dict(tables)

@@ -2,18 +2,18 @@
 
     score_bi = q_b . m_i + history_bias [i in history_b] + last_bias [i is last_b] + w * rules_bi
 
-Both vectors are blocks side by side, one for each part of the score; here are those of `LaserModel`:
+Both vectors are blocks side by side, one for each part of the score. `LaserModel` has these:
 
     part         block of q_b             block of m_i
     Laser        w * unit user / tau      unit item
     recommender  w * state                row of its output layer
     popularity   p                        log(1 + count_i)
 
-The rest differs from 0 for few items of each user: those of the history, and those that rules name for it.
+The other terms differ from 0 only for the items of the history and those that rules name for it.
 
-A part that is z-scored over the catalogue for each history keeps this form. With the mean e and the covariance C of its
-item rows E, the scores s . E_i have the mean s . e and the variance s' C s, so its blocks are w * s / sqrt(s' C s) and
-E_i - e: nothing of the size [B, I] is computed. The means and variances are float64.
+A part that is z-scored over the catalogue keeps this form. With the mean e and the covariance C (float64) of its item
+rows E, the scores s . E_i have the mean s . e and the variance s' C s. So its blocks are w * s / sqrt(s' C s) and
+E_i - e, and no scores [B, I] are computed.
 
 Source: our own.
 """
@@ -32,23 +32,21 @@ from laser_fast.recommenders.item_to_item import ItemToItem
 from laser_fast.recommenders.protocol import check_histories, repeat_positions
 from laser_fast.retrieval.requests import best_items
 
-# elements of the rows gathered at once, to score items one by one
-_GATHERED = 2**22
-# as `standard_scores`: a row with less deviation than this share of its level is a constant
-_CONSTANT = 1e-6
-# lists of at least this share of the catalogue are cut from all scores: they are as large as these, and to merge chunks
-# takes longer (4 users, 100k items, one core: k = 1,000 0.25 s against 0.17 s, k = 100k 4.3 s against 0.15 s)
+_GATHERED = 2**22  # elements of the rows that are gathered at once
+_CONSTANT = 1e-6  # as in `standard_scores`: a row with less deviation than this share of its level is constant
+# lists of at least this share of the catalogue are cut from all scores, which are no larger and need no merging (4
+# users, 100k items, one core: k = 1,000 takes 0.25 s in chunks and 0.17 s so, k = 100k 4.3 s and 0.15 s)
 _LONG_LISTS = 1 / 8
 
 
 @dataclass(frozen=True, eq=False)
 class ScoreBlock:
-    """A part of a score that is an inner product; `standardize`: z-scored over the catalogue before it is weighted."""
+    """A part of a score that is an inner product."""
 
     items: Tensor  # [I, D], floating point
     queries: Callable[[PackedSequences], Tensor]  # B histories -> [B, D], floating point, on any device
     weight: float = 1.0
-    standardize: bool = False
+    standardize: bool = False  # z-score it over the catalogue before it is weighted
 
 
 class InnerProductIndex:
@@ -62,15 +60,15 @@ class InnerProductIndex:
         _, candidates = flat.search(queries.cpu().numpy(), k + int(histories.lengths.max()))
         scores, items = index.rerank(histories, queries, torch.from_numpy(candidates), k)
 
-    `rerank` adds what is no inner product: the biases of the items in a history, and what rules add to a few others.
-    With that many candidates, the result is as exact as the index that found them.
+    `rerank` adds the terms that are no inner product: biases and rules. With that many candidates, the result is as
+    exact as the index that found them.
 
-    It is made of values as they are now; ask the model again after a change.
+    An index keeps the values it was made of: ask the model for another one after a change.
 
     Args:
         blocks: the parts of the score, at least one.
         history_bias, last_bias: see `Calibration`.
-        rules: what else is added to few items of each user, with its factor.
+        rules: sparse tables with their factors.
 
     Attributes:
         item_vectors: m, float32 [I, D'].
@@ -84,16 +82,13 @@ class InnerProductIndex:
         last_bias: float = 0.0,
         rules: Sequence[tuple[ItemToItem, float]] = (),
     ) -> None:
-        columns = [block.items.detach().float() for block in blocks]
-        self._blocks = [
-            _Queries(block.queries, block.weight, *(_moments(rows) if block.standardize else (None, None)))
-            for block, rows in zip(blocks, columns, strict=True)
-        ]
-        centred = [
-            rows if block.mean is None else rows - block.mean.to(rows)
-            for block, rows in zip(self._blocks, columns, strict=True)
-        ]
-        self.item_vectors = torch.cat(centred, dim=1)
+        self._blocks, vectors = list[_Queries](), list[Tensor]()
+        for block in blocks:
+            rows = block.items.detach().float()
+            mean, covariance = _moments(rows) if block.standardize else (None, None)
+            self._blocks.append(_Queries(block.queries, block.weight, mean, covariance))
+            vectors.append(rows if mean is None else rows - mean.to(rows))
+        self.item_vectors = torch.cat(vectors, dim=1)
         self.num_items = self.item_vectors.shape[0]
         self.history_bias = history_bias
         self.last_bias = last_bias
@@ -102,8 +97,7 @@ class InnerProductIndex:
     @torch.no_grad()
     def query_vectors(self, histories: PackedSequences) -> Tensor:
         """q of each history of item indices, oldest first: float32 [B, D'], on the device of `item_vectors`."""
-        packed = packed_tensors(histories, torch.device("cpu"))
-        check_histories("InnerProductIndex.query_vectors", *packed, self.num_items)
+        check_histories("InnerProductIndex.query_vectors", *packed_tensors(histories), self.num_items)
         return torch.cat([block(histories).to(self.item_vectors.device) for block in self._blocks], dim=1)
 
     @torch.no_grad()
@@ -112,15 +106,13 @@ class InnerProductIndex:
     ) -> tuple[Tensor, Tensor]:
         """The k items with the highest scores for every history, biases and rules included.
 
-        Biases and rules touch few items. Among all others q . m is the score, so the best k of those hold every other
-        item of the answer; the touched items are scored one by one beside them. The scores of all items, [B, I], are
-        held only where k is an eighth of I or more.
+        The scores of all items, [B, I], are held only where k is an eighth of I or more.
 
         Args:
             histories: B histories of item indices, oldest first.
             k: length of the lists, at least 1; may exceed I.
             exclude_seen: leave out the items of the history.
-            blocked: bool [I], items that nobody gets.
+            blocked: bool [I], items to leave out.
 
         Returns:
             Scores float32 [B, k], descending, ties by item index, and item indices int64 [B, k]; -inf and -1 where
@@ -128,10 +120,18 @@ class InnerProductIndex:
         """
         allow = self._allowed("search", k, blocked)
         queries = self.query_vectors(histories)
+        places, added = touched = self._touched(histories, exclude_seen)
         if k >= _LONG_LISTS * self.num_items:
-            return self._sort_all(histories, queries, k, exclude_seen, allow)
-        touched = self._touched(histories, exclude_seen)
-        exclude = _item_lists(touched[0], len(histories), self.num_items) if touched[0].numel() else None
+            with autocast_off(queries.device):
+                scores = queries @ self.item_vectors.T
+            scores.view(-1)[places] += added
+            if allow is not None:
+                scores.masked_fill_(~allow, -torch.inf)
+            return _first(scores.nan_to_num_(-torch.inf, torch.inf, -torch.inf), k)
+        exclude = None
+        if places.numel():  # of all other items q . m is the score
+            users = torch.arange(len(histories) + 1, device=places.device) * self.num_items
+            exclude = ItemLists(places % self.num_items, torch.searchsorted(places, users).int())
         scores, items = catalog_topk(queries, self.item_vectors, k, exclude=exclude, allow=allow, normalize=False)
         return (scores, items) if exclude is None else self._merge(queries, items, touched, k, allow)
 
@@ -146,13 +146,13 @@ class InnerProductIndex:
         exclude_seen: bool = False,
         blocked: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The k best of the candidates and of the items that biases or rules touch, by the whole score.
+        """The k best of the candidates and of the items that biases or rules touch, by the whole score, as `search`.
 
         Args:
             queries: [B, D'], the `query_vectors` of the histories.
-            candidates: int64 [B, C], what an index found; places outside the catalogue (FAISS writes -1) are empty,
-                repetitions and items that are touched do not matter.
-            histories, k, exclude_seen, blocked: see `search`, as for what is returned.
+            candidates: int64 [B, C], found by any index; repetitions, and places outside the catalogue (FAISS writes
+                -1), are ignored.
+            histories, k, exclude_seen, blocked: see `search`.
         """
         allow = self._allowed("rerank", k, blocked)
         batch, device = len(histories), self.item_vectors.device
@@ -173,31 +173,23 @@ class InnerProductIndex:
     def _merge(
         self, queries: Tensor, candidates: Tensor, touched: tuple[Tensor, Tensor], k: int, allow: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The k best of the candidates [B, C] and of what is `touched`, scored one by one."""
+        """The k best of the candidates [B, C] and of the `touched` items, scored one by one."""
         (places_touched, added), batch, device = touched, len(queries), queries.device
         inside = (candidates >= 0) & (candidates < self.num_items)
         found = (candidates + torch.arange(batch, device=device)[:, None] * self.num_items)[inside]
         places = torch.unique(torch.cat([found, places_touched]))  # by user, then by item
         row, item = places // self.num_items, places % self.num_items
-        scores = self._scores(queries, row, item)
+        step = max(1, _GATHERED // queries.shape[1])
+        pairs = zip(row.split(step), item.split(step), strict=True)
+        # not a product of matrices: equal vectors have equal scores wherever they stand
+        scores = torch.cat([(queries[users] * self.item_vectors[items]).sum(dim=1) for users, items in pairs])
         scores[torch.searchsorted(places, places_touched)] += added
         if allow is not None:
             scores = scores.masked_fill(~allow[item], -torch.inf)
         return _best_of_rows(scores, row, item, (batch, k))
 
-    def _sort_all(
-        self, histories: PackedSequences, queries: Tensor, k: int, exclude_seen: bool, allow: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        with autocast_off(queries.device):
-            scores = queries @ self.item_vectors.T
-        places, added = self._touched(histories, exclude_seen)
-        scores.view(-1)[places] += added
-        if allow is not None:
-            scores.masked_fill_(~allow, -torch.inf)
-        return _first(scores.nan_to_num_(-torch.inf, torch.inf, -torch.inf), k)
-
     def _touched(self, histories: PackedSequences, exclude_seen: bool) -> tuple[Tensor, Tensor]:
-        """What biases and rules add, -inf for what is excluded: places b * I + i, ascending, int64 [n]; float32 [n]."""
+        """Places b * I + i, ascending, int64 [n], and what biases and rules add there, -inf for seen: float32 [n]."""
         device = self.item_vectors.device
         seen, last = repeat_positions(*packed_tensors(histories, device), self.num_items)
         parts = [(seen, -torch.inf)] if exclude_seen else []
@@ -205,7 +197,7 @@ class InnerProductIndex:
             parts = [(seen, self.history_bias), (last, self.last_bias)]
         filled = [(places, torch.full(places.shape, value, device=device)) for places, value in parts]
         for table, weight in self.rules:
-            places, values = table.sparse_score(*packed_tensors(histories, torch.device("cpu")))
+            places, values = table.sparse_score(*packed_tensors(histories))
             filled.append((places.to(device), weight * values.to(device)))
         if not filled:
             return seen[:0], torch.empty(0, device=device)
@@ -213,16 +205,8 @@ class InnerProductIndex:
         added = torch.zeros(distinct.shape, device=device)
         return distinct, added.index_add_(0, place, torch.cat([values for _, values in filled]))
 
-    def _scores(self, queries: Tensor, row: Tensor, item: Tensor) -> Tensor:
-        """q . m of pairs: float32 [n]; equal vectors have equal scores wherever they stand."""
-        step = max(1, _GATHERED // queries.shape[1])
-        parts = [
-            (queries[rows] * self.item_vectors[items]).sum(dim=1)
-            for rows, items in zip(row.split(step), item.split(step), strict=True)
-        ]
-        return torch.cat(parts)
-
     def _allowed(self, function: str, k: int, blocked: Tensor | None) -> Tensor | None:
+        """What is not blocked; checks `k` and `blocked`."""
         if k < 1:
             raise ValueError(f"InnerProductIndex.{function}: k must be at least 1, got {k}")
         if blocked is None:
@@ -236,20 +220,14 @@ class InnerProductIndex:
         return ~blocked.to(self.item_vectors.device)
 
 
-def packed_tensors(histories: PackedSequences, device: torch.device) -> tuple[Tensor, Tensor]:
+def packed_tensors(histories: PackedSequences, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Items int64 [N] and `cu_seqlens` int32 [B+1] on a device."""
     return torch.from_numpy(histories.items).to(device), torch.from_numpy(histories.cu_seqlens).to(device)
 
 
-def _item_lists(places: Tensor, batch: int, num_items: int) -> ItemLists:
-    """The items of places b * I + i, ascending, user by user."""
-    first = torch.arange(batch + 1, device=places.device) * num_items
-    return ItemLists(places % num_items, torch.searchsorted(places, first).int())
-
-
 @dataclass(frozen=True, eq=False)
 class _Queries:
-    """A block of q; with the moments of its item rows, float64 [D] and [D, D], where it is z-scored."""
+    """A block of q, with the moments of its item rows, float64 [D] and [D, D], where it is z-scored."""
 
     queries: Callable[[PackedSequences], Tensor]
     weight: float
@@ -268,7 +246,7 @@ class _Queries:
 
 
 def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [D] and covariance [D, D] of the rows of [I, D], float64; few rows at a time are held in float64."""
+    """Mean [D] and covariance [D, D] of the rows of [I, D], float64; few rows at a time are held so."""
     mean = rows.mean(dim=0, dtype=torch.float64)
     covariance = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
     for part in rows.split(max(1, _GATHERED // rows.shape[1])):
@@ -278,7 +256,7 @@ def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _best_of_rows(scores: Tensor, row: Tensor, item: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Of packed scores [n], in the order of rows and in them of items, the k best of each row: [B, k] and items."""
+    """The k best of each row of packed scores [n], ordered by row and item: scores and items [B, k]."""
     batch, k = shape
     count = torch.bincount(row, minlength=batch)
     width = int(count.max()) if batch else 0

@@ -1,8 +1,7 @@
 """Prefixes kept between requests: a bounded pool of keys and values, least recently used out first.
 
-A user who comes back with the same history gets the same prefix; what made it (M-Former, and for input embeddings the
-language model's pass over the prefix tokens) need not run again. What a pool holds belongs to one version of the
-weights.
+A user with an unchanged history has an unchanged prefix, so M-Former and the language model's pass over the prefix need
+not run again. A pool belongs to one version of the weights.
 """
 
 import threading
@@ -22,17 +21,17 @@ from laser_fast.data.sequences import PackedSequences
 from laser_fast.lm.execution.cuda_graphs import CudaGraphs, Recorder
 from laser_fast.lm.key_value_prefix import KeyValuePrefix
 from laser_fast.ops.precision import autocast_dtype
+from laser_fast.retrieval.inner_product import packed_tensors
 
 
 class PrefixStore:
-    """Pool of at most `capacity` prefixes, allocated at the first use.
+    """Pool of at most `capacity` prefixes, allocated at the first use; a copy of the store is empty.
 
-    Threads may use it at the same time, on streams of their own: no row is overwritten while a request reads it. A copy
-    of the store is empty. A prefix takes P times 2 H_kv d numbers a layer (4 MiB for 32 tokens of an 8B Llama in half
-    precision).
+    Threads may share it, on streams of their own: no row is overwritten while a request reads it. A prefix takes
+    2 P H_kv d numbers a layer (4 MiB for 32 tokens of an 8B Llama in half precision).
 
     Attributes:
-        hits, misses: prefixes served from the pool and written since the start.
+        hits, misses: prefixes served from the pool, and written.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -52,7 +51,7 @@ class PrefixStore:
         return PrefixStore, (self.capacity,)
 
     def clear(self) -> None:
-        """Forget all prefixes and give up their memory; a request that reads some goes on with them."""
+        """Forget all prefixes and their memory; a running request keeps those it reads."""
         with self._lock:
             self._pool = _Pool(self.capacity)
 
@@ -60,16 +59,14 @@ class PrefixStore:
     def fetch(
         self, names: Sequence[Hashable], version: Hashable, write: Callable[[list[int]], KeyValuePrefix]
     ) -> Iterator[KeyValuePrefix]:
-        """The prefixes of a batch, those that are not in the pool written first; to be read before the block ends.
+        """The prefixes of a batch in the order of its names, to be read within the block; missing ones are written.
+
+        A batch with more distinct names than the pool has free slots is written as a whole and not kept.
 
         Args:
             names: what each prefix depends on, B of them.
-            version: of the weights; another one than before empties the pool.
+            version: of the weights; a new one empties the pool.
             write: makes the prefixes of some positions of `names` as one batch of [len(positions), P, H_kv, d] a layer.
-
-        Returns:
-            In the order of the names, slots of the pool; where the batch has more distinct ones than the pool has room
-            for, they are written for this batch and not kept.
         """
         position_of: dict[Hashable, int] = {}  # where each name stands first
         for position, name in enumerate(names):
@@ -83,7 +80,7 @@ class PrefixStore:
         try:
             missing = [name for name in position_of if (version, name) not in held]
             if missing and len(position_of) <= self.capacity:
-                # not under the lock: others are served meanwhile, and one that misses the same name writes it as well
+                # without the lock, so that others are served; two that miss the same name both write it
                 written = write([position_of[name] for name in missing])
                 with self._lock:
                     if pool.takes(written):
@@ -106,26 +103,21 @@ class PrefixStore:
 def fetch_prefixes(
     store: PrefixStore, batch: PackedBatch, version: Hashable, write: Callable[[PackedBatch], KeyValuePrefix]
 ) -> AbstractContextManager[KeyValuePrefix]:
-    """`PrefixStore.fetch` for a batch of users, by the history that is read, the instruction and the precision.
-
-    Args:
-        write: makes instruction and prefix of the users that the store lacks.
-    """
+    """`PrefixStore.fetch` for users, named by history, instruction and precision; `write` gets those it lacks."""
     items, bounds = batch.items.cpu().numpy(), batch.cu_seqlens.tolist()
     made_in = batch.instruction, autocast_dtype(batch.items.device)
     names = [(*made_in, items[start:end].tobytes()) for start, end in pairwise(bounds)]
     read = PackedSequences(items, np.asarray(bounds, dtype=np.int32))
 
     def write_some(positions: list[int]) -> KeyValuePrefix:
-        wanted = read.select(np.asarray(positions))
-        rows, offsets = (torch.from_numpy(part).to(batch.items.device) for part in (wanted.items, wanted.cu_seqlens))
+        rows, offsets = packed_tensors(read.select(np.asarray(positions)), batch.items.device)
         return write(replace(batch, items=rows, cu_seqlens=offsets))
 
     return store.fetch(names, version, write_some)
 
 
 class _Pool:
-    """Keys and values of every layer in slots; the caller holds the lock of the store."""
+    """Keys and values of every layer in slots; callers hold the lock of the store."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -135,7 +127,7 @@ class _Pool:
         self._turns = Recorder()
 
     def pin(self, keys: Iterable[Hashable]) -> dict[Hashable, int]:
-        """Those of the keys that are here, with their slots, which stay as they are until `unpin`."""
+        """The slots of the keys that are here, not overwritten until `unpin`."""
         held = {key: self.slot_of[key] for key in keys if key in self.slot_of}
         for key, slot in held.items():
             self.slot_of.move_to_end(key)
@@ -144,7 +136,7 @@ class _Pool:
             return held
 
     def unpin(self, slots: Iterable[int]) -> None:
-        """The request has called all that reads these slots."""
+        """Release slots whose readers have been called."""
         self._pins.subtract(slots)
         self._pins = +self._pins
         with self._turns.in_turn():  # the device writes after what was read before
@@ -154,10 +146,7 @@ class _Pool:
         return not self.tensors or [_form(one) for one in self.tensors] == [_form(one) for one in _tensors(written)]
 
     def put(self, keys: Sequence[Hashable], written: KeyValuePrefix) -> dict[Hashable, int]:
-        """Copy rows into slots that are free or longest unused, and pin these; nothing where too many are pinned.
-
-        Keys that are here by now keep their slots.
-        """
+        """Copy rows of new keys into free slots or the longest unused, and pin all; nothing if too many are pinned."""
         new = [place for place, key in enumerate(keys) if key not in self.slot_of]
         wanted, slots = set(keys), list[int]()
         if len(self.slot_of) < self.capacity:
@@ -174,7 +163,7 @@ class _Pool:
         return self.pin(keys)
 
     def _copy(self, places: list[int], slots: list[int], written: KeyValuePrefix) -> None:
-        """Rows of `written` (or its only one) into slots."""
+        """Copy rows of `written`, or its only one, into slots."""
         tensors = _tensors(written)
         if not self.tensors:
             self.tensors = tuple(tensor.new_empty(self.capacity, *tensor.shape[1:]) for tensor in tensors)

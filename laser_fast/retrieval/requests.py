@@ -13,21 +13,22 @@ from torch import Tensor
 from laser_fast.data.sequences import PackedSequences
 
 ItemId = str | int
-"""An external id as a request names it: text, or a whole number for the text with its digits."""
+"""An external id in a request: text, or a whole number for the text with its digits."""
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """One recommended item: its external id and its score (higher is better)."""
+    """One recommended item; a higher score is better."""
 
     item_id: str
     score: float
 
 
 def pack_histories(histories: Iterable[Iterable[ItemId]], index_of_item: Mapping[str, int]) -> PackedSequences:
-    """Histories of external ids as packed indices; ids that are not in the catalogue are dropped with one warning.
+    """Histories of external ids as packed indices; ids outside the catalogue are dropped with one warning.
 
-    Anything else than ids in an order (list, tuple, array, column), and such histories in another, is a TypeError.
+    Raises:
+        TypeError: `histories`, or one of them, is no ordered collection (list, tuple, array, column, generator).
     """
     unknown: list[str] = []
     rows, emptied = [], 0
@@ -49,7 +50,7 @@ def pack_histories(histories: Iterable[Iterable[ItemId]], index_of_item: Mapping
 def blocked_items(
     exclude: Iterable[ItemId], allow: Iterable[ItemId] | None, index_of_item: Mapping[str, int]
 ) -> Tensor:
-    """Items that nobody may get, bool [I]: those of `exclude`, and all but those of `allow`, where it is given."""
+    """Items to leave out, bool [I]: those of `exclude`, and all that a given `allow` does not name."""
     blocked = torch.zeros(len(index_of_item), dtype=torch.bool)
     blocked[_indices("exclude", exclude, index_of_item)] = True
     if allow is not None:
@@ -60,7 +61,7 @@ def blocked_items(
 
 
 def wanted_items(k: Any) -> int:
-    """`k` as a number of at least 1."""
+    """`k` as an int of at least 1."""
     if isinstance(k, bool | np.bool_) or not hasattr(k, "__index__") or isinstance(k, Tensor | np.ndarray):
         raise TypeError(f"recommend: k must be a whole number, got {k!r}")
     if operator.index(k) < 1:
@@ -71,14 +72,14 @@ def wanted_items(k: Any) -> int:
 def best_items(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k best items of each row of scores [B, I], best first, ties by item index: scores and items, [B, min(k, I)].
 
-    Items with a score of -inf are blocked; they may stand at the end.
+    Blocked items, with a score of -inf, may stand at the end.
     """
     order = scores.sort(dim=1, descending=True, stable=True)
     return order.values[:, :k], order.indices[:, :k]
 
 
 def name_items(scores: Tensor, items: Tensor, item_ids: Sequence[str]) -> list[list[Recommendation]]:
-    """Scores and item indices, [B, k] both, as recommendations; places with -inf are left out."""
+    """Scores and item indices, [B, k] both, as recommendations without those of score -inf."""
     return [
         [Recommendation(item_ids[index], value) for value, index in zip(*pair, strict=True) if value != -torch.inf]
         for pair in zip(scores.tolist(), items.tolist(), strict=True)
@@ -97,10 +98,10 @@ def _indices(argument: str, ids: Iterable[ItemId], index_of_item: Mapping[str, i
 def _ids(
     argument: str, ids: Iterable[ItemId], index_of_item: Mapping[str, int], *, ordered: bool = False
 ) -> Iterator[str]:
-    """The ids of a list; whole numbers as the texts that stand for them, in a catalogue that has such texts."""
+    """The ids of a list as texts; whole numbers are allowed in a catalogue that has such texts."""
     for item in _elements(argument, "item ids", ids, ordered=ordered):
         if isinstance(item, str):
-            yield str.__str__(item)  # the text itself of NumPy's strings and others
+            yield str.__str__(item)  # plain text of NumPy's strings and others
             continue
         if not isinstance(item, int | np.integer) or isinstance(item, bool):
             raise TypeError(f"recommend: {argument} must be a list of item ids (text or whole numbers), got {item!r}")
@@ -114,10 +115,7 @@ def _ids(
 
 
 def _elements(argument: str, what: str, values: Any, *, ordered: bool) -> Iterable[Any]:
-    """What is in a list, a tuple, an array, a column or a generator; not in a text or a table, whose parts are others.
-
-    Where the order counts, a set is refused.
-    """
+    """The elements of a list, a tuple, an array, a column or a generator, of a set only where order does not count."""
     other = str | bytes | bytearray | Mapping | (Set if ordered else str)
     plain = isinstance(values, Iterable) and not isinstance(values, other)
     if not plain or hasattr(values, "columns") or getattr(values, "ndim", 1) == 0:

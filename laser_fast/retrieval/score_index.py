@@ -1,4 +1,4 @@
-"""The score a model ranks by as an `InnerProductIndex`: which scores have that form, and the index made of them."""
+"""From a scorer to an `InnerProductIndex`: which scores have that form, and the index made of them."""
 
 import threading
 from collections.abc import Callable
@@ -19,17 +19,17 @@ from laser_fast.retrieval.inner_product import InnerProductIndex, ScoreBlock, pa
 
 @runtime_checkable
 class ProductScorer(Scorer, Protocol):
-    """A scorer whose `score` is the inner products that its `score_block` describes."""
+    """A scorer whose `score` is the inner product that its `score_block` describes."""
 
     weights: WeightsVersion
 
     def score_block(self) -> ScoreBlock:
-        """Vectors of the items as they are now, and what makes those of users."""
+        """Vectors of the items under the present weights, and what makes those of users."""
         ...
 
 
 class KeptIndex:
-    """The newest index with what it was made of, replaced as a whole. A copy is empty."""
+    """The newest index and what it was made of; a copy is empty."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -39,29 +39,27 @@ class KeptIndex:
         return KeptIndex, ()
 
     def made_of(self, sources: object, make: Callable[[], InnerProductIndex]) -> InnerProductIndex:
-        """The index of these sources; one thread makes it, the others wait for it."""
+        """The index of these sources; one thread makes it, others wait."""
         with self._lock:
             if self._kept is None or self._kept[0] != sources:
-                self._kept = None  # its memory first
+                self._kept = None  # gives up its memory first
                 self._kept = sources, make()
             return self._kept[1]
 
 
 def stranger_in(scorer: Scorer) -> str | None:
-    """What in a score is neither known to be an inner product nor sparse, for a message; None = nothing."""
+    """The part of a score that is neither an inner product nor sparse, for a message; None = there is none."""
     if isinstance(scorer, CalibratedScorer) and type(scorer) is not CalibratedScorer:
         return f"a {type(scorer).__name__}"
-    for name, part in _parts(scorer).items():
+    parts = scorer.weighted if isinstance(scorer, CalibratedScorer) else {"laser": scorer}
+    for name, part in parts.items():
         if not (_is_sparse(name, part, scorer) or _is_product(part)):
             return f"a {type(part).__name__} as {name!r}"
     return None
 
 
 def make_index(scorer: Scorer, device: torch.device) -> InnerProductIndex:
-    """The index of a score without a stranger, on a device.
-
-    It refuses to search once the weights of a part have changed.
-    """
+    """The index of a score without a stranger; it refuses to search once the weights of a part have changed."""
     if not isinstance(scorer, CalibratedScorer):
         return InnerProductIndex([_block_of(scorer, device)])
     settings, blocks, rules = scorer.calibration, [], []
@@ -79,7 +77,7 @@ def make_index(scorer: Scorer, device: torch.device) -> InnerProductIndex:
 def all_scores(
     scorer: Scorer, histories: PackedSequences, blocked: Tensor, *, exclude_seen: bool, device: torch.device
 ) -> Tensor:
-    """Every score [B, I], -inf for items that are blocked, bool [I], or excluded as seen."""
+    """All scores [B, I]; -inf where an item is blocked (bool [I]) or excluded as seen."""
     items, cu_seqlens = packed_tensors(histories, device)
     scores = scorer.score(items, cu_seqlens)
     scores = scores.masked_fill(blocked.to(scores.device), -torch.inf)
@@ -89,18 +87,14 @@ def all_scores(
     return scores
 
 
-def _parts(scorer: Scorer) -> dict[str, Scorer]:
-    return scorer.weighted if isinstance(scorer, CalibratedScorer) else {"laser": scorer}
-
-
 def _is_sparse(name: str, part: Scorer, scorer: Scorer) -> bool:
-    """Whether a part differs from 0 for few items of a user; a z-score is nowhere 0."""
+    """Whether a part is 0 for most items of a user; a z-score is nowhere 0."""
     standardized = isinstance(scorer, CalibratedScorer) and name in scorer.calibration.standardize
     return not standardized and isinstance(part, ItemToItem) and _has(part, ItemToItem, "score", "sparse_score")
 
 
 def _is_product(part: Scorer) -> bool:
-    """Whether `score` is what `score_block` or the output layer says; one that overrides it is another score."""
+    """Whether `score` is the one that `score_block` or the output layer describes, not one that overrides it."""
     if isinstance(part, PackedRecommender):
         return _has(part, PackedRecommender, "score", "logits")
     says = next((kind for kind in type(part).__mro__ if "score_block" in vars(kind)), None)
@@ -108,21 +102,21 @@ def _is_product(part: Scorer) -> bool:
 
 
 def _has(part: Any, kind: type, *methods: str) -> bool:
-    """Whether it has these methods as they are in this class."""
+    """Whether a part has these methods of this class unchanged."""
     return all(getattr(type(part), name) is getattr(kind, name) and name not in vars(part) for name in methods)
 
 
 def _block_of(part: Scorer, device: torch.device) -> ScoreBlock:
-    """The score of a part, unweighted, whose queries refuse other weights than those of now."""
+    """The unweighted score of a part, whose queries refuse changed weights."""
     assert isinstance(part, PackedRecommender | ProductScorer)
     made_at = part.weights.now()
     block = _block_of_recommender(part) if isinstance(part, PackedRecommender) else part.score_block()
-    queries = block.queries  # alone: the rows are in the index
+    queries = block.queries  # a closure over the block would keep its rows, which the index copies
 
     def queries_of_now(histories: PackedSequences) -> Tensor:
         if part.weights.now() != made_at:
             raise RuntimeError(
-                "InnerProductIndex: the index must belong to the weights of now, got one of older weights; call "
+                "InnerProductIndex: the index must belong to the present weights, got one of older weights; call "
                 "model.index() again"
             )
         return queries(histories)

@@ -99,7 +99,7 @@ def pretraining_loss(model: LaserModel, heads: PretrainingHeads, step: StepConte
         values = heads(written, pairs, step.processes.gather)
         balance, load = balance_across(written.routing, batch.cu_seqlens, step.balance_processes)
         terms = values.pop("loss")
-        loss = terms + model.balance_weight * balance
+        loss = terms + model.objective.balance_weight * balance
         return {"loss": loss, "terms": terms, **values, "balance": balance, "load": load}
 
     return loss_function

@@ -14,10 +14,10 @@ from laser_fast.config import OptimizerConfig, StageConfig, resolve_path
 from laser_fast.data import EvaluationRows, Split, training_rows
 from laser_fast.data.batches import PackedBatch
 from laser_fast.evaluation import evaluate
-from laser_fast.laser.laser_files import find_saved, item_map_hash, origin_of
+from laser_fast.laser.laser_files import find_saved, origin_of
 from laser_fast.laser.model import LaserModel
 from laser_fast.models.objective import history_pairs, whole_catalog_loss
-from laser_fast.models.text_recommender import TextRecommender
+from laser_fast.models.text_scorers import TextRecommender
 from laser_fast.nn.text_residual import TextResidual
 from laser_fast.training.epochs import Session, Stage
 from laser_fast.training.loop import EarlyStopping, LossFunction, StageTrainer
@@ -64,7 +64,9 @@ def train_text(session: Session) -> None:
         optimizer=config.training.optimizer_at(config.training.text_optimizer),
         seed=config.training.seed + 3,
         modules=trained,
-        loss_function=_loss(text, model.temperature, model.popularity, mask_history=model.mask_history),
+        loss_function=_loss(
+            text, model.objective.temperature, model.popularity, mask_history=model.objective.mask_history
+        ),
         stopping=stopping,
         conclude=conclude,
         heads=best,
@@ -81,7 +83,7 @@ def initialize_text(model: LaserModel, folder: str) -> None:
     own, others = origin_of(model).config.text.model_dump(), saved.description.model.text.model_dump()
     free = {"initialize_from", "item_side", "dropout"}
     differing = [name for name, value in own.items() if name not in free and others[name] != value]
-    if saved.description.item_map_hash != item_map_hash(model.item_ids):
+    if saved.description.item_map_hash != origin_of(model).items.hash():
         differing.append("catalogue")
     if differing:
         raise ValueError(

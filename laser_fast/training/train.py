@@ -17,7 +17,7 @@ from accelerate.utils import DataLoaderConfiguration, set_seed
 
 from laser_fast.config import LaserConfig
 from laser_fast.laser.build import Inputs, build_laser, load_inputs, load_language_model
-from laser_fast.laser.laser_files import item_map_hash, weights_hash
+from laser_fast.laser.laser_files import weights_hash
 from laser_fast.laser.model import LaserModel
 from laser_fast.models.token_budget import Shortage, TokenBudget
 from laser_fast.nn.stage1.bert_weights import initialize_qformer, load_bert
@@ -111,7 +111,7 @@ def fingerprint(inputs: Inputs) -> dict[str, str]:
     folds = getattr(inputs.recommender, "cross_fitted", None)
     recommenders = [inputs.recommender, *(() if folds is None else folds.models)]
     hashes = " ".join(str(weights_hash(recommender)) for recommender in recommenders)
-    return {"split": inputs.split.hash, "item map": item_map_hash(inputs.dataset.items.ids), "recommender": hashes}
+    return {"split": inputs.split.hash, "item map": inputs.dataset.items.hash(), "recommender": hashes}
 
 
 def _accelerator(config: LaserConfig) -> Accelerator:

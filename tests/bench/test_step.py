@@ -104,7 +104,7 @@ def test_authors_form_against_the_item_matrix(authors: Authors) -> None:
     losses = form.loss_against_matrix(work.padded_users, model.item_matrix, batch.targets)
     ours = model(batch)
     torch.testing.assert_close(losses, (ours.cross_entropy, ours.balance_loss), **CLOSE)
-    _assert_gradients(model, form, losses[0] + model.balance_weight * losses[1], ours.loss)
+    _assert_gradients(model, form, losses[0] + model.objective.balance_weight * losses[1], ours.loss)
 
 
 def _assert_gradients(model: LaserModel, form: AuthorsStep, theirs: Tensor, ours: Tensor) -> None:

@@ -20,7 +20,7 @@ from laser_fast.config import LaserConfig, build_config
 from laser_fast.evaluation import evaluate, rank_values
 from laser_fast.laser import LaserModel
 from laser_fast.laser.build import build_laser, load_inputs, load_language_model
-from laser_fast.models.zero_shot import CatalogueTexts
+from laser_fast.models.text_scorers import CatalogueTexts
 from laser_fast.recommenders import Popularity
 
 

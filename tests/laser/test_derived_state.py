@@ -21,23 +21,8 @@ from laser_fast.training.train import train_laser
 HISTORIES = [["i3", "i4"], [], ["i9"]]
 PACKED = torch.tensor([3, 4, 9]), torch.tensor([0, 2, 2, 3], dtype=torch.int32)
 OUTDATED = (
-    r"LaserModel: the item matrix must belong to the weights of now, got one of older weights; call refresh_items"
+    r"LaserModel: the item matrix must belong to the present weights, got one of older weights; call refresh_items"
 )
-
-
-@pytest.fixture
-def build(make_laser: Callable[..., Any]) -> Callable[..., LaserModel]:
-    def make(**sections: Any) -> LaserModel:
-        model = make_laser(**sections)[0].eval()
-        model.refresh_items()
-        return model
-
-    return make
-
-
-@pytest.fixture
-def model(build: Callable[..., LaserModel]) -> LaserModel:
-    return build()
 
 
 def step(model: LaserModel, optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW, **kind: Any) -> None:
@@ -93,7 +78,7 @@ def test_no_reader_takes_an_older_item_matrix(
         with pytest.raises(RuntimeError, match=OUTDATED):
             reader()
     assert not list(tmp_path.glob("saved*")) and not list(tmp_path.glob("run*"))
-    with pytest.raises(RuntimeError, match="the index must belong to the weights of now"):
+    with pytest.raises(RuntimeError, match="the index must belong to the present weights"):
         index.search(users, 3)
     model(batch).loss.backward()  # a step of training may
     model.refresh_items()
@@ -148,7 +133,7 @@ def test_moves_and_copies_are_no_change(model: LaserModel) -> None:
     step(model)
     for twin in (copy.copy(model), copy.deepcopy(model), moved(model)):
         assert twin.items_are_outdated
-        with pytest.raises(RuntimeError, match="the calibration must belong to the weights of now"):
+        with pytest.raises(RuntimeError, match="the calibration must belong to the present weights"):
             twin.recommend(HISTORIES, 3)
 
 
@@ -165,7 +150,7 @@ def test_a_calibration_of_older_weights_is_refused(model: LaserModel, tmp_path: 
     ):
         with pytest.raises(
             RuntimeError,
-            match=r"CalibratedScorer: the calibration must belong to the weights of now, got one of older weights of "
+            match=r"CalibratedScorer: the calibration must belong to the present weights, got one of older weights of "
             r"'laser'; fit it again \(laser_fast\.evaluation\.fit_calibration\), or set model\.calibration = None",
         ):
             reader()
@@ -185,10 +170,10 @@ def test_a_recommender_beside_the_model_is_of_one_version_too(model: LaserModel)
     assert copy.deepcopy(model).recommend(HISTORIES, 3) == model.recommend(HISTORIES, 3) == expected
     assert model.index() is index
     torch.nn.init.normal_(other.item_embedding.weight)
-    refused = "the calibration must belong to the weights of now, got one of older weights of 'recommender'"
+    refused = "the calibration must belong to the present weights, got one of older weights of 'recommender'"
     with pytest.raises(RuntimeError, match=refused):
         model.recommend(HISTORIES, 3)
-    with pytest.raises(RuntimeError, match="the index must belong to the weights of now, got one of older weights"):
+    with pytest.raises(RuntimeError, match="the index must belong to the present weights, got one of older weights"):
         index.search(users, 3)
 
 
@@ -201,8 +186,8 @@ def test_a_run_that_kept_its_items_comes_back_whole(tiny_settings: dict[str, Any
         assert not model.items_are_outdated and model.recommend(HISTORIES, 3) == trained.recommend(HISTORIES, 3)
 
 
-def test_text_vectors_follow_the_language_model_and_outdate_the_matrix(build: Callable[..., LaserModel]) -> None:
-    model = build(text={"residual": True})
+def test_text_vectors_follow_the_language_model_and_outdate_the_matrix(ready_laser: Callable[..., LaserModel]) -> None:
+    model = ready_laser(text={"residual": True})
     assert model.text is not None
     before = model.text.vectors
     model.text.set_vectors(before.clone())
@@ -214,7 +199,7 @@ def test_text_vectors_follow_the_language_model_and_outdate_the_matrix(build: Ca
     write_to_the_language_model(model)
     model.refresh_items()
     assert torch.equal(model.text.vectors, before)  # they were set, so they are whoever's who set them
-    other = build(text={"residual": True})
+    other = ready_laser(text={"residual": True})
     assert other.text is not None
     read = other.text.vectors
     other.refresh_items()

@@ -104,7 +104,6 @@ LINEAR = LinearPrefix(8, 16, num_tokens=2)
         ({"recommender": SASRec(7, width=8)}, "the recommender must know the 25 items of the catalogue, got 7"),
         ({"head": "mlp"}, 'head must be "linear" or "none", got \'mlp\''),
         ({"item_side": "text"}, 'item_side must be "lm", or "text" where there is text, got \'text\''),
-        ({"candidates": "all"}, 'candidates must be "catalog" or "sampled", got \'all\''),
     ],
     ids=str,
 )

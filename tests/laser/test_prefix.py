@@ -17,8 +17,7 @@ from laser_fast.lm.frozen_lm import FrozenLM
 from laser_fast.lm.packed_layout import PackedLayout
 
 HISTORIES = [[0, 1, 2], [7], [], [3, 4, 5, 6, 8, 9]]
-
-
+WRITERS = {"mformer": "mformer.query_experts", "linear": "linear_prefix.weight", "shared": "bituning.prefix_tokens"}
 PROMPT = {"user_template": "red blue green : {history} , saw"}
 
 
@@ -56,16 +55,15 @@ def losses(model: LaserModel, inputs: Inputs, steps: int = 4) -> list[float]:
 
 @pytest.mark.parametrize("readout", ["suffix", "mean"])
 @pytest.mark.parametrize("prefix", ["mformer", "linear", "shared", "none"])
-def test_an_instruction_computed_once_changes_nothing(build: Callable[..., Any], prefix: str, readout: str) -> None:
+def test_an_instruction_computed_once_changes_nothing(
+    build: Callable[..., Any], tokens_seen: Callable[[Any], list[int]], prefix: str, readout: str
+) -> None:
     bituning = {"prefix": prefix, "readout": readout}
     results = []
     for reuse in (False, True):
         order = {"order": "prompt-first", "reuse_instruction": reuse}
         model, inputs = build(bituning=bituning, prompt=order)
-        tokens: list[int] = []
-        model.lm.model.register_forward_pre_hook(
-            lambda module, given, named: tokens.append(named["inputs_embeds"].shape[1]), with_kwargs=True
-        )
+        tokens = tokens_seen(model)
         users, items = embeddings(model)
         results.append((users, items, losses(model, inputs), sum(tokens)))
     (users, items, steps, tokens), (users_again, items_again, steps_again, fewer) = results
@@ -91,13 +89,12 @@ def test_an_encoder_takes_either_order_but_no_reuse(build: Callable[..., Any]) -
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["decoder", "encoder"])
-@pytest.mark.parametrize("prefix", ["mformer", "linear", "shared"])
-def test_a_deep_prefix_is_trained_and_costs_no_token(build: Callable[..., Any], prefix: str, causal: bool) -> None:
+@pytest.mark.parametrize("prefix", WRITERS)
+def test_a_deep_prefix_is_trained_and_costs_no_token(
+    build: Callable[..., Any], tokens_seen: Callable[[Any], list[int]], prefix: str, causal: bool
+) -> None:
     model, inputs = build(causal=causal, bituning={"prefix": prefix, "prefix_mode": "kv"})
-    lengths: list[int] = []
-    model.lm.model.register_forward_pre_hook(
-        lambda module, given, named: lengths.append(named["inputs_embeds"].shape[1]), with_kwargs=True
-    )
+    lengths = tokens_seen(model)
     histories = PackedSequences.from_lists(HISTORIES)
     model.encode_users(histories)
     text = model.builder.histories(histories).input_ids.shape[0]
@@ -107,13 +104,7 @@ def test_a_deep_prefix_is_trained_and_costs_no_token(build: Callable[..., Any], 
     model.train()(model.builder.training_batch(rows, with_positives=True)).loss.backward()
     touched = {name for name, p in model.named_parameters() if p.grad is not None and float(p.grad.abs().max()) > 0}
     assert {"deep_prefix.down.weight", "deep_prefix.up.weight", "bituning.suffix_tokens"} <= touched
-    producers = {
-        "mformer": "mformer.query_experts",
-        "linear": "linear_prefix.weight",
-        "shared": "bituning.prefix_tokens",
-    }
-    producer = producers[prefix]
-    assert producer in touched
+    assert WRITERS[prefix] in touched
     assert not any(name.startswith("mformer.lm_projection") for name, _ in model.named_parameters())
 
 
@@ -217,7 +208,7 @@ def test_training_packed_equals_training_padded(
     build: Callable[..., Any], causal: bool, sections: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, inputs = build(causal=causal, **sections)
-    packed = losses(model, inputs, steps=6)
+    packed = losses(model, inputs)
     twin, _ = build(causal=causal, **sections)
     twin.lm.model.set_attn_implementation("eager")
 
@@ -229,5 +220,5 @@ def test_training_packed_equals_training_padded(
         return layout.wanted(hidden[mask])
 
     monkeypatch.setattr(FrozenLM, "_run", padded)
-    assert packed == pytest.approx(losses(twin, inputs, steps=6), rel=1e-5)
+    assert packed == pytest.approx(losses(twin, inputs), rel=1e-5)
     assert packed[-1] != packed[0]

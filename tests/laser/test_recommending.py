@@ -23,13 +23,6 @@ HISTORIES = [["i3", "i4"], [], [f"i{7 * step % 25}" for step in range(18)], ["i9
 KINDS = {"sasrec": SASRec, "gru4rec": GRU4Rec, "recbole-sasrec": RecBoleSASRec, "llara-sasrec": LLaRASASRec}
 
 
-@pytest.fixture
-def model(make_laser: Callable[..., Any]) -> LaserModel:
-    built = make_laser()[0].eval()
-    built.refresh_items()
-    return built
-
-
 def recommender_of(kind: str, num_items: int = 25) -> PackedRecommender:
     torch.manual_seed(2)
     built = KINDS[kind](num_items, width=8, max_length=10)

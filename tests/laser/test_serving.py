@@ -31,16 +31,6 @@ def _no_compilations_of_others() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.fixture
-def build(make_laser: Callable[..., Any]) -> Callable[..., LaserModel]:
-    def make(lm: str = "llama", **sections: Any) -> LaserModel:
-        model = make_laser(lm, **sections)[0].eval()
-        model.refresh_items()
-        return model
-
-    return make
-
-
 def requests(count: int, users: int = 6) -> Iterator[PackedSequences]:
     draw = np.random.default_rng(0)
     for _ in range(count):
@@ -55,9 +45,9 @@ def assert_same_embeddings(model: LaserModel, histories: PackedSequences, expect
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_after_warmup_nothing_is_compiled(build: Callable[..., Any], form: str) -> None:
-    model = build(**FORMS[form])
-    plain = [(histories, model.encode_users(histories)) for histories in requests(15)]
+def test_after_warmup_nothing_is_compiled(ready_laser: Callable[..., Any], form: str) -> None:
+    model = ready_laser(**FORMS[form])
+    plain = [(histories, model.encode_users(histories)) for histories in requests(8)]
     forwards = [vars(layer).get("forward") for layer in frozen_layers(model.lm.model)]
     counter = CompileCounterWithBackend("eager")
     model.serving.use("compile", backend=counter)
@@ -75,9 +65,9 @@ def test_after_warmup_nothing_is_compiled(build: Callable[..., Any], form: str) 
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_filled_batches_recommend_the_same(build: Callable[..., Any], form: str) -> None:
-    model = build(**FORMS[form])
-    plain = [(histories, model.encode_users(histories)) for histories in requests(15)]
+def test_filled_batches_recommend_the_same(ready_laser: Callable[..., Any], form: str) -> None:
+    model = ready_laser(**FORMS[form])
+    plain = [(histories, model.encode_users(histories)) for histories in requests(8)]
     model.lm.fixed_shapes = shapes = FixedShapes(model.lm, Recorder())
     for histories, expected in plain:
         assert_same_embeddings(model, histories, expected)
@@ -87,8 +77,8 @@ def test_filled_batches_recommend_the_same(build: Callable[..., Any], form: str)
 
 
 @pytest.mark.parametrize("mode", ["compile", "graphs"])
-def test_kept_prefixes_are_served(build: Callable[..., Any], mode: str) -> None:
-    model = build()
+def test_kept_prefixes_are_served(ready_laser: Callable[..., Any], mode: str) -> None:
+    model = ready_laser("llama")
     plain = [(histories, model.encode_users(histories)) for histories in requests(12)]
     model.keep_prefixes(100)
     if mode == "compile":
@@ -103,8 +93,8 @@ def test_kept_prefixes_are_served(build: Callable[..., Any], mode: str) -> None:
     assert not torch.allclose(changed, plain[-1][1], atol=1e-2)
 
 
-def test_warmup_captures_what_requests_of_one_user_need(build: Callable[..., Any]) -> None:
-    model = build()
+def test_warmup_captures_what_requests_of_one_user_need(ready_laser: Callable[..., Any]) -> None:
+    model = ready_laser("llama")
     model.lm.fixed_shapes = shapes = FixedShapes(model.lm, Recorder(), max_tokens=128)
     model.serving.warmup()
     before = shapes.num_captures
@@ -120,9 +110,9 @@ def test_warmup_captures_what_requests_of_one_user_need(build: Callable[..., Any
         model.serving.warmup([(0, 3)])
 
 
-def test_training_is_as_ever(build: Callable[..., Any], make_laser: Callable[..., Any]) -> None:
+def test_training_is_as_ever(ready_laser: Callable[..., Any], make_laser: Callable[..., Any]) -> None:
     def losses(mode: str) -> list[float]:
-        model = build()
+        model = ready_laser("llama")
         counter = CompileCounterWithBackend("eager")
         model.serving.use(mode, backend=counter)
         batch = model.builder.training_batch(training_rows(inputs.split.train, 4).select([0, 5]), with_positives=True)
@@ -141,8 +131,8 @@ def test_training_is_as_ever(build: Callable[..., Any], make_laser: Callable[...
     assert losses("compile") == losses("none")
 
 
-def test_what_cannot_be_is_refused(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build()
+def test_what_cannot_be_is_refused(ready_laser: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ready_laser("llama")
     with pytest.raises(ValueError, match=r"mode must be one of \('none', 'compile', 'graphs'\), got 'fast'"):
         model.serving.use("fast")
     with pytest.raises(RuntimeError, match='"graphs" needs a language model on a CUDA device, got cpu'):
@@ -155,8 +145,8 @@ def test_what_cannot_be_is_refused(build: Callable[..., Any], monkeypatch: pytes
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["compile", "graphs"])
-def test_requests_on_a_gpu(build: Callable[..., Any], mode: str) -> None:
-    model = build().to("cuda", torch.bfloat16)
+def test_requests_on_a_gpu(ready_laser: Callable[..., Any], mode: str) -> None:
+    model = ready_laser("llama").to("cuda", torch.bfloat16)
     plain = [(histories, model.encode_users(histories).float()) for histories in requests(20)]
     model.serving.use(mode)
     model.serving.warmup()

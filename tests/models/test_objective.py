@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from laser_fast.data import EvaluationRows, training_rows
 from laser_fast.data.batches import PackedBatch
 from laser_fast.laser import LaserModel
-from laser_fast.models.objective import sampled_cross_entropy
+from laser_fast.models.objective import Objective, sampled_cross_entropy
 
 NEGATIVES = np.array([[20, 3], [21, 20], [7, 22]])
 
@@ -65,7 +66,7 @@ def test_every_mode_equals_its_definition_and_reaches_what_it_should(
     build: Callable[..., Any], candidates: str, item_gradient: str, order: str
 ) -> None:
     model, rows = build(order, candidates)
-    assert model.candidates == candidates
+    assert model.objective.candidates == candidates
     live = item_gradient == "positives"
     batch = model.builder.training_batch(rows, with_positives=live, negatives=NEGATIVES)
     assert bool(batch.instruction) == (order == "prompt-first")
@@ -129,7 +130,7 @@ def test_distinct_candidates_are_encoded_once(build: Callable[..., Any]) -> None
 
 def test_a_part_of_a_batch_has_the_loss_of_its_rows(build: Callable[..., Any]) -> None:
     model, rows = build("prefix-first", "sampled")
-    model.balance_weight = 0.0
+    model.objective = replace(model.objective, balance_weight=0.0)
     batch = model.builder.training_batch(rows, with_positives=True, negatives=NEGATIVES)
     with torch.no_grad():
         parts = [batch.select([0, 2]), batch.select([1])]
@@ -139,6 +140,8 @@ def test_a_part_of_a_batch_has_the_loss_of_its_rows(build: Callable[..., Any]) -
 
 
 def test_what_is_missing_or_unknown_is_refused(build: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match='candidates must be "catalog" or "sampled", got \'all\''):
+        Objective(candidates="all")
     model, rows = build("prefix-first", "sampled")
     batch = model.builder.training_batch(rows, with_positives=True)
     with pytest.raises(ValueError, match="must have negatives where candidates are sampled, got None"):

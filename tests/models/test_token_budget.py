@@ -141,28 +141,25 @@ def test_other_errors_pass_through() -> None:
 
 @pytest.mark.parametrize("order", ["prefix-first", "prompt-first"])
 @pytest.mark.parametrize("prefix", ["mformer", "linear", "shared", "none"])
-def test_the_count_is_what_the_language_model_sees(make_laser: Callable[..., Any], prefix: str, order: str) -> None:
+def test_the_count_is_what_the_language_model_sees(
+    make_laser: Callable[..., Any], tokens_seen: Callable[[Any], list[int]], prefix: str, order: str
+) -> None:
     prompt = {"order": order, "reuse_instruction": False, "user_template": "red blue : {history} , saw"}
     model, inputs = make_laser(bituning={"prefix": prefix}, prompt=prompt)
-    seen: list[int] = []
-    model.lm.model.register_forward_pre_hook(
-        lambda module, given, named: seen.append(named["inputs_embeds"].shape[1]), with_kwargs=True
-    )
     rows = training_rows(inputs.split.train, 4).select(np.arange(6))
     batch = model.builder.training_batch(rows, with_positives=True)
     model.refresh_items()
-    seen.clear()
+    seen = tokens_seen(model)
     model(batch)
     assert sum(seen) == row_tokens(batch, model.virtual_tokens).total and len(seen) == 2
 
 
-def test_encoding_keeps_within_the_limit_and_gives_the_same(make_laser: Callable[..., Any]) -> None:
+def test_encoding_keeps_within_the_limit_and_gives_the_same(
+    make_laser: Callable[..., Any], tokens_seen: Callable[[Any], list[int]]
+) -> None:
     model, _ = make_laser()
     users, items = model.encode_users(HISTORIES), model.refresh_items()
-    seen: list[int] = []
-    model.lm.model.register_forward_pre_hook(
-        lambda module, given, named: seen.append(named["inputs_embeds"].shape[1]), with_kwargs=True
-    )
+    seen = tokens_seen(model)
     model.budget = TokenBudget(24)
     torch.testing.assert_close(model.encode_users(HISTORIES), users, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.refresh_items(), items, rtol=1e-4, atol=1e-5)

@@ -85,13 +85,13 @@ def test_search_is_the_sorted_score(biases: tuple[float, float], standardize: st
 @pytest.mark.parametrize("k", [1, 4, ITEMS])
 def test_rules_are_added_to_the_few_items_they_name(weight: float, biases: tuple[float, float], k: int) -> None:
     part = _Products(rows(2))
-    rules = SequentialRules.fit(*packed_tensors(HISTORIES, torch.device("cpu")), ITEMS)
+    rules = SequentialRules.fit(*packed_tensors(HISTORIES), ITEMS)
     index = InnerProductIndex(
         [part.block(1.0, True)], history_bias=biases[0], last_bias=biases[1], rules=[(rules, weight)]
     )
     settings = Calibration({"a": 1.0, "rules": weight}, ("a",), *biases)
     scorer = CalibratedScorer({"a": part, "rules": rules}, settings, torch.zeros(ITEMS))
-    scores = scorer.score(*packed_tensors(HISTORIES, torch.device("cpu")))
+    scores = scorer.score(*packed_tensors(HISTORIES))
     assert bool((scores - reference({"a": (part, 1.0, True)}, *biases)).any())
     check(index.search(HISTORIES, k), scores, k)
     blocked = torch.zeros(ITEMS, dtype=torch.bool)

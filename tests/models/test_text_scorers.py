@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from laser_fast.models.zero_shot import TextSimilarity, text_vectors
+from laser_fast.models.text_scorers import TextSimilarity, text_vectors
 
 VECTORS = F.normalize(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), dim=-1)
 
