@@ -13,7 +13,8 @@ from pathlib import Path
 from gpu import process, run
 from gpu.work import Order
 
-for name in ("transformers.models.llama.modeling_llama", "bitsandbytes", "laser_fast.training", "pytest"):
+OF_ITEMS = ("bitsandbytes", "hypothesis.strategies", "laser_fast.laser.build", "pytest")
+for name in ("transformers.models.llama.modeling_llama", *OF_ITEMS):
     importlib.import_module(name)
 
 

@@ -1,7 +1,7 @@
-"""Every kernel, compiled at its shipped sizes for architectures that are not there: what each costs.
+"""Every kernel, compiled at its shipped sizes for a GPU that is not there: what each costs.
 
-For two architectures; for all of them, and the tiles that do not run yet too, where LASER_FAST_COMPILE is "all". With
-the Triton that is installed, or with that in the folder which LASER_FAST_TRITON names:
+For the architecture on which tiles are timed; where LASER_FAST_COMPILE is "all", for every supported one, and the tiles
+that do not run yet too. With the Triton that is installed, or with that in the folder which LASER_FAST_TRITON names:
 
     pip install --no-deps --target FOLDER triton==3.6.0
     LASER_FAST_COMPILE=all LASER_FAST_TRITON=FOLDER pytest tests/kernels/test_compile_offline.py
@@ -29,8 +29,8 @@ Row = dict[str, Any]
 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # a block's limit (CUDA programming guide, table 27)
 EVERYTHING = os.environ.get("LASER_FAST_COMPILE") == "all"
-TIMED = 90  # where the tiles are timed
-CAPABILITIES = list(SHARED_KIB) if EVERYTHING else [TIMED, 120]  # the newest is one of those with least shared memory
+TIMED = 90
+CAPABILITIES = list(SHARED_KIB) if EVERYTHING else [TIMED]
 DTYPES = ("bf16", "fp32")
 EXPERTS = (8, 32, 64, 128, 256)
 ROTARY = ("64-64", "128-128", "128-128-wide-tables", "96-96", "80-32")  # head size, width of the tables
