@@ -1,6 +1,6 @@
 """Installing from source: with nvcc, with a C++ compiler alone, with neither - and never with torch in the build.
 
-The three installations run pip for real, in fresh environments and on a copy of the sources, with a PATH that has
+The three installations run pip for real, in a fresh environment and on a copy of the sources, with a PATH that has
 only the allowed compilers. The rest calls the functions of setup.py.
 """
 
@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,6 @@ if not (ROOT / "setup.py").is_file():
 
 Patch, Printed = pytest.MonkeyPatch, pytest.CaptureFixture[str]
 OPERATIONS = ("inject_prefix_kv", "inject_prefix_kv_backward")
-_PIP = pytest.mark.usefixtures("package_index")
 _NEEDS_CXX = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on PATH")
 _NVCC = re.compile(r"nvcc(-.*)?")
 _CXX = re.compile(r"(.+-)?(c\+\+|g\+\+|clang\+\+|gcc|cc|clang|c89|c99)(-[\d.]+)?")
@@ -64,24 +64,38 @@ def path_without(folder: Path, *hidden: re.Pattern[str]) -> str:
     return str(folder)
 
 
+def pip(python: str, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """The pip of the tests, for another environment."""
+    command = [sys.executable, "-m", "pip", "--python", python, *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
 @pytest.fixture(scope="module")
-def fresh_python(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The interpreter of an environment with nothing but pip."""
+def fresh_python(package_index: None, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The interpreter of an environment with nothing but what a build requires."""
     place = tmp_path_factory.mktemp("venv")
-    subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
-    return str(place / "bin" / "python")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place)], check=True)
+    python = str(place / "bin" / "python")
+    requires = re.search(r"^requires = (.*)$", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert requires is not None
+    done = pip(python, "install", "-q", *json.loads(requires[1]))
+    assert done.returncode == 0, done.stderr
+    return python
 
 
 def install(python: str, sources: Path, path: str, *options: str, **variables: str) -> dict[str, str]:
-    """`pip install` of the sources; returns the build facts and the place of the library."""
+    """`pip install` of the sources; returns the build facts and the place of the library.
+
+    The build is in an environment of its own, or with "--no-build-isolation" in that of `python`, which has no torch.
+    """
     kept = ("CUDA_HOME", "CUDA_PATH", "CXX", "LASER_FAST_BUILD", "TORCH_CUDA_ARCH_LIST", "PYTHONPATH", "MAX_JOBS")
     environment = {name: value for name, value in os.environ.items() if name not in kept} | {"PATH": path} | variables
-    command = [python, "-m", "pip", "install", "-v", "--no-deps", *options, str(sources)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = pip(python, "install", "-v", "--no-deps", *options, str(sources), env=environment)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
-    (build_environment,) = re.findall(r"Successfully installed (.*\bninja-.*)", done.stdout + done.stderr)
-    assert {name.rsplit("-", 1)[0] for name in build_environment.split()} >= {"apache-tvm-ffi", "setuptools"}
-    assert not re.search(r"\btorch\b", build_environment)
+    if "--no-build-isolation" not in options:
+        (build_environment,) = re.findall(r"Successfully installed (.*\bninja-.*)", done.stdout + done.stderr)
+        assert {name.rsplit("-", 1)[0] for name in build_environment.split()} >= {"apache-tvm-ffi", "setuptools"}
+        assert not re.search(r"\btorch\b", build_environment)
     place = sources if "-e" in options else Path(python).parents[1]
     code = "import json, laser_fast, laser_fast.kernels as k; print(json.dumps([laser_fast.__file__, k.__file__]))"
     shown = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=sources.parent, check=True)
@@ -100,11 +114,10 @@ def exported(library: str, name: str) -> bool:
 
 
 @pytest.mark.slow
-@_PIP
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
 @_NEEDS_CXX
 def test_with_nvcc(sources: Path, fresh_python: str) -> None:
-    facts = install(fresh_python, sources, os.environ["PATH"], TORCH_CUDA_ARCH_LIST="8.0+PTX")
+    facts = install(fresh_python, sources, os.environ["PATH"], "--no-build-isolation", TORCH_CUDA_ARCH_LIST="8.0+PTX")
     assert (facts["level"], facts["reason"]) == ("cuda", "")
     for name in OPERATIONS:
         assert exported(facts["library"], f"{name}_cpu")
@@ -112,11 +125,10 @@ def test_with_nvcc(sources: Path, fresh_python: str) -> None:
 
 
 @pytest.mark.slow
-@_PIP
 @_NEEDS_CXX
 def test_with_only_a_cxx_compiler(sources: Path, tmp_path: Path, fresh_python: str) -> None:
     path = path_without(tmp_path / "bin", _NVCC)
-    editable, facts = install(fresh_python, sources, path, "-e"), install(fresh_python, sources, path)
+    editable, facts = (install(fresh_python, sources, path, "--no-build-isolation", *how) for how in (("-e",), ()))
     library = editable.pop("library")  # the other lies where the test before had one, which a process loads once
     assert editable == {name: fact for name, fact in facts.items() if name != "library"}
     assert facts["level"] == "cpu"
@@ -127,7 +139,6 @@ def test_with_only_a_cxx_compiler(sources: Path, tmp_path: Path, fresh_python: s
 
 
 @pytest.mark.slow
-@_PIP
 def test_with_no_compiler(sources: Path, tmp_path: Path, fresh_python: str) -> None:
     facts = install(fresh_python, sources, path_without(tmp_path / "bin", _NVCC, _CXX))
     assert (facts["level"], facts["reason"]) == ("none", "no C++ compiler found when it was installed")

@@ -216,7 +216,7 @@ def _states(place: Path) -> list[str]:
     with torch.no_grad():
         found = [model.states(items, cu_seqlens), model.score(items, cu_seqlens)]
         if folds is not None:
-            found += [model.fold_states(items, cu_seqlens, fold) for fold in range(len(folds.models))]
+            found += [model.fold_states(items, cu_seqlens, fold) for fold in range(len(folds))]
             of_users = folds.of_users(np.arange(30)).tolist()
     return [*_tensors(found), str(model.split_hash), str(model.item_map_hash), str(of_users)]
 

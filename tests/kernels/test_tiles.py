@@ -89,16 +89,24 @@ def _dispatched(inputs: Any, result: Any) -> list[Tensor]:
     return [combined, *spread, dispatch.dispatch_backward(outputs, result.expert, 8)]
 
 
+@pytest.fixture(scope="module")
+def of_the_first() -> dict[Any, tuple[Any, list[Tensor]]]:
+    """What `_routed` gives with the tiles that run, by dtype and size: most of the time of a candidate."""
+    return {}
+
+
 @pytest.mark.parametrize(("key", "candidate"), AT_8_EXPERTS)
 def test_every_candidate_gives_what_the_first_gives(
-    key: Key, candidate: Tile, routing_inputs: Make, monkeypatch: pytest.MonkeyPatch
+    key: Key, candidate: Tile, routing_inputs: Make, monkeypatch: pytest.MonkeyPatch, of_the_first: dict[Any, Any]
 ) -> None:
     if key.size == "many":
         monkeypatch.setattr(routing, "SMALL_BATCH", 0)
     dtype = torch.float32 if key.precision == "float" else torch.float16
     inputs = routing_inputs((65, 0, 10), 70, 8, 3, dtype)
     routed = key.kernel in ("route_items", "route_users", "grad_logits", "grad_items", "sum_partials")
-    result, expected = _routed(inputs)
+    if (dtype, key.size) not in of_the_first:
+        of_the_first[dtype, key.size] = _routed(inputs)
+    result, expected = of_the_first[dtype, key.size]
     with running(key, candidate):
         actual = _routed(inputs)[1] if routed else _dispatched(inputs, result)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-3  # sums in another order, and one rounding to the dtype

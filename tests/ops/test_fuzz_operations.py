@@ -1,4 +1,4 @@
-"""Five thousand random calls of all operations, in a process of their own: none may crash, corrupt memory or lie."""
+"""Two thousand random calls of all operations, in a process of their own: none may crash, corrupt memory or lie."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 FUZZER = Path(__file__).with_name("fuzz_operations.py")
-CALLS = 5_000
+CALLS = 2_000
 
 
 @pytest.mark.slow
