@@ -84,7 +84,7 @@ def tiny_recommender(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture
 def claimed_elsewhere() -> Callable[[Path], AbstractContextManager[None]]:
     """`with claimed_elsewhere(output)`: another process is at work on it."""
-    from laser_fast.files.claims import lock_file
+    from laser_fast.files.locks import lock_file
 
     @contextmanager
     def hold(output: Path) -> Iterator[None]:

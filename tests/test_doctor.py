@@ -16,7 +16,7 @@ import laser_fast.ops
 from laser_fast import doctor
 from laser_fast.cli import main
 from laser_fast.lm.attention import flash as attention_flash
-from laser_fast.ops import backends
+from laser_fast.ops import backends, gated_product, rms_norm
 
 Patch, Printed = pytest.MonkeyPatch, pytest.CaptureFixture[str]
 
@@ -47,7 +47,10 @@ def test_every_component_and_operation_has_one_line(capsys: Printed) -> None:
     assert [line.startswith("on ") for line in lines] == [component.on for component in components]
     for name in ("torch", "CUDA device", "Triton", "compiled library", "transformers", "bitsandbytes"):
         assert sum(f"  {name}  " in line for line in lines) == 1, name
-    references = {name.removesuffix("_reference") for name in laser_fast.ops.__all__ if name.endswith("_reference")}
+    rooms = (laser_fast.ops, gated_product, rms_norm)
+    references = {
+        name.removesuffix("_reference") for room in rooms for name in vars(room) if name.endswith("_reference")
+    }
     assert {c.name.removeprefix("op ") for c in components if c.name.startswith("op ") and c.on} == references
     assert main(["doctor", "--json"]) == 0
     parsed: dict[str, Any] = json.loads(capsys.readouterr().out)

@@ -30,7 +30,7 @@ def test_stand_alone_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_is_imported_exists() -> None:
-    lines = "\n".join(blocks("python")).splitlines()
+    lines = [line.strip() for line in "\n".join(blocks("python", *PAGES)).splitlines()]
     imports = [line for line in lines if line.startswith(("import ", "from "))]
     assert len(imports) >= 5
     for line in imports:

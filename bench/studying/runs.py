@@ -17,7 +17,7 @@ from laser_fast.config import LaserConfig, build_config
 from laser_fast.config.settings import apply_overrides
 from laser_fast.data import EvaluationRows, PackedSequences, Split
 from laser_fast.evaluation import evaluate, evaluate_candidates, fit_calibration, llara_candidates
-from laser_fast.files.folders import replace_json
+from laser_fast.files.atomic import replace_json
 from laser_fast.laser import LaserModel
 from laser_fast.laser.build import build_laser, load_inputs, load_language_model, training_counts
 from laser_fast.lm.frozen_lm import FrozenLM

@@ -7,7 +7,7 @@ from pathlib import Path
 from laser_fast.cli.arguments import SEED, add_settings, whole_number
 from laser_fast.config import RecommenderConfig, SplitConfig, dump_config, load_config, resolve_path
 from laser_fast.data import SequenceDataset, Split, make_split
-from laser_fast.files.claims import claim
+from laser_fast.files.locks import claim
 
 _METRICS = ("HR@10", "NDCG@10", "MRR")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from laser_fast.cli.arguments import SEED
 from laser_fast.data import EvaluationRows
-from laser_fast.files.folders import replace_json
+from laser_fast.files.atomic import replace_json
 
 if TYPE_CHECKING:
     from laser_fast.laser.build import Inputs

@@ -1,10 +1,8 @@
 """Data: logs and item tables of any format in, sequences, splits, texts and packed batches out.
 
-Nothing here knows a model. Arrays are numpy; only the batches are tensors, so their names are fetched at first use and
-preparing data imports no torch.
+Nothing here knows a model. Arrays are numpy; batches of tensors are imported from their files, so that preparing data
+imports no torch.
 """
-
-from typing import TYPE_CHECKING, Any
 
 from laser_fast.data.dataset import SequenceDataset, write_dataset
 from laser_fast.data.items import ItemTable
@@ -29,17 +27,12 @@ from laser_fast.data.tokens import (
     tokenize_texts,
 )
 
-if TYPE_CHECKING:
-    from laser_fast.data.loading import NextItemCollator, NextItemDataset
-
 __all__ = [
     "EvaluationRows",
     "InteractionColumns",
     "ItemTable",
     "ItemText",
     "Manifest",
-    "NextItemCollator",
-    "NextItemDataset",
     "PackedSequences",
     "PrepareRequest",
     "PromptLayout",
@@ -66,11 +59,3 @@ __all__ = [
     "training_rows",
     "write_dataset",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in ("NextItemCollator", "NextItemDataset"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from laser_fast.data import loading
-
-    return getattr(loading, name)

@@ -19,7 +19,7 @@ from laser_fast.data.items import ID_COLUMN, ItemTable, first_duplicate, update_
 from laser_fast.data.manifest import Manifest
 from laser_fast.data.pieces import pieces, update_with_array
 from laser_fast.data.sequences import PackedSequences, check_range
-from laser_fast.files.folders import replace_directory, whole_directory
+from laser_fast.files.atomic import replace_directory, whole_directory
 from laser_fast.files.sealed import SealedFolder, seal
 
 MANIFEST_FILE = "manifest.json"

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from laser_fast.evaluation.evaluate import row_scores
 from laser_fast.evaluation.metrics import MetricValue, RankingMetrics, metric_names, or_none, rank_values
+from laser_fast.files.atomic import replace_file
 from laser_fast.files.descriptions import Description, parse_description
-from laser_fast.files.folders import replace_file
 from laser_fast.files.tensors import open_tensors
 from laser_fast.recommenders.protocol import Scorer
 

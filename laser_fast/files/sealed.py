@@ -10,8 +10,8 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
+from laser_fast.files.atomic import write_json
 from laser_fast.files.descriptions import Description, parse_description
-from laser_fast.files.folders import write_json
 
 SEAL = "seal.json"
 _FORMAT = 1

@@ -23,8 +23,8 @@ from torch import nn
 
 from laser_fast.config import LanguageModelConfig, LaserConfig, ModelConfig, build_config
 from laser_fast.data.items import ItemTable
+from laser_fast.files.atomic import replace_directory, whole_directory, write_json
 from laser_fast.files.descriptions import Description, parse_description
-from laser_fast.files.folders import replace_directory, whole_directory, write_json
 from laser_fast.files.sealed import SEAL, SealedFolder, seal
 from laser_fast.files.tensors import (
     load_weights_of_file,

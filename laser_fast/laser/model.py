@@ -14,8 +14,8 @@ from laser_fast.config import ModelConfig
 from laser_fast.data.batches import BatchBuilder
 from laser_fast.data.sequences import PackedSequences
 from laser_fast.data.tokens import Tokenizer
-from laser_fast.files.claims import claim
-from laser_fast.files.folders import refuse_others
+from laser_fast.files.atomic import refuse_others
+from laser_fast.files.locks import claim
 from laser_fast.laser.encoder import LaserEncoder
 from laser_fast.laser.laser_files import LASER_FILES, LaserContents, Origin, origin_of, write_laser
 from laser_fast.laser.model_card import model_card

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 class _Calls(threading.local):
@@ -40,7 +41,7 @@ def refuse_torch_modes(function: str, module: nn.Module) -> None:
     """
     for part in module.modules():
         if part.training and type(part).__module__.startswith("torch."):
-            draws = part.p if isinstance(part, _DropoutNd) else getattr(part, "dropout", 0.0)
+            draws = getattr(part, "p", 0.0) if isinstance(part, _DROPOUTS) else getattr(part, "dropout", 0.0)
             if draws or isinstance(part, _BatchNorm):
                 raise RuntimeError(
                     f"{function}: a {type(part).__name__} must be in evaluation mode to answer, got training; "

@@ -8,8 +8,8 @@ import torch
 from pydantic import Field
 
 from laser_fast.config import build_config
+from laser_fast.files.atomic import refuse_others, replace_directory, whole_directory, write_json
 from laser_fast.files.descriptions import Description, parse_description
-from laser_fast.files.folders import refuse_others, replace_directory, whole_directory, write_json
 from laser_fast.files.sealed import SEAL, SealedFolder, seal
 from laser_fast.files.tensors import (
     Shape,

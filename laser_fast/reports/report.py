@@ -5,8 +5,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from laser_fast.evaluation.comparison import compare
-from laser_fast.files.claims import claim
-from laser_fast.files.folders import replace_directory
+from laser_fast.files.atomic import replace_directory
+from laser_fast.files.locks import claim
 from laser_fast.reports.document import Document, Section, to_html, to_markdown
 from laser_fast.reports.experts import route_users
 from laser_fast.reports.experts_section import expert_blocks

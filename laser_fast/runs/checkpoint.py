@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from laser_fast.config import LaserConfig
-from laser_fast.files.folders import whole_directory
+from laser_fast.files.atomic import whole_directory
 from laser_fast.laser.build import Inputs, build_laser, load_inputs, load_language_model, training_counts
 from laser_fast.laser.laser_files import SavedLaser, find_saved, write_laser
 from laser_fast.laser.model import LaserModel

@@ -14,9 +14,9 @@ from typing import Any
 
 from laser_fast.config import Settings, build_config, dump_config
 from laser_fast.config.yaml_text import read_yaml
-from laser_fast.files.claims import claim
+from laser_fast.files.atomic import is_leftover, remove, remove_leftovers, replace_file, replace_json
 from laser_fast.files.disk import append_line, make_directory
-from laser_fast.files.folders import is_leftover, remove, remove_leftovers, replace_file, replace_json
+from laser_fast.files.locks import claim
 from laser_fast.runs.states import State, StateFolder
 from laser_fast.runs.tensorboard_log import TensorBoardLog
 

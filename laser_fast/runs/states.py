@@ -21,8 +21,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from laser_fast.files.atomic import remove, replace_directory, replace_file, whole_directory, write_json
 from laser_fast.files.descriptions import Description, parse_description
-from laser_fast.files.folders import remove, replace_directory, replace_file, whole_directory, write_json
 from laser_fast.files.sealed import SealedFolder, seal
 from laser_fast.files.tensors import read_tensors
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from laser_fast.files.folders import remove
+from laser_fast.files.atomic import remove
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -23,7 +23,7 @@ from laser_fast.laser.build import Inputs
 from laser_fast.laser.model import LaserModel
 from laser_fast.models.objective import StepContext
 from laser_fast.models.token_budget import TokenBudget
-from laser_fast.planning.memory import Plan
+from laser_fast.planning.shortages import Plan
 from laser_fast.processes import ALONE, Processes
 from laser_fast.runs.run_directory import RunDirectory
 from laser_fast.runs.states import State

@@ -14,7 +14,7 @@ from laser_fast.models.token_budget import TokenBudget
 from laser_fast.nn.mformer import balance_across
 from laser_fast.nn.stage1.bert_weights import initialize_text_branch, load_bert
 from laser_fast.nn.stage1.heads import Pairs, PretrainingHeads, TermWeights, Vocabulary
-from laser_fast.planning.memory import explain_pretraining_shortage
+from laser_fast.planning.shortages import explain_pretraining_shortage
 from laser_fast.training.epochs import Session, Stage
 from laser_fast.training.loop import EarlyStopping, LossFunction
 

@@ -21,8 +21,8 @@ from laser_fast.laser.laser_files import weights_hash
 from laser_fast.laser.model import LaserModel
 from laser_fast.models.token_budget import Shortage, TokenBudget
 from laser_fast.nn.stage1.bert_weights import initialize_qformer, load_bert
-from laser_fast.planning.memory import explain_shortage
 from laser_fast.planning.plan_table import one_line
+from laser_fast.planning.shortages import explain_shortage
 from laser_fast.processes import Processes, launched_first, launched_size
 from laser_fast.runs.checkpoint import find_run, restore
 from laser_fast.runs.run_directory import RunDirectory, open_run

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from laser_fast.data import PrepareRequest, SequenceDataset, prepare
 from laser_fast.data.readers import BadRowError
-from laser_fast.files import folders
+from laser_fast.files import atomic
 
 EXAMPLES = 10_000 if os.environ.get("LASER_FAST_NIGHTLY") else 80
 DOCUMENTED = (ValueError, BadRowError, FileNotFoundError, FileExistsError)
@@ -173,7 +173,7 @@ def _is_documented(error: Exception) -> bool:
 
 @pytest.fixture
 def no_waiting_for_disks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folders, "sync", lambda path: None)
+    monkeypatch.setattr(atomic, "sync", lambda path: None)
 
 
 @settings(

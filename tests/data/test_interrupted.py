@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from laser_fast.data import PrepareRequest, SequenceDataset, prepare
-from laser_fast.files import folders
-from laser_fast.files.folders import _locked, remove_leftovers, replace_directory
+from laser_fast.files import atomic
+from laser_fast.files.atomic import _locked, remove_leftovers, replace_directory
 
 KILLS = 20
 SEED = 7
@@ -24,8 +24,8 @@ KILLER = """
 import os, signal, sys, time
 from pathlib import Path
 from laser_fast.data import PrepareRequest, prepare
-from laser_fast.files import folders
-folders.sync = lambda path: None  # a killed process leaves its files to the system, synced or not
+from laser_fast.files import atomic
+atomic.sync = lambda path: None  # a killed process leaves its files to the system, synced or not
 for line in sys.stdin:
     rule, seconds = line.split()[0], float(line.split()[1])
     begin = time.perf_counter()
@@ -89,7 +89,7 @@ def test_killed_at_random_moments(request_: PrepareRequest, monkeypatch: pytest.
         killer.stdin.close()
     print(f"seed {SEED}, {dict(seen)}, one run {statistics.median(durations) * 1e3:.1f} ms")
     assert seen["as before"] > 0
-    monkeypatch.setattr(folders, "sync", lambda path: None)
+    monkeypatch.setattr(atomic, "sync", lambda path: None)
     assert prepare(replace(request_, tie_rule="hash:1")).hash() == hashes[0]
     assert sorted(path.name for path in out.parent.iterdir()) == ["kept", "log.csv", "out"]
 

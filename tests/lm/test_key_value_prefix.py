@@ -155,7 +155,7 @@ def test_layers_are_found_once_and_measured() -> None:
 
 def test_gradients_of_a_deep_prefix_reach_its_tokens_and_its_maps() -> None:
     lm = FrozenLM(random_model("grouped-query"))
-    head = DeepPrefix(32, lm.layers, rank=4).double()
+    head = DeepPrefix(32, lm.layers).double()
     embeds, cu_seqlens = packed_inputs()
     tokens = prefix_tokens(1)
     lm(embeds, cu_seqlens, head(tokens)).square().sum().backward()

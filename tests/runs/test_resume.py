@@ -19,7 +19,7 @@ from laser_fast.cli import main
 from laser_fast.config import LaserConfig, build_config, dump_config
 from laser_fast.data import SequenceDataset, leave_one_out, training_rows
 from laser_fast.data.batches import PackedBatch
-from laser_fast.files.claims import lock_file
+from laser_fast.files.locks import lock_file
 from laser_fast.laser.model import LaserModel
 from laser_fast.runs.run_directory import RunDirectory
 from laser_fast.runs.states import StateFolder

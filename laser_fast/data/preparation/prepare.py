@@ -29,8 +29,8 @@ from laser_fast.data.readers.bad_rows import BAD_ROWS
 from laser_fast.data.readers.interactions import BUFFER_EVENTS
 from laser_fast.data.splits.split import leave_one_out_rule, split_hash
 from laser_fast.data.text import clean_text, first_words
-from laser_fast.files.claims import claim
-from laser_fast.files.folders import remove_leftovers, replace_directory, scratch_directory
+from laser_fast.files.atomic import remove_leftovers, replace_directory, scratch_directory
+from laser_fast.files.locks import claim
 from laser_fast.files.sealed import file_sha256
 
 _LOGGER = logging.getLogger(__name__)

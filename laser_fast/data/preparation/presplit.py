@@ -23,8 +23,8 @@ from laser_fast.data.readers.rows import Row, read_rows
 from laser_fast.data.readers.values import parse_id
 from laser_fast.data.splits.split import Split, event_rows, first_events, parts_hash
 from laser_fast.data.text import clean_text
-from laser_fast.files.claims import claim
-from laser_fast.files.folders import remove_leftovers
+from laser_fast.files.atomic import remove_leftovers
+from laser_fast.files.locks import claim
 from laser_fast.files.sealed import file_sha256
 
 _LOGGER = logging.getLogger(__name__)

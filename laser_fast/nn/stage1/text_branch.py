@@ -87,8 +87,8 @@ class TextBranch(nn.Module):
             return feed_forward(layer.self_attention.forward_packed(hidden, cu_seqlens, plan, before, group))
 
         qformer = self._qformer[0]
-        befores: Sequence[Tensor | None] = layer_inputs or [None] * len(self.feed_forwards)
-        for layer, feed_forward, before in zip(qformer.blocks, self.feed_forwards, befores, strict=True):
+        inputs_before: Sequence[Tensor | None] = layer_inputs or [None] * len(self.feed_forwards)
+        for layer, feed_forward, before in zip(qformer.blocks, self.feed_forwards, inputs_before, strict=True):
             hidden = qformer.run(run, layer, feed_forward, hidden, before)
         return hidden
 

@@ -10,7 +10,7 @@ import pytest
 
 from laser_fast.data import PrepareRequest, pieces, prepare
 from laser_fast.data.readers.interactions import InteractionColumns, scan_interactions
-from laser_fast.files import folders
+from laser_fast.files import atomic
 
 from ..preparing import items_of_users
 
@@ -73,7 +73,7 @@ def test_small_buffers_change_no_byte(tmp_path: Path, monkeypatch: pytest.Monkey
             settings |= {"tie_rule": "file-order", "duplicates": "all"}
         request = PrepareRequest(tmp_path / "out", interactions=tmp_path / "log.csv", overwrite=True, **settings)
         monkeypatch.undo()
-        monkeypatch.setattr(folders, "sync", lambda path: None)
+        monkeypatch.setattr(atomic, "sync", lambda path: None)
         if not core(events, settings["min_user_interactions"], settings["min_item_interactions"]):
             continue
         dataset = prepare(request)

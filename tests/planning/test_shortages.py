@@ -6,7 +6,7 @@ import pytest
 
 from laser_fast.config import LaserConfig, build_config
 from laser_fast.models.token_budget import Shortage
-from laser_fast.planning.memory import explain_optimizer_shortage, explain_pretraining_shortage, explain_shortage
+from laser_fast.planning.shortages import explain_optimizer_shortage, explain_pretraining_shortage, explain_shortage
 
 SHORT = Shortage(tokens=5001, rows=64, longest=90, reason="CUDA out of memory.", encoding=False)
 ENCODING = Shortage(tokens=5001, rows=64, longest=90, reason="CUDA out of memory.", encoding=True)

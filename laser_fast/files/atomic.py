@@ -18,8 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from laser_fast.files.claims import claim
 from laser_fast.files.disk import make_directory, sync
+from laser_fast.files.locks import claim
 
 _DRAWN = r"[0-9a-f]{12}"
 

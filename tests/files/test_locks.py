@@ -12,8 +12,8 @@ import pytest
 
 from laser_fast.data import PrepareRequest, prepare
 from laser_fast.data.preparation.presplit import prepare_presplit
-from laser_fast.files.claims import claim, lock_file
-from laser_fast.files.folders import replace_directory
+from laser_fast.files.atomic import replace_directory
+from laser_fast.files.locks import claim, lock_file
 
 Elsewhere = Callable[[Path], AbstractContextManager[None]]
 StartAtOnce = Callable[[int, Callable[[Callable[[], None]], object]], list[str]]

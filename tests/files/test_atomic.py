@@ -7,9 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from laser_fast.files import disk, folders
-from laser_fast.files.disk import append_line, make_directory
-from laser_fast.files.folders import (
+from laser_fast.files import atomic, disk
+from laser_fast.files.atomic import (
     is_leftover,
     refuse_others,
     remove,
@@ -20,6 +19,7 @@ from laser_fast.files.folders import (
     whole_directory,
     write_json,
 )
+from laser_fast.files.disk import append_line, make_directory
 
 
 def write(directory: Path, text: str) -> None:
@@ -132,13 +132,13 @@ def test_what_a_writer_of_a_file_left_is_removed_by_the_next(tmp_path: Path, mon
 
 def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
-    sync = folders.sync
+    sync = atomic.sync
 
     def noted(path: Path) -> None:
         synced.append("target" if path == tmp_path / "a" / "target" else path.name)
         sync(path)
 
-    for module in (folders, disk):
+    for module in (atomic, disk):
         monkeypatch.setattr(module, "sync", noted)
     with replace_directory(tmp_path / "a" / "target") as fresh:
         (fresh / "inner").mkdir()
