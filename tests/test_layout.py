@@ -97,7 +97,7 @@ def test_imports_run_downhill(file: Path) -> None:
         ("from laser_fast.laser import LaserModel", "laser_fast.models.network", True),
         ("from laser_fast.data import X", "laser_fast.config", True),
         ("from laser_fast.config import X", "laser_fast.ops.routing", True),
-        ("from laser_fast.planning import X", "laser_fast.runs.states", True),
+        ("from laser_fast.planning import X", "laser_fast.runs.resume", True),
         ("from laser_fast.ops import route_experts", "laser_fast.laser.model", False),
         ("from .segments import segment_ids", "laser_fast.ops.routing", False),
         ("import torch", "laser_fast.ops.routing", False),

@@ -106,8 +106,8 @@ class World:
             words = self.train_words(place, seed)
 
             def stop() -> int:
+                from laser_fast.runs.resume import StateFolder
                 from laser_fast.runs.run_directory import RunDirectory
-                from laser_fast.runs.states import StateFolder
 
                 StateFolder.clear = RunDirectory.finish = lambda self: None  # type: ignore[method-assign]
                 return laser_fast(*words)()

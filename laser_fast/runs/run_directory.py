@@ -17,7 +17,7 @@ from laser_fast.config.yaml_text import read_yaml
 from laser_fast.files.atomic import is_leftover, remove, remove_leftovers, replace_file, replace_json
 from laser_fast.files.disk import append_line, make_directory
 from laser_fast.files.locks import claim
-from laser_fast.runs.states import State, StateFolder
+from laser_fast.runs.resume import State, StateFolder
 from laser_fast.runs.tensorboard_log import TensorBoardLog
 
 _PACKAGES = [

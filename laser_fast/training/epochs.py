@@ -25,8 +25,8 @@ from laser_fast.models.objective import StepContext
 from laser_fast.models.token_budget import TokenBudget
 from laser_fast.planning.shortages import Plan
 from laser_fast.processes import ALONE, Processes
+from laser_fast.runs.resume import State
 from laser_fast.runs.run_directory import RunDirectory
-from laser_fast.runs.states import State
 from laser_fast.training.interruption import Interrupted, Interruption
 from laser_fast.training.loop import EarlyStopping, EpochSums, LossFunction, StageTrainer
 from laser_fast.training.random_state import RandomState

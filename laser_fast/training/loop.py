@@ -20,7 +20,7 @@ from laser_fast.models.device_batches import on_device
 from laser_fast.models.token_budget import TokenBudget, is_out_of_memory, release_memory
 from laser_fast.planning.shortages import Plan, explain_optimizer_shortage
 from laser_fast.processes import ALONE, Processes
-from laser_fast.runs.states import State
+from laser_fast.runs.resume import State
 from laser_fast.training.optimizer import build_optimizer, load_optimizer_state, optimizer_state, warmup_cosine
 from laser_fast.training.random_state import RandomState
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from laser_fast.config import OptimizerConfig
-from laser_fast.runs.states import State
+from laser_fast.runs.resume import State
 
 _SMALLEST_PACKED = 4096  # values of a parameter below which its moments stay in 32 bits (bitsandbytes' default)
 

@@ -21,8 +21,8 @@ from laser_fast.data import SequenceDataset, leave_one_out, training_rows
 from laser_fast.data.batches import PackedBatch
 from laser_fast.files.locks import lock_file
 from laser_fast.laser.model import LaserModel
+from laser_fast.runs.resume import StateFolder
 from laser_fast.runs.run_directory import RunDirectory
-from laser_fast.runs.states import StateFolder
 from laser_fast.training.interruption import Interrupted
 from laser_fast.training.loop import StageTrainer
 from laser_fast.training.train import train_laser

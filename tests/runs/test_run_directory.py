@@ -14,8 +14,8 @@ import pytest
 from laser_fast.cli import main
 from laser_fast.config import LaserConfig, RecommenderConfig, build_config
 from laser_fast.data import EvaluationRows, PackedSequences, Split
+from laser_fast.runs.resume import State
 from laser_fast.runs.run_directory import RunDirectory
-from laser_fast.runs.states import State
 from laser_fast.training import train as laser
 from laser_fast.training.recommender.train_recommender import train_recommender
 from laser_fast.training.train import train_laser

@@ -32,7 +32,7 @@ from laser_fast.models.objective import gather_candidates
 from laser_fast.nn.mformer import balance_across
 from laser_fast.ops import route_experts
 from laser_fast.processes import OtherProcessFailed, Processes
-from laser_fast.runs.states import StateFolder
+from laser_fast.runs.resume import StateFolder
 from laser_fast.training.loop import StageTrainer
 from laser_fast.training.train import train_laser  # noqa: F401  so that no fork imports it
 

@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from laser_fast.config import OptimizerConfig
+from laser_fast.runs.resume import State, StateFolder
 from laser_fast.runs.run_directory import RunDirectory
-from laser_fast.runs.states import State, StateFolder
 from laser_fast.training.loop import StageTrainer
 from laser_fast.training.random_state import RandomState
 

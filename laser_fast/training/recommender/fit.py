@@ -17,7 +17,7 @@ from laser_fast.ops import catalog_cross_entropy
 from laser_fast.recommenders.gru4rec import GRU4Rec
 from laser_fast.recommenders.packed_recommender import PackedRecommender
 from laser_fast.recommenders.sasrec import SASRec
-from laser_fast.runs.states import State
+from laser_fast.runs.resume import State
 from laser_fast.training.optimizer import load_optimizer_state, optimizer_state
 
 _WARMUP_STEPS = 50

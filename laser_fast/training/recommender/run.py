@@ -12,8 +12,8 @@ from typing import Any
 from laser_fast.config import RecommenderConfig
 from laser_fast.recommenders.packed_recommender import PackedRecommender
 from laser_fast.recommenders.recommender_files import read_facts, save_recommender
+from laser_fast.runs.resume import State
 from laser_fast.runs.run_directory import RunDirectory, open_run, refuse_another_beginning
-from laser_fast.runs.states import State
 from laser_fast.training.interruption import Interruption
 from laser_fast.training.random_state import RandomState
 from laser_fast.training.recommender.fit import Fitting

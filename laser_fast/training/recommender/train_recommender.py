@@ -16,7 +16,7 @@ from laser_fast.evaluation import evaluate
 from laser_fast.evaluation.state_gap import measure_state_gap
 from laser_fast.recommenders.packed_recommender import CrossFitted, PackedRecommender, assign_folds
 from laser_fast.recommenders.recommender_files import load_recommender
-from laser_fast.runs.states import State
+from laser_fast.runs.resume import State
 from laser_fast.training.loop import EarlyStopping
 from laser_fast.training.random_state import forked_generators
 from laser_fast.training.recommender.fit import Fitting, Windows, build_recommender

@@ -16,7 +16,7 @@ from laser_fast.cli import main
 from laser_fast.config import RecommenderConfig
 from laser_fast.data import EvaluationRows, PackedSequences, Split
 from laser_fast.recommenders.recommender_files import load_recommender, save_recommender
-from laser_fast.runs.states import StateFolder
+from laser_fast.runs.resume import StateFolder
 from laser_fast.training.interruption import Interrupted
 from laser_fast.training.recommender import run as recommender_run
 from laser_fast.training.recommender.fit import Fitting, Windows
