@@ -19,7 +19,7 @@ from laser_fast.nn.dtypes import refuse_dtypes
 from laser_fast.nn.evaluation_mode import draws_dropout
 from laser_fast.nn.mformer import MFormer
 from laser_fast.nn.prefixes import DeepPrefix, LinearPrefix
-from laser_fast.nn.text_residual import TextResidual
+from laser_fast.nn.text_residual import TextResidual, identity_map
 from laser_fast.ops import Routing
 from laser_fast.ops.host_copies import to_device
 from laser_fast.ops.precision import autocast_dtype
@@ -90,7 +90,7 @@ class LaserNetwork(VersionedModule):
         self.deep_prefix = deep_prefix
         self.reuse_instruction = reuse_instruction
         self.recommender = None if recommender is None else FrozenRecommender(recommender)
-        self.head = _identity(lm.hidden_size) if head == "linear" else None
+        self.head = identity_map(lm.hidden_size) if head == "linear" else None
         self.objective = objective or Objective()
         self.dropout = dropout
         self.text = text
@@ -289,13 +289,6 @@ class LaserNetwork(VersionedModule):
         super()._apply(fn, recurse)
         self._instructions.clear()
         return self
-
-
-def _identity(width: int) -> nn.Linear:
-    layer = nn.Linear(width, width)
-    nn.init.eye_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 def _check_prefix(

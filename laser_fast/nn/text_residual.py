@@ -47,9 +47,7 @@ class TextResidual(nn.Module):
         self.source_version: Callable[[], int] = int  # always 0
         self._came_from: int | None = None  # version of the source; None for vectors that were set
         self._fetching = OwnLock()
-        self.head = nn.Linear(width, width)
-        nn.init.eye_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.head = identity_map(width)
         self.recency = nn.Parameter(math.log(_DECAY) * torch.arange(max_history, dtype=torch.float32))
         self.register_buffer("vectors", torch.empty(0, width), persistent=False)
 
@@ -120,3 +118,11 @@ def centred(vectors: Tensor) -> Tensor:
     The hidden states of a language model lie in a narrow cone, where all cosines are near 1.
     """
     return F.normalize(vectors - vectors.mean(dim=0, keepdim=True), dim=-1)
+
+
+def identity_map(width: int) -> nn.Linear:
+    """A trained linear map of vectors [..., width] that starts as the identity."""
+    layer = nn.Linear(width, width)
+    nn.init.eye_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer

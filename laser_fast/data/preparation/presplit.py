@@ -21,7 +21,7 @@ from laser_fast.data.readers.bad_rows import BadRowError, BadRows
 from laser_fast.data.readers.item_rows import default_text_columns, read_items
 from laser_fast.data.readers.rows import Row, read_rows
 from laser_fast.data.readers.values import parse_id
-from laser_fast.data.splits.split import Split, event_rows, first_events, parts_hash
+from laser_fast.data.splits.split import Split, cut_split, parts_hash
 from laser_fast.data.text import clean_text
 from laser_fast.files.atomic import remove_leftovers
 from laser_fast.files.locks import claim
@@ -72,14 +72,7 @@ def given_split(dataset: SequenceDataset) -> Split:
             f"given_split: the split must have the hash of the manifest, {dataset.manifest.split_hash}, "
             f"got {actual}; prepare the data set again"
         )
-    return Split(
-        train=first_events(dataset, train, lengths[train]),
-        train_users=train,
-        valid=event_rows(dataset, *parts[0]),
-        test=event_rows(dataset, *parts[1]),
-        rule=rule,
-        hash=actual,
-    )
+    return cut_split(dataset, (train, lengths[train]), *parts, rule=rule, hash=actual)
 
 
 def prepare_presplit(

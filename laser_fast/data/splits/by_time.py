@@ -7,7 +7,7 @@ import numpy as np
 
 from laser_fast.data.dataset import SequenceDataset
 from laser_fast.data.sequences import segment_positions
-from laser_fast.data.splits.split import Split, check_fractions, event_rows, first_events, parts_hash
+from laser_fast.data.splits.split import Split, check_fractions, cut_split, parts_hash
 from laser_fast.data.time_units import TOLD, moment_in, units_in
 
 Moment = float | int | str
@@ -58,14 +58,8 @@ def global_time(
         f"global time, validation from {_words(borders[0])}, test from {_words(borders[1])}, {targets} "
         f"{'events' if targets == 'all' else 'event'} of each user, ties by {dataset.manifest.tie_rule}"
     )
-    split = Split(
-        train=first_events(dataset, everyone, before[0]),
-        train_users=everyone,
-        valid=event_rows(dataset, *valid),
-        test=event_rows(dataset, *test),
-        rule=rule,
-        hash=parts_hash(dataset, rule, (everyone, before[0]), valid, test),
-    )
+    parts = (everyone, before[0]), valid, test
+    split = cut_split(dataset, *parts, rule=rule, hash=parts_hash(dataset, rule, *parts))
     _assert_order(dataset, before[0], valid, test)
     return split
 

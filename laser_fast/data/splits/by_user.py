@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 
 from laser_fast.data.dataset import SequenceDataset
-from laser_fast.data.splits.split import Split, check_fractions, event_rows, first_events, parts_hash
+from laser_fast.data.splits.split import Split, check_fractions, cut_split, parts_hash
 
 _MIN_EVENTS = 2  # a history and a target
 
@@ -41,11 +41,5 @@ def by_user(
         f"last event, ties by {dataset.manifest.tie_rule}"
     )
     parts = [(users, lengths[users] - 1) for users in (valid, test)]
-    return Split(
-        train=first_events(dataset, train, lengths[train]),
-        train_users=train,
-        valid=event_rows(dataset, *parts[0]),
-        test=event_rows(dataset, *parts[1]),
-        rule=rule,
-        hash=parts_hash(dataset, rule, (train, lengths[train]), *parts),
-    )
+    learned = train, lengths[train]
+    return cut_split(dataset, learned, *parts, rule=rule, hash=parts_hash(dataset, rule, learned, *parts))

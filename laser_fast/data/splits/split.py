@@ -14,6 +14,9 @@ from laser_fast.data.sequences import EvaluationRows, PackedSequences, cu_seqlen
 MIN_EVENTS = 3  # one event to train on, one validation target, one test target
 
 
+Part = tuple[np.ndarray, np.ndarray]  # users, and a number of events for each
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
     """Training sequences and held-out rows of one data set.
@@ -71,9 +74,7 @@ def split_hash(dataset: SequenceDataset, rule: str) -> str:
     return digest.hexdigest()
 
 
-def parts_hash(
-    dataset: SequenceDataset, rule: str, train: tuple[np.ndarray, np.ndarray], *rows: tuple[np.ndarray, np.ndarray]
-) -> str:
+def parts_hash(dataset: SequenceDataset, rule: str, train: Part, *rows: Part) -> str:
     """`split_hash`, and which events each part has: for splits that the sequences and the rule alone do not decide.
 
     Args:
@@ -88,16 +89,28 @@ def parts_hash(
     return digest.hexdigest()
 
 
-def first_events(dataset: SequenceDataset, users: np.ndarray, lengths: np.ndarray) -> PackedSequences:
+def _first_events(dataset: SequenceDataset, users: np.ndarray, lengths: np.ndarray) -> PackedSequences:
     """The `lengths` [B] oldest events of each of the users [B], repeats allowed."""
     positions = segment_positions(dataset.offsets[users], lengths)
     return PackedSequences(dataset.item_index[positions].astype(np.int64), cu_seqlens_of(lengths))
 
 
-def event_rows(dataset: SequenceDataset, users: np.ndarray, events_before: np.ndarray) -> EvaluationRows:
+def _event_rows(dataset: SequenceDataset, users: np.ndarray, events_before: np.ndarray) -> EvaluationRows:
     """Rows whose target is the event of user `users[b]` with `events_before[b]` older ones, all of them its history."""
     targets = dataset.item_index[dataset.offsets[users] + events_before].astype(np.int64)
-    return EvaluationRows(users, first_events(dataset, users, events_before), targets)
+    return EvaluationRows(users, _first_events(dataset, users, events_before), targets)
+
+
+def cut_split(dataset: SequenceDataset, train: Part, valid: Part, test: Part, *, rule: str, hash: str) -> Split:
+    """The split of users with how many events each learns from, and of users with the events before each target."""
+    return Split(
+        train=_first_events(dataset, *train),
+        train_users=train[0],
+        valid=_event_rows(dataset, *valid),
+        test=_event_rows(dataset, *test),
+        rule=rule,
+        hash=hash,
+    )
 
 
 def leave_one_out(dataset: SequenceDataset) -> Split:
@@ -120,14 +133,8 @@ def leave_one_out(dataset: SequenceDataset) -> Split:
             f"leave_one_out: the split must have the hash of the manifest, {dataset.manifest.split_hash}, "
             f"got {actual}; prepare the data set again"
         )
-    return Split(
-        train=first_events(dataset, everyone, train_lengths),
-        train_users=everyone,
-        valid=event_rows(dataset, held_out, lengths[held_out] - 2),
-        test=event_rows(dataset, held_out, lengths[held_out] - 1),
-        rule=rule,
-        hash=actual,
-    )
+    valid, test = (held_out, lengths[held_out] - 2), (held_out, lengths[held_out] - 1)
+    return cut_split(dataset, (everyone, train_lengths), valid, test, rule=rule, hash=actual)
 
 
 @dataclass(frozen=True, eq=False)
